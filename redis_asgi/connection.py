@@ -1,0 +1,495 @@
+"""One lazily opened Redis client per process and event loop, shared by every part that is given none.
+
+`RedisManager` owns the client and what hangs on it. Nothing connects when it is built: the first use inside a
+running loop opens a pool for that loop, `close()` or the loop's own end closes it, and the next use opens a
+new one. A fork or a second ``asyncio.run`` therefore never meets somebody else's sockets.
+"""
+
+import asyncio
+import functools
+import inspect
+import logging
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
+
+import redis
+import redis.asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.driver_info import DriverInfo
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from .errors import ConfigurationError, Failure, classify
+from .settings import URL_OPTIONS_NOT_TAKEN, Settings, redact
+
+logger = logging.getLogger("redis_asgi.connection")
+
+Client: TypeAlias = "aioredis.Redis | aioredis.RedisCluster"
+RedisArgument: TypeAlias = "RedisManager | Client | str | None"
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Part(Protocol):
+    """Something that lives beside an open client, in its loop, and ends before it."""
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Opened:
+    """What one event loop has open."""
+
+    client: Client
+    own: bool  # whether it is ours to close
+    sentinels: tuple[aioredis.Redis, ...] = ()
+    parts: dict[object, Part] = field(default_factory=dict)
+    until_loop_ends: AsyncGenerator[None, None] | None = None
+    users: int = 0
+
+    async def aclose(self) -> None:
+        parts, self.parts = list(self.parts.values()), {}
+        for part in parts:
+            await part.aclose()
+        if not self.own:
+            return
+        # A peer that is gone cannot be told goodbye; the sockets are closed all the same.
+        with suppress(RedisError, OSError):
+            await self.client.aclose()
+        if isinstance(self.client, aioredis.Redis):
+            with suppress(RedisError, OSError):
+                await self.client.connection_pool.disconnect()
+        for sentinel in self.sentinels:
+            with suppress(RedisError, OSError):
+                await sentinel.aclose()
+
+
+async def _closed_with_the_loop(opened: _Opened) -> AsyncGenerator[None, None]:
+    """Close *opened* when the loop finalises its async generators: after its tasks, before it is closed.
+
+    That is what lets an app without lifespan events end without a ResourceWarning, and an app's own
+    teardown still use the client.
+    """
+    try:
+        yield
+    finally:
+        await opened.aclose()
+
+
+class _Turnstile(ConnectionPool):
+    """A pool whose caller waits for a free connection, where redis-py's raises "Too many connections".
+
+    A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
+    and reports its own exhaustion as a plain ``ConnectionError``.
+    """
+
+    def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._turns = asyncio.Semaphore(self.max_connections)
+        self._turn_timeout = turn_timeout
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every connection is in use."""
+        return self._turns.locked()
+
+    async def get_connection(self, *_deprecated: Any, **_options: Any) -> AbstractConnection:
+        await self._take_turn()
+        try:
+            connection: AbstractConnection = self.get_available_connection()  # type: ignore[no-untyped-call]  # theirs
+        except BaseException:
+            self._turns.release()
+            raise
+        try:
+            await self.ensure_connection(connection)
+        except BaseException:
+            await self.release(connection)
+            raise
+        return connection
+
+    async def _take_turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()
+            return
+        try:
+            async with asyncio.timeout(self._turn_timeout):
+                await self._turns.acquire()
+        except TimeoutError:
+            message = f"No free connection within {self._turn_timeout} s"
+            raise redis.exceptions.MaxConnectionsError(message) from None
+
+    async def release(self, connection: AbstractConnection) -> None:
+        try:
+            await super().release(connection)
+        finally:
+            self._turns.release()
+
+
+class _SentinelTurnstile(SentinelConnectionPool, _Turnstile):
+    """The same behind the pool that asks the sentinels where the master is."""
+
+
+class _TurnstileCluster(aioredis.RedisCluster):
+    """A cluster client whose callers wait for one of ``REDIS_POOL_SIZE`` turns; its nodes' pools only raise."""
+
+    _turns: asyncio.Semaphore
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        async with self._turns:
+            return await super().execute_command(*args, **kwargs)
+
+
+class RedisManager:
+    """The one client that every part of the package shares, opened at first use.
+
+    Args:
+        settings: Where Redis is and how to reach it; ``None`` reads the environment now.
+
+    One client per (process, event loop): a client belongs to the loop that first uses it, and a forked
+    process must not share its parent's sockets. Use it from any number of tasks. After `close()` the next
+    `get_connection()` opens a new pool.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings if settings is not None else Settings()
+        self._opened: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Opened] = weakref.WeakKeyDictionary()
+        self._shared: dict[object, object] = {}
+        self._inherited: list[object] = []
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self._settings)})"
+
+    @property
+    def settings(self) -> Settings:
+        """The settings this manager was built with."""
+        return self._settings
+
+    @property
+    def has_redis(self) -> bool:
+        """``False`` on ``memory://``: state lives in this object and there is no client."""
+        return not self._settings.is_memory
+
+    @property
+    def pool(self) -> ConnectionPool | None:
+        """The running loop's connection pool; ``None`` outside a loop, when not open, or on a cluster."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return None
+        return getattr(opened.client, "connection_pool", None) if opened and self._pid == os.getpid() else None
+
+    async def get_connection(self) -> Client:
+        """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
+
+        Raises:
+            ConfigurationError: On ``memory://``, which has no client.
+        """
+        return self._open().client
+
+    async def initialize_pool(self) -> None:
+        """Open the pool and wait until Redis answers a PING, trying ``REDIS_RETRY_ATTEMPTS`` times more.
+
+        Optional: everything opens at first use anyway. Call it at start to fail early.
+
+        Raises:
+            redis.exceptions.RedisError: What the last attempt raised.
+            ConfigurationError: On ``memory://``, which has no pool.
+        """
+        client = self._open().client
+        attempts = Retry(
+            ExponentialBackoff(cap=1.0, base=0.05),
+            self._settings.REDIS_RETRY_ATTEMPTS,
+            (RedisConnectionError, RedisTimeoutError, OSError),  # type: ignore[arg-type]  # any class will do
+        )
+
+        async def ping() -> None:
+            await client.ping()
+
+        async def again(_error: Exception) -> None:
+            return None
+
+        await attempts.call_with_retry(ping, again, _may_pass)
+
+    async def close(self) -> None:
+        """Close what the running loop has open; idempotent, and the next use opens it again."""
+        opened = self._opened.pop(asyncio.get_running_loop(), None)
+        if opened is None or self._pid != os.getpid():
+            return
+        if opened.until_loop_ends is None:
+            await opened.aclose()
+        else:
+            await opened.until_loop_ends.aclose()
+
+    def hold(self) -> None:
+        """Count one more user in this loop (an app whose lifespan has started)."""
+        if self.has_redis:
+            self._open().users += 1
+
+    async def let_go(self) -> None:
+        """Count one user less; the last one closes."""
+        opened = self._opened.get(asyncio.get_running_loop())
+        if opened is not None:
+            opened.users -= 1
+            if opened.users <= 0:
+                await self.close()
+
+    def part(self, factory: Callable[["RedisManager", Client], T]) -> T:
+        """The one *factory* product of this loop's client, made at first use and closed before the client."""
+        opened = self._open()
+        made = opened.parts.get(factory)
+        if made is None:
+            made = opened.parts[factory] = cast(Part, factory(self, opened.client))
+        return cast(T, made)
+
+    def shared(self, factory: Callable[[Settings], T]) -> T:
+        """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
+        with self._lock:
+            if factory not in self._shared:
+                self._shared[factory] = factory(self._settings)
+        return cast(T, self._shared[factory])
+
+    def _open(self) -> _Opened:
+        loop = asyncio.get_running_loop()
+        if self._pid != os.getpid():
+            self._forget_parent()
+        opened = self._opened.get(loop)
+        if opened is None:
+            opened = self._connect()
+            opened.until_loop_ends = _closed_with_the_loop(opened)
+            # Run it to its yield, which registers it with the loop; it awaits nothing before that.
+            with suppress(StopIteration):
+                opened.until_loop_ends.__anext__().__await__().send(None)
+            with self._lock:
+                self._opened[loop] = opened
+        return opened
+
+    def _connect(self) -> _Opened:
+        return _build(self._settings)
+
+    def _forget_parent(self) -> None:
+        # Kept alive on purpose: finalising the parent's transports here would touch its selector.
+        self._inherited.append(dict(self._opened))
+        self._opened = weakref.WeakKeyDictionary()
+        self._pid = os.getpid()
+
+
+class _GivenClient(RedisManager):
+    """A client the user made: used as it is, in its loop, never closed and never reconfigured."""
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        super().__init__(settings)
+        self._client = client
+
+    @property
+    def has_redis(self) -> bool:
+        return True
+
+    def _connect(self) -> _Opened:
+        return _Opened(self._client, own=False)
+
+
+def _may_pass(error: Exception) -> bool:
+    # A wrong password stays wrong; trying again only fills the server's ACL log.
+    return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
+
+
+def describe(settings: Settings) -> str:
+    """Where these settings point, without user or password."""
+    if settings.REDIS_SENTINELS:
+        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
+    if settings.REDIS_URL:
+        return redact(settings.REDIS_URL.get_secret_value())
+    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
+
+
+_managers: weakref.WeakValueDictionary[Settings, RedisManager] = weakref.WeakValueDictionary()
+_given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
+_managers_lock = threading.Lock()
+_warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
+    """The manager behind a ``redis=`` argument, and whether its life is the package's business.
+
+    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager`` or a
+    client is the user's and is never closed by the package.
+
+    Raises:
+        ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
+    """
+    if isinstance(redis, RedisManager):
+        return redis, False
+    if redis is None or isinstance(redis, str):
+        settings = settings if settings is not None else Settings()
+        if redis is not None:
+            settings = Settings(**{**settings.model_dump(exclude_unset=True), "REDIS_URL": redis})
+        with _managers_lock:
+            manager = _managers.get(settings)
+            if manager is None:
+                manager = _managers[settings] = RedisManager(settings)
+        return manager, True
+    client = _checked_client(redis)
+    settings = settings if settings is not None else Settings()
+    with _managers_lock:
+        # A living manager keeps its client alive, so that the id stays the client's.
+        given = _given.get((id(client), settings))
+        if given is None:
+            given = _given[id(client), settings] = _GivenClient(client, settings)
+    return given, False
+
+
+def _checked_client(client: object) -> Client:
+    kind = f"{type(client).__module__}.{type(client).__qualname__}"
+    if isinstance(client, aioredis.client.Pipeline):
+        raise ConfigurationError(f"redis={kind} is a pipeline. Pass the redis.asyncio client it came from.")
+    if isinstance(client, aioredis.Redis | aioredis.RedisCluster):
+        retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
+        if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
+            _warned_about.add(client)
+            logger.warning(
+                "redis_asgi.client_retries",
+                extra={
+                    "code": "client_retries",
+                    "retries": retry.get_retries(),
+                    "fix": "Build the client with retry=Retry(NoBackoff(), 0): when a reply is lost, a retried "
+                    "command runs again, so one request may be counted several times.",
+                },
+            )
+        return client
+    if isinstance(client, redis.Redis | redis.RedisCluster):
+        raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    raise ConfigurationError(
+        f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
+    )
+
+
+def _read_url(url: str) -> dict[str, Any]:
+    """What *url* asks for, without what would undo the choices of `_build`."""
+    return {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
+
+
+def _build(settings: Settings) -> _Opened:
+    """Make the client these settings describe. No I/O; every choice below avoids a measured trap.
+
+    - no retries: a retried counting command counts again (connecting is retried by `initialize_pool` only);
+    - RESP2 and no maintenance notifications: with them redis-py 8.1 hands out connections that a restarted
+      server has closed;
+    - ``driver_info`` instead of ``client_name``: an ACL without ``client|setname`` would fail every command.
+    """
+    from . import __version__  # noqa: PLC0415 - the package imports this module first
+
+    if settings.is_memory:
+        raise ConfigurationError(
+            "REDIS_URL='memory://' has no Redis client. Set REDIS_URL=redis://localhost:6379 to use one."
+        )
+    common: dict[str, Any] = {
+        "username": settings.REDIS_USERNAME,
+        "password": settings.REDIS_PASSWORD.get_secret_value() if settings.REDIS_PASSWORD else None,
+        "socket_timeout": settings.REDIS_TIMEOUT,
+        "socket_connect_timeout": settings.REDIS_TIMEOUT,
+        "decode_responses": False,
+        "protocol": 2,
+        "driver_info": DriverInfo().add_upstream_driver("redis-asgi", __version__),
+        "retry": Retry(NoBackoff(), 0),
+    }
+    quiet = MaintNotificationsConfig(enabled=False)
+    url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
+    tls = {
+        "ssl_ca_certs": settings.REDIS_SSL_CA_CERTS,
+        "ssl_certfile": settings.REDIS_SSL_CERTFILE,
+        "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
+    }
+    encrypted = settings.REDIS_SSL or url.startswith("rediss:")
+    if encrypted and "ssl_cert_reqs=none" in url.lower():
+        logger.warning(
+            "redis_asgi.tls_unverified",
+            extra={
+                "code": "tls_unverified",
+                "fix": "REDIS_URL says ssl_cert_reqs=none, so anybody on the way can pose as Redis. Set "
+                "REDIS_SSL_CA_CERTS to the authority's certificate instead.",
+            },
+        )
+    where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT}
+
+    if settings.REDIS_CLUSTER:
+        # Four batches may be under way at once beside the callers that hold a turn.
+        common |= {"max_connections": settings.REDIS_POOL_SIZE + 4, "maint_notifications_config": quiet}
+        common |= {"ssl": True, **tls} if encrypted else {}
+        there = _read_url(url) if url else where
+        there.pop("connection_class", None)  # "ssl" says it
+        cluster = _TurnstileCluster(**(common | there))
+        cluster._turns = asyncio.Semaphore(settings.REDIS_POOL_SIZE)
+        return _Opened(cluster, own=True)
+
+    common |= {"db": settings.REDIS_DB}
+    pool_options: dict[str, Any] = {
+        "max_connections": settings.REDIS_POOL_SIZE,
+        "turn_timeout": settings.REDIS_TIMEOUT,
+        "maint_notifications_config": quiet,
+    }
+    if settings.REDIS_SENTINELS:
+        addresses = [(host, int(port)) for host, _, port in (a.rpartition(":") for a in settings.REDIS_SENTINELS)]
+        kept = ("socket_timeout", "socket_connect_timeout", "protocol", "retry")
+        ssl_options: dict[str, Any] = {"ssl": True, **tls} if encrypted else {}
+        to_sentinels = {**{name: common[name] for name in kept}, **ssl_options}
+        sentinel = Sentinel(addresses, sentinel_kwargs=to_sentinels)  # type: ignore[no-untyped-call]  # theirs
+        master = sentinel.master_for(
+            settings.REDIS_SENTINEL_MASTER or "",
+            connection_pool_class=_SentinelTurnstile,
+            **common,
+            **pool_options,
+            **ssl_options,
+        )
+        return _Opened(master, own=True, sentinels=tuple(sentinel.sentinels))
+    if url:
+        options = common | pool_options | (tls if encrypted else {}) | _read_url(url)
+        return _Opened(aioredis.Redis.from_pool(_Turnstile(**options)), own=True)
+    if encrypted:
+        where |= {"connection_class": SSLConnection, **tls}
+    return _Opened(aioredis.Redis.from_pool(_Turnstile(**where, **common, **pool_options)), own=True)
+
+
+@overload
+def redis_operation(function: Callable[P, Awaitable[R]], /) -> Callable[P, Awaitable[R]]: ...
+@overload
+def redis_operation() -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]: ...
+def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[..., Any]:
+    """Log a Redis error of an ``async def`` function by kind and re-raise it; with or without parentheses.
+
+    ``redis_asgi.connection_failed`` when Redis was not reached, ``redis_asgi.operation_failed`` for any
+    other ``RedisError``; the operation's name is in the record's ``operation``.
+
+    Raises:
+        TypeError: At decoration, if *function* is not an ``async def`` function.
+    """
+    if function is None:
+        return redis_operation
+    if not inspect.iscoroutinefunction(function):
+        raise TypeError(f"redis_operation needs an 'async def' function, not {function!r}.")
+    name = function.__qualname__
+
+    @functools.wraps(function)
+    async def logged(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await function(*args, **kwargs)
+        except RedisConnectionError as error:
+            logger.error("redis_asgi.connection_failed", extra={"operation": name, "error": type(error).__name__})
+            raise
+        except RedisError as error:
+            logger.error("redis_asgi.operation_failed", extra={"operation": name, "error": type(error).__name__})
+            raise
+
+    return logged

@@ -1,0 +1,119 @@
+"""What the package raises, and the one reader of Redis exception classes.
+
+::
+
+    Exception
+    └── RedisASGIError                 everything the package raises on purpose
+        ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        └── RateLimitExceeded          (also starlette HTTPException) 429; lives in ``redis_asgi.ratelimit``
+
+Trouble with Redis is not an exception here: it is a `Failure`, a value that the caller's policy answers.
+"""
+
+import asyncio
+from enum import StrEnum
+
+from redis import exceptions as redis_exceptions
+from redis.asyncio.sentinel import MasterNotFoundError
+
+
+class RedisASGIError(Exception):
+    """Root of everything the package raises on purpose."""
+
+
+class ConfigurationError(RedisASGIError, ValueError):
+    """A setting or argument cannot work; raised while something is built, never during a request."""
+
+
+class Failure(StrEnum):
+    """Why Redis gave no answer: a small closed set, fit for logs, health codes and metric labels."""
+
+    TIMEOUT = "timeout"  # no answer within the deadline
+    CONNECTION = "connection"  # refused, reset, closed, unresolvable, TLS
+    AUTH = "auth"  # NOAUTH, WRONGPASS
+    PERMISSION = "permission"  # NOPERM: the ACL lacks a right
+    READONLY = "readonly"  # a replica, or writes are stopped
+    LOADING = "loading"  # the dataset is being read from disk
+    BUSY = "busy"  # somebody's script blocks the server
+    OOM = "oom"  # maxmemory reached and nothing may be evicted
+    CLUSTER = "cluster"  # slot not served, master unknown
+    POOL = "pool"  # no free connection in time: our own load, not Redis
+    WRONG_LOOP = "wrong_loop"  # the client belongs to another event loop
+    REPLY = "reply"  # an error reply of no other kind, such as WRONGTYPE, or a command that cannot be sent
+
+
+# The first word of an error reply decides: errors raised inside a script arrive as plain ResponseErrors.
+_REPLY_CODES = {
+    "NOAUTH": Failure.AUTH,
+    "WRONGPASS": Failure.AUTH,
+    "NOPERM": Failure.PERMISSION,
+    "READONLY": Failure.READONLY,
+    "MISCONF": Failure.READONLY,
+    "NOREPLICAS": Failure.READONLY,
+    "LOADING": Failure.LOADING,
+    "BUSY": Failure.BUSY,
+    "OOM": Failure.OOM,
+    "CLUSTERDOWN": Failure.CLUSTER,
+    "MASTERDOWN": Failure.CLUSTER,
+    "TRYAGAIN": Failure.CLUSTER,
+    "CROSSSLOT": Failure.CLUSTER,
+    "MOVED": Failure.CLUSTER,
+    "ASK": Failure.CLUSTER,
+}
+
+# What an ACL forbids inside a script comes without NOPERM: in Redis 7.0, and in what came after it.
+_DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
+
+# Most specific first; redis-py makes AuthenticationError, BusyLoadingError and MaxConnectionsError ConnectionErrors.
+_CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
+    (redis_exceptions.AuthenticationError, Failure.AUTH),
+    (redis_exceptions.AuthorizationError, Failure.PERMISSION),
+    (redis_exceptions.NoPermissionError, Failure.PERMISSION),
+    (redis_exceptions.BusyLoadingError, Failure.LOADING),
+    (redis_exceptions.MaxConnectionsError, Failure.POOL),
+    (redis_exceptions.ReadOnlyError, Failure.READONLY),
+    (redis_exceptions.OutOfMemoryError, Failure.OOM),
+    (redis_exceptions.ClusterError, Failure.CLUSTER),
+    (redis_exceptions.ClusterDownError, Failure.CLUSTER),
+    (redis_exceptions.RedisClusterException, Failure.CLUSTER),
+    # Of these redis-py strips the first word.
+    (redis_exceptions.AskError, Failure.CLUSTER),
+    (redis_exceptions.TryAgainError, Failure.CLUSTER),
+    (redis_exceptions.ClusterCrossSlotError, Failure.CLUSTER),
+    (redis_exceptions.TimeoutError, Failure.TIMEOUT),
+    (asyncio.TimeoutError, Failure.TIMEOUT),
+    (MasterNotFoundError, Failure.CLUSTER),
+    (redis_exceptions.ConnectionError, Failure.CONNECTION),
+    (redis_exceptions.ResponseError, Failure.REPLY),
+    # Input that cannot be sent: it must not count as trouble of the server.
+    (redis_exceptions.DataError, Failure.REPLY),
+    (UnicodeError, Failure.REPLY),
+    (RuntimeError, Failure.WRONG_LOOP),
+    (OSError, Failure.CONNECTION),
+)
+
+
+def classify_reply(text: str) -> Failure:
+    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown."""
+    text = text.lstrip("-")
+    if text.removeprefix("ERR ").startswith(_DENIED_IN_SCRIPT):
+        return Failure.PERMISSION
+    words = text.split(maxsplit=1)
+    return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
+
+
+def classify(exc: BaseException) -> Failure:
+    """Sort what a Redis client raised into a `Failure`; anything unknown counts as `Failure.CONNECTION`.
+
+    redis-py 8.1 raises a wrong password, LOADING, an exhausted pool and an unknown sentinel master as
+    subclasses of its ``ConnectionError``, BUSY and in-script errors as plain ``ResponseError``, an unserved
+    cluster slot as ``RedisClusterException`` (no ``RedisError``), a client of another loop as ``RuntimeError``.
+    """
+    if isinstance(exc, redis_exceptions.ResponseError):
+        by_text = classify_reply(str(exc))
+        if by_text is not Failure.REPLY:
+            return by_text
+    for kind, failure in _CLASSES:
+        if isinstance(exc, kind):
+            return failure
+    return Failure.CONNECTION

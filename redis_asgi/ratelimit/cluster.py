@@ -1,0 +1,103 @@
+"""Batches on Redis Cluster: each node has its own, and a request may have parts at several."""
+
+import asyncio
+from collections.abc import Sequence
+
+import redis.asyncio as aioredis
+
+from ..connection import Client, RedisManager
+from ..errors import Failure
+from .batch import Batcher, Check, Outcome, resolve
+from .policy import Charge
+from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
+from .wires import NodeWire, PoolWire, slot_key
+
+
+class ClusterBatcher:
+    """One `Batcher` per node, so that a dead node degrades only its own partitions.
+
+    A request whose rules partition differently lives in several slots. Its parts are asked at once; if one refuses,
+    the others are refunded by receipt: for that moment they are counted too much, never too little.
+    """
+
+    def __init__(self, client: aioredis.RedisCluster, *, clock: int | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._client = client
+        self._clock = clock
+        self.closed = False
+        self._batchers: dict[str, Batcher] = {}
+
+    def submit(self, check: Check) -> None:
+        """Queue *check* at the node, or the nodes, that its keys live on."""
+        parts = _by_partition(check.charges)
+        if len(parts) == 1 or check.mode in ("charge", "refund"):
+            self._route(check)
+            return
+        asked = [Check(self.loop, check.mode, charges, check.timeout) for charges in parts.values()]
+        left = len(asked)
+
+        def one_answered(_: asyncio.Future[Outcome]) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._combine(check, asked)
+
+        for part in asked:
+            part.future.add_done_callback(one_answered)
+            self._route(part)
+
+    async def aclose(self) -> None:
+        """End the batches under way at every node."""
+        self.closed = True
+        batchers, self._batchers = list(self._batchers.values()), {}
+        for batcher in batchers:
+            await batcher.aclose()
+
+    def _route(self, check: Check) -> None:
+        try:
+            node = self._client.get_node_from_key(slot_key(check).decode())
+            name = node.name if node is not None else ""
+        except Exception:
+            # No slot table yet, or one with a hole: the batch reads it first.
+            name = ""
+        batcher = self._batchers.get(name)
+        if batcher is None:
+            batcher = self._batchers[name] = Batcher(NodeWire(self._client), clock=self._clock)
+        batcher.submit(check)
+
+    def _combine(self, check: Check, parts: Sequence[Check]) -> None:
+        outcomes = [part.future.result() for part in parts]
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
+        replies = [outcome if isinstance(outcome, list) else [0] for outcome in outcomes]
+        admitted = failure is None and all(reply[0] for reply in replies)
+        numbers: dict[int, Reply] = {}
+        for part, reply in zip(parts, replies, strict=True):
+            back = check.mode == "consume" and reply[0] and not admitted
+            if back:
+                self._route(Check(self.loop, "refund", part.charges, part.timeout, charged_receipts(reply)))
+            at = 1
+            for charge in part.charges:
+                end = at + VALUES_PER_COUNTER * len(charge.policies)
+                numbers[id(charge)] = mine = reply[at:end]
+                at = end
+                for i, policy in enumerate(charge.policies if back else ()):
+                    mine[5 * i + 1] = min(policy.quota, mine[5 * i + 1] + charge.cost)
+        if failure is not None:
+            resolve([check], failure)
+            return
+        combined = [int(admitted)]
+        for charge in check.charges:
+            combined += numbers[id(charge)]
+        resolve([check], combined)
+
+
+def _by_partition(charges: Sequence[Charge]) -> dict[bytes, list[Charge]]:
+    parts: dict[bytes, list[Charge]] = {}
+    for charge in charges:
+        parts.setdefault(charge.partition.key, []).append(charge)
+    return parts
+
+
+def make_batcher(_manager: RedisManager, client: Client) -> "Batcher | ClusterBatcher":
+    """The batcher of a client in its loop: see `RedisManager.part`."""
+    return ClusterBatcher(client) if isinstance(client, aioredis.RedisCluster) else Batcher(PoolWire(client))

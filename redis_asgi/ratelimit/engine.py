@@ -1,0 +1,257 @@
+"""What every part of the package decides through: the refusal memory, then one shared trip to Redis, then the process.
+
+When Redis gives no answer in time, ``on_redis_error`` says who decides. A check is sent once at most, and what was
+charged locally is never copied back.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
+
+from ..connection import RedisManager
+from ..errors import Failure, classify
+from ..settings import Settings
+from .batch import Batcher, Check
+from .cluster import ClusterBatcher, make_batcher
+from .decision import Decision, Source, policy_state, read_reply, refusal_of
+from .local import LocalEngine
+from .policy import Charge, Partition, PolicySet, log_key
+from .refusals import Refusal, RefusalMemory
+from .strategies import Mode, Reply, charged_receipts
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+# What a client is told when Redis is needed and gone.
+CLOSED_RETRY_AFTER = 1.0
+_QUIET = 60.0  # seconds between two lines about single checks that failed
+_SETTLED = 1.0  # seconds without trouble before an outage counts as over
+
+
+class Verdict:
+    """An engine's answer: whether the request is admitted, and on demand everything else about it.
+
+    Attributes:
+        allowed: Whether the request is admitted.
+        engine: Who answered.
+        charges: What the answer is about; fewer than were asked when some rules fail open.
+        source: Who decided.
+        reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
+        known: The remembered refusals that answered, and when (monotonic seconds).
+    """
+
+    __slots__ = ("_decision", "allowed", "at", "charges", "engine", "known", "reply", "source")
+
+    def __init__(
+        self,
+        engine: "Engine",
+        charges: tuple[Charge, ...],
+        source: Source,
+        reply: Reply | None = None,
+        *,
+        decision: Decision | None = None,
+        known: Sequence[tuple[Charge, Refusal]] = (),
+        at: float = 0.0,
+    ) -> None:
+        self.engine = engine
+        self.charges = charges
+        self.source = source
+        self.reply = reply
+        self.known = known
+        self.at = at
+        self._decision = decision
+        if reply is not None:
+            self.allowed = reply[0] == 1
+        else:
+            self.allowed = not known and (decision is None or decision.allowed)
+
+    @property
+    def decision(self) -> Decision:
+        """The answer in full; read from the numbers when first asked for."""
+        if self._decision is None:
+            if self.reply is not None:
+                self._decision = read_reply(self.charges, self.reply, self.source)
+            else:
+                states = tuple(
+                    policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
+                    for charge, refusal in self.known
+                )
+                self._decision = refusal_of(states, states, self.source)
+        return self._decision
+
+    @property
+    def receipts(self) -> list[int]:
+        """One per policy of the charges, for giving back: negative where nothing was charged."""
+        return charged_receipts(self.reply) if self.reply is not None and self.allowed else []
+
+
+class _Outage:
+    """Log lines of one manager: one when Redis is lost, one when it is back, and few about single checks."""
+
+    def __init__(self, _settings: Settings) -> None:
+        self.down = False
+        self._last_trouble = 0.0
+        self._last_line = -_QUIET
+
+    def failed(self, failure: Failure, now: float) -> None:
+        # An odd key or our own load says nothing about the server.
+        if failure in (Failure.REPLY, Failure.POOL):
+            if now - self._last_line >= _QUIET:
+                self._last_line = now
+                logger.warning("redis_asgi.check_failed", extra={"reason": failure.value})
+            return
+        self._last_trouble = now
+        if not self.down:
+            self.down = True
+            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+
+    def worked(self, now: float) -> None:
+        if now - self._last_trouble >= _SETTLED:
+            self.down = False
+            logger.warning("redis_asgi.redis_back")
+
+
+class Engine:
+    """Decides charges for every limiter, middleware and route of one manager.
+
+    Args:
+        timeout: The most a check waits for Redis, in seconds.
+    """
+
+    def __init__(self, manager: RedisManager, *, timeout: float) -> None:
+        self.manager = manager
+        self._timeout = timeout
+        self._has_redis = manager.has_redis
+        self._divisor = manager.settings.RATE_LIMIT_FALLBACK_DIVISOR
+        self._local = manager.shared(LocalEngine.from_settings)
+        self._refusals = manager.shared(RefusalMemory.from_settings)
+        self._outage = manager.shared(_Outage)
+        self._last_batcher: Batcher | ClusterBatcher | None = None
+
+    def remembered(self, charges: tuple[Charge, ...]) -> Verdict | None:
+        """The refusal of *charges* that this process knows already."""
+        now = time.monotonic()
+        known = self._refusals.find(charges, now)
+        return Verdict(self, charges, "redis", known=known, at=now) if known else None
+
+    async def decide(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Verdict:
+        """Decide *charges* together: all are charged, or none."""
+        if not self._has_redis:
+            return Verdict(self, charges, "memory", self._local.decide(mode, charges))
+        if mode == "consume" and self._refusals:
+            known = self.remembered(charges)
+            if known is not None:
+                return known
+        batcher = self._batcher()
+        check = Check(batcher.loop, mode, charges, self._timeout)
+        batcher.submit(check)
+        outcome = await check.future
+        if isinstance(outcome, Failure):
+            self._outage.failed(outcome, time.monotonic())
+            return self._without_redis(charges, mode)
+        if self._outage.down:
+            self._outage.worked(time.monotonic())
+        if mode == "consume" and not outcome[0]:
+            self._refusals.remember(charges, outcome, check.written)
+        return Verdict(self, charges, "redis", outcome)
+
+    def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
+        """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.
+
+        Args:
+            deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
+                goes to the window it was taken from, by receipt, or nowhere once that has passed.
+        """
+        more: list[Charge] = []
+        back: list[Charge] = []
+        receipts: list[int] = []
+        kept = verdict.receipts
+        at = 0
+        for charge in verdict.charges:
+            for policy in charge.policies:
+                delta = deltas[at]
+                if delta > 0:
+                    more.append(Charge(PolicySet((policy,)), charge.partition, delta))
+                elif delta < 0:
+                    back.append(Charge(PolicySet((policy,)), charge.partition, -delta))
+                    receipts.append(kept[at])
+                    self._refusals.forget(charge.partition.key)
+                at += 1
+        if more:
+            self._apply("charge", more, (), verdict)
+        if back:
+            self._apply("refund", back, receipts, verdict)
+
+    def _apply(
+        self, mode: Literal["charge", "refund"], charges: Sequence[Charge], receipts: Sequence[int], verdict: Verdict
+    ) -> None:
+        if verdict.source != "redis":
+            divisor = self._divisor if self.manager.has_redis else 1
+            self._local.decide(mode, charges, receipts=receipts, divisor=divisor)
+        else:
+            # On a cluster each charge may live on another node.
+            for _, same in groupby(charges, lambda charge: charge.partition.key):
+                mine = tuple(same)
+                theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
+                batcher = self._batcher()
+                batcher.submit(Check(batcher.loop, mode, mine, self._timeout, theirs))
+
+    def _batcher(self) -> Batcher | ClusterBatcher:
+        """The running loop's batcher; looked up again when the loop is another, or the manager was closed."""
+        last = self._last_batcher
+        if last is None or last.closed or last.loop is not asyncio.get_running_loop():
+            last = self._last_batcher = self.manager.part(make_batcher)
+        return last
+
+    async def reset(self, partition: Partition, name: str | None) -> bool:
+        """Forget a partition's counters, or those of one rule; whether there were any."""
+        here = self._local.fields(partition.key)
+        found = self._local.forget(partition.key, None if name is None else _of_rule(here, name))
+        self._refusals.forget(partition.key)
+        if not self.manager.has_redis:
+            return found
+        try:
+            async with asyncio.timeout(self.manager.settings.REDIS_TIMEOUT):
+                return await self._reset_in_redis(partition.key, name)
+        except Exception as error:
+            # Redis trouble never escapes; the caller learns that nothing was reset.
+            self._outage.failed(classify(error), time.monotonic())
+            return False
+
+    async def _reset_in_redis(self, key: bytes, name: str | None) -> bool:
+        client = await self.manager.get_connection()
+        fields = [f if isinstance(f, bytes) else f.encode() for f in await client.execute_command("HKEYS", key)]
+        chosen = fields if name is None else _of_rule(fields, name)
+        if not chosen:
+            return False
+        # A log without its field says nothing, so the order is safe.
+        if name is None:
+            gone = await client.execute_command("UNLINK", key)
+        else:
+            gone = await client.execute_command("HDEL", key, *chosen)
+        logs = [log_key(key, field) for field in chosen if _is_log(field)]
+        if logs:
+            await client.execute_command("UNLINK", *logs)
+        return bool(gone)
+
+    def _without_redis(self, charges: tuple[Charge, ...], mode: Mode) -> Verdict:
+        answers = {charge.on_redis_error for charge in charges}
+        if "closed" in answers:
+            return Verdict(self, (), "none", decision=Decision(False, "none", CLOSED_RETRY_AFTER))
+        local = tuple(charge for charge in charges if charge.on_redis_error == "local")
+        if not local:
+            return Verdict(self, (), "none", decision=Decision(True, "none"))
+        return Verdict(self, local, "local", self._local.decide(mode, local, divisor=self._divisor))
+
+
+def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
+    """Those of *fields* that hold a policy of the rule *name*."""
+    belongs = re.compile(rb"%s(?:-\d+s)?:" % re.escape(name.encode()))
+    return [field for field in fields if belongs.match(field)]
+
+
+def _is_log(field: bytes) -> bool:
+    return field.split(b":")[1][:1] == b"m"

@@ -1,0 +1,214 @@
+"""Header fields and problem documents: pure functions, one per dialect.
+
+``RateLimit`` and ``RateLimit-Policy`` follow draft-ietf-httpapi-ratelimit-headers-11 (May 2026): structured-field lists
+(RFC 9651) of named policies. Problem types are the draft's; their format is RFC 9457.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import orjson
+
+from ..settings import HeaderStyle
+from .decision import Decision, PolicyState, merged, policy_state, refusal_of
+from .engine import Verdict
+from .policy import MICROSECONDS, Policy, PolicySet
+from .strategies import VALUES_PER_COUNTER, Reply
+
+Fields: TypeAlias = list[tuple[bytes, bytes]]
+
+PROBLEM_JSON = b"application/problem+json"
+_TYPES = "https://iana.org/assignments/http-problem-types#"
+
+
+def whole_seconds(seconds: float) -> int:
+    """Seconds as a header may say them: rounded up, so never earlier than the truth, and at least 1."""
+    return max(1, math.ceil(seconds))
+
+
+def ietf_fields(states: Iterable[PolicyState]) -> Fields:
+    """``RateLimit-Policy`` and ``RateLimit``, a member per policy (draft-11, sections 3 and 4)."""
+    policies = []
+    limits = []
+    for state in states:
+        reset, retry = state.reset * MICROSECONDS, (state.retry_after or 0.0) * MICROSECONDS
+        t = effective_window(state.strategy, state.window, state.remaining, round(reset), round(retry))
+        policies.append(f'"{state.name}";q={state.quota};w={state.window}'.encode())
+        limits.append(f'"{state.name}";r={state.remaining};t={t}'.encode())
+    return [(b"ratelimit-policy", b", ".join(policies)), (b"ratelimit", b", ".join(limits))] if policies else []
+
+
+def effective_window(strategy: str, window: int, remaining: int, reset: int, retry: int) -> int:
+    """The draft's ``t``: seconds within which no more than the *remaining* units can be used.
+
+    To a fixed window's end; for the others until more is admitted when nothing is left, else the window. *reset* and
+    *retry* are in us; 0 is "now", less is "never".
+    """
+    left = reset if strategy == "fixed-window" else 0 if remaining else retry
+    return -(-left // MICROSECONDS) if left > 0 else window
+
+
+def reply_fields(policies: PolicySet, reply: Reply) -> Fields:
+    """`ietf_fields` straight from a strategy's numbers: what nearly every admitted response gets, so in one piece."""
+    values: list[int] = []
+    for i, fixed, window in policies.shown:
+        _, remaining, reset, retry, _ = reply[1 + VALUES_PER_COUNTER * i : 1 + VALUES_PER_COUNTER * (i + 1)]
+        left = reset if fixed else 0 if remaining else retry
+        values += (remaining, -(-left // MICROSECONDS) if left > 0 else window)
+    if not values:
+        return []
+    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % tuple(values))]
+
+
+def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:
+    """``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` of the one policy that matters most.
+
+    The violated one with the longest wait, else the one with the least of its quota left. The reset is epoch seconds.
+    """
+    if not states:
+        return []
+    refusing = [state for state in states if state.name in violated]
+    if refusing:
+        state = max(refusing, key=lambda s: math.inf if s.retry_after is None else s.retry_after)
+        until = state.retry_after or state.reset
+    else:
+        state = min(states, key=lambda s: s.remaining / s.quota)
+        until = state.reset
+    return [
+        (b"x-ratelimit-limit", str(state.quota).encode()),
+        (b"x-ratelimit-remaining", str(state.remaining).encode()),
+        (b"x-ratelimit-reset", str(math.ceil(now + until)).encode()),
+    ]
+
+
+def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
+    """The fields of a decision in the configured style; none for shadow policies or when nobody decided."""
+    if style == "none" or decision.source == "none":
+        return []
+    states = [state for state in decision.policies if not state.shadow]
+    fields = ietf_fields(states) if style != "legacy" else []
+    if style != "ietf":
+        fields += legacy_fields(states, decision.violated, now=time.time())
+    return fields
+
+
+def verdict_fields(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
+    """The fields of all that was decided about a request."""
+    first = verdicts[0]
+    if len(verdicts) == 1 and style == "ietf" and first.reply is not None and len(first.charges) == 1:
+        return reply_fields(first.charges[0].policies, first.reply)
+    return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+
+
+def joined(sent: Iterable[tuple[bytes, bytes]] | None, fields: Fields) -> Fields:
+    """The headers a response has *sent*, then those of *fields* whose name it has not: the app's own stay."""
+    own = list(sent or ())
+    for name, _ in own:
+        if name in _OURS:
+            names = {name for name, _ in own}
+            return own + [field for field in fields if field[0] not in names]
+    return own + fields
+
+
+_OURS = frozenset(
+    (
+        b"ratelimit-policy",
+        b"ratelimit",
+        b"x-ratelimit-limit",
+        b"x-ratelimit-remaining",
+        b"x-ratelimit-reset",
+        b"cache-control",
+        b"retry-after",
+    )
+)
+
+
+def refusal_fields(decision: Decision) -> Fields:
+    """``Retry-After``, if waiting helps, and ``Cache-Control``: RFC 6585 forbids caches to store a 429."""
+    fields = [(b"cache-control", b"no-store")]
+    if decision.retry_after is not None:
+        fields.append((b"retry-after", str(whole_seconds(decision.retry_after)).encode()))
+    return fields
+
+
+def refusal_detail(decision: Decision) -> str:
+    """One sentence or two for a person: limit, window and wait; never who asked."""
+    refusing = [state for state in decision.policies if state.name in decision.violated]
+    never = [state for state in refusing if state.retry_after is None]
+    if never:
+        state = min(never, key=lambda s: s.quota)
+        return f"The cost of this request is more than the quota of {state.quota} and can never fit."
+    if not refusing:
+        return "Rate limit exceeded."
+    state = max(refusing, key=lambda s: s.retry_after or 0.0)
+    wait = whole_seconds(decision.retry_after or 0.0)
+    return f"Rate limit exceeded: {state.quota} per {state.window} s. Retry in {wait} s."
+
+
+def quota_exceeded(decision: Decision) -> bytes:
+    """The body of a 429: the draft's ``quota-exceeded`` problem."""
+    return _quota_exceeded(refusal_detail(decision), decision.violated)
+
+
+def content_fields(body: bytes) -> Fields:
+    """What says how to read a problem document."""
+    return [(b"content-type", PROBLEM_JSON), (b"content-length", b"%d" % len(body))]
+
+
+def rendered_refusal(
+    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle
+) -> tuple[Fields, bytes]:
+    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us. Do not change the list.
+
+    Under a flood the same few go out again and again, since the times in them are whole seconds: they are kept.
+    """
+    # Legacy fields hold the time of day, so their document changes every second anyway.
+    day = math.ceil(time.time()) if style in ("legacy", "both") else 0
+    return _rendered_refusal(policy, remaining, -(-reset // MICROSECONDS), -(-retry // MICROSECONDS), style, day)
+
+
+@lru_cache(maxsize=1024)
+def _rendered_refusal(
+    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle, _day: int
+) -> tuple[Fields, bytes]:
+    state = policy_state(policy, remaining, reset * MICROSECONDS, retry * MICROSECONDS)
+    decision = refusal_of((state,), (state,), "redis")
+    body = quota_exceeded(decision)
+    return limit_fields(decision, style) + refusal_fields(decision) + content_fields(body), body
+
+
+@lru_cache(maxsize=1024)
+def _quota_exceeded(detail: str, violated: tuple[str, ...]) -> bytes:
+    return orjson.dumps(
+        {
+            "type": _TYPES + "quota-exceeded",
+            "title": "Too Many Requests",
+            "status": 429,
+            "detail": detail,
+            "violated-policies": violated,
+        }
+    )
+
+
+def reduced_capacity() -> bytes:
+    """The body of a 503 while a rule that fails closed cannot be decided: ``temporary-reduced-capacity``."""
+    return orjson.dumps(
+        {
+            "type": _TYPES + "temporary-reduced-capacity",
+            "title": "Service Unavailable",
+            "status": 503,
+            "detail": "The rate limit cannot be checked right now. Retry in 1 s.",
+        }
+    )
+
+
+def identity_missing(what: str) -> bytes:
+    """The body of a 400: a rule counts by *what*, the request has none, and the setting says to refuse."""
+    kind, _, name = what.partition(":")
+    needed = f"the header {name!r}" if kind == "header" else "an authenticated user"
+    return orjson.dumps(
+        {"type": "about:blank", "title": "Bad Request", "status": 400, "detail": f"This request needs {needed}."}
+    )

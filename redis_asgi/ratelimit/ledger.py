@@ -1,0 +1,139 @@
+"""What one request has been charged, and what its response changes about that.
+
+The middleware keeps one `Ledger` per request, which the app sees as a `RequestDecision`; per-route limits join it;
+`settle` sends the difference once, after the last body byte.
+"""
+
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+from ..connection import RedisManager
+from .decision import Decision, merged
+from .engine import Verdict
+from .policy import Partition, Policy
+
+# Where a scope's ``state`` keeps it: ``request.state.rate_limit``.
+STATE = "rate_limit"
+# Far above any quota, far below where a double loses a unit.
+_MOST = 10**10
+
+
+class Ledger:
+    """The verdicts of one request, and what to add to or give back of them.
+
+    Args:
+        immediate: Apply each change at once: there is no middleware that would settle at the response's end.
+    """
+
+    __slots__ = ("_changes", "immediate", "settled", "verdicts")
+
+    def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
+        self.verdicts = [verdict]
+        self.immediate = immediate
+        self.settled = False
+        self._changes: list[tuple[int, str | None]] | None = None
+
+    def has_asked(self, manager: RedisManager, partition: Partition, policy: Policy) -> bool:
+        """Whether this request was put to that very limit already."""
+        return any(
+            charge.partition.key == partition.key and policy in charge.policies
+            for verdict in self.verdicts
+            if verdict.engine.manager is manager
+            for charge in verdict.charges
+        )
+
+    def charge(self, cost: int, policy: str | None) -> None:
+        """See `RequestDecision.charge`."""
+        if not isinstance(cost, int) or isinstance(cost, bool):
+            raise ValueError(f"cost={cost!r} is not a whole number of units.")
+        names = {p.name for verdict in self.verdicts for charge in verdict.charges for p in charge.policies}
+        if policy is not None and policy not in names:
+            raise ValueError(f"policy={policy!r} does not apply to this request. It is one of {sorted(names)}.")
+        if self.settled:
+            raise RuntimeError("The response has ended, and its charges are settled. Charge before its last byte.")
+        change = (max(-_MOST, min(cost, _MOST)), policy)
+        if self.immediate:
+            self._send(None, [change])
+        elif self._changes is None:
+            self._changes = [change]
+        else:
+            self._changes.append(change)
+
+    def settle(self, status: int | None) -> None:
+        """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
+        if self.settled:
+            return
+        self.settled = True
+        if self._changes is not None:
+            self._send(status, self._changes)
+            return
+        for verdict in self.verdicts:
+            for charge in verdict.charges:
+                if charge.count_if is not None:
+                    self._send(status, [])
+                    return
+
+    def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
+        for verdict in self.verdicts:
+            deltas = []
+            receipts = iter(verdict.receipts)
+            for charge in verdict.charges:
+                free = status is not None and charge.count_if is not None and not charge.count_if(status)
+                for policy in charge.policies:
+                    charged = charge.cost if next(receipts, -1) >= 0 else 0
+                    delta = sum(cost for cost, name in changes if name is None or name == policy.name)
+                    # Nobody gets back more than was taken.
+                    deltas.append(max(delta - (charged if free else 0), -charged))
+            if any(deltas):
+                verdict.engine.settle(verdict, deltas)
+
+
+class RequestDecision(Decision):
+    """A request's decision as ``request.state.rate_limit`` has it: with a way to charge more, or less.
+
+    Its fields are read from the verdicts when somebody first looks at one, so that a request whose app never does pays
+    nothing for them.
+    """
+
+    __slots__ = ("ledger",)
+
+    ledger: Ledger
+
+    def __init__(self, ledger: Ledger) -> None:
+        object.__setattr__(self, "ledger", ledger)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only while a field, which is a slot, is empty.
+        if name not in _FIELDS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        whole = merged([verdict.decision for verdict in self.ledger.verdicts])
+        for field in _FIELDS:
+            object.__setattr__(self, field, getattr(whole, field))
+        return getattr(whole, name)
+
+    def join(self, verdict: Verdict) -> None:
+        """Add the verdict of a per-route limit or an inner middleware."""
+        self.ledger.verdicts.append(verdict)
+        for field in _FIELDS:
+            with suppress(AttributeError):  # nobody has looked yet
+                object.__delattr__(self, field)
+
+    def charge(self, cost: int, policy: str | None = None) -> None:
+        """Add *cost* units to what this request was charged, or give units back when it is negative.
+
+        For what is known only later: tokens generated, bytes sent, a cache hit. May exceed the quota, up to ten times:
+        a fixed window forgets the debt at its end, the other strategies pay it off. Never more is given back than the
+        request was charged.
+
+        Args:
+            policy: Only this policy; ``None`` = all that apply to the request.
+
+        Raises:
+            ValueError: If *cost* is not a whole number, or *policy* does not apply to this request.
+            RuntimeError: After the response's last byte.
+        """
+        self.ledger.charge(cost, policy)
+
+
+_FIELDS = tuple(field.name for field in fields(Decision))

@@ -1,0 +1,136 @@
+"""`RateLimiter`: consume, peek and reset, for any identity and from anywhere in a service."""
+
+import logging
+from typing import get_args
+
+from ..connection import RedisArgument, resolve_manager
+from ..errors import ConfigurationError
+from ..settings import OnRedisError, Settings, StrategyName
+from .decision import Decision
+from .engine import Engine
+from .policy import Charge, Partition, make_partition
+from .rules import check_choice, check_cost, check_name, make_policies
+from .strategies import Mode
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+
+class RateLimiter:
+    """Limits by any identity you name, from anywhere in a service: handlers, workers, WebSocket loops.
+
+    Most callers want `check_rate_limit`, or `consume` for its `Decision`.
+
+    Args:
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        strategy: How limits are counted unless a call says otherwise.
+        on_redis_error: What happens when Redis does not answer: ``local`` (same limits, counted in this process),
+            ``open`` (admitted) or ``closed`` (refused).
+        timeout: The most a call waits for Redis, in seconds.
+        settings: ``None`` = from the environment.
+
+    Redis trouble never escapes from a method.
+
+    Raises:
+        ConfigurationError: At construction, naming what cannot work.
+    """
+
+    def __init__(
+        self,
+        redis: RedisArgument = None,
+        *,
+        strategy: StrategyName = "fixed-window",
+        on_redis_error: OnRedisError = "local",
+        timeout: float = 0.25,
+        settings: Settings | None = None,
+    ) -> None:
+        check_choice("strategy", strategy, get_args(StrategyName))
+        check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
+        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= 60:
+            raise ConfigurationError(f"timeout={timeout!r} is not a number of seconds up to 60. Try 0.25.")
+        manager, _ = resolve_manager(redis, settings)
+        self._settings = settings if settings is not None else manager.settings
+        self._engine = Engine(manager, timeout=timeout)
+        self._strategy: StrategyName = strategy
+        self._on_redis_error: OnRedisError = on_redis_error
+
+    async def check_rate_limit(self, client_id: str, limit: int = 100, window: int = 60) -> bool:
+        """Count one request of *client_id* against *limit* per *window* seconds; whether it is admitted.
+
+        Always a fixed window, which opens at the client's first request.
+
+        Raises:
+            ConfigurationError: If *limit* or *window* is not a whole number in range.
+        """
+        decision = await self.consume(client_id, f"{limit}/{window} seconds", strategy="fixed-window")
+        return decision.allowed
+
+    async def consume(
+        self,
+        client_id: str | Partition,
+        limits: str = "100/minute",
+        *,
+        cost: int = 1,
+        name: str = "default",
+        strategy: StrategyName | None = None,
+    ) -> Decision:
+        """Charge *cost* units to *client_id* under every limit, or under none if one of them refuses.
+
+        Args:
+            client_id: Whom to count; any string, hashed before it reaches Redis.
+            limits: Notation such as ``"20/second; 1000/hour"``.
+            cost: Units, 0 or more. 0 charges nothing and is admitted; more than a quota is refused for good.
+            name: The counters' name: equal names share, whatever the limits' quotas.
+            strategy: ``None`` = the limiter's.
+
+        Raises:
+            ConfigurationError: For bad notation, name or strategy.
+            ValueError: If *cost* is not a whole number, 0 or more.
+            TypeError: If *client_id* is not a string.
+        """
+        return await self._decide("consume", client_id, limits, cost, name, strategy)
+
+    async def peek(
+        self,
+        client_id: str | Partition,
+        limits: str = "100/minute",
+        *,
+        cost: int = 1,
+        name: str = "default",
+        strategy: StrategyName | None = None,
+    ) -> Decision:
+        """What `consume` with the same arguments would answer; charges nothing and writes nothing."""
+        return await self._decide("peek", client_id, limits, cost, name, strategy)
+
+    async def reset(self, client_id: str | Partition, *, name: str | None = None) -> bool:
+        """Give *client_id* its full quota back under *name*, or under every name.
+
+        Returns:
+            Whether there was a counter to forget; ``False`` also when Redis does not answer.
+        """
+        if name is not None:
+            check_name(name)
+        return await self._engine.reset(self._partition(client_id), name)
+
+    async def _decide(
+        self,
+        mode: Mode,
+        client_id: str | Partition,
+        limits: str,
+        cost: int,
+        name: str,
+        strategy: StrategyName | None,
+    ) -> Decision:
+        if strategy is not None:
+            check_choice("strategy", strategy, get_args(StrategyName))
+        policies = make_policies(check_name(name), limits, strategy or self._strategy)
+        charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
+        return (await self._engine.decide((charge,), mode)).decision
+
+    def _partition(self, client_id: str | Partition) -> Partition:
+        if isinstance(client_id, Partition):
+            return client_id
+        if not isinstance(client_id, str):
+            raise TypeError(f"client_id must be a string, not {type(client_id).__name__}.")
+        return make_partition(
+            "custom", client_id, prefix=self._settings.REDIS_KEY_PREFIX, secret=self._settings.key_secret
+        )

@@ -1,0 +1,52 @@
+"""Likely misconfigurations, said once each with a code and how to mend it, at the first request that shows them."""
+
+import logging
+
+from starlette.types import Scope
+
+from ..scope import Addressing
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+_FORWARDING = frozenset((b"x-forwarded-for", b"forwarded"))
+
+
+class Linter:
+    """What one middleware has said already, and what it looks for."""
+
+    def __init__(self, addressing: Addressing) -> None:
+        self._addressing = addressing
+        self._said: set[str] = set()
+
+    def look(self, scope: Scope) -> None:
+        """Look at a request for what its server or proxy setting does wrong."""
+        peer = scope.get("client")
+        if not peer:
+            self._say(
+                "no_client_address",
+                "The server gives no client address, as on a unix socket, so all clients share one counter. Let the "
+                "proxy overwrite its forwarding header and the server apply it, or partition by something else.",
+            )
+            return
+        for name, value in scope["headers"]:
+            if name in _FORWARDING and not self._addressing.trusts_peer(scope):
+                # Silent when the server has applied the header: the peer is then one of its addresses.
+                if peer[0].encode() not in value:
+                    self._say(
+                        "forwarded_header_untrusted",
+                        "A forwarding header came from a peer that is not trusted, so clients behind it share its "
+                        "counter. If it is your proxy, set RATE_LIMIT_TRUSTED_PROXIES to its address or network.",
+                    )
+                return
+
+    def mounted_twice(self) -> None:
+        """An outer instance has put the request to the same counter."""
+        self._say(
+            "mounted_twice",
+            "RateLimitMiddleware wraps this app twice with the same limit; the inner one skips it. Remove one.",
+        )
+
+    def _say(self, code: str, fix: str) -> None:
+        if code not in self._said:
+            self._said.add(code)
+            logger.warning("redis_asgi.misconfigured", extra={"code": code, "fix": fix})

@@ -1,0 +1,235 @@
+"""`RateLimitMiddleware`: pure ASGI; guard, read the request, decide, wrap ``send``.
+
+``http``/``websocket`` request → its rules become charges (partition and cost) → one decision for all of them →
+refused here, or on to the app with the fields added to its response → what the response changes is settled after it.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from functools import lru_cache
+from inspect import isawaitable
+from typing import TypeAlias, get_args
+
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..connection import RedisArgument, resolve_manager
+from ..errors import ConfigurationError
+from ..scope import Addressing, path_patterns, route_path
+from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
+from . import headers
+from .engine import Engine, Verdict
+from .ledger import STATE, Ledger, RequestDecision
+from .lint import Linter
+from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
+from .policy import Charge
+from .request import RuleCheck
+from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
+from .rules import Limits, Rule, check_choice, compile_rules
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
+
+
+class RateLimitMiddleware:
+    """Refuses what is over quota, and tells every client how it stands.
+
+    ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background tasks, WebSockets and
+    messages it does not know pass through untouched.
+
+    Args:
+        app: The ASGI app to protect.
+        limits: Notation such as ``"20/second; 1000/hour"``, or a callable that returns it for a request: the rule
+            ``default``, for every path. *limits* and *rules* replace the environment's limits.
+        rules: More rules. Every rule that matches applies, and all are decided together: the request is charged under
+            each, or refused and charged under none.
+        partition_by: Who shares a counter: `client_ip`, ``by_header(name)``, `by_user` or your own callable;
+            ``None`` = ``RATE_LIMIT_PARTITION``.
+        strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
+        on_redis_error: When Redis does not answer: ``local``, ``open`` or ``closed``; ``None`` =
+            ``RATE_LIMIT_ON_REDIS_ERROR``.
+        exempt: Path patterns that are never counted, or a callable that says so; in addition to
+            ``RATE_LIMIT_EXEMPT_PATHS``.
+        on_exceeded: Given the connection and the `Decision`, may return another response than the 429.
+        headers: ``ietf``, ``legacy``, ``both`` or ``none``; ``None`` = ``RATE_LIMIT_HEADERS``.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        settings: ``None`` = from the environment.
+
+    Raises:
+        ConfigurationError: At construction, naming what cannot work.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits | None = None,
+        *,
+        rules: Iterable[Rule] | None = None,
+        partition_by: PartitionBy | None = None,
+        strategy: StrategyName | None = None,
+        on_redis_error: OnRedisError | None = None,
+        exempt: Exempt | None = None,
+        on_exceeded: OnExceeded | None = None,
+        headers: HeaderStyle | None = None,
+        redis: RedisArgument = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.app = app
+        self._manager, self._owned = resolve_manager(redis, settings)
+        settings = settings if settings is not None else self._manager.settings
+        self._body_cap = settings.RATE_LIMIT_BODY_CAP
+        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT)
+        self._addressing = Addressing(settings)
+        self._rules = compile_rules(
+            limits,
+            rules,
+            settings,
+            self._addressing,
+            strategy=strategy,
+            on_redis_error=on_redis_error,
+            partition_by=partition_by,
+        )
+        if headers is not None:
+            check_choice("headers", headers, get_args(HeaderStyle))
+        self._style: HeaderStyle = headers or settings.RATE_LIMIT_HEADERS
+        own_paths = exempt if not callable(exempt) else None
+        self._exempt_paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS) + path_patterns(own_paths)
+        self._exempt_if = exempt if callable(exempt) else None
+        self._may_exempt = bool(self._exempt_paths or self._exempt_if)
+        if on_exceeded is not None and not callable(on_exceeded):
+            raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
+        self._on_exceeded = on_exceeded
+        self._linter = Linter(self._addressing)
+        # When every rule is plain and covers every path, a client's charges are always the same: they are kept.
+        self._is_plain = all(rule.is_plain and rule.everywhere for rule in self._rules)
+        self._charges_of = lru_cache(maxsize=16_384)(self._plain_charges)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        if kind not in ("http", "websocket") or (self._may_exempt and await self._is_exempt(scope)):
+            await self.app(scope, receive, send)
+            return
+
+        self._linter.look(scope)
+        state = scope.setdefault("state", {})
+        outer: RequestDecision | None = state.get(STATE)
+        try:
+            if self._is_plain and outer is None and scope.get("method") != "OPTIONS":
+                verdict: Verdict | None = await self._engine.decide(self._known_charges(scope))
+            else:
+                check = RuleCheck(self._rules, self._engine, self._linter, self._body_cap, scope, receive, outer)
+                verdict, receive = await check.decide(), check.receive
+        except MissingIdentity as missing:
+            await refuse_identity(missing.what, scope, send)
+            return
+
+        if verdict is None:  # no rule covers it, or an outer instance has counted it
+            await self.app(scope, receive, send)
+        elif outer is not None:  # it writes the fields of both, and settles
+            outer.join(verdict)
+            if verdict.allowed:
+                await self.app(scope, receive, send)
+            else:
+                await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
+        elif verdict.allowed:
+            ledger = Ledger(verdict)
+            state[STATE] = RequestDecision(ledger)
+            response = _Response(ledger, self._style, send)
+            try:
+                await self.app(scope, receive, response.send)
+            except BaseException as error:
+                response.failed(error)
+                raise
+            ledger.settle(response.status)
+        elif len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
+            await send_remembered(verdict, self._style, scope, send)
+        else:
+            state[STATE] = RequestDecision(Ledger(verdict))
+            fields = headers.verdict_fields([verdict], self._style)
+            await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+
+    def _known_charges(self, scope: Scope) -> tuple[Charge, ...]:
+        client = self._addressing.client(scope)
+        if client is not None and len(client) > LONGEST_CACHED:
+            return self._plain_charges(client)
+        return self._charges_of(client)
+
+    def _plain_charges(self, client: str | None) -> tuple[Charge, ...]:
+        return tuple(rule.plain_charge(client) for rule in self._rules)
+
+    async def _is_exempt(self, scope: Scope) -> bool:
+        if self._exempt_paths:
+            path = route_path(scope)
+            if any(pattern.matches(path) for pattern in self._exempt_paths):
+                return True
+        if self._exempt_if is None:
+            return False
+        said = self._exempt_if(HTTPConnection(scope))
+        return bool(await said if isawaitable(said) else said)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
+        holding = False
+
+        async def starting() -> Message:
+            nonlocal holding
+            message = await receive()
+            if message["type"] == "lifespan.startup" and self._owned and not holding:
+                holding = True
+                self._manager.hold()
+            return message
+
+        async def ending(message: Message) -> None:
+            nonlocal holding
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed") and holding:
+                # The app is done with the client; the server may end the loop as soon as it hears so.
+                holding = False
+                await self._manager.let_go()
+            await send(message)
+
+        try:
+            await self.app(scope, starting, ending)
+        finally:
+            if holding:
+                await self._manager.let_go()
+
+
+class _Response:
+    """The app's response on its way out: fields added once, at its start, and charges settled at its end.
+
+    Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
+    """
+
+    __slots__ = ("_ledger", "_send", "_style", "status")
+
+    def __init__(self, ledger: Ledger, style: HeaderStyle, send: Send) -> None:
+        self._ledger = ledger
+        self._style: HeaderStyle = style
+        self._send = send
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind in _STARTS:
+            self.status = status = message.get("status", 101)
+            # The draft has no fields on redirects: their target is counted by itself.
+            if not 300 <= status < 400:
+                fields = headers.verdict_fields(self._ledger.verdicts, self._style)
+                message = {**message, "headers": headers.joined(message.get("headers"), fields)}
+            await self._send(message)
+        else:
+            await self._send(message)
+            if kind == "http.response.body" and not message.get("more_body", False):
+                self._ledger.settle(self.status)
+
+    def failed(self, error: BaseException) -> None:
+        """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
+        gone = isinstance(error, OSError | ClientDisconnect) or not isinstance(error, Exception)
+        self._ledger.settle(self.status if gone else 500)
+
+
+_STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))

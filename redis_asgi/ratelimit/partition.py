@@ -1,0 +1,163 @@
+"""Who shares a counter: the ready ``partition_by`` callables, and how any of them becomes a `Partition`."""
+
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from inspect import isawaitable
+from typing import TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ..errors import ConfigurationError
+from ..scope import Addressing, header_values, is_plain_address
+from ..settings import Settings
+from .policy import Partition, make_partition
+
+PartitionBy: TypeAlias = Callable[[HTTPConnection], str | None | Awaitable[str | None]]
+
+# Set while a user's own callable runs, so that `client_ip` inside it believes the same proxies.
+ADDRESSING = "redis_asgi.addressing"
+# The one partition of all clients whose server gives no address (a unix socket).
+UNKNOWN = "unknown"
+# Longer identities are hashed each time: a cache must not hold a megabyte per entry.
+LONGEST_CACHED = 256
+
+
+def client_ip(conn: HTTPConnection) -> str | None:
+    """Partition by the client's address: an IPv4 address, or the network of ``RATE_LIMIT_IPV6_PREFIX`` bits.
+
+    Behind proxies the forwarding header is believed only from ``RATE_LIMIT_TRUSTED_PROXIES``. A server that
+    gives no address puts everybody into the one partition ``unknown``.
+    """
+    addressing: Addressing | None = conn.scope.get(ADDRESSING)
+    if addressing is None:
+        addressing = _default_addressing()
+    return addressing.client(conn.scope) or UNKNOWN
+
+
+@lru_cache(maxsize=1)
+def _default_addressing() -> Addressing:
+    return Addressing(Settings())
+
+
+class by_header:  # noqa: N801 - reads as a function where it is used
+    """Partition by the value of a request header, such as an API key.
+
+    A header that nothing verifies is an identity the client chooses: whoever sends a new value for every
+    request is never limited. Put the middleware inside the one that checks the key, or add a second rule by
+    `client_ip`. A request without the header, or with an empty one, is counted by
+    ``RATE_LIMIT_MISSING_IDENTITY``.
+
+    Raises:
+        ConfigurationError: If *name* is not a header name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or not name or not name.isascii() or any(c in name for c in ' \t\r\n:,;"'):
+            raise ConfigurationError(f"by_header({name!r}): not a header name. Try by_header('x-api-key').")
+        self.name = name.lower()
+        self._raw = self.name.encode()
+
+    def __call__(self, conn: HTTPConnection) -> str | None:
+        return self.read(conn.scope)
+
+    def read(self, scope: Scope) -> str | None:
+        """The first field line's value, as Starlette reads it; ``None`` when absent or empty."""
+        values = header_values(scope, self._raw)
+        return values[0].decode("latin-1").strip() or None if values else None
+
+
+def by_user(conn: HTTPConnection) -> str | None:
+    """Partition by the authenticated user that Starlette's ``AuthenticationMiddleware`` put into the scope.
+
+    Its ``identity``, else its ``display_name``. That middleware must be outside this one (added later). Nobody
+    logged in is counted by ``RATE_LIMIT_MISSING_IDENTITY``.
+    """
+    user = conn.scope.get("user")
+    if user is None or not getattr(user, "is_authenticated", False):
+        return None
+    try:
+        identity = user.identity
+    except (AttributeError, NotImplementedError):
+        identity = getattr(user, "display_name", None)
+    return str(identity) or None if identity is not None else None
+
+
+class MissingIdentity(Exception):
+    """A request lacks what its rule counts by, and ``RATE_LIMIT_MISSING_IDENTITY`` is ``refuse``."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+class Partitioner:
+    """Turns what a ``partition_by`` callable says of a request into a `Partition`.
+
+    Args:
+        partition_by: ``None`` = ``RATE_LIMIT_PARTITION``.
+    """
+
+    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
+        if partition_by is None:
+            partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
+        if not callable(partition_by):
+            raise ConfigurationError(
+                f"partition_by={partition_by!r} is not callable. Try client_ip, by_header('x-api-key') or by_user."
+            )
+        self._by = partition_by
+        self._addressing = addressing
+        self._prefix = settings.REDIS_KEY_PREFIX
+        self._secret = settings.key_secret
+        self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
+        self.by_address = partition_by is client_ip
+        self._kind = (
+            f"header:{partition_by.name}"
+            if isinstance(partition_by, by_header)
+            else "user"
+            if partition_by is by_user
+            else "custom"
+        )
+        # Per instance, so that the cache dies with it.
+        self._of_value = lru_cache(maxsize=16_384)(self._name_value)
+
+    async def __call__(self, scope: Scope) -> Partition | None:
+        """The partition of a request; ``None``: its rule does not apply.
+
+        Raises:
+            MissingIdentity: No identity, and the setting says to refuse.
+        """
+        if self.by_address:
+            return self.of_address(self._addressing.client(scope))
+        by = self._by
+        if isinstance(by, by_header):
+            value = by.read(scope)
+        else:
+            scope[ADDRESSING] = self._addressing
+            said = by(HTTPConnection(scope))
+            value = await said if isawaitable(said) else said
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"partition_by returned {type(value).__name__}, not str or None.")
+        if value is not None:
+            return self._of_value(value) if len(value) <= LONGEST_CACHED else self._name_value(value)
+        if self._kind == "custom" or self._missing == "skip":
+            return None
+        if self._missing == "refuse":
+            raise MissingIdentity(self._kind)
+        return self.of_address(self._addressing.client(scope)) if self._missing == "ip" else self._of_value("")
+
+    def of_address(self, client: str | None) -> Partition:
+        """The partition of a client as `Addressing.client` names it."""
+        client = client or UNKNOWN
+        return make_partition(
+            "ip", client, prefix=self._prefix, secret=self._secret, plain=is_plain_address(client) or client == UNKNOWN
+        )
+
+    def _name_value(self, value: str) -> Partition:
+        return make_partition(self._kind, value, prefix=self._prefix, secret=self._secret)
+
+
+def _from_setting(partition: str) -> PartitionBy:
+    if partition == "ip":
+        return client_ip
+    return by_user if partition == "user" else by_header(partition.removeprefix("header:"))

@@ -1,0 +1,151 @@
+"""The nouns of a limit: what is allowed (`Policy`), who shares it (`Partition`), and one use of it (`Charge`)."""
+
+import base64
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from dataclasses import field as attribute
+
+from ..keys import digest, partition_key
+from ..settings import OnRedisError, StrategyName
+
+# Part of every field's name, so that a new layout never reads an old one's numbers.
+LAYOUT = 1
+_LETTERS: dict[str, str] = {"fixed-window": "f", "sliding-window-counter": "s", "moving-window": "m", "gcra": "g"}
+STRATEGIES: tuple[str, ...] = tuple(_LETTERS)
+MICROSECONDS = 1_000_000
+
+
+def bulk(value: bytes) -> bytes:
+    """*value* as a RESP bulk string, the form of every argument of a command."""
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named quota per window, counted by one strategy.
+
+    Attributes:
+        name: What ``RateLimit-Policy`` calls it; the counter belongs to this name.
+        quota: Units allowed per window, 1 to 10^9.
+        window: Seconds, whole.
+        shadow: Counted and reported, but never refuses.
+        field: Its field in the partition's hash.
+        member: Its member of ``RateLimit-Policy``. Names need no escapes in a structured-field string.
+    """
+
+    name: str
+    quota: int
+    window: int
+    strategy: StrategyName = "fixed-window"
+    shadow: bool = False
+    field: bytes = attribute(init=False, repr=False, compare=False)
+    member: bytes = attribute(init=False, repr=False, compare=False)
+    _hash: int = attribute(init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __post_init__(self) -> None:
+        # Hashed for every refusal of a flood: once is enough.
+        object.__setattr__(self, "_hash", hash((self.name, self.quota, self.window, self.strategy, self.shadow)))
+        object.__setattr__(self, "member", f'"{self.name}";q={self.quota};w={self.window}'.encode())
+        name = f"{self.name}:{_LETTERS[self.strategy]}{self.window}:{LAYOUT}"
+        object.__setattr__(self, "field", name.encode())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicySet:
+    """The policies of one rule, which are charged together.
+
+    Attributes:
+        spec: What the script is told about them.
+        wire: The same as it goes over the wire.
+        logs: The fields of those that keep a log beside the hash.
+        members: What of them ``RateLimit-Policy`` shows; empty when all are shadows.
+        template: The same of ``RateLimit``, to be filled with the remaining units and the effective window of each.
+        shown: Those that are shown: position, whether its window is fixed, its window.
+    """
+
+    policies: tuple[Policy, ...]
+    spec: bytes = attribute(init=False, repr=False, compare=False)
+    wire: bytes = attribute(init=False, repr=False, compare=False)
+    logs: tuple[bytes, ...] = attribute(init=False, repr=False, compare=False)
+    members: bytes = attribute(init=False, repr=False, compare=False)
+    template: bytes = attribute(init=False, repr=False, compare=False)
+    shown: tuple[tuple[int, bool, int], ...] = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        lines = (
+            b"%s %d %d %d %s" % (_LETTERS[p.strategy].encode(), p.quota, p.window * MICROSECONDS, p.shadow, p.field)
+            for p in self.policies
+        )
+        object.__setattr__(self, "spec", b"\n".join(lines))
+        object.__setattr__(self, "wire", bulk(self.spec))
+        logs = tuple(policy.field for policy in self.policies if policy.strategy == "moving-window")
+        object.__setattr__(self, "logs", logs)
+        enforcing = [(i, policy) for i, policy in enumerate(self.policies) if not policy.shadow]
+        object.__setattr__(self, "members", b", ".join(policy.member for _, policy in enforcing))
+        template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in enforcing)
+        object.__setattr__(self, "template", template.encode())
+        shown = tuple((i, policy.strategy == "fixed-window", policy.window) for i, policy in enforcing)
+        object.__setattr__(self, "shown", shown)
+
+    def __iter__(self) -> Iterator[Policy]:
+        return iter(self.policies)
+
+    def __len__(self) -> int:
+        return len(self.policies)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Who shares a counter: a kind (``ip``, ``header:NAME``, ``user``, ``custom``) and a value.
+
+    Attributes:
+        key: The Redis key of the hash that holds all its counters.
+        wire: The key as it goes over the wire.
+        label: What may be shown of it: an address, or the kind and 8 hex digits, never a credential.
+    """
+
+    kind: str
+    value: str = attribute(repr=False)
+    key: bytes
+    label: str
+    wire: bytes = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "wire", bulk(self.key))
+
+
+def make_partition(
+    kind: str, value: str, *, prefix: str = "", secret: str | None = None, plain: bool = False
+) -> Partition:
+    """Name the partition of *value*; a *plain* one (an address) stands in its key as it is unless there is a secret.
+
+    The kind is hashed with the value, so that an API key that looks like an address is not one.
+    """
+    hashed = digest(kind, value, secret=secret)
+    tag = value if plain and secret is None else hashed
+    label = value if plain else f"{kind}:{base64.urlsafe_b64decode(hashed + '==').hex()[:8]}"
+    return Partition(kind, value, partition_key(prefix, tag), label)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Charge:
+    """The policies of one rule, applied to one partition, at one cost in units of their quota.
+
+    Attributes:
+        on_redis_error: What its rule wants when Redis does not answer.
+        count_if: Given the response's status, whether the charge stays.
+    """
+
+    policies: PolicySet
+    partition: Partition
+    cost: int = 1
+    on_redis_error: OnRedisError = "local"
+    count_if: Callable[[int], bool] | None = None
+
+
+def log_key(partition: bytes, field: bytes) -> bytes:
+    """The list beside a partition's hash that holds one moving window's stamps."""
+    return partition + b":" + field

@@ -1,0 +1,110 @@
+"""What the rules make of one request: the charges of those that cover it, decided together."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from inspect import isawaitable
+
+from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope
+
+from ..scope import BufferedRequest, UnreadableBody, route_path
+from .engine import Engine, Verdict
+from .ledger import RequestDecision
+from .lint import Linter
+from .policy import Charge, PolicySet
+from .rules import CompiledRule, check_cost
+
+
+class RuleCheck:
+    """One request on its way through the rules.
+
+    Args:
+        body_cap: The most a cost callable may read of the body, in bytes.
+        outer: What an outer instance has put this request to already.
+
+    Attributes:
+        receive: What the app is to receive from: with a body that was read ahead in front.
+    """
+
+    __slots__ = ("_body_cap", "_engine", "_linter", "_outer", "_rules", "_scope", "receive")
+
+    def __init__(
+        self,
+        rules: Sequence[CompiledRule],
+        engine: Engine,
+        linter: Linter,
+        body_cap: int,
+        scope: Scope,
+        receive: Receive,
+        outer: RequestDecision | None,
+    ) -> None:
+        self._rules = rules
+        self._engine = engine
+        self._linter = linter
+        self._body_cap = body_cap
+        self._scope = scope
+        self._outer = outer
+        self.receive = receive
+
+    async def decide(self) -> Verdict | None:
+        """The verdict of every rule that covers the request; ``None`` when there is none left to ask.
+
+        Raises:
+            MissingIdentity: A rule's identity is missing and the setting says to refuse.
+        """
+        path = route_path(self._scope)
+        asked: list[tuple[CompiledRule, Charge]] = []
+        for rule in self._rules:
+            if rule.covers(self._scope, path):
+                charge = await self._charge(rule)
+                if charge is not None and self._outer is not None:
+                    charge = self._left_over(charge, self._outer)
+                if charge is not None:
+                    asked.append((rule, charge))
+        if not asked:
+            return None
+        if any(callable(rule.cost) for rule, _ in asked):
+            # A refusal that is known already spares the reading of a body.
+            known = self._engine.remembered(tuple(charge for rule, charge in asked if not callable(rule.cost)))
+            if known is not None:
+                return known
+        return await self._engine.decide(tuple([await self._priced(rule, charge) for rule, charge in asked]))
+
+    async def _charge(self, rule: CompiledRule) -> Charge | None:
+        """What a rule that has something to call asks of this request; a callable cost is found later."""
+        policies = rule.policies
+        if policies is None:
+            said = rule.limits_for(HTTPConnection(self._scope))
+            notation = await said if isawaitable(said) else said
+            if notation is None:
+                return None
+            policies = rule.read(notation)
+        partition = await rule.partition(self._scope)
+        if partition is None:
+            return None
+        return rule.charge(policies, partition, rule.cost if isinstance(rule.cost, int) else 0)
+
+    async def _priced(self, rule: CompiledRule, charge: Charge) -> Charge:
+        """*charge* at the cost the rule's callable says; what cannot be read costs the smallest quota."""
+        if isinstance(rule.cost, int):
+            return charge
+        request = BufferedRequest(self._scope, self.receive, cap=self._body_cap)
+        try:
+            said = rule.cost(request)
+            cost = check_cost(await said if isawaitable(said) else said)
+        except UnreadableBody:
+            # A body that is too big to look at must never be the cheap one.
+            cost = min(policy.quota for policy in charge.policies)
+        finally:
+            self.receive = request.replay()
+        return replace(charge, cost=cost)
+
+    def _left_over(self, charge: Charge, outer: RequestDecision) -> Charge | None:
+        """*charge* without the policies that an outer instance has put this request to already."""
+        asked = outer.ledger.has_asked
+        manager = self._engine.manager
+        fresh = tuple(policy for policy in charge.policies if not asked(manager, charge.partition, policy))
+        if len(fresh) == len(charge.policies):
+            return charge
+        self._linter.mounted_twice()
+        return replace(charge, policies=PolicySet(fresh)) if fresh else None

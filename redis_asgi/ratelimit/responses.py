@@ -1,0 +1,88 @@
+"""What a refused client gets: 429, 503 or 400 as problem documents, for HTTP and for WebSocket handshakes."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from inspect import isawaitable
+from typing import TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..settings import HeaderStyle
+from . import headers
+from .decision import Decision
+from .engine import Verdict
+from .headers import Fields
+
+OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
+
+# RFC 6455: policy violation, "when there is no other more suitable status code".
+POLICY_VIOLATION = 1008
+
+
+async def send_refusal(
+    verdict: Verdict,
+    fields: Fields,
+    on_exceeded: OnExceeded | None,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Answer a request that *verdict* refuses (429), or that nobody can decide (503).
+
+    Args:
+        fields: ``RateLimit`` and its kin; empty when an outer middleware writes them.
+        on_exceeded: The user's, who may answer instead.
+    """
+    decision = verdict.decision
+    if decision.source == "none":
+        await _send_problem(503, headers.reduced_capacity(), headers.refusal_fields(decision), scope, send)
+        return
+    fields = fields + headers.refusal_fields(decision)
+    if on_exceeded is not None and can_respond(scope):
+        said = on_exceeded(HTTPConnection(scope), decision)
+        response = await said if isawaitable(said) else said
+        if response is not None:
+            await response(scope, receive, _adding(fields, send))
+            return
+    await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)
+
+
+async def send_remembered(verdict: Verdict, style: HeaderStyle, scope: Scope, send: Send) -> None:
+    """`send_refusal` for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
+    charge, refusal = verdict.known[0]
+    remaining, reset, retry = refusal.numbers(charge.cost, verdict.at)
+    fields, body = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
+    await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+async def refuse_identity(what: str, scope: Scope, send: Send) -> None:
+    """Answer a request that lacks what it would be counted by."""
+    await _send_problem(400, headers.identity_missing(what), [(b"cache-control", b"no-store")], scope, send)
+
+
+def can_respond(scope: Scope) -> bool:
+    """Whether a refusal can have a status and a body; a WebSocket's only through the server's extension."""
+    return scope["type"] == "http" or "websocket.http.response" in (scope.get("extensions") or {})
+
+
+async def _send_problem(status: int, body: bytes, fields: Fields, scope: Scope, send: Send) -> None:
+    if not can_respond(scope):
+        await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
+        return
+    prefix = "websocket." if scope["type"] == "websocket" else ""
+    sent = fields + headers.content_fields(body)
+    await send({"type": f"{prefix}http.response.start", "status": status, "headers": sent})
+    shown = b"" if scope.get("method") == "HEAD" else body
+    await send({"type": f"{prefix}http.response.body", "body": shown})
+
+
+def _adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
+    """A ``send`` that adds *fields* to the start of a response, where it has none of that name."""
+
+    async def adding(message: Message) -> None:
+        if message["type"].endswith("http.response.start"):
+            message = {**message, "headers": headers.joined(message.get("headers"), list(fields))}
+        await send(message)
+
+    return adding

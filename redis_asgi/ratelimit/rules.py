@@ -1,0 +1,289 @@
+"""Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from typing import TypeAlias, cast, get_args
+
+from starlette.requests import HTTPConnection, Request
+from starlette.types import Scope
+
+from ..errors import ConfigurationError
+from ..notation import parse_limits
+from ..scope import Addressing, PathPattern, is_preflight, path_patterns
+from ..settings import OnRedisError, Settings, StrategyName
+from .partition import PartitionBy, Partitioner
+from .policy import Charge, Partition, Policy, PolicySet
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
+Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
+CountIf: TypeAlias = Callable[[int], bool]
+
+DEFAULT_NAME = "default"
+MOVING_WINDOW_MAX = 10_000
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_METHOD = re.compile(r"[A-Z]{1,20}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a *value* that is none of *choices*.
+
+    Raises:
+        ConfigurationError: Lists the choices.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(choices)}. Try {choices[0]!r}.")
+
+
+def check_name(name: object) -> str:
+    """A name fit for a rule: it stands in header fields, Redis fields and metric labels.
+
+    Raises:
+        ConfigurationError: If it does not fit.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigurationError(f"name={name!r} is not 1 to 40 of A-Z a-z 0-9 _ . -. Try 'search'.")
+    return name
+
+
+def check_cost(cost: object) -> int:
+    """A cost is a whole number of units, 0 or more.
+
+    Raises:
+        ValueError: If it is not; ``True`` is no number.
+    """
+    if not isinstance(cost, int) or isinstance(cost, bool) or cost < 0:
+        raise ValueError(f"cost={cost!r} is not a whole number of units, 0 or more.")
+    return cost
+
+
+@lru_cache(maxsize=4096)
+def make_policies(name: str, notation: str, strategy: StrategyName, shadow: bool = False) -> PolicySet:
+    """The policies of the rule *name*: of its name for one limit, ``name-<window>s`` each for several.
+
+    Raises:
+        ConfigurationError: For bad notation, or a moving window with a quota above 10,000.
+    """
+    limits = parse_limits(notation)
+    policies = []
+    for limit in limits:
+        if strategy == "moving-window" and limit.quota > MOVING_WINDOW_MAX:
+            raise ConfigurationError(
+                f"limits={notation!r}: moving-window keeps one stamp per unit, so its quota is at most "
+                f"{MOVING_WINDOW_MAX}. Try strategy='sliding-window-counter'."
+            )
+        full = name if len(limits) == 1 else f"{name}-{limit.window}s"
+        policies.append(Policy(full, limit.quota, limit.window, strategy, shadow))
+    return PolicySet(tuple(policies))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which requests are limited, by what, and how they are counted.
+
+    Attributes:
+        limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
+            for "not limited".
+        name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
+            (``default``).
+        paths: Patterns where ``*`` is any run of characters; ``None`` = every path.
+        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight. ``GET`` covers HEAD;
+            ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
+        partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
+            request out of this rule.
+        cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()`` and ``json()``
+            are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges nothing; more than
+            the quota is refused for good. A body over the cap or not JSON costs the rule's smallest quota.
+        strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``; ``None`` = the
+            middleware's. See ``redis_asgi.ratelimit.strategies``.
+        on_redis_error: ``local``, ``open`` or ``closed``; ``None`` = the middleware's.
+        shadow: Count and report, never refuse.
+        count_if: Given the response's status, whether the request counts; if not, its charge is given back.
+
+    Raises:
+        ConfigurationError: Names what cannot work.
+    """
+
+    limits: Limits
+    _: KW_ONLY
+    name: str | None = None
+    paths: str | Iterable[str] | None = None
+    methods: str | Iterable[str] | None = None
+    partition_by: PartitionBy | None = None
+    cost: Cost = 1
+    strategy: StrategyName | None = None
+    on_redis_error: OnRedisError | None = None
+    shadow: bool = False
+    count_if: CountIf | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name(self.name)
+        if isinstance(self.limits, str):
+            parse_limits(self.limits)
+        elif not callable(self.limits):
+            raise ConfigurationError(f"limits={self.limits!r} is neither notation nor a callable. Try '100/minute'.")
+        if self.strategy is not None:
+            check_choice("strategy", self.strategy, get_args(StrategyName))
+        if self.on_redis_error is not None:
+            check_choice("on_redis_error", self.on_redis_error, get_args(OnRedisError))
+        for label in ("partition_by", "count_if"):
+            value = getattr(self, label)
+            if value is not None and not callable(value):
+                raise ConfigurationError(f"{label}={value!r} is not callable.")
+        if not callable(self.cost):
+            try:
+                check_cost(self.cost)
+            except ValueError as error:
+                raise ConfigurationError(f"{error} Try 1.") from None
+        if self.paths is not None:
+            paths = (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
+            path_patterns(paths)
+            object.__setattr__(self, "paths", paths)
+        if self.methods is not None:
+            methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
+            methods = tuple(str(method).upper() for method in methods)
+            for method in methods:
+                if not _METHOD.fullmatch(method):
+                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try 'POST' or 'WEBSOCKET'.")
+            object.__setattr__(self, "methods", methods)
+
+
+class CompiledRule:
+    """A rule with every default filled in, ready to be asked of a request."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        settings: Settings,
+        addressing: Addressing,
+        *,
+        strategy: StrategyName,
+        on_redis_error: OnRedisError,
+        partition_by: PartitionBy | None = None,
+        name: str = DEFAULT_NAME,
+    ) -> None:
+        self.name = rule.name or name
+        self.cost = rule.cost
+        self.count_if = rule.count_if
+        self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
+        self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
+        self._limits = rule.limits
+        self._strategy: StrategyName = rule.strategy or strategy
+        self._shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
+        self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths)
+        self._methods = frozenset(rule.methods) if rule.methods is not None else None
+        self.everywhere = not self._paths and self._methods is None
+        # Known at construction unless the limits are a callable.
+        self.policies = self.read(rule.limits) if isinstance(rule.limits, str) else None
+        if self.policies is not None and self._strategy == "sliding-window-counter":
+            _warn_of_small_quotas(self.policies)
+        # Static limits and cost, counted by address: the charge depends on the address alone.
+        self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.partition.by_address
+
+    def charge(self, policies: PolicySet, partition: Partition, cost: int) -> Charge:
+        """A charge under this rule."""
+        return Charge(policies, partition, cost, self.on_redis_error, self.count_if)
+
+    def plain_charge(self, client: str | None) -> Charge:
+        """The charge of a client under a rule that `is_plain`: nothing to call, nothing to wait for."""
+        policies = cast("PolicySet", self.policies)
+        return self.charge(policies, self.partition.of_address(client), cast("int", self.cost))
+
+    def limits_for(self, conn: HTTPConnection) -> "str | None | Awaitable[str | None]":
+        """What a rule with dynamic limits says of a request: notation, or ``None`` for "not limited"."""
+        return self._limits if isinstance(self._limits, str) else self._limits(conn)
+
+    def read(self, notation: str) -> PolicySet:
+        """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
+        return make_policies(self.name, notation, self._strategy, self._shadow)
+
+    def covers(self, scope: Scope, path: str) -> bool:
+        """Whether a request to *path* (see `redis_asgi.scope.route_path`) is this rule's business."""
+        if self.everywhere:
+            return scope.get("method") != "OPTIONS" or not is_preflight(scope)
+        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
+        if self._methods is None:
+            if method == "OPTIONS" and is_preflight(scope):
+                return False
+        elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
+            return False
+        return not self._paths or any(pattern.matches(path) for pattern in self._paths)
+
+
+def _warn_of_small_quotas(policies: PolicySet) -> None:
+    for policy in policies:
+        if policy.quota < 10:
+            logger.warning(
+                "redis_asgi.small_sliding_quota",
+                extra={
+                    "code": "small_sliding_quota",
+                    "policy": policy.name,
+                    "fix": f"A client that used its quota of {policy.quota} waits up to "
+                    f"{policy.window * (1 + 1 / policy.quota):g} s. Use moving-window or gcra for quotas below 10.",
+                },
+            )
+
+
+def compile_rules(
+    limits: Limits | None,
+    rules: Iterable[Rule] | None,
+    settings: Settings,
+    addressing: Addressing,
+    *,
+    strategy: StrategyName | None,
+    on_redis_error: OnRedisError | None,
+    partition_by: PartitionBy | None,
+) -> tuple[CompiledRule, ...]:
+    """The rules of one middleware: *limits* as the rule ``default``, then *rules*; the environment's if neither.
+
+    Raises:
+        ConfigurationError: For a missing or repeated name, and whatever a rule cannot do.
+    """
+    if strategy is not None:
+        check_choice("strategy", strategy, get_args(StrategyName))
+    if on_redis_error is not None:
+        check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
+    written = list(rules or ())
+    for rule in written:
+        if not isinstance(rule, Rule):
+            raise ConfigurationError(f"rules holds {rule!r}, which is no Rule. Try rules=[Rule('100/minute')].")
+    if limits is not None:
+        written.insert(0, Rule(limits, name=DEFAULT_NAME))
+    elif rules is None:
+        written.append(Rule(settings.default_limits, name=DEFAULT_NAME))
+    if len(written) > 1:
+        names = [rule.name for rule in written]
+        if None in names:
+            raise ConfigurationError("With two rules or more each needs a name. Try Rule('5/minute', name='login').")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(f"name={name!r} is used by two rules, which would share counters. Rename one.")
+    compiled = tuple(
+        CompiledRule(
+            rule,
+            settings,
+            addressing,
+            strategy=strategy or settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=on_redis_error or settings.RATE_LIMIT_ON_REDIS_ERROR,
+            partition_by=partition_by,
+        )
+        for rule in written
+    )
+    _check_policy_names(compiled)
+    return compiled
+
+
+def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
+    seen: dict[str, str] = {}
+    for rule in rules:
+        for policy in rule.policies or ():
+            other = seen.setdefault(policy.name, rule.name)
+            if other != rule.name:
+                raise ConfigurationError(
+                    f"name={rule.name!r}: its policy {policy.name!r} is one of the rule {other!r} too. Rename one."
+                )

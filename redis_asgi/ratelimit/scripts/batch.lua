@@ -1,0 +1,140 @@
+-- Decide many requests in one call, each in turn, all or nothing, each under its own pcall.
+-- A request makes charges; a charge is some policies of one partition at one cost.
+-- KEYS, per charge: the partition's hash, then the list of each moving window. All keys of a call share a slot on
+--   Redis Cluster, where a batch is one call per partition.
+-- ARGV[1] now (us); '' = Redis TIME. Then per request: mode (consume|peek|charge|refund), number of charges, and per
+--   charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, cost (units), for a refund
+--   also a receipt per policy, negative for one that was not charged.
+-- Reply, flat, per request: 1 admitted | 0 refused, then per counter: 1|0 itself admits, remaining (units),
+--   reset (us), until the same cost is admitted next (us, -1 = can never fit), receipt (us). One that failed: -1, message.
+
+local parsed = {}
+
+local function parse(spec)
+  local policies = {}
+  for line in string.gmatch(spec, '[^\n]+') do
+    local letter, quota, window, shadow, field = match(line, '^(%a) (%d+) (%d+) ([01]) (.+)$')
+    policies[#policies + 1] = {
+      strategy = strategies[letter], log = letter == 'm', quota = tonumber(quota), window = tonumber(window),
+      shadow = shadow == '1', field = field, edge = tonumber(quota) * 1e-12,
+    }
+  end
+  parsed[spec] = policies
+  return policies
+end
+
+local function read_time()
+  local time = call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+
+-- Neighbours in one hash are read by one HMGET and written by one HSET.
+local function read(counters, now)
+  local i, count = 1, #counters
+  while i <= count do
+    local key, last = counters[i].key, i
+    while last < count and counters[last + 1].key == key do last = last + 1 end
+    if last == i then
+      local s = counters[i]
+      s.policy.strategy.load(s, call('HGET', key, s.policy.field), now)
+    else
+      local fields = {}
+      for j = i, last do fields[j - i + 1] = counters[j].policy.field end
+      local raws = call('HMGET', key, unpack(fields))
+      for j = i, last do counters[j].policy.strategy.load(counters[j], raws[j - i + 1], now) end
+    end
+    i = last + 1
+  end
+end
+
+local function write(counters, now)
+  local i, count = 1, #counters
+  while i <= count do
+    local key, fields, ttl = counters[i].key, {}, 0
+    while i <= count and counters[i].key == key do
+      local s = counters[i]
+      if s.dirty then
+        local packed, needed = s.policy.strategy.save(s, now)
+        fields[#fields + 1] = s.policy.field
+        fields[#fields + 1] = packed
+        ttl = max(ttl, needed)
+      end
+      i = i + 1
+    end
+    if #fields > 0 then
+      call('HSET', key, unpack(fields))
+      expire(key, ttl)
+    end
+  end
+end
+
+local reply, size = {}, 0
+
+local function decide(mode, counters, now)
+  local admitted, changed, count = true, false, #counters
+  read(counters, now)
+  for i = 1, count do
+    local s = counters[i]
+    s.ok = s.cost == 0 or s.cost <= s.free
+    if not s.ok and not s.policy.shadow then admitted = false end
+  end
+  if mode ~= 'peek' then
+    for i = 1, count do
+      local s = counters[i]
+      if s.cost > 0 then
+        local strategy = s.policy.strategy
+        if mode == 'refund' then s.dirty = s.receipt >= 0 and strategy.refund(s, s.cost, s.receipt)
+        elseif mode == 'charge' or (admitted and s.ok) then
+          strategy.charge(s, s.cost, now)
+          s.dirty = true
+        end
+        changed = changed or s.dirty
+      end
+    end
+    if changed then write(counters, now) end
+  end
+  reply[size + 1] = admitted and 1 or 0
+  for i = 1, count do
+    local s, n = counters[i], size + 5 * i - 4
+    reply[n + 1] = s.ok and 1 or 0
+    reply[n + 2] = max(0, min(s.policy.quota, s.free))
+    reply[n + 3] = s.policy.strategy.reset(s, now)
+    if s.cost == 0 or s.cost <= s.free then reply[n + 4] = 0
+    elseif s.cost > s.policy.quota then reply[n + 4] = -1
+    else reply[n + 4] = s.policy.strategy.wait(s, s.cost, now) end
+    reply[n + 5] = s.receipt_now
+  end
+  size = size + 1 + 5 * count
+end
+
+local now = ARGV[1] == '' and read_time() or tonumber(ARGV[1])
+local k, a = 1, 2
+while a <= #ARGV do
+  local mode, charges = ARGV[a], tonumber(ARGV[a + 1])
+  local counters, count = {}, 0
+  a = a + 2
+  for _ = 1, charges do
+    local spec, cost, key = ARGV[a], tonumber(ARGV[a + 1]), KEYS[k]
+    a, k = a + 2, k + 1
+    for _, policy in ipairs(parsed[spec] or parse(spec)) do
+      -- Named at once, so that the table is made at its full size.
+      local s = {
+        policy = policy, cost = cost, key = key, at = 0, free = 0, ok = false, receipt_now = 0, dirty = false,
+        start = 0, count = 0, opened = false,
+      }
+      if policy.log then s.list = KEYS[k]; k = k + 1 end
+      if mode == 'refund' then s.receipt = tonumber(ARGV[a]); a = a + 1 end
+      count = count + 1
+      counters[count] = s
+    end
+  end
+  local fine, result = pcall(decide, mode, counters, now)
+  if not fine then
+    for i = size + 1, #reply do reply[i] = nil end
+    reply[size + 1] = -1
+    -- Redis 7 raises a table, 6.2 a string.
+    reply[size + 2] = type(result) == 'table' and result.err or tostring(result)
+    size = size + 2
+  end
+end
+return reply

@@ -1,0 +1,31 @@
+-- What the strategies share. Each strategy adds itself under its letter: load, wait, charge, refund, reset, save.
+-- `load` sets s.free (the largest cost admitted now, below 0 when in debt) and s.receipt_now; times are whole us.
+-- The arithmetic, its order included, is mirrored by the in-process twin in strategies.py; change both together.
+
+local strategies = {}
+local call, format, match = redis.call, string.format, string.match
+local ceil, floor, max, min, tonumber = math.ceil, math.floor, math.max, math.min, tonumber
+
+-- For times: Lua's own conversion, %.14g, cuts a time of 16 digits. Counts up to 10^10 it writes exactly.
+local function integer(x) return format('%.0f', x) end
+
+-- The parts of a stored field, as text: Lua's arithmetic reads numbers in text, comparison does not.
+local function parts(raw, pattern)
+  local a, b, c = match(raw, pattern)
+  if not a then error('ERR not a counter of this package: ' .. string.sub(raw, 1, 40)) end
+  return a, b, c
+end
+
+-- After a write, so that a server out of memory refuses the write itself. A second of slack for the clock of a replica
+-- that takes over. Never shortens, and heals a key without a TTL; a new key that may have none does not stay.
+local function expire(key, us)
+  if us <= 0 then return end
+  local needed = ceil(us / 1000) + 1000
+  local left = call('PTTL', key)
+  if left >= needed then return end
+  local said = redis.pcall('PEXPIRE', key, integer(needed))
+  if type(said) == 'table' and said.err then
+    if left < 0 then call('UNLINK', key) end
+    error(said.err)
+  end
+end

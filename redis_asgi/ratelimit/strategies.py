@@ -1,0 +1,272 @@
+"""The four strategies in this process: the twin of ``scripts/*.lua``, decision for decision.
+
+The engine of ``memory://``, the stand-in while Redis is gone, and the oracle that the scripts are tested against.
+Both sides compute in IEEE doubles and in the same order, so their numbers agree to the last microsecond;
+change one only together with the other.
+
+``fixed-window``            the window opens at a client's first request; up to two quotas may pass around an edge.
+``sliding-window-counter``  two aligned buckets, the older one fading; no burst at an edge, but a client that used its
+                            quota waits up to ``window * (1 + 1 / quota)``.
+``moving-window``           an exact log of every unit: precise, and memory in proportion to the quota.
+``gcra``                    a token bucket: smooth, one number.
+"""
+
+import math
+from array import array
+from bisect import bisect_left, bisect_right
+from typing import Any, Literal, TypeAlias
+
+from .policy import MICROSECONDS, Policy
+
+Mode = Literal["consume", "peek", "charge", "refund"]
+# admitted, then per policy: itself admits, remaining, reset us, retry us, receipt us. What the script replies.
+Reply: TypeAlias = list[int]
+VALUES_PER_COUNTER = 5
+# What is kept of one counter: numbers, or the log of a moving window.
+Stored: TypeAlias = "tuple[float, ...] | Log"
+# Doubles near a quota differ from the exact number by less than this part of it.
+_EDGE = 1e-12
+
+
+class Counter:
+    """One counter while a request is decided; a subclass is one strategy.
+
+    Built from what is stored (``None`` when nothing is) without touching it; `save` gives what to store.
+    """
+
+    __slots__ = ("at", "edge", "free", "quota", "receipt", "window")
+
+    def __init__(self, policy: Policy, stored: "Stored | None", now: float) -> None:
+        self.quota = float(policy.quota)
+        self.window = float(policy.window * MICROSECONDS)
+        self.edge = self.quota * _EDGE
+        self.at = now
+        self.free = self.receipt = 0.0
+        self.load(stored, now)
+
+    def load(self, stored: Any, now: float) -> None:
+        """Read what is stored: `free` (the largest cost admitted at *now*, below 0 when in debt) and `receipt`."""
+        raise NotImplementedError
+
+    def wait(self, cost: int, now: float) -> float:
+        """Time from *now* (us) until a *cost* that does not fit now, but can, is admitted."""
+        raise NotImplementedError
+
+    def charge(self, cost: int) -> None:
+        """Take *cost* units, also beyond the quota, up to ten of them."""
+        raise NotImplementedError
+
+    def refund(self, cost: int, receipt: float) -> bool:
+        """Give *cost* back to the charge that gave *receipt*; ``False`` when that no longer counts."""
+        raise NotImplementedError
+
+    def reset(self, now: float) -> float:
+        """Time from *now* (us) until the full quota is back."""
+        raise NotImplementedError
+
+    def save(self) -> tuple[Stored, float]:
+        """What to store, and the time (us) from which it says nothing any more."""
+        raise NotImplementedError
+
+
+class _FixedWindow(Counter):
+    """Stored: start, count."""
+
+    __slots__ = ("count", "start")
+
+    def load(self, stored: tuple[float, float] | None, now: float) -> None:
+        self.start, self.count = now, 0.0
+        if stored is not None and now < stored[0] + self.window:
+            self.start, self.count = stored
+        self.at = max(now, self.start)
+        self.free = self.quota - self.count
+        self.receipt = self.start
+
+    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - the whole window ends at once
+        return self.start + self.window - now
+
+    def charge(self, cost: int) -> None:
+        self.count = min(self.count + cost, 10 * self.quota)
+        self.free = self.quota - self.count
+
+    def refund(self, cost: int, receipt: float) -> bool:
+        if receipt != self.start:
+            return False
+        self.count = max(0.0, self.count - cost)
+        self.free = self.quota - self.count
+        return True
+
+    def reset(self, now: float) -> float:
+        return 0.0 if self.count == 0 else self.start + self.window - now
+
+    def save(self) -> tuple[Stored, float]:
+        return (self.start, self.count), self.start + self.window
+
+
+class _SlidingWindowCounter(Counter):
+    """Stored: bucket index, current, previous."""
+
+    __slots__ = ("current", "elapsed", "index", "previous")
+
+    def load(self, stored: tuple[float, float, float] | None, now: float) -> None:
+        index = float(math.floor(now / self.window))
+        self.current = self.previous = 0.0
+        if stored is not None:
+            if index < stored[0]:
+                index = stored[0]
+                self.at = index * self.window
+            if index == stored[0]:
+                self.current, self.previous = stored[1], stored[2]
+            elif index == stored[0] + 1:
+                self.previous = stored[1]
+        self.index = index
+        self.elapsed = self.at - index * self.window
+        self.receipt = index * self.window
+        self._weigh()
+
+    def _weigh(self) -> None:
+        faded = self.previous * (self.window - self.elapsed) / self.window
+        self.free = math.floor(self.quota + self.edge - (faded + self.current))
+
+    def wait(self, cost: int, now: float) -> float:
+        left = self.window - self.elapsed
+        if self.current + cost <= self.quota:
+            left = left - self.window * (self.quota - self.current - cost) / self.previous
+        else:
+            left = left + max(0.0, self.window * (1 - (self.quota - cost) / self.current))
+        return math.ceil(left) + (self.at - now)
+
+    def charge(self, cost: int) -> None:
+        self.current = min(self.current + cost, 10 * self.quota)
+        self._weigh()
+
+    def refund(self, cost: int, receipt: float) -> bool:
+        index = math.floor(receipt / self.window)
+        if index == self.index:
+            self.current = max(0.0, self.current - cost)
+        elif index == self.index - 1:
+            self.previous = max(0.0, self.previous - cost)
+        else:
+            return False
+        self._weigh()
+        return True
+
+    def reset(self, now: float) -> float:
+        left = self.window - self.elapsed + (self.at - now)
+        if self.current > 0:
+            return left + self.window
+        return left if self.previous > 0 else 0.0
+
+    def save(self) -> tuple[Stored, float]:
+        return (self.index, self.current, self.previous), (self.index + 2) * self.window
+
+
+class _Gcra(Counter):
+    """Stored: time, what was owed then (units, fractional)."""
+
+    __slots__ = ("owed",)
+
+    def load(self, stored: tuple[float, float] | None, now: float) -> None:
+        self.owed = 0.0
+        if stored is not None:
+            self.at = max(now, stored[0])
+            self.owed = max(0.0, stored[1] - (self.at - stored[0]) * self.quota / self.window)
+        self.receipt = math.floor(self.at + self.owed * self.window / self.quota)
+        self._settle()
+
+    def _settle(self) -> None:
+        self.free = math.floor(self.quota + self.edge - self.owed)
+
+    def wait(self, cost: int, now: float) -> float:
+        return math.ceil((self.owed + cost - self.quota) * self.window / self.quota) + (self.at - now)
+
+    def charge(self, cost: int) -> None:
+        self.owed = min(self.owed + cost, 10 * self.quota)
+        self._settle()
+
+    def refund(self, cost: int, receipt: float) -> bool:
+        late = max(0.0, self.at - receipt)
+        back = min(self.owed, max(0.0, cost - late * self.quota / self.window))
+        if back == 0:
+            return False
+        self.owed = self.owed - back
+        self._settle()
+        return True
+
+    def reset(self, now: float) -> float:
+        if self.owed == 0:
+            return 0.0
+        return math.ceil(self.owed * self.window / self.quota) + (self.at - now)
+
+    def save(self) -> tuple[Stored, float]:
+        return (self.at, self.owed), self.at + math.ceil(self.owed * self.window / self.quota)
+
+
+class Log:
+    """The stamps of one moving window, ascending, one per unit; those before `cut` have expired."""
+
+    __slots__ = ("last", "stamps")
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.stamps = array("d")
+
+
+class _MovingWindow(Counter):
+    """Stored: a `Log`, changed in place."""
+
+    __slots__ = ("cut", "log", "used")
+
+    def load(self, stored: Log | None, now: float) -> None:
+        self.log = stored if stored is not None else Log()
+        self.at = max(now, self.log.last)
+        self.cut = bisect_right(self.log.stamps, self.at - self.window)
+        self.receipt = self.at
+        self._settle()
+
+    def _settle(self) -> None:
+        self.used = len(self.log.stamps) - self.cut
+        self.free = self.quota - self.used
+
+    def wait(self, cost: int, now: float) -> float:
+        return self.log.stamps[self.cut + self.used + cost - int(self.quota) - 1] + self.window - now
+
+    def charge(self, cost: int) -> None:
+        cost = max(0, min(cost, 10 * int(self.quota) - self.used))
+        del self.log.stamps[: self.cut]
+        self.cut = 0
+        self.log.stamps.extend(array("d", [self.at]) * cost)
+        self.log.last = self.at
+        self._settle()
+
+    def refund(self, cost: int, receipt: float) -> bool:
+        stamps = self.log.stamps
+        end = bisect_right(stamps, receipt)
+        start = max(end - cost, bisect_left(stamps, receipt))
+        if start >= end:
+            return False
+        del stamps[start:end]
+        # Stamps before the cut were spent already; taking them away gives nothing back.
+        self.cut -= max(0, min(end, self.cut) - start)
+        self._settle()
+        return True
+
+    def reset(self, now: float) -> float:
+        return self.log.stamps[-1] + self.window - now if self.used else 0.0
+
+    def save(self) -> tuple[Stored, float]:
+        return self.log, self.log.last + self.window
+
+
+COUNTERS: dict[str, type[Counter]] = {
+    "fixed-window": _FixedWindow,
+    "sliding-window-counter": _SlidingWindowCounter,
+    "moving-window": _MovingWindow,
+    "gcra": _Gcra,
+}
+
+
+def charged_receipts(reply: Reply) -> list[int]:
+    """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
+    fits, receipts = reply[1::VALUES_PER_COUNTER], reply[VALUES_PER_COUNTER::VALUES_PER_COUNTER]
+    return [receipt if fit else -1 for fit, receipt in zip(fits, receipts, strict=True)]

@@ -1,0 +1,158 @@
+"""How a batch reaches Redis: one script call over a pooled connection, or on a cluster a pipeline per node."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from itertools import groupby, islice
+from typing import Any
+
+import redis.asyncio as aioredis
+from redis.asyncio.connection import ConnectionPool
+from redis.exceptions import NoScriptError, RedisError
+
+from ..errors import Failure, classify
+from .batch import Batcher, Check, distribute, resolve
+from .policy import bulk, log_key
+from .strategies import Mode
+
+
+def _load_script() -> bytes:
+    folder = files(__package__) / "scripts"
+    names = ("prelude", "fixed_window", "sliding_window_counter", "moving_window", "gcra", "batch")
+    return b"\n".join((folder / f"{name}.lua").read_bytes() for name in names)
+
+
+SCRIPT = _load_script()
+SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+
+
+def _arguments(checks: Sequence[Check], clock: int | None) -> list[bytes | int]:
+    """What follows the script in a command for *checks*: number of keys, keys, clock, questions."""
+    keys: list[bytes] = []
+    args: list[bytes | int] = [b"" if clock is None else clock]
+    for check in checks:
+        args += (check.mode.encode(), len(check.charges))
+        receipts = iter(check.receipts)
+        for charge in check.charges:
+            keys.append(charge.partition.key)
+            keys += (log_key(charge.partition.key, field) for field in charge.policies.logs)
+            args += (charge.policies.spec, charge.cost)
+            args += islice(receipts, len(charge.policies))
+    return [len(keys), *keys, *args]
+
+
+@lru_cache(maxsize=1024)
+def _number(value: int) -> bytes:
+    return bulk(b"%d" % value)
+
+
+@lru_cache(maxsize=64)
+def _question(mode: Mode, charges: int) -> bytes:
+    return bulk(mode.encode()) + _number(charges)
+
+
+def _packed(command: bytes, script: bytes, checks: Sequence[Check], clock: int | None) -> bytes:
+    """The whole command of `_arguments` in RESP, joined from what policies and partitions keep ready."""
+    keys: list[bytes] = []
+    args: list[bytes] = []
+    words = 0
+    for check in checks:
+        args.append(_question(check.mode, len(check.charges)))
+        for charge in check.charges:
+            keys.append(charge.partition.wire)
+            keys += (bulk(log_key(charge.partition.key, field)) for field in charge.policies.logs)
+            args.append(charge.policies.wire)
+            args.append(_number(charge.cost))
+        if check.receipts:
+            # Rare, and interleaved with the charges: not worth a fast path.
+            return _pack(command, script, _arguments(checks, clock))
+        words += 2 + 2 * len(check.charges)
+    head = b"*%d\r\n" % (4 + len(keys) + words)
+    time = _number(clock) if clock is not None else _NO_CLOCK
+    return b"".join((head, bulk(command), bulk(script), _number(len(keys)), *keys, time, *args))
+
+
+_NO_CLOCK = bulk(b"")
+
+
+def _pack(command: bytes, script: bytes, arguments: Sequence[bytes | int]) -> bytes:
+    words = [command, script, *(arg if isinstance(arg, bytes) else b"%d" % arg for arg in arguments)]
+    return b"*%d\r\n" % len(words) + b"".join(map(bulk, words))
+
+
+class PoolWire:
+    """One ``EVALSHA`` carries the whole batch over a connection of the client's pool."""
+
+    def __init__(self, client: aioredis.Redis) -> None:
+        self._pool: ConnectionPool = client.connection_pool
+
+    def lacks(self) -> Failure:
+        return Failure.POOL if getattr(self._pool, "exhausted", False) else Failure.TIMEOUT
+
+    async def run(self, batcher: Batcher) -> None:
+        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # a decorator of redis-py's
+        # The batcher's timer is the only clock: no task and no timer per command.
+        timeout, connection.socket_timeout = connection.socket_timeout, None
+        checks: list[Check] = []
+        try:
+            checks = batcher.take()
+            if not checks:
+                return
+            try:
+                await connection.send_packed_command(_packed(b"EVALSHA", SCRIPT_SHA, checks, batcher.clock))
+                reply = await connection.read_response(disable_decoding=True)
+            except NoScriptError:
+                # Nothing ran, so sending it again cannot count twice.
+                await connection.send_packed_command(_packed(b"EVAL", SCRIPT, checks, batcher.clock))
+                reply = await connection.read_response(disable_decoding=True)
+            distribute(checks, reply)
+        except (RedisError, OSError, RuntimeError) as error:
+            resolve(checks, classify(error))
+        finally:
+            connection.socket_timeout = timeout
+            await self._pool.release(connection)
+
+
+class NodeWire:
+    """One pipeline of a cluster client to one node; a script call must stay in one slot: one per partition."""
+
+    def __init__(self, client: aioredis.RedisCluster) -> None:
+        self._client = client
+
+    def lacks(self) -> Failure:
+        return Failure.TIMEOUT
+
+    async def run(self, batcher: Batcher) -> None:
+        await self._client.initialize()
+        checks = sorted(batcher.take(), key=slot_key)
+        if not checks:
+            return
+        groups = [list(group) for _, group in groupby(checks, slot_key)]
+        try:
+            replies = await self._call(b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
+            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if unknown:
+                again = await self._call(b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
+                for i, reply in zip(unknown, again, strict=True):
+                    replies[i] = reply
+        except Exception as error:
+            # RedisClusterException is no RedisError, and a slot table in flux raises KeyErrors and more.
+            resolve(checks, classify(error))
+            return
+        for group, reply in zip(groups, replies, strict=True):
+            if isinstance(reply, Exception):
+                resolve(group, classify(reply))
+            else:
+                distribute(group, reply)
+
+    async def _call(self, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None) -> list[Any]:
+        pipeline = self._client.pipeline()
+        for group in groups:
+            pipeline.execute_command(command, script, *_arguments(group, clock))
+        return list(await pipeline.execute(raise_on_error=False))
+
+
+def slot_key(check: Check) -> bytes:
+    """The key that says which slot, and so which node, a check of one partition belongs to."""
+    return check.charges[0].partition.key

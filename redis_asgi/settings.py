@@ -1,0 +1,286 @@
+"""Environment variables in, one validated and frozen `Settings` out: the only reader of the environment."""
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis.asyncio.connection import parse_url
+
+from .errors import ConfigurationError
+from .notation import MAX_QUOTA, MAX_WINDOW, Limit, read_limits
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+StrategyName = Literal["fixed-window", "sliding-window-counter", "moving-window", "gcra"]
+OnRedisError = Literal["local", "open", "closed"]
+HeaderStyle = Literal["ietf", "legacy", "both", "none"]
+MissingIdentity = Literal["ip", "skip", "shared", "refuse"]
+
+_URL_SCHEMES = ("redis", "rediss", "unix", "memory")
+# Other programs with the same URL may want these; here they would undo what `connection` relies on.
+URL_OPTIONS_NOT_TAKEN = frozenset(
+    [
+        "client_name",
+        "decode_responses",
+        "encoding",
+        "encoding_errors",
+        "lib_name",
+        "lib_version",
+        "protocol",
+        "retry_on_error",
+        "retry_on_timeout",
+        "timeout",
+    ]
+)
+_URL_OPTIONS = URL_OPTIONS_NOT_TAKEN | frozenset(
+    [
+        "db",
+        "username",
+        "password",
+        "max_connections",
+        "health_check_interval",
+        "socket_timeout",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        "ssl_ca_certs",
+        "ssl_ca_path",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_cert_reqs",
+        "ssl_check_hostname",
+    ]
+)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# Up to the last @, scheme or not: a password may hold anything, and a host may have been given a whole URL.
+_BEFORE_HOST = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
+_PASSWORD_IN_QUERY = re.compile(r"((?:password|username)=)[^&]*", re.IGNORECASE)
+
+
+def redact(value: object) -> str:
+    """The repr of *value* for an error message: no user, no password, at most 80 characters."""
+    text = _PASSWORD_IN_QUERY.sub(r"\1***", _BEFORE_HOST.sub(r"\1***@", str(value)))
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return repr(text) if isinstance(value, str) else text
+
+
+def split_list(value: object) -> object:
+    """``"a, b"`` as it stands in an environment variable to ``("a", "b")``; other sequences as they are."""
+    if isinstance(value, str):
+        return tuple(part for part in (raw.strip() for raw in value.split(",")) if part)
+    return tuple(value) if isinstance(value, list | set | frozenset) else value
+
+
+def _host(value: str) -> str:
+    if not value or re.search(r"[\s/@]", value):
+        raise ValueError("not a host name or address; a URL belongs into REDIS_URL")
+    return value
+
+
+def _url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("the port is not a number between 1 and 65535") from None
+    if parts.scheme not in _URL_SCHEMES:
+        raise ValueError("not a redis://, rediss://, unix:// or memory:// URL")
+    if port == 0:
+        raise ValueError("the port is not a number between 1 and 65535")
+    if parts.scheme == "unix" and not parts.path:
+        raise ValueError("a unix:// URL needs the path of a socket")
+    if parts.scheme in ("redis", "rediss") and not re.fullmatch(r"/?\d*", parts.path):
+        raise ValueError("the path of the URL is not a database number")
+    unknown = sorted(set(parse_qs(parts.query)) - _URL_OPTIONS)
+    if unknown:
+        raise ValueError(f"{unknown[0][:40]!r} is no option of a Redis URL")
+    if parts.scheme != "memory":
+        parse_url(url)  # a ValueError names the option whose value has a wrong type
+    return value
+
+
+def _sentinels(value: tuple[str, ...]) -> tuple[str, ...]:
+    for address in value:
+        host, colon, port = address.rpartition(":")
+        if not (colon and host and port.isdigit() and 1 <= int(port) <= 65535):
+            raise ValueError("not a list of host:port")
+    return value
+
+
+def _key_prefix(value: str) -> str:
+    if re.search(r"[{}\s\x00-\x1f\x7f]", value) or not value.isprintable():
+        raise ValueError("braces, blanks and control characters are refused")
+    return value
+
+
+def _limits(value: str) -> str:
+    read_limits(value)
+    return value
+
+
+def _partition(value: str) -> str:
+    kind, _, name = value.partition(":")
+    if value in ("ip", "user") or (kind == "header" and _TOKEN.fullmatch(name)):
+        return value
+    raise ValueError("not ip, user or header:NAME")
+
+
+def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not an address or CIDR ({error})") from None
+    return value
+
+
+def _paths(value: tuple[str, ...]) -> tuple[str, ...]:
+    for path in value:
+        if not path.startswith(("/", "*")):
+            raise ValueError(f"{path!r} does not start with '/' or '*'")
+    return value
+
+
+def _readable(value: str) -> str:
+    if not os.access(value, os.R_OK):
+        raise ValueError("no readable file")
+    return value
+
+
+_File = Annotated[str, AfterValidator(_readable)]
+
+
+class Settings(BaseSettings):
+    """Everything the package can be told from outside; each field is an environment variable of that name.
+
+    ``Settings()`` reads the environment once; keyword arguments win over it. Instances are frozen and
+    hashable. No secret is shown by ``repr`` or in an error.
+
+    Raises:
+        ConfigurationError: Names the variable, its (redacted) value and a value that works.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, case_sensitive=True, extra="forbid", hide_input_in_errors=True)
+
+    REDIS_HOST: Annotated[str, AfterValidator(_host)] = Field("localhost", examples=["localhost"])
+    REDIS_PORT: int = Field(6379, ge=1, le=65535, examples=[6379])
+    REDIS_DB: int = Field(0, ge=0, examples=[0])
+    REDIS_USERNAME: str | None = Field(None, examples=["app"])
+    REDIS_PASSWORD: SecretStr | None = Field(None, examples=["(the password)"])
+    REDIS_URL: Annotated[SecretStr, AfterValidator(_url)] | None = Field(None, examples=["redis://localhost:6379/0"])
+    REDIS_POOL_SIZE: int = Field(20, ge=1, le=10_000, examples=[20])
+    REDIS_TIMEOUT: float = Field(10.0, gt=0, le=3600, allow_inf_nan=False, examples=[10])
+    REDIS_RETRY_ATTEMPTS: int = Field(3, ge=0, le=100, examples=[3])
+    REDIS_SSL: bool = Field(False, examples=["true"])
+    REDIS_SSL_CA_CERTS: _File | None = Field(None, examples=["/etc/ssl/certs/ca-certificates.crt"])
+    REDIS_SSL_CERTFILE: _File | None = Field(None, examples=["/etc/redis/client.crt"])
+    REDIS_SSL_KEYFILE: _File | None = Field(None, examples=["/etc/redis/client.key"])
+    REDIS_SENTINELS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_sentinels)] = Field(
+        (), examples=["sentinel-1:26379,sentinel-2:26379"]
+    )
+    REDIS_SENTINEL_MASTER: str | None = Field(None, min_length=1, examples=["mymaster"])
+    REDIS_CLUSTER: bool = Field(False, examples=["true"])
+    REDIS_KEY_PREFIX: Annotated[str, AfterValidator(_key_prefix)] = Field("", max_length=200, examples=["myapp:"])
+    REDIS_KEY_SECRET: SecretStr | None = Field(None, min_length=1, examples=["(a random string)"])
+
+    RATE_LIMIT_WINDOW: int = Field(60, ge=1, le=MAX_WINDOW, examples=[60])
+    MAX_REQUESTS_PER_WINDOW: int = Field(100, ge=1, le=MAX_QUOTA, examples=[100])
+    RATE_LIMITS: Annotated[str, AfterValidator(_limits)] | None = Field(None, examples=["20/second; 1000/hour"])
+    RATE_LIMIT_STRATEGY: StrategyName = Field("fixed-window", examples=["fixed-window"])
+    RATE_LIMIT_PARTITION: Annotated[str, AfterValidator(_partition)] = Field("ip", examples=["header:x-api-key"])
+    RATE_LIMIT_MISSING_IDENTITY: MissingIdentity = Field("ip", examples=["ip"])
+    RATE_LIMIT_TRUSTED_PROXIES: Annotated[tuple[str, ...], NoDecode, AfterValidator(_networks)] = Field(
+        (), examples=["10.0.0.0/8,192.0.2.7"]
+    )
+    RATE_LIMIT_FORWARDED_HEADER: Literal["x-forwarded-for", "forwarded"] = Field(
+        "x-forwarded-for", examples=["x-forwarded-for"]
+    )
+    RATE_LIMIT_IPV6_PREFIX: int = Field(64, ge=1, le=128, examples=[64])
+    RATE_LIMIT_EXEMPT_PATHS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_paths)] = Field(
+        (), examples=["/health/*,/metrics/*"]
+    )
+    RATE_LIMIT_ON_REDIS_ERROR: OnRedisError = Field("local", examples=["local"])
+    RATE_LIMIT_FALLBACK_DIVISOR: int = Field(1, ge=1, le=100_000, examples=[4])
+    RATE_LIMIT_LOCAL_MAX_PARTITIONS: int = Field(100_000, ge=1, le=100_000_000, examples=[100_000])
+    RATE_LIMIT_TIMEOUT: float = Field(0.25, gt=0, le=60, allow_inf_nan=False, examples=[0.25])
+    RATE_LIMIT_BODY_CAP: int = Field(1024 * 1024, ge=0, examples=[1048576])
+    RATE_LIMIT_HEADERS: HeaderStyle = Field("ietf", examples=["ietf"])
+    RATE_LIMIT_DRY_RUN: bool = Field(False, examples=["true"])
+
+    def __init__(self, **values: Any) -> None:
+        unknown = [name for name in values if name not in type(self).model_fields]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], type(self).model_fields, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " README.md lists every setting."
+            raise ConfigurationError(f"{unknown[0]} is not a setting.{hint}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # pydantic would chain the rejected input into the traceback.
+            problem = _explain(type(self), error, values)
+            raise ConfigurationError(problem) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_lists(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: split_list(value) if name in _LISTS else value for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        url = self.REDIS_URL.get_secret_value() if self.REDIS_URL else ""
+        if self.REDIS_SSL and url and not url.startswith("rediss:"):
+            raise ValueError(f"REDIS_SSL=True, but REDIS_URL={redact(url)} is not encrypted. Try a rediss:// URL.")
+        if self.REDIS_SENTINELS and not self.REDIS_SENTINEL_MASTER:
+            raise ValueError("REDIS_SENTINELS needs REDIS_SENTINEL_MASTER. Try REDIS_SENTINEL_MASTER=mymaster.")
+        if self.REDIS_SENTINELS and self.REDIS_CLUSTER:
+            raise ValueError("REDIS_SENTINELS and REDIS_CLUSTER exclude each other. Unset one of them.")
+        if self.REDIS_SENTINELS and url and not self.is_memory:
+            raise ValueError(
+                f"REDIS_SENTINELS says where Redis is, and so does REDIS_URL={redact(url)}. Unset one of them."
+            )
+        if self.REDIS_CLUSTER and self.REDIS_DB:
+            raise ValueError(f"REDIS_DB={self.REDIS_DB}: Redis Cluster has only database 0. Unset REDIS_DB.")
+        if self.REDIS_CLUSTER and url.startswith("unix:"):
+            raise ValueError(f"REDIS_URL={redact(url)}: REDIS_CLUSTER needs TCP. Try redis://localhost:6379.")
+        if self.REDIS_CLUSTER and url.startswith("redis") and parse_url(url).get("db"):
+            raise ValueError(f"REDIS_URL={redact(url)}: Redis Cluster has only database 0. Try it without.")
+        return self
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether ``REDIS_URL`` is ``memory://``: counters in this process, no Redis at all."""
+        return self.REDIS_URL is not None and self.REDIS_URL.get_secret_value().startswith("memory:")
+
+    @property
+    def key_secret(self) -> str | None:
+        """``REDIS_KEY_SECRET`` in the clear, for the key scheme only."""
+        return self.REDIS_KEY_SECRET.get_secret_value() if self.REDIS_KEY_SECRET else None
+
+    @property
+    def default_limits(self) -> str:
+        """``RATE_LIMITS``, else the one limit of ``MAX_REQUESTS_PER_WINDOW`` and ``RATE_LIMIT_WINDOW``."""
+        return self.RATE_LIMITS or str(Limit(self.MAX_REQUESTS_PER_WINDOW, self.RATE_LIMIT_WINDOW))
+
+
+_LISTS = ("REDIS_SENTINELS", "RATE_LIMIT_TRUSTED_PROXIES", "RATE_LIMIT_EXEMPT_PATHS")
+
+
+def _explain(model: type[Settings], error: ValidationError, given: Mapping[str, object]) -> str:
+    """One line for the first problem: variable, redacted value, what is wrong, a value that works."""
+    first = error.errors(include_context=False, include_url=False)[0]
+    why = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # of several variables together
+        return why
+    name = str(first["loc"][0])
+    field = model.model_fields[name]
+    secret = "SecretStr" in str(field.annotation) and name != "REDIS_URL"
+    value = given.get(name, os.environ.get(name))
+    value = value.get_secret_value() if isinstance(value, SecretStr) else value
+    shown = "'***'" if secret else redact(value)
+    example = field.examples[0] if field.examples else field.default
+    return f"{name}={shown}: {why[:1].lower()}{why[1:]}. Try {example}."

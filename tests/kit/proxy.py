@@ -1,0 +1,155 @@
+"""A TCP proxy that misbehaves on request."""
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+from typing import Literal, Self
+
+Mode = Literal["pass", "delay", "drop_replies", "cut_replies", "reset", "blackhole", "refuse", "chunk"]
+
+
+class FaultProxy:
+    """Stands between a client and a server of this machine, in the running loop.
+
+    Attributes:
+        accepted: Connections taken so far.
+        open: Connections open now.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._upstream = (host, port)
+        self._mode: Mode = "pass"
+        self._seconds = 0.0
+        self._times: int | None = None
+        self._port = 0
+        self._listener: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.accepted = 0
+        self.open = 0
+
+    @property
+    def port(self) -> int:
+        """The port to connect to; it stays the same through every mode."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """A ``redis://`` URL through the proxy."""
+        return f"redis://127.0.0.1:{self._port}"
+
+    async def __aenter__(self) -> Self:
+        await self._listen()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._deafen()
+        for task in self._tasks:
+            task.cancel()
+        self._hang_up()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None) -> None:
+        """Behave like *mode* from now on, on open connections too.
+
+        Args:
+            mode: One of those in the docstring of ``tests.kit``.
+            seconds: How long ``delay`` keeps every reply back.
+            times: After so many replies dropped or cut all is well again; ``None`` = until the next `set`.
+        """
+        self._mode, self._seconds, self._times = mode, seconds, times
+        if mode == "refuse":
+            await self._deafen()
+        elif self._listener is None:
+            await self._listen()
+        if mode in ("refuse", "reset"):
+            self._hang_up()
+
+    async def _listen(self) -> None:
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        self._port = self._listener.sockets[0].getsockname()[1]
+
+    async def _deafen(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _hang_up(self) -> None:
+        for writer in tuple(self._writers):
+            _reset(writer)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.accepted += 1
+        self.open += 1
+        mine = [writer]
+        self._writers.add(writer)
+        try:
+            if self._mode == "reset":
+                return
+            there, back = await asyncio.open_connection(*self._upstream)
+            mine.append(back)
+            self._writers.add(back)
+            pumps = [
+                asyncio.create_task(self._requests(reader, back)),
+                asyncio.create_task(self._replies(there, writer)),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            for each in mine:
+                self._writers.discard(each)
+                if self._mode == "reset":
+                    _reset(each)
+                each.close()
+                with suppress(OSError):
+                    await each.wait_closed()
+            self.open -= 1
+            self._tasks.discard(task)
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if self._mode != "blackhole":
+                    await self._write(writer, data)
+
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                mode = self._mode
+                if mode in ("cut_replies", "drop_replies") and self._times is not None:
+                    self._times -= 1
+                    if self._times <= 0:
+                        self._mode = "pass"
+                if mode == "cut_replies":
+                    return
+                if mode == "delay":
+                    await asyncio.sleep(self._seconds)
+                if mode not in ("blackhole", "drop_replies"):
+                    await self._write(writer, data)
+
+    async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        pieces = [data[i : i + 1] for i in range(len(data))] if self._mode == "chunk" else [data]
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            if self._mode == "chunk":
+                await asyncio.sleep(0)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with RST: no lingering, unsent data thrown away."""
+    with suppress(OSError):
+        plain: socket.socket | None = writer.get_extra_info("socket")
+        if plain is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -1,0 +1,233 @@
+"""When Redis is not well: every request is answered in time, by the policy that was chosen."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from redis_asgi import RateLimitMiddleware, Rule, Settings
+
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Server
+from .harness import Spy, client_of, drive, header, http_scope
+
+pytestmark = pytest.mark.anyio
+
+StartServer = Callable[..., Server]
+CLOSED_PORT = "redis://127.0.0.1:1"
+
+
+async def timed(app: RateLimitMiddleware, **scope: Any) -> tuple[int, float]:
+    """A request's status, and how long it took in seconds."""
+    started = time.monotonic()
+    sent = await drive(app, http_scope(**scope))
+    return sent[0]["status"], time.monotonic() - started
+
+
+async def test_redis_down_at_start_changes_nothing_but_the_engine() -> None:
+    """The app boots without Redis and holds the same limit in the process, headers included."""
+    app = RateLimitMiddleware(Spy(), "3/minute", settings=Settings(REDIS_URL=CLOSED_PORT))
+    async with client_of(app) as client:
+        responses = [await client.get("/") for _ in range(4)]
+
+    assert [200, 200, 200, 429] == [response.status_code for response in responses]
+    assert '"default";r=2;t=60' == responses[0].headers["ratelimit"]
+
+
+async def test_open_admits_without_fields() -> None:
+    """With ``open`` everything is admitted, and no field claims to know anything."""
+    app = RateLimitMiddleware(Spy(), "1/minute", on_redis_error="open", settings=Settings(REDIS_URL=CLOSED_PORT))
+    async with client_of(app) as client:
+        responses = [await client.get("/") for _ in range(3)]
+
+    assert [200] * 3 == [response.status_code for response in responses]
+    assert "ratelimit" not in responses[0].headers
+
+
+async def test_closed_refuses_with_503() -> None:
+    """With ``closed`` nobody is told he was over quota: 503, Retry-After 1, reduced capacity."""
+    app = RateLimitMiddleware(Spy(), "9/minute", on_redis_error="closed", settings=Settings(REDIS_URL=CLOSED_PORT))
+    async with client_of(app) as client:
+        response = await client.get("/")
+
+    assert (503, "1", "no-store") == (
+        response.status_code,
+        response.headers["retry-after"],
+        response.headers["cache-control"],
+    )
+    assert response.json()["type"].endswith("#temporary-reduced-capacity")
+    assert "ratelimit" not in response.headers
+
+
+async def test_each_rule_fails_its_own_way() -> None:
+    """Local rules go on counting beside open ones; one closed rule that covers the request closes it."""
+    rules = [
+        Rule("2/minute", name="local"),
+        Rule("1/minute", name="open", on_redis_error="open"),
+        Rule("9/minute", name="closed", on_redis_error="closed", paths="/pay"),
+    ]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=Settings(REDIS_URL=CLOSED_PORT))
+    free = [(await timed(app))[0] for _ in range(3)]
+    paid, _ = await timed(app, path="/pay")
+
+    assert [200, 200, 429] == free
+    assert 503 == paid
+
+
+async def test_fallback_divisor_shares_the_quota() -> None:
+    """Each of three workers admits a third of the quota, rounded up, while Redis is gone."""
+    settings = Settings(REDIS_URL=CLOSED_PORT, RATE_LIMIT_FALLBACK_DIVISOR=3)
+    app = RateLimitMiddleware(Spy(), "10/minute", settings=settings)
+
+    assert [200] * 4 + [429] == [(await timed(app))[0] for _ in range(5)]
+
+
+async def test_hung_redis_never_holds_a_request(private_server: StartServer) -> None:
+    """SIGSTOP: no request takes 0.3 s, none is a 5xx, the limit holds, and Redis is used again once it goes on."""
+    server = private_server()
+    spy = Spy()
+    app = RateLimitMiddleware(spy, "5/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app, client=("192.0.2.1", 1))
+    server.pause()
+    answers = await asyncio.gather(*(timed(app) for _ in range(20)))
+    late = [await timed(app) for _ in range(3)]
+    server.resume()
+    await asyncio.sleep(0.6)
+    back = await drive(app, http_scope(client=("192.0.2.2", 1)))
+
+    assert max(seconds for _, seconds in [*answers, *late]) < 0.3
+    assert 5 == [status for status, _ in answers].count(200)
+    assert {200, 429} == {status for status, _ in [*answers, *late]}
+    assert b"rate_limit:{192.0.2.2}" in server.client().keys()
+    assert b'"default";r=4;t=60' == header(back[0], b"ratelimit")
+
+
+async def test_restarted_redis_is_used_at_once(private_server: StartServer) -> None:
+    """A kill and a restart cost no 5xx, and not even the first request after it its verdict in Redis."""
+    server = private_server()
+    app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
+    await asyncio.gather(*(timed(app) for _ in range(10)))
+    server.kill()
+    down = [await timed(app) for _ in range(5)]
+    server.restart()
+    up = await timed(app, client=("192.0.2.3", 1))
+
+    assert {200} == {status for status, _ in [*down, up]}
+    assert max(seconds for _, seconds in down) < 0.3
+    assert b"rate_limit:{192.0.2.3}" in server.client().keys()
+
+
+async def test_killed_mid_flight(private_server: StartServer) -> None:
+    """Requests whose batch is under way when Redis dies are decided here, each once."""
+    server = private_server()
+    app = RateLimitMiddleware(Spy(), "8/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app, client=("192.0.2.1", 1))
+    server.pause()
+    requests = [asyncio.create_task(timed(app)) for _ in range(10)]
+    await asyncio.sleep(0.05)
+    server.kill()
+    answers = await asyncio.gather(*requests)
+
+    assert 8 == [status for status, _ in answers].count(200)
+    assert max(seconds for _, seconds in answers) < 0.3
+
+
+@pytest.mark.parametrize("mode", ["reset", "blackhole", "refuse", "drop_replies", "cut_replies"])
+async def test_every_fault_on_the_way_is_answered_in_time(private_server: StartServer, mode: Any) -> None:
+    """Resets, silence and refusals: no request over 0.3 s, none 5xx, the limit held, and Redis used again after."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        settings = Settings(REDIS_URL=proxy.url, REDIS_TIMEOUT=1)
+        app = RateLimitMiddleware(Spy(), "5/minute", settings=settings)
+        await timed(app, client=("192.0.2.1", 1))
+        await proxy.set(mode)
+        answers = await asyncio.gather(*(timed(app) for _ in range(8)))
+        answers += [await timed(app) for _ in range(2)]
+        await proxy.set("pass")
+        back = ""
+        for _ in range(40):
+            await timed(app, client=("192.0.2.4", 1))
+            back = str(server.client().keys("*192.0.2.4*"))
+            if "192.0.2.4" in back:
+                break
+            await asyncio.sleep(0.05)
+        await app._manager.close()
+
+    assert 5 == [status for status, _ in answers].count(200)
+    assert {200, 429} == {status for status, _ in answers}
+    assert max(seconds for _, seconds in answers) < 0.3
+    assert "192.0.2.4" in back
+
+
+async def test_slow_and_chunked_replies_still_decide(private_server: StartServer) -> None:
+    """A reply that comes in single bytes, or in 50 ms, is a reply."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        app = RateLimitMiddleware(Spy(), "2/minute", settings=Settings(REDIS_URL=proxy.url))
+        await timed(app, client=("192.0.2.1", 1))
+        await proxy.set("chunk")
+        first = await timed(app)
+        await proxy.set("delay", seconds=0.05)
+        rest = [await timed(app) for _ in range(2)]
+        await app._manager.close()
+
+    assert [200, 200, 429] == [status for status, _ in [first, *rest]]
+    assert {b"rate_limit:{192.0.2.1}", b"rate_limit:{203.0.113.7}"} == set(server.client().keys())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda server: server.command("CONFIG", "SET", "requirepass", "secret"),
+        lambda server: server.command("CONFIG", "SET", "maxmemory", "1"),
+        lambda server: server.command("REPLICAOF", "127.0.0.1", "1"),
+        lambda server: server.command("ACL", "SETUSER", "default", "-hset"),
+        lambda server: server.command("ACL", "SETUSER", "default", "-pexpire"),
+        lambda server: server.command("ACL", "SETUSER", "default", "-evalsha", "-eval"),
+    ],
+    ids=["NOAUTH", "OOM", "READONLY", "NOPERM in the script", "NOPERM for the TTL", "NOPERM for the script"],
+)
+async def test_every_error_reply_falls_back(private_server: StartServer, spoil: Callable[[Server], Any]) -> None:
+    """NOAUTH, OOM, READONLY and missing rights: the limit is held in the process, no 5xx, no key without a TTL."""
+    server = private_server("--maxmemory-policy", "noeviction")
+    spoil(server)
+    app = RateLimitMiddleware(Spy(), "2/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app, client=("192.0.2.1", 1))  # Redis may grant one command yet before it notices its memory
+    answers = [await timed(app) for _ in range(3)]
+
+    assert [200, 200, 429] == [status for status, _ in answers]
+    assert max(seconds for _, seconds in answers) < 0.3
+
+
+async def test_storm_of_cancelled_requests_serves_nobody_wrongly(private_server: StartServer) -> None:
+    """A thousand requests cancelled at random: nobody gets another's numbers, and no counter exceeds its requests."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        app = RateLimitMiddleware(Spy(), "1000000/minute", settings=Settings(REDIS_URL=proxy.url))
+        await timed(app)
+        await proxy.set("delay", seconds=0.002)
+        admitted = dict.fromkeys(range(20), 0)
+        asked = dict.fromkeys(range(20), 0)
+
+        async def request(number: int) -> None:
+            asked[number] += 1
+            sent = await drive(app, http_scope(client=(f"10.1.1.{number}", 1)))
+            value = header(sent[0], b"ratelimit") or b""
+            admitted[number] += 1
+            assert 1_000_000 - asked[number] <= int(value.split(b"r=")[1].split(b";")[0]) <= 999_999
+
+        for step in range(50):
+            tasks = [asyncio.create_task(request(number)) for number in range(20)]
+            await asyncio.sleep(0.0005 * (step % 4))
+            for task in tasks[step % 3 :: 3]:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert result is None or isinstance(result, asyncio.CancelledError)
+        await proxy.set("pass")
+        await app._manager.close()
+    for number in range(20):
+        (stored,) = server.client().hgetall(f"rate_limit:{{10.1.1.{number}}}").values()
+
+        assert admitted[number] <= int(stored.split()[1]) <= asked[number]

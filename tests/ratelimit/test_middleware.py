@@ -1,0 +1,824 @@
+"""`RateLimitMiddleware`: rules, answers, and that everything else passes through untouched."""
+
+import asyncio
+import gc
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from redis_asgi import (
+    ConfigurationError,
+    Decision,
+    RateLimitMiddleware,
+    Rule,
+    Settings,
+    by_header,
+    by_user,
+    client_ip,
+)
+
+from .harness import Spy, client_of, drive, header, http_scope, memory, statuses, websocket_scope
+
+pytestmark = pytest.mark.anyio
+_counter = itertools.count()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Counters of this test's own, in the process."""
+    return memory(REDIS_KEY_PREFIX=f"t{next(_counter)}:")
+
+
+async def test_refuses_what_is_over_quota(settings: Settings) -> None:
+    """The quota is admitted, the next request is not, and never reaches the app."""
+    spy = Spy()
+    app = RateLimitMiddleware(spy, "3/minute", settings=settings)
+
+    assert [200, 200, 200, 429, 429] == await statuses(app, 5)
+    assert 3 == spy.calls
+
+
+async def test_refusal_explains_itself(settings: Settings) -> None:
+    """A 429 says how long to wait, is not cacheable, and carries the draft's problem document."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    async with client_of(app) as client:
+        await client.get("/")
+        refused = await client.get("/")
+
+    assert "no-store" == refused.headers["cache-control"]
+    assert 59 <= int(refused.headers["retry-after"]) <= 60
+    assert "application/problem+json" == refused.headers["content-type"]
+    assert str(len(refused.content)) == refused.headers["content-length"]
+    problem = refused.json()
+    assert "https://iana.org/assignments/http-problem-types#quota-exceeded" == problem["type"]
+    assert ["default"] == problem["violated-policies"]
+    assert "203.0.113.7" not in refused.text
+
+
+async def test_admitted_response_says_how_the_client_stands(settings: Settings) -> None:
+    """An admitted response has the draft's fields and never Retry-After."""
+    app = RateLimitMiddleware(Spy(), "5/second; 100/minute", settings=settings)
+    async with client_of(app) as client:
+        response = await client.get("/")
+
+    assert '"default-1s";q=5;w=1, "default-60s";q=100;w=60' == response.headers["ratelimit-policy"]
+    assert '"default-1s";r=4;t=1, "default-60s";r=99;t=60' == response.headers["ratelimit"]
+    assert "retry-after" not in response.headers
+
+
+async def test_all_or_none(settings: Settings) -> None:
+    """A request refused by one limit is charged under no other."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("2/hour; 10/day", name="r")], settings=settings)
+    async with client_of(app) as client:
+        for _ in range(6):
+            last = await client.get("/")
+
+    assert '"r-3600s";r=0;t=3600, "r-86400s";r=8;t=86400' == last.headers["ratelimit"]
+
+
+async def test_head_refusal_has_no_body(settings: Settings) -> None:
+    """HEAD counts as GET does, and its refusal has no body."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET")], settings=settings)
+    await statuses(app, 1)
+    sent = await drive(app, http_scope(method="HEAD"))
+
+    assert 429 == sent[0]["status"]
+    assert b"" == sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("style", "present", "absent"),
+    [
+        ("ietf", {"ratelimit", "ratelimit-policy"}, {"x-ratelimit-limit"}),
+        ("legacy", {"x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"}, {"ratelimit"}),
+        ("both", {"ratelimit", "x-ratelimit-reset"}, set()),
+        ("none", set(), {"ratelimit", "ratelimit-policy", "x-ratelimit-limit"}),
+    ],
+)
+async def test_header_styles(settings: Settings, style: Any, present: set[str], absent: set[str]) -> None:
+    """Each style sends its own fields, on admitted and refused responses alike."""
+    app = RateLimitMiddleware(Spy(), "1/minute", headers=style, settings=settings)
+    async with client_of(app) as client:
+        for _ in range(2):
+            names = set((await client.get("/")).headers)
+
+            assert present <= names
+            assert not absent & names
+
+
+async def test_fields_of_the_app_stay(settings: Settings) -> None:
+    """A field the app has set itself is neither replaced nor doubled."""
+    app = RateLimitMiddleware(Spy(headers=[(b"ratelimit", b'"app";r=1;t=1')]), "5/minute", settings=settings)
+    start, _ = await drive(app, http_scope())
+
+    assert [b'"app";r=1;t=1'] == [value for name, value in start["headers"] if name == b"ratelimit"]
+    assert b'"default";q=5;w=60' == header(start, b"ratelimit-policy")
+
+
+async def test_redirects_carry_no_fields(settings: Settings) -> None:
+    """A redirect's target is counted by itself."""
+    app = RateLimitMiddleware(RedirectResponse("/x"), "5/minute", settings=settings)
+    start, _ = await drive(app, http_scope())
+
+    assert 307 == start["status"]
+    assert header(start, b"ratelimit") is None
+
+
+async def test_every_matching_rule_applies(settings: Settings) -> None:
+    """There is no first match: the narrow rule and the wide one both count."""
+    rules = [Rule("2/minute", name="login", paths="/login", methods="POST"), Rule("4/minute", name="all")]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+
+    assert [200, 200, 429] == await statuses(app, 3, "/login", method="POST")
+    assert [200, 200, 429] == await statuses(app, 3, "/other")
+
+
+async def test_unmatched_request_is_not_limited(settings: Settings) -> None:
+    """With rules alone, a path that matches none has no limit and no fields."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/api/*")], settings=settings)
+    async with client_of(app) as client:
+        responses = [await client.get("/free") for _ in range(3)]
+
+    assert [200] * 3 == [response.status_code for response in responses]
+    assert "ratelimit" not in responses[0].headers
+    assert [200, 429] == await statuses(app, 2, "/api")
+
+
+async def test_exempt_paths_and_callable(settings: Settings) -> None:
+    """Exempt requests are not counted: by pattern, by the environment's patterns, or by a callable."""
+    by_path = RateLimitMiddleware(Spy(), "1/minute", exempt=["/health/*"], settings=settings)
+    by_env = RateLimitMiddleware(
+        Spy(), "1/minute", settings=settings.model_copy(update={"RATE_LIMIT_EXEMPT_PATHS": ("/h*",)})
+    )
+
+    async def internal(conn: HTTPConnection) -> bool:
+        return conn.headers.get("x-internal") == "yes"
+
+    by_callable = RateLimitMiddleware(Spy(), "1/minute", exempt=internal, settings=settings)
+
+    assert [200] * 3 == await statuses(by_path, 3, "/health/live")
+    assert [200] * 3 == await statuses(by_env, 3, "/health")
+    assert [200] * 3 == await statuses(by_callable, 3, headers={"x-internal": "yes"})
+    assert [200, 429] == await statuses(by_callable, 2)
+
+
+async def test_preflights_are_the_browsers(settings: Settings) -> None:
+    """A CORS preflight is counted only by a rule that names OPTIONS; another OPTIONS request is counted."""
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    naming = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="o", methods="OPTIONS")], settings=settings)
+
+    assert [200] * 3 == await statuses(app, 3, method="OPTIONS", headers=preflight)
+    assert [200, 429] == await statuses(app, 2, method="OPTIONS")
+    assert [200, 429] == await statuses(naming, 2, method="OPTIONS", headers=preflight)
+
+
+async def test_partition_by_header_and_user(settings: Settings) -> None:
+    """Each key has its own counter, and nobody without one shares a keyed client's."""
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("X-API-Key"), settings=settings)
+
+    assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "a"})
+    assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "b"})
+    assert [200, 429] == await statuses(app, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("ip", [200, 429, 200]), ("skip", [200, 200, 200]), ("shared", [200, 429, 429]), ("refuse", [400, 400, 400])],
+)
+async def test_missing_identity(mode: Any, expected: list[int]) -> None:
+    """Requests without the header are counted by address, not at all, together, or refused with 400."""
+    settings = memory(RATE_LIMIT_MISSING_IDENTITY=mode, REDIS_KEY_PREFIX=f"m-{mode}:")
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("x-api-key"), settings=settings)
+    first, second = await statuses(app, 2), await statuses(app, 1, address="203.0.113.8")
+
+    assert expected == first + second
+
+
+async def test_user_partition(settings: Settings) -> None:
+    """An authenticated user is counted by identity, whatever address it comes from."""
+
+    class User:
+        is_authenticated = True
+        identity = "ada"
+
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_user, settings=settings)
+    first = await drive(app, http_scope(user=User()))
+    second = await drive(app, http_scope(user=User(), client=("198.51.100.1", 1)))
+
+    assert [200, 429] == [first[0]["status"], second[0]["status"]]
+
+
+async def test_custom_partition_of_none_leaves_the_rule(settings: Settings) -> None:
+    """A callable that returns None takes the request out of its rule; async ones are awaited."""
+
+    async def tenant(conn: HTTPConnection) -> str | None:
+        return conn.headers.get("x-tenant")
+
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=tenant, settings=settings)
+
+    assert [200] * 3 == await statuses(app, 3)
+    assert [200, 429] == await statuses(app, 2, headers={"x-tenant": "t"})
+
+
+async def test_client_ip_inside_a_callable_believes_the_same_proxies() -> None:
+    """A user's callable that asks client_ip gets the address behind the trusted proxy."""
+    settings = memory(RATE_LIMIT_TRUSTED_PROXIES="203.0.113.0/24", REDIS_KEY_PREFIX="inner:")
+    seen: list[str | None] = []
+
+    def partition(conn: HTTPConnection) -> str | None:
+        seen.append(client_ip(conn))
+        return seen[-1]
+
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=partition, settings=settings)
+    await statuses(app, 1, headers={"x-forwarded-for": "6.6.6.6, 198.51.100.9"})
+
+    assert ["198.51.100.9"] == seen
+
+
+async def test_spoofed_header_changes_nothing_unless_trusted() -> None:
+    """X-Forwarded-For from a peer that is not trusted buys no new counter; from a trusted one it names the client."""
+    untrusting = RateLimitMiddleware(Spy(), "1/minute", settings=memory(REDIS_KEY_PREFIX="u:"))
+    trusting = RateLimitMiddleware(
+        Spy(), "1/minute", settings=memory(REDIS_KEY_PREFIX="v:", RATE_LIMIT_TRUSTED_PROXIES="203.0.113.7")
+    )
+
+    assert [200] == await statuses(untrusting, 1, headers={"x-forwarded-for": "1.1.1.1"})
+    assert [429] == await statuses(untrusting, 1, headers={"x-forwarded-for": "2.2.2.2"})
+    assert [200] == await statuses(trusting, 1, headers={"x-forwarded-for": "9.9.9.9, 1.1.1.1"})
+    assert [429] == await statuses(trusting, 1, headers={"x-forwarded-for": "8.8.8.8, 1.1.1.1"})
+    assert [200] == await statuses(trusting, 1, headers={"x-forwarded-for": "1.1.1.2"})
+
+
+async def test_dynamic_limits(settings: Settings) -> None:
+    """A callable gives each request its limits, or None for no limit; it may be async."""
+
+    async def plan(conn: HTTPConnection) -> str | None:
+        return {"free": "1/minute", "pro": "2/minute"}.get(conn.headers.get("x-plan", ""))
+
+    app = RateLimitMiddleware(Spy(), plan, partition_by=by_header("x-plan"), settings=settings)
+
+    assert [200, 429] == await statuses(app, 2, headers={"x-plan": "free"})
+    assert [200, 200, 429] == await statuses(app, 3, headers={"x-plan": "pro"})
+    assert [200] * 3 == await statuses(app, 3)
+
+
+async def test_cost_zero_and_cost_too_big(settings: Settings) -> None:
+    """Cost 0 is admitted and charges nothing; a cost above the quota is refused for good, without Retry-After."""
+    costs = iter([0, 0, 6, 5])
+    app = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", cost=lambda request: next(costs))], settings=settings)
+    async with client_of(app) as client:
+        free, _, never, all_of_it = [await client.get("/") for _ in range(4)]
+
+    assert '"default";r=5;t=60' == free.headers["ratelimit"]
+    assert 429 == never.status_code
+    assert "retry-after" not in never.headers
+    assert "can never fit" in never.json()["detail"]
+    assert 200 == all_of_it.status_code
+
+
+async def test_cost_from_the_body_is_replayed_to_the_app(settings: Settings) -> None:
+    """A cost callable may read the JSON body, and the app still receives it byte for byte, however it was cut."""
+
+    async def inputs(request: Request) -> int:
+        return len((await request.json())["input"])
+
+    spy = Spy()
+    app = RateLimitMiddleware(spy, rules=[Rule("10/minute", cost=inputs)], settings=settings)
+    body = json.dumps({"input": ["a"] * 7}).encode()
+    pieces: list[Message] = [
+        {"type": "http.request", "body": body[i : i + 5], "more_body": i + 5 < len(body)}
+        for i in range(0, len(body), 5)
+    ]
+    first = await drive(app, http_scope(method="POST"), *pieces)
+    second = await drive(app, http_scope(method="POST"), *pieces)
+
+    assert [body] == spy.bodies
+    assert b'"default";r=3;t=60' == header(first[0], b"ratelimit")
+    assert 429 == second[0]["status"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"\xff\xfe", b"[" * 100_000, b'{"input": ' + b" " * 3000 + b"[]}"],
+    ids=["cut", "bytes", "nested", "big"],
+)
+async def test_unreadable_body_is_never_the_cheap_one(settings: Settings, body: bytes) -> None:
+    """A body that is no JSON, or over the cap, costs the whole smallest quota, and the app receives it as it was."""
+
+    async def inputs(request: Request) -> int:
+        return len((await request.json())["input"])
+
+    capped = settings.model_copy(update={"RATE_LIMIT_BODY_CAP": 2000})
+    spy = Spy()
+    app = RateLimitMiddleware(spy, rules=[Rule("10/minute", cost=inputs)], settings=capped)
+    async with client_of(app) as client:
+        response = await client.post("/", content=body)
+
+    assert '"default";r=0;t=60' == response.headers["ratelimit"]
+    assert [body] == spy.bodies
+
+
+async def test_body_is_not_read_unless_asked(settings: Settings) -> None:
+    """A rule without a cost callable never touches receive."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    async def receive() -> Message:
+        raise AssertionError("somebody read the body")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await RateLimitMiddleware(app, "1/minute", settings=settings)(http_scope(), receive, send)
+
+    assert 200 == sent[0]["status"]
+
+
+async def test_users_exceptions_reach_the_apps_error_handling(settings: Settings) -> None:
+    """What a user's callable raises is never swallowed into "not limited"."""
+
+    def broken(conn: HTTPConnection) -> str:
+        raise LookupError("tenant")
+
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=broken, settings=settings)
+    with pytest.raises(LookupError, match="tenant"):
+        await drive(app, http_scope())
+
+    negative = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", cost=lambda request: -1)], settings=settings)
+    with pytest.raises(ValueError, match="cost=-1"):
+        await drive(negative, http_scope())
+
+
+async def _settled() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_count_if_gives_back(settings: Settings) -> None:
+    """Only failed logins count: a success is charged on arrival and given back after its response."""
+    outcomes = iter([200, 200, 401, 401, 200])
+
+    async def login(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(status_code=next(outcomes))(scope, receive, send)
+
+    app = RateLimitMiddleware(login, rules=[Rule("2/minute", count_if=lambda status: status >= 400)], settings=settings)
+
+    assert [200, 200, 401, 401, 429] == await statuses(app, 5)
+
+
+async def test_exception_counts_as_500_and_a_disconnect_stays_charged(settings: Settings) -> None:
+    """count_if is told 500 for an app that raises; a client that goes away gets nothing back."""
+    seen: list[int] = []
+
+    def count_if(status: int) -> bool:
+        seen.append(status)
+        return False
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ZeroDivisionError
+
+    async def left_alone(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    for inner, error in ((failing, ZeroDivisionError), (left_alone, asyncio.CancelledError)):
+        app = RateLimitMiddleware(inner, rules=[Rule("5/minute", count_if=count_if)], settings=settings)
+        with pytest.raises(error):
+            await drive(app, http_scope())
+
+    assert [500] == seen
+
+
+async def test_charge_until_the_last_byte(settings: Settings) -> None:
+    """The app may charge what it only knows later, for one policy or all, and give back what it was charged."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        limit = scope["state"]["rate_limit"]
+        limit.charge(4)
+        limit.charge(-2, policy="default-60s")
+        await PlainTextResponse("ok")(scope, receive, send)
+        with pytest.raises(RuntimeError, match="settled"):
+            limit.charge(1)
+        with pytest.raises(ValueError, match="policy='nope'"):
+            limit.charge(1, policy="nope")
+
+    limited = RateLimitMiddleware(app, "10/minute; 100/hour", settings=settings)
+    async with client_of(limited) as client:
+        await client.get("/")
+        response = await client.get("/")
+
+    assert '"default-60s";r=6;t=60, "default-3600s";r=94;t=3600' == response.headers["ratelimit"]
+
+
+async def test_nobody_gets_back_more_than_was_taken(settings: Settings) -> None:
+    """Giving back a thousand units restores only this request's own."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["rate_limit"].charge(-1000)
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    generous = RateLimitMiddleware(app, "5/minute", settings=settings)
+    plain = RateLimitMiddleware(Spy(), "5/minute", settings=settings)
+    await statuses(plain, 2)
+    await statuses(generous, 3)
+    async with client_of(plain) as client:
+        response = await client.get("/")
+
+    assert '"default";r=2;t=60' == response.headers["ratelimit"]
+
+
+async def test_shadow_rule_only_watches(settings: Settings) -> None:
+    """A shadow policy never refuses and is in no header, but the decision shows it."""
+    seen: list[Decision] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["state"]["rate_limit"])
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    rules = [Rule("1/minute", name="new", shadow=True), Rule("10/minute", name="old")]
+    limited = RateLimitMiddleware(app, rules=rules, settings=settings)
+
+    assert [200, 200] == await statuses(limited, 2)
+    assert [True, 0, 8] == [seen[1].policies[0].shadow, seen[1].policies[0].remaining, seen[1].policies[1].remaining]
+    assert isinstance(seen[1], Decision)
+
+
+async def test_dry_run_makes_every_policy_a_shadow() -> None:
+    """RATE_LIMIT_DRY_RUN refuses nobody and sends no fields."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory(RATE_LIMIT_DRY_RUN=True, REDIS_KEY_PREFIX="dry:"))
+    async with client_of(app) as client:
+        responses = [await client.get("/") for _ in range(3)]
+
+    assert [200] * 3 == [response.status_code for response in responses]
+    assert "ratelimit" not in responses[0].headers
+
+
+async def test_on_exceeded_may_answer(settings: Settings) -> None:
+    """The user's response replaces the 429 and gets its fields; None leaves it; async works."""
+
+    async def answer(conn: HTTPConnection, decision: Decision) -> Response | None:
+        assert not decision.allowed
+        return JSONResponse({"error": "slow down"}, 420) if "x-json" in conn.headers else None
+
+    app = RateLimitMiddleware(Spy(), "1/minute", on_exceeded=answer, settings=settings)
+    async with client_of(app) as client:
+        await client.get("/")
+        own = await client.get("/", headers={"x-json": "1"})
+        default = await client.get("/")
+
+    assert (420, {"error": "slow down"}) == (own.status_code, own.json())
+    assert {"retry-after", "ratelimit"} <= set(own.headers)
+    assert 429 == default.status_code
+
+
+async def test_websocket_handshakes(settings: Settings) -> None:
+    """An admitted handshake carries the fields on accept; a refused one is a 429, or a close with 1008."""
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    app = RateLimitMiddleware(Starlette(routes=[WebSocketRoute("/", endpoint)]), "1/minute", settings=settings)
+    connect: Message = {"type": "websocket.connect"}
+    admitted = await drive(app, websocket_scope(), connect)
+    answered = await drive(app, websocket_scope(extensions={"websocket.http.response": {}}), connect)
+    closed = await drive(app, websocket_scope(), connect)
+
+    assert ["websocket.accept", "websocket.close"] == [message["type"] for message in admitted]
+    assert b'"default";r=0;t=60' == header(admitted[0], b"ratelimit")
+    assert ["websocket.http.response.start", "websocket.http.response.body"] == [m["type"] for m in answered]
+    assert 429 == answered[0]["status"]
+    assert [{"type": "websocket.close", "code": 1008, "reason": ""}] == closed
+
+
+async def test_mounted_twice_counts_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """The inner instance skips what the outer one has charged, says so once, and adds what is its own."""
+    inner = RateLimitMiddleware(
+        Spy(), rules=[Rule("3/minute", name="a"), Rule("9/minute", name="b")], settings=settings
+    )
+    app = RateLimitMiddleware(inner, rules=[Rule("3/minute", name="a")], settings=settings)
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        async with client_of(app) as client:
+            responses = [await client.get("/") for _ in range(4)]
+
+    assert [200, 200, 200, 429] == [response.status_code for response in responses]
+    assert '"a";r=2;t=60, "b";r=8;t=60' == responses[0].headers["ratelimit"]
+    assert ["mounted_twice"] == [record.__dict__["code"] for record in caplog.records]
+
+
+async def test_likely_misconfigurations_are_said_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """A forwarding header from a stranger, and no client address at all, are logged once each, with a fix."""
+    app = RateLimitMiddleware(Spy(), "100/minute", settings=settings)
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        for _ in range(3):
+            await drive(app, http_scope(headers=[(b"x-forwarded-for", b"1.1.1.1")]))
+            await drive(app, http_scope(client=None))
+            # uvicorn has applied this one: the peer is the header's address.
+            await drive(app, http_scope(headers=[(b"x-forwarded-for", b"203.0.113.7")]))
+
+    assert ["forwarded_header_untrusted", "no_client_address"] == [r.__dict__["code"] for r in caplog.records]
+    assert all(record.__dict__["fix"] for record in caplog.records)
+
+
+async def test_no_address_is_one_partition(settings: Settings) -> None:
+    """Clients of a unix socket share one counter, which is nobody else's."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    seen = [(await drive(app, http_scope(client=None)))[0]["status"] for _ in range(2)]
+
+    assert [200, 429] == seen
+    assert [200] == await statuses(app, 1)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-api-key", b"\xff\xfe\x00")],
+        [(b"x-api-key", b"k" * 1_000_000)],
+        [(b"x-api-key", b"")],
+        [(b"x-api-key", b"a:b{c}\r\nd")],
+        [(b"x-forwarded-for", b"\xff, [::1, ,,,")],
+    ],
+    ids=["not UTF-8", "a megabyte", "empty", "separators", "broken forwarding"],
+)
+async def test_hostile_headers_have_a_defined_answer(settings: Settings, headers: list[tuple[bytes, bytes]]) -> None:
+    """Whatever a header holds, the limit holds and nothing raises."""
+    trusting = settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("203.0.113.7",)})
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("x-api-key"), settings=trusting)
+    seen = [(await drive(app, http_scope(headers=headers)))[0]["status"] for _ in range(2)]
+
+    assert [200, 429] == seen
+
+
+async def _events(request: Request) -> Response:
+    async def chunks() -> AsyncIterator[str]:
+        for i in range(3):
+            yield f"data: {i}\n\n"
+
+    return StreamingResponse(chunks(), media_type="text/event-stream")
+
+
+async def _echo(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_text(await websocket.receive_text())
+    await websocket.close(4000)
+
+
+def _not_here(request: Request) -> Response:
+    raise HTTPException(410)
+
+
+done: list[str] = []
+
+
+def _with_task(request: Request) -> Response:
+    return PlainTextResponse("ok", background=BackgroundTask(done.append, "background"))
+
+
+ROUTES = [
+    Route("/events", _events),
+    Route("/gone", _not_here),
+    Route("/task", _with_task),
+    Mount("/sub", routes=[Route("/deep", lambda request: PlainTextResponse(request.url.path))]),
+    WebSocketRoute("/ws", _echo),
+]
+
+
+@pytest.mark.parametrize(
+    ("scope", "messages"),
+    [
+        (http_scope(path="/events"), []),
+        (http_scope(path="/gone"), []),
+        (http_scope(path="/nowhere"), []),
+        (http_scope(path="/task"), []),
+        (http_scope(path="/sub/deep"), []),
+        (websocket_scope(path="/ws"), [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hi"}]),
+    ],
+    ids=["stream", "HTTPException", "404", "background", "mount", "websocket"],
+)
+async def test_message_by_message_the_same(settings: Settings, scope: Scope, messages: list[Message]) -> None:
+    """But for its two header fields, the app's messages are those it sends alone."""
+    app = Starlette(routes=ROUTES)
+    alone = await drive(app, dict(scope), *messages)
+    limited = await drive(RateLimitMiddleware(app, "9/minute", settings=settings), dict(scope), *messages)
+    for message in limited:
+        if "headers" in message:
+            ours = [field for field in message["headers"] if field[0].startswith(b"ratelimit")]
+            message["headers"] = [field for field in message["headers"] if field not in ours]
+
+            assert 2 == len(ours)
+    for message in alone:
+        message.get("headers")
+
+    assert [_plain(message) for message in alone] == [_plain(message) for message in limited]
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
+
+
+async def test_unknown_messages_pass_through(settings: Settings) -> None:
+    """Early hints, pathsend and trailers reach the server as they were sent, before, between and after."""
+    messages: list[Message] = [
+        {"type": "http.response.early_hint", "links": [b"</x>"]},
+        {"type": "http.response.start", "status": 200, "headers": ((b"a", b"b"),), "trailers": True},
+        {"type": "http.response.pathsend", "path": "/x"},
+        {"type": "http.response.trailers", "headers": []},
+    ]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    sent = await drive(RateLimitMiddleware(app, "9/minute", settings=settings), http_scope())
+
+    assert [messages[0], messages[2], messages[3]] == [sent[0], sent[2], sent[3]]
+    assert (b"a", b"b") == sent[1]["headers"][0]
+    assert sent[1]["trailers"]
+    assert ((b"a", b"b"),) == messages[1]["headers"]
+
+
+async def test_a_request_leaves_nothing_to_the_collector(settings: Settings) -> None:
+    """Neither an admitted nor a refused request makes a reference cycle, which would double its cost."""
+    app = RateLimitMiddleware(Spy(), "50/minute", settings=settings)
+
+    class Server:
+        def __init__(self) -> None:
+            self.scope = http_scope()
+
+        async def send(self, message: Message) -> None:
+            return None
+
+        async def receive(self) -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def request() -> None:
+        server = Server()
+        await app(server.scope, server.receive, server.send)
+
+    for _ in range(5):
+        await request()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            await request()
+        app.app.scopes.clear()  # type: ignore[attr-defined]  # the spy's
+
+        assert 0 == gc.collect()
+    finally:
+        gc.enable()
+
+
+async def test_root_path_and_mounts(settings: Settings) -> None:
+    """A pattern is about the path below root_path, so that a mounted app keeps its rules."""
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/items")], settings=settings)
+    app = Starlette(routes=[Mount("/api/v1", app=inner)])
+
+    assert [200, 429] == await statuses(app, 2, "/api/v1/items")
+    assert [200, 200] == await statuses(app, 2, "/api/v1/others")
+
+
+async def test_as_starlette_middleware_it_survives_500s(settings: Settings) -> None:
+    """An unhandled exception passes through unchanged, and is counted."""
+
+    def broken(request: Request) -> Response:
+        raise KeyError("x")
+
+    app = Starlette(
+        routes=[Route("/", broken)],
+        middleware=[Middleware(RateLimitMiddleware, limits="1/minute", settings=settings)],
+    )
+    with pytest.raises(KeyError):
+        await statuses(app, 1)
+
+    assert [429] == await statuses(app, 1)
+
+
+async def test_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``RateLimitMiddleware(app)`` takes limits, partition, headers and Redis from variables."""
+    monkeypatch.setenv("REDIS_URL", "memory://")
+    monkeypatch.setenv("REDIS_KEY_PREFIX", "env:")
+    monkeypatch.setenv("RATE_LIMITS", "1/hour")
+    monkeypatch.setenv("RATE_LIMIT_PARTITION", "header:x-team")
+    monkeypatch.setenv("RATE_LIMIT_HEADERS", "legacy")
+    app = RateLimitMiddleware(Spy())
+    async with client_of(app) as client:
+        first = await client.get("/", headers={"x-team": "a"})
+        second = await client.get("/", headers={"x-team": "a"})
+
+    assert ("1", "0") == (first.headers["x-ratelimit-limit"], first.headers["x-ratelimit-remaining"])
+    assert 429 == second.status_code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"limits": "100"}, "limits='100'"),
+        ({"limits": "1/second; 5/second"}, "same window"),
+        ({"strategy": "leaky"}, "strategy='leaky'"),
+        ({"on_redis_error": "panic"}, "on_redis_error='panic'"),
+        ({"headers": "draft-6"}, "headers='draft-6'"),
+        ({"rules": [Rule("1/second", name="a"), Rule("1/second", name="a")]}, "name='a'"),
+        ({"rules": [Rule("1/second"), Rule("2/second")]}, "needs a name"),
+        ({"rules": ["1/second"]}, "no Rule"),
+        ({"exempt": "health"}, "paths='health'"),
+        ({"on_exceeded": "no"}, "on_exceeded='no'"),
+        ({"partition_by": "ip"}, "partition_by='ip'"),
+        ({"redis": "http://localhost"}, "REDIS_URL='http://localhost'"),
+        ({"redis": object()}, "redis=builtins.object"),
+    ],
+)
+def test_misuse_fails_at_construction(arguments: dict[str, Any], named: str) -> None:
+    """One clear ConfigurationError that names the argument, before any request."""
+    with pytest.raises(ConfigurationError) as raised:
+        RateLimitMiddleware(Spy(), **arguments)
+
+    assert named in str(raised.value)
+
+
+async def test_lifespan_holds_the_shared_manager(redis_url: str) -> None:
+    """The client stays open for the app's own teardown, the last of two apps closes it, and it opens again after."""
+    settings = Settings(REDIS_URL=redis_url)
+    answers: list[bool] = []
+
+    def app(name: str) -> RateLimitMiddleware:
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            yield
+            client = await limited._manager.get_connection()
+            answers.append(bool(await client.ping()))
+
+        limited = RateLimitMiddleware(
+            Starlette(routes=[Route("/", lambda request: PlainTextResponse(name))], lifespan=lifespan),
+            "100/minute",
+            settings=settings,
+        )
+        return limited
+
+    first, second = app("first"), app("second")
+    async with _running(first), _running(second):
+        await statuses(first, 1)
+        await statuses(second, 1)
+        pool = first._manager.pool
+    assert first._manager is second._manager
+    assert [True, True] == answers
+    assert pool is not None
+    assert first._manager.pool is None
+    assert [200] == await statuses(first, 1)
+    await first._manager.close()
+
+
+@asynccontextmanager
+async def _running(app: RateLimitMiddleware) -> AsyncIterator[None]:
+    started, stopping, stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        if not started.is_set():
+            return {"type": "lifespan.startup"}
+        await stopping.wait()
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Message) -> None:
+        (started if message["type"] == "lifespan.startup.complete" else stopped).set()
+
+    task = asyncio.create_task(app({"type": "lifespan", "asgi": {}, "state": {}}, receive, send))
+    await started.wait()
+    yield
+    stopping.set()
+    await stopped.wait()
+    await task
+
+
+async def test_inner_limit_of_another_quota_is_enforced(settings: Settings) -> None:
+    """Only the very same limit is skipped: a tighter one inside, of the same name, still refuses."""
+    app = RateLimitMiddleware(
+        RateLimitMiddleware(Spy(), "2/minute", settings=settings), "100/minute", settings=settings
+    )
+
+    assert [200, 429] == await statuses(app, 2)
+
+
+async def test_members_stand_in_the_order_of_the_rules(settings: Settings) -> None:
+    """A rule whose cost is a callable keeps its place in the header."""
+    rules = [Rule("9/minute", name="priced", cost=lambda request: 2), Rule("9/minute", name="plain")]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    start, _ = await drive(app, http_scope())
+
+    assert b'"priced";r=7;t=60, "plain";r=8;t=60' == header(start, b"ratelimit")

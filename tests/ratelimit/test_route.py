@@ -1,0 +1,367 @@
+"""Per-route limits, on the newest FastAPI and Starlette, with the middleware and without."""
+
+import functools
+import itertools
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, cast
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi import HTTPException as FastAPIHTTPException
+from fastapi.responses import StreamingResponse
+from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Message
+from starlette.websockets import WebSocket
+
+from redis_asgi import (
+    ConfigurationError,
+    Decision,
+    PolicyState,
+    RateLimit,
+    RateLimitExceeded,
+    RateLimitMiddleware,
+    Rule,
+    Settings,
+    by_header,
+    rate_limit,
+)
+from redis_asgi.ratelimit.route import endpoint_name
+
+from .harness import client_of, drive, memory, statuses, websocket_scope
+
+pytestmark = pytest.mark.anyio
+_counter = itertools.count()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Counters of this test's own, in the process."""
+    return memory(REDIS_KEY_PREFIX=f"r{next(_counter)}:")
+
+
+async def test_dependency_limits_one_route(settings: Settings) -> None:
+    """Over quota the route answers 429 by itself, with the fields; its neighbour does not notice."""
+    app = FastAPI()
+    limit = RateLimit("2/minute", settings=settings)
+
+    @app.get("/report", dependencies=[Depends(limit)])
+    async def report() -> dict[str, str]:
+        return {"report": "ok"}
+
+    @app.get("/free")
+    async def free() -> str:
+        return "free"
+
+    async with client_of(app) as client:
+        responses = [await client.get("/report") for _ in range(3)]
+        other = await client.get("/free")
+
+    assert [200, 200, 429] == [response.status_code for response in responses]
+    assert responses[0].headers["ratelimit"].endswith(";r=1;t=60")
+    assert "application/json" == responses[2].headers["content-type"]
+    assert {"detail": "Rate limit exceeded: 2 per 60 s. Retry in 60 s."} == responses[2].json()
+    assert ("60", "no-store") == (responses[2].headers["retry-after"], responses[2].headers["cache-control"])
+    assert "ratelimit" not in other.headers
+
+
+async def test_each_endpoint_of_a_router_has_its_own_counter(settings: Settings) -> None:
+    """One dependency on a router counts per endpoint; under two prefixes the same endpoint shares by its name."""
+    router = APIRouter(dependencies=[Depends(RateLimit("1/minute", settings=settings))])
+
+    @router.get("/a")
+    async def a() -> str:
+        return "a"
+
+    @router.get("/b")
+    async def b() -> str:
+        return "b"
+
+    outer = APIRouter()
+    outer.include_router(router, prefix="/inner")
+    app = FastAPI()
+    app.include_router(outer, prefix="/outer")
+
+    assert [200, 429] == await statuses(app, 2, "/outer/inner/a")
+    assert [200, 429] == await statuses(app, 2, "/outer/inner/b")
+
+
+async def test_same_template_under_two_prefixes_is_two_counters(settings: Settings) -> None:
+    """Two routers with the same template and different endpoints never share a bucket by accident."""
+
+    def make(name: str) -> APIRouter:
+        router = APIRouter()
+
+        async def items() -> str:
+            return name
+
+        items.__qualname__ = f"{name}.items"
+        router.get("/items", dependencies=[Depends(RateLimit("1/minute", settings=settings))])(items)
+        return router
+
+    app = FastAPI()
+    app.include_router(make("one"), prefix="/one")
+    app.include_router(make("two"), prefix="/two")
+
+    assert [200] == await statuses(app, 1, "/one/items")
+    assert [200] == await statuses(app, 1, "/two/items")
+    assert [429] == await statuses(app, 1, "/one/items")
+
+
+async def test_equal_names_share(settings: Settings) -> None:
+    """Two routes that name the same limit spend the same quota."""
+    app = FastAPI()
+    for path in ("/a", "/b"):
+        app.get(path, dependencies=[Depends(RateLimit("2/minute", name="shared", settings=settings))])(lambda: "x")
+
+    assert [200] == await statuses(app, 1, "/a")
+    assert [200] == await statuses(app, 1, "/b")
+    assert [429] == await statuses(app, 1, "/a")
+
+
+async def test_route_joins_the_middleware(settings: Settings) -> None:
+    """With the middleware, the route's policies stand beside its own in one header and one decision."""
+    app = FastAPI()
+    seen: list[Any] = []
+
+    @app.get("/r", dependencies=[Depends(RateLimit("2/minute", name="r"))])
+    async def r(request: Request) -> str:
+        seen.append(request.state.rate_limit)
+        return "r"
+
+    limited = RateLimitMiddleware(app, "9/minute", settings=settings)
+    async with client_of(limited) as client:
+        responses = [await client.get("/r") for _ in range(3)]
+
+    assert '"default";q=9;w=60, "r";q=2;w=60' == responses[0].headers["ratelimit-policy"]
+    assert '"default";r=8;t=60, "r";r=1;t=60' == responses[0].headers["ratelimit"]
+    assert ["default", "r"] == [state.name for state in seen[0].policies]
+    assert isinstance(seen[0], Decision)
+    assert 429 == responses[2].status_code
+    assert '"default";r=6;t=60, "r";r=0;t=60' == responses[2].headers["ratelimit"]
+
+
+async def test_decision_looked_at_early_sees_what_joins_later(settings: Settings) -> None:
+    """Reading the decision before a route's limit has joined does not freeze it."""
+    limit = RateLimit("5/minute", name="late")
+    seen: list[tuple[str, ...]] = []
+
+    async def endpoint(request: Request) -> Response:
+        decision = request.state.rate_limit
+        seen.append(tuple(state.name for state in decision.policies))
+        await limit.check(request, endpoint)
+        seen.append(tuple(state.name for state in decision.policies))
+        return PlainTextResponse("ok")
+
+    app = RateLimitMiddleware(Starlette(routes=[Route("/", endpoint)]), "9/minute", settings=settings)
+    await statuses(app, 1)
+
+    assert [("default",), ("default", "late")] == seen
+
+
+async def test_everything_fastapi_answers_is_limited(settings: Settings) -> None:
+    """Nested routers, mounted apps, 404s, 422s, raised HTTPExceptions and streams count and carry the fields."""
+    inner = APIRouter()
+
+    @inner.get("/items/{item}")
+    async def item(item: int) -> int:
+        return item
+
+    @inner.get("/gone")
+    async def gone() -> None:
+        raise FastAPIHTTPException(410)
+
+    @inner.get("/events")
+    async def events() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            yield "data: 1\n\n"
+            yield "data: 2\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    middle = APIRouter()
+    middle.include_router(inner, prefix="/v1")
+    app = FastAPI()
+    app.include_router(middle, prefix="/api")
+    sub = FastAPI()
+    sub.get("/deep")(lambda: "deep")
+    app.mount("/sub", sub)
+    app.add_middleware(RateLimitMiddleware, limits="6/minute", settings=settings)
+    paths = [
+        "/api/v1/items/1",
+        "/api/v1/items/x",
+        "/api/v1/gone",
+        "/api/v1/events",
+        "/sub/deep",
+        "/nowhere",
+        "/sub/deep",
+    ]
+    async with client_of(app) as client:
+        responses = [await client.get(path) for path in paths]
+
+    assert [200, 422, 410, 200, 200, 404, 429] == [response.status_code for response in responses]
+    assert [5, 4, 3, 2, 1, 0, 0] == [
+        int(response.headers["ratelimit"].split("r=")[1].split(";")[0]) for response in responses
+    ]
+    assert "data: 1\n\ndata: 2\n\n" == responses[3].text
+
+
+async def test_decorator_on_every_kind_of_endpoint(settings: Settings) -> None:
+    """Async and sync functions and methods keep their answers, are limited, and say so in their own headers."""
+
+    @rate_limit("1/minute", settings=settings)
+    async def coroutine(request: Request) -> Response:
+        return PlainTextResponse("async")
+
+    @rate_limit("1/minute", settings=settings)
+    def plain(request: Request) -> Response:
+        return PlainTextResponse("sync")
+
+    class Endpoint(HTTPEndpoint):
+        @rate_limit("1/minute", settings=settings)
+        async def get(self, request: Request) -> Response:
+            return PlainTextResponse("method")
+
+    app = Starlette(routes=[Route("/async", coroutine), Route("/sync", plain), Route("/method", Endpoint)])
+    async with client_of(app) as client:
+        for path in ("async", "sync", "method"):
+            first, second = await client.get(f"/{path}"), await client.get(f"/{path}")
+
+            assert (200, path) == (first.status_code, first.text)
+            assert first.headers["ratelimit"].endswith(";r=0;t=60")
+            assert 429 == second.status_code
+    assert "coroutine" == coroutine.__name__
+
+
+async def test_decorator_on_a_websocket(settings: Settings) -> None:
+    """A refused handshake is a 429 through the extension, else a close with 1008; neither is a server error."""
+
+    @rate_limit("1/minute", settings=settings)
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    app = Starlette(routes=[WebSocketRoute("/", endpoint)])
+    connect: Message = {"type": "websocket.connect"}
+    admitted = await drive(app, websocket_scope(), connect)
+    answered = await drive(app, websocket_scope(extensions={"websocket.http.response": {}}), connect)
+    closed = await drive(app, websocket_scope(), connect)
+
+    assert "websocket.accept" == admitted[0]["type"]
+    assert ("websocket.http.response.start", 429) == (answered[0]["type"], answered[0]["status"])
+    assert ("websocket.close", 1008) == (closed[0]["type"], closed[0]["code"])
+
+
+async def test_decorator_without_a_request_says_what_is_missing(settings: Settings) -> None:
+    """An endpoint that takes no request cannot be limited, and the error says how to mend it."""
+
+    @rate_limit("1/minute", settings=settings)
+    async def endpoint() -> None:
+        return None
+
+    with pytest.raises(RuntimeError, match="request: Request"):
+        await endpoint()
+
+
+async def test_route_fails_closed_with_503() -> None:
+    """A route that fails closed while Redis is gone answers 503 with Retry-After."""
+    app = FastAPI()
+    limit = RateLimit("1/minute", on_redis_error="closed", redis="redis://127.0.0.1:1")
+    app.get("/", dependencies=[Depends(limit)])(lambda: "x")
+    async with client_of(app) as client:
+        response = await client.get("/")
+
+    assert (503, "1") == (response.status_code, response.headers["retry-after"])
+
+
+async def test_missing_identity_of_a_route() -> None:
+    """Where an identity is required and missing, the route answers 400."""
+    app = FastAPI()
+    settings = memory(RATE_LIMIT_MISSING_IDENTITY="refuse", REDIS_KEY_PREFIX="mi:")
+    limit = RateLimit("1/minute", partition_by=by_header("x-api-key"), settings=settings)
+    app.get("/", dependencies=[Depends(limit)])(lambda: "x")
+
+    assert [400] == await statuses(app, 1)
+    assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "k"})
+
+
+async def test_dynamic_limits_and_cost_of_a_route(settings: Settings) -> None:
+    """Limits and cost may be callables of the connection, async or not."""
+    app = FastAPI()
+
+    async def plan(conn: Any) -> str | None:
+        return cast("str | None", conn.headers.get("x-plan"))
+
+    limit = RateLimit(plan, name="plan", cost=lambda conn: int(conn.headers.get("x-cost", 1)), settings=settings)
+    app.get("/", dependencies=[Depends(limit)])(lambda: "x")
+
+    assert [200] * 3 == await statuses(app, 3)
+    assert [200, 429] == await statuses(app, 2, headers={"x-plan": "5/minute", "x-cost": "3"})
+
+
+def test_exceeded_answers_itself() -> None:
+    """RateLimitExceeded is a 429 with a detail that does not name the client; str() does; never a content type."""
+    bare = RateLimitExceeded("203.0.113.7", 100, 60)
+    state = PolicyState("default", 5, 60, 0, 12.5, 12.5, False, "fixed-window")
+    full = RateLimitExceeded("203.0.113.7", 5, 60, decision=Decision(False, "redis", 12.5, (state,), ("default",)))
+
+    assert "Rate limit exceeded for 203.0.113.7: 100 requests per 60 seconds" == str(bare)
+    assert (429, "60") == (bare.status_code, (bare.headers or {})["retry-after"])
+    assert "203.0.113.7" not in f"{bare.detail} {full.detail}"
+    assert {
+        "ratelimit-policy": '"default";q=5;w=60',
+        "ratelimit": '"default";r=0;t=13',
+        "cache-control": "no-store",
+        "retry-after": "13",
+    } == full.headers
+
+
+def test_credentials_are_never_the_clients_name(settings: Settings) -> None:
+    """What the package raises itself names a credential's partition by kind and 8 hex digits."""
+    from redis_asgi.ratelimit.policy import make_partition
+
+    label = make_partition("header:x-api-key", "sk-secret").label
+
+    assert label.startswith("header:x-api-key:")
+    assert 8 == len(label.rpartition(":")[2])
+    assert "secret" not in repr(make_partition("header:x-api-key", "sk-secret"))
+
+
+def test_misuse_fails_at_construction() -> None:
+    """Bad notation and bad names fail where the limit is written, without reading the environment."""
+    with pytest.raises(ConfigurationError, match="limits='5'"):
+        RateLimit("5")
+    with pytest.raises(ConfigurationError, match="name='a b'"):
+        RateLimit("5/minute", name="a b")
+    with pytest.raises(ConfigurationError, match="cost=-1"):
+        rate_limit("5/minute", cost=-1)
+
+
+def _long() -> None:
+    return None
+
+
+def test_endpoint_names_fit_and_stay_apart() -> None:
+    """A name that is too long or odd is cut and keeps a digest, so that two endpoints never share by accident."""
+    _long.__qualname__ = "Very.Long.Qualified.Name.Of.An.Endpoint.That.Goes.On"
+    first = endpoint_name(functools.partial(_long))
+    names = {first, endpoint_name(lambda: None), endpoint_name(Rule), endpoint_name(RateLimit)}
+
+    assert 4 == len(names)
+    assert all(len(name) <= 40 for name in names)
+    assert "redis_asgi.ratelimit.rules.Rule" == endpoint_name(Rule)
+
+
+async def test_annotated_dependency(settings: Settings) -> None:
+    """It works as an annotated parameter too."""
+    app = FastAPI()
+    limit = RateLimit("1/minute", settings=settings)
+
+    @app.get("/")
+    async def root(_: Annotated[None, Depends(limit)]) -> str:
+        return "x"
+
+    assert [200, 429] == await statuses(app, 2)

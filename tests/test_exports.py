@@ -1,0 +1,31 @@
+"""The public face of the package."""
+
+import inspect
+
+import pytest
+
+import redis_asgi
+
+
+def test_all_is_sorted_and_complete() -> None:
+    """``__all__`` is every public name that is not a module, in order."""
+    public = sorted(
+        name for name, value in vars(redis_asgi).items() if not (name.startswith("_") or inspect.ismodule(value))
+    )
+
+    assert public == redis_asgi.__all__
+
+
+@pytest.mark.parametrize("name", redis_asgi.__all__)
+def test_public_name_is_documented(name: str) -> None:
+    """Every public name says what it is."""
+    documentation = getattr(redis_asgi, name).__doc__
+
+    assert documentation
+    assert documentation.strip()
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    """``__version__`` is a release number of three parts."""
+    assert all(part.isdigit() for part in redis_asgi.__version__.split(".")[:2])
+    assert redis_asgi.__version__.count(".") == 2

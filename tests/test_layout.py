@@ -1,0 +1,160 @@
+"""Which way imports point, and what importing the package does not do."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import redis_asgi
+
+from .kit.processes import run_python
+
+ROOT = Path(redis_asgi.__file__).parent
+
+
+def _modules() -> dict[str, Path]:
+    """Dotted name to file of every module of the package."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(name: str) -> Iterator[tuple[str, str]]:
+    """(module, imported name) for everything *name* imports anywhere, relative imports resolved."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = f"{module}.{alias.name}"
+                yield (submodule, "") if submodule in MODULES else (module, alias.name)
+
+
+def _targets(name: str) -> set[str]:
+    return {module for module, _ in _imports(name)}
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_the_walk_sees_imports() -> None:
+    """The tests below would pass on an empty list; this one would not."""
+    assert "redis_asgi.settings" in _targets("redis_asgi.connection")
+    assert "redis_asgi.ratelimit.headers" in _targets("redis_asgi.ratelimit.middleware")
+    assert len(MODULES) > 15
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_limits_and_embeddings_do_not_know_each_other(name: str) -> None:
+    """Neither of the two halves imports the other."""
+    limits, embeddings = "redis_asgi.ratelimit", "redis_asgi.embeddings"
+    for one, other in ((limits, embeddings), (embeddings, limits)):
+        if _within(name, one):
+            assert not [target for target in _targets(name) if _within(target, other)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_init_files_import_a_middleware(name: str) -> None:
+    """A middleware is an end, nothing builds on it but the package's front."""
+    if MODULES[name].name == "__init__.py":
+        return
+    taken = {(m, what) for m, what in _imports(name) if m.startswith("redis_asgi.") and m.endswith(".middleware")}
+
+    assert taken == set()
+
+
+FOUNDATION = ("errors", "notation", "settings", "keys", "scope", "connection", "telemetry")
+
+
+@pytest.mark.parametrize("name", [f"redis_asgi.{name}" for name in FOUNDATION if f"redis_asgi.{name}" in MODULES])
+def test_foundation_imports_no_feature(name: str) -> None:
+    """Errors, settings, keys, scope and connection know nothing of what stands on them."""
+    allowed = {f"redis_asgi.{each}" for each in FOUNDATION} | {"redis_asgi"}
+    ours = {target for target in _targets(name) if _within(target, "redis_asgi")}
+
+    assert ours <= allowed
+
+
+def test_foundation_has_no_circle() -> None:
+    """Each module of the foundation stands on the ones before it."""
+    order = [f"redis_asgi.{name}" for name in FOUNDATION]
+    for name in order:
+        if name in MODULES:
+            later = set(order[order.index(name) :])
+            assert not _targets(name) & later
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_numpy_stays_with_embeddings(name: str) -> None:
+    """Only ``embeddings/`` pays for numpy."""
+    if not _within(name, "redis_asgi.embeddings"):
+        assert not [target for target in _targets(name) if _within(target, "numpy")]
+
+
+def _reads_environment(name: str) -> bool:
+    tree = ast.parse(MODULES[name].read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return bool(attributes & {"environ", "getenv", "environb"})
+
+
+def test_only_settings_read_the_environment() -> None:
+    """Every variable goes through ``Settings``."""
+    assert [name for name in MODULES if _reads_environment(name)] == ["redis_asgi.settings"]
+
+
+def test_import_has_no_effect() -> None:
+    """``import redis_asgi`` imports no numpy or web framework, opens no socket, thread or log, reads no variable."""
+    script = """
+import logging, os, socket, sys, threading
+# Theirs, not ours: what our libraries do at import is theirs to answer for.
+import limits, orjson, pydantic_settings, redis.asyncio, redis.asyncio.sentinel
+import starlette.applications, starlette.concurrency, starlette.requests, starlette.responses
+from importlib.resources import files
+
+def refuse(*args, **kwargs):
+    raise SystemExit(f"import did {args!r}")
+
+sys.addaudithook(lambda event, args: refuse(event, args) if event.startswith("socket.") else None)
+
+def look(self, key, default=None):
+    return default if key.startswith(("PYDANTIC_", "PYTHON")) else refuse(key)
+
+class Watched(dict):
+    __getitem__ = __contains__ = get = look
+    items = keys = values = copy = __iter__ = refuse
+
+os.environ, plain = Watched(), os.environ
+os.getenv = os.environ.get
+handlers = list(logging.root.handlers)
+import redis_asgi
+os.environ = plain
+assert threading.active_count() == 1
+assert logging.root.handlers == handlers
+for name in list(logging.root.manager.loggerDict):
+    if name.startswith("redis_asgi"):
+        logger = logging.getLogger(name)
+        assert not logger.handlers and logger.level == logging.NOTSET, name
+print(sorted({"numpy", "fastapi", "prometheus_client"} & set(sys.modules)))
+"""
+    done = run_python(script)
+
+    assert ("[]\n", "", 0) == (done.stdout, done.stderr, done.returncode)
+
+
+def test_import_with_bad_settings_works() -> None:
+    """A misconfigured environment is told where something is built, never at import."""
+    done = run_python("import redis_asgi", env={"REDIS_PORT": "x", "RATE_LIMITS": "often"})
+
+    assert ("", 0) == (done.stderr, done.returncode)

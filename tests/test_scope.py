@@ -1,0 +1,626 @@
+"""What is read from a scope: paths, addresses, bodies."""
+
+import asyncio
+import ipaddress
+import json
+import re
+import tracemalloc
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette._utils import get_route_path
+from starlette.types import Message, Receive, Scope
+
+from redis_asgi import ConfigurationError, Settings
+from redis_asgi.scope import (
+    Addressing,
+    BufferedRequest,
+    PathPattern,
+    UnreadableBody,
+    header_values,
+    is_plain_address,
+    is_preflight,
+    parse_address,
+    path_patterns,
+    route_path,
+)
+
+
+def http(
+    client: str | None = "192.0.2.1",
+    headers: Iterable[tuple[str, str]] = (),
+    path: str = "/",
+    root_path: str = "",
+    method: str = "GET",
+) -> Scope:
+    """A request's scope."""
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "root_path": root_path,
+        "client": None if client is None else (client, 1234),
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
+    }
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("path", "root_path", "expected"),
+    [
+        pytest.param("/api/x", "", "/api/x", id="no root"),
+        pytest.param("/root/api/x", "/root", "/api/x", id="below the root"),
+        pytest.param("/root", "/root", "", id="the root itself"),
+        pytest.param("/root/", "/root", "", id="the root with a slash"),
+        pytest.param("/rooted/x", "/root", "/rooted/x", id="only the same letters"),
+        pytest.param("/api/x", "/root", "/api/x", id="server that strips the root"),
+        pytest.param("/api/x/", "", "/api/x", id="one trailing slash"),
+        pytest.param("/api/x//", "", "/api/x/", id="two trailing slashes"),
+        pytest.param("/", "", "", id="top"),
+        pytest.param("/ü/%2F", "", "/ü/%2F", id="already decoded"),
+    ],
+)
+def test_route_path(path: str, root_path: str, expected: str) -> None:
+    """The path below ``root_path``, without one trailing slash."""
+    assert expected == route_path(http(path=path, root_path=root_path))
+
+
+@given(path=st.from_regex(r"/[a/]{0,6}", fullmatch=True), root=st.from_regex(r"(/a{1,3}){0,2}", fullmatch=True))
+def test_route_path_follows_starlette(path: str, root: str) -> None:
+    """But for the trailing slash the rule is the framework's own."""
+    scope = http(path=path, root_path=root)
+
+    assert get_route_path(scope).removesuffix("/") == route_path(scope)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("/api", "/api", True),
+        ("/api", "/api/x", False),
+        ("/api", "/apis", False),
+        ("/api", "/API", False),
+        ("/api/", "/api", True),
+        ("/api/*", "/api/x", True),
+        ("/api/*", "/api/x/y", True),
+        ("/api/*", "/api", True),
+        ("/api/*", "/apis", False),
+        ("/api*", "/apis/x", True),
+        ("/*/items", "/a/items", True),
+        ("/*/items", "/a/b/items", True),
+        ("/*/items", "/items", False),
+        ("/*/items", "/a/items/x", False),
+        ("*", "", True),
+        ("*", "/anything", True),
+        ("/*", "", True),
+        ("/*", "/anything", True),
+        ("/", "", True),
+        ("/", "/x", False),
+        ("*.json", "/x/y.json", True),
+        ("*.json", "/x/y.jsonl", False),
+        ("/a*b*c", "/abc", True),
+        ("/a*b*c", "/acb", False),
+        ("/a*a", "/a", False),
+        ("/ab*ba", "/aba", False),
+        ("/a**b", "/axb", True),
+        ("/v?/x", "/v1/x", False),
+        ("/v[12]/x", "/v1/x", False),
+        ("/a.c", "/abc", False),
+        ("/a.c", "/a.c", True),
+        ("/a*c", "/a\nc", True),
+        ("/{id}", "/7", False),
+    ],
+)
+def test_path_pattern(pattern: str, path: str, expected: bool) -> None:
+    """``*`` is any run of characters, ``/*`` at the end also nothing at all, and nothing else is special."""
+    assert expected is PathPattern(pattern).matches(path)
+
+
+def _oracle(pattern: str, path: str) -> bool:
+    def covers(text: str) -> bool:
+        return re.fullmatch(".*".join(map(re.escape, text.split("*"))), path, re.DOTALL) is not None
+
+    whole = pattern.removesuffix("/")
+    return covers(whole) or (pattern.endswith("/*") and covers(pattern[:-2]))
+
+
+@given(
+    pattern=st.from_regex(r"[/*][ab/*]{0,8}", fullmatch=True),
+    path=st.from_regex(r"(/[ab/]{0,8})?", fullmatch=True),
+)
+def test_path_pattern_agrees_with_a_regular_expression(pattern: str, path: str) -> None:
+    """Whatever the pattern, the answer is that of the obvious regular expression."""
+    assert _oracle(pattern, path) is PathPattern(pattern).matches(path)
+
+
+class CountingPath(str):
+    """A path that counts where it is searched from."""
+
+    __slots__ = ("searched",)
+
+    searched: list[tuple[int, int]]
+
+    def find(self, sub: str, start: SupportsIndex | None = None, end: SupportsIndex | None = None, /) -> int:
+        found = super().find(sub, start, end)
+        self.searched.append((int(start or 0), found if found >= 0 else len(self)))
+        return found
+
+
+def test_hostile_pattern_walks_the_path_once() -> None:
+    """Where a regular expression would try every split, each part is looked for once, and never back."""
+    path = CountingPath("/" + "a" * 5000)
+    path.searched = []
+    pattern = PathPattern("/" + "*a" * 200 + "*b*c")
+
+    assert not pattern.matches(path)
+    starts = [start for start, _ in path.searched]
+    assert len(starts) <= 202
+    assert sorted(starts) == starts
+    assert all(found <= start + 1 for start, found in path.searched[:-1])
+
+
+@pytest.mark.parametrize("pattern", ["", "api", " /api", "http://x/api"])
+def test_pattern_that_could_match_nothing_is_refused(pattern: str) -> None:
+    """A pattern starts like a path or with a star."""
+    with pytest.raises(ConfigurationError, match=r"Try '/api/\*'"):
+        PathPattern(pattern)
+
+
+def test_patterns_come_alone_or_in_numbers() -> None:
+    """One pattern, several, or none."""
+    assert path_patterns("/a") == (PathPattern("/a"),)
+    assert path_patterns(["/a", "/b"]) == (PathPattern("/a"), PathPattern("/b"))
+    assert path_patterns(None) == ()
+
+
+def test_header_values_keep_their_order() -> None:
+    """Every field line of a name, in the order received."""
+    scope = http(headers=[("a", "1"), ("b", "2"), ("a", "3")])
+
+    assert header_values(scope, b"a") == [b"1", b"3"]
+    assert header_values(scope, b"c") == []
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "expected"),
+    [
+        ("OPTIONS", ["origin", "access-control-request-method"], True),
+        ("OPTIONS", ["origin"], False),
+        ("OPTIONS", ["access-control-request-method"], False),
+        ("GET", ["origin", "access-control-request-method"], False),
+    ],
+)
+def test_preflight(method: str, headers: list[str], expected: bool) -> None:
+    """A preflight is OPTIONS with both headers a browser sends."""
+    assert expected is is_preflight(http(method=method, headers=[(name, "x") for name in headers]))
+
+
+def test_websocket_is_no_preflight() -> None:
+    """A handshake has no method."""
+    assert not is_preflight({"type": "websocket", "headers": []})
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.2.3.4", "1.2.3.4"),
+        (" 1.2.3.4 ", "1.2.3.4"),
+        ("1.2.3.4:80", "1.2.3.4"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("2001:0DB8:0::0001", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("::ffff:1.2.3.4", "1.2.3.4"),
+        ("[::ffff:1.2.3.4]:80", "1.2.3.4"),
+        ("", None),
+        ("unknown", None),
+        ("_hidden", None),
+        ("localhost", None),
+        ("1.2.3", None),
+        ("1.2.3.4.5", None),
+        ("1.2.3.256", None),
+        ("01.2.3.4", None),
+        ("1.2.3.4:", None),
+        ("1.2.3.4:x", None),
+        ("1.2.3.4/8", None),
+        ("[2001:db8::1", None),
+        ("[2001:db8::1]x", None),
+        ("[2001:db8::1]:", None),
+        ("2001:db8::1::2", None),
+        ("1.2.3.4 5.6.7.8", None),
+        ("1" * 100, None),
+        ("fe80::1%" + "a" * 100, None),
+    ],
+)
+def test_address_as_it_stands_in_a_header(text: str, expected: str | None) -> None:
+    """Addresses with port, brackets or zone are read; nothing else is."""
+    found = parse_address(text)
+
+    assert expected == (None if found is None else str(found))
+
+
+@given(text=st.text(max_size=80))
+def test_any_entry_is_an_address_or_nothing(text: str) -> None:
+    """Nothing a client can write raises."""
+    found = parse_address(text)
+
+    assert found is None or ipaddress.ip_address(str(found)) == found
+
+
+def addressing(trusted: str = "", header: str = "x-forwarded-for", prefix: int = 64) -> Addressing:
+    """An `Addressing` of these settings."""
+    values = {"RATE_LIMIT_TRUSTED_PROXIES": trusted, "RATE_LIMIT_FORWARDED_HEADER": header}
+    return Addressing(Settings(**values, RATE_LIMIT_IPV6_PREFIX=prefix))
+
+
+def xff(*lines: str) -> list[tuple[str, str]]:
+    """Field lines of ``X-Forwarded-For``."""
+    return [("x-forwarded-for", line) for line in lines]
+
+
+PROXIES = "10.0.0.0/8,192.0.2.1,2001:db8:ffff::/48"
+
+
+@pytest.mark.parametrize(
+    ("peer", "lines", "expected"),
+    [
+        pytest.param("192.0.2.1", [], "192.0.2.1", id="proxy without a header"),
+        pytest.param("192.0.2.1", ["198.51.100.7"], "198.51.100.7", id="one hop"),
+        pytest.param("192.0.2.1", ["198.51.100.7, 10.0.0.1"], "198.51.100.7", id="two hops"),
+        pytest.param("192.0.2.1", ["198.51.100.7", "10.0.0.1"], "198.51.100.7", id="two field lines"),
+        pytest.param("192.0.2.1", ["6.6.6.6, 198.51.100.7"], "198.51.100.7", id="spoofed on the left"),
+        pytest.param("192.0.2.1", ["6.6.6.6", "198.51.100.7, 10.0.0.1"], "198.51.100.7", id="spoofed line"),
+        pytest.param("192.0.2.1", ["10.6.6.6, 198.51.100.7"], "198.51.100.7", id="spoofed as a proxy"),
+        pytest.param("192.0.2.1", ["10.0.0.2, 10.0.0.1"], "10.0.0.2", id="trusted all the way"),
+        pytest.param("192.0.2.1", ["198.51.100.7, junk"], "192.0.2.1", id="junk beside the proxy"),
+        pytest.param("192.0.2.1", ["198.51.100.7, junk, 10.0.0.1"], "10.0.0.1", id="junk further left"),
+        pytest.param("192.0.2.1", ["junk, 198.51.100.7"], "198.51.100.7", id="junk left of the client"),
+        pytest.param("192.0.2.1", [""], "192.0.2.1", id="empty header"),
+        pytest.param("192.0.2.1", ["198.51.100.7,"], "192.0.2.1", id="empty entry"),
+        pytest.param("192.0.2.1", ["unknown"], "192.0.2.1", id="unknown"),
+        pytest.param("192.0.2.1", ["198.51.100.7:5555"], "198.51.100.7", id="with a port"),
+        pytest.param("192.0.2.1", ["[2001:db8:1:2::3]:5555"], "2001:db8:1:2::/64", id="IPv6 with a port"),
+        pytest.param("192.0.2.1", ["::ffff:198.51.100.7"], "198.51.100.7", id="IPv4-mapped client"),
+        pytest.param("192.0.2.1", ["198.51.100.7, ::ffff:10.0.0.1"], "198.51.100.7", id="IPv4-mapped proxy"),
+        pytest.param("::ffff:192.0.2.1", ["198.51.100.7"], "198.51.100.7", id="IPv4-mapped peer"),
+        pytest.param("2001:db8:ffff::1", ["198.51.100.7"], "198.51.100.7", id="IPv6 proxy"),
+        pytest.param("203.0.113.9", ["198.51.100.7"], "203.0.113.9", id="peer not trusted"),
+        pytest.param("testclient", ["198.51.100.7"], "testclient", id="host name as peer"),
+        pytest.param("h" * 300, ["198.51.100.7"], "h" * 300, id="long name as peer"),
+        pytest.param("", ["198.51.100.7"], None, id="empty peer"),
+        pytest.param(None, ["198.51.100.7"], None, id="unix socket"),
+    ],
+)
+def test_client_behind_proxies(peer: str | None, lines: Sequence[str], expected: str | None) -> None:
+    """From the right, over all field lines, the first address that is not trusted is the client."""
+    assert expected == addressing(PROXIES).client(http(peer, xff(*lines)))
+
+
+@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded", "x-real-ip", "cf-connecting-ip"])
+def test_spoofed_header_without_trust_changes_nothing(header: str) -> None:
+    """By default no header is believed, whoever sends it."""
+    scope = http("203.0.113.9", [(header, "6.6.6.6"), (header, "for=6.6.6.6")])
+
+    assert addressing().client(scope) == "203.0.113.9"
+    assert not addressing().trusts_peer(scope)
+
+
+def test_only_the_chosen_header_is_read() -> None:
+    """A client may send the other header through a proxy that does not know it."""
+    scope = http("192.0.2.1", [("forwarded", "for=6.6.6.6"), ("x-real-ip", "6.6.6.6"), *xff("198.51.100.7")])
+    assert addressing(PROXIES).client(scope) == "198.51.100.7"
+
+    scope = http("192.0.2.1", [*xff("6.6.6.6"), ("forwarded", "for=198.51.100.7")])
+    assert addressing(PROXIES, "forwarded").client(scope) == "198.51.100.7"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        pytest.param(["for=198.51.100.7"], "198.51.100.7", id="plain"),
+        pytest.param(["For=198.51.100.7;Proto=https;by=10.0.0.1"], "198.51.100.7", id="with other parameters"),
+        pytest.param(["proto=https; for = 198.51.100.7 ;by=x"], "198.51.100.7", id="blanks, not first"),
+        pytest.param(['for="198.51.100.7:5555"'], "198.51.100.7", id="quoted with a port"),
+        pytest.param(['for="[2001:db8:1:2::3]:5555"'], "2001:db8:1:2::/64", id="quoted IPv6 with a port"),
+        pytest.param(['for="[2001:db8:1:2::3]"'], "2001:db8:1:2::/64", id="quoted IPv6"),
+        pytest.param(["for=198.51.100.7, for=10.0.0.1"], "198.51.100.7", id="two elements"),
+        pytest.param(["for=198.51.100.7", "for=10.0.0.1"], "198.51.100.7", id="two field lines"),
+        pytest.param(["for=6.6.6.6, for=198.51.100.7"], "198.51.100.7", id="spoofed on the left"),
+        pytest.param(['by="a,b";for=198.51.100.7'], "198.51.100.7", id="comma within quotes"),
+        pytest.param(["for=_hidden"], "192.0.2.1", id="obfuscated"),
+        pytest.param(['for="_hidden:80"'], "192.0.2.1", id="obfuscated with a port"),
+        pytest.param(["for=unknown"], "192.0.2.1", id="unknown"),
+        pytest.param(["for=6.6.6.6, proto=https"], "192.0.2.1", id="element without for"),
+        pytest.param(["for="], "192.0.2.1", id="empty for"),
+        pytest.param(["xfor=6.6.6.6"], "192.0.2.1", id="another parameter"),
+        pytest.param(["for=6.6.6.6, "], "192.0.2.1", id="empty element"),
+        pytest.param([""], "192.0.2.1", id="empty header"),
+        pytest.param(['x="a;for=6.6.6.6;y=, for=198.51.100.7'], "192.0.2.1", id="open quote before the proxy's"),
+        pytest.param(['x="a;for=6.6.6.6;y=, for="[2001:db8::1]"'], "192.0.2.1", id="open quote before a quoted one"),
+        pytest.param(['x="\\";for=6.6.6.6;y=", for=198.51.100.7'], "192.0.2.1", id="escaped quote"),
+        pytest.param(['x="\\", for=198.51.100.7'], "198.51.100.7", id="escaped quote that evens out"),
+    ],
+)
+def test_forwarded_header(lines: Sequence[str], expected: str) -> None:
+    """RFC 7239, with everything a client may have put before the proxy's own element."""
+    scope = http("192.0.2.1", [("forwarded", line) for line in lines])
+
+    assert expected == addressing(PROXIES, "forwarded").client(scope)
+
+
+@given(spoofed=st.lists(st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=40), max_size=3))
+def test_nobody_can_choose_an_address_behind_a_proxy(spoofed: list[str]) -> None:
+    """Whatever a client writes, it is counted by its real address or, if it confuses the proxy's list, the proxy's."""
+    # The proxy appends to the last line, as most do.
+    own = [*spoofed[:-1], ", ".join([*spoofed[-1:], "198.51.100.7"])]
+    assert addressing(PROXIES).client(http("192.0.2.1", xff(*own))) == "198.51.100.7"
+
+    own = [*spoofed[:-1], ", ".join([*spoofed[-1:], "for=198.51.100.7"])]
+    scope = http("192.0.2.1", [("forwarded", line) for line in own])
+    assert addressing(PROXIES, "forwarded").client(scope) in ("198.51.100.7", "192.0.2.1")
+
+
+FORGED = st.sampled_from(['"', "\\", ";", ",", "=", " ", "for=6.6.6.6", "for=", "6.6.6.6", "by=x", "a"])
+
+
+@given(pieces=st.lists(FORGED, max_size=12), own=st.sampled_from(["for=198.51.100.7", 'for="198.51.100.7:80"']))
+def test_nobody_can_forge_a_forwarded_element(pieces: list[str], own: str) -> None:
+    """The same, aimed at the grammar: quotes, escapes and separators before what the proxy writes."""
+    scope = http("192.0.2.1", [("forwarded", "".join(pieces) + ", " + own)])
+
+    assert addressing(PROXIES, "forwarded").client(scope) in ("198.51.100.7", "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("peer", "prefix", "expected"),
+    [
+        pytest.param("2001:db8:1:2:3:4:5:6", 64, "2001:db8:1:2::/64", id="default /64"),
+        pytest.param("2001:db8:1:2:ffff::", 64, "2001:db8:1:2::/64", id="same network"),
+        pytest.param("2001:db8:1:3::1", 64, "2001:db8:1:3::/64", id="next network"),
+        pytest.param("2001:db8:1:2::1", 56, "2001:db8:1::/56", id="/56"),
+        pytest.param("2001:db8:1:2::1", 128, "2001:db8:1:2::1/128", id="each address"),
+        pytest.param("fe80::1%eth0", 64, "fe80::/64", id="zone id"),
+        pytest.param("::ffff:192.0.2.9", 64, "192.0.2.9", id="IPv4-mapped is not one network"),
+        pytest.param("::FFFF:c000:0209", 64, "192.0.2.9", id="IPv4-mapped in hexadecimal"),
+        pytest.param("192.0.2.9", 64, "192.0.2.9", id="IPv4 is itself"),
+    ],
+)
+def test_ipv6_clients_share_their_network(peer: str, prefix: int, expected: str) -> None:
+    """Whoever holds a /64 has one counter, not 2^64."""
+    assert expected == addressing(prefix=prefix).client(http(peer))
+
+
+def test_peer_may_be_a_list() -> None:
+    """ASGI says "an iterable": some servers give a list."""
+    assert (
+        addressing(PROXIES).client({**http(headers=xff("198.51.100.7")), "client": ["10.0.0.1", 1]}) == "198.51.100.7"
+    )
+
+
+def test_trusted_peer_is_known() -> None:
+    """Whether the header of a request is believed depends on the peer alone."""
+    assert addressing(PROXIES).trusts_peer(http("10.1.2.3"))
+    assert not addressing(PROXIES).trusts_peer(http("11.1.2.3"))
+    assert not addressing(PROXIES).trusts_peer(http(None))
+    assert not addressing(PROXIES).trusts_peer(http("h" * 300))
+
+
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [("1.2.3.4", True), ("2001:db8::/64", True), ("testclient", False), ("", False), ("1" * 100, False)],
+)
+def test_plain_address(client: str, expected: bool) -> None:
+    """Addresses and networks may stand in a key as they are, names may not."""
+    assert expected is is_plain_address(client)
+
+
+# Bodies
+
+pytestmark = pytest.mark.anyio
+
+
+def chunks(*parts: bytes, end: Message | None = None) -> tuple[Receive, list[Message]]:
+    """A ``receive`` that gives *parts*, then *end* or a disconnect, and the list of what is left."""
+    left: list[Message] = [
+        {"type": "http.request", "body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)
+    ]
+    left.append(end or {"type": "http.disconnect"})
+
+    async def receive() -> Message:
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return receive, left
+
+
+async def everything(receive: Receive) -> tuple[bytes, str]:
+    """What an app reads: the body, and the type of the message after it."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return body, message["type"]
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body, (await receive())["type"]
+
+
+POST = http(method="POST")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([b""], id="empty"),
+        pytest.param([b'{"a": 1}'], id="at once"),
+        pytest.param([b'{"a"', b": ", b"1}"], id="in pieces"),
+        pytest.param([bytes([c]) for c in b'{"a": "\xc3\xbc"}'], id="byte by byte"),
+        pytest.param([b"{}", b"", b""], id="empty pieces"),
+    ],
+)
+async def test_body_is_read_and_replayed_byte_for_byte(parts: list[bytes]) -> None:
+    """What was read ahead reaches the app as it came, followed by what was still to come."""
+    receive, _ = chunks(*parts)
+    request = BufferedRequest(POST, receive, cap=100)
+    whole = b"".join(parts)
+
+    assert whole == await request.body()
+    assert whole == await request.body()
+    if whole:
+        assert json.loads(whole) == await request.json()
+    assert (whole, "http.disconnect") == await everything(request.replay())
+
+
+async def test_nothing_is_read_unless_asked() -> None:
+    """A request that nobody reads hands the app its own ``receive``."""
+    receive, left = chunks(b"body")
+    request = BufferedRequest(POST, receive, cap=100)
+
+    assert request.replay() is receive
+    assert len(left) == 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "cap", "fits"),
+    [
+        pytest.param([b"12345"], 5, True, id="exactly the cap"),
+        pytest.param([b"123456"], 5, False, id="one byte over"),
+        pytest.param([b"123", b"456", b"789"], 5, False, id="over with the second piece"),
+        pytest.param([b"1"], 0, False, id="cap of nothing"),
+        pytest.param([b""], 0, True, id="nothing under a cap of nothing"),
+    ],
+)
+async def test_body_over_the_cap_is_unreadable_and_whole_for_the_app(parts: list[bytes], cap: int, fits: bool) -> None:
+    """Reading stops at the cap; the app still gets every byte."""
+    receive, left = chunks(*parts)
+    request = BufferedRequest(POST, receive, cap=cap)
+    if fits:
+        assert b"".join(parts) == await request.body()
+    else:
+        with pytest.raises(UnreadableBody):
+            await request.body()
+        # No more was taken from the server than was needed to know.
+        assert len(left) > len(parts) - 2
+
+    assert (b"".join(parts), "http.disconnect") == await everything(request.replay())
+
+
+async def test_partly_read_stream_is_replayed() -> None:
+    """A callable that stops reading in the middle leaves the rest for the app, and its own part too."""
+    receive, _ = chunks(b"one", b"two", b"three")
+    request = BufferedRequest(POST, receive, cap=100)
+    async for chunk in request.stream():
+        assert chunk == b"one"
+        break
+
+    assert (b"onetwothree", "http.disconnect") == await everything(request.replay())
+
+
+async def test_disconnect_while_reading_is_unreadable_and_seen_by_the_app() -> None:
+    """A client that leaves in mid-body gives no body, and the app learns that it left."""
+    left: list[Message] = [{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return left.pop(0)
+
+    request = BufferedRequest(POST, receive, cap=100)
+    with pytest.raises(UnreadableBody):
+        await request.body()
+    replayed = request.replay()
+
+    assert await replayed() == {"type": "http.request", "body": b"half", "more_body": True}
+    assert await replayed() == {"type": "http.disconnect"}
+
+
+async def test_disconnect_before_the_body_is_replayed_alone() -> None:
+    """A client that leaves at once: the app sees the disconnect and no invented body."""
+    receive, _ = chunks(end={"type": "http.disconnect"})
+    request = BufferedRequest(POST, receive, cap=100)
+    with pytest.raises(UnreadableBody):
+        await request.body()
+
+    assert await request.replay()() == {"type": "http.disconnect"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="cut"),
+        pytest.param(b"\xff\xfe\x00", id="not text"),
+        pytest.param(b"[" * 200_000, id="nested too deep"),
+        pytest.param(b'{"a":' * 100_000, id="objects nested too deep"),
+        pytest.param(b"1" * 10_000, id="number too long"),
+    ],
+)
+async def test_what_is_not_json_is_unreadable(body: bytes) -> None:
+    """No body makes the reader raise anything else, and the app still gets it."""
+    receive, _ = chunks(body)
+    request = BufferedRequest(POST, receive, cap=2**20)
+    with pytest.raises(UnreadableBody):
+        await request.json()
+
+    assert (body, "http.disconnect") == await everything(request.replay())
+
+
+async def test_error_of_the_server_passes_through() -> None:
+    """What ``receive`` raises (another middleware's body limit, a cancelled task) is not ours to hide."""
+
+    class TooLarge(Exception):
+        """Raised by a body limit of somebody else."""
+
+    async def receive() -> Message:
+        raise TooLarge
+
+    with pytest.raises(TooLarge):
+        await BufferedRequest(POST, receive, cap=100).body()
+
+    async def cancelled() -> Message:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await BufferedRequest(POST, cancelled, cap=100).body()
+
+
+async def test_message_without_a_body_is_an_empty_one() -> None:
+    """``body`` and ``more_body`` are optional in ASGI."""
+    receive = cast("Any", chunks(end={"type": "http.disconnect"})[0])
+    messages: list[Message] = [{"type": "http.request"}]
+
+    async def bare() -> Message:
+        return messages.pop() if messages else await receive()
+
+    request = BufferedRequest(POST, bare, cap=100)
+
+    assert await request.body() == b""
+    assert (b"", "http.disconnect") == await everything(request.replay())
+
+
+async def test_body_in_single_bytes_takes_no_more_than_its_size() -> None:
+    """A body of tiny chunks is kept as its bytes, not as a list of messages a hundred times as big."""
+    size = 200_000
+    left = size
+
+    async def receive() -> Message:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b"x", "more_body": left > 0}
+
+    tracemalloc.start()
+    try:
+        request = BufferedRequest({"type": "http", "method": "POST", "headers": []}, receive, cap=size)
+        body = await request.body()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert size == len(body)
+    assert peak < 5 * size

@@ -1,0 +1,439 @@
+"""Settings: the environment in, one validated value out."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from redis_asgi import ConfigurationError, RedisASGIError, Settings
+from redis_asgi.settings import redact
+
+SECRET = "s3cr3t-of-a-test"
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> str:
+    """A readable file."""
+    path = tmp_path / "some.pem"
+    path.write_text("PEM")
+    return str(path)
+
+
+ACCEPTED: list[tuple[str, str, object]] = [
+    ("REDIS_HOST", "redis.test", "redis.test"),
+    ("REDIS_PORT", "6380", 6380),
+    ("REDIS_DB", "3", 3),
+    ("REDIS_USERNAME", "app", "app"),
+    ("REDIS_PASSWORD", SECRET, SecretStr(SECRET)),
+    ("REDIS_URL", "redis://redis.test:6380/2", SecretStr("redis://redis.test:6380/2")),
+    ("REDIS_POOL_SIZE", "7", 7),
+    ("REDIS_TIMEOUT", "2.5", 2.5),
+    ("REDIS_RETRY_ATTEMPTS", "0", 0),
+    ("REDIS_SSL", "true", True),
+    ("REDIS_SENTINEL_MASTER", "mymaster", "mymaster"),
+    ("REDIS_CLUSTER", "1", True),
+    ("REDIS_KEY_PREFIX", "my app:".replace(" ", "-"), "my-app:"),
+    ("REDIS_KEY_SECRET", SECRET, SecretStr(SECRET)),
+    ("RATE_LIMIT_WINDOW", "10", 10),
+    ("MAX_REQUESTS_PER_WINDOW", "5", 5),
+    ("RATE_LIMITS", "20/second; 1000/hour", "20/second; 1000/hour"),
+    ("RATE_LIMIT_STRATEGY", "gcra", "gcra"),
+    ("RATE_LIMIT_PARTITION", "header:x-api-key", "header:x-api-key"),
+    ("RATE_LIMIT_MISSING_IDENTITY", "refuse", "refuse"),
+    ("RATE_LIMIT_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.7,::1", ("10.0.0.0/8", "192.0.2.7", "::1")),
+    ("RATE_LIMIT_FORWARDED_HEADER", "forwarded", "forwarded"),
+    ("RATE_LIMIT_IPV6_PREFIX", "56", 56),
+    ("RATE_LIMIT_EXEMPT_PATHS", " /health/* ,/metrics/*,", ("/health/*", "/metrics/*")),
+    ("RATE_LIMIT_ON_REDIS_ERROR", "closed", "closed"),
+    ("RATE_LIMIT_FALLBACK_DIVISOR", "4", 4),
+    ("RATE_LIMIT_LOCAL_MAX_PARTITIONS", "10", 10),
+    ("RATE_LIMIT_TIMEOUT", "0.5", 0.5),
+    ("RATE_LIMIT_BODY_CAP", "0", 0),
+    ("RATE_LIMIT_HEADERS", "both", "both"),
+    ("RATE_LIMIT_DRY_RUN", "yes", True),
+]
+FILES = ("REDIS_SSL_CA_CERTS", "REDIS_SSL_CERTFILE", "REDIS_SSL_KEYFILE")
+NEED_COMPANY = ("REDIS_SENTINELS",)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), ACCEPTED, ids=[name for name, _, _ in ACCEPTED])
+def test_variable_is_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, expected: object
+) -> None:
+    """Every variable parses from text to the value it means."""
+    monkeypatch.setenv(name, text)
+
+    assert expected == getattr(Settings(), name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_certificate_file_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, name: str, pem: str) -> None:
+    """A certificate's path is kept when the file can be read."""
+    monkeypatch.setenv(name, pem)
+
+    assert pem == getattr(Settings(), name)
+
+
+def test_sentinels_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentinels come as host:port, IPv6 addresses too."""
+    monkeypatch.setenv("REDIS_SENTINELS", "a:26379, b:26380,::1:26379")
+    monkeypatch.setenv("REDIS_SENTINEL_MASTER", "mymaster")
+
+    assert ("a:26379", "b:26380", "::1:26379") == Settings().REDIS_SENTINELS
+
+
+def test_every_setting_is_tested_here() -> None:
+    """A new setting needs a row above."""
+    assert set(Settings.model_fields) == {name for name, _, _ in ACCEPTED} | {*FILES, *NEED_COMPANY}
+
+
+REFUSED: list[tuple[str, str]] = [
+    ("REDIS_HOST", ""),
+    ("REDIS_HOST", "redis://localhost"),
+    ("REDIS_HOST", "user:pw@localhost"),
+    ("REDIS_PORT", "0"),
+    ("REDIS_PORT", "65536"),
+    ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+    ("REDIS_DB", "-1"),
+    ("REDIS_DB", "zero"),
+    ("REDIS_URL", "http://localhost"),
+    ("REDIS_URL", "localhost:6379"),
+    ("REDIS_URL", "redis://localhost:port"),
+    ("REDIS_URL", "redis://localhost:0"),
+    ("REDIS_URL", "redis://localhost:99999"),
+    ("REDIS_URL", "redis://localhost/db"),
+    ("REDIS_URL", "redis://[::1"),
+    ("REDIS_URL", "redis://localhost?colour=red"),
+    ("REDIS_URL", "redis://localhost?socket_timeout=soon"),
+    ("REDIS_URL", "unix://"),
+    ("REDIS_URL", ""),
+    ("REDIS_POOL_SIZE", "0"),
+    ("REDIS_TIMEOUT", "0"),
+    ("REDIS_TIMEOUT", "-1"),
+    ("REDIS_TIMEOUT", "nan"),
+    ("REDIS_TIMEOUT", "inf"),
+    ("REDIS_TIMEOUT", "10s"),
+    ("REDIS_RETRY_ATTEMPTS", "-1"),
+    ("REDIS_SSL", "maybe"),
+    ("REDIS_SSL_CA_CERTS", "/no/such/file.pem"),
+    ("REDIS_SSL_CERTFILE", "/no/such/file.pem"),
+    ("REDIS_SSL_KEYFILE", "/no/such/file.pem"),
+    ("REDIS_SENTINELS", "sentinel-1"),
+    ("REDIS_SENTINELS", "sentinel-1:0"),
+    ("REDIS_SENTINELS", "sentinel-1:x"),
+    ("REDIS_SENTINELS", ":26379"),
+    ("REDIS_SENTINEL_MASTER", ""),
+    ("REDIS_CLUSTER", "3"),
+    ("REDIS_KEY_PREFIX", "a{b}"),
+    ("REDIS_KEY_PREFIX", "a b"),
+    ("REDIS_KEY_PREFIX", "a\tb"),
+    ("REDIS_KEY_PREFIX", "a\x7fb"),
+    ("REDIS_KEY_PREFIX", "a" * 201),
+    ("REDIS_KEY_SECRET", ""),
+    ("RATE_LIMIT_WINDOW", "0"),
+    ("RATE_LIMIT_WINDOW", "1.5"),
+    ("RATE_LIMIT_WINDOW", str(366 * 86400 + 1)),
+    ("MAX_REQUESTS_PER_WINDOW", "0"),
+    ("MAX_REQUESTS_PER_WINDOW", "-5"),
+    ("MAX_REQUESTS_PER_WINDOW", str(10**9 + 1)),
+    ("RATE_LIMITS", "often"),
+    ("RATE_LIMITS", "0/second"),
+    ("RATE_LIMITS", "10/0 seconds"),
+    ("RATE_LIMITS", ""),
+    ("RATE_LIMIT_STRATEGY", "fixed_window"),
+    ("RATE_LIMIT_PARTITION", "cookie"),
+    ("RATE_LIMIT_PARTITION", "header:"),
+    ("RATE_LIMIT_PARTITION", "header:x api key"),
+    ("RATE_LIMIT_MISSING_IDENTITY", "allow"),
+    ("RATE_LIMIT_TRUSTED_PROXIES", "10.0.0.0/33"),
+    ("RATE_LIMIT_TRUSTED_PROXIES", "10.0.0.1/8"),
+    ("RATE_LIMIT_TRUSTED_PROXIES", "*"),
+    ("RATE_LIMIT_FORWARDED_HEADER", "x-real-ip"),
+    ("RATE_LIMIT_IPV6_PREFIX", "0"),
+    ("RATE_LIMIT_IPV6_PREFIX", "129"),
+    ("RATE_LIMIT_EXEMPT_PATHS", "health"),
+    ("RATE_LIMIT_ON_REDIS_ERROR", "ignore"),
+    ("RATE_LIMIT_FALLBACK_DIVISOR", "0"),
+    ("RATE_LIMIT_LOCAL_MAX_PARTITIONS", "0"),
+    ("RATE_LIMIT_TIMEOUT", "0"),
+    ("RATE_LIMIT_TIMEOUT", "nan"),
+    ("RATE_LIMIT_BODY_CAP", "-1"),
+    ("RATE_LIMIT_BODY_CAP", "1MiB"),
+    ("RATE_LIMIT_HEADERS", "x-ratelimit"),
+    ("RATE_LIMIT_DRY_RUN", "perhaps"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), REFUSED, ids=[f"{n}={t[:24]!r}" for n, t in REFUSED])
+def test_bad_value_names_the_variable_and_one_that_works(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """One error on one line: variable, what was given, what is wrong, and an example that is accepted."""
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings()
+    message = str(caught.value)
+
+    assert message.startswith(f"{name}=")
+    assert "\n" not in message
+    assert "Try " in message
+    assert caught.value.__cause__ is None
+    if "secret" not in name.lower() and "@" not in text and len(text) < 80:
+        assert repr(text) in message
+
+
+WORKING_EXAMPLES = [name for name in Settings.model_fields if name not in FILES]
+
+
+@pytest.mark.parametrize("name", WORKING_EXAMPLES)
+def test_the_example_of_every_setting_works(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What an error tells the operator to try is accepted."""
+    examples = Settings.model_fields[name].examples or []
+    monkeypatch.setenv(name, str(examples[0]))
+    if name == "REDIS_SENTINELS":
+        monkeypatch.setenv("REDIS_SENTINEL_MASTER", "mymaster")
+
+    assert getattr(Settings(), name) is not None
+
+
+def test_several_bad_values_give_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first problem is told; the next run tells the next."""
+    monkeypatch.setenv("REDIS_PORT", "x")
+    monkeypatch.setenv("REDIS_DB", "y")
+    with pytest.raises(ConfigurationError, match=r"^REDIS_PORT='x': .*\. Try 6379\.$"):
+        Settings()
+
+
+def test_error_is_a_value_error_and_ours() -> None:
+    """Both a reader of our tree and one of built-ins catches it; it is not pydantic's."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(REDIS_PORT=0)
+
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, RedisASGIError)
+    assert not isinstance(caught.value, ValidationError)
+
+
+def _everything_said(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)) + str(error) + repr(error)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"REDIS_PASSWORD": SECRET, "REDIS_PORT": 0}, id="password beside another error"),
+        pytest.param({"REDIS_PASSWORD": [SECRET]}, id="password of a wrong type"),
+        pytest.param({"REDIS_KEY_SECRET": [SECRET]}, id="key secret of a wrong type"),
+        pytest.param({"REDIS_URL": f"http://app:{SECRET}@host"}, id="password in a bad URL"),
+        pytest.param({"REDIS_URL": f"redis://app:{SECRET}@host:port"}, id="password in a URL with a bad port"),
+        pytest.param({"REDIS_URL": f"redis://{SECRET}@host/db"}, id="user in a URL with a bad database"),
+        pytest.param({"REDIS_URL": f"redis://:{SECRET}/1@host/db"}, id="slash in the password"),
+        pytest.param({"REDIS_URL": f"redis://:a@b{SECRET}@host/db"}, id="at sign in the password"),
+        pytest.param({"REDIS_URL": f"redis://:a {SECRET}@host/db"}, id="blank in the password"),
+        pytest.param({"REDIS_URL": f"http://host?password={SECRET}"}, id="password in the query of a bad URL"),
+        pytest.param({"REDIS_URL": SecretStr(f"http://a:{SECRET}@host")}, id="bad URL given as a secret"),
+        pytest.param({"REDIS_URL": f"app:{SECRET}@host:6379"}, id="URL without a scheme"),
+        pytest.param({"REDIS_HOST": f"app:{SECRET}@host"}, id="credentials in the host"),
+        pytest.param({"REDIS_HOST": f"redis://app:{SECRET}@host"}, id="URL in the host"),
+        pytest.param({"REDIS_SSL": True, "REDIS_URL": f"redis://:{SECRET}@host"}, id="conflict of TLS and URL"),
+        pytest.param({"REDIS_PASSWORD": SECRET, "REDIS_CLUSTER": True, "REDIS_DB": 1}, id="conflict elsewhere"),
+        pytest.param({"REDIS_PASSWORD": SECRET, "REDIS_PASSWROD": "x"}, id="unknown keyword beside it"),
+    ],
+)
+def test_no_error_shows_a_secret(values: dict[str, Any]) -> None:
+    """Neither the message nor the traceback nor what it is chained to holds a password."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**values)
+
+    # Source lines of this file are part of a traceback; the parameters are not in them.
+    assert SECRET not in _everything_said(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_no_error_shows_a_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same when the values come from variables."""
+    monkeypatch.setenv("REDIS_PASSWORD", SECRET)
+    monkeypatch.setenv("REDIS_URL", f"redis://app:{SECRET}@host:port")
+    with pytest.raises(ConfigurationError) as caught:
+        Settings()
+
+    assert SECRET not in _everything_said(caught.value)
+    assert str(caught.value).startswith("REDIS_URL='redis://***@host:port': ")
+
+
+@pytest.mark.parametrize("show", [repr, str, Settings.model_dump_json], ids=["repr", "str", "JSON"])
+def test_settings_do_not_show_secrets(show: Callable[[Settings], str]) -> None:
+    """Printing settings shows no password, key secret or URL."""
+    shown = show(Settings(REDIS_PASSWORD=SECRET, REDIS_KEY_SECRET=SECRET, REDIS_URL=f"redis://:{SECRET}@host"))
+
+    assert SECRET not in shown
+    assert "6379" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        pytest.param("redis://app:pw@host:1/2", "'redis://***@host:1/2'", id="user and password"),
+        pytest.param("redis://host/0?password=pw&x=1", "'redis://host/0?password=***&x=1'", id="query"),
+        pytest.param("redis://host", "'redis://host'", id="nothing to hide"),
+        pytest.param("app:pw@host:6379", "'***@host:6379'", id="no scheme"),
+        pytest.param("x" * 100, "'" + "x" * 77 + "...'", id="long"),
+        pytest.param(7, "7", id="number"),
+    ],
+)
+def test_redaction(given: object, shown: str) -> None:
+    """Credentials become stars, long values are cut, the rest stays readable."""
+    assert shown == redact(given)
+
+
+def test_settings_are_frozen() -> None:
+    """A setting cannot change under the parts that read it."""
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.REDIS_PORT = 1
+
+
+def test_equal_settings_are_one_dictionary_key() -> None:
+    """Settings compare and hash by value, secrets included."""
+    one, same = Settings(REDIS_PASSWORD="a"), Settings(REDIS_PASSWORD="a")
+
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != Settings(REDIS_PASSWORD="b")
+
+
+def test_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument is closer than a variable."""
+    monkeypatch.setenv("REDIS_PORT", "1111")
+
+    assert Settings(REDIS_PORT=2222).REDIS_PORT == 2222
+
+
+def test_environment_is_read_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later change of a variable does not reach settings that exist."""
+    monkeypatch.setenv("REDIS_PORT", "1111")
+    settings = Settings()
+    monkeypatch.setenv("REDIS_PORT", "2222")
+
+    assert settings.REDIS_PORT == 1111
+    assert Settings().REDIS_PORT == 2222
+
+
+def test_foreign_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of others, even ours misspelt or in lower case, neither fail nor count."""
+    monkeypatch.setenv("REDIS_SENTINEL_KIND", "x")
+    monkeypatch.setenv("redis_port", "1111")
+
+    assert Settings().REDIS_PORT == 6379
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        pytest.param("REDIS_HOTS", "Did you mean REDIS_HOST?", id="near"),
+        pytest.param("RATE_LIMIT_STRATGY", "Did you mean RATE_LIMIT_STRATEGY?", id="near and long"),
+        pytest.param("nonsense", "README.md lists every setting.", id="far"),
+    ],
+)
+def test_unknown_keyword_suggests(name: str, hint: str) -> None:
+    """A misspelt keyword is answered with the setting that was meant."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**{name: "x"})
+
+    assert f"{name} is not a setting. {hint}" == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param("10.0.0.1,10.0.0.2", id="text"),
+        pytest.param(["10.0.0.1", "10.0.0.2"], id="list"),
+        pytest.param(("10.0.0.1", "10.0.0.2"), id="tuple"),
+    ],
+)
+def test_lists_are_copied_to_tuples(given: Any) -> None:
+    """A list may be written as in the environment or as a sequence; it is kept immutable."""
+    assert ("10.0.0.1", "10.0.0.2") == Settings(RATE_LIMIT_TRUSTED_PROXIES=given).RATE_LIMIT_TRUSTED_PROXIES
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_empty_list_is_empty(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A list variable without an entry is no entry, not an empty one."""
+    monkeypatch.setenv("RATE_LIMIT_EXEMPT_PATHS", text)
+
+    assert Settings().RATE_LIMIT_EXEMPT_PATHS == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param(
+            {"REDIS_SSL": True, "REDIS_URL": "redis://host"},
+            "REDIS_SSL=True, but REDIS_URL='redis://host' is not encrypted. Try a rediss:// URL.",
+            id="TLS asked for, URL without",
+        ),
+        pytest.param(
+            {"REDIS_SENTINELS": "a:1"},
+            "REDIS_SENTINELS needs REDIS_SENTINEL_MASTER. Try REDIS_SENTINEL_MASTER=mymaster.",
+            id="sentinels without a master's name",
+        ),
+        pytest.param(
+            {"REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "m", "REDIS_CLUSTER": True},
+            "REDIS_SENTINELS and REDIS_CLUSTER exclude each other. Unset one of them.",
+            id="sentinels and cluster",
+        ),
+        pytest.param(
+            {"REDIS_CLUSTER": True, "REDIS_DB": 1},
+            "REDIS_DB=1: Redis Cluster has only database 0. Unset REDIS_DB.",
+            id="cluster with a database",
+        ),
+        pytest.param(
+            {"REDIS_CLUSTER": True, "REDIS_URL": "redis://host/1"},
+            "REDIS_URL='redis://host/1': Redis Cluster has only database 0. Try it without.",
+            id="cluster with a database in the URL",
+        ),
+        pytest.param(
+            {"REDIS_CLUSTER": True, "REDIS_URL": "unix:///run/redis.sock"},
+            "REDIS_URL='unix:///run/redis.sock': REDIS_CLUSTER needs TCP. Try redis://localhost:6379.",
+            id="cluster on a unix socket",
+        ),
+    ],
+)
+def test_conflicting_settings_say_which(values: dict[str, Any], message: str) -> None:
+    """Settings that cannot work together name each other and the way out."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**values)
+
+    assert message == str(caught.value)
+
+
+def test_defaults_are_those_of_the_readme() -> None:
+    """Without any variable: local Redis, 100 requests a minute, nothing trusted."""
+    settings = Settings()
+
+    assert (settings.REDIS_HOST, settings.REDIS_PORT, settings.REDIS_DB) == ("localhost", 6379, 0)
+    assert settings.default_limits == "100/60 seconds"
+    assert settings.RATE_LIMIT_TRUSTED_PROXIES == ()
+    assert not settings.is_memory
+    assert settings.key_secret is None
+
+
+def test_limits_win_over_the_single_limit() -> None:
+    """``RATE_LIMITS`` replaces window and quota."""
+    assert Settings(RATE_LIMITS="5/second", MAX_REQUESTS_PER_WINDOW=9).default_limits == "5/second"
+    assert Settings(MAX_REQUESTS_PER_WINDOW=9, RATE_LIMIT_WINDOW=30).default_limits == "9/30 seconds"
+
+
+def test_memory_and_key_secret_are_known_by_name() -> None:
+    """``memory://`` is recognised, and the key secret is given in the clear to who asks."""
+    assert Settings(REDIS_URL="memory://").is_memory
+    assert Settings(REDIS_KEY_SECRET=SECRET).key_secret == SECRET
+
+
+def test_sentinels_and_a_url_contradict_each_other() -> None:
+    """Two settings that say where Redis is are an error that names both and shows no password."""
+    with pytest.raises(ConfigurationError, match="REDIS_SENTINELS says where Redis is") as raised:
+        Settings(REDIS_SENTINELS="a:1", REDIS_SENTINEL_MASTER="m", REDIS_URL="redis://:hunter2@h")
+
+    assert "hunter2" not in str(raised.value)
