@@ -1,0 +1,281 @@
+"""The README is true: its code runs, its answers come back, its table is what `Settings` says."""
+
+import asyncio
+import json
+import math
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import httpx
+import pytest
+import redis
+from annotated_types import Ge, Gt, Le
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+import redis_asgi
+from redis_asgi import ConfigurationError, RateLimiter, RateLimitMiddleware, Settings
+from redis_asgi.ratelimit.local import LocalEngine
+from redis_asgi.ratelimit.policy import Charge, make_partition
+from redis_asgi.ratelimit.rules import make_policies
+
+from .test_examples import serving
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+SECOND = 1_000_000  # us
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    """What stands below a heading, up to the next of the same level."""
+    marks = re.escape(title.partition(" ")[0])
+    match = re.search(rf"^{re.escape(title)}\n(.*?)(?=^{marks} |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert match is not None, title
+    return match[1]
+
+
+# code
+
+
+def first_line(code: str) -> str:
+    """How a block is told apart from the others in a report."""
+    return next(line for line in code.splitlines() if not line.startswith(("from", "import")) and line)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=first_line)
+def test_code_runs_as_pasted(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block stands alone, and an app in it answers a request."""
+    monkeypatch.setenv("REDIS_URL", "memory://")
+    module = types.ModuleType("readme_block")
+    # Endpoints' annotations are looked up where they were defined.
+    monkeypatch.setitem(sys.modules, "readme_block", module)
+    exec(compile(code, "README.md", "exec"), module.__dict__)  # noqa: S102 - our own README
+    app = module.__dict__.get("app")
+    if app is not None:
+        assert asyncio.run(first_answer(app)).status_code < 500
+
+
+async def first_answer(app: Any) -> httpx.Response:
+    """What the app answers to ``GET /``."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return await client.get("/")
+
+
+# the first screen
+
+
+def columns() -> list[list[str]]:
+    """The two answers that stand side by side on the first screen, as lines."""
+    (block,) = (block for block in blocks("console") if "curl -i" in block)
+    lines = block.splitlines()
+    middle = lines[0].rindex("$ curl")
+    return [[line[:middle].rstrip() for line in lines], [line[middle:].rstrip() for line in lines]]
+
+
+def without_seconds(text: str) -> str:
+    """*text* with the seconds that depend on when one asks left open."""
+    return re.sub(r"(;t=|retry-after: |Retry in )\d+", r"\1N", text)
+
+
+def test_answers_are_what_the_quickstart_sends() -> None:
+    """The first and the sixth answer have that status line and those fields, in that order."""
+    with serving("quickstart") as example:
+        answers = [example.get("/") for _ in range(6)]
+    for shown, answer in zip(columns(), (answers[0], answers[5]), strict=True):
+        assert shown[0].startswith("$ curl -i http://127.0.0.1:8000/")
+        really = [f"HTTP/1.1 {answer.status_code} {answer.reason_phrase}"]
+        really += [f"{name}: {value}" for name, value in answer.headers.items()]
+        names = {line.partition(": ")[0] for line in shown[2:]}
+        kept = really[:1] + [line for line in really[1:] if line.partition(": ")[0] in names]
+
+        assert list(map(without_seconds, filter(None, shown[1:]))) == list(map(without_seconds, kept))
+        assert {line.partition(": ")[0] for line in really[1:]} - names <= {
+            "date",
+            "server",
+            "content-length",
+        }
+
+
+def test_problem_is_what_the_quickstart_sends() -> None:
+    """The body of a 429 is the document shown."""
+    (shown,) = blocks("json")
+    with serving("quickstart") as example:
+        body = [example.get("/") for _ in range(6)][5].text
+
+    assert json.loads(without_seconds(shown)) == json.loads(without_seconds(body))
+
+
+def test_commands_are_those_that_run() -> None:
+    """The test command is the one that continuous integration runs; the other one's script exists."""
+    serve, test, *_ = blocks("sh")
+
+    assert test in (ROOT / ".ci" / "test").read_text("utf-8")
+    assert (ROOT / serve.split()[-1]).exists()
+
+
+def test_first_screen_is_one_screen() -> None:
+    """What a reader sees first ends within 45 lines."""
+    assert README[: README.index("\n## ")].count("\n") <= 45
+
+
+# strategies
+
+STEP = re.compile(
+    r"^- At \*\*(\d\d):(\d\d):(\d\d)\*\* the client sends (\d+) requests?: (\d+) (?:is|are) admitted",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("strategy", ["fixed-window", "sliding-window-counter", "moving-window", "gcra"])
+def test_timeline_is_what_happens(strategy: Any) -> None:
+    """Each strategy admits what its timeline says, on a clock that starts at a whole minute."""
+    steps = [tuple(map(int, step)) for step in STEP.findall(section(f"#### `{strategy}`"))]
+    assert len(steps) >= 3
+    engine = LocalEngine()
+    charges = (Charge(make_policies("default", "10/minute", strategy), make_partition("ip", "192.0.2.1"), 1),)
+    for hours, minutes, seconds, sent, admitted in steps:
+        now = (86400 + 3600 * hours + 60 * minutes + seconds) * SECOND
+        assert admitted == sum(engine.decide("consume", charges, now=now)[0] for _ in range(sent)), seconds
+
+
+# configuration
+
+
+def generated_row(name: str, field: FieldInfo) -> list[str]:
+    """Variable, type, default and example of one setting, as the README's table has them."""
+    example = f"`{field.examples[0]}`" if field.examples else ""
+    return [f"`{name}`", type_of(field), default_of(field), example.replace("`(", "(").replace(")`", ")")]
+
+
+def type_of(field: FieldInfo) -> str:
+    """What a value looks like, in words."""
+    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
+    kinds = [plain(kind) for kind in members or (field.annotation,) if kind is not type(None)]
+    (kind,) = kinds
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    word = {
+        bool: "`true` or `false`",
+        str: "text",
+        int: "whole number",
+        float: "number",
+        SecretStr: "secret",
+    }.get(kind)
+    return (word or "list") + bounds_of(field)
+
+
+def plain(kind: Any) -> Any:
+    """A type without the checks it is annotated with."""
+    return get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """The range of a number, such as ``, 1 to 65,535``."""
+    least = next((f"{m.ge:,}" for m in field.metadata if isinstance(m, Ge)), None)
+    above = next((f"{m.gt:,}" for m in field.metadata if isinstance(m, Gt)), None)
+    most = next((f"{m.le:,}" for m in field.metadata if isinstance(m, Le)), None)
+    if above is not None:
+        return f", above {above}, {most} at most"
+    if least is not None:
+        return f", {least} to {most}" if most else f", {least} or more"
+    return ""
+
+
+def default_of(field: FieldInfo) -> str:
+    """A default as one would write it into the environment."""
+    default = field.default
+    if default is None or default in ("", ()):
+        return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, float) and math.floor(default) == default:
+        default = int(default)
+    return f"`{default}`"
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, without its head."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1:]]
+
+
+def test_configuration_table_is_what_settings_say() -> None:
+    """Every setting has a row with its type, default and example; what it means is written by hand."""
+    rows = table(section("## Configuration"))
+
+    assert [generated_row(name, field) for name, field in Settings.model_fields.items()] == [row[:4] for row in rows]
+    assert all(len(row) == 5 and row[4] for row in rows)
+
+
+def test_examples_of_the_table_work() -> None:
+    """A value from the table's example column is accepted, or refused for a file that is not there."""
+    needs = {"REDIS_SENTINELS": {"REDIS_SENTINEL_MASTER": "mymaster"}}
+    for name, field in Settings.model_fields.items():
+        example = str((field.examples or [field.default])[0])
+        if example.startswith("/etc/"):
+            with pytest.raises(ConfigurationError, match=name):
+                Settings(**{name: example + ".absent"})
+        else:
+            Settings(**{name: example}, **needs.get(name, {}))
+
+
+# what is in Redis
+
+
+@pytest.mark.anyio
+async def test_keys_are_those_shown(settings: Settings, redis_client: redis.Redis) -> None:
+    """The table's keys are what an address, an identity and a moving window leave behind, of about that size."""
+    rows = table(section("## What is in Redis"))
+    await RateLimiter(settings=settings).consume("client-1")
+    app = RateLimitMiddleware(not_found, "100/minute", strategy="moving-window", settings=settings)
+    address = httpx.ASGITransport(app, client=("203.0.113.7", 50_000))
+    async with httpx.AsyncClient(transport=address, base_url="http://test") as client:
+        await client.get("/")
+
+    keys = [row[0].strip("`").encode() for row in rows]
+    assert sorted(keys) == sorted(redis_client.keys())
+    for key, row in zip(keys, rows, strict=True):
+        shown = int(re.findall(r"\d+", row[4])[0])
+        assert (redis_client.memory_usage(key) or 0) <= 1.5 * shown, key
+        assert 60_000 < int(redis_client.pttl(key)) <= 61_000, key
+
+
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("", 404)(scope, receive, send)
+
+
+# manners
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links name a file, and links within the page a heading."""
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_source_files_are_there() -> None:
+    """What is named for reading exists."""
+    for path in re.findall(r"`([a-z_./*]+\.(?:py|lua))`", section("## Reading the source")):
+        assert list((ROOT / "redis_asgi").glob(path)), path
+
+
+def test_public_names_are_named() -> None:
+    """Every public name is in the README or in an example."""
+    text = README + "".join(p.read_text("utf-8") for p in (ROOT / "examples").glob("*.py"))
+    assert [name for name in redis_asgi.__all__ if not re.search(rf"\b{name}\b", text)] == []
