@@ -15,7 +15,7 @@ from typing import Literal
 from ..connection import RedisManager
 from ..errors import Failure, classify
 from ..settings import Settings
-from .batch import Batcher, Check
+from .batch import Batcher, Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
 from .local import LocalEngine
@@ -145,10 +145,15 @@ class Engine:
             known = self.remembered(charges)
             if known is not None:
                 return known
-        batcher = self._batcher()
-        check = Check(batcher.loop, mode, charges, self._timeout)
-        batcher.submit(check)
-        outcome = await check.future
+        outcome: Outcome
+        try:
+            batcher = self._batcher()
+        except OSError as error:
+            outcome = classify(error)  # the client cannot even be built: its host has no address
+        else:
+            check = Check(batcher.loop, mode, charges, self._timeout)
+            batcher.submit(check)
+            outcome = await check.future
         if isinstance(outcome, Failure):
             self._outage.failed(outcome, time.monotonic())
             return self._without_redis(charges, mode)

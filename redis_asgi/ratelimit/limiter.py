@@ -61,6 +61,9 @@ class RateLimiter:
         Raises:
             ConfigurationError: If *limit* or *window* is not a whole number in range.
         """
+        for name, value in (("limit", limit), ("window", window)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigurationError(f"{name}={value!r} is not a whole number. Try limit=100, window=60.")
         decision = await self.consume(client_id, f"{limit}/{window} seconds", strategy="fixed-window")
         return decision.allowed
 
@@ -122,6 +125,8 @@ class RateLimiter:
     ) -> Decision:
         if strategy is not None:
             check_choice("strategy", strategy, get_args(StrategyName))
+        if not isinstance(limits, str):
+            raise ConfigurationError(f"limits={limits!r} is not notation. Try '100/minute' or '20/second; 1000/hour'.")
         policies = make_policies(check_name(name), limits, strategy or self._strategy)
         charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
         return (await self._engine.decide((charge,), mode)).decision

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
@@ -78,7 +79,7 @@ class RateLimit:
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
-        self._compiled: dict[tuple[str, int], CompiledRule] = {}
+        self._compiled: WeakKeyDictionary[Engine, dict[str, CompiledRule]] = WeakKeyDictionary()
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
@@ -128,11 +129,11 @@ class RateLimit:
         return self._engine
 
     def _compile(self, engine: Engine, name: str) -> CompiledRule:
-        key = (name, id(engine))
-        rule = self._compiled.get(key)
+        rules = self._compiled.setdefault(engine, {})
+        rule = rules.get(name)
         if rule is None:
             settings = self._settings or engine.manager.settings
-            rule = self._compiled[key] = CompiledRule(
+            rule = rules[name] = CompiledRule(
                 self._rule,
                 settings,
                 Addressing(settings),

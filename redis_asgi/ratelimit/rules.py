@@ -199,7 +199,13 @@ class CompiledRule:
         return self._limits if isinstance(self._limits, str) else self._limits(conn)
 
     def read(self, notation: str) -> PolicySet:
-        """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
+        """The policies that *notation* stands for under this rule; parsed through a bounded cache.
+
+        Raises:
+            TypeError: If a callable returned something else.
+        """
+        if not isinstance(notation, str):
+            raise TypeError(f"limits returned {type(notation).__name__}, not notation or None.")
         return make_policies(self.name, notation, self._strategy, self._shadow)
 
     def covers(self, scope: Scope, path: str) -> bool:

@@ -1,13 +1,14 @@
 """When Redis is not well: every request is answered in time, by the policy that was chosen."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from redis_asgi import RateLimitMiddleware, Rule, Settings
+from redis_asgi import RateLimitMiddleware, RedisManager, Rule, Settings
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
@@ -231,3 +232,15 @@ async def test_storm_of_cancelled_requests_serves_nobody_wrongly(private_server:
         (stored,) = server.client().hgetall(f"rate_limit:{{10.1.1.{number}}}").values()
 
         assert admitted[number] <= int(stored.split()[1]) <= asked[number]
+
+
+async def test_client_that_cannot_be_built_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster client resolves its host when it is built; a name without an address is an outage like any other."""
+
+    def nowhere(manager: RedisManager) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(RedisManager, "_connect", nowhere)
+    app = RateLimitMiddleware(Spy(), "2/minute", settings=Settings(REDIS_URL="redis://nowhere.invalid"))
+
+    assert [200, 200, 429] == [(await timed(app))[0] for _ in range(3)]
