@@ -75,15 +75,39 @@ class _Opened:
                 await sentinel.aclose()
 
 
-async def _closed_with_the_loop(opened: _Opened) -> AsyncGenerator[None, None]:
+# What is open stays alive until its loop ends or it is closed, whoever still holds its manager.
+_open: set[_Opened] = set()
+_forks = 0
+
+
+def _note_fork() -> None:
+    global _forks  # noqa: PLW0603 - the process has one
+    _forks += 1
+
+
+@functools.lru_cache(maxsize=1)
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
+
+
+def forks() -> int:
+    """How often this process was forked off since the first manager was made: other sockets for each number."""
+    return _forks
+
+
+async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> AsyncGenerator[None, None]:
     """Close *opened* when the loop finalises its async generators: after its tasks, before it is closed.
 
     That is what lets an app without lifespan events end without a ResourceWarning, and an app's own
     teardown still use the client.
     """
+    _open.add(opened)
     try:
         yield
     finally:
+        _open.discard(opened)
+        manager.forget(opened)
         await opened.aclose()
 
 
@@ -163,10 +187,11 @@ class RedisManager:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings if settings is not None else Settings()
-        self._opened: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Opened] = weakref.WeakKeyDictionary()
+        _watch_forks()
+        self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
         self._shared: dict[object, object] = {}
         self._inherited: list[object] = []
-        self._pid = os.getpid()
+        self._forks = forks()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -189,7 +214,7 @@ class RedisManager:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
-        return getattr(opened.client, "connection_pool", None) if opened and self._pid == os.getpid() else None
+        return getattr(opened.client, "connection_pool", None) if opened and self._forks == forks() else None
 
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
@@ -225,8 +250,10 @@ class RedisManager:
 
     async def close(self) -> None:
         """Close what the running loop has open; idempotent, and the next use opens it again."""
+        if self._forks != forks():
+            self._forget_parent()
         opened = self._opened.pop(asyncio.get_running_loop(), None)
-        if opened is None or self._pid != os.getpid():
+        if opened is None:
             return
         if opened.until_loop_ends is None:
             await opened.aclose()
@@ -263,12 +290,13 @@ class RedisManager:
 
     def _open(self) -> _Opened:
         loop = asyncio.get_running_loop()
-        if self._pid != os.getpid():
+        if self._forks != forks():
             self._forget_parent()
         opened = self._opened.get(loop)
         if opened is None:
+            self._drop_closed_loops()
             opened = self._connect()
-            opened.until_loop_ends = _closed_with_the_loop(opened)
+            opened.until_loop_ends = _closed_with_the_loop(self, opened)
             # Run it to its yield, which registers it with the loop; it awaits nothing before that.
             with suppress(StopIteration):
                 opened.until_loop_ends.__anext__().__await__().send(None)
@@ -276,14 +304,27 @@ class RedisManager:
                 self._opened[loop] = opened
         return opened
 
+    def forget(self, opened: _Opened) -> None:
+        """Take *opened* for closed: its loop has ended."""
+        for loop, held in list(self._opened.items()):
+            if held is opened:
+                del self._opened[loop]
+
     def _connect(self) -> _Opened:
         return _build(self._settings)
+
+    def _drop_closed_loops(self) -> None:
+        # Only a loop that was closed without shutdown_asyncgens() is still here.
+        for loop, opened in list(self._opened.items()):
+            if loop.is_closed():
+                del self._opened[loop]
+                _open.discard(opened)
 
     def _forget_parent(self) -> None:
         # Kept alive on purpose: finalising the parent's transports here would touch its selector.
         self._inherited.append(dict(self._opened))
-        self._opened = weakref.WeakKeyDictionary()
-        self._pid = os.getpid()
+        self._opened = {}
+        self._forks = forks()
 
 
 class _GivenClient(RedisManager):
@@ -315,7 +356,8 @@ def describe(settings: Settings) -> str:
     return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
 
 
-_managers: weakref.WeakValueDictionary[Settings, RedisManager] = weakref.WeakValueDictionary()
+# One shared default per settings for as long as the process lives: the counters of memory:// are in it.
+_managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _managers_lock = threading.Lock()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()

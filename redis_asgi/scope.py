@@ -113,6 +113,12 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return _parse_address(text)
 
 
+def peer_host(scope: Scope) -> str:
+    """The host at the other end of the connection as the server names it; empty when it does not."""
+    peer = scope.get("client")
+    return (peer[0] or "") if peer else ""
+
+
 class Addressing:
     """Who a request comes from, given which proxies are believed.
 
@@ -136,8 +142,7 @@ class Addressing:
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
         walk at the last trusted one. ``None`` when the server gives no peer (a unix socket).
         """
-        peer = scope.get("client")
-        host: str = peer[0] if peer else ""
+        host = peer_host(scope)
         if not host:
             return None
         if self._trusted and len(host) <= _LONGEST_ADDRESS and self._is_trusted(host):
@@ -146,8 +151,8 @@ class Addressing:
 
     def trusts_peer(self, scope: Scope) -> bool:
         """Whether the forwarding header of this request is believed."""
-        peer = scope.get("client")
-        return bool(peer and self._trusted and len(peer[0]) <= _LONGEST_ADDRESS and self._is_trusted(peer[0]))
+        host = peer_host(scope)
+        return bool(host and self._trusted and len(host) <= _LONGEST_ADDRESS and self._is_trusted(host))
 
     def _walk(self, scope: Scope, peer: str) -> str:
         client = peer
@@ -173,8 +178,14 @@ class Addressing:
 
 
 def is_plain_address(client: str) -> bool:
-    """Whether *client*, as `Addressing.client` gives it, is an address or network, not a host name."""
-    return len(client) <= _LONGEST_ADDRESS and _parse_address(client.partition("/")[0]) is not None
+    """Whether *client*, as `Addressing.client` gives it, is an address or a network, not whatever a server believed."""
+    if len(client) > _LONGEST_ADDRESS:
+        return False
+    try:
+        read = ipaddress.IPv6Network(client) if "/" in client else ipaddress.ip_address(client)
+    except ValueError:
+        return False
+    return client == str(read)
 
 
 def _x_forwarded_for(line: bytes) -> list[str]:
@@ -210,7 +221,11 @@ class UnreadableBody(Exception):
 
 
 class BufferedRequest(Request):
-    """A request whose body may be read ahead of the app: bounded here, and replayed byte for byte to the app."""
+    """A request whose body may be read ahead of the app: bounded here, and replayed byte for byte to the app.
+
+    Attributes:
+        unreadable: Whether it was over the cap, cut short, or not the JSON that was asked for.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, *, cap: int) -> None:
         self._upstream = receive
@@ -219,6 +234,7 @@ class BufferedRequest(Request):
         self._started = False
         self._more = True
         self._disconnected: Message | None = None
+        self.unreadable = False
         super().__init__(scope, self._next)
 
     async def _next(self) -> Message:
@@ -232,22 +248,29 @@ class BufferedRequest(Request):
         # One bytearray: kept messages of one byte each would take 200 times their size.
         self._read += body
         if len(self._read) > self._cap:
-            raise UnreadableBody
+            raise self._refuse()
         return message
+
+    def _refuse(self) -> UnreadableBody:
+        # Noted, since the callable may catch it.
+        self.unreadable = True
+        return UnreadableBody()
 
     async def body(self) -> bytes:
         while self._more:
             await self._next()
             if self._disconnected is not None:
-                raise UnreadableBody
-        return bytes(self._read)
+                raise self._refuse()
+        # Where Starlette's own stream() and form() look for it.
+        self._body = bytes(self._read)
+        return self._body
 
     async def json(self) -> Any:
         body = await self.body()
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            raise UnreadableBody from None
+            raise self._refuse() from None
 
     def replay(self) -> Receive:
         """A ``receive`` that gives what was read, as one message, and then what is still to come."""

@@ -1,6 +1,7 @@
 """The shared client: opened lazily and once, per process and loop, without the traps of its library."""
 
 import asyncio
+import gc
 import inspect
 import logging
 import random
@@ -946,3 +947,25 @@ async def test_unverified_tls_is_said_aloud(caplog: pytest.LogCaptureFixture) ->
 
     assert "REDIS_SSL_CA_CERTS" in record.__dict__["fix"]
     assert "hunter2" not in str(record.__dict__)
+
+
+async def test_client_outlives_a_manager_that_nobody_keeps(redis_url: str) -> None:
+    """What a manager has opened in this loop stays open until the loop ends, whoever holds the manager."""
+    client = await RedisManager(Settings(REDIS_URL=redis_url)).get_connection()
+    gc.collect()
+    answers = await asyncio.gather(*(client.ping() for _ in range(5)))
+
+    assert all(answers)
+
+
+def test_loops_are_not_kept(redis_url: str) -> None:
+    """A worker that runs one loop after the other keeps nothing of those that have ended."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url))
+
+    async def main() -> None:
+        await (await manager.get_connection()).ping()
+
+    for _ in range(5):
+        asyncio.run(main())
+
+    assert {} == manager._opened

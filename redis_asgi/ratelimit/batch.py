@@ -9,15 +9,12 @@ after it only the wait ends, and the command goes on until the batch's own limit
 """
 
 import asyncio
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
 from ..errors import Failure, classify, classify_reply
 from .policy import Charge
 from .strategies import VALUES_PER_COUNTER, Mode, Reply
-
-logger = logging.getLogger("redis_asgi.ratelimit")
 
 Outcome: TypeAlias = Reply | Failure
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
@@ -145,9 +142,12 @@ class Batcher:
             try:
                 await self._wire.run(self)
             except Exception as error:
+                failure = classify(error)
+                if failure is Failure.POOL and len(self._tasks) > 1:
+                    return  # a batch that has a connection takes what waits when it is back
                 # No connection could be made: nobody who waits now would fare better.
                 waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
-                resolve(waiting, classify(error))
+                resolve(waiting, failure)
             finally:
                 _, checks = self._written.pop(task, (0.0, ()))
                 resolve(checks, Failure.TIMEOUT)
@@ -189,6 +189,11 @@ def _split(checks: Iterable[Check], now: float) -> tuple[list[Check], list[Check
     for check in checks:
         (late if check.deadline <= now else rest).append(check)
     return late, rest
+
+
+def still_waiting(checks: Iterable[Check]) -> list[Check]:
+    """Those of *checks* that somebody waits for, or that nobody ever did: what is settled after a response."""
+    return [check for check in checks if not check.future.done()]
 
 
 def resolve(checks: Iterable[Check], outcome: Outcome) -> None:

@@ -42,6 +42,13 @@ class ClusterBatcher:
             if left == 0:
                 self._combine(check, asked)
 
+        def withdraw(_: asyncio.Future[Outcome]) -> None:
+            # Nobody waits any more: what is not written yet is not sent.
+            for part in asked:
+                if not part.written:
+                    part.future.cancel()
+
+        check.future.add_done_callback(withdraw)
         for part in asked:
             part.future.add_done_callback(one_answered)
             self._route(part)
@@ -66,14 +73,15 @@ class ClusterBatcher:
         batcher.submit(check)
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
-        outcomes = [part.future.result() for part in parts]
+        check.written = min(part.written for part in parts)
+        outcomes = [Failure.TIMEOUT if part.future.cancelled() else part.future.result() for part in parts]
         failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
         replies = [outcome if isinstance(outcome, list) else [0] for outcome in outcomes]
         admitted = failure is None and all(reply[0] for reply in replies)
         numbers: dict[int, Reply] = {}
         for part, reply in zip(parts, replies, strict=True):
             back = check.mode == "consume" and reply[0] and not admitted
-            if back:
+            if back and not self.closed:
                 self._route(Check(self.loop, "refund", part.charges, part.timeout, charged_receipts(reply)))
             at = 1
             for charge in part.charges:
@@ -81,7 +89,9 @@ class ClusterBatcher:
                 numbers[id(charge)] = mine = reply[at:end]
                 at = end
                 for i, policy in enumerate(charge.policies if back else ()):
-                    mine[5 * i + 1] = min(policy.quota, mine[5 * i + 1] + charge.cost)
+                    fits, remaining = VALUES_PER_COUNTER * i, VALUES_PER_COUNTER * i + 1
+                    if mine[fits]:
+                        mine[remaining] = min(policy.quota, mine[remaining] + charge.cost)
         if failure is not None:
             resolve([check], failure)
             return

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
 
-from ..connection import RedisManager
+from ..connection import RedisManager, forks
 from ..errors import Failure, classify
-from ..settings import Settings
+from ..settings import HeaderStyle, Settings
 from .batch import Batcher, Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
@@ -119,17 +119,29 @@ class Engine:
 
     Args:
         timeout: The most a check waits for Redis, in seconds.
+        settings: What its limits are configured by; ``None`` = the manager's.
+        style: How what it decides is put into header fields; ``None`` = the settings'.
     """
 
-    def __init__(self, manager: RedisManager, *, timeout: float) -> None:
+    def __init__(
+        self,
+        manager: RedisManager,
+        *,
+        timeout: float,
+        settings: Settings | None = None,
+        style: HeaderStyle | None = None,
+    ) -> None:
         self.manager = manager
+        self.settings = settings if settings is not None else manager.settings
+        self.style: HeaderStyle = style or self.settings.RATE_LIMIT_HEADERS
         self._timeout = timeout
         self._has_redis = manager.has_redis
-        self._divisor = manager.settings.RATE_LIMIT_FALLBACK_DIVISOR
+        self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.shared(LocalEngine.from_settings)
         self._refusals = manager.shared(RefusalMemory.from_settings)
         self._outage = manager.shared(_Outage)
         self._last_batcher: Batcher | ClusterBatcher | None = None
+        self._forks = forks()
 
     def remembered(self, charges: tuple[Charge, ...]) -> Verdict | None:
         """The refusal of *charges* that this process knows already."""
@@ -183,7 +195,6 @@ class Engine:
                 elif delta < 0:
                     back.append(Charge(PolicySet((policy,)), charge.partition, -delta))
                     receipts.append(kept[at])
-                    self._refusals.forget(charge.partition.key)
                 at += 1
         if more:
             self._apply("charge", more, (), verdict)
@@ -193,6 +204,12 @@ class Engine:
     def _apply(
         self, mode: Literal["charge", "refund"], charges: Sequence[Charge], receipts: Sequence[int], verdict: Verdict
     ) -> None:
+        def done(_: object = None) -> None:
+            for charge in charges:
+                self._refusals.forget(charge.partition.key, time.monotonic())
+
+        if mode == "refund":
+            done()
         if verdict.source != "redis":
             divisor = self._divisor if self.manager.has_redis else 1
             self._local.decide(mode, charges, receipts=receipts, divisor=divisor)
@@ -202,20 +219,28 @@ class Engine:
                 mine = tuple(same)
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 batcher = self._batcher()
-                batcher.submit(Check(batcher.loop, mode, mine, self._timeout, theirs))
+                check = Check(batcher.loop, mode, mine, self._timeout, theirs)
+                check.future.add_done_callback(self._settled)
+                if mode == "refund":
+                    check.future.add_done_callback(done)
+                batcher.submit(check)
+
+    def _settled(self, answer: "asyncio.Future[Outcome]") -> None:
+        if isinstance(answer.result(), Failure):
+            self._outage.failed(Failure.REPLY, time.monotonic())
 
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; looked up again when the loop is another, or the manager was closed."""
         last = self._last_batcher
-        if last is None or last.closed or last.loop is not asyncio.get_running_loop():
+        if last is None or last.closed or last.loop is not asyncio.get_running_loop() or self._forks != forks():
             last = self._last_batcher = self.manager.part(make_batcher)
+            self._forks = forks()
         return last
 
     async def reset(self, partition: Partition, name: str | None) -> bool:
         """Forget a partition's counters, or those of one rule; whether there were any."""
         here = self._local.fields(partition.key)
         found = self._local.forget(partition.key, None if name is None else _of_rule(here, name))
-        self._refusals.forget(partition.key)
         if not self.manager.has_redis:
             return found
         try:
@@ -225,6 +250,9 @@ class Engine:
             # Redis trouble never escapes; the caller learns that nothing was reset.
             self._outage.failed(classify(error), time.monotonic())
             return False
+        finally:
+            # A reply that is older than the reset says nothing any more.
+            self._refusals.forget(partition.key, time.monotonic())
 
     async def _reset_in_redis(self, key: bytes, name: str | None) -> bool:
         client = await self.manager.get_connection()
@@ -232,7 +260,7 @@ class Engine:
         chosen = fields if name is None else _of_rule(fields, name)
         if not chosen:
             return False
-        # A log without its field says nothing, so the order is safe.
+        # A log without its field is not read, and gone with the next charge: the order is safe.
         if name is None:
             gone = await client.execute_command("UNLINK", key)
         else:
@@ -243,7 +271,8 @@ class Engine:
         return bool(gone)
 
     def _without_redis(self, charges: tuple[Charge, ...], mode: Mode) -> Verdict:
-        answers = {charge.on_redis_error for charge in charges}
+        # A rule that is all shadow never refuses, whatever it says.
+        answers = {c.on_redis_error for c in charges if any(not policy.shadow for policy in c.policies)}
         if "closed" in answers:
             return Verdict(self, (), "none", decision=Decision(False, "none", CLOSED_RETRY_AFTER))
         local = tuple(charge for charge in charges if charge.on_redis_error == "local")

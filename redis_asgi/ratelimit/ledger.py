@@ -4,13 +4,14 @@ The middleware keeps one `Ledger` per request, which the app sees as a `RequestD
 `settle` sends the difference once, after the last body byte.
 """
 
+import asyncio
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
 from ..connection import RedisManager
 from .decision import Decision, merged
-from .engine import Verdict
+from .engine import Engine, Verdict
 from .policy import Partition, Policy
 
 # Where a scope's ``state`` keeps it: ``request.state.rate_limit``.
@@ -26,20 +27,27 @@ class Ledger:
         immediate: Apply each change at once: there is no middleware that would settle at the response's end.
     """
 
-    __slots__ = ("_changes", "immediate", "settled", "verdicts")
+    __slots__ = ("_changes", "_loop", "settled", "verdicts")
 
     def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
         self.verdicts = [verdict]
-        self.immediate = immediate
+        self._loop = asyncio.get_running_loop() if immediate else None
         self.settled = False
         self._changes: list[tuple[int, str | None]] | None = None
 
-    def has_asked(self, manager: RedisManager, partition: Partition, policy: Policy) -> bool:
-        """Whether this request was put to that very limit already."""
+    @property
+    def immediate(self) -> bool:
+        """Whether each change is applied at once."""
+        return self._loop is not None
+
+    def has_asked(
+        self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: Engine | None = None
+    ) -> bool:
+        """Whether this request was put to that very limit already, by anybody but *but_by*."""
         return any(
             charge.partition.key == partition.key and policy in charge.policies
             for verdict in self.verdicts
-            if verdict.engine.manager is manager
+            if verdict.engine is not but_by and verdict.engine.manager is manager
             for charge in verdict.charges
         )
 
@@ -53,8 +61,9 @@ class Ledger:
         if self.settled:
             raise RuntimeError("The response has ended, and its charges are settled. Charge before its last byte.")
         change = (max(-_MOST, min(cost, _MOST)), policy)
-        if self.immediate:
-            self._send(None, [change])
+        if self._loop is not None:
+            # A sync endpoint runs in a thread.
+            self._loop.call_soon_threadsafe(self._send, None, [change])
         elif self._changes is None:
             self._changes = [change]
         else:

@@ -1,6 +1,5 @@
 """`RateLimiter`: consume, peek and reset, for any identity and from anywhere in a service."""
 
-import logging
 from typing import get_args
 
 from ..connection import RedisArgument, resolve_manager
@@ -11,8 +10,6 @@ from .engine import Engine
 from .policy import Charge, Partition, make_partition
 from .rules import check_choice, check_cost, check_name, make_policies
 from .strategies import Mode
-
-logger = logging.getLogger("redis_asgi.ratelimit")
 
 
 class RateLimiter:

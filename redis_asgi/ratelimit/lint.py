@@ -4,7 +4,7 @@ import logging
 
 from starlette.types import Scope
 
-from ..scope import Addressing
+from ..scope import Addressing, peer_host
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -20,8 +20,8 @@ class Linter:
 
     def look(self, scope: Scope) -> None:
         """Look at a request for what its server or proxy setting does wrong."""
-        peer = scope.get("client")
-        if not peer:
+        host = peer_host(scope)
+        if not host:
             self._say(
                 "no_client_address",
                 "The server gives no client address, as on a unix socket, so all clients share one counter. Let the "
@@ -31,7 +31,7 @@ class Linter:
         for name, value in scope["headers"]:
             if name in _FORWARDING and not self._addressing.trusts_peer(scope):
                 # Silent when the server has applied the header: the peer is then one of its addresses.
-                if peer[0].encode() not in value:
+                if host.encode("utf-8", "replace") not in value:
                     self._say(
                         "forwarded_header_untrusted",
                         "A forwarding header came from a peer that is not trusted, so clients behind it share its "

@@ -4,7 +4,6 @@
 refused here, or on to the app with the fields added to its response → what the response changes is settled after it.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from functools import lru_cache
 from inspect import isawaitable
@@ -26,8 +25,6 @@ from .policy import Charge
 from .request import RuleCheck
 from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
 from .rules import Limits, Rule, check_choice, compile_rules
-
-logger = logging.getLogger("redis_asgi.ratelimit")
 
 Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
 
@@ -79,7 +76,6 @@ class RateLimitMiddleware:
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
         self._body_cap = settings.RATE_LIMIT_BODY_CAP
-        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT)
         self._addressing = Addressing(settings)
         self._rules = compile_rules(
             limits,
@@ -92,7 +88,8 @@ class RateLimitMiddleware:
         )
         if headers is not None:
             check_choice("headers", headers, get_args(HeaderStyle))
-        self._style: HeaderStyle = headers or settings.RATE_LIMIT_HEADERS
+        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings, style=headers)
+        self._style = self._engine.style
         own_paths = exempt if not callable(exempt) else None
         self._exempt_paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS) + path_patterns(own_paths)
         self._exempt_if = exempt if callable(exempt) else None
@@ -117,6 +114,8 @@ class RateLimitMiddleware:
         self._linter.look(scope)
         state = scope.setdefault("state", {})
         outer: RequestDecision | None = state.get(STATE)
+        if outer is not None and outer.ledger.settled:
+            outer = None  # of an earlier request: this server reuses its state
         try:
             if self._is_plain and outer is None and scope.get("method") != "OPTIONS":
                 verdict: Verdict | None = await self._engine.decide(self._known_charges(scope))
@@ -204,12 +203,13 @@ class _Response:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_ledger", "_send", "_style", "status")
+    __slots__ = ("_gone", "_ledger", "_send", "_style", "status")
 
     def __init__(self, ledger: Ledger, style: HeaderStyle, send: Send) -> None:
         self._ledger = ledger
         self._style: HeaderStyle = style
         self._send = send
+        self._gone = False
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -220,15 +220,19 @@ class _Response:
             if not 300 <= status < 400:
                 fields = headers.verdict_fields(self._ledger.verdicts, self._style)
                 message = {**message, "headers": headers.joined(message.get("headers"), fields)}
+        elif kind == "websocket.close" and self.status is None:
+            self.status = 403  # what the server answers a handshake that is closed before accept
+        try:
             await self._send(message)
-        else:
-            await self._send(message)
-            if kind == "http.response.body" and not message.get("more_body", False):
-                self._ledger.settle(self.status)
+        except OSError:
+            self._gone = True
+            raise
+        if kind == "http.response.body" and not message.get("more_body", False):
+            self._ledger.settle(self.status)
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
-        gone = isinstance(error, OSError | ClientDisconnect) or not isinstance(error, Exception)
+        gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
         self._ledger.settle(self.status if gone else 500)
 
 

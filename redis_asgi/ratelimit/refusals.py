@@ -23,6 +23,7 @@ class Refusal:
         until: How long they answer for, likewise.
         reset: Until the full quota is back (us, from *at*).
         retry: Until the cost is admitted (us, from *at*); -1 when it never can be.
+        asked: What was decided with it: of other limits it says nothing.
     """
 
     policy: Policy
@@ -32,6 +33,11 @@ class Refusal:
     remaining: int
     reset: int
     retry: int
+    asked: frozenset[tuple[bytes, bytes]]
+
+    def answers(self, cost: int) -> bool:
+        """Whether a request of *cost* is refused too, for as long as these numbers say."""
+        return cost == self.cost or (cost > self.cost and self.policy.strategy == "fixed-window")
 
     def numbers(self, cost: int, now: float) -> tuple[int, int, int]:
         """Remaining, reset and retry of a request of *cost*, counted down to *now*."""
@@ -47,12 +53,15 @@ class RefusalMemory:
 
     It answers only requests of at least that cost and only for policies that enforce, so it is never wrong in
     the admitting direction, and in the refusing one only when another process has reset or refunded the
-    counter within the last second. The partition refused least recently of more than *size* is forgotten.
+    counter within the last second. A Retry-After is never earlier than the truth: a dearer request is answered
+    under a fixed window only, and one that other limits cover too is not. Of more than *size* partitions the one
+    refused least recently is forgotten.
     """
 
     def __init__(self, size: int = 10_000) -> None:
         self._size = size
         self._partitions: OrderedDict[bytes, dict[bytes, Refusal]] = OrderedDict()
+        self._forgotten: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -65,6 +74,7 @@ class RefusalMemory:
     def find(self, charges: Sequence[Charge], now: float) -> list[tuple[Charge, Refusal]]:
         """What is known to refuse *charges* at *now* (monotonic seconds); empty when nothing is."""
         known: list[tuple[Charge, Refusal]] = []
+        signature: frozenset[tuple[bytes, bytes]] | None = None
         for charge in charges:
             key = charge.partition.key
             held = self._partitions.get(key)
@@ -74,32 +84,45 @@ class RefusalMemory:
                 refusal = held.get(policy.field)
                 if refusal is None or policy.shadow or policy.quota != refusal.policy.quota:
                     continue
-                if now < refusal.until and charge.cost >= refusal.cost:
+                if now >= refusal.until or not refusal.answers(charge.cost):
+                    continue
+                # A limit that was not asked then may refuse for longer.
+                if signature is None:
+                    signature = frozenset((each.partition.key, each.policies.spec) for each in charges)
+                if signature <= refusal.asked:
                     known.append((charge, refusal))
-            if not known and all(now >= refusal.until for refusal in held.values()):
+            if not known and all(now >= refusal.until for refusal in list(held.values())):
                 self._partitions.pop(key, None)
         return known
 
     def remember(self, charges: Sequence[Charge], reply: Reply, at: float) -> None:
         """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""
         position = 1
+        asked = frozenset((charge.partition.key, charge.policies.spec) for charge in charges)
         with self._lock:
             for charge in charges:
                 for policy in charge.policies.policies:
                     fits, remaining, reset, retry, _ = reply[position : position + VALUES_PER_COUNTER]
                     position += VALUES_PER_COUNTER
-                    if fits or policy.shadow:
+                    if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
                         continue
                     until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
                     held = self._partitions.setdefault(charge.partition.key, {})
                     before = held.get(policy.field)
-                    if before is None or before.cost >= charge.cost or before.until < until:
-                        held[policy.field] = Refusal(policy, charge.cost, at, until, remaining, reset, retry)
+                    if before is None or before.until < until or not before.answers(charge.cost):
+                        held[policy.field] = Refusal(policy, charge.cost, at, until, remaining, reset, retry, asked)
                     self._partitions.move_to_end(charge.partition.key)
             while len(self._partitions) > self._size:
                 self._partitions.popitem(last=False)
 
-    def forget(self, partition: bytes) -> None:
-        """Forget every refusal of a partition: it was reset, or given something back."""
+    def forget(self, partition: bytes, now: float) -> None:
+        """Forget every refusal of a partition that was reset, or given something back, at *now* (monotonic seconds).
+
+        Replies to what was asked before it are not remembered either.
+        """
         with self._lock:
             self._partitions.pop(partition, None)
+            self._forgotten[partition] = now
+            self._forgotten.move_to_end(partition)
+            while len(self._forgotten) > self._size:
+                self._forgotten.popitem(last=False)

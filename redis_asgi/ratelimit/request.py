@@ -93,17 +93,22 @@ class RuleCheck:
             said = rule.cost(request)
             cost = check_cost(await said if isawaitable(said) else said)
         except UnreadableBody:
-            # A body that is too big to look at must never be the cheap one.
-            cost = min(policy.quota for policy in charge.policies)
+            cost = 0
         finally:
             self.receive = request.replay()
+        if request.unreadable:
+            # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
+            cost = min(policy.quota for policy in charge.policies)
         return replace(charge, cost=cost)
 
     def _left_over(self, charge: Charge, outer: RequestDecision) -> Charge | None:
         """*charge* without the policies that an outer instance has put this request to already."""
-        asked = outer.ledger.has_asked
-        manager = self._engine.manager
-        fresh = tuple(policy for policy in charge.policies if not asked(manager, charge.partition, policy))
+        # A request that the app sends itself through this very instance counts again.
+        fresh = tuple(
+            policy
+            for policy in charge.policies
+            if not outer.ledger.has_asked(self._engine.manager, charge.partition, policy, but_by=self._engine)
+        )
         if len(fresh) == len(charge.policies):
             return charge
         self._linter.mounted_twice()

@@ -106,6 +106,10 @@ class RateLimit:
             raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
         if charge is None:
             return None
+        if decision is not None and all(
+            decision.ledger.has_asked(engine.manager, charge.partition, policy) for policy in charge.policies
+        ):
+            return decision
         verdict = await engine.decide((charge,))
         if decision is None:
             decision = state[STATE] = RequestDecision(Ledger(verdict, immediate=True))
@@ -125,14 +129,15 @@ class RateLimit:
             return decision.ledger.verdicts[0].engine
         if self._engine is None:
             manager, _ = resolve_manager(self._redis, self._settings)
-            self._engine = Engine(manager, timeout=manager.settings.RATE_LIMIT_TIMEOUT)
+            settings = self._settings or manager.settings
+            self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
 
     def _compile(self, engine: Engine, name: str) -> CompiledRule:
         rules = self._compiled.setdefault(engine, {})
         rule = rules.get(name)
         if rule is None:
-            settings = self._settings or engine.manager.settings
+            settings = engine.settings
             rule = rules[name] = CompiledRule(
                 self._rule,
                 settings,
@@ -169,7 +174,7 @@ class RateLimit:
         )
 
     def _style(self, decision: RequestDecision) -> HeaderStyle:
-        return (self._settings or decision.ledger.verdicts[0].engine.manager.settings).RATE_LIMIT_HEADERS
+        return decision.ledger.verdicts[0].engine.style
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
@@ -211,7 +216,9 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
     return decorate
 
 
-@functools.lru_cache(maxsize=4096)
+_names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+
+
 def endpoint_name(endpoint: object) -> str:
     """An endpoint's ``module.qualname`` as a rule's name: letters that do not fit become ``_``, a long one is cut.
 
@@ -219,6 +226,16 @@ def endpoint_name(endpoint: object) -> str:
     """
     while isinstance(endpoint, functools.partial):
         endpoint = endpoint.func
+    try:
+        name = _names.get(endpoint)
+        if name is None:
+            name = _names[endpoint] = _fit_name(endpoint)
+    except TypeError:  # neither hashable nor weakly referenced
+        return _fit_name(endpoint)
+    return name
+
+
+def _fit_name(endpoint: object) -> str:
     named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
     full = f"{named.__module__}.{named.__qualname__}"
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", full)

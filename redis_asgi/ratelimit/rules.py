@@ -1,5 +1,6 @@
 """Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
 
+import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -120,7 +121,7 @@ class Rule:
     shadow: bool = False
     count_if: CountIf | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901 - one check per field
         if self.name is not None:
             check_name(self.name)
         if isinstance(self.limits, str):
@@ -135,22 +136,35 @@ class Rule:
             value = getattr(self, label)
             if value is not None and not callable(value):
                 raise ConfigurationError(f"{label}={value!r} is not callable.")
+        if inspect.iscoroutinefunction(self.count_if):
+            raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
         if not callable(self.cost):
             try:
                 check_cost(self.cost)
             except ValueError as error:
                 raise ConfigurationError(f"{error} Try 1.") from None
         if self.paths is not None:
-            paths = (self.paths,) if isinstance(self.paths, str) else tuple(self.paths)
+            paths = _several("paths", self.paths, "'/api/*'")
             path_patterns(paths)
             object.__setattr__(self, "paths", paths)
         if self.methods is not None:
-            methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
-            methods = tuple(str(method).upper() for method in methods)
+            methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
             for method in methods:
                 if not _METHOD.fullmatch(method):
                     raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try 'POST' or 'WEBSOCKET'.")
             object.__setattr__(self, "methods", methods)
+
+
+def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:
+    """One value or several as a tuple.
+
+    Raises:
+        ConfigurationError: For none: a rule that covers nothing would be a limit silently off.
+    """
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    if not found:
+        raise ConfigurationError(f"{name}={value!r} covers nothing. Try {name}={example}, or None for all.")
+    return found
 
 
 class CompiledRule:

@@ -12,7 +12,7 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import NoScriptError, RedisError
 
 from ..errors import Failure, classify
-from .batch import Batcher, Check, distribute, resolve
+from .batch import Batcher, Check, distribute, resolve, still_waiting
 from .policy import bulk, log_key
 from .strategies import Mode
 
@@ -104,6 +104,9 @@ class PoolWire:
                 reply = await connection.read_response(disable_decoding=True)
             except NoScriptError:
                 # Nothing ran, so sending it again cannot count twice.
+                checks = still_waiting(checks)
+                if not checks:
+                    return
                 await connection.send_packed_command(_packed(b"EVAL", SCRIPT, checks, batcher.clock))
                 reply = await connection.read_response(disable_decoding=True)
             distribute(checks, reply)
@@ -130,10 +133,13 @@ class NodeWire:
             return
         groups = [list(group) for _, group in groupby(checks, slot_key)]
         try:
-            replies = await self._call(b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
+            replies = await self._call("EVALSHA", SCRIPT_SHA, groups, batcher.clock)
             unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            for i in unknown:
+                groups[i] = still_waiting(groups[i])
+            unknown = [i for i in unknown if groups[i]]
             if unknown:
-                again = await self._call(b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
+                again = await self._call("EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
                 for i, reply in zip(unknown, again, strict=True):
                     replies[i] = reply
         except Exception as error:
@@ -146,7 +152,7 @@ class NodeWire:
             else:
                 distribute(group, reply)
 
-    async def _call(self, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None) -> list[Any]:
+    async def _call(self, command: str, script: bytes, groups: Sequence[list[Check]], clock: int | None) -> list[Any]:
         pipeline = self._client.pipeline()
         for group in groups:
             pipeline.execute_command(command, script, *_arguments(group, clock))

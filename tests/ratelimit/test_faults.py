@@ -244,3 +244,31 @@ async def test_client_that_cannot_be_built_falls_back(monkeypatch: pytest.Monkey
     app = RateLimitMiddleware(Spy(), "2/minute", settings=Settings(REDIS_URL="redis://nowhere.invalid"))
 
     assert [200, 200, 429] == [(await timed(app))[0] for _ in range(3)]
+
+
+async def test_shadow_and_dry_run_never_refuse_even_when_closed() -> None:
+    """A rule that only watches has no say while Redis is gone either."""
+    dry = Settings(REDIS_URL=CLOSED_PORT, RATE_LIMIT_DRY_RUN=True)
+    rules = [Rule("9/minute", name="real"), Rule("1/minute", name="new", shadow=True, on_redis_error="closed")]
+    app = RateLimitMiddleware(Spy(), on_redis_error="closed", settings=dry)
+    beside = RateLimitMiddleware(Spy(), rules=rules, settings=Settings(REDIS_URL=CLOSED_PORT))
+
+    assert [200] * 3 == [(await timed(app))[0] for _ in range(3)]
+    assert [200] * 3 == [(await timed(beside))[0] for _ in range(3)]
+
+
+async def test_script_that_is_loaded_too_late_charges_nobody(private_server: StartServer) -> None:
+    """NOSCRIPT that comes after the deadline: the request was answered without Redis, so Redis is not asked again."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        app = RateLimitMiddleware(Spy(), "5/minute", settings=Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.1))
+        client = await app._manager.get_connection()
+        await client.ping()  # connected, and the script not loaded yet
+        await proxy.set("delay", seconds=0.15)
+        status, seconds = await timed(app)
+        await asyncio.sleep(0.3)
+        await app._manager.close()
+
+    assert 200 == status
+    assert seconds < 0.15
+    assert [] == server.client().keys()

@@ -822,3 +822,124 @@ async def test_members_stand_in_the_order_of_the_rules(settings: Settings) -> No
     start, _ = await drive(app, http_scope())
 
     assert b'"priced";r=7;t=60, "plain";r=8;t=60' == header(start, b"ratelimit")
+
+
+async def test_errors_of_the_apps_own_network_count_as_500(settings: Settings) -> None:
+    """An app whose database is down raises an OSError too: that is its failure, not the client's absence."""
+    seen: list[int] = []
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ConnectionRefusedError
+
+    async def gone(message: Message) -> None:
+        raise BrokenPipeError
+
+    def count_if(status: int) -> bool:
+        seen.append(status)
+        return True
+
+    rules = [Rule("9/minute", count_if=count_if)]
+    with pytest.raises(ConnectionRefusedError):
+        await drive(RateLimitMiddleware(broken, rules=rules, settings=settings), http_scope())
+    app = RateLimitMiddleware(PlainTextResponse("ok"), rules=rules, settings=settings)
+    with pytest.raises(BrokenPipeError):
+        await app(http_scope(), _nothing, gone)
+
+    assert [500, 200] == seen
+
+
+async def _nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def test_handshake_closed_before_accept_counts_as_403(settings: Settings) -> None:
+    """What the server answers such a handshake is what count_if is asked."""
+    seen: list[int] = []
+
+    async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.close", "code": 1000})
+
+    def count_if(status: int) -> bool:
+        seen.append(status)
+        return True
+
+    app = RateLimitMiddleware(refusing, rules=[Rule("9/minute", count_if=count_if)], settings=settings)
+    await drive(app, websocket_scope())
+
+    assert [403] == seen
+
+
+@pytest.mark.parametrize("client", [None, (None, 0), ("", 0)])
+async def test_peers_without_an_address_share(settings: Settings, client: Any) -> None:
+    """However a server says that it does not know, nothing raises and all of them are one partition."""
+    trusting = settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("10.0.0.1",)})
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=trusting)
+    scope = http_scope(client=client, headers=[(b"x-forwarded-for", b"1.1.1.1")])
+    seen = [(await drive(app, dict(scope)))[0]["status"] for _ in range(2)]
+
+    assert [200, 429] == seen
+
+
+@pytest.mark.parametrize("host", ["1.2.3.4/x}{y z", "1.2.3.4/\ud800", "localhost", "::1/64"])
+async def test_peer_text_that_is_no_address_is_hashed(settings: Settings, host: str) -> None:
+    """What a server believed of a header never stands in a key as it came."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    seen = [(await drive(app, http_scope(client=(host, 1))))[0]["status"] for _ in range(2)]
+    (charge,) = app._known_charges(http_scope(client=(host, 1)))
+
+    assert [200, 429] == seen
+    assert host.encode("utf-8", "replace") not in charge.partition.key
+
+
+async def test_body_then_stream_inside_a_cost_callable(settings: Settings) -> None:
+    """A callable may read the body in any of Starlette's ways, one after the other."""
+
+    async def size(request: Request) -> int:
+        first = len(await request.body())
+        second = sum([len(chunk) async for chunk in request.stream()])
+        assert first == second
+        return first
+
+    spy = Spy()
+    app = RateLimitMiddleware(spy, rules=[Rule("9/minute", cost=size)], settings=settings)
+    async with client_of(app) as client:
+        response = await client.post("/", content=b"12345")
+
+    assert '"default";r=4;t=60' == response.headers["ratelimit"]
+    assert [b"12345"] == spy.bodies
+
+
+async def test_callable_that_forgives_a_big_body_does_not_make_it_cheap(settings: Settings) -> None:
+    """What cannot be read costs the smallest quota, whatever the callable made of the error."""
+
+    async def forgiving(request: Request) -> int:
+        try:
+            return len(await request.json())
+        except Exception:
+            return 1
+
+    capped = settings.model_copy(update={"RATE_LIMIT_BODY_CAP": 10})
+    app = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", cost=forgiving)], settings=capped)
+    async with client_of(app) as client:
+        response = await client.post("/", content=b"x" * 100)
+
+    assert '"default";r=0;t=60' == response.headers["ratelimit"]
+
+
+async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> None:
+    """A decision left in the state by an earlier request does not count for the next one."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    state: dict[str, Any] = {}
+    seen = [(await drive(app, http_scope(state=state)))[0]["status"] for _ in range(3)]
+
+    assert [200, 429, 429] == seen
+
+
+def test_async_count_if_is_refused() -> None:
+    """It would be asked while the response goes out, and could only be true."""
+
+    async def later(status: int) -> bool:
+        return True
+
+    with pytest.raises(ConfigurationError, match="async"):
+        Rule("1/minute", count_if=later)  # type: ignore[arg-type]  # the mistake in question

@@ -365,3 +365,43 @@ async def test_annotated_dependency(settings: Settings) -> None:
         return "x"
 
     assert [200, 429] == await statuses(app, 2)
+
+
+async def test_route_speaks_the_middlewares_dialect(settings: Settings) -> None:
+    """Under a middleware that sends no fields, or legacy ones, a route's refusal sends the same."""
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(RateLimit("1/minute", name="r"))])(lambda: "x")
+    silent = RateLimitMiddleware(app, "9/minute", headers="none", settings=settings)
+    async with client_of(silent) as client:
+        responses = [await client.get("/") for _ in range(2)]
+
+    assert 429 == responses[1].status_code
+    assert not [name for response in responses for name in response.headers if "ratelimit" in name]
+
+
+async def test_same_name_as_the_middlewares_is_charged_once(settings: Settings) -> None:
+    """A route that names the middleware's very own limit does not take from it twice."""
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(RateLimit("9/minute", name="default"))])(lambda: "x")
+    limited = RateLimitMiddleware(app, "9/minute", settings=settings)
+    async with client_of(limited) as client:
+        response = await client.get("/")
+
+    assert '"default";r=8;t=60' == response.headers["ratelimit"]
+
+
+async def test_sync_endpoint_charges_without_the_middleware(redis_url: str) -> None:
+    """A charge from an endpoint that runs in a thread reaches Redis."""
+    app = FastAPI()
+    limit = RateLimit("9/minute", name="sync", settings=Settings(REDIS_URL=redis_url))
+
+    @app.get("/", dependencies=[Depends(limit)])
+    def endpoint(request: Request) -> str:
+        request.state.rate_limit.charge(3)
+        return "x"
+
+    async with client_of(app) as client:
+        first = await client.get("/")
+        second = await client.get("/")
+
+    assert ['"sync";r=8;t=60', '"sync";r=4;t=60'] == [r.headers["ratelimit"] for r in (first, second)]

@@ -8,10 +8,11 @@ end
 
 strategies.m = {
   load = function(s, raw, now)
-    s.last = 0
+    s.last, s.stale = 0, not raw
     if raw then s.last = tonumber((parts(raw, '^(%d+)$'))) end
     s.at = max(now, s.last)
-    s.length = call('LLEN', s.list)
+    -- A log whose field is gone belongs to counters that were reset.
+    s.length = raw and call('LLEN', s.list) or 0
     local horizon = s.at - s.policy.window
     local low, high = 0, s.length
     if high > 0 and stamp(s, 0) > horizon then high = 0 end
@@ -30,6 +31,7 @@ strategies.m = {
   charge = function(s, cost, now)
     local policy = s.policy
     cost = max(0, min(cost, 10 * policy.quota - s.used))
+    if s.stale then call('UNLINK', s.list) end
     local trim = min(s.cut, TRIM + cost)
     if trim > 0 then
       call('LTRIM', s.list, integer(trim), -1)

@@ -1,0 +1,245 @@
+"""Who shares a counter: by address, header, user, or a callable of one's own."""
+
+from typing import Any
+
+import pytest
+from starlette.authentication import BaseUser, SimpleUser, UnauthenticatedUser
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from redis_asgi import ConfigurationError, Settings, by_header, by_user, client_ip
+from redis_asgi.ratelimit.partition import LONGEST_CACHED, MissingIdentity, Partitioner
+from redis_asgi.ratelimit.policy import Partition, make_partition
+from redis_asgi.scope import Addressing
+
+pytestmark = pytest.mark.anyio
+ADDRESS = "203.0.113.7"
+BY_ADDRESS = make_partition("ip", ADDRESS, plain=True)
+
+
+def request(*headers: tuple[str, str], client: Any = (ADDRESS, 50_000), user: Any = None) -> Scope:
+    """An ASGI scope from an address, with headers and perhaps a user."""
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "client": client}
+    scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+    if user is not None:
+        scope["user"] = user
+    return scope
+
+
+async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
+    """The partition of that request."""
+    settings = Settings(REDIS_URL="memory://", **values)
+    return await Partitioner(by, settings, Addressing(settings))(scope)
+
+
+@pytest.mark.parametrize(
+    ("client", "key"),
+    [
+        pytest.param(("203.0.113.7", 1), b"rate_limit:{203.0.113.7}", id="IPv4"),
+        pytest.param(("::ffff:203.0.113.7", 1), b"rate_limit:{203.0.113.7}", id="IPv4 in IPv6"),
+        pytest.param(("2001:db8:1:2:3::4", 1), b"rate_limit:{2001:db8:1:2::/64}", id="IPv6 by network"),
+        pytest.param(None, b"rate_limit:{unknown}", id="no address"),
+        pytest.param(("", 0), b"rate_limit:{unknown}", id="empty address"),
+    ],
+)
+async def test_client_is_counted_by_address(client: Any, key: bytes) -> None:
+    """One counter per IPv4 address or IPv6 network; those without an address share one."""
+    found = await partition(client_ip, request(client=client))
+
+    assert found is not None
+    assert key == found.key
+
+
+@pytest.mark.parametrize("host", ["testclient", "a}b{c", "x" * 100_000, "203.0.113.7 "])
+async def test_host_that_is_no_address_is_hashed(host: str) -> None:
+    """Whatever a server puts there, the key is short and has our braces only."""
+    found = await partition(client_ip, request(client=(host, 1)))
+
+    assert found is not None
+    assert make_partition("ip", host).key == found.key
+
+
+async def test_address_of_a_trusted_proxy_gives_way_to_the_clients() -> None:
+    """The header is believed from the proxies named, and from nobody else."""
+    scope = request(("x-forwarded-for", "198.51.100.9"))
+    trusted = await partition(client_ip, scope, RATE_LIMIT_TRUSTED_PROXIES=(ADDRESS,))
+
+    assert [b"rate_limit:{198.51.100.9}", BY_ADDRESS] == [
+        trusted and trusted.key,
+        await partition(client_ip, scope),
+    ]
+
+
+async def test_header_is_an_identity() -> None:
+    """The kind says which header, so that equal values of two headers are two clients."""
+    one = await partition(by_header("X-API-Key"), request(("x-api-key", "hunter2")))
+    other = await partition(by_header("x-other"), request(("x-other", "hunter2")))
+
+    assert make_partition("header:x-api-key", "hunter2") == one
+    assert one != other
+
+
+async def test_header_that_looks_like_an_address_is_none() -> None:
+    """Nobody spends the quota of an address by sending it as a key."""
+    found = await partition(by_header("x-api-key"), request(("x-api-key", ADDRESS)))
+
+    assert found is not None
+    assert found.key != BY_ADDRESS.key
+
+
+async def test_first_field_line_counts() -> None:
+    """As Starlette reads it; spaces around it do not matter."""
+    found = await partition(by_header("x-key"), request(("x-key", " a "), ("x-key", "b")))
+
+    assert make_partition("header:x-key", "a") == found
+
+
+@pytest.mark.parametrize("value", ["\xff\x00", "a" * (LONGEST_CACHED + 1), "a" * 1_000_000, "{}"])
+async def test_any_header_value_has_a_partition(value: str) -> None:
+    """Bytes that are no text, a megabyte, braces."""
+    found = await partition(by_header("x-key"), request(("x-key", value)))
+
+    assert make_partition("header:x-key", value) == found
+
+
+async def test_long_values_are_not_kept() -> None:
+    """A cache of identities must not hold a megabyte per entry."""
+    settings = Settings(REDIS_URL="memory://")
+    partitioner = Partitioner(by_header("x-key"), settings, Addressing(settings))
+    for value in ("a" * LONGEST_CACHED, "b" * (LONGEST_CACHED + 1)):
+        await partitioner(request(("x-key", value)))
+
+    assert 1 == partitioner._of_value.cache_info().currsize
+
+
+@pytest.mark.parametrize("name", ["", "x key", "x:key", "größe", "x\nkey", 5, None])
+def test_header_name_must_be_one(name: Any) -> None:
+    """A name no request can have would never limit anybody."""
+    with pytest.raises(ConfigurationError, match="by_header"):
+        by_header(name)
+
+
+class Account(BaseUser):
+    """A user with an identity beside the name shown."""
+
+    def __init__(self, identity: Any) -> None:
+        self._identity = identity
+
+    @property
+    def is_authenticated(self) -> bool:
+        return True
+
+    @property
+    def display_name(self) -> str:
+        return "Alex"
+
+    @property
+    def identity(self) -> Any:
+        return self._identity
+
+
+@pytest.mark.parametrize(
+    ("user", "value"),
+    [
+        pytest.param(Account("u-17"), "u-17", id="identity"),
+        pytest.param(Account(17), "17", id="number"),
+        pytest.param(Account(0), "0", id="number zero"),
+        pytest.param(SimpleUser("alex"), "alex", id="name, where there is no identity"),
+    ],
+)
+async def test_user_is_an_identity(user: Any, value: str) -> None:
+    """Wherever the request comes from."""
+    assert make_partition("user", value) == await partition(by_user, request(user=user))
+
+
+WITHOUT = [
+    pytest.param(by_header("x-key"), request(), "header:x-key", id="no header"),
+    pytest.param(by_header("x-key"), request(("x-key", "")), "header:x-key", id="empty header"),
+    pytest.param(by_header("x-key"), request(("x-key", "  ")), "header:x-key", id="blank header"),
+    pytest.param(by_user, request(), "user", id="no user"),
+    pytest.param(by_user, request(user=UnauthenticatedUser()), "user", id="not logged in"),
+    pytest.param(by_user, request(user=Account("")), "user", id="empty identity"),
+    pytest.param(by_user, request(user=Account(None)), "user", id="no identity"),
+]
+
+
+@pytest.mark.parametrize(("by", "scope", "kind"), WITHOUT)
+async def test_missing_identity(by: Any, scope: Scope, kind: str) -> None:
+    """Counted by address, or not at all, or as one crowd, or refused: as the setting says."""
+    found = {mode: await partition(by, scope, RATE_LIMIT_MISSING_IDENTITY=mode) for mode in ("ip", "skip", "shared")}
+
+    assert {"ip": BY_ADDRESS, "skip": None, "shared": make_partition(kind, "")} == found
+    with pytest.raises(MissingIdentity, match=kind):
+        await partition(by, scope, RATE_LIMIT_MISSING_IDENTITY="refuse")
+
+
+async def tenant_later(conn: HTTPConnection) -> str | None:
+    """A callable that looks somewhere else first."""
+    return conn.headers.get("x-tenant")
+
+
+@pytest.mark.parametrize("by", [lambda conn: conn.headers.get("x-tenant"), tenant_later], ids=["sync", "async"])
+async def test_callable_names_the_partition(by: Any) -> None:
+    """Its result is awaited if it must be; ``None`` takes the request out of the rule, whatever the setting."""
+    assert make_partition("custom", "acme") == await partition(by, request(("x-tenant", "acme")))
+    assert await partition(by, request(), RATE_LIMIT_MISSING_IDENTITY="refuse") is None
+
+
+@pytest.mark.parametrize("returned", [5, b"acme", ("a",)])
+async def test_callable_that_returns_no_string_is_a_type_error(returned: Any) -> None:
+    """Never silently "not limited"."""
+    with pytest.raises(TypeError, match=type(returned).__name__):
+        await partition(lambda _conn: returned, request())
+
+
+async def test_error_of_a_callable_is_the_apps() -> None:
+    """It goes to the app's error handling like any other."""
+
+    def broken(_conn: HTTPConnection) -> str:
+        raise LookupError("no such tenant")
+
+    with pytest.raises(LookupError, match="no such tenant"):
+        await partition(broken, request())
+
+
+async def test_client_ip_inside_a_callable_believes_the_same_proxies() -> None:
+    """Composing the ready callables keeps their meaning."""
+    scope = request(("x-forwarded-for", "198.51.100.9"))
+    found = await partition(lambda conn: f"web:{client_ip(conn)}", scope, RATE_LIMIT_TRUSTED_PROXIES=(ADDRESS,))
+
+    assert make_partition("custom", "web:198.51.100.9") == found
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("ip", BY_ADDRESS),
+        ("header:X-Key", make_partition("header:x-key", "k")),
+        ("user", make_partition("user", "u-17")),
+    ],
+)
+async def test_setting_names_the_partition(setting: str, expected: Partition) -> None:
+    """``RATE_LIMIT_PARTITION`` where a rule and its middleware say nothing."""
+    scope = request(("x-key", "k"), user=Account("u-17"))
+
+    assert expected == await partition(None, scope, RATE_LIMIT_PARTITION=setting)
+
+
+async def test_what_is_not_callable_is_refused() -> None:
+    """With what would work."""
+    with pytest.raises(ConfigurationError, match="by_user"):
+        await partition("ip", request())
+
+
+@pytest.mark.parametrize("by", [client_ip, by_header("x-key"), by_user])
+async def test_prefix_and_secret_reach_every_key(by: Any) -> None:
+    """Whatever it counts by."""
+    scope = request(("x-key", "k"), user=Account("u-17"))
+    plain = await partition(by, scope)
+    hidden = await partition(by, scope, REDIS_KEY_PREFIX="shop:", REDIS_KEY_SECRET="s3cret")
+
+    assert plain is not None
+    assert hidden is not None
+    assert hidden.key.startswith(b"shop:rate_limit:{")
+    assert plain.key not in hidden.key
+    assert ADDRESS.encode() not in hidden.key

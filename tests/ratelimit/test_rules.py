@@ -1,0 +1,354 @@
+"""Rules: what they cover, what they become, and what they refuse to be."""
+
+import logging
+from typing import Any, cast
+
+import pytest
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from redis_asgi import ConfigurationError, Rule, Settings, by_header, client_ip
+from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, make_policies
+from redis_asgi.scope import Addressing, route_path
+from redis_asgi.settings import StrategyName
+
+SETTINGS = Settings(REDIS_URL="memory://")
+
+
+def compiled(rule: Rule, settings: Settings = SETTINGS, **changes: Any) -> CompiledRule:
+    """*rule* as a middleware has it."""
+    options: dict[str, Any] = {"strategy": "fixed-window", "on_redis_error": "local"}
+    return CompiledRule(rule, settings, Addressing(settings), **(options | changes))
+
+
+def compile_all(limits: Any = None, rules: Any = None, settings: Settings = SETTINGS, **changes: Any) -> Any:
+    """The rules of a middleware with these arguments."""
+    options: dict[str, Any] = {"strategy": None, "on_redis_error": None, "partition_by": None}
+    return compile_rules(limits, rules, settings, Addressing(settings), **(options | changes))
+
+
+def request(method: str = "GET", path: str = "/", *, root: str = "", headers: Any = ()) -> Scope:
+    """An ASGI scope; the method ``WEBSOCKET`` makes it a handshake."""
+    scope: Scope = {"type": "http", "method": method, "path": root + path, "root_path": root, "headers": list(headers)}
+    if method == "WEBSOCKET":
+        scope["type"] = "websocket"
+        del scope["method"]
+    return scope
+
+
+def covers(rule: Rule, scope: Scope) -> bool:
+    """Whether *rule* is asked about that request."""
+    return compiled(rule).covers(scope, route_path(scope))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("/api", "/api", True),
+        ("/api", "/api/", True),
+        ("/api/", "/api", True),
+        ("/api", "/api/x", False),
+        ("/api", "/API", False),
+        ("/api", "/apis", False),
+        ("/api/*", "/api", True),
+        ("/api/*", "/api/", True),
+        ("/api/*", "/api/a/b", True),
+        ("/api/*", "/apis", False),
+        ("/api*", "/apis/x", True),
+        ("/*/items", "/v1/items", True),
+        ("/*/items", "/v1/deep/items", True),
+        ("/*/items", "/items", False),
+        ("*", "/", True),
+        ("*.png", "/a/b.png", True),
+        ("*.png", "/a/b.pngx", False),
+        ("/a*b*c", "/a-b-b-c", True),
+        ("/a*b*c", "/a-c-b", False),
+        ("/", "/", True),
+        ("/", "/a", False),
+        ("/[a-z]", "/b", False),
+        ("/[a-z]", "/[a-z]", True),
+        ("/a.c", "/abc", False),
+        ("/a?", "/ab", False),
+        ("/größe", "/größe", True),
+    ],
+)
+def test_pattern_covers_paths(pattern: str, path: str, expected: bool) -> None:
+    """``*`` is any run of characters, ``/`` included; nothing else is special, case counts, a last slash does not."""
+    assert expected == covers(Rule("5/minute", paths=pattern), request(path=path))
+
+
+@pytest.mark.parametrize(
+    ("methods", "asked"),
+    [
+        pytest.param(None, {"GET", "HEAD", "POST", "OPTIONS", "WEBSOCKET"}, id="none named"),
+        pytest.param(["GET"], {"GET", "HEAD"}, id="get covers head"),
+        pytest.param(["HEAD"], {"HEAD"}, id="head is head"),
+        pytest.param("post", {"POST"}, id="lower case, alone"),
+        pytest.param(["POST", "GET"], {"GET", "HEAD", "POST"}, id="two"),
+        pytest.param(["OPTIONS"], {"OPTIONS", "PREFLIGHT"}, id="options covers preflights"),
+        pytest.param(["WEBSOCKET"], {"WEBSOCKET"}, id="handshakes"),
+    ],
+)
+@pytest.mark.parametrize("paths", [None, "/api/*"])
+def test_methods_covered(methods: Any, asked: set[str], paths: str | None) -> None:
+    """GET covers HEAD, a preflight is counted only where OPTIONS is named, a handshake is its own method."""
+    preflight = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
+    scopes = {method: request(method, "/api/x") for method in ("GET", "HEAD", "POST", "OPTIONS", "WEBSOCKET")}
+    scopes["PREFLIGHT"] = request("OPTIONS", "/api/x", headers=preflight)
+
+    rule = Rule("5/minute", methods=methods, paths=paths)
+    assert asked == {name for name, scope in scopes.items() if covers(rule, scope)}
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "expected"),
+    [("/service", "/api", True), ("", "/api", True), ("/service", "/other", False), ("", "/service/api", False)],
+)
+def test_patterns_are_below_root_path(root: str, path: str, expected: bool) -> None:
+    """Mounted or behind a prefix, a rule means the app's own paths."""
+    assert expected == covers(Rule("5/minute", paths="/api"), request(path=path, root=root))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"limits": ""}, "limits=''"),
+        ({"limits": None}, "neither notation nor a callable"),
+        ({"limits": 5}, "limits=5"),
+        ({"limits": "5/minute; 9/60 seconds"}, "same window"),
+        ({"name": "a b"}, "name='a b'"),
+        ({"name": "x" * 41}, "1 to 40"),
+        ({"name": 'x"'}, "name="),
+        ({"paths": "api"}, "paths='api'"),
+        ({"paths": ["/a", "b"]}, "paths='b'"),
+        ({"paths": ()}, "covers nothing"),
+        ({"paths": 5}, "paths=5"),
+        ({"methods": "GET POST"}, "methods='GET POST'"),
+        ({"methods": []}, "covers nothing"),
+        ({"methods": 5}, "methods=5"),
+        ({"cost": -1}, "cost=-1"),
+        ({"cost": "1"}, "cost='1'"),
+        ({"cost": True}, "cost=True"),
+        ({"cost": 1.5}, "cost=1.5"),
+        ({"strategy": "fast"}, "strategy='fast'"),
+        ({"on_redis_error": "ignore"}, "on_redis_error='ignore'"),
+        ({"partition_by": "ip"}, "partition_by='ip'"),
+        ({"count_if": 200}, "count_if=200"),
+    ],
+)
+def test_rule_that_cannot_work_is_refused(arguments: dict[str, Any], text: str) -> None:
+    """While it is built, with the argument and its value."""
+    with pytest.raises(ConfigurationError, match=text):
+        Rule(**({"limits": "5/minute"} | arguments))
+
+
+def test_rule_takes_its_options_by_name_only() -> None:
+    """A list of ten positional arguments says nothing."""
+    with pytest.raises(TypeError):
+        cast(Any, Rule)("5/minute", "name")
+
+
+def test_rule_is_frozen_and_comparable() -> None:
+    """Rules are values, and one path is a tuple of one."""
+    rule = Rule("5/minute", paths="/a", methods="get")
+
+    assert rule == Rule("5/minute", paths=["/a"], methods=["GET"])
+    assert (("/a",), ("GET",)) == (rule.paths, rule.methods)
+    with pytest.raises(AttributeError):
+        rule.limits = "6/minute"  # type: ignore[misc]  # what is tested
+
+
+@pytest.mark.parametrize("cost", [0, 1, 10**12])
+def test_whole_numbers_are_costs(cost: int) -> None:
+    """Nothing and a great deal included."""
+    assert cost == check_cost(cost)
+
+
+@pytest.mark.parametrize(
+    ("notation", "expected"),
+    [
+        ("5/minute", [("api", 5, 60)]),
+        ("5/minute; 9/hour", [("api-60s", 5, 60), ("api-3600s", 9, 3600)]),
+        ("9/hour; 5/minute", [("api-3600s", 9, 3600), ("api-60s", 5, 60)]),
+    ],
+)
+def test_one_limit_has_the_rules_name_and_several_their_window_too(notation: str, expected: Any) -> None:
+    """In the order written."""
+    made = make_policies("api", notation, "gcra")
+
+    assert expected == [(p.name, p.quota, p.window) for p in made]
+    assert {"gcra"} == {p.strategy for p in made}
+
+
+def test_policies_are_parsed_once() -> None:
+    """Limits that depend on the request come from a bounded cache."""
+    assert make_policies("api", "5/minute", "gcra") is make_policies("api", "5/minute", "gcra")
+    assert make_policies.cache_info().maxsize == 4096
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fits"), [("moving-window", False), ("gcra", True), ("sliding-window-counter", True)]
+)
+def test_moving_window_is_bounded(strategy: StrategyName, fits: bool) -> None:
+    """One stamp per unit: ten thousand, and a hint what to use beyond."""
+    assert 10_000 == make_policies("api", "10000/minute", strategy).policies[0].quota
+    if fits:
+        assert 10_001 == make_policies("api", "10001/minute", strategy).policies[0].quota
+        return
+    with pytest.raises(ConfigurationError, match="sliding-window-counter"):
+        make_policies("api", "10001/minute", strategy)
+
+
+def test_rule_wins_over_the_middleware() -> None:
+    """What a rule leaves out is the middleware's."""
+    plain = compiled(Rule("5/minute"), strategy="gcra", on_redis_error="open")
+    own = compiled(
+        Rule("5/minute", name="own", strategy="moving-window", on_redis_error="closed"),
+        strategy="gcra",
+        on_redis_error="open",
+    )
+
+    assert plain.policies is not None
+    assert own.policies is not None
+    assert ("default", "open", "gcra") == (plain.name, plain.on_redis_error, plain.policies.policies[0].strategy)
+    assert ("own", "closed", "moving-window") == (own.name, own.on_redis_error, own.policies.policies[0].strategy)
+
+
+@pytest.mark.parametrize(("shadow", "dry_run"), [(True, False), (False, True), (True, True)])
+def test_dry_run_makes_every_policy_a_shadow(shadow: bool, dry_run: bool) -> None:
+    """``RATE_LIMIT_DRY_RUN`` is ``shadow=True`` for all rules, dynamic ones included."""
+    settings = Settings(REDIS_URL="memory://", RATE_LIMIT_DRY_RUN=dry_run)
+    rule = compiled(Rule("5/minute; 9/hour", shadow=shadow), settings)
+
+    assert rule.policies is not None
+    assert [True, True] == [p.shadow for p in rule.policies]
+    assert [True] == [p.shadow for p in rule.read("7/minute")]
+
+
+def test_limits_may_depend_on_the_request() -> None:
+    """A callable is asked each time; what it says is read under the rule's name and strategy."""
+
+    def limits(conn: HTTPConnection) -> str | None:
+        return {"gold": "1000/minute", "free": "5/minute; 20/hour"}.get(conn.headers.get("x-plan", ""))
+
+    rule = compiled(Rule(limits, name="plan", strategy="gcra"))
+    found = [
+        rule.limits_for(HTTPConnection(request(headers=[(b"x-plan", plan)]))) for plan in (b"gold", b"free", b"none")
+    ]
+
+    assert rule.policies is None
+    assert ["1000/minute", "5/minute; 20/hour", None] == found
+    assert ["plan-60s", "plan-3600s"] == [p.name for p in rule.read("5/minute; 20/hour")]
+
+
+@pytest.mark.parametrize("returned", [5, ["5/minute"], b"5/minute"])
+def test_callable_that_returns_no_notation_is_a_type_error(returned: Any) -> None:
+    """Never "not limited" by accident."""
+    with pytest.raises(TypeError, match="limits returned"):
+        compiled(Rule(lambda _conn: "5/minute")).read(returned)
+
+
+def test_bad_notation_from_a_callable_is_named() -> None:
+    """It reaches the app's error handling with the text that was returned."""
+    with pytest.raises(ConfigurationError, match="limits='often'"):
+        compiled(Rule(lambda _conn: "often")).read("often")
+
+
+@pytest.mark.parametrize(
+    ("limits", "rules", "names"),
+    [
+        pytest.param(None, None, ["default"], id="the environment's"),
+        pytest.param("5/minute", None, ["default"], id="limits"),
+        pytest.param(None, [Rule("5/minute")], ["default"], id="an only rule needs no name"),
+        pytest.param(None, [Rule("5/minute", name="a"), Rule("5/minute", name="b")], ["a", "b"], id="rules"),
+        pytest.param("5/minute", [Rule("5/minute", name="a")], ["default", "a"], id="limits and rules"),
+        pytest.param(None, [], [], id="no rules at all"),
+    ],
+)
+def test_limits_and_rules_replace_the_environment(limits: Any, rules: Any, names: list[str]) -> None:
+    """``limits`` is the rule ``default``, ``rules`` are added to it, and without both the settings decide."""
+    assert names == [rule.name for rule in compile_all(limits, rules)]
+
+
+def test_environment_decides_without_arguments() -> None:
+    """``RATE_LIMITS``, ``RATE_LIMIT_STRATEGY``, ``RATE_LIMIT_ON_REDIS_ERROR``."""
+    settings = Settings(
+        REDIS_URL="memory://",
+        RATE_LIMITS="7/minute; 9/hour",
+        RATE_LIMIT_STRATEGY="gcra",
+        RATE_LIMIT_ON_REDIS_ERROR="closed",
+    )
+    (rule,) = compile_all(settings=settings)
+
+    assert [(7, "gcra"), (9, "gcra")] == [(p.quota, p.strategy) for p in rule.policies]
+    assert "closed" == rule.on_redis_error
+
+
+@pytest.mark.parametrize(
+    ("limits", "rules", "text"),
+    [
+        pytest.param("5/minute", [Rule("5/minute")], "needs a name", id="two rules, one without a name"),
+        pytest.param(None, [Rule("1/minute", name="a"), Rule("5/minute", name="a")], "name='a'", id="same name"),
+        pytest.param("5/minute", [Rule("5/minute", name="default")], "name='default'", id="the name of limits"),
+        pytest.param(
+            None,
+            [Rule("1/minute; 2/hour", name="a"), Rule("5/minute", name="a-60s")],
+            "policy 'a-60s'",
+            id="a policy's name",
+        ),
+        pytest.param(None, ["5/minute"], "no Rule", id="not a rule"),
+        pytest.param("10001/minute", [], "at most 10000", id="moving window too wide"),
+    ],
+)
+def test_rules_that_would_meet_are_refused(limits: Any, rules: Any, text: str) -> None:
+    """Two rules never share a counter by accident."""
+    with pytest.raises(ConfigurationError, match=text):
+        compile_all(limits, rules, strategy="moving-window")
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "fast"}, {"on_redis_error": "ignore"}, {"partition_by": "ip"}])
+def test_bad_default_is_named(changes: dict[str, Any]) -> None:
+    """Arguments of the middleware are checked like a rule's."""
+    with pytest.raises(ConfigurationError, match=next(iter(changes))):
+        compile_all("5/minute", **changes)
+
+
+@pytest.mark.parametrize(
+    ("limits", "strategy", "warned"),
+    [
+        ("9/minute", "sliding-window-counter", ["default"]),
+        ("10/minute", "sliding-window-counter", []),
+        ("5/minute; 50/hour", "sliding-window-counter", ["default-60s"]),
+        ("9/minute", "gcra", []),
+    ],
+)
+def test_small_quotas_of_the_sliding_counter_are_warned_about(
+    caplog: pytest.LogCaptureFixture, limits: str, strategy: str, warned: list[str]
+) -> None:
+    """Its clients wait noticeably longer than the window then; the line says how long and what to use."""
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        compile_all(limits, strategy=strategy)
+
+    assert warned == [record.__dict__["policy"] for record in caplog.records]
+    assert all("gcra" in record.__dict__["fix"] for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [
+        (Rule("5/minute"), True),
+        (Rule("5/minute", cost=3, paths="/a", partition_by=client_ip), True),
+        (Rule("5/minute", partition_by=by_header("x")), False),
+        (Rule("5/minute", cost=lambda _request: 1), False),
+        (Rule(lambda _conn: "5/minute"), False),
+    ],
+)
+def test_plain_rules_have_nothing_to_call(rule: Rule, plain: bool) -> None:
+    """Static limits and cost, counted by address: the charge is known from the address."""
+    made = compiled(rule)
+
+    assert plain == made.is_plain
+    if plain:
+        found = made.plain_charge("203.0.113.7")
+        assert (b"rate_limit:{203.0.113.7}", rule.cost) == (found.partition.key, found.cost)
+        assert b"rate_limit:{unknown}" == made.plain_charge(None).partition.key

@@ -1,0 +1,414 @@
+"""The scripts on a real server: the twin's decisions, number for number, and what they leave in Redis."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, cast
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as example_settings
+from hypothesis import strategies as st
+from redis.exceptions import NoScriptError
+
+from redis_asgi.ratelimit.batch import Check, distribute
+from redis_asgi.ratelimit.local import LocalEngine
+from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Policy, PolicySet, log_key
+from redis_asgi.ratelimit.strategies import Mode, Reply, charged_receipts
+from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, _packed
+
+from ..conftest import StartServer
+from ..kit.servers import ExternalServer
+from .histories import BACK, EPOCH, charge, client, costs, deltas_and_back, numbers, policy
+
+_fresh = count()
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+class Script:
+    """The script, called over one connection with a clock in hand."""
+
+    def __init__(self, server: redis.Redis) -> None:
+        self.server = server
+        self._loop = asyncio.new_event_loop()
+        self._connection = server.connection_pool.get_connection()
+        self.server.script_load(SCRIPT.decode())
+
+    def close(self) -> None:
+        self.server.connection_pool.release(self._connection)
+        self._loop.close()
+
+    def check(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int] = ()) -> Check:
+        """One request's question."""
+        return Check(self._loop, mode, tuple(charges), 1.0, tuple(receipts))
+
+    def run(self, trace: Sequence[tuple[int, Check]]) -> list[Any]:
+        """The replies to checks at their times, in one trip."""
+        self._connection.send_packed_command([_packed(b"EVALSHA", SCRIPT_SHA, [check], now) for now, check in trace])
+        return [self._connection.read_response() for _ in trace]
+
+    def decide(
+        self,
+        mode: Mode,
+        charges: Sequence[Charge],
+        *,
+        receipts: Sequence[int] = (),
+        now: int | None = None,
+    ) -> Reply:
+        """One reply, as `LocalEngine.decide` gives it."""
+        check = self.check(mode, charges, receipts)
+        self._connection.send_packed_command([_packed(b"EVALSHA", SCRIPT_SHA, [check], now)])
+        return cast(Reply, self._connection.read_response())
+
+
+@pytest.fixture
+def script(redis_client: redis.Redis) -> Iterator[Script]:
+    """The script on the shared server."""
+    made = Script(redis_client)
+    yield made
+    made.close()
+
+
+@dataclass
+class Step:
+    """One request of a trace, and what the twin says of it."""
+
+    now: int
+    mode: Mode
+    charges: tuple[Charge, ...]
+    receipts: list[int]
+    expected: Reply = field(default_factory=list)
+
+    def __str__(self) -> str:
+        costs = [(charge.cost, [str(p) for p in charge.policies]) for charge in self.charges]
+        return f"{self.mode} at {self.now} of {costs}, receipts {self.receipts}"
+
+
+policies = st.builds(
+    policy,
+    st.sampled_from(STRATEGIES),
+    st.sampled_from([1, 2, 3, 7, 10, 100]),
+    st.sampled_from([1, 2, 10, 60, 3600]),
+    shadow=st.sampled_from([False, False, False, True]),
+)
+vast = st.builds(
+    policy,
+    st.sampled_from(["fixed-window", "sliding-window-counter", "gcra"]),
+    st.sampled_from([10**6, 10**9 - 1, 10**9]),
+    st.sampled_from([1, 60, 366 * 86_400]),
+)
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> list[Step]:
+    """Requests under one to three rules of one or two partitions, with the twin's answers."""
+    drawn = draw(st.lists(st.one_of(policies, policies, policies, vast), min_size=1, max_size=4))
+    named = [Policy(f"p{i}", p.quota, p.window, p.strategy, p.shadow) for i, p in enumerate(drawn)]
+    cut = draw(st.integers(0, len(named)))
+    who = [f"trace-{next(_fresh)}"]
+    who.append(draw(st.sampled_from([who[0], who[0] + "-other"])))
+    rules = [
+        (PolicySet(tuple(group)), client(name))
+        for group, name in zip((named[:cut], named[cut:]), who, strict=True)
+        if group
+    ]
+    now = latest = EPOCH + draw(st.integers(0, 3_600_000_000))
+    twin = LocalEngine()
+    admitted: list[tuple[tuple[Charge, ...], list[int]]] = []
+    steps: list[Step] = []
+    # A window after a request, to the microsecond, is where two implementations part.
+    edges = [p.window * MICROSECONDS + offset for p in named for offset in (-1, 0, 1)]
+    steps_of_time = st.one_of(deltas_and_back, st.sampled_from(edges), st.just(0))
+    for _ in range(draw(st.sampled_from([5, 15, 30]))):
+        now = max(now + draw(steps_of_time), latest - BACK)
+        latest = max(latest, now)
+        mode: Mode = draw(st.sampled_from(_MODES))
+        receipts: list[int] = []
+        if mode == "refund" and admitted:
+            charges, receipts = admitted.pop(draw(st.integers(0, len(admitted) - 1)))
+        else:
+            mode = "consume" if mode == "refund" else mode
+            charges = tuple(
+                Charge(group, partition, draw(costs(min(p.quota for p in group)))) for group, partition in rules
+            )
+        step = Step(now, mode, charges, receipts)
+        step.expected = twin.decide(mode, charges, receipts=receipts, now=now)
+        if mode == "consume" and step.expected[0]:
+            admitted.append((charges, charged_receipts(step.expected)))
+        steps.append(step)
+    return steps
+
+
+_MODES: list[Mode] = ["consume", "consume", "consume", "consume", "peek", "charge", "refund"]
+on_one_server = example_settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@on_one_server
+@given(trace=traces())
+def test_script_and_twin_give_the_same_numbers(script: Script, trace: list[Step]) -> None:
+    """Verdict, remaining, reset, retry and receipt agree to the microsecond, step by step, whatever happened before."""
+    actual = script.run([(step.now, script.check(step.mode, step.charges, step.receipts)) for step in trace])
+
+    for step, reply in zip(trace, actual, strict=True):
+        assert step.expected == reply, str(step)
+
+
+@every_strategy
+def test_late_refund_of_a_client_in_debt(script: Script, strategy: str) -> None:
+    """Given back after its window while later charges exceed the quota: script and twin name the same wait."""
+    asked = [charge(policy(strategy, 2, 1))]
+    twin = LocalEngine()
+    receipts = charged_receipts(twin.decide("consume", asked, now=EPOCH))
+    story: list[tuple[int, Mode, list[Charge], list[int]]] = [
+        (EPOCH + 300_000, "charge", asked, []),
+        (EPOCH + 600_000, "charge", asked, []),
+        (EPOCH + 900_000, "charge", asked, []),
+        (EPOCH + 1_200_000, "refund", asked, receipts),
+        (EPOCH + 1_200_000, "consume", asked, []),
+        (EPOCH + 1_500_000, "consume", asked, []),
+    ]
+    assert receipts == charged_receipts(script.decide("consume", asked, now=EPOCH))
+
+    for now, mode, charges, back in story:
+        expected = twin.decide(mode, charges, receipts=back, now=now)
+        assert expected == script.decide(mode, charges, receipts=back, now=now)
+
+
+@on_one_server
+@given(trace=traces())
+def test_every_key_has_a_ttl_after_every_step(script: Script, trace: list[Step]) -> None:
+    """Whatever was asked last, refunds and charges included, no key is there to stay."""
+    for step in trace:
+        script.decide(step.mode, step.charges, receipts=step.receipts, now=step.now)
+        for key in _keys(step.charges):
+            assert script.server.pttl(key) != -1, str(step)
+
+
+def _keys(charges: Sequence[Charge]) -> set[bytes]:
+    keys = {charge.partition.key for charge in charges}
+    return keys | {log_key(charge.partition.key, name) for charge in charges for name in charge.policies.logs}
+
+
+@example_settings(deadline=None)
+@given(trace=traces(), clock=st.none() | st.integers(0, 2 * EPOCH))
+def test_packed_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
+    """The command joined from ready parts is byte for byte the one written out."""
+    loop = asyncio.new_event_loop()
+    try:
+        checks = [Check(loop, step.mode, step.charges, 1.0, step.receipts) for step in trace]
+    finally:
+        loop.close()
+
+    assert _pack(b"EVALSHA", b"x", _arguments(checks, clock)) == _packed(b"EVALSHA", b"x", checks, clock)
+
+
+@every_strategy
+def test_refused_request_leaves_every_key_as_it_was(script: Script, strategy: str) -> None:
+    """One policy refuses, and no byte of any other changes, in whatever slot or rule it is."""
+    full = policy(strategy, 2, 10, name="full")
+    free = [policy(other, 50, 60, name=f"free-{i}") for i, other in enumerate(STRATEGIES)]
+    charges = [charge(*free), charge(full), charge(*free, who="198.51.100.9")]
+    for _ in range(2):
+        assert script.decide("consume", charges, now=EPOCH)[0] == 1
+    before = _dump(script.server)
+
+    assert script.decide("consume", charges, now=EPOCH + 1)[0] == 0
+    assert before == _dump(script.server)
+
+
+@every_strategy
+def test_peek_writes_nothing(redis_server: ExternalServer, script: Script, strategy: str) -> None:
+    """Looking changes no key and makes none, so it may be sent to a replica; expired stamps are not trimmed either."""
+    asked = [charge(policy(strategy, 5, 1))]
+    assert script.decide("peek", asked, now=EPOCH)[0] == 1
+    assert _dump(script.server) == {}
+
+    script.decide("consume", asked, now=EPOCH)
+    before = _dump(script.server)
+    for later in (1, 999_999, 1_000_000, 5_000_000):
+        script.decide("peek", asked, now=EPOCH + later)
+    read_only = script.server.execute_command(
+        "EVALSHA_RO", SCRIPT_SHA, *_arguments([script.check("peek", asked)], EPOCH)
+    )
+
+    assert before == _dump(script.server)
+    assert (1, 4) == (read_only[0], read_only[2])
+
+
+def _dump(server: redis.Redis) -> dict[bytes, Any]:
+    return {key: server.dump(key) for key in cast("list[bytes]", server.keys("*"))}
+
+
+@every_strategy
+def test_key_that_lost_its_ttl_gets_one_in_the_next_window(script: Script, strategy: str) -> None:
+    """Somebody's PERSIST does not make a client's key immortal."""
+    asked = [charge(policy(strategy, 5, 1))]
+    script.decide("consume", asked, now=EPOCH)
+    for key in _keys(asked):
+        script.server.persist(key)
+
+    script.decide("consume", asked, now=EPOCH + 1_000_000)
+
+    assert all(0 < script.server.pttl(key) <= 3000 for key in _keys(asked))
+
+
+@every_strategy
+def test_shorter_policy_never_shortens_the_ttl(script: Script, strategy: str) -> None:
+    """A partition's one TTL is that of the policy that counts longest."""
+    long = policy("fixed-window", 5, 3600, name="long")
+    script.decide("consume", [charge(long)], now=EPOCH)
+
+    script.decide("consume", [charge(policy(strategy, 5, 1, name="short"))], now=EPOCH + 1)
+
+    assert 3_590_000 < script.server.pttl(client("203.0.113.7").key) <= 3_601_000
+
+
+@every_strategy
+def test_late_refund_makes_no_key(script: Script, strategy: str) -> None:
+    """What comes back after the client's key has gone is dropped, not stored for ever."""
+    asked = [charge(policy(strategy, 100, 60))]
+    receipts = charged_receipts(script.decide("consume", asked, now=EPOCH))
+    script.server.unlink(client("203.0.113.7").key)
+
+    script.decide("refund", asked, receipts=receipts, now=EPOCH + 30_000_000)
+
+    assert [] == [key for key in cast("list[bytes]", script.server.keys("*")) if script.server.pttl(key) == -1]
+
+
+@every_strategy
+def test_no_key_without_ttl_when_the_acl_forbids_one(private_server: StartServer, strategy: str) -> None:
+    """A user that may not PEXPIRE gets an error, and Redis no key that would stay."""
+    server = private_server()
+    server.add_user("app", ">secret", "~*", "+@all", "-pexpire")
+    looking = server.client()
+    app = redis.Redis(host=server.host, port=server.port, username="app", password="secret", protocol=2)
+    script = Script(app)
+    try:
+        reply = script.decide("consume", [charge(policy(strategy))])
+    finally:
+        script.close()
+        app.close()
+
+    assert reply[0] == -1
+    assert [] == looking.keys("*")
+
+
+def test_odd_key_costs_only_its_own_request_the_verdict(script: Script) -> None:
+    """Within a batch a request that meets somebody else's key fails alone; its neighbours are decided."""
+    odd = client("odd").key
+    script.server.set(odd, "not a hash")
+    checks = [script.check("consume", [charge(policy("fixed-window"), who=who)]) for who in ("a", "odd", "b")]
+
+    distribute(checks, script.server.execute_command("EVALSHA", SCRIPT_SHA, *_arguments(checks, EPOCH)))
+
+    assert [4, "reply", 4] == [
+        outcome[2] if isinstance(outcome, list) else str(outcome)
+        for outcome in (check.future.result() for check in checks)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stored"),
+    [
+        pytest.param("fixed-window", "one two", id="fixed window"),
+        pytest.param("sliding-window-counter", "1 2", id="sliding window counter"),
+        pytest.param("moving-window", "", id="moving window"),
+        pytest.param("gcra", "17", id="gcra"),
+    ],
+)
+def test_field_that_is_no_counter_is_an_error(script: Script, strategy: str, stored: str) -> None:
+    """What this package did not write is not guessed at."""
+    asked = policy(strategy)
+    script.server.hset(client("203.0.113.7").key, asked.field.decode(), stored)
+
+    reply = script.decide("consume", [charge(asked)], now=EPOCH)
+
+    assert reply[0] == -1
+    assert b"not a counter of this package" in cast(bytes, reply[1])
+
+
+def test_requests_of_one_batch_are_decided_in_turn(script: Script) -> None:
+    """Eight requests in one call against a quota of five: the first five are admitted."""
+    for strategy in STRATEGIES:
+        checks = [script.check("consume", [charge(policy(strategy), who=strategy)]) for _ in range(8)]
+        distribute(checks, script.server.execute_command("EVALSHA", SCRIPT_SHA, *_arguments(checks, EPOCH)))
+
+        assert [1] * 5 + [0] * 3 == [cast(Reply, check.future.result())[0] for check in checks]
+
+
+def test_clock_is_the_servers_own(script: Script) -> None:
+    """Without a clock in hand the script reads Redis's: no worker's clock is involved."""
+    seconds, micros = script.server.time()
+
+    (found,) = numbers(script.decide("consume", [charge(policy("fixed-window"))]))
+
+    assert 0 <= found.receipt - (seconds * 1_000_000 + micros) < 5_000_000
+
+
+def test_script_is_not_known_before_it_was_sent(redis_client: redis.Redis) -> None:
+    """An EVALSHA of an unknown script runs nothing, which is why sending it again as EVAL counts once."""
+    with pytest.raises(NoScriptError):
+        redis_client.execute_command("EVALSHA", SCRIPT_SHA, 0, "")
+
+
+def test_three_limits_cost_little_memory(script: Script) -> None:
+    """One hash with three fields: at most 300 bytes a client, all told."""
+    limits = [policy("fixed-window", quota, window, name=f"default-{window}s") for quota, window in _THREE]
+    for i in range(100):
+        script.decide("consume", [charge(*limits, who=f"203.0.113.{i}")])
+
+    keys = cast("list[bytes]", script.server.keys("*"))
+
+    assert 100 == len(keys)
+    assert max(cast(int, script.server.memory_usage(key)) for key in keys) <= 300
+
+
+_THREE = [(20, 1), (1000, 3600), (10_000, 86_400)]
+
+
+def test_layout_is_the_documented_one(script: Script) -> None:
+    """One hash per partition, a field per policy named by policy, strategy, window and layout; a list only for logs."""
+    every = [policy(strategy, 5, 60, name="all") for strategy in STRATEGIES]
+    script.decide("consume", [charge(*every)], now=EPOCH)
+
+    assert {
+        b"rate_limit:{203.0.113.7}": b"hash",
+        b"rate_limit:{203.0.113.7}:all:m60:1": b"list",
+    } == {key: script.server.type(key) for key in cast("list[bytes]", script.server.keys("*"))}
+    assert {
+        b"all:f60:1": b"%d 1" % EPOCH,
+        b"all:s60:1": b"%d 1 0" % (EPOCH // 60_000_000),
+        b"all:m60:1": b"%d" % EPOCH,
+        b"all:g60:1": b"%d 1" % EPOCH,
+    } == script.server.hgetall("rate_limit:{203.0.113.7}")
+    assert [b"%d" % EPOCH] == script.server.lrange("rate_limit:{203.0.113.7}:all:m60:1", 0, -1)
+
+
+def test_one_call_trims_a_bounded_number_of_stamps(script: Script) -> None:
+    """An idle client's ten thousand expired stamps go a thousand at a time, and count for nothing meanwhile."""
+    asked = policy("moving-window", 10_000, 1)
+    log = log_key(client("203.0.113.7").key, asked.field)
+    script.decide("consume", [charge(asked, cost=10_000)], now=EPOCH)
+
+    reply = script.decide("consume", [charge(asked)], now=EPOCH + 2_000_000)
+
+    assert (1, 9_999) == (reply[0], reply[2])
+    assert 9_000 == script.server.llen(log)
+
+
+def test_changed_quota_keeps_what_was_counted(script: Script) -> None:
+    """Lowering or raising a limit neither forgets the past nor breaks on it."""
+    for strategy in STRATEGIES:
+        script.decide("consume", [charge(policy(strategy, 10), cost=4, who=strategy)], now=EPOCH)
+        left = [
+            script.decide("peek", [charge(policy(strategy, quota), who=strategy)], now=EPOCH)[2]
+            for quota in (3, 4, 5, 20)
+        ]
+
+        assert [0, 0, 1, 16] == left, strategy
