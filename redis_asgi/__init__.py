@@ -1,9 +1,13 @@
 """Rate limits and an embedding cache for any ASGI app, kept in one Redis.
 
-``settings``    the environment, validated          ``connection``  one Redis client per loop, shared
-``ratelimit/``  who may ask how often               ``scope``       what is read from a request
-``keys``        names of Redis keys                 ``errors``      what is raised, and how failures are sorted
+``settings``    the environment, validated          ``connection``   one Redis client per loop, shared
+``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
+``scope``       what is read from a request         ``keys``         names of Redis keys
+``errors``      what is raised, and how failures are sorted
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .connection import RedisManager, redis_operation
 from .errors import ConfigurationError, RedisASGIError
@@ -17,11 +21,16 @@ from .ratelimit.route import RateLimit, rate_limit
 from .ratelimit.rules import Rule
 from .settings import Settings
 
+if TYPE_CHECKING:
+    from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
+
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigurationError",
     "Decision",
+    "EmbeddingCache",
+    "EmbeddingCacheMiddleware",
     "KeyManagement",
     "PolicyState",
     "RateLimit",
@@ -38,3 +47,10 @@ __all__ = [
     "rate_limit",
     "redis_operation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # At first use: these need numpy, whose 150 ms an app without embeddings should not wait for.
+    if name in ("EmbeddingCache", "EmbeddingCacheMiddleware"):
+        return getattr(importlib.import_module(".embeddings", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,12 +5,19 @@ Layout of the package's own keys, after the user's ``REDIS_KEY_PREFIX``::
     rate_limit:{203.0.113.7}                    one hash per partition, a field per policy
     rate_limit:{Zm9vYmFyYmF6cXV4MTIzNA}         the same, for anything but a plain address
     rate_limit:{203.0.113.7}:default:m60:1      the log of one moving-window policy, in the same slot
+    embedding:{context_id}                      one vector of `EmbeddingCache`; no braces in the real key
+    embedding_input:v1:<sha256>                 one vector of the middleware
+    embedding_lease:v1:<sha256>                 that the app itself answered a credential
+    embedding_epoch:v1:<sha256>                 8 random bytes; vectors that carry others are misses
 
-The braces are Redis Cluster's hash tag: all keys of a partition live in one slot.
+The braces of ``rate_limit`` are Redis Cluster's hash tag: all keys of a partition live in one slot.
 """
 
 import base64
 import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import Protocol, Self
 
 _RATE_LIMIT = "rate_limit"
 
@@ -61,3 +68,51 @@ def digest(*parts: str, secret: str | None = None) -> str:
 def partition_key(prefix: str, tag: str) -> bytes:
     """The key of the hash that holds every counter of one partition."""
     return f"{prefix}{_RATE_LIMIT}:{{{tag}}}".encode()
+
+
+class Digest(Protocol):
+    """What `hashlib` and `hmac` objects have in common."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def copy(self) -> Self: ...
+    def hexdigest(self) -> str: ...
+
+
+def length_prefixed(parts: Iterable[bytes]) -> bytes:
+    """*parts* joined so that no two different sequences ever give the same bytes."""
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def cache_digest(parts: Iterable[bytes], *, secret: str | None = None) -> Digest:
+    """SHA-256 over length-prefixed *parts*, keyed by *secret* when given; copy it to add more."""
+    raw = length_prefixed(parts)
+    return hmac.new(secret.encode(), raw, hashlib.sha256) if secret else hashlib.sha256(raw)
+
+
+def embedding_key(prefix: str, context_id: str) -> bytes:
+    """The key of one vector a service keeps by its own id."""
+    return f"{prefix}embedding:{context_id}".encode()
+
+
+def embedding_input_key(prefix: bytes, scope: Digest, kind: bytes, canonical: bytes) -> bytes:
+    """The key of one input's vector under `embedding_input_prefix`; *scope* holds everything else."""
+    state = scope.copy()
+    # The kind is one byte, so nothing before or after the length can be mistaken for something else.
+    state.update(kind + len(canonical).to_bytes(8, "little") + canonical)
+    return prefix + state.hexdigest().encode()
+
+
+def embedding_input_prefix(prefix: str) -> bytes:
+    """What every `embedding_input_key` begins with."""
+    return f"{prefix}embedding_input:v1:".encode()
+
+
+def embedding_lease_key(prefix: str, parts: Iterable[bytes], *, secret: str | None = None) -> bytes:
+    """The key of the record that an app answered a credential itself."""
+    return f"{prefix}embedding_lease:v1:{cache_digest(parts, secret=secret).hexdigest()}".encode()
+
+
+def embedding_epoch_key(prefix: str, namespace: str, model: str, *, secret: str | None = None) -> bytes:
+    """The key of a model's epoch: whoever writes other bytes there flushes the model."""
+    parts = (namespace.encode(), model.encode())
+    return f"{prefix}embedding_epoch:v1:{cache_digest(parts, secret=secret).hexdigest()}".encode()

@@ -20,6 +20,8 @@ StrategyName = Literal["fixed-window", "sliding-window-counter", "moving-window"
 OnRedisError = Literal["local", "open", "closed"]
 HeaderStyle = Literal["ietf", "legacy", "both", "none"]
 MissingIdentity = Literal["ip", "skip", "shared", "refuse"]
+CacheUsage = Literal["original", "billed"]
+CacheDType = Literal["float32", "float16"]
 
 _URL_SCHEMES = ("redis", "rediss", "unix", "memory")
 # Other programs with the same URL may want these; here they would undo what `connection` relies on.
@@ -155,6 +157,21 @@ def _readable(value: str) -> str:
 _File = Annotated[str, AfterValidator(_readable)]
 
 
+def _header_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"{name!r} is not a header name")
+    return tuple(name.lower() for name in value)
+
+
+def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
+    for route in value:
+        name, colon, path = route.partition(":")
+        if not re.fullmatch(r"[a-z0-9_]+", name) or (colon and not path.startswith("/")):
+            raise ValueError("not a list of NAME or NAME:/path")
+    return value
+
+
 class Settings(BaseSettings):
     """Everything the package can be told from outside; each field is an environment variable of that name.
 
@@ -212,6 +229,35 @@ class Settings(BaseSettings):
     RATE_LIMIT_HEADERS: HeaderStyle = Field("ietf", examples=["ietf"])
     RATE_LIMIT_DRY_RUN: bool = Field(False, examples=["true"])
 
+    EMBEDDING_CACHE_TTL: int = Field(3600, ge=1, le=MAX_WINDOW, examples=[3600])
+    EMBEDDING_CACHE_TTL_JITTER: float = Field(0.1, ge=0, le=0.9, allow_inf_nan=False, examples=[0.1])
+    EMBEDDING_CACHE_NAMESPACE: str = Field("", max_length=200, examples=["bge-m3@5617a9f"])
+    EMBEDDING_CACHE_ROUTES: Annotated[tuple[str, ...], NoDecode, AfterValidator(_routes)] = Field(
+        ("openai", "ollama", "cohere", "tei"), examples=["openai,openai:/my/path"]
+    )
+    EMBEDDING_CACHE_SHARE: bool = Field(False, examples=["true"])
+    EMBEDDING_CACHE_LEASE: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] | Literal["off"] = Field(
+        300.0, examples=[300, "off"]
+    )
+    EMBEDDING_CACHE_CREDENTIAL_HEADERS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
+        ("authorization", "api-key", "x-api-key", "cookie"), examples=["authorization,x-api-key"]
+    )
+    EMBEDDING_CACHE_VARY: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
+        ("openai-organization", "openai-project", "x-litellm-tags"), examples=["openai-organization,x-tenant"]
+    )
+    EMBEDDING_CACHE_USAGE: CacheUsage = Field("original", examples=["original"])
+    EMBEDDING_CACHE_DTYPE: CacheDType = Field("float32", examples=["float32"])
+    EMBEDDING_CACHE_L1_BYTES: int = Field(64 * 1024 * 1024, ge=0, examples=[67108864])
+    EMBEDDING_CACHE_L1_SECONDS: float = Field(5.0, ge=0, le=3600, allow_inf_nan=False, examples=[5])
+    EMBEDDING_CACHE_MAX_REQUEST_BYTES: int = Field(8 * 1024 * 1024, ge=1, examples=[8388608])
+    EMBEDDING_CACHE_MAX_RESPONSE_BYTES: int = Field(64 * 1024 * 1024, ge=1, examples=[67108864])
+    EMBEDDING_CACHE_MAX_INPUTS: int = Field(2048, ge=1, le=100_000, examples=[2048])
+    EMBEDDING_CACHE_TIMEOUT: float = Field(0.25, gt=0, le=60, allow_inf_nan=False, examples=[0.25])
+    EMBEDDING_CACHE_STATUS: bool = Field(True, examples=["false"])
+    EMBEDDING_CACHE_REDIS_URL: Annotated[SecretStr, AfterValidator(_url)] | None = Field(
+        None, examples=["redis://vectors:6379/0"]
+    )
+
     def __init__(self, **values: Any) -> None:
         unknown = [name for name in values if name not in type(self).model_fields]
         if unknown:
@@ -267,7 +313,27 @@ class Settings(BaseSettings):
         return self.RATE_LIMITS or str(Limit(self.MAX_REQUESTS_PER_WINDOW, self.RATE_LIMIT_WINDOW))
 
 
-_LISTS = ("REDIS_SENTINELS", "RATE_LIMIT_TRUSTED_PROXIES", "RATE_LIMIT_EXEMPT_PATHS")
+def _redact_url(url: str) -> str:
+    """The repr of a URL that could not be read, without what may be a password.
+
+    That is what stands before an ``@``; where there is none, after a colon that no port follows; and an option's value.
+    """
+    scheme, slashes, rest = url.partition("//")
+    rest = rest if slashes else scheme
+    host = rest.rpartition("@")[2]
+    rest = f"***@{host}" if "@" in rest else re.sub(r":(?!\d{1,5}(?:[/?]|$))[^/?]*", ":***", rest)
+    rest = re.sub(r"=[^&]*", "=***", rest)
+    return redact(scheme + slashes + rest if slashes else rest)
+
+
+_LISTS = (
+    "REDIS_SENTINELS",
+    "RATE_LIMIT_TRUSTED_PROXIES",
+    "RATE_LIMIT_EXEMPT_PATHS",
+    "EMBEDDING_CACHE_ROUTES",
+    "EMBEDDING_CACHE_CREDENTIAL_HEADERS",
+    "EMBEDDING_CACHE_VARY",
+)
 
 
 def _explain(model: type[Settings], error: ValidationError, given: Mapping[str, object]) -> str:
@@ -278,9 +344,9 @@ def _explain(model: type[Settings], error: ValidationError, given: Mapping[str, 
         return why
     name = str(first["loc"][0])
     field = model.model_fields[name]
-    secret = "SecretStr" in str(field.annotation) and name != "REDIS_URL"
+    secret = "SecretStr" in str(field.annotation) and not name.endswith("REDIS_URL")
     value = given.get(name, os.environ.get(name))
     value = value.get_secret_value() if isinstance(value, SecretStr) else value
-    shown = "'***'" if secret else redact(value)
+    shown = "'***'" if secret else _redact_url(str(value)) if name.endswith("REDIS_URL") else redact(value)
     example = field.examples[0] if field.examples else field.default
     return f"{name}={shown}: {why[:1].lower()}{why[1:]}. Try {example}."

@@ -1,0 +1,158 @@
+"""How a vector is kept: a 24-byte header and the raw little-endian numbers. Never pickle.
+
+::
+
+    0   magic and version   45 31 c0 7f
+    4   dtype               1 float32, 2 float64, 3 float16
+    5   flags               1 tokens known, 2 tokens exact, 4 shortest, 8 capped
+    6   dims                u16
+    8   tokens              u32, what the app counted for this input
+    12  born                u32, Unix seconds
+    16  epoch               8 bytes, those of the model when the vector was asked for
+    24  dims numbers
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"\x45\x31\xc0\x7f"
+NO_EPOCH = bytes(8)
+HEADER_BYTES = 24
+MAX_DIMS = 0xFFFF
+_HEADER = struct.Struct("<4sBBHII8s")
+_U32 = 0xFFFFFFFF
+
+Float32Array = NDArray[np.float32]
+Numbers = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
+
+
+class DType(IntEnum):
+    """How the numbers of one value are kept."""
+
+    FLOAT32 = 1
+    FLOAT64 = 2
+    FLOAT16 = 3
+
+
+class Flag:
+    """Bits: what else is known about a value. Plain integers, as every input of a hit looks at them."""
+
+    TOKENS_KNOWN = 1
+    TOKENS_EXACT = 2
+    SHORTEST = 4  # the app prints the shortest text of a float32, not that of its float64 twin
+    CAPPED = 8  # the app's own max-age shortened the TTL, so that it cannot be computed from the key
+
+
+_NUMPY: dict[int, np.dtype[np.float16] | np.dtype[np.float32] | np.dtype[np.float64]] = {
+    int(DType.FLOAT32): np.dtype("<f4"),
+    int(DType.FLOAT64): np.dtype("<f8"),
+    int(DType.FLOAT16): np.dtype("<f2"),
+}
+_ITEMSIZE: dict[int, int] = {int(code): dtype.itemsize for code, dtype in _NUMPY.items()}
+_DTYPES = {dtype.str: code for code, dtype in _NUMPY.items()}
+
+
+@dataclass(slots=True)
+class Value:
+    """One stored vector: the bytes as Redis has them, and what their header says.
+
+    Not frozen only because freezing makes every construction three times as slow; nobody changes one.
+
+    Attributes:
+        raw: Header and numbers.
+        dtype: A `DType`.
+        flags: `Flag` bits.
+        dims: Numbers in the vector, 1 to 65,535.
+        tokens: What the app counted for the input; 0 when unknown.
+        born: Unix seconds.
+        epoch: 8 bytes.
+    """
+
+    raw: bytes
+    dtype: int
+    flags: int
+    dims: int
+    tokens: int
+    born: int
+    epoch: bytes
+
+    @property
+    def numbers(self) -> Numbers:
+        """The vector, shape ``(dims,)``, read-only and in the precision it is kept in."""
+        return cast("Numbers", np.frombuffer(self.raw, dtype=_NUMPY[self.dtype], offset=HEADER_BYTES))
+
+    @property
+    def float32(self) -> Float32Array:
+        """A writable float32 copy of the vector, shape ``(dims,)``."""
+        return self.numbers.astype("<f4")
+
+
+def encode(
+    numbers: Numbers, *, born: float, epoch: bytes = NO_EPOCH, tokens: int | None = None, flags: int = 0
+) -> Value:
+    """Put a header before *numbers*, shape ``(d,)``, float16, float32 or float64 with ``1 <= d <= 65535``.
+
+    Args:
+        numbers: Finite numbers; the caller has looked.
+        born: Unix seconds.
+        epoch: 8 bytes.
+        tokens: The app's count for this input; ``None`` = unknown.
+        flags: `Flag` bits; those about tokens are set here.
+    """
+    little = np.ascontiguousarray(numbers, dtype=numbers.dtype.newbyteorder("<"))
+    dtype = _DTYPES[little.dtype.str]
+    flags &= ~Flag.TOKENS_KNOWN if tokens is None else ~0
+    flags |= 0 if tokens is None else Flag.TOKENS_KNOWN
+    count, seconds = min(tokens or 0, _U32), min(max(int(born), 0), _U32)
+    dims = little.shape[0]
+    header = _HEADER.pack(MAGIC, dtype, int(flags), dims, count, seconds, epoch)
+    return Value(header + little.tobytes(), dtype, int(flags), dims, count, seconds, epoch)
+
+
+def decode(raw: object) -> Value | None:
+    """Read a value of ours; ``None`` for anything else: absent, truncated, foreign, of another version.
+
+    Does not look whether the numbers are finite: `all_finite` does, for many at once.
+    """
+    if not isinstance(raw, bytes) or len(raw) <= HEADER_BYTES or raw[:4] != MAGIC:
+        return None
+    _, dtype, flags, dims, tokens, born, epoch = _HEADER.unpack_from(raw)
+    if dtype not in _ITEMSIZE or len(raw) != HEADER_BYTES + dims * _ITEMSIZE[dtype]:
+        return None
+    return Value(raw, dtype, flags, dims, tokens, born, epoch)
+
+
+def all_finite(values: Sequence[Value]) -> bool:
+    """Whether no number of any of *values* is NaN or infinite; fast where they are all of one shape."""
+    if not values:
+        return True
+    first = values[0]
+    size = len(first.raw)
+    if any(len(value.raw) != size or value.dtype != first.dtype for value in values):
+        return all(all_finite([value]) for value in values)
+    dtype = _NUMPY[first.dtype]
+    table = np.frombuffer(b"".join([value.raw for value in values]), dtype=dtype)
+    numbers = table.reshape(len(values), -1)[:, HEADER_BYTES // dtype.itemsize :]
+    # A sum is faster than a look at each number; only where it overflows it does not tell.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(numbers.sum()) or bool(np.isfinite(numbers).all())
+
+
+def decode_vector(raw: object) -> Float32Array | None:
+    """Read a vector kept by id, shape ``(d,)``: a value of ours, or bare little-endian float32 numbers."""
+    value = decode(raw)
+    if value is not None:
+        with np.errstate(over="ignore"):
+            found = value.float32
+    elif isinstance(raw, bytes) and raw and len(raw) % 4 == 0 and raw[:3] != MAGIC[:3]:
+        found = np.frombuffer(raw, dtype="<f4").astype("<f4")
+    else:
+        return None
+    return found if bool(np.isfinite(found).all()) else None

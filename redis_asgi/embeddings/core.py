@@ -1,0 +1,269 @@
+"""What all requests of one middleware share: settings, keys, the store, the in-process layer, the flights."""
+
+import asyncio
+import logging
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Scope
+
+from ..connection import RedisManager
+from ..keys import (
+    Digest,
+    cache_digest,
+    embedding_epoch_key,
+    embedding_input_key,
+    embedding_input_prefix,
+    embedding_lease_key,
+    length_prefixed,
+)
+from ..settings import Settings
+from .codec import NO_EPOCH, Flag, Value
+from .http_caching import Storable, storable, values_of
+from .lease import Denials, Lease, encode_lease
+from .local import LocalVectors
+from .pace import Pace
+from .single_flight import Flights, Landing
+from .store import VectorStore, Write, vectors_of
+from .sub_call import Budget
+from .wire import Batch, Input, WireFormat
+
+logger = logging.getLogger("redis_asgi.embeddings")
+
+PartitionBy = Callable[[HTTPConnection], "str | Awaitable[str | None] | None"]
+
+_LAYOUT = b"1"  # of what is hashed; a new one never reads an old one's vectors
+_BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
+_CAPPED = int(Flag.CAPPED)
+_MAX_CANDIDATES = 1000
+_EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one middleware is configured; the units are those of the ``EMBEDDING_CACHE_*`` settings."""
+
+    ttl: float
+    namespace: str
+    share: bool
+    lease: float | None  # None: "off"
+    partition_by: PartitionBy | None
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Where a request's records are.
+
+    Attributes:
+        scope: The digest that input keys begin with.
+        lease_name: The lease's key.
+        epoch_name: The epoch's key.
+    """
+
+    scope: Digest
+    lease_name: bytes
+    epoch_name: bytes
+
+
+class Core:
+    """See the module; one per middleware."""
+
+    def __init__(self, app: ASGIApp, manager: RedisManager, options: Options) -> None:
+        settings = options.settings
+        self.app = app
+        self.manager = manager
+        self.options = options
+        self.settings = settings
+        self.wall: Callable[[], float] = time.time
+        self.monotonic: Callable[[], float] = time.monotonic
+        self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, self._now)
+        self.budget = Budget(_BUFFERED_BYTES)
+        self.denials = Denials()
+        self._ttl = options.ttl
+        self._ttl_spread = options.ttl * settings.EMBEDDING_CACHE_TTL_JITTER / 0xFFFFFFFF
+        self._secret = settings.key_secret
+        self._prefix = settings.REDIS_KEY_PREFIX
+        self._input_prefix = embedding_input_prefix(self._prefix)
+        self._credentials = tuple(name.encode() for name in settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS)
+        self._vary = tuple(name.encode() for name in settings.EMBEDDING_CACHE_VARY)
+        self.keyed = frozenset(settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS + settings.EMBEDDING_CACHE_VARY)
+        self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
+        self._candidates: OrderedDict[bytes, bytes] = OrderedDict()
+        self._said: set[str] = set()
+
+    def _now(self) -> float:
+        # Looked up at each call, so that a test can set another clock.
+        return self.monotonic()
+
+    @property
+    def store(self) -> VectorStore:
+        """The running loop's store."""
+        return vectors_of(self.manager)
+
+    @property
+    def flights(self) -> Flights:
+        """The running loop's flights."""
+        loop = asyncio.get_running_loop()
+        flights = self._flights.get(loop)
+        if flights is None:
+            flights = self._flights[loop] = Flights()
+        return flights
+
+    def say_once(self, event: str, **details: object) -> None:
+        """Log a warning the first time only."""
+        if event not in self._said:
+            self._said.add(event)
+            logger.warning(event, extra=details)
+
+    # Names.
+
+    def identify(self, scope: Scope, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
+        """The keys of a request; whatever may change a vector is in, so the unknown can only cause a miss."""
+        headers = scope["headers"]
+        namespace = self.options.namespace
+        raw_path = (scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")).partition(b"?")[0]
+        where = length_prefixed((wire.name.encode(), raw_path, scope.get("query_string", b"")))
+        credential = length_prefixed(self._flat(headers, self._credentials))
+        if partition is not None:
+            owner = (b"partition", partition.encode("utf-8", "surrogatepass"))
+        elif self.options.share:
+            owner = (b"share", b"")
+        else:
+            owner = (b"credential", credential)
+        varied = length_prefixed(self._flat(headers, self._vary))
+        digest = cache_digest(
+            (_LAYOUT, namespace.encode(), *owner, where, varied, batch.model.encode(), batch.scope),
+            secret=self._secret,
+        )
+        origin = length_prefixed(values_of(headers, b"origin"))
+        who = b"" if self.options.lease is None else credential
+        lease_parts = (_LAYOUT, namespace.encode(), who, where, batch.model.encode(), origin)
+        return Identity(
+            digest,
+            embedding_lease_key(self._prefix, lease_parts, secret=self._secret),
+            embedding_epoch_key(self._prefix, namespace, batch.model, secret=self._secret),
+        )
+
+    def input_name(self, identity: Identity, item: Input) -> bytes:
+        """The key of one input's vector."""
+        return embedding_input_key(self._input_prefix, identity.scope, item.kind, item.canonical)
+
+    @staticmethod
+    def _flat(headers: Any, names: tuple[bytes, ...]) -> list[bytes]:
+        flat: list[bytes] = []
+        for name in names:
+            values = values_of(headers, name)
+            flat += (b"%d" % len(values), *values)
+        return flat
+
+    # Time to live.
+
+    def ttl_of(self, name: bytes, cap: int | None = None) -> int:
+        """Seconds a vector is kept: the TTL, shortened by up to ``TTL_JITTER`` as the key's own hash says."""
+        ttl = int(self._ttl - self._ttl_spread * int(name[-8:], 16)) or 1
+        return ttl if cap is None or cap > ttl else cap
+
+    def expires_at(self, name: bytes, value: Value, now: float) -> float | None:
+        """When a stored vector ends, in Unix seconds; ``None`` when only Redis knows."""
+        if value.flags & _CAPPED:
+            return None
+        # A value of a clock ahead of ours is no younger than one of this moment.
+        return (min(now, value.born)) + self.ttl_of(name)
+
+    def lease_left(self, lease: Lease | None) -> float:
+        """Seconds for which *lease* lets a full hit through; 0 or less = not."""
+        if lease is None:
+            return 0.0
+        duration = self.options.ttl if self.options.lease is None else self.options.lease
+        return lease.remaining(duration, self.wall())
+
+    # Epochs.
+
+    def candidate(self, epoch_name: bytes) -> bytes:
+        """The epoch this process will propose for a model that has none in Redis.
+
+        A missing epoch validates nothing, so an evicted one never brings flushed vectors back.
+        """
+        epoch = self._candidates.get(epoch_name)
+        if epoch is None:
+            epoch = self._candidates[epoch_name] = new_epoch()
+            if len(self._candidates) > _MAX_CANDIDATES:
+                self._candidates.popitem(last=False)
+        return epoch
+
+    def settle_candidate(self, epoch_name: bytes) -> None:
+        """There is an epoch in Redis now."""
+        self._candidates.pop(epoch_name, None)
+
+    async def renew_epoch(self, identity: Identity) -> None:
+        """Make every stored vector of the model a miss."""
+        self.local.forget(identity.epoch_name)
+        self.settle_candidate(identity.epoch_name)
+        await self.store.write([Write(identity.epoch_name, new_epoch(), self._epoch_ttl)])
+
+    @property
+    def _epoch_ttl(self) -> float:
+        return max(_EPOCH_TTL, 2 * self.options.ttl)
+
+    # Writing.
+
+    def may_store(self, headers: Any) -> Storable:
+        """Whether an answer with *headers* may be stored."""
+        return storable(headers, self.keyed)
+
+    async def keep(self, identity: Identity, landing: Landing, asked_at: float, *, epoch_known: bool) -> None:
+        """Write an answer's vectors and its lease; in Redis, and in this process."""
+        if landing.refusal is not None:
+            if landing.refusal == "response-no-store":
+                self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
+            return
+        if not self.options.namespace:
+            self.say_once(
+                "redis_asgi.embedding_namespace_empty",
+                fix="Any service on this Redis answering that path and model shares its vectors. "
+                "Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
+            )
+        now = self.wall()
+        cap = self.may_store(landing.reply.headers).max_age
+        epoch = next((entry.value.epoch for entry in landing.entries.values()), NO_EPOCH)
+        writes = [Write(identity.epoch_name, epoch, self._epoch_ttl, "renew" if epoch_known else "absent")]
+        lease = self._lease_write(identity, landing.lease, asked_at)
+        writes += lease
+        pace = Pace()
+        for name, entry in landing.entries.items():
+            writes.append(Write(name, entry.value.raw, self.ttl_of(name, cap)))
+            if cap is None and self.local.on:
+                entry.expires_at = self.expires_at(name, entry.value, now)
+                self.local.put(name, entry)
+            if pace.due:
+                await pace.rest()
+        if lease:
+            self.local.grant(identity.epoch_name, identity.lease_name, landing.lease)
+        await self.store.write(writes)
+        if not epoch_known:
+            self.settle_candidate(identity.epoch_name)
+
+    def _lease_write(self, identity: Identity, lease: Lease, asked_at: float) -> list[Write]:
+        duration = self.options.ttl if self.options.lease is None else self.options.lease
+        record = encode_lease(lease) if duration > 0 else None
+        if record is None or self.denials.since(identity.lease_name, asked_at):
+            return []
+        return [Write(identity.lease_name, record, duration)]
+
+    async def deny(self, identity: Identity) -> None:
+        """The app has refused this credential: no full hit for it until the app answers it again."""
+        self.denials.note(identity.lease_name, self.wall())
+        self.local.grant(identity.epoch_name, identity.lease_name, None)
+        await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
+
+
+def new_epoch() -> bytes:
+    """8 random bytes; all zeros mean that there is none."""
+    return os.urandom(8)

@@ -1,0 +1,446 @@
+"""One request to an embedding endpoint, from its body to its last byte.
+
+Read, look up, join, forward, merge, send: `Exchange.run` is the story, in that order. Whatever goes wrong
+before the app has been asked ends in `_bypass`: the app gets the original bytes.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from ..errors import Failure
+from . import http_caching as http
+from .body import Body, read_body
+from .codec import Flag
+from .core import Core, Identity
+from .landing import Asked, read_reply
+from .lease import Lease, shortest
+from .local import Entry
+from .lookup import Found, look_up
+from .pace import Pace
+from .reading import head_refusal, partition_of, split
+from .result import EmbeddingCacheResult
+from .routes import Matched
+from .single_flight import Flight, Landing
+from .sub_call import Reply, SubCall
+from .vectors import Encoding
+from .wire import Batch, Fresh, Input, Uncacheable, Usage
+
+_CHUNK = 256 * 1024  # bytes per body message of a merged answer
+_IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
+_OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
+_SUCCESS = 2  # hundred and something
+_BYTES_PER_TOKEN = 4  # where the app counts, but did not when a vector was stored
+
+
+class Exchange:
+    """See the module; everything of one request lives here and ends with it."""
+
+    def __init__(self, core: Core, matched: Matched, scope: Scope, receive: Receive, send: Send) -> None:
+        self._core = core
+        self._wire = matched.wire
+        self._matched = matched
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._headers: http.RawHeaders = scope["headers"]
+        self._wanted = http.wanted(self._headers)
+        self._body = Body((), None)
+        self._batch: Batch
+        self._identity: Identity | None = None
+        self._found = Found()
+        self._slots: list[bytes] = []  # one key per input sent
+        self._inputs: dict[bytes, Input] = {}  # different inputs by key, in the order sent
+        self._entries: dict[bytes, Entry] = {}
+        self._hits = 0
+        self._collapsed = 0
+        self._billed = 0  # tokens the app counted for this request
+        self._forced = False  # something is forwarded only because there is no lease
+        self._gone = False  # the client
+        self._waits: set[Flight] = set()
+        self._own: list[Flight] = []
+        self._replayed: Flight | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Answer the request."""
+        core = self._core
+        detail = head_refusal(self._headers, self._matched, core.settings)
+        if detail is not None:
+            await self._bypass(detail)
+            return
+        partition_by, partition = core.options.partition_by, None
+        if partition_by is not None:
+            partition = await partition_of(self._scope, partition_by)
+            if partition is None:
+                await core.app(self._scope, self._receive, self._send)
+                return
+        limit = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
+        self._body, held = await read_body(self._receive, limit, core.budget)
+        try:
+            await self._run_with_body(partition)
+        finally:
+            core.budget.give(held)
+
+    async def _run_with_body(self, partition: str | None) -> None:
+        batch = split(self._core, self._matched, self._body)
+        if isinstance(batch, Uncacheable):
+            await self._bypass(batch.detail)
+            return
+        self._batch = batch
+        self._identity = self._core.identify(self._scope, self._wire, batch, partition)
+        await self._name_inputs(self._identity)
+        if not self._wanted.store:
+            await self._bypass("no-store")
+            return
+        found = await look_up(self._core, self._identity, self._inputs, self._wanted, batch.encodings)
+        if isinstance(found, Failure):
+            await self._bypass("redis-down")
+            return
+        self._found, self._entries = found, found.entries
+        missing = [name for name in self._inputs if name not in self._entries]
+        self._hits = len(self._inputs) - len(missing)
+        if not self._fits():
+            await self._start_over(self._identity)
+        elif not missing and self._core.lease_left(self._found.lease) > 0:
+            await self._answer_hit()
+        elif self._wanted.only_if_cached:
+            await self._refuse_uncached()
+        else:
+            await self._forward(self._identity, missing)
+
+    async def _name_inputs(self, identity: Identity) -> None:
+        pace, name_of, slots, inputs = Pace(), self._core.input_name, self._slots, self._inputs
+        for item in self._batch.inputs:
+            name = name_of(identity, item)
+            slots.append(name)
+            inputs[name] = item
+            if pace.due:
+                await pace.rest()
+
+    def _fits(self) -> bool:
+        """Whether all vectors at hand are of one length."""
+        return len({entry.value.dims for entry in self._entries.values()}) <= 1
+
+    # Asking the app.
+
+    async def _forward(self, identity: Identity, missing: list[bytes]) -> None:
+        """Join what is under way, forward the rest, and answer with all of it."""
+        joined = self._join(missing)
+        own = [name for name in missing if name not in joined]
+        if not own and self._must_ask(identity, joined):
+            names = list(self._inputs)
+            own = [names[shortest([len(self._inputs[name].canonical) for name in names])]]
+            joined.pop(own[0], None)
+            self._forced = not missing
+        self._collapsed = len(joined)
+        self._note("partial" if self._hits else "miss", misses=len(own))
+        for other in set(joined.values()):
+            self._wait_for(other)
+        flight = self._begin(identity, own, shared=True) if own else None
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        cancelled = True
+        try:
+            await self._answer_with(identity, flight, joined)
+            cancelled = False
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
+            for flown in self._own:
+                flown.call.discard()
+            self._leave(cancelled=cancelled)
+        for mine in self._own:
+            if mine.task is not None:
+                await asyncio.shield(mine.task)
+            if mine.call.error is not None and mine is not self._replayed:
+                raise mine.call.error
+
+    def _join(self, missing: Sequence[bytes]) -> dict[bytes, Flight]:
+        if not self._wanted.lookup:
+            return {}
+        joined: dict[bytes, Flight] = {}
+        for name in missing:
+            flight = self._core.flights.find(name)
+            if flight is not None and flight.joinable(self._found.epoch, len(self._inputs)):
+                joined[name] = flight
+        return joined
+
+    def _must_ask(self, identity: Identity, joined: dict[bytes, Flight]) -> bool:
+        """Whether the app itself has to see this caller although others bring all that is missing."""
+        if not joined or self._core.options.lease == 0:
+            return True
+        same_caller = any(flight.lease_name == identity.lease_name for flight in joined.values())
+        return not same_caller and self._core.lease_left(self._found.lease) <= 0
+
+    def _begin(self, identity: Identity, names: Sequence[bytes], *, shared: bool) -> Flight:
+        core = self._core
+        inputs = {name: self._inputs[name] for name in names}
+        body = self._wire.shrink(self._batch, list(inputs.values()))
+        scope = {**self._scope, "headers": http.for_sub_request(self._headers, len(body))}
+        limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
+        call = SubCall(core.app, scope, body, limit=limit, budget=core.budget)
+        flight = Flight(names, identity.lease_name, self._found.epoch, call)
+        half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
+        asked = Asked(self._wire, self._batch, inputs, self._found.epoch, half, core.keyed)
+        asked_at = core.wall()
+
+        async def read(reply: Reply) -> Landing | None:
+            return await read_reply(asked, reply, core.wall())
+
+        async def write(landing: Landing) -> None:
+            await core.keep(identity, landing, asked_at, epoch_known=self._found.epoch_known)
+
+        self._own.append(flight)
+        self._wait_for(flight)
+        core.flights.begin(flight, read, write, shared=shared)
+        return flight
+
+    def _wait_for(self, flight: Flight) -> None:
+        flight.join()
+        self._waits.add(flight)
+        if self._gone:
+            self._leave(cancelled=False)
+
+    def _leave(self, *, cancelled: bool) -> None:
+        waits, self._waits = self._waits, set()
+        for flight in waits:
+            flight.leave(cancelled=cancelled)
+
+    async def _watch(self) -> None:
+        """Stop waiting when the client has gone; the answer then goes nowhere, as it would without us."""
+        try:
+            message = await self._receive()
+        except Exception:
+            # A server that cannot tell tells the app's next reader, if there is one; the answer is still due.
+            return
+        if message["type"] == "http.disconnect":
+            self._gone = True
+            self._leave(cancelled=False)
+
+    async def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait({self._watcher})
+            self._watcher = None
+
+    # Answering.
+
+    async def _answer_with(self, identity: Identity, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
+        landing: Landing | None = None
+        lease = self._found.lease
+        if flight is not None:
+            landing = await self._landing_of(flight)
+            if landing is None:
+                await self._relay(identity, flight)
+                return
+        leftover: list[bytes] = []
+        for name, other in joined.items():
+            brought = await asyncio.shield(other.landed)
+            if brought is None:
+                leftover.append(name)
+                continue
+            self._entries[name] = brought.entries[name]
+            if other.lease_name == identity.lease_name:
+                lease = brought.lease
+        if leftover:
+            # An error is always the app's answer to the request that gets it: ask, and join nobody.
+            self._collapsed -= len(leftover)
+            flight = self._begin(identity, leftover, shared=False)
+            landing = await self._landing_of(flight)
+            if landing is None:
+                await self._relay(identity, flight)
+                return
+        if not self._fits():
+            await self._start_over(identity)
+        elif landing is not None and flight is not None:
+            await self._answer_merged(flight, landing)
+        elif lease is not None:
+            await self._answer_from(lease, self._member(None))
+
+    async def _landing_of(self, flight: Flight) -> Landing | None:
+        landing = await asyncio.shield(flight.outcome)
+        if landing is not None:
+            self._entries.update(landing.entries)
+            self._billed += landing.tokens or 0
+        return landing
+
+    async def _relay(self, identity: Identity, flight: Flight) -> None:
+        """Pass on an answer that was not understood, or put the original request to the app instead."""
+        status = flight.call.status
+        if status is None:  # the app has raised, or not answered; `_forward` raises again
+            return
+        if status in (401, 403):
+            await self._core.deny(identity)
+        understandable = status // 100 == _SUCCESS
+        if self._is_shrunken(flight) and (understandable or status in _OF_THE_WHOLE_REQUEST):
+            await flight.call.give_up()
+            self._replayed = flight
+            await self._bypass("replayed")
+            return
+        self._note("bypass" if understandable else "miss", misses=len(flight.names))
+        member = http.status("fwd=bypass", detail="not-understood") if understandable else self._member(None)
+        await flight.call.relay(self._with_status(member))
+
+    def _is_shrunken(self, flight: Flight) -> bool:
+        """Whether the sub-request is not, input by input, what the client sent."""
+        return list(flight.names) != self._slots
+
+    async def _start_over(self, identity: Identity) -> None:
+        """Vectors of several lengths for one scope: the model behind the name has changed."""
+        self._core.say_once(
+            "redis_asgi.embedding_lengths_differ",
+            model=self._batch.model[:80],
+            fix="Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
+        )
+        await self._core.renew_epoch(identity)
+        await self._bypass("replayed")
+
+    async def _answer_hit(self) -> None:
+        now = self._core.wall()
+        ends = [entry.expires_at for entry in self._entries.values()]
+        known = [end for end in ends if end is not None]
+        ttl = (f"ttl={max(0, int(min(known) - now))}",) if len(known) == len(ends) else ()
+        if self._found.lease is not None:
+            await self._answer_from(self._found.lease, http.status("hit", *ttl))
+
+    async def _answer_from(self, lease: Lease, member: str) -> None:
+        """Answer without a call of our own: with what the app said last time to this caller."""
+        encodings = self._batch.encodings
+        fresh = Fresh(int(self._core.wall()), uuid.uuid4().hex)
+        outcome = "hit" if not self._collapsed else "partial" if self._hits else "miss"
+        self._note(outcome, tokens=self._tokens())
+        await self._send_merged(lease.frame, encodings, list(lease.headers), member, fresh)
+
+    async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
+        member = self._member(landing)
+        half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
+        self._note("partial" if self._hits else "miss", misses=len(landing.entries), tokens=self._tokens())
+        if not half and not self._is_shrunken(flight):
+            # Nothing was added, so the app's own words will do.
+            await flight.call.relay(self._with_status(member))
+            return
+        await self._send_merged(landing.frame, landing.encodings, list(landing.reply.headers), member, None)
+
+    def _member(self, landing: Landing | None) -> str:
+        """Our member of ``Cache-Status``; *landing*: our own sub-request's, if understood."""
+        stored: tuple[str, ...] = ()
+        if landing is not None and landing.refusal is None and self._core.store.writable:
+            stored = ("stored",)
+        misses = len(self._inputs) - self._hits - self._collapsed
+        if self._forced:
+            return http.status("fwd=stale", "detail=lease", *stored)
+        if not self._wanted.lookup:
+            return http.status("fwd=request", *stored)
+        if self._hits:
+            collapsed = f" collapsed={self._collapsed}" if self._collapsed else ""
+            return http.status("fwd=partial", *stored, detail=f"hit={self._hits} miss={misses}{collapsed}")
+        if landing is not None and landing.refusal is not None:
+            return http.status("fwd=bypass", detail=landing.refusal)
+        return http.status("fwd=miss", *stored, *(("collapsed",) if self._collapsed else ()))
+
+    async def _send_merged(
+        self,
+        frame: dict[str, Any],
+        encodings: Sequence[Encoding],
+        headers: list[tuple[bytes, bytes]],
+        member: str,
+        fresh: Fresh | None,
+    ) -> None:
+        pace = Pace()
+        texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
+        for name in self._slots:
+            entry = self._entries[name]
+            for encoding, listed in texts.items():
+                listed.append(entry.text(encoding))
+            if pace.due:
+                await pace.rest()
+        pieces = self._wire.render(self._batch, frame, texts, self._usage(), fresh)
+        length = sum(map(len, pieces))
+        send = self._with_status(member)
+        await send({"type": "http.response.start", "status": 200, "headers": http.with_body(headers, length)})
+        if length <= _IN_ONE:
+            await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": False})
+        else:
+            await _send_pieces(send, pieces, pace)
+
+    def _tokens(self) -> int:
+        """What the app would have counted for all inputs sent."""
+        total = 0
+        for name in self._slots:
+            value = self._entries[name].value
+            if value.flags & Flag.TOKENS_KNOWN:
+                total += value.tokens
+            else:
+                total += max(1, len(self._inputs[name].canonical) // _BYTES_PER_TOKEN)
+        return total
+
+    def _usage(self) -> Usage:
+        tokens = self._tokens()
+        if self._core.settings.EMBEDDING_CACHE_USAGE == "original":
+            return Usage(tokens)
+        return Usage(self._billed, max(0, tokens - self._billed))
+
+    async def _refuse_uncached(self) -> None:
+        problem = {
+            "type": "about:blank",
+            "title": "Gateway Timeout",
+            "status": 504,
+            "detail": "Cache-Control: only-if-cached, and not every input is stored.",
+        }
+        body = orjson.dumps(problem)
+        headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": 504, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _bypass(self, detail: str) -> None:
+        """Let the app answer the original request, to the byte."""
+        if self._wanted.only_if_cached and detail in ("no-store", "redis-down"):
+            await self._refuse_uncached()
+            return
+        await self._stop_watching()
+        self._note("bypass")
+        send = self._with_status(http.status("fwd=bypass", detail=detail))
+        identity = self._identity
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (401, 403) and identity is not None:
+                await self._core.deny(identity)
+            await send(message)
+
+        await self._core.app(self._scope, self._body.replay(self._receive), watched)
+
+    def _with_status(self, member: str) -> Send:
+        if not self._core.settings.EMBEDDING_CACHE_STATUS:
+            return self._send
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"cache-status", member.encode())]
+                message = {**message, "headers": headers}
+            await self._send(message)
+
+        return send
+
+    def _note(self, outcome: Any, *, misses: int = 0, tokens: int = 0) -> None:
+        collapsed = self._collapsed
+        result = EmbeddingCacheResult(outcome, self._hits, misses, collapsed, tokens, self._billed)
+        self._scope["state"]["embedding_cache_result"] = result
+
+
+async def _send_pieces(send: Send, pieces: Sequence[bytes], pace: Pace) -> None:
+    """Send *pieces* as messages of moderate size: joining them all would copy tens of megabytes at once."""
+    chunk: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece)
+        if size >= _CHUNK:
+            await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": True})
+            chunk, size = [], 0
+            if pace.due:
+                await pace.rest()
+    await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": False})

@@ -1,0 +1,175 @@
+"""What HTTP says about caching: ``Cache-Control`` of requests and answers, ``Vary``, ``Cache-Status``. Pure.
+
+RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+
+# Headers that bind a body to a digest, a signature or one use: a body of ours would not fit them.
+_BODY_BINDING = frozenset(
+    {
+        b"content-digest",
+        b"content-md5",
+        b"digest",
+        b"idempotency-key",
+        b"repr-digest",
+        b"signature",
+        b"signature-input",
+        b"x-amz-content-sha256",
+    }
+)
+# What a merged body makes wrong.
+_OF_THE_BODY = frozenset(
+    {
+        b"content-digest",
+        b"content-length",
+        b"content-md5",
+        b"digest",
+        b"etag",
+        b"repr-digest",
+        b"transfer-encoding",
+    }
+)
+# Headers of an answer that a full hit replays, besides access-control-*.
+_REPLAYED = frozenset({b"content-type", b"vary"})
+_VARY_ALLOWED = frozenset({"accept", "accept-encoding", "origin"})
+
+
+def values_of(headers: RawHeaders, name: bytes) -> list[bytes]:
+    """Every value of one header, in order; *name* is lower case."""
+    return [value for header, value in headers if header.lower() == name]
+
+
+def directives(headers: RawHeaders) -> dict[str, str]:
+    """``Cache-Control`` as a mapping of lower-case names to arguments (``""`` when a directive has none)."""
+    found: dict[str, str] = {}
+    for value in values_of(headers, b"cache-control"):
+        for part in value.decode("latin-1").split(","):
+            name, _, argument = part.strip().partition("=")
+            if name:
+                found.setdefault(name.lower(), argument.strip().strip('"'))
+    return found
+
+
+def seconds(argument: str | None) -> int | None:
+    """A delta-seconds argument; ``None`` when it is absent or not a number (RFC 9111, 1.2.2)."""
+    return int(argument) if argument and argument.isascii() and argument.isdigit() and len(argument) < 12 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request's ``Cache-Control`` asks for.
+
+    Attributes:
+        lookup: Whether a stored answer will do.
+        store: Whether the answer may be stored.
+        only_if_cached: 504 rather than a call of the app.
+        max_age: Seconds; older vectors are misses. ``None`` = any age.
+    """
+
+    lookup: bool = True
+    store: bool = True
+    only_if_cached: bool = False
+    max_age: int | None = None
+
+
+def wanted(headers: RawHeaders) -> Wanted:
+    """Read a request's ``Cache-Control``."""
+    asked = directives(headers)
+    if not asked:
+        return _ANYTHING
+    max_age = seconds(asked.get("max-age"))
+    store = "no-store" not in asked
+    return Wanted(store and "no-cache" not in asked and max_age != 0, store, "only-if-cached" in asked, max_age)
+
+
+_ANYTHING = Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class Storable:
+    """Whether an answer may be stored, and for how long.
+
+    Attributes:
+        refusal: Why not: a ``detail`` of ``Cache-Status``; ``None`` = it may.
+        max_age: Seconds at most; ``None`` = the TTL of the settings.
+    """
+
+    refusal: str | None = None
+    max_age: int | None = None
+
+
+def storable(headers: RawHeaders, keyed: Collection[str]) -> Storable:
+    """Read an answer's ``Cache-Control`` and ``Vary``; *keyed*: the request headers in the key."""
+    said = directives(headers)
+    max_age = seconds(said["s-maxage"] if "s-maxage" in said else said.get("max-age"))
+    if max_age == 0 or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
+        return Storable("response-no-store")
+    for value in values_of(headers, b"vary"):
+        names = {name.strip().lower() for name in value.decode("latin-1").split(",")} - {""}
+        if not names <= _VARY_ALLOWED.union(keyed):
+            return Storable("vary")
+    return Storable(None, max_age)
+
+
+def binds_its_body(headers: RawHeaders) -> bool:
+    """Whether a request carries a header that only fits its own bytes."""
+    return any(name.lower() in _BODY_BINDING for name, _ in headers)
+
+
+def is_json(headers: RawHeaders) -> bool:
+    """Whether the content type is JSON in UTF-8, as JSON is unless it says otherwise."""
+    values = values_of(headers, b"content-type")
+    if len(values) != 1:
+        return False
+    kind, *parameters = values[0].decode("latin-1").lower().split(";")
+    charsets = [p.partition("=")[2].strip(' "') for p in parameters if p.strip().startswith("charset=")]
+    kind = kind.strip()
+    return (kind == "application/json" or kind.endswith("+json")) and all(c in ("utf-8", "utf8") for c in charsets)
+
+
+def is_encoded(headers: RawHeaders) -> bool:
+    """Whether the body is compressed or otherwise not what its content type says."""
+    return any(value.strip().lower() not in (b"", b"identity") for value in values_of(headers, b"content-encoding"))
+
+
+def accepts_json(headers: RawHeaders) -> bool:
+    """Whether ``Accept`` leaves room for JSON; a stored answer is nothing else."""
+    accepted = b",".join(values_of(headers, b"accept")).lower()
+    return not accepted or any(kind in accepted for kind in (b"json", b"application/*", b"*/*"))
+
+
+def content_length(headers: RawHeaders) -> int | None:
+    """The length the request states; ``None`` when it states none."""
+    values = values_of(headers, b"content-length")
+    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 19 else None
+
+
+def with_body(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
+    """An answer's headers for another body of *length* bytes."""
+    kept = [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
+    return [*kept, (b"content-length", b"%d" % length)]
+
+
+def for_sub_request(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
+    """A request's headers for a body of ours, whose answer we mean to read: not compressed."""
+    dropped = (b"content-length", b"transfer-encoding", b"expect", b"accept-encoding", b"trailer")
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [*kept, (b"accept-encoding", b"identity"), (b"content-length", b"%d" % length)]
+
+
+def replayed(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer that a full hit repeats; never ``Set-Cookie``."""
+    lowered = ((name.lower(), value) for name, value in headers)
+    return [(n, value) for n, value in lowered if n in _REPLAYED or n.startswith(b"access-control-")]
+
+
+def status(*members: str, detail: str | None = None) -> str:
+    """One ``Cache-Status`` member of ours, its parameters in the order given."""
+    parts: Iterable[str] = ("redis-asgi", *members)
+    if detail is not None:
+        parts = (*parts, f'detail="{detail}"' if " " in detail else f"detail={detail}")
+    return "; ".join(parts)

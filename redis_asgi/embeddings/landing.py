@@ -1,0 +1,164 @@
+"""Reading an app's answer: every vector checked, placed, and made ready for the store."""
+
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import orjson
+
+from .codec import Flag, encode
+from .http_caching import replayed, storable
+from .lease import Lease
+from .local import Entry
+from .pace import Pace
+from .single_flight import Landing
+from .sub_call import Reply
+from .vectors import Encoding, Parsed, Skeleton, narrowed, parse_whole, read_base64, read_floats, take_apart
+from .wire import Answer, Batch, Input, WireFormat
+
+logger = logging.getLogger("redis_asgi.embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a sub-request asked, as far as its answer's reading depends on it.
+
+    Attributes:
+        wire: The wire format.
+        batch: The original request.
+        inputs: What was forwarded, by key.
+        epoch: What the lookup saw.
+        half: Whether float16 is stored.
+        keyed: Request headers that are in the keys.
+    """
+
+    wire: WireFormat
+    batch: Batch
+    inputs: Mapping[bytes, Input]
+    epoch: bytes
+    half: bool
+    keyed: frozenset[str]
+
+
+async def read_reply(asked: Asked, reply: Reply, now: float) -> Landing | None:
+    """Read *reply*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
+    try:
+        return await _read(asked, reply, now)
+    except Exception:
+        # Fails open: a wire format may be the user's, and an answer it cannot read is relayed as it is.
+        logger.exception("redis_asgi.embedding_answer_unreadable", extra={"wire_format": asked.wire.name})
+        return None
+
+
+async def _read(asked: Asked, reply: Reply, now: float) -> Landing | None:
+    inputs = list(asked.inputs.values())
+    for parse in (take_apart, parse_whole):
+        skeleton = await _in_turns(parse(reply.body))
+        if skeleton is None:
+            continue
+        answer = asked.wire.read(asked.batch, inputs, skeleton.document)
+        # Each text taken out must be exactly one vector; if not, it was something else: parse as a whole.
+        if answer is not None and _all_placed(answer, skeleton):
+            return await _land(asked, reply, answer, skeleton, now)
+        if not skeleton.spans:
+            return None
+    return None
+
+
+async def _in_turns(work: Generator[None, None, Skeleton | None]) -> Skeleton | None:
+    pace = Pace()
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast("Skeleton | None", end.value)
+        if pace.due:
+            await pace.rest()
+
+
+def _all_placed(answer: Answer, skeleton: Skeleton) -> bool:
+    placed = [v for values in answer.values.values() for v in values if isinstance(v, str) and v in skeleton.spans]
+    return len(placed) == len(skeleton.spans) == len(set(placed))
+
+
+async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, now: float) -> Landing | None:
+    pace = Pace()
+    inputs = list(asked.inputs.values())
+    tokens = apportion(answer.tokens, inputs)
+    rule = storable(reply.headers, asked.keyed)
+    encodings = tuple(answer.values)
+    entries: dict[bytes, Entry] = {}
+    dims = 0
+    for at, name in enumerate(asked.inputs):
+        texts: dict[Encoding, bytes] = {}
+        parsed: Parsed | None = None
+        for encoding in encodings:
+            read = _read_vector(answer.values[encoding][at], encoding, skeleton, texts)
+            if read is None or (dims and len(read.numbers) != dims):
+                return None
+            dims = len(read.numbers)
+            # Of several representations the floats say most.
+            parsed = read if parsed is None or encoding is Encoding.FLOAT else parsed
+        if parsed is None:
+            return None
+        if asked.half:
+            parsed, texts = narrowed(parsed), {}
+        count = tokens[at] if tokens is not None else None
+        flags = parsed.flags | (Flag.TOKENS_EXACT if count is not None and count.exact else 0)
+        flags |= Flag.CAPPED if rule.max_age is not None else 0
+        value = encode(parsed.numbers, born=now, epoch=asked.epoch, tokens=count.tokens if count else None, flags=flags)
+        entries[name] = Entry(value, None, texts)
+        if pace.due:
+            await pace.rest()
+    lease = Lease(now, tuple(replayed(reply.headers)), answer.frame)
+    return Landing(entries, encodings, lease, answer.frame, reply, answer.tokens, rule.refusal)
+
+
+def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: dict[Encoding, bytes]) -> Parsed | None:
+    if encoding is Encoding.BASE64:
+        read = read_base64(value)
+        if read is not None:
+            texts[encoding] = b'"%b"' % str(value).encode()
+        return read
+    span = skeleton.spans.get(value) if isinstance(value, str) else None
+    if span is None:
+        return read_floats(value)
+    try:
+        read = read_floats(orjson.loads(span))
+    except orjson.JSONDecodeError:
+        return None
+    texts[encoding] = span
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The tokens of one input, and whether that is the app's own count or a share of it."""
+
+    tokens: int
+    exact: bool
+
+
+def apportion(total: int | None, inputs: Sequence[Input]) -> list[Counted] | None:
+    """Split the app's count over *inputs*: exact where it is known, else by bytes with the sum kept.
+
+    It is known for one input, and for token arrays whose lengths add up to *total*.
+    """
+    if total is None:
+        return None
+    if len(inputs) == 1:
+        return [Counted(total, exact=True)]
+    lengths = [item.tokens for item in inputs]
+    known = [length for length in lengths if length is not None]
+    if len(known) == len(inputs) and sum(known) == total:
+        return [Counted(length, exact=True) for length in known]
+    sizes = [len(item.canonical) for item in inputs]
+    # Rounding the running sum, not the shares, keeps the total.
+    whole, shares, given, seen = sum(sizes), [], 0, 0
+    for size in sizes:
+        seen += size
+        upto = total * seen // whole
+        shares.append(Counted(upto - given, exact=False))
+        given = upto
+    return shares

@@ -1,0 +1,131 @@
+"""The middleware that makes an app's embedding endpoints cached, input by input."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..connection import RedisArgument, RedisManager
+from ..errors import ConfigurationError
+from ..settings import Settings
+from .cache import EmbeddingCache
+from .core import Core, Options, PartitionBy
+from .exchange import Exchange
+from .routes import read_routes
+from .store import resolve_vectors
+from .wire import WireFormat
+
+_MAX_TTL = 366 * 24 * 3600
+_MAX_LEASE = 86_400
+
+
+class EmbeddingCacheMiddleware:
+    """Cache the embedding endpoints of the app it wraps; no change in the app or in its clients.
+
+    Args:
+        app: Any ASGI app.
+        routes: Paths and the wire format each speaks, or its name: ``{"/my/path": "openai"}``; ``{model}``
+            stands for one segment. ``None`` = ``EMBEDDING_CACHE_ROUTES``.
+        ttl: Seconds a vector is kept. ``None`` = ``EMBEDDING_CACHE_TTL``.
+        namespace: In every key; set it to your model and its revision.
+            ``None`` = ``EMBEDDING_CACHE_NAMESPACE``.
+        share: Whether all credentials share their vectors. ``None`` = ``EMBEDDING_CACHE_SHARE``.
+        lease: Seconds for which the app's own 2xx answer lets a credential have full hits; 0 = every request
+            reaches the app; ``"off"`` = the cache stands inside the app's own authentication.
+            ``None`` = ``EMBEDDING_CACHE_LEASE``.
+        partition_by: Given one `HTTPConnection`, returns what separates tenants in the keys, in place of the
+            credential; ``None`` from it lets the request pass through.
+        redis: A `RedisManager`, a URL or a ``redis.asyncio`` client. ``None`` =
+            ``EMBEDDING_CACHE_REDIS_URL``, else the client that all parts share.
+        settings: ``None`` reads the environment now.
+
+    Raises:
+        ConfigurationError: When an argument or a setting cannot work.
+
+    Under it, ``request.state.embedding_cache`` is an `EmbeddingCache`, and on an embedding endpoint
+    ``request.state.embedding_cache_result`` says what was found.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        routes: Mapping[str, WireFormat | str] | None = None,
+        ttl: float | None = None,
+        namespace: str | None = None,
+        share: bool | None = None,
+        lease: float | Literal["off"] | None = None,
+        partition_by: PartitionBy | None = None,
+        redis: RedisArgument = None,
+        settings: Settings | None = None,
+    ) -> None:
+        settings = settings if settings is not None else _settings_of(redis)
+        if partition_by is not None and not callable(partition_by):
+            raise ConfigurationError(f"partition_by={partition_by!r} is not callable. Try lambda conn: 'tenant'.")
+        manager, self._is_ours = resolve_vectors(redis, settings)
+        options = Options(
+            ttl=_seconds("ttl", ttl, settings.EMBEDDING_CACHE_TTL, 1, _MAX_TTL),
+            namespace=_text("namespace", namespace, settings.EMBEDDING_CACHE_NAMESPACE),
+            share=settings.EMBEDDING_CACHE_SHARE if share is None else bool(share),
+            lease=_lease(settings.EMBEDDING_CACHE_LEASE if lease is None else lease),
+            partition_by=partition_by,
+            settings=settings,
+        )
+        self.app = app
+        self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
+        self._core = Core(app, manager, options)
+        self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if scope["type"] in ("http", "websocket"):
+            # In place: what stands outside of us reads the result from the same mapping.
+            scope.setdefault("state", {})["embedding_cache"] = self._cache
+        matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if matched is None:
+            await self.app(scope, receive, send)
+            return
+        await Exchange(self._core, matched, scope, receive, send).run()
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hold the shared client from the app's start to its end."""
+        manager: RedisManager | None = None
+
+        async def noting(message: Message) -> None:
+            nonlocal manager
+            if message["type"] == "lifespan.startup.complete" and self._is_ours:
+                manager = self._core.manager
+                manager.hold()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            await self._core.flights.settle()
+            if manager is not None:
+                await manager.let_go()
+
+
+def _settings_of(redis: RedisArgument) -> Settings:
+    return redis.settings if isinstance(redis, RedisManager) else Settings()
+
+
+def _seconds(name: str, value: object, default: float, low: float, high: float) -> float:
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigurationError(f"{name}={value!r} is not a number of seconds from {low} to {high}. Try {default}.")
+    return float(value)
+
+
+def _lease(value: object) -> float | None:
+    return None if value == "off" else _seconds("lease", value, 300, 0, _MAX_LEASE)
+
+
+def _text(name: str, value: object, default: str) -> str:
+    value = default if value is None else value
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name}={value!r} is not a text. Try 'bge-m3@5617a9f'.")
+    return value

@@ -1,0 +1,25 @@
+"""Letting other requests in while a large batch is worked on."""
+
+import asyncio
+from time import perf_counter
+
+_TURN = 0.002  # seconds of work between two looks at the loop
+
+
+class Pace:
+    """Says when the loop has been kept for long enough: ``if pace.due: await pace.rest()``."""
+
+    __slots__ = ("_until",)
+
+    def __init__(self) -> None:
+        self._until = perf_counter() + _TURN
+
+    @property
+    def due(self) -> bool:
+        """Whether others should get a turn now."""
+        return perf_counter() >= self._until
+
+    async def rest(self) -> None:
+        """Let the loop run what waits."""
+        await asyncio.sleep(0)
+        self._until = perf_counter() + _TURN

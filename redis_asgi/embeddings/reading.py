@@ -1,0 +1,66 @@
+"""What a request says: whether it can be cached, and into which inputs it falls."""
+
+import inspect
+
+import orjson
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ..settings import Settings
+from . import http_caching as http
+from .body import Body
+from .core import Core, PartitionBy
+from .routes import Matched
+from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
+
+
+def head_refusal(headers: http.RawHeaders, matched: Matched, settings: Settings) -> str | None:
+    """Why a request passes through by its headers alone; ``None`` when its body decides."""
+    if http.binds_its_body(headers):
+        return "body-header"
+    if http.is_encoded(headers) or not http.accepts_json(headers):
+        return "encoding"
+    if not http.is_json(headers) and matched.wire.name not in ANY_CONTENT_TYPE:
+        return "not-json"
+    length = http.content_length(headers)
+    too_large = length is not None and length > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
+    return "too-large" if too_large else None
+
+
+async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:
+    """What the user's callable says; its exceptions are the app's to handle.
+
+    Raises:
+        TypeError: When it says something other than a text or ``None``.
+    """
+    partition = partition_by(HTTPConnection(scope))
+    if inspect.isawaitable(partition):
+        partition = await partition
+    if partition is not None and not isinstance(partition, str):
+        kind = type(partition).__name__
+        raise TypeError(f"partition_by returned {kind}. Return a str, or None to pass through.")
+    return partition
+
+
+def split(core: Core, matched: Matched, body: Body) -> Batch | Uncacheable:
+    """Cut a request into inputs, or say why not; hostile input raises nothing."""
+    settings = core.settings
+    if body.content is None:
+        held = sum(len(message.get("body", b"")) for message in body.messages)
+        too_large = held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
+        return Uncacheable("too-large" if too_large else "busy")
+    try:
+        fields = orjson.loads(body.content)
+    except orjson.JSONDecodeError:
+        return Uncacheable("not-json")
+    if not isinstance(fields, dict):
+        return Uncacheable("not-understood")
+    try:
+        batch = matched.wire.split(fields, matched.path_model)
+    except Exception:
+        # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
+        core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name)
+        return Uncacheable("not-understood")
+    if isinstance(batch, Batch) and len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS:
+        return Uncacheable("too-large")
+    return batch

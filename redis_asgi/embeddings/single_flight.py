@@ -1,0 +1,155 @@
+"""Single-flight: concurrent misses of one input share one call of the app.
+
+A flight is one sub-request in a task of its own, so that no caller's disconnect fails another. It can be
+joined until its write has ended: whoever comes later finds its vectors in the store. Only when nobody waits
+any more does the app see a disconnect. A flight that ends without vectors releases its followers, and each
+asks the app itself.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .lease import Lease
+from .local import Entry
+from .sub_call import Reply, SubCall
+from .vectors import Encoding
+
+MAX_INPUTS_FOR_ALL = 16  # a flight of more is joined only by requests that are as large
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What an understood answer brought.
+
+    Attributes:
+        entries: Vectors by key.
+        encodings: The representations the app used.
+        lease: What a full hit may repeat of it.
+        frame: What the wire format puts around its vectors.
+        reply: The answer itself.
+        tokens: What the app counted for it; ``None`` when it does not say.
+        refusal: Why it is not stored, nor given to anybody else; ``None`` = it is.
+    """
+
+    entries: Mapping[bytes, Entry]
+    encodings: tuple[Encoding, ...]
+    lease: Lease
+    frame: dict[str, Any]
+    reply: Reply
+    tokens: int | None
+    refusal: str | None
+
+
+class Flight:
+    """One sub-request under way.
+
+    Args:
+        names: The keys of its inputs.
+        lease_name: On whose behalf.
+        epoch: What its lookup saw.
+        call: The call of the app.
+
+    Attributes:
+        outcome: Resolves to the `Landing` for the request that began it, ``None`` when nothing was understood.
+        landed: The same for those who joined, ``None`` also when the answer is only for whoever asked.
+    """
+
+    def __init__(self, names: Sequence[bytes], lease_name: bytes, epoch: bytes, call: SubCall) -> None:
+        loop = asyncio.get_running_loop()
+        self.names = tuple(names)
+        self.lease_name = lease_name
+        self.epoch = epoch
+        self.call = call
+        self.outcome: asyncio.Future[Landing | None] = loop.create_future()
+        self.landed: asyncio.Future[Landing | None] = loop.create_future()
+        self._waiting = 0
+        self._abandoned = False
+        self.task: asyncio.Task[None] | None = None
+
+    def joinable(self, epoch: bytes, inputs: int) -> bool:
+        """Whether a request of *inputs* inputs that saw *epoch* may wait for this."""
+        small_enough = len(self.names) <= max(MAX_INPUTS_FOR_ALL, inputs)
+        return not self._abandoned and self.epoch == epoch and small_enough
+
+    def join(self) -> None:
+        """Wait for it."""
+        self._waiting += 1
+
+    def leave(self, *, cancelled: bool) -> None:
+        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*."""
+        self._waiting -= 1
+        if self._waiting == 0 and not self.outcome.done():
+            self._abandoned = True
+            if cancelled:
+                self.call.cancel()
+            else:
+                self.call.hang_up()
+
+    def resolve(self, landing: Landing | None) -> None:
+        """Tell everybody; only the first call counts."""
+        if not self.outcome.done():
+            self.outcome.set_result(landing)
+            self.landed.set_result(landing if landing is not None and landing.refusal is None else None)
+
+
+class Flights:
+    """All flights of one event loop, by the keys of their inputs."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[bytes, Flight] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def find(self, name: bytes) -> Flight | None:
+        """The flight that computes the input of this key."""
+        return self._by_name.get(name)
+
+    def begin(
+        self,
+        flight: Flight,
+        read: Callable[[Reply], Awaitable[Landing | None]],
+        write: Callable[[Landing], Awaitable[None]],
+        *,
+        shared: bool,
+    ) -> None:
+        """Start *flight*; others find it when it is *shared*."""
+        if shared:
+            for name in flight.names:
+                self._by_name[name] = flight
+        app = flight.call.begin()
+        task = asyncio.get_running_loop().create_task(self._fly(flight, app, read, write))
+        flight.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Wait for what is under way."""
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def _fly(
+        self,
+        flight: Flight,
+        app: "asyncio.Task[None]",
+        read: Callable[[Reply], Awaitable[Landing | None]],
+        write: Callable[[Landing], Awaitable[None]],
+    ) -> None:
+        try:
+            reply = await flight.call.reply
+            landing = await read(reply) if reply is not None else None
+            flight.resolve(landing)
+            if landing is not None:
+                await write(landing)
+        except BaseException:
+            app.cancel()
+            raise
+        finally:
+            flight.resolve(None)
+            for name in flight.names:
+                if self._by_name.get(name) is flight:
+                    del self._by_name[name]
+        # What the app does after its answer belongs to it; its errors are the request's to raise.
+        await asyncio.wait({app})
+        if not app.cancelled():
+            app.exception()

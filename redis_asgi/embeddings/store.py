@@ -1,0 +1,281 @@
+"""Where vectors, leases and epochs are kept: Redis, or this process on ``memory://``; trouble is a value.
+
+A lookup is one pipeline of ``MGET`` in chunks (on a cluster one pipeline per node), a write pipelines of
+``SET`` with a TTL. No call raises what Redis does, and none waits longer than its deadline.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
+
+from ..connection import Client, RedisArgument, RedisManager, resolve_manager
+from ..errors import Failure, classify, classify_reply
+from ..settings import Settings
+from .outage import Outage
+
+MGET_KEYS = 256  # per MGET; more and one command blocks the server for others
+SET_VALUES = 64  # per pipeline of SET; more and packing the commands blocks our loop
+WRITE_TIMEOUT = 2.0  # seconds; nobody waits for a write but the flight it belongs to
+_MEMORY_BYTES = 64 * 1024 * 1024
+_ENTRY_BYTES = 200  # what Python spends on a key and its place
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One value to keep.
+
+    Attributes:
+        name: Its Redis key.
+        value: What to keep.
+        ttl: Seconds, above 0.
+        mode: ``set`` it; set it only while ``absent``; ``renew`` the TTL of what is there.
+    """
+
+    name: bytes
+    value: bytes
+    ttl: float
+    mode: Literal["set", "absent", "renew"] = "set"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a write or a delete went.
+
+    Attributes:
+        count: Values written, or deleted.
+        failure: Why not all, when Redis gave no answer or refused.
+    """
+
+    count: int
+    failure: Failure | None = None
+
+
+class VectorStore(Protocol):
+    """What the cache and the middleware need of a store."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether a write may succeed now, as far as is known."""
+
+    async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        """The values of *names*, ``None`` where there is none."""
+
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+        """Keep *writes*; those of mode ``set`` are counted."""
+
+    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+        """Forget *names*."""
+
+
+class RedisVectors:
+    """The store of one client in its loop: see `RedisManager.part`."""
+
+    def __init__(self, _manager: RedisManager, client: Client) -> None:
+        self._client = client
+        self._outage = Outage()
+        self._is_cluster = isinstance(client, aioredis.RedisCluster)
+
+    @property
+    def writable(self) -> bool:
+        return not self._outage.writes_paused
+
+    async def aclose(self) -> None:
+        """Nothing is under way between calls."""
+
+    async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        if self._outage.resting:
+            return Failure.CONNECTION
+        # NEVER_DECODE: a client of the user's may decode its replies, and a vector is no text.
+        if not self._is_cluster and len(names) <= MGET_KEYS:
+            # The usual case, without what a pipeline costs.
+            return await self._mget(names, within)
+        pipeline = self._pipeline()
+        if self._is_cluster:
+            for name in names:
+                pipeline.execute_command("GET", name, NEVER_DECODE=[])
+        else:
+            for start in range(0, len(names), MGET_KEYS):
+                pipeline.execute_command("MGET", *names[start : start + MGET_KEYS], NEVER_DECODE=[])
+        replies = await self._execute(pipeline, within)
+        if isinstance(replies, Failure):
+            return replies
+        # A list is a chunk, anything else the one value of a cluster's GET; errors are misses.
+        found: list[bytes | None] = []
+        for reply in replies:
+            if isinstance(reply, Exception):
+                failure = _classify(reply)
+                self._outage.failed(failure)
+                return failure
+            found.extend(reply if isinstance(reply, list) else (reply,))
+        self._outage.succeeded()
+        return found
+
+    async def _mget(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        try:
+            async with asyncio.timeout(within):
+                found = await self._client.execute_command("MGET", *names, NEVER_DECODE=[])
+        except Exception as error:
+            # Fails open, as in `_execute`.
+            failure = classify(error)
+            self._outage.failed(failure)
+            return failure
+        self._outage.succeeded()
+        return cast("list[bytes | None]", found)
+
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+        count, failure = 0, None
+        deadline = time.monotonic() + within
+        for start in range(0, len(writes), SET_VALUES):
+            left = deadline - time.monotonic()
+            if self._outage.writes_paused or left <= 0:
+                return Done(count, failure or Failure.CONNECTION)
+            chunk = writes[start : start + SET_VALUES]
+            pipeline = self._pipeline()
+            for write in chunk:
+                pipeline.execute_command(*_command(write))
+            replies = await self._execute(pipeline, left, write=True)
+            if isinstance(replies, Failure):
+                return Done(count, replies)
+            for write, reply in zip(chunk, replies, strict=True):
+                if isinstance(reply, Exception):
+                    failure = _classify(reply)
+                elif write.mode == "set":
+                    count += 1
+            if failure is not None:
+                self._outage.failed(failure, write=True)
+                return Done(count, failure)
+            self._outage.succeeded()
+        return Done(count)
+
+    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+        if self._outage.resting:
+            return Done(0, Failure.CONNECTION)
+        pipeline = self._pipeline()
+        for name in names:
+            pipeline.execute_command("DEL", name)
+        replies = await self._execute(pipeline, within)
+        if isinstance(replies, Failure):
+            return Done(0, replies)
+        failures = [_classify(reply) for reply in replies if isinstance(reply, Exception)]
+        if failures:
+            self._outage.failed(failures[0])
+        return Done(sum(reply for reply in replies if isinstance(reply, int)), failures[0] if failures else None)
+
+    def _pipeline(self) -> Any:
+        if isinstance(self._client, aioredis.RedisCluster):
+            return self._client.pipeline()
+        return self._client.pipeline(transaction=False)
+
+    async def _execute(self, pipeline: Any, within: float, *, write: bool = False) -> list[Any] | Failure:
+        try:
+            async with asyncio.timeout(within):
+                return cast("list[Any]", await pipeline.execute(raise_on_error=False))
+        except Exception as error:
+            # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a
+            # slot table in flux raises KeyErrors and more.
+            failure = classify(error)
+            self._outage.failed(failure, write=write)
+            return failure
+
+
+def _classify(reply: Exception) -> Failure:
+    return classify(reply) if isinstance(reply, RedisError) else classify_reply(str(reply))
+
+
+def _command(write: Write) -> tuple[bytes | str | int, ...]:
+    whole = int(write.ttl)
+    expiry: tuple[str, int] = ("EX", whole) if whole == write.ttl else ("PX", max(1, round(write.ttl * 1000)))
+    if write.mode == "renew":
+        return ("EXPIRE", write.name, max(1, whole))
+    return ("SET", write.name, write.value, *expiry, *(("NX",) if write.mode == "absent" else ()))
+
+
+class MemoryVectors:
+    """The store of ``memory://``: the least recently used values of this process, bounded by bytes.
+
+    Args:
+        settings: ``EMBEDDING_CACHE_L1_BYTES`` bounds it when that is more than 64 MiB.
+        clock: Monotonic seconds.
+    """
+
+    writable = True
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = max(settings.EMBEDDING_CACHE_L1_BYTES, _MEMORY_BYTES)
+        self._clock = clock
+        self._values: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+        self.bytes = 0
+
+    async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        return [self._get(name) for name in names]
+
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+        count = 0
+        for write in writes:
+            present = self._get(write.name)
+            if write.mode == "renew":
+                if present is not None:
+                    self._values[write.name] = (present, self._clock() + write.ttl)
+                continue
+            if write.mode == "absent" and present is not None:
+                continue
+            self._drop(write.name)
+            self._values[write.name] = (write.value, self._clock() + write.ttl)
+            self.bytes += _ENTRY_BYTES + len(write.name) + len(write.value)
+            count += write.mode == "set"
+        while self.bytes > self._limit:
+            self._drop(next(iter(self._values)))
+        return Done(count)
+
+    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+        return Done(sum(self._get(name) is not None and self._drop(name) for name in names))
+
+    def _get(self, name: bytes) -> bytes | None:
+        kept = self._values.get(name)
+        if kept is None:
+            return None
+        value, expires = kept
+        if expires <= self._clock():
+            self._drop(name)
+            return None
+        self._values.move_to_end(name)
+        return value
+
+    def _drop(self, name: bytes) -> bool:
+        kept = self._values.pop(name, None)
+        if kept is None:
+            return False
+        self.bytes -= _ENTRY_BYTES + len(name) + len(kept[0])
+        return True
+
+
+def resolve_vectors(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
+    """`resolve_manager`, with ``EMBEDDING_CACHE_REDIS_URL`` as the default when it is set."""
+    if redis is not None:
+        return resolve_manager(redis, settings)
+    settings = settings if settings is not None else Settings()
+    if settings.EMBEDDING_CACHE_REDIS_URL is not None:
+        # A server of its own: nothing that says where the shared one is, and none of its secrets, goes along.
+        elsewhere: dict[str, Any] = {
+            "REDIS_URL": settings.EMBEDDING_CACHE_REDIS_URL.get_secret_value(),
+            "REDIS_USERNAME": None,
+            "REDIS_PASSWORD": None,
+            "REDIS_DB": 0,
+            "REDIS_SSL": False,
+            "REDIS_SENTINELS": (),
+            "REDIS_SENTINEL_MASTER": None,
+            "REDIS_CLUSTER": False,
+        }
+        settings = Settings(**{**settings.model_dump(exclude_unset=True), **elsewhere})
+    return resolve_manager(None, settings)
+
+
+def vectors_of(manager: RedisManager) -> VectorStore:
+    """The store behind *manager* in the running loop."""
+    return manager.part(RedisVectors) if manager.has_redis else manager.shared(MemoryVectors)

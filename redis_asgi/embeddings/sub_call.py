@@ -1,0 +1,213 @@
+"""One call of the wrapped app with a body of ours, its answer held back until it is known what it is."""
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Scope, Send
+
+from .http_caching import RawHeaders, is_encoded, is_json
+
+# Ways to answer that bypass the body messages we read.
+_UNREADABLE_EXTENSIONS = frozenset(
+    {
+        "http.response.early_hint",
+        "http.response.pathsend",
+        "http.response.push",
+        "http.response.trailers",
+        "http.response.zerocopysend",
+    }
+)
+
+
+class Budget:
+    """The bytes of bodies that this process holds at once, at most *limit*."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    def take(self, size: int) -> bool:
+        """Whether *size* more bytes may be held; give them back later."""
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+    def give(self, size: int) -> None:
+        """Give back what was taken."""
+        self._left += size
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete 200 answer in JSON.
+
+    Attributes:
+        headers: As the app sent them.
+        body: Not compressed.
+    """
+
+    headers: RawHeaders
+    body: bytes
+
+
+async def _nowhere(_message: Message) -> None:
+    """Take a message nobody waits for."""
+
+
+class SubCall:
+    """The app's view: a request with our body, a ``receive`` that then waits, a ``send`` that works as usual.
+
+    Args:
+        app: The wrapped app.
+        scope: The request's scope with the headers of *body*.
+        body: What the app reads.
+        limit: Bytes of an answer that are held back at most; a larger one can only be relayed.
+        budget: What all calls may hold together.
+
+    Attributes:
+        reply: Resolves to the `Reply`, or to ``None`` when the answer can only be relayed, or there is none.
+        start: The app's ``http.response.start``, once it has come.
+        error: What the app raised, once it has.
+    """
+
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, *, limit: int, budget: Budget) -> None:
+        extensions = scope.get("extensions") or {}
+        kept = {name: value for name, value in extensions.items() if name not in _UNREADABLE_EXTENSIONS}
+        self._app = app
+        self._scope = {**scope, "extensions": kept}
+        self._body: bytes | None = body
+        self._limit = limit
+        self._budget = budget
+        loop = asyncio.get_running_loop()
+        self.reply: asyncio.Future[Reply | None] = loop.create_future()
+        self.start: Message | None = None
+        self.error: BaseException | None = None
+        self._sink: asyncio.Future[Send] = loop.create_future()
+        self._hung_up = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._kept: list[Message] = []
+        self._held = 0
+        self._flowing = False  # messages go to the sink as they come
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> "asyncio.Task[None]":
+        """Call the app, in a task with this context's variables."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._end)
+        return self._task
+
+    @property
+    def status(self) -> int | None:
+        """The answer's status; ``None`` before it starts."""
+        return self.start["status"] if self.start is not None else None
+
+    @property
+    def headers(self) -> RawHeaders:
+        """The answer's headers; none before it starts."""
+        return self.start.get("headers", ()) if self.start is not None else ()
+
+    def hang_up(self) -> None:
+        """Let the app see a disconnect: nobody waits for its answer any more."""
+        self._hung_up.set()
+
+    def discard(self) -> None:
+        """Let the rest of the answer go nowhere."""
+        if not self._sink.done():
+            self._sink.set_result(_nowhere)
+
+    async def give_up(self) -> None:
+        """End the call: the request will be put to the app once more, and never twice at a time."""
+        self.discard()
+        self.hang_up()
+        if self._task is not None and not self._complete:
+            self._task.cancel()
+        await self._ended.wait()
+
+    def cancel(self) -> None:
+        """End the call as a server does that cancels its request."""
+        self.discard()
+        self.hang_up()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def relay(self, send: Send) -> None:
+        """Pass the answer on, what is held first; returns when it is complete or the app has ended."""
+        if not self._sink.done():
+            self._sink.set_result(send)
+        if self._flowing:
+            await self._ended.wait()
+            return
+        for message in self._kept:
+            await send(message)
+
+    @property
+    def _complete(self) -> bool:
+        return self.reply.done() and not self._flowing and self.reply.result() is not None
+
+    async def _run(self) -> None:
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        except BaseException as error:
+            # Kept for the request that gets this answer, which raises it again.
+            self.error = error
+            if not isinstance(error, Exception):
+                raise
+
+    def _end(self, _task: "asyncio.Task[None]") -> None:
+        # Not in `_run`: a task that is cancelled before its first step runs none of its code.
+        if not self.reply.done():
+            self.reply.set_result(None)
+        self._budget.give(self._held)
+        self._held = 0
+        self._hung_up.set()
+        self._ended.set()
+
+    async def _receive(self) -> Message:
+        body, self._body = self._body, None
+        if body is not None:
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if self._flowing:
+            await self._sink.result()(message)
+            return
+        self._kept.append(message)
+        if message["type"] == "http.response.start":
+            self.start = message
+            if not _promising(message):
+                await self._flow()
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            held = self._held + len(body)
+            if held > self._limit or not self._budget.take(len(body)):
+                await self._flow()
+                return
+            self._held = held
+            if not message.get("more_body", False):
+                self._finish()
+
+    def _finish(self) -> None:
+        bodies = [m.get("body", b"") for m in self._kept if m["type"] == "http.response.body"]
+        whole = bytes(bodies[0]) if len(bodies) == 1 else b"".join(bodies)
+        if not self.reply.done():
+            self.reply.set_result(Reply(self.headers, whole) if self.start is not None else None)
+        self._hung_up.set()
+
+    async def _flow(self) -> None:
+        """From here on the answer is somebody else's to understand: wait for whoever takes it."""
+        if not self.reply.done():
+            self.reply.set_result(None)
+        self._flowing = True
+        sink = await asyncio.shield(self._sink)
+        kept, self._kept = self._kept, []
+        self._budget.give(self._held)
+        self._held = 0
+        for message in kept:
+            await sink(message)
+
+
+def _promising(start: Message) -> bool:
+    headers: RawHeaders = start.get("headers", ())
+    return start["status"] == 200 and is_json(headers) and not is_encoded(headers)

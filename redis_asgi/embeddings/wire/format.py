@@ -1,0 +1,231 @@
+"""What a wire format is: the JSON dialect of an embedding server, as five pure names.
+
+To add one, write a class with the names of `WireFormat` and give an instance to
+``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
+knows of ASGI: it cuts a request into inputs, puts a smaller request together, finds the vectors in an
+answer, and writes an answer. `read_inputs` and `scope_of` do the parts that are alike everywhere.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from ..vectors import Encoding
+
+# The only body fields that never change a vector, whatever the server.
+IGNORED_FIELDS = frozenset({"user", "request_id", "priority"})
+_LATE_CHUNKING = ("late_chunking",)
+_URL_PREFIXES = ("http://", "https://")
+
+
+@dataclass(slots=True)
+class Input:
+    """One thing to embed. Not frozen only because freezing makes every construction twice as slow.
+
+    Attributes:
+        kind: One byte: ``s`` a text, ``t`` a token array, ``j`` a content object.
+        canonical: What is hashed: the UTF-8 text, or canonical JSON.
+        tokens: Its length when it is a token array, else ``None``.
+    """
+
+    kind: bytes
+    canonical: bytes
+    tokens: int | None = None
+
+    @property
+    def json(self) -> bytes:
+        """The JSON text that is forwarded."""
+        return orjson.dumps(self.canonical.decode()) if self.kind == b"s" else self.canonical
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A request that can be answered input by input.
+
+    Attributes:
+        model: As requested; names the epoch and the lease.
+        inputs: In the order sent, duplicates included.
+        bare: Whether the one input was not in a list.
+        fields: The body, in the order sent, with ``None`` where the inputs were.
+        input_field: Their name in *fields*.
+        scope: Canonical JSON of all that may change a vector, except the inputs.
+        encodings: The representations asked for.
+    """
+
+    model: str
+    inputs: tuple[Input, ...]
+    bare: bool
+    fields: Mapping[str, Any]
+    input_field: str
+    scope: bytes
+    encodings: tuple[Encoding, ...] = (Encoding.FLOAT,)
+
+
+@dataclass(frozen=True, slots=True)
+class Uncacheable:
+    """Why a request passes through: the ``detail`` of its ``Cache-Status``."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An app's answer, taken apart.
+
+    Attributes:
+        values: The vectors as they stand in the JSON, unparsed, by representation and in the inputs' order.
+        frame: Everything else, as JSON values; `WireFormat.render` puts it around vectors again.
+        tokens: What the app counted for the whole request; ``None`` when it does not say.
+    """
+
+    values: Mapping[Encoding, Sequence[object]]
+    frame: dict[str, Any]
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What to report.
+
+    Attributes:
+        tokens: The count; ``None`` = leave the frame's.
+        cached: How many more tokens the cache answered; ``None`` = do not say.
+    """
+
+    tokens: int | None = None
+    cached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """What a full hit makes new where the app sends it: ``created`` (Unix seconds) and ``id``."""
+
+    created: int
+    unique: str
+
+
+class WireFormat(Protocol):
+    """One JSON dialect. Pure: no I/O, no state, no clock."""
+
+    @property
+    def name(self) -> str:
+        """Part of every key; ``[a-z0-9_]+``."""
+
+    def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
+        """Cut a parsed body into inputs; *path_model* is what ``{model}`` of the route matched."""
+
+    def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
+        """The body of a request for *inputs* only, each of them one of ``batch.inputs``."""
+
+    def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
+        """Take an answer for *inputs* apart; ``None`` = not understood, so that nothing is stored."""
+
+    def render(
+        self,
+        batch: Batch,
+        frame: Mapping[str, Any],
+        vectors: Mapping[Encoding, Sequence[bytes]],
+        usage: Usage,
+        fresh: Fresh | None,
+    ) -> list[bytes]:
+        """The body around *vectors* (JSON texts, one per input of *batch*), as pieces to be joined."""
+
+
+def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
+    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list."""
+    if isinstance(value, str):
+        one = _read_input(value)
+        return ((one,), True) if one else None
+    if not isinstance(value, list) or not value:
+        return None
+    if type(value[0]) is int:
+        one = _read_input(value)
+        return ((one,), True) if one else None
+    inputs: list[Input] = []
+    kind = type(value[0])
+    for item in value:
+        read = _read_input(item) if type(item) is kind else None
+        if read is None:
+            return None
+        inputs.append(read)
+    return tuple(inputs), False
+
+
+def _read_input(item: object) -> Input | None:
+    if isinstance(item, str):
+        return Input(b"s", item.encode()) if item else None
+    if isinstance(item, list):
+        if not item or set(map(type, item)) != {int}:
+            return None
+        return Input(b"t", orjson.dumps(item), len(item))
+    if isinstance(item, dict) and len(item) == 1:
+        [(name, content)] = item.items()
+        # What a URL points to may change while its text does not.
+        if name in ("text", "image", "bytes") and isinstance(content, str) and content:
+            if name != "text" and content.lower().startswith(_URL_PREFIXES):
+                return None
+            return Input(b"j", orjson.dumps(item))
+    return None
+
+
+def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
+    """The model as requested: in the body, else in the path; ``None`` when there is none."""
+    model = fields.get("model", path_model)
+    return model if isinstance(model, str) and model else None
+
+
+def scope_of(fields: Mapping[str, Any], leave_out: Collection[str]) -> bytes:
+    """Canonical JSON of *fields* without *leave_out* and those that never change a vector."""
+    kept = {name: value for name, value in fields.items() if name not in leave_out and name not in IGNORED_FIELDS}
+    return orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)
+
+
+def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:
+    """Why a body that asks for something other than one dense vector per input, alone, passes through."""
+    if any(fields.get(name) for name in _LATE_CHUNKING):
+        return Uncacheable("late-chunking")
+    if fields.get("return_multivector"):
+        return Uncacheable("multi-vector")
+    if fields.get("stream"):
+        return Uncacheable("encoding")
+    return None
+
+
+def shrink(batch: Batch, inputs: Sequence[Input]) -> bytes:
+    """The usual `WireFormat.shrink`: the same body with other inputs, in a list if the original had one."""
+    texts = [orjson.Fragment(item.json) for item in inputs]
+    value: object = texts[0] if batch.bare else texts
+    return orjson.dumps({**batch.fields, batch.input_field: value})
+
+
+def held(fields: dict[str, Any], input_field: str) -> dict[str, Any]:
+    """*fields* with the inputs let go, their place kept."""
+    return {**fields, input_field: None}
+
+
+def members(fields: Mapping[str, Any]) -> list[bytes]:
+    """The members of a JSON object, without its braces, as one piece; none when it is empty."""
+    return [orjson.dumps(fields)[1:-1]] if fields else []
+
+
+def array(pieces: Iterable[bytes]) -> list[bytes]:
+    """A JSON array of *pieces*, not joined."""
+    joined: list[bytes] = [b"["]
+    for piece in pieces:
+        joined += (piece, b",")
+    if len(joined) > 1:
+        joined.pop()
+    joined.append(b"]")
+    return joined
+
+
+def count(value: object) -> int | None:
+    """A token count; ``None`` for anything that is none."""
+    return value if type(value) is int and value >= 0 else None
+
+
+def vector_list(value: object, n: int) -> list[object] | None:
+    """A list of *n* vectors; ``None`` for anything else."""
+    return value if isinstance(value, list) and len(value) == n else None

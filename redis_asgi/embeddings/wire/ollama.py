@@ -1,0 +1,105 @@
+"""Ollama's ``/api/embed`` and the older ``/api/embeddings``: one input, not normalised."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..vectors import Encoding
+from .format import (
+    Answer,
+    Batch,
+    Fresh,
+    Input,
+    Uncacheable,
+    Usage,
+    array,
+    count,
+    held,
+    members,
+    read_inputs,
+    read_model,
+    refusal_of,
+    scope_of,
+    shrink,
+    vector_list,
+)
+
+
+def _split(fields: dict[str, Any], path_model: str | None, input_field: str) -> Batch | Uncacheable:
+    refusal = refusal_of(fields)
+    if refusal is not None:
+        return refusal
+    model, inputs = read_model(fields, path_model), read_inputs(fields.get(input_field))
+    # keep_alive 0 unloads the model: whoever asks for that wants it done.
+    if model is None or inputs is None or fields.get("keep_alive") in (0, "0", "0s"):
+        return Uncacheable("not-understood")
+    if any(item.kind != b"s" for item in inputs[0]):
+        return Uncacheable("not-understood")
+    return Batch(model, *inputs, held(fields, input_field), input_field, scope_of(fields, (input_field,)))
+
+
+class Ollama:
+    """``{"model", "input", ...}`` -> ``{"model", "embeddings": [[...]], "prompt_eval_count"}``."""
+
+    name = "ollama"
+
+    def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
+        """See `WireFormat.split`."""
+        return _split(fields, path_model, "input")
+
+    def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
+        """See `WireFormat.shrink`."""
+        return shrink(batch, inputs)
+
+    def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
+        """See `WireFormat.read`."""
+        values = vector_list(document.pop("embeddings", None), len(inputs)) if isinstance(document, dict) else None
+        if values is None or not isinstance(document, dict):
+            return None
+        return Answer({Encoding.FLOAT: values}, document, count(document.get("prompt_eval_count")))
+
+    def render(
+        self,
+        batch: Batch,
+        frame: Mapping[str, Any],
+        vectors: Mapping[Encoding, Sequence[bytes]],
+        usage: Usage,
+        fresh: Fresh | None,
+    ) -> list[bytes]:
+        """See `WireFormat.render`."""
+        fields = dict(frame)
+        if usage.tokens is not None and "prompt_eval_count" in fields:
+            fields["prompt_eval_count"] = usage.tokens
+        before = (piece + b"," for piece in members(fields))
+        return [b"{", *before, b'"embeddings":', *array(vectors[Encoding.FLOAT]), b"}"]
+
+
+class OllamaPrompt:
+    """``{"model", "prompt", ...}`` -> ``{"embedding": [...]}``."""
+
+    name = "ollama_prompt"
+
+    def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
+        """See `WireFormat.split`."""
+        batch = _split(fields, path_model, "prompt")
+        return batch if isinstance(batch, Uncacheable) or batch.bare else Uncacheable("not-understood")
+
+    def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
+        """See `WireFormat.shrink`."""
+        return shrink(batch, inputs)
+
+    def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
+        """See `WireFormat.read`."""
+        value = document.pop("embedding", None) if isinstance(document, dict) else None
+        return Answer({Encoding.FLOAT: [value]}, document) if isinstance(document, dict) and value else None
+
+    def render(
+        self,
+        batch: Batch,
+        frame: Mapping[str, Any],
+        vectors: Mapping[Encoding, Sequence[bytes]],
+        usage: Usage,
+        fresh: Fresh | None,
+    ) -> list[bytes]:
+        """See `WireFormat.render`."""
+        [text] = vectors[Encoding.FLOAT]
+        return [b"{", *(piece + b"," for piece in members(frame)), b'"embedding":', text, b"}"]

@@ -1,0 +1,289 @@
+"""The embedding cache against raw MGET and its peers, in one run: ``python tests/benchmarks/embeddings.py``.
+
+Prints microseconds (the best of several rounds, since the machine is shared) and ratios. Needs a Redis of its own,
+given as ``REDIS_URL``, which it empties. Peers that are not installed are left out.
+"""
+
+import asyncio
+import base64
+import importlib
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import numpy as np
+import orjson
+import redis.asyncio as aioredis
+from starlette.types import Message, Receive, Scope, Send
+
+from redis_asgi import EmbeddingCacheMiddleware
+from redis_asgi.connection import RedisManager
+from redis_asgi.settings import Settings
+
+URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/15")
+INPUTS, DIMS = 64, 1536
+TEXTS = [f"passage number {n} about something that is worth embedding" for n in range(1000)]
+VECTORS = np.random.default_rng(1).standard_normal((1000, DIMS)).astype("<f4")
+FLOATS: list[list[float]] = [vector.tolist() for vector in VECTORS]
+
+
+async def best(work: Callable[[], Awaitable[Any]], rounds: int = 60) -> float:
+    """Microseconds of the fastest round."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        await work()
+        times.append(time.perf_counter() - began)
+    return min(times) * 1e6
+
+
+class App:
+    """An OpenAI server that costs nothing: its answers are ready."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.ready: dict[bytes, bytes] = {}
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        raw = (await receive())["body"]
+        body = self.ready.get(raw)
+        if body is None:
+            fields = orjson.loads(raw)
+            numbers = [TEXTS.index(text) for text in fields["input"]]
+            base = fields.get("encoding_format") == "base64"
+            data = [
+                {
+                    "object": "embedding",
+                    "index": at,
+                    "embedding": base64.b64encode(VECTORS[n].tobytes()).decode() if base else FLOATS[n],
+                }
+                for at, n in enumerate(numbers)
+            ]
+            usage = {"prompt_tokens": len(data), "total_tokens": len(data)}
+            answer = {"object": "list", "data": data, "model": "m", "usage": usage}
+            body = self.ready[raw] = orjson.dumps(answer)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def request(app: Any, texts: list[str], encoding: str) -> Callable[[], Awaitable[list[bytes]]]:
+    """A call of *app*, in process and without a client's own cost."""
+    body = orjson.dumps({"model": "m", "input": texts, "encoding_format": encoding})
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+
+    async def call() -> list[bytes]:
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/embeddings",
+            "query_string": b"",
+            "headers": headers,
+            "state": {},
+        }
+        parts: list[bytes] = []
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if unread:
+                return unread.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            parts.append(message.get("body", b""))
+
+        await app(scope, receive, send)
+        return parts
+
+    return call
+
+
+async def longest_stall(work: Callable[[], Awaitable[Any]]) -> float:
+    """Milliseconds that another task had to wait at most while *work* ran."""
+    worst, done = 0.0, False
+
+    async def watch() -> None:
+        nonlocal worst
+        while not done:
+            began = time.perf_counter()
+            await asyncio.sleep(0)
+            worst = max(worst, time.perf_counter() - began)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    await work()
+    done = True
+    await watcher
+    return worst * 1e3
+
+
+async def ours(encoding: str, *, local: bool) -> tuple[float, float, float]:
+    """Cold, the app alone and warm, in microseconds."""
+    local_bytes = 64 * 1024 * 1024 if local else 0
+    settings = Settings(REDIS_URL=URL, EMBEDDING_CACHE_NAMESPACE="bench", EMBEDDING_CACHE_L1_BYTES=local_bytes)
+    manager = RedisManager(settings)
+    app = App()
+    cached = EmbeddingCacheMiddleware(app, redis=manager)
+    client = await manager.get_connection()
+    call, alone = request(cached, TEXTS[:INPUTS], encoding), request(app, TEXTS[:INPUTS], encoding)
+    await alone()
+    cold = []
+    for _ in range(5):
+        await client.flushdb()
+        fresh = EmbeddingCacheMiddleware(app, redis=manager)
+        again = request(fresh, TEXTS[:INPUTS], encoding)
+        began = time.perf_counter()
+        await again()
+        cold.append(time.perf_counter() - began)
+    await call()
+    app.calls = 0
+    warm = await best(call)
+    assert app.calls == 0, "a warm call reached the app"
+    bare = await best(alone)
+    await manager.close()
+    return min(cold) * 1e6, bare, warm
+
+
+async def raw_mget(client: "aioredis.Redis") -> tuple[float, float]:
+    """One MGET and a join, and the same with orjson rendering the floats; in microseconds."""
+    names = [f"raw:{n}" for n in range(INPUTS)]
+    for n, name in enumerate(names):
+        await client.set(name, VECTORS[n].tobytes())
+
+    async def mget() -> bytes:
+        return b"".join(cast("list[bytes]", await client.mget(names)))
+
+    async def rendered() -> bytes:
+        raws = cast("list[bytes]", await client.mget(names))
+        numbers = [np.frombuffer(raw, "<f4").astype("<f8") for raw in raws]
+        return b",".join(orjson.dumps(n, option=orjson.OPT_SERIALIZE_NUMPY) for n in numbers)
+
+    return await best(mget), await best(rendered)
+
+
+async def redisvl() -> tuple[float, float]:
+    """Microseconds and bytes per entry of redisvl's EmbeddingsCache."""
+    EmbeddingsCache = importlib.import_module("redisvl.extensions.cache.embeddings").EmbeddingsCache  # noqa: N806
+
+    cache = EmbeddingsCache(name="rvl", redis_url=URL, ttl=3600)
+    for n in range(INPUTS):
+        await cache.aset(content=TEXTS[n], model_name="m", embedding=FLOATS[n])
+    micros = await best(lambda: cache.amget(contents=TEXTS[:INPUTS], model_name="m"), 5)
+    size = await memory_per_key("rvl:*")
+    await cache.adisconnect()
+    return micros, size
+
+
+async def langchain() -> tuple[float, float]:
+    """The same of LangChain's CacheBackedEmbeddings over its RedisStore."""
+    from langchain_classic.embeddings import CacheBackedEmbeddings
+    from langchain_community.storage import RedisStore
+    from langchain_core.embeddings import Embeddings
+
+    class Known(Embeddings):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return [FLOATS[TEXTS.index(text)] for text in texts]
+
+        def embed_query(self, text: str) -> list[float]:
+            return FLOATS[TEXTS.index(text)]
+
+    store = RedisStore(redis_url=URL, namespace="lc")
+    cached = CacheBackedEmbeddings.from_bytes_store(Known(), store, namespace="m", key_encoder="sha256")
+    await cached.aembed_documents(TEXTS[:INPUTS])
+    micros = await best(lambda: cached.aembed_documents(TEXTS[:INPUTS]), 10)
+    store.client.close()
+    return micros, await memory_per_key("lc*")
+
+
+async def litellm() -> tuple[float, float]:
+    """The same of LiteLLM's Redis cache."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    lib: Any = importlib.import_module("litellm")
+    base: Any = lib.CustomLLM
+
+    class Known(base):
+        async def aembedding(self, model: str, input: list[str], model_response: Any, **_: Any) -> Any:  # noqa: A002
+            data = [
+                {"object": "embedding", "index": i, "embedding": FLOATS[TEXTS.index(t)]} for i, t in enumerate(input)
+            ]
+            model_response.data, model_response.model = data, model
+            return lib.EmbeddingResponse(model=model, data=data)
+
+    lib.custom_provider_map = [{"provider": "known", "custom_handler": Known()}]
+    lib.cache = lib.Cache(type="redis", url=URL, namespace="ll", ttl=3600)
+
+    async def call() -> Any:
+        return await lib.aembedding(model="known/m", input=TEXTS[:INPUTS], caching=True)
+
+    await call()
+    await asyncio.sleep(1)
+    micros = await best(call, 5)
+    return micros, await memory_per_key("ll*")
+
+
+async def memory_per_key(pattern: str) -> float:
+    """MEMORY USAGE per key, on average."""
+    client = aioredis.Redis.from_url(URL)
+    sizes = [await client.memory_usage(key) or 0 async for key in client.scan_iter(pattern)]
+    await client.aclose()
+    return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+async def main() -> None:
+    """Measure and print."""
+    client = aioredis.Redis.from_url(URL)
+    await client.flushdb()
+    mget, rendered = await raw_mget(client)
+    print(f"{INPUTS} x {DIMS}, in-process ASGI, microseconds (best)")
+    print(f"{'raw MGET and join':42}{mget:10.0f}")
+    print(f"{'raw MGET and orjson':42}{rendered:10.0f}")
+    warm: dict[tuple[str, bool], float] = {}
+    for encoding in ("base64", "float"):
+        for local in (False, True):
+            cold, bare, warm[encoding, local] = await ours(encoding, local=local)
+            name = f"{encoding}, {'in process' if local else 'from Redis'}"
+            print(f"{'warm ' + name:42}{warm[encoding, local]:10.0f}   cold {cold:.0f}, the app alone {bare:.0f}")
+    ratios = {
+        "base64 from Redis / raw MGET (<= 2)": warm["base64", False] / mget,
+        "base64 in process / raw MGET (< 1)": warm["base64", True] / mget,
+        "float in process / base64 in process (<= 2)": warm["float", True] / warm["base64", True],
+        "float from Redis / MGET and orjson (<= 1.2)": warm["float", False] / rendered,
+    }
+    for name, ratio in ratios.items():
+        print(f"{name:48}{ratio:6.2f}")
+    print(f"bytes per vector in Redis{await memory_per_key('embedding_input:*'):10.0f}")
+    for peer in (redisvl, langchain, litellm) if "--no-peers" not in sys.argv else ():
+        try:
+            micros, size = await peer()
+        except ImportError as error:
+            print(f"{peer.__name__}: not installed ({error.name})")
+            continue
+        ratio = micros / warm["float", False]
+        print(
+            f"{peer.__name__:12}{micros:10.0f} us, {ratio:.0f}x ours as floats from Redis, {size:.0f} bytes per vector"
+        )
+    for local in (False, True):
+        settings = Settings(
+            REDIS_URL=URL,
+            EMBEDDING_CACHE_NAMESPACE=f"stall{local}",
+            EMBEDDING_CACHE_L1_BYTES=64 * 1024 * 1024 if local else 0,
+            EMBEDDING_CACHE_TIMEOUT=5,
+        )
+        manager = RedisManager(settings)
+        app = App()
+        call = request(EmbeddingCacheMiddleware(app, redis=manager), TEXTS, "float")
+        await request(app, TEXTS, "float")()
+        stalls = [await longest_stall(call) for _ in range(4)]
+        where = "in process" if local else "from Redis"
+        print(f"longest stall, 1000 x {DIMS} floats: cold {stalls[0]:.1f} ms, warm {where} {max(stalls[1:]):.1f} ms")
+        await manager.close()
+    await client.flushdb()
+    await client.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,304 @@
+"""Bad input: the app sees exactly the bytes the client sent, and memory stays bounded."""
+
+import gzip
+import tracemalloc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.settings import Settings
+
+from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+
+pytestmark = pytest.mark.anyio
+JSON = {"content-type": "application/json"}
+
+
+def echo(seen: list[bytes]) -> ASGIApp:
+    """An app that keeps the bytes it got and answers 400, as most do to nonsense."""
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(await read(receive))
+        await respond(send, b'{"error":"bad"}', 400)
+
+    return app
+
+
+def openai(**fields: Any) -> bytes:
+    """A body."""
+    return orjson.dumps({"model": "m", **fields})
+
+
+DEEP = b'{"model":"m","input":' + b"[" * 2000 + b"]" * 2000 + b"}"
+BAD: list[tuple[str, bytes, dict[str, str], str]] = [
+    ("empty body", b"", JSON, "not-json"),
+    ("not JSON", b"hello", JSON, "not-json"),
+    ("half of it", b'{"model":"m","input":["a"', JSON, "not-json"),
+    ("NaN", b'{"model":"m","input":["a"],"x":NaN}', JSON, "not-json"),
+    ("a lone surrogate", b'{"model":"m","input":["\\ud800"]}', JSON, "not-json"),
+    ("UTF-16", '{"model":"m","input":"a"}'.encode("utf-16"), JSON, "not-json"),
+    ("a byte order mark", b"\xef\xbb\xbf" + openai(input="a"), JSON, "not-json"),
+    ("invalid UTF-8", b'{"model":"m","input":"\xff"}', JSON, "not-json"),
+    ("nested too deeply", DEEP, JSON, "not-json"),
+    ("a list", b'["a"]', JSON, "not-understood"),
+    ("a number", b"5", JSON, "not-understood"),
+    ("no model", b'{"input":"a"}', JSON, "not-understood"),
+    ("a model that is no string", b'{"model":{"a":1},"input":"a"}', JSON, "not-understood"),
+    ("no input", b'{"model":"m"}', JSON, "not-understood"),
+    ("an empty text", openai(input=""), JSON, "not-understood"),
+    ("an empty list", openai(input=[]), JSON, "not-understood"),
+    ("an empty text among others", openai(input=["a", ""]), JSON, "not-understood"),
+    ("null", openai(input=None), JSON, "not-understood"),
+    ("mixed kinds", openai(input=["a", [1]]), JSON, "not-understood"),
+    ("booleans as tokens", openai(input=[True, False]), JSON, "not-understood"),
+    ("floats as tokens", openai(input=[[1.5]]), JSON, "not-understood"),
+    ("nested garbage", openai(input=[{"a": [{"b": None}]}]), JSON, "not-understood"),
+    ("an image behind a URL", openai(input=[{"image": "https://x/y.png"}]), JSON, "not-understood"),
+    ("chat messages", openai(messages=[{"role": "user", "content": "a"}]), JSON, "not-understood"),
+    ("text as plain text", openai(input="a"), {"content-type": "text/plain"}, "not-json"),
+    ("another charset", openai(input="a"), {"content-type": "application/json; charset=latin-1"}, "not-json"),
+    ("no content type", openai(input="a"), {}, "not-json"),
+    ("gzip", gzip.compress(openai(input="a")), JSON | {"content-encoding": "gzip"}, "encoding"),
+    ("a gzip bomb", gzip.compress(bytes(10**8), 9), JSON | {"content-encoding": "gzip"}, "encoding"),
+    ("a signed body", openai(input="a"), JSON | {"content-digest": "sha-256=:x:"}, "body-header"),
+    ("an idempotency key", openai(input="a"), JSON | {"idempotency-key": "1"}, "body-header"),
+    ("other encodings", openai(input="a", encoding_format="bytes"), JSON, "encoding"),
+    ("nonsense as an encoding", openai(input="a", encoding_format={"a": 1}), JSON, "encoding"),
+    ("late chunking", openai(input=["a"], late_chunking=True), JSON, "late-chunking"),
+    ("many vectors per input", openai(input=["a"], return_multivector=True), JSON, "multi-vector"),
+    ("integers", openai(input=["a"], output_dtype="int8"), JSON, "integers"),
+    ("big endian", openai(input=["a"], endianness="big"), JSON, "encoding"),
+    ("10,000 inputs", openai(input=[str(n) for n in range(10_000)]), JSON, "too-large"),
+    ("too many bytes", openai(input="x" * (8 * 1024 * 1024)), JSON, "too-large"),
+    ("JSON is not accepted", openai(input="a"), JSON | {"accept": "application/octet-stream"}, "encoding"),
+]
+
+
+@pytest.mark.parametrize(("content", "headers", "detail"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+async def test_what_is_not_understood_passes_through(
+    content: bytes, headers: dict[str, str], detail: str, settings: Settings
+) -> None:
+    """The app gets the original bytes once and its answer is relayed; the reason is in ``Cache-Status``."""
+    seen: list[bytes] = []
+    app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
+    async with client(app) as c:
+        response = await c.post("/v1/embeddings", content=content, headers=headers)
+    assert (400, b'{"error":"bad"}') == (response.status_code, response.content)
+    assert [content] == seen
+    assert f"redis-asgi; fwd=bypass; detail={detail}" == cache_status(response)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/api/embed", {"model": "m", "input": []}),
+        ("/api/embed", {"model": "m", "input": "a", "keep_alive": 0}),
+        ("/api/embeddings", {"model": "m", "prompt": ["a"]}),
+        ("/v2/embed", {"model": "m", "texts": "a"}),
+        ("/v2/embed", {"model": "m", "texts": ["a"], "images": ["b"]}),
+        ("/v2/embed", {"model": "m", "texts": ["a"], "embedding_types": ["int8"]}),
+        ("/v2/embed", {"model": "m", "texts": ["a"], "embedding_types": [{}]}),
+        ("/embed", {"inputs": [["a", "b"]]}),
+        ("/embed", {"inputs": {"a": "b"}}),
+    ],
+    ids=repr,
+)
+async def test_other_formats_pass_what_they_do_not_understand(
+    path: str, fields: dict[str, Any], settings: Settings
+) -> None:
+    """Loading and unloading models, images, integers and pairs are the app's alone."""
+    seen: list[bytes] = []
+    app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
+    async with client(app) as c:
+        response = await c.post(path, json=fields)
+        sent = response.request.content
+    assert [sent] == seen
+    assert "fwd=bypass" in cache_status(response)
+
+
+async def test_ollama_needs_no_content_type(settings: Settings) -> None:
+    """Its clients send none."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    async with client(app) as c:
+        for _ in range(2):
+            last = await c.post("/api/embed", content=b'{"model":"m","input":"a"}')
+    assert "hit" in cache_status(last)
+
+
+async def test_duplicate_json_keys_are_not_read_two_ways(settings: Settings) -> None:
+    """What is keyed is what is forwarded: a body of ours, with each key once."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(app) as c:
+        for content in (b'{"model":"m","input":"a","input":"b"}', b'{"model":"x","model":"m","input":"b"}'):
+            last = await c.post("/v1/embeddings", content=content, headers=JSON)
+    assert [b'{"model":"m","input":"b"}'] == spy.bodies
+    assert "hit" in cache_status(last)
+
+
+async def test_a_million_byte_input_is_cached(settings: Settings) -> None:
+    """Length is no reason to pass through; keys are of fixed size."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(app) as c:
+        for _ in range(2):
+            last = await c.post("/v1/embeddings", json={"model": "m", "input": ["x" * 1_000_000]})
+    assert "hit" in cache_status(last)
+
+
+async def pieces(total: int) -> AsyncIterator[bytes]:
+    """A body of *total* bytes without a length."""
+    for _ in range(total // 65_536):
+        yield b"x" * 65_536
+
+
+async def test_a_hundred_megabytes_pass_through_in_little_memory(settings: Settings) -> None:
+    """Over the cap what was read is replayed and the rest is streamed; no copy of the body is made."""
+    total = 1600 * 65_536
+    got = [0]
+
+    async def counting(_scope: Scope, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            got[0] += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        await respond(send, b"{}", 413)
+
+    app = EmbeddingCacheMiddleware(counting, settings=settings)
+    tracemalloc.start()
+    async with client(app) as c:
+        response = await c.post("/v1/embeddings", content=pieces(total), headers=JSON)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (413, total) == (response.status_code, got[0])
+    assert "detail=too-large" in cache_status(response)
+    assert peak < 24 * 1024 * 1024
+
+
+async def test_a_client_that_leaves_while_sending_is_the_apps_to_notice(settings: Settings) -> None:
+    """A disconnect within the body is replayed like everything else."""
+    seen: list[Any] = []
+
+    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
+        seen.extend([await receive(), await receive()])
+
+    sent = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(sent)
+
+    async def send(_message: Any) -> None:
+        raise AssertionError
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await EmbeddingCacheMiddleware(app, settings=settings)(scope, receive, send)
+    assert ["http.request", "http.disconnect"] == [message["type"] for message in seen]
+
+
+@pytest.mark.parametrize("shrunken", [False, True])
+async def test_an_answer_over_the_cap_is_streamed(shrunken: bool, redis_url: str) -> None:
+    """Too large to hold: relayed as it comes, or asked for as a whole once more; never held."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_MAX_RESPONSE_BYTES=1000)
+    sent = [0]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await read(receive)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
+        for _ in range(100):
+            sent[0] += 100
+            await send({"type": "http.response.body", "body": b" " * 100, "more_body": True})
+        await send({"type": "http.response.body", "body": b"null"})
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    items = ["a", "a"] if shrunken else ["a", "b"]
+    async with client(cached) as c:
+        response = await c.post("/v1/embeddings", json={"model": "m", "input": items})
+    assert b" " * 10_000 + b"null" == response.content
+    assert ("replayed" if shrunken else "not-understood") in cache_status(response)
+    assert sent[0] < 12_000 if shrunken else sent[0] == 10_000
+
+
+async def test_a_full_budget_lets_requests_pass(settings: Settings) -> None:
+    """When the process holds 256 MiB of bodies, more are not read."""
+    seen: list[bytes] = []
+    app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
+    held = 256 * 1024 * 1024
+    assert app._core.budget.take(held)
+    async with client(app) as c:
+        response = await c.post("/v1/embeddings", json={"model": "m", "input": "a"})
+        assert "detail=busy" in cache_status(response)
+        assert [response.request.content] == seen
+        app._core.budget.give(held)
+        assert "busy" not in cache_status(await c.post("/v1/embeddings", json={"model": "m", "input": "a"}))
+
+
+async def test_a_wire_format_that_raises_harms_nobody(settings: Settings) -> None:
+    """A user's format with a bug is a bypass, or a relayed answer, never a 500 of ours."""
+    openai_format: Any = type(app_format())
+
+    class Broken(openai_format):  # type: ignore[misc]  # a class found at run time
+        name = "broken"
+
+        def read(self, *_arguments: Any) -> Any:
+            raise KeyError("read")
+
+    class Worse(Broken):
+        def split(self, *_arguments: Any) -> Any:
+            raise KeyError("split")
+
+    routes = {"/v1/embeddings": Broken(), "/embeddings": Worse()}
+    inner = server(Spy())
+
+    async def moved(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner({**scope, "path": "/v1/embeddings"}, receive, send)
+
+    app = EmbeddingCacheMiddleware(moved, settings=settings, routes=routes)
+    async with client(app) as c:
+        for path in routes:
+            response = await c.post(path, json={"model": "m", "input": ["a", "a"]})
+            assert FORMATS["openai"][2]({"model": "m"}, ["a", "a"], Spy()) == response.json()
+            assert "fwd=bypass" in cache_status(response)
+
+
+def app_format() -> Any:
+    """The OpenAI format of the package."""
+    from redis_asgi.embeddings.wire import WIRE_FORMATS
+
+    return WIRE_FORMATS["openai"]
+
+
+async def test_memory_stays_flat_over_many_different_requests(redis_url: str) -> None:
+    """Different models, credentials, origins and inputs leave nothing behind but bounded layers."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=200_000)
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+
+    async def some(start: int) -> None:
+        async with client(app) as c:
+            for n in range(start, start + 400):
+                headers = {"authorization": f"key {n}", "origin": f"https://{n}"}
+                await c.post("/v1/embeddings", json={"model": f"m{n}", "input": [f"{n}"]}, headers=headers)
+
+    await some(0)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    await some(1000)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert app._core.local.bytes <= 200_000
+    assert after - before < 3_000_000

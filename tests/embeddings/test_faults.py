@@ -1,0 +1,232 @@
+"""Redis gone, hung, full, foreign, sharded: the app's own answer, in time."""
+
+import asyncio
+import logging
+import time
+from typing import Any, cast
+
+import httpx
+import pytest
+import redis as sync_redis
+import redis.asyncio as aioredis
+
+from redis_asgi.connection import RedisManager
+from redis_asgi.embeddings.cache import EmbeddingCache
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.store import MemoryVectors, RedisVectors, Write
+from redis_asgi.errors import Failure
+from redis_asgi.maintenance import FlushError, flush_model
+from redis_asgi.settings import Settings
+
+from ..kit.servers import Cluster, Server
+from .servers import FORMATS, Spy, cache_status, client, server
+
+pytestmark = pytest.mark.anyio
+
+
+def settings_of(url: str, **more: Any) -> Settings:
+    """Settings without the in-process layer, which would hide Redis."""
+    return Settings(REDIS_URL=url, EMBEDDING_CACHE_L1_BYTES=0, **more)
+
+
+async def ask(c: httpx.AsyncClient, *items: str) -> httpx.Response:
+    """One request, whose answer must be right."""
+    response = await c.post("/v1/embeddings", json={"model": "m", "input": list(items)})
+    assert 200 == response.status_code
+    assert FORMATS["openai"][2]({"model": "m"}, list(items), Spy())["data"] == response.json()["data"]
+    return response
+
+
+async def test_without_redis_the_app_answers(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody listens: original bytes, the app's answer, one log line."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings_of("redis://127.0.0.1:1/0"))
+    async with client(app) as c:
+        for _ in range(20):
+            assert "redis-asgi; fwd=bypass; detail=redis-down" == cache_status(await ask(c, "a", "b"))
+    assert 20 == spy.calls
+    assert 1 == sum(r.message == "redis_asgi.embedding_cache_unavailable" for r in caplog.records)
+
+
+async def test_a_hung_redis_costs_one_deadline_and_soon_nothing(own_server: Server) -> None:
+    """SIGSTOP: no request waits longer than the deadline, after five failures none waits; then all is well again."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
+    async with client(app) as c:
+        await ask(c, "a")
+        own_server.pause()
+        waits = []
+        for _ in range(12):
+            began = time.monotonic()
+            assert "redis-down" in cache_status(await ask(c, "a"))
+            waits.append(time.monotonic() - began)
+        own_server.resume()
+        assert max(waits) < 0.2
+        assert sorted(waits)[5] < 0.02
+        async with asyncio.timeout(3):
+            while "hit" not in cache_status(await ask(c, "a")):
+                await asyncio.sleep(0.05)
+
+
+async def test_redis_may_go_between_lookup_and_write(own_server: Server) -> None:
+    """It hangs while the app computes: the answer has gone out before the write is given up."""
+
+    async def hang(_scope: object) -> None:
+        own_server.pause()
+
+    app = EmbeddingCacheMiddleware(server(Spy(), before=hang), settings=settings_of(own_server.url))
+    async with client(app) as c:
+        began = time.monotonic()
+        await ask(c, "a")
+        assert time.monotonic() - began < 3
+        own_server.resume()
+
+
+async def test_a_killed_redis_and_its_successor(
+    own_server: Server,
+) -> None:
+    """Killed in use: the app answers; a new server on another port is another matter."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings_of(own_server.url))
+    async with client(app) as c:
+        await ask(c, "a")
+        own_server.kill()
+        assert "redis-down" in cache_status(await ask(c, "a"))
+
+
+async def test_a_full_redis_pauses_writing_and_goes_on_reading(
+    own_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OOM: what is stored is still served, what is not is computed, one log line, no write for 10 s."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(own_server.url))
+    async with client(app) as c:
+        await ask(c, "a")
+        own_server.client().config_set("maxmemory", "1")
+        for _ in range(5):
+            assert "fwd=miss" in cache_status(await ask(c, "new"))
+            assert "hit" in cache_status(await ask(c, "a"))
+        own_server.client().config_set("maxmemory", "0")
+        assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "b"))
+    assert 1 == sum(r.message == "redis_asgi.embedding_writes_paused" for r in caplog.records)
+    assert not [r for r in caplog.records if r.message == "redis_asgi.embedding_cache_unavailable"]
+
+
+async def test_a_foreign_type_under_our_key_is_the_apps_answer(redis_url: str) -> None:
+    """MGET gives nothing for a hash: a miss, and the write replaces it."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(redis_url))
+    store = sync_redis.Redis.from_url(redis_url)
+    async with client(app) as c:
+        await ask(c, "a")
+        [key] = store.scan_iter("embedding_input:*")
+        for damage in (
+            b"",
+            b"\x45\x31\xc0\x7f",
+            b"x" * 48,
+            cast("bytes", store.getrange(key, 0, -5)) + b"\x00\x00\xc0\x7f",
+        ):
+            store.set(key, damage)
+            assert "fwd=miss; stored" in cache_status(await ask(c, "a"))
+        store.delete(key)
+        store.hset(key, "a", "b")
+        assert "fwd=miss; stored" in cache_status(await ask(c, "a"))
+        assert "hit" in cache_status(await ask(c, "a"))
+        [lease] = store.scan_iter("embedding_lease:*")
+        for damage in (b"", b"null", b'{"v":1}', b'{"v":1,"at":"x","headers":[["a"]],"frame":{}}', b"\xff"):
+            store.set(lease, damage)
+            assert "detail=lease" in cache_status(await ask(c, "a"))
+        [epoch] = store.scan_iter("embedding_epoch:*")
+        store.set(epoch, b"short")
+        assert "fwd=miss" in cache_status(await ask(c, "a"))
+    store.close()
+
+
+async def test_a_wrong_password_is_no_error_of_the_apps(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """NOAUTH and WRONGPASS: the app answers, at once, and the log names neither."""
+    own_server.client().config_set("requirepass", "right")
+    for url in (own_server.url, own_server.url.replace("//", "//:hunter2@")):
+        app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(url))
+        async with client(app) as c:
+            for _ in range(3):
+                assert "redis-down" in cache_status(await ask(c, "a"))
+    assert "hunter2" not in caplog.text + str([r.__dict__ for r in caplog.records])
+
+
+async def test_a_flush_that_redis_did_not_take_is_an_error() -> None:
+    """Whoever flushes has to know."""
+    with pytest.raises(FlushError, match="connection"):
+        await flush_model("m", settings=settings_of("redis://127.0.0.1:1/0"))
+
+
+async def test_embedding_cache_survives_everything(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Trouble is ``None``, ``False``, ``{}`` and 0, one log line, and everything is computed."""
+    cache = EmbeddingCache(settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
+    assert await cache.set_embedding("a", [1.0])
+    own_server.pause()
+    caplog.set_level(logging.WARNING)
+    assert await cache.get_embedding("a") is None
+    assert not await cache.set_embedding("a", [2.0])
+    assert not await cache.delete_embedding("a")
+    assert {} == await cache.get_many(["a"])
+    assert 0 == await cache.set_many({"a": [2.0]})
+    assert 0 == await cache.delete_many(["a"])
+    assert [[5.0]] == (await cache.get_or_compute(["a"], lambda ids: [[5.0]] * len(ids))).tolist()
+    own_server.resume()
+    assert 1 == len(caplog.records)
+
+
+async def test_large_lookups_are_chunked(own_server: Server) -> None:
+    """600 keys are three MGETs in one trip, 600 writes ten pipelines."""
+    manager = RedisManager(settings_of(own_server.url))
+    store = manager.part(RedisVectors)
+    names = [b"k%d" % n for n in range(600)]
+    assert 600 == (await store.write([Write(name, name, 60) for name in names])).count
+    own_server.client().config_resetstat()
+    found = await store.lookup([*names, b"absent"], 1)
+    stats = own_server.client().info("commandstats")
+    assert [*names, None] == found
+    assert 3 == stats["cmdstat_mget"]["calls"]
+    assert 600 == (await store.delete(names, 1)).count
+    await manager.close()
+
+
+def test_the_memory_store_is_bounded_and_ends_values() -> None:
+    """``memory://``: the least recently used values go, and time ends the others."""
+
+    async def story() -> None:
+        now = [0.0]
+        store = MemoryVectors(Settings(), lambda: now[0])
+        for n in range(100):
+            await store.write([Write(b"%d" % n, bytes(1024 * 1024), 60)])
+            await store.lookup([b"0"], 1)
+        assert store.bytes <= 64 * 1024 * 1024
+        assert [True, False, True] == [v is not None for v in await store.lookup([b"0", b"1", b"99"], 1)]
+        now[0] = 61.0
+        assert [None, None] == await store.lookup([b"0", b"99"], 1)
+        assert 0 == (await store.delete([b"0"], 1)).count
+
+    asyncio.run(story())
+
+
+async def test_a_cluster_keeps_vectors_on_all_its_nodes(cluster: Cluster) -> None:
+    """Lookups and writes are one pipeline per node; cold then warm as anywhere."""
+    spy = Spy()
+    settings = settings_of(cluster.url, REDIS_CLUSTER=True, EMBEDDING_CACHE_TIMEOUT=5)
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    items = [f"text {n}" for n in range(300)]
+    async with client(app) as c:
+        assert "fwd=miss; stored" in cache_status(await ask(c, *items))
+        assert "hit" in cache_status(await ask(c, *items))
+        assert "hit=300 miss=1" in cache_status(await ask(c, *items, "one more"))
+    assert 2 == spy.calls
+    user_client = aioredis.RedisCluster.from_url(cluster.url, decode_responses=True)
+    cache = EmbeddingCache(user_client, settings=Settings())
+    assert 50 == await cache.set_many({str(n): [float(n)] for n in range(50)})
+    assert 50 == len(await cache.get_many(map(str, range(50))))
+    assert 50 == await cache.delete_many(map(str, range(50)))
+    await user_client.aclose()
+
+
+async def test_a_refused_lookup_says_why(redis_url: str) -> None:
+    """A failure is a value of a small closed set."""
+    manager = RedisManager(settings_of("redis://127.0.0.1:1/0"))
+    assert Failure.CONNECTION == await manager.part(RedisVectors).lookup([b"a"], 1)
+    await manager.close()

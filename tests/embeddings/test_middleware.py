@@ -1,0 +1,647 @@
+"""What a request through the middleware gets: headers, directives, credentials, tenants, flushes."""
+
+import time
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import redis as sync_redis
+import redis.asyncio as aioredis
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.errors import ConfigurationError
+from redis_asgi.maintenance import flush_model
+from redis_asgi.settings import Settings
+
+from .servers import FORMATS, Spy, cache_status, client, respond, server
+
+pytestmark = pytest.mark.anyio
+
+
+def body(*items: Any, **fields: Any) -> dict[str, Any]:
+    """An OpenAI request."""
+    return {"model": "m", "input": list(items), **fields}
+
+
+async def ask(app: ASGIApp, *items: Any, path: str = "/v1/embeddings", **headers: str) -> httpx.Response:
+    """One request."""
+    async with client(app, **headers) as c:
+        return await c.post(path, json=body(*items))
+
+
+def guarded(app: ASGIApp, keys: set[str]) -> ASGIApp:
+    """*app* behind an API key."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        key = dict(scope["headers"]).get(b"authorization", b"").decode()
+        if key in keys:
+            await app(scope, receive, send)
+        else:
+            await respond(send, b'{"error":"unauthorized"}', 401 if key != "known" else 403)
+
+    return checked
+
+
+async def test_cold_then_warm_on_every_format(any_settings: Settings) -> None:
+    """The second request never reaches the app, whatever dialect it speaks."""
+    for name, (path, field, _) in FORMATS.items():
+        spy = Spy()
+        app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+        items: Any = "a" if name == "ollama_prompt" else ["a", "b"]
+        async with client(app) as c:
+            cold, warm = [await c.post(path, json={"model": "m", field: items}) for _ in range(2)]
+        assert "redis-asgi; fwd=miss; stored" == cache_status(cold)
+        assert cache_status(warm).startswith("redis-asgi; hit; ttl=")
+        assert 1 == spy.calls, name
+
+
+async def test_each_input_is_computed_once(any_settings: Settings) -> None:
+    """Duplicates are forwarded once, and of a partly stored batch only the rest."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+    await ask(app, "a", "b", "a")
+    partial = await ask(app, "c", "a", "d", "c", "b")
+    assert ["a", "b", "c", "d"] == spy.seen
+    assert 'redis-asgi; fwd=partial; stored; detail="hit=2 miss=2"' == cache_status(partial)
+
+
+async def test_a_single_text_and_a_list_of_it_are_one_input(any_settings: Settings) -> None:
+    """What was stored for ``"a"`` answers ``["a"]``; what is forwarded keeps its shape."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+    async with client(app) as c:
+        await c.post("/v1/embeddings", json={"model": "m", "input": "a"})
+        assert "hit" in cache_status(await c.post("/v1/embeddings", json={"model": "m", "input": ["a"]}))
+    assert b'{"model":"m","input":"a"}' == spy.bodies[0]
+
+
+async def test_values_in_redis_are_small_and_end(settings: Settings, redis_url: str) -> None:
+    """Every key has a TTL within the jitter; a vector is its header and its numbers."""
+    app = EmbeddingCacheMiddleware(server(Spy(dims=1536)), settings=settings)
+    await ask(app, *"abcdef")
+    store = sync_redis.Redis.from_url(redis_url)
+    keys = list(store.scan_iter())
+    inputs = [key for key in keys if key.startswith(b"embedding_input:v1:")]
+    assert (8, 6) == (len(keys), len(inputs))
+    assert all(3600 * 0.9 - 2 <= store.ttl(key) <= 3600 for key in inputs)
+    assert 1 < len({store.ttl(key) for key in inputs})
+    assert all(store.ttl(key) > 0 for key in keys)
+    assert {24 + 4 * 1536} == {store.strlen(key) for key in inputs}
+    assert all((store.memory_usage(key) or 0) <= 7.5 * 1024 for key in inputs)
+    store.close()
+
+
+async def test_the_stated_ttl_is_the_one_in_redis(settings: Settings, redis_url: str) -> None:
+    """``ttl=N`` of a hit is what Redis still gives the vector."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    await ask(app, "a")
+    said = int(cache_status(await ask(app, "a")).partition("ttl=")[2])
+    store = sync_redis.Redis.from_url(redis_url)
+    [key] = store.scan_iter("embedding_input:*")
+    assert abs(said - store.ttl(key)) <= 1
+    store.close()
+
+
+# Credentials.
+
+
+async def test_an_unknown_key_never_gets_an_answer_from_the_cache(any_settings: Settings) -> None:
+    """With the middleware outside the app's authentication the app's own 401 is the answer."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(guarded(server(spy), {"good"}), settings=any_settings, share=True)
+    await ask(app, "a", authorization="good")
+    for wrong in ({"authorization": "bad"}, {}, {"x-api-key": "good"}, {"authorization": "known"}):
+        refused = await ask(app, "a", **wrong)
+        assert refused.status_code in (401, 403)
+        assert "stored" not in cache_status(refused)
+    assert "hit" in cache_status(await ask(app, "a", authorization="good"))
+
+
+@pytest.mark.parametrize("local", [0, 64 * 1024 * 1024])
+async def test_a_revoked_key_is_served_no_longer_than_the_lease(local: int, redis_url: str) -> None:
+    """A lease ends ``LEASE`` seconds after the app's own answer; hits meanwhile do not renew it."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_LEASE=60, EMBEDDING_CACHE_L1_BYTES=local)
+    keys, now = {"key"}, [time.time()]
+    app = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings)
+    app._core.wall = lambda: now[0]
+    await ask(app, "a", authorization="key")
+    keys.clear()
+    for passed in (20, 20, 19):
+        now[0] += passed
+        assert 200 == (await ask(app, "a", authorization="key")).status_code
+    now[0] += 2
+    assert 401 == (await ask(app, "a", authorization="key")).status_code
+
+
+async def test_a_refusal_ends_the_lease_at_once(any_settings: Settings) -> None:
+    """After one 401 the same caller's stored inputs are the app's to refuse, too."""
+    keys = {"key"}
+    app = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=any_settings)
+    await ask(app, "a", authorization="key")
+    keys.clear()
+    assert 200 == (await ask(app, "a", authorization="key")).status_code
+    assert 401 == (await ask(app, "b", authorization="key")).status_code
+    assert 401 == (await ask(app, "a", authorization="key")).status_code
+
+
+async def test_without_a_lease_the_shortest_input_is_forwarded(any_settings: Settings) -> None:
+    """A second credential under ``share`` is let in by the app, for the price of one input."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings, share=True)
+    await ask(app, "long text", "b", "longer text", authorization="one")
+    other = await ask(app, "long text", "b", "longer text", authorization="two")
+    assert "redis-asgi; fwd=stale; detail=lease; stored" == cache_status(other)
+    assert ["b"] == spy.seen[3:]
+    assert "hit" in cache_status(await ask(app, "long text", authorization="two"))
+
+
+async def test_a_lease_of_zero_shows_the_app_every_request(any_settings: Settings) -> None:
+    """``LEASE=0``: no full hits."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings, lease=0)
+    for calls in (1, 2, 3):
+        await ask(app, "aa", "b")
+        assert calls == spy.calls
+    assert ["aa", "b", "b", "b"] == spy.seen
+
+
+async def test_lease_off_trusts_the_apps_own_authentication_outside(any_settings: Settings) -> None:
+    """``LEASE=off``: any caller who reaches the cache gets full hits."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings, lease="off", share=True)
+    await ask(app, "a", authorization="one")
+    assert "hit" in cache_status(await ask(app, "a", authorization="two"))
+    assert 1 == spy.calls
+
+
+async def test_two_credentials_never_see_each_others_vectors(any_settings: Settings) -> None:
+    """By default keys are per credential, whichever header carries it."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+    for headers in (
+        {},
+        {"authorization": "one"},
+        {"authorization": "two"},
+        {"x-api-key": "one"},
+        {"cookie": "one"},
+    ):
+        assert "fwd=miss" in cache_status(await ask(app, "a", **headers))
+        assert "hit" in cache_status(await ask(app, "a", **headers))
+    assert 5 == spy.calls
+
+
+async def test_partition_by_replaces_the_credential(any_settings: Settings) -> None:
+    """A tenant's callers share vectors, each with its own lease; ``None`` passes through untouched."""
+
+    async def tenant(conn: HTTPConnection) -> str | None:
+        return conn.headers.get("x-tenant")
+
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings, partition_by=tenant)
+    await ask(app, "aa", "b", **{"x-tenant": "t", "authorization": "token 1"})
+    rotated = await ask(app, "aa", "b", **{"x-tenant": "t", "authorization": "token 2"})
+    assert "detail=lease" in cache_status(rotated)
+    assert "fwd=miss" in cache_status(await ask(app, "aa", **{"x-tenant": "u", "authorization": "token 1"}))
+    assert "" == cache_status(await ask(app, "aa", authorization="token 1"))
+
+
+async def test_what_partition_by_raises_is_the_apps_to_handle(settings: Settings) -> None:
+    """A user's mistake is not swallowed."""
+
+    def broken(_conn: HTTPConnection) -> str:
+        raise KeyError("tenant")
+
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings, partition_by=broken)
+    with pytest.raises(KeyError):
+        await ask(app, "a")
+
+
+async def test_cors_headers_are_those_of_the_origin(any_settings: Settings) -> None:
+    """A full hit outside ``CORSMiddleware`` repeats what the app said to this origin, and to no other."""
+    inner = CORSMiddleware(server(Spy()), allow_origins=["https://a", "https://b"])
+    app = EmbeddingCacheMiddleware(inner, settings=any_settings)
+    for origin in ("https://a", "https://b", "https://a", "https://b"):
+        response = await ask(app, "a", origin=origin)
+        assert origin == response.headers["access-control-allow-origin"]
+    assert "hit" in cache_status(response)
+    assert "origin" in response.headers["vary"].lower()
+
+
+async def test_set_cookie_is_never_stored(settings: Settings, redis_url: str) -> None:
+    """Whoever asks gets the app's cookie; a hit has none, and Redis neither."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_cookie(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"set-cookie", b"session=5ec1e7")]}
+            await send(message)
+
+        await server(Spy())(scope, receive, with_cookie)
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    cold, warm = [await ask(cached, "a") for _ in range(2)]
+    assert "set-cookie" in cold.headers
+    assert "set-cookie" not in warm.headers
+    store = sync_redis.Redis.from_url(redis_url)
+    assert not [key for key in store.scan_iter() if b"5ec1e7" in (store.dump(key) or b"")]
+    store.close()
+
+
+# Invalidation.
+
+
+async def test_a_flush_makes_every_vector_of_the_model_a_miss(redis_url: str) -> None:
+    """One written key, no scan; other models keep theirs."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=0)
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(app) as c:
+        for model in ("m", "n"):
+            await c.post("/v1/embeddings", json={"model": model, "input": ["a", "b"]})
+        await flush_model("m", settings=settings)
+        said = [
+            cache_status(await c.post("/v1/embeddings", json={"model": model, "input": ["a", "b"]})) for model in "mn"
+        ]
+    assert "fwd=miss" in said[0]
+    assert "hit" in said[1]
+
+
+async def test_a_computation_under_way_is_flushed_too(redis_url: str) -> None:
+    """What was asked before a flush and answered after it is never served later."""
+    apps = []
+    for settled in (False, True):
+        settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=f"{settled}:", EMBEDDING_CACHE_L1_BYTES=0)
+
+        async def flush(_scope: Scope, settings: Settings = settings) -> None:
+            await flush_model("m", settings=settings)
+
+        spy = Spy()
+        if settled:  # the model has an epoch already
+            apps.append(EmbeddingCacheMiddleware(server(Spy()), settings=settings))
+            await ask(apps[-1], "other")
+        apps.append(EmbeddingCacheMiddleware(server(spy, before=flush), settings=settings))
+        await ask(apps[-1], "a")
+        apps.append(EmbeddingCacheMiddleware(server(spy), settings=settings))
+        after = await ask(apps[-1], "a")
+        assert "fwd=miss" in cache_status(after)
+        assert 2 == spy.calls
+
+
+async def test_a_lost_epoch_never_brings_flushed_vectors_back(redis_url: str) -> None:
+    """An evicted epoch makes vectors misses, also those written before the flush."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=0)
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    await ask(app, "a")
+    await flush_model("m", settings=settings)
+    store = sync_redis.Redis.from_url(redis_url)
+    [epoch] = store.scan_iter("embedding_epoch:*")
+    store.delete(epoch)
+    store.close()
+    assert "fwd=miss" in cache_status(await ask(app, "a"))
+    assert "hit" in cache_status(await ask(app, "a"))
+
+
+async def test_a_flush_is_complete_in_the_process_after_its_seconds(redis_url: str) -> None:
+    """The in-process layer answers without Redis for ``L1_SECONDS`` and not longer."""
+    settings = Settings(REDIS_URL=redis_url)
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    now = [0.0]
+    app._core.monotonic = lambda: now[0]
+    await ask(app, "a")
+    await ask(app, "a")
+    await flush_model("m", settings=settings)
+    now[0] = 4.9
+    assert "hit" in cache_status(await ask(app, "a"))
+    now[0] = 5.1
+    assert "fwd=miss" in cache_status(await ask(app, "a"))
+
+
+async def test_the_in_process_layer_answers_without_redis(own_server: Any) -> None:
+    """A hit from the process sends no command at all."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL=own_server.url))
+    for _ in range(3):
+        await ask(app, "a")
+    before = own_server.client().info("stats")["total_commands_processed"]
+    for _ in range(5):
+        assert "hit" in cache_status(await ask(app, "a"))
+    assert 1 == own_server.client().info("stats")["total_commands_processed"] - before
+
+
+# Cache-Control and Cache-Status.
+
+
+async def test_request_directives(any_settings: Settings) -> None:
+    """``no-cache`` and ``max-age=0`` refresh, ``no-store`` leaves no trace, ``only-if-cached`` never calls."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+
+    async def say(directive: str, text: str) -> tuple[int, str, int]:
+        before = spy.calls
+        response = await ask(app, text, **{"cache-control": directive})
+        return response.status_code, cache_status(response).removeprefix("redis-asgi; "), spy.calls - before
+
+    assert (504, "", 0) == await say("only-if-cached", "a")
+    assert (200, "fwd=bypass; detail=no-store", 1) == await say("no-store", "a")
+    assert (504, "", 0) == await say("only-if-cached", "a")
+    assert (200, "fwd=request; stored", 1) == await say("no-cache", "a")
+    assert 200 == (await say("only-if-cached", "a"))[0]
+    assert (200, "fwd=request; stored", 1) == await say("max-age=0", "a")
+    assert (200, "fwd=bypass; detail=no-store", 1) == await say("No-Store, max-age=5", "a")
+    app._core.wall = lambda: time.time() + 100
+    assert (200, "fwd=miss; stored", 1) == await say("max-age=50", "a")
+    assert 0 == (await say("max-age=50", "a"))[2]
+    assert 0 == (await say("max-age=nonsense", "a"))[2]
+
+
+async def test_504_is_a_problem_document(settings: Settings) -> None:
+    """``only-if-cached`` without a full hit says so in problem+json and makes no call."""
+    spy = Spy()
+    response = await ask(
+        EmbeddingCacheMiddleware(server(spy), settings=settings), "a", **{"cache-control": "only-if-cached"}
+    )
+    assert "application/problem+json" == response.headers["content-type"]
+    assert 504 == response.json()["status"]
+    assert 0 == spy.calls
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({b"cache-control": b"no-store"}, "fwd=bypass; detail=response-no-store"),
+        ({b"cache-control": b"private, max-age=9"}, "fwd=bypass; detail=response-no-store"),
+        ({b"cache-control": b"max-age=0"}, "fwd=bypass; detail=response-no-store"),
+        ({b"vary": b"accept-language"}, "fwd=bypass; detail=vary"),
+        ({b"vary": b"*"}, "fwd=bypass; detail=vary"),
+        ({b"vary": b"Origin, Accept-Encoding, Authorization, OpenAI-Project"}, "fwd=miss; stored"),
+        ({b"cache-control": b"public, max-age=60"}, "fwd=miss; stored"),
+    ],
+    ids=repr,
+)
+async def test_response_directives(headers: dict[bytes, bytes], said: str, settings: Settings) -> None:
+    """What the app forbids to store is not stored, nor given to anybody else."""
+    calls = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        calls.append(1)
+        await respond(send, orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())), 200, *headers.items())
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    first, second = [await ask(cached, "a") for _ in range(2)]
+    assert f"redis-asgi; {said}" == cache_status(first)
+    assert ("stored" in said) == (len(calls) == 1)
+    if "stored" in said:
+        assert "hit" in cache_status(second)
+
+
+async def test_a_smaller_max_age_of_the_app_caps_the_ttl(settings: Settings, redis_url: str) -> None:
+    """The vector ends when the app says, and a hit does not promise more."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy()))
+        await respond(send, answer, 200, (b"cache-control", b"max-age=60"))
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    await ask(cached, "a")
+    assert "redis-asgi; hit" == cache_status(await ask(cached, "a"))
+    store = sync_redis.Redis.from_url(redis_url)
+    [key] = store.scan_iter("embedding_input:*")
+    assert 58 <= store.ttl(key) <= 60
+    store.close()
+
+
+async def test_our_member_is_appended_once_and_can_be_switched_off(redis_url: str) -> None:
+    """A ``Cache-Status`` of the app stays first; ``STATUS=false`` adds none."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy()))
+        await respond(send, answer, 200, (b"cache-status", b"inner; hit"))
+
+    cached = EmbeddingCacheMiddleware(app, settings=Settings(REDIS_URL=redis_url))
+    assert ["inner; hit", "redis-asgi; fwd=miss; stored"] == (await ask(cached, "a")).headers.get_list("cache-status")
+    quiet = EmbeddingCacheMiddleware(app, settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_STATUS=False))
+    assert ["inner; hit"] == (await ask(quiet, "b")).headers.get_list("cache-status")
+
+
+async def test_created_and_id_are_fresh_on_a_hit(settings: Settings) -> None:
+    """A hit is not a replay of an old answer's identity."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())
+        await respond(send, orjson.dumps({**answer, "id": "embd-0", "created": 5}))
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    cold, *warm = [(await ask(cached, "a")).json() for _ in range(3)]
+    assert ("embd-0", 5) == (cold["id"], cold["created"])
+    assert 3 == len({answer["id"] for answer in (cold, *warm)})
+    assert all(answer["id"].startswith("embd-") and answer["created"] > 5 for answer in warm)
+
+
+# Around the app.
+
+
+async def test_the_app_sees_what_was_found(settings: Settings) -> None:
+    """``request.state`` has the cache, and the result for the endpoint and for what stands outside."""
+    results: list[Any] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        results.append(request.state.embedding_cache_result)
+        fields = await request.json()
+        await request.state.embedding_cache.set_embedding("x", [1.0])
+        return JSONResponse(FORMATS["openai"][2](fields, fields["input"], Spy()))
+
+    inner = Starlette(routes=[Route("/v1/embeddings", endpoint, methods=["POST"])])
+    cached = EmbeddingCacheMiddleware(inner, settings=settings)
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        await cached(scope, receive, send)
+        results.append(scope["state"]["embedding_cache_result"])
+
+    await ask(outside, [1], [2, 3])
+    await ask(outside, [1], [4])
+    await ask(outside, [1], [1], [4])
+    shown = [(r.outcome, r.hits, r.misses, r.tokens, r.billed_tokens) for r in results]
+    assert [
+        ("miss", 0, 2, 0, 0),
+        ("miss", 0, 2, 3, 3),
+        ("partial", 1, 1, 0, 0),
+        ("partial", 1, 1, 2, 1),
+        ("hit", 2, 0, 3, 0),
+    ] == shown
+
+
+async def test_a_mounted_app_is_cached(settings: Settings) -> None:
+    """Under a mount the path less its root is the endpoint."""
+    spy = Spy()
+
+    async def unmounted(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        await server(spy)({**scope, "path": path}, receive, send)
+
+    app = Starlette(routes=[Mount("/models", app=EmbeddingCacheMiddleware(unmounted, settings=settings))])
+    for _ in range(2):
+        last = await ask(app, "a", path="/models/v1/embeddings")
+    assert "hit" in cache_status(last)
+    assert 1 == spy.calls
+
+
+async def test_other_requests_are_not_touched(settings: Settings) -> None:
+    """GET, other paths, and other bodies pass with the very messages of the server."""
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((scope["path"], receive, send))
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(_message: Any) -> None:
+        raise AssertionError
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    for kind, method, path in (
+        ("http", "GET", "/v1/embeddings"),
+        ("http", "POST", "/v1/models"),
+        ("websocket", "", "/v1/embeddings"),
+    ):
+        await cached({"type": kind, "method": method, "path": path, "headers": []}, receive, send)
+    assert [(path, receive, send) for path in ("/v1/embeddings", "/v1/models", "/v1/embeddings")] == seen
+
+
+async def test_the_sub_request_fits_its_body(settings: Settings) -> None:
+    """It has its own length, asks for no compression, and keeps every other header."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    await ask(app, "a")
+    await ask(app, "a", "b", **{"x-request-id": "7", "expect": "100-continue"})
+    headers = spy.headers[1]
+    assert b'{"model":"m","input":["b"]}' == spy.bodies[1]
+    assert (b"27", b"identity", b"7") == tuple(
+        headers[n] for n in (b"content-length", b"accept-encoding", b"x-request-id")
+    )
+    assert b"expect" not in headers
+
+
+async def test_a_custom_wire_format_can_be_routed(settings: Settings) -> None:
+    """Anything with the names of the Protocol speaks for a path of the user's."""
+    spy = Spy()
+    inner = server(spy)
+
+    async def moved(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner({**scope, "path": "/embed"}, receive, send)
+
+    app = EmbeddingCacheMiddleware(moved, settings=settings, routes={"/mine": "tei"})
+    async with client(app) as c:
+        for _ in range(2):
+            last = await c.post("/mine", json={"inputs": ["a"]})
+    assert "hit" in cache_status(last)
+
+
+async def test_configured_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch, redis_url: str) -> None:
+    """``EmbeddingCacheMiddleware(app)`` works, as vLLM's ``--middleware`` builds it."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("EMBEDDING_CACHE_REDIS_URL", redis_url)
+    monkeypatch.setenv("EMBEDDING_CACHE_ROUTES", "openai:/mine, tei")
+    monkeypatch.setenv("EMBEDDING_CACHE_TTL", "100")
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy))
+    async with client(app) as c:
+        said = [cache_status(await c.post("/embed", json={"inputs": ["a"]})) for _ in range(2)]
+        assert "" == cache_status(await c.post("/v1/embeddings", json=body("a")))
+    assert "hit" in said[1]
+    assert 89 <= int(said[1].partition("ttl=")[2]) <= 100
+
+
+async def test_a_decoding_client_of_the_users_is_fine(redis_url: str) -> None:
+    """``decode_responses=True`` does not break vectors, and the client is left open."""
+    user_client = aioredis.Redis.from_url(redis_url, decode_responses=True)
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), redis=user_client, settings=Settings(EMBEDDING_CACHE_L1_BYTES=0))
+    for _ in range(2):
+        last = await ask(app, "a", "b")
+    assert "hit" in cache_status(last)
+    assert await user_client.ping()
+    await user_client.aclose()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"routes": {"/x": "nope"}},
+        {"routes": {"x": "openai"}},
+        {"routes": {"/x": object()}},
+        {"ttl": 0},
+        {"ttl": True},
+        {"ttl": "60"},
+        {"lease": -1},
+        {"lease": "never"},
+        {"namespace": 5},
+        {"partition_by": "tenant"},
+        {"redis": "http://x"},
+    ],
+    ids=repr,
+)
+def test_misuse_is_found_at_construction(arguments: dict[str, Any]) -> None:
+    """Every argument is checked before the first request."""
+    with pytest.raises(ConfigurationError, match="Try "):
+        EmbeddingCacheMiddleware(server(Spy()), settings=Settings(), **arguments)
+
+
+def test_unknown_wire_formats_in_the_environment_are_found_at_construction() -> None:
+    """``EMBEDDING_CACHE_ROUTES`` with a typo names itself and what would work."""
+    with pytest.raises(ConfigurationError, match=r"EMBEDDING_CACHE_ROUTES='opanai'.*openai"):
+        EmbeddingCacheMiddleware(server(Spy()), settings=Settings(EMBEDDING_CACHE_ROUTES="opanai"))
+
+
+async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings) -> None:
+    """The lifespan opens and closes it; the app's own events pass."""
+    app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
+    manager = app._core.manager
+    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+    sent = []
+
+    async def receive() -> Any:
+        return next(events)
+
+    async def send(message: Any) -> None:
+        sent.append((message["type"], manager.pool is not None))
+
+    await app({"type": "lifespan", "state": {}}, receive, send)
+    assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == [kind for kind, _ in sent]
+    assert sent[1][1]
+    assert manager.pool is None
+
+
+async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings) -> None:
+    """``BaseHTTPMiddleware`` and compression around it, compression within: misses, partial and full hits."""
+    spy = Spy()
+
+    async def passing(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        response.headers["x-outside"] = "yes"
+        return response
+
+    inner = GZipMiddleware(server(spy), minimum_size=10)
+    app = Starlette(
+        routes=[Mount("/", app=EmbeddingCacheMiddleware(inner, settings=settings))],
+        middleware=[
+            Middleware(BaseHTTPMiddleware, dispatch=passing),
+            Middleware(GZipMiddleware, minimum_size=10),
+        ],
+    )
+    for items in (["a", "b"], ["b", "c"], ["c", "a", "b"]):
+        response = await ask(app, *items)
+        assert FORMATS["openai"][2]({"model": "m"}, items, Spy())["data"] == response.json()["data"]
+        assert "yes" == response.headers["x-outside"]
+        assert "gzip" == response.headers["content-encoding"]
+    assert ["a", "b", "c"] == spy.seen
+    assert "hit" in cache_status(response)

@@ -1,0 +1,429 @@
+"""The oracle: an answer through the middleware is the answer of the app alone."""
+
+import base64
+import gzip
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.settings import Settings
+
+from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+
+pytestmark = pytest.mark.anyio
+
+TEXTS = ["a", "b b", "a ", "é", "e\u0301", "\u0000", "long " * 40, '"', "0", "[1,2]", "x:y", "naïve 🙂"]
+TOKENS = [[1], [1, 2], [12], [2, 1], [0], [99_999, 3, 7], [5] * 9]
+
+
+def random_body(name: str, rng: random.Random) -> dict[str, Any]:
+    """A random request of one format: duplicates, single inputs, token arrays, other fields."""
+    tokens = name in ("openai", "tei") and rng.random() < 0.4
+    pool: list[Any] = TOKENS if tokens else TEXTS
+    items: Any = [rng.choice(pool) for _ in range(rng.choice((1, 1, 2, 3, 5, 9, 20)))]
+    if name == "ollama_prompt" or (name not in ("cohere", "cohere_v1") and len(items) == 1 and rng.random() < 0.5):
+        items = items[0]
+    body: dict[str, Any] = {FORMATS[name][1]: items}
+    if name == "tei":
+        body |= rng.choice(({}, {"prompt_name": "query"}))
+    else:
+        body["model"] = rng.choice(("m", "m2"))
+    if name == "openai":
+        body |= rng.choice(({}, {"encoding_format": "float"}, {"encoding_format": "base64"}))
+    if name.startswith("cohere"):
+        body["input_type"] = "search_query"
+        body |= rng.choice(({}, {"embedding_types": ["float"]}, {"embedding_types": ["base64", "float"]}))
+    return body
+
+
+def values_in(name: str, answer: Any) -> dict[str, list[Any]]:
+    """The vectors of an answer by representation, taken out of it."""
+    if name == "openai":
+        values = [item.pop("embedding") for item in answer["data"]]
+        return {"base64" if isinstance(values[0], str) else "float": values}
+    if name == "ollama":
+        return {"float": answer.pop("embeddings")}
+    if name == "ollama_prompt":
+        return {"float": [answer.pop("embedding")]}
+    if name == "tei":
+        values, answer[:] = list(answer), []
+        return {"float": values}
+    values = answer.pop("embeddings")
+    return values if isinstance(values, dict) else {"float": values}
+
+
+def tokens_in(name: str, answer: Any) -> Any:
+    """The token count of an answer, taken out of it."""
+    if name == "openai":
+        return answer.pop("usage")
+    if name == "ollama":
+        return answer.pop("prompt_eval_count")
+    return answer["meta"]["billed_units"].pop("input_tokens") if name.startswith("cohere") else None
+
+
+def as_float32(value: Any) -> bytes:
+    """A vector's float32 bytes, from either representation."""
+    return base64.b64decode(value) if isinstance(value, str) else np.array(value, dtype="<f4").tobytes()
+
+
+def in_order(name: str, answer: Any) -> Any:
+    """An answer whose items are in the order of their index, as clients read them."""
+    if name == "openai":
+        answer["data"].sort(key=lambda item: item["index"])
+    return answer
+
+
+@pytest.mark.parametrize("style", ["twin", "shortest", "wide"])
+@pytest.mark.parametrize("name", FORMATS)
+async def test_an_answer_through_the_cache_is_the_answer_of_the_app_alone(
+    name: str, style: str, any_settings: Settings
+) -> None:
+    """Order, index, status, vectors, headers and exact counts are those of the app, for any mix of hits."""
+    rng = random.Random(f"{name}{style}")
+    alone = server(Spy(style=style))
+    spy = Spy(style=style, shuffle=rng, honours_base64=style != "wide")
+    alone = server(Spy(style=style, honours_base64=style != "wide"))
+    local = rng.choice((0, 4096, 64 * 1024 * 1024))
+    settings = Settings(**any_settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_L1_BYTES=local)
+    cached = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    path = FORMATS[name][0]
+    first_seen: dict[Any, str] = {}
+    hits = 0
+    async with client(alone) as bare, client(cached) as through:
+        for _ in range(130):
+            body = random_body(name, rng)
+            expected, actual = [await c.post(path, json=body) for c in (bare, through)]
+            assert expected.status_code == actual.status_code == 200, actual.text
+            said = cache_status(actual)
+            hits += "; hit" in said
+            same = ("content-type",) if "; hit" in said else ("content-type", "x-app")
+            assert [expected.headers[h] for h in same] == [actual.headers[h] for h in same]
+            assert int(actual.headers["content-length"]) == len(actual.content)
+            left, right = in_order(name, expected.json()), in_order(name, actual.json())
+            if "hit" in said:  # our own rendering is in order, whatever the app's was
+                assert right == actual.json()
+            left_values, right_values = values_in(name, left), values_in(name, right)
+            counts = [tokens_in(name, answer) for answer in (left, right)]
+            items = body[FORMATS[name][1]]
+            if items and isinstance(items[0], list):
+                assert counts[0] == counts[1]
+            assert left == {**right, "id": left["id"]} if "id" in left else left == right
+            compare_vectors(body, FORMATS[name][1], left_values, right_values, first_seen)
+    assert hits > 10, "the cache was never used"
+
+
+def compare_vectors(
+    body: dict[str, Any],
+    field: str,
+    left: dict[str, list[Any]],
+    right: dict[str, list[Any]],
+    first_seen: dict[Any, str],
+) -> None:
+    """Equal as parsed in the representation first seen, and as float32 in the other."""
+    items = body[field] if isinstance(body[field], list) and not isinstance(body[field][0], int) else [body[field]]
+    if set(left) != set(right):  # asked for base64 of a server that ignores it: a full hit gives what was asked
+        assert {"float"} == set(left)
+        left = dict.fromkeys(right, left["float"])
+    best = "float" if "float" in left and not isinstance(left["float"][0], str) else next(iter(left))
+    for kind in left:
+        for item, expected, actual in zip(items, left[kind], right[kind], strict=True):
+            seen = first_seen.setdefault((repr(item), body.get("model"), body.get("prompt_name")), best)
+            if seen == kind and type(expected) is type(actual):
+                assert expected == actual
+            else:
+                assert as_float32(expected) == as_float32(actual)
+
+
+async def test_usage_over_a_whole_stored_batch_is_what_the_app_counted(any_settings: Settings) -> None:
+    """Shares are estimated, but their sum over a batch stored together is the app's own count."""
+    cached = EmbeddingCacheMiddleware(server(Spy()), settings=any_settings)
+    body = {"model": "m", "input": ["one", "two words here", "x " * 50]}
+    async with client(cached) as c:
+        cold, warm = [(await c.post("/v1/embeddings", json=body)).json() for _ in range(2)]
+    assert {"prompt_tokens": 57, "total_tokens": 57} == cold["usage"] == warm["usage"]
+
+
+async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: str) -> None:
+    """``billed`` reports the sub-request's tokens and names the rest as cached."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_USAGE="billed")
+    cached = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    async with client(cached) as c:
+        for items in ([[1, 2]], [[1, 2], [3, 4, 5]], [[1, 2], [3, 4, 5]]):
+            answer = (await c.post("/v1/embeddings", json={"model": "m", "input": items})).json()["usage"]
+            details = answer.pop("prompt_tokens_details", {})
+            expected = {1: (2, 0), 2: (3, 2)}[len(items)] if details.get("cached_tokens") != 5 else (0, 5)
+            assert expected == (answer["total_tokens"], details.get("cached_tokens", 0))
+    assert (0, 5) == expected
+
+
+# An app that misbehaves.
+
+Misbehave = Callable[[Send, Any, bytes], Awaitable[None]]
+
+
+async def _not_a_number(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"][0]["embedding"][0] = None
+    await respond(send, orjson.dumps(answer).replace(b"null", b"NaN"))
+
+
+async def _null_component(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"][0]["embedding"][0] = None
+    await respond(send, orjson.dumps(answer))
+
+
+async def _null_vector(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"][0]["embedding"] = None
+    await respond(send, orjson.dumps(answer))
+
+
+async def _short(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"].pop()
+    await respond(send, orjson.dumps(answer))
+
+
+async def _long(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"].append({**answer["data"][0], "index": len(answer["data"])})
+    await respond(send, orjson.dumps(answer))
+
+
+async def _ragged(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"][-1]["embedding"].pop()
+    answer["data"][0]["embedding"] += [1.0] * (len(answer["data"]) == 1)
+    answer["data"][0]["embedding"] = [answer["data"][0]["embedding"]] if len(answer["data"]) == 1 else [0.5]
+    await respond(send, orjson.dumps(answer))
+
+
+async def _two_dimensional(send: Send, answer: Any, _raw: bytes) -> None:
+    for item in answer["data"]:
+        item["embedding"] = [item["embedding"]]
+    await respond(send, orjson.dumps(answer))
+
+
+async def _booleans(send: Send, answer: Any, _raw: bytes) -> None:
+    answer["data"][0]["embedding"] = [True] * len(answer["data"][0]["embedding"])
+    await respond(send, orjson.dumps(answer))
+
+
+async def _duplicate_index(send: Send, answer: Any, _raw: bytes) -> None:
+    for item in answer["data"]:
+        item["index"] = 0 if len(answer["data"]) > 1 else 5
+    await respond(send, orjson.dumps(answer))
+
+
+async def _compressed(send: Send, answer: Any, _raw: bytes) -> None:
+    await respond(send, gzip.compress(orjson.dumps(answer), mtime=0), 200, (b"content-encoding", b"gzip"))
+
+
+async def _just_null(send: Send, _answer: Any, _raw: bytes) -> None:
+    await respond(send, b"null")
+
+
+async def _other_type(send: Send, answer: Any, _raw: bytes) -> None:
+    await respond(send, orjson.dumps(answer), 200, (b"content-type", b"text/plain"))
+
+
+async def _created(send: Send, answer: Any, _raw: bytes) -> None:
+    await respond(send, orjson.dumps(answer), 201)
+
+
+async def _too_long(send: Send, _answer: Any, raw: bytes) -> None:
+    # Says how long the request was: an answer to a smaller one would show.
+    await respond(send, b'{"error":"input too long: %d"}' % len(raw), 413)
+
+
+async def _unprocessable(send: Send, _answer: Any, raw: bytes) -> None:
+    await respond(send, b'{"error":"input[%d]"}' % raw.count(b'","'), 422)
+
+
+async def _busy(send: Send, _answer: Any, _raw: bytes) -> None:
+    await respond(send, b'{"error":"busy"}', 429, (b"retry-after", b"7"))
+
+
+async def _event_stream(send: Send, _answer: Any, raw: bytes) -> None:
+    start = {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [(b"content-type", b"text/event-stream")],
+    }
+    await send(start)
+    for part in (b"data: 1\n\n", b"data: %d\n\n" % len(raw), b""):
+        await send({"type": "http.response.body", "body": part, "more_body": part != b""})
+
+
+MISBEHAVIOURS = [
+    _not_a_number,
+    _null_component,
+    _null_vector,
+    _short,
+    _long,
+    _ragged,
+    _two_dimensional,
+    _booleans,
+    _duplicate_index,
+    _compressed,
+    _just_null,
+    _other_type,
+    _created,
+    _too_long,
+    _unprocessable,
+    _busy,
+    _event_stream,
+]
+
+
+def misbehaving(misbehave: Misbehave, broken: list[bool]) -> ASGIApp:
+    """A good server until *broken* says otherwise."""
+    good = Spy()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await read(receive)
+        body = orjson.loads(raw)
+        if not broken[0]:
+            await respond(send, orjson.dumps(FORMATS["openai"][2](body, body["input"], good)))
+            return
+        await misbehave(send, FORMATS["openai"][2](body, body["input"], good), raw)
+
+    return app
+
+
+@pytest.mark.parametrize("stored", [[], ["a", "b"]], ids=["cold", "partly-stored"])
+@pytest.mark.parametrize("misbehave", MISBEHAVIOURS, ids=lambda f: f.__name__.strip("_"))
+async def test_a_misbehaving_app_is_heard_as_it_is(
+    misbehave: Misbehave, stored: list[str], any_settings: Settings
+) -> None:
+    """Whatever the app answers to the original request is what the client gets, and nothing of it is stored."""
+    broken = [False]
+    app = misbehaving(misbehave, broken)
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    body = {"model": "m", "input": ["a", "b", "c", "d"]}
+    async with client(app) as bare, client(cached) as through:
+        if stored:
+            await through.post("/v1/embeddings", json={"model": "m", "input": stored})
+        broken[0] = True
+        expected, actual = [await c.post("/v1/embeddings", json=body) for c in (bare, through)]
+        assert expected.status_code == actual.status_code
+        assert expected.content == actual.content
+        assert "stored" not in cache_status(actual)
+        headers = {**actual.headers}
+        assert 1 == len(actual.headers.get_list("cache-status"))
+        headers.pop("cache-status")
+        assert {**expected.headers} == headers
+        broken[0] = False
+        again = await through.post("/v1/embeddings", json=body)
+        assert "hit; ttl" not in cache_status(again)
+        right = FORMATS["openai"][2](body, ["a", "b", "c", "d"], Spy())
+        assert right["data"] == again.json()["data"]
+
+
+class Halfway(Exception):
+    """What the app below dies of."""
+
+
+@pytest.mark.parametrize("stored", [[], ["a"]], ids=["cold", "partly-stored"])
+@pytest.mark.parametrize("when", ["before", "after-start", "after-some"])
+async def test_an_app_that_fails_fails_the_same_way_through_the_cache(
+    when: str, stored: list[str], settings: Settings
+) -> None:
+    """The same messages are sent and the same exception is raised; the app's own 500 stays its own."""
+    broken = [False]
+
+    async def fail(send: Send, _answer: Any, raw: bytes) -> None:
+        if when != "before":
+            headers = [(b"content-type", b"application/json"), (b"x-length", b"%d" % len(raw))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if when == "after-some":
+            await send({"type": "http.response.body", "body": b'{"data":[', "more_body": True})
+        raise Halfway(str(len(raw)))
+
+    async def outcome(app: ASGIApp) -> tuple[str, list[Any]]:
+        body = orjson.dumps({"model": "m", "input": ["a", "b"]})
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/embeddings",
+            "headers": headers,
+            "query_string": b"",
+        }
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            kept = [h for h in message.get("headers", ()) if h[0] != b"cache-status"]
+            sent.append({**message, "headers": kept} if "headers" in message else message)
+
+        with pytest.raises(Halfway) as caught:
+            await app(scope, receive, send)
+        return str(caught.value), sent
+
+    app = misbehaving(fail, broken)
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    if stored:
+        async with client(cached) as through:
+            await through.post("/v1/embeddings", json={"model": "m", "input": stored})
+    broken[0] = True
+    expected, actual = await outcome(app), await outcome(cached)
+    if when == "before":  # an error that says nothing about the body may come from the smaller request
+        expected, actual = ("", expected[1]), ("", actual[1])
+    assert expected == actual
+
+
+async def test_a_streamed_answer_is_understood_and_stored(settings: Settings) -> None:
+    """JSON in many small messages without a length is an answer like any other."""
+    spy = Spy()
+
+    async def chunked(send: Send, answer: Any, _raw: bytes) -> None:
+        spy.bodies.append(b"")
+        body = orjson.dumps(answer)
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for at in range(0, len(body), 100):
+            await send({"type": "http.response.body", "body": body[at : at + 100], "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    cached = EmbeddingCacheMiddleware(misbehaving(chunked, [True]), settings=settings)
+    async with client(cached) as c:
+        cold, warm = [await c.post("/v1/embeddings", json={"model": "m", "input": ["a", "b"]}) for _ in range(2)]
+    assert cold.json()["data"] == warm.json()["data"]
+    assert 1 == spy.calls
+
+
+async def test_a_changed_model_behind_the_same_name_starts_over(settings: Settings) -> None:
+    """A fresh vector of another length drops the stored ones, and this request is the app's alone."""
+    spy = Spy()
+    cached = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(cached) as c:
+        await c.post("/v1/embeddings", json={"model": "m", "input": ["a"]})
+        spy.dims = 9
+        mixed = await c.post("/v1/embeddings", json={"model": "m", "input": ["a", "b"]})
+        after = await c.post("/v1/embeddings", json={"model": "m", "input": ["a"]})
+    assert "fwd=bypass; detail=replayed" in cache_status(mixed)
+    assert [9, 9] == [len(item["embedding"]) for item in mixed.json()["data"]]
+    assert 9 == len(after.json()["data"][0]["embedding"])
+    assert "fwd=miss" in cache_status(after)
+
+
+async def _post(app: ASGIApp, body: bytes, **headers: str) -> httpx.Response:
+    async with client(app) as c:
+        return await c.post("/v1/embeddings", content=body, headers={"content-type": "application/json", **headers})
+
+
+async def test_float16_answers_the_same_cold_and_warm(redis_url: str) -> None:
+    """With ``DTYPE=float16`` a miss already answers what will be stored."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE="float16", EMBEDDING_CACHE_L1_BYTES=0)
+    cached = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    body = orjson.dumps({"model": "m", "input": ["a", "b"]})
+    cold, warm = [await _post(cached, body) for _ in range(2)]
+    exact = FORMATS["openai"][2]({"model": "m"}, ["a", "b"], Spy())["data"]
+    assert cold.json()["data"] == warm.json()["data"] != exact
+    got = [item["embedding"] for item in warm.json()["data"]]
+    np.testing.assert_allclose(got, [item["embedding"] for item in exact], rtol=1e-3)

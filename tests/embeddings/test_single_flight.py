@@ -1,0 +1,463 @@
+"""Concurrent requests: each input computed once, and nobody pays for somebody else's departure."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.maintenance import flush_model
+from redis_asgi.settings import Settings
+
+from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """An app's pause: it says when it is reached, and goes on when told to."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def __call__(self, _scope: Scope) -> None:
+        self.reached.set()
+        await self.open.wait()
+
+
+class Caller:
+    """One request, driven by hand, that can disconnect or be cancelled."""
+
+    def __init__(self, app: ASGIApp, *items: Any, **headers: str) -> None:
+        body = orjson.dumps({"model": "m", "input": list(items)})
+        raw = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        raw += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        self.scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/embeddings",
+            "query_string": b"",
+            "headers": raw,
+        }
+        self.sent: list[Message] = []
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self.task = asyncio.ensure_future(app(self.scope, self._messages.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def disconnect(self) -> None:
+        """The client goes away."""
+        self._messages.put_nowait({"type": "http.disconnect"})
+
+    @property
+    def status(self) -> int:
+        """Of its answer."""
+        return int(self.sent[0]["status"])
+
+    @property
+    def said(self) -> str:
+        """Its Cache-Status."""
+        return str(dict(self.sent[0]["headers"]).get(b"cache-status", b""), "latin-1")
+
+    @property
+    def answer(self) -> Any:
+        """Its body."""
+        return orjson.loads(b"".join(m.get("body", b"") for m in self.sent[1:]))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something is so."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_fifty_identical_requests_are_one_computation(any_settings: Settings) -> None:
+    """The app computes each input once, and every caller gets the same answer."""
+    spy, gate = Spy(), Gate()
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    callers = [Caller(app, "a", "b") for _ in range(50)]
+    await gate.reached.wait()
+    await asyncio.sleep(0.05)
+    gate.open.set()
+    await asyncio.gather(*(caller.task for caller in callers))
+    assert ["a", "b"] == spy.seen
+    assert {200} == {caller.status for caller in callers}
+    assert 1 == len({orjson.dumps(caller.answer["data"]) for caller in callers})
+    assert 1 == len({orjson.dumps(caller.answer["usage"]) for caller in callers})
+    assert {"redis-asgi; fwd=miss; stored", "redis-asgi; fwd=miss; collapsed"} == {c.said for c in callers}
+
+
+async def test_overlapping_batches_share_what_they_have_in_common(any_settings: Settings) -> None:
+    """A request waits for another's inputs and forwards only its own."""
+    spy, gate = Spy(), Gate()
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    first = Caller(app, "a", "b")
+    await gate.reached.wait()
+    second = Caller(app, "b", "c", "a")
+    await until(lambda: spy.calls == 2)
+    gate.open.set()
+    await asyncio.gather(first.task, second.task)
+    assert ["a", "b", "c"] == spy.seen
+    assert FORMATS["openai"][2]({"model": "m"}, ["b", "c", "a"], Spy())["data"] == second.answer["data"]
+
+
+async def test_the_first_callers_disconnect_fails_nobody(any_settings: Settings) -> None:
+    """The call goes on for those who joined it, and the app sees no disconnect."""
+    gate, disconnected = Gate(), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        watch = asyncio.ensure_future(receive())
+        await gate(scope)
+        disconnected.append(watch.done())
+        watch.cancel()
+        await respond(send, orjson.dumps(FORMATS["openai"][2](body, body["input"], Spy())))
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    first = Caller(cached, "a")
+    await gate.reached.wait()
+    second = Caller(cached, "a")
+    await asyncio.sleep(0.02)
+    first.disconnect()
+    await asyncio.sleep(0.02)
+    gate.open.set()
+    await asyncio.gather(first.task, second.task)
+    assert [False] == disconnected
+    assert 200 == second.status
+
+
+async def test_the_first_callers_cancellation_fails_nobody(any_settings: Settings) -> None:
+    """A caller whose task is cancelled leaves; the others get their answer."""
+    spy, gate = Spy(), Gate()
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    first = Caller(app, "a")
+    await gate.reached.wait()
+    second = Caller(app, "a")
+    await asyncio.sleep(0.02)
+    first.task.cancel()
+    await asyncio.wait({first.task})
+    gate.open.set()
+    await second.task
+    assert first.task.cancelled()
+    assert (200, 1) == (second.status, spy.calls)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_settings: Settings) -> None:
+    """After the last disconnect the app sees one; after the last cancellation it is cancelled."""
+    started, seen = asyncio.Event(), []
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await read(receive)
+        started.set()
+        try:
+            seen.append((await receive())["type"])
+            await respond(send, b"null")
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    callers = [Caller(cached, "a") for _ in range(3)]
+    await started.wait()
+    await asyncio.sleep(0.02)
+    for caller in callers:
+        assert not seen
+        if cancelled:
+            caller.task.cancel()
+        else:
+            caller.disconnect()
+        await asyncio.sleep(0.01)
+    await asyncio.wait({caller.task for caller in callers})
+    await until(lambda: bool(seen))
+    assert ["cancelled" if cancelled else "http.disconnect"] == seen[:1]
+
+
+async def test_an_error_is_the_apps_answer_to_each_request_that_gets_it(any_settings: Settings) -> None:
+    """Followers of a flight that fails ask the app themselves; nobody is handed another's error."""
+    gate, calls = Gate(), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read(receive)
+        calls.append(dict(scope["headers"])[b"x-caller"])
+        await gate(scope)
+        await respond(send, b'{"caller":"%b"}' % calls[-1] if len(calls) == 1 else b"{}", 503)
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    first = Caller(cached, "a", x_caller="0")
+    await gate.reached.wait()
+    rest = [Caller(cached, "a", x_caller=str(n)) for n in (1, 2, 3)]
+    await asyncio.sleep(0.05)
+    assert 1 == len(calls)
+    gate.open.set()
+    await asyncio.gather(first.task, *(caller.task for caller in rest))
+    assert {b"0", b"1", b"2", b"3"} == set(calls)
+    assert 4 == len(calls)
+    assert {503} == {caller.status for caller in (first, *rest)}
+
+
+async def test_a_large_flight_is_not_joined_by_small_requests(any_settings: Settings) -> None:
+    """A query does not wait for a re-index: of more than 16 inputs only as large a request waits."""
+    spy, gate = Spy(), Gate()
+    inner, held = server(spy), server(spy, before=gate)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        large = int(dict(scope["headers"])[b"content-length"]) > 100
+        await (held if large else inner)(scope, receive, send)
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    large = Caller(cached, *(f"text {n}" for n in range(17)))
+    await gate.reached.wait()
+    small = Caller(cached, "text 3")
+    await small.task
+    assert 2 == spy.calls
+    as_large = Caller(cached, *(f"text {n}" for n in range(17)))
+    await asyncio.sleep(0.02)
+    gate.open.set()
+    await asyncio.gather(large.task, as_large.task)
+    assert 2 == spy.calls
+    assert "collapsed" in as_large.said
+
+
+async def test_a_flush_is_not_outrun_by_joining(redis_url: str) -> None:
+    """Who asks after a flush does not join a computation begun before it."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=0)
+    spy, gate = Spy(), Gate()
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings)
+    before = Caller(app, "a")
+    await gate.reached.wait()
+    await flush_model("m", settings=settings)
+    after = Caller(app, "a")
+    await until(lambda: spy.calls == 2)
+    gate.open.set()
+    await asyncio.gather(before.task, after.task)
+    assert 2 == spy.calls
+
+
+async def test_under_share_a_follower_without_a_lease_asks_the_app_itself(any_settings: Settings) -> None:
+    """A flight lets in nobody but its own caller: an unknown key gets the app's 401."""
+    spy, gate = Spy(), Gate()
+    inner = server(spy, before=gate)
+    refused: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if dict(scope["headers"])[b"authorization"] != b"good":
+            refused.append(await read(receive))
+            await respond(send, b"{}", 401)
+            return
+        await inner(scope, receive, send)
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings, share=True)
+    first = Caller(cached, "aa", "b", authorization="good")
+    await gate.reached.wait()
+    same, other = (
+        Caller(cached, "aa", "b", authorization="good"),
+        Caller(cached, "aa", "b", authorization="bad"),
+    )
+    await other.task
+    gate.open.set()
+    await asyncio.gather(first.task, same.task)
+    assert (200, 200, 401) == (first.status, same.status, other.status)
+    assert [b'{"model":"m","input":["b"]}'] == refused
+    assert 1 == spy.calls
+
+
+async def test_a_later_2xx_of_an_older_request_does_not_undo_a_refusal(any_settings: Settings) -> None:
+    """An answer asked for before a 401 grants no lease after it."""
+    spy, gate, keys = Spy(), Gate(), {"key"}
+    inner, held = server(spy), server(spy, before=gate)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if headers[b"authorization"].decode() not in keys:
+            await read(receive)
+            await respond(send, b"{}", 401)
+            return
+        await (held if b"x-slow" in headers else inner)(scope, receive, send)
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    slow = Caller(cached, "slow", authorization="key", x_slow="1")
+    await gate.reached.wait()
+    keys.clear()
+    assert 401 == await _status(Caller(cached, "b", authorization="key"))
+    gate.open.set()
+    await slow.task
+    assert 200 == slow.status
+    assert 401 == await _status(Caller(cached, "slow", authorization="key"))
+
+
+async def _status(caller: Caller) -> int:
+    await caller.task
+    return caller.status
+
+
+async def test_no_store_is_not_joined_and_joins_nobody(any_settings: Settings) -> None:
+    """Its answer is its own."""
+    spy, gate = Spy(), Gate()
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    callers = [Caller(app, "a", cache_control="no-store") for _ in range(3)]
+    await until(lambda: spy.calls == 3)
+    gate.open.set()
+    await asyncio.gather(*(caller.task for caller in callers))
+    assert {"redis-asgi; fwd=bypass; detail=no-store"} == {caller.said for caller in callers}
+
+
+async def test_background_tasks_of_the_app_run_after_its_answer(settings: Settings) -> None:
+    """The client has its answer before they begin, and the request ends after them."""
+    events: list[str] = []
+
+    async def later() -> None:
+        events.append("background" if caller.sent[-1:] and not caller.sent[-1].get("more_body") else "too early")
+
+    async def endpoint(request: Request) -> Response:
+        fields = await request.json()
+        answer = FORMATS["openai"][2](fields, fields["input"], Spy())
+        return JSONResponse(answer, background=BackgroundTask(wait_then_later))
+
+    async def wait_then_later() -> None:
+        await until(lambda: len(caller.sent) > 1)
+        await later()
+
+    app = EmbeddingCacheMiddleware(
+        Starlette(routes=[Route("/v1/embeddings", endpoint, methods=["POST"])]), settings=settings
+    )
+    caller = Caller(app, "a")
+    await caller.task
+    assert ["background"] == events
+
+
+def with_cancellation(endpoint: Any) -> Any:
+    """VLLM's decorator: cancels the endpoint when the client disconnects, by reading ``receive`` until then."""
+
+    async def listen(request: Request, reads: list[int]) -> None:
+        while True:
+            message = await request.receive()
+            reads.append(1)
+            if message["type"] == "http.disconnect":
+                return
+
+    async def wrapped(request: Request) -> Response:
+        reads: list[int] = []
+        request.app.state.reads.append(reads)
+        await request.body()
+        handler = asyncio.create_task(endpoint(request))
+        listener = asyncio.create_task(listen(request, reads))
+        done, pending = await asyncio.wait({handler, listener}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return handler.result() if handler in done else JSONResponse(None)
+
+    return wrapped
+
+
+class _Authentication:
+    """vLLM's, as far as it matters here."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if dict(scope["headers"]).get(b"authorization", b"").decode() != f"Bearer {self.key}":
+            await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def vllm(settings: Settings, spy: Spy, gate: Gate) -> Starlette:
+    """An app put together in vLLM's order: authentication, request ids, then ``--middleware``, outermost."""
+
+    async def endpoint(request: Request) -> Response:
+        fields = orjson.loads(await request.body())
+        spy.bodies.append(await request.body())
+        await gate(request.scope)
+        return JSONResponse(FORMATS["openai"][2](fields, fields["input"], spy))
+
+    async def request_id(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        response.headers["x-request-id"] = request.headers.get("x-request-id", "none")
+        return response
+
+    app = Starlette(routes=[Route("/v1/embeddings", with_cancellation(endpoint), methods=["POST"])])
+    app.state.reads = []
+    app.add_middleware(_Authentication, key="secret")
+    app.add_middleware(BaseHTTPMiddleware, dispatch=request_id)
+    app.add_middleware(EmbeddingCacheMiddleware, settings=settings)
+    return app
+
+
+async def test_vllms_order_and_its_cancellation_loop_work(settings: Settings) -> None:
+    """No spin, no early disconnect, a key still needed for hits; a disconnect's ``200 null`` is not stored."""
+    spy, gate = Spy(), Gate()
+    app = vllm(settings, spy, gate)
+    gone = Caller(app, "gone", authorization="Bearer secret")
+    await gate.reached.wait()
+    await asyncio.sleep(0.05)
+    assert [[]] == app.state.reads, "it must wait for a disconnect that has not come"
+    gone.disconnect()
+    await gone.task
+    assert [[1]] == app.state.reads
+    assert "stored" not in gone.said
+    gate.open.set()
+    async with client(app, authorization="Bearer secret") as c:
+        said = [cache_status(await c.post("/v1/embeddings", json={"model": "m", "input": ["gone"]})) for _ in "ab"]
+    assert "fwd=miss; stored" in said[0]
+    assert "hit" in said[1]
+    async with client(app, authorization="Bearer wrong") as c:
+        assert 401 == (await c.post("/v1/embeddings", json={"model": "m", "input": ["gone"]})).status_code
+
+
+async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: Settings) -> None:
+    """Whoever is left gets the right vectors, and no flight or task stays behind."""
+    spy = Spy()
+
+    async def a_moment(_scope: Scope) -> None:
+        await asyncio.sleep(0.003)
+
+    app = EmbeddingCacheMiddleware(server(spy, before=a_moment), settings=any_settings)
+    for turn in range(15):
+        callers = [Caller(app, f"a{n % 7}", f"b{(n * turn) % 11}", f"{turn}") for n in range(20)]
+        await asyncio.sleep(0.0005 * (turn % 5))
+        for caller in callers[::3]:
+            caller.task.cancel()
+        for caller in callers[1::3]:
+            caller.disconnect()
+        await asyncio.wait({caller.task for caller in callers})
+        for n, caller in enumerate(callers):
+            if caller.task.cancelled() or n % 3 == 1:
+                continue
+            items = [f"a{n % 7}", f"b{(n * turn) % 11}", f"{turn}"]
+            assert FORMATS["openai"][2]({"model": "m"}, items, Spy())["data"] == caller.answer["data"]
+    flights = app._core.flights
+    await flights.settle()
+    assert not flights._by_name
+    assert app._core.budget.take(256 * 1024 * 1024)
+
+
+async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:
+    """The next identical request after an answer never misses: the flight is joined until its write has ended."""
+    spy = Spy()
+    no_layer = Settings(**settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_L1_BYTES=0)
+    app = EmbeddingCacheMiddleware(server(spy), settings=no_layer)
+    async with client(app) as c:
+
+        async def ask(n: int) -> httpx.Response:
+            return await c.post("/v1/embeddings", json={"model": "m", "input": [str(n)]})
+
+        for n in range(50):
+            await asyncio.gather(ask(n), ask(n))
+            await ask(n)
+    assert 50 == spy.calls
