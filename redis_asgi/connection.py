@@ -136,7 +136,9 @@ class _Turnstile(ConnectionPool):
             self._turns.release()
             raise
         try:
-            await self.ensure_connection(connection)
+            # The usual case, without the layers of redis-py's retries: connected, and nothing left to read.
+            if not connection.is_connected or await connection.can_read():
+                await self.ensure_connection(connection)
         except BaseException:
             await self.release(connection)
             raise

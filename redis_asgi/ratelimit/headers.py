@@ -53,14 +53,15 @@ def effective_window(strategy: str, window: int, remaining: int, reset: int, ret
 
 def reply_fields(policies: PolicySet, reply: Reply) -> Fields:
     """`ietf_fields` straight from a strategy's numbers: what nearly every admitted response gets, so in one piece."""
-    values: list[int] = []
+    values: tuple[int, ...] = ()
     for i, fixed, window in policies.shown:
-        _, remaining, reset, retry, _ = reply[1 + VALUES_PER_COUNTER * i : 1 + VALUES_PER_COUNTER * (i + 1)]
-        left = reset if fixed else 0 if remaining else retry
+        at = VALUES_PER_COUNTER * i + 2
+        remaining = reply[at]
+        left = reply[at + 1] if fixed else 0 if remaining else reply[at + 2]
         values += (remaining, -(-left // MICROSECONDS) if left > 0 else window)
     if not values:
         return []
-    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % tuple(values))]
+    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % values)]
 
 
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:

@@ -11,15 +11,25 @@ logger = logging.getLogger("redis_asgi.ratelimit")
 _FORWARDING = frozenset((b"x-forwarded-for", b"forwarded"))
 
 
+# What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
+LOOKS = 10_000
+
+
 class Linter:
-    """What one middleware has said already, and what it looks for."""
+    """What one middleware has said already, and what it looks for.
+
+    Attributes:
+        looks: How many requests it still looks at.
+    """
 
     def __init__(self, addressing: Addressing) -> None:
         self._addressing = addressing
         self._said: set[str] = set()
+        self.looks = LOOKS
 
     def look(self, scope: Scope) -> None:
         """Look at a request for what its server or proxy setting does wrong."""
+        self.looks -= 1
         host = peer_host(scope)
         if not host:
             self._say(

@@ -111,7 +111,8 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
 
-        self._linter.look(scope)
+        if self._linter.looks:
+            self._linter.look(scope)
         state = scope.setdefault("state", {})
         outer: RequestDecision | None = state.get(STATE)
         if outer is not None and outer.ledger.settled:
