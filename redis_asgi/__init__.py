@@ -1,6 +1,6 @@
 """Rate limits and an embedding cache for any ASGI app, kept in one Redis.
 
-``settings``    the environment, validated          ``connection``   one Redis client per loop, shared
+``settings``    the environment, validated          ``connection``   one Redis client per loop, shared (``client``)
 ``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
 ``scope``       what is read from a request         ``keys``         names of Redis keys
 ``errors``      what is raised, and how failures are sorted

@@ -19,22 +19,19 @@ from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import redis
 import redis.asyncio as aioredis
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection, parse_url
+from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
-from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.driver_info import DriverInfo
+from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.maint_notifications import MaintNotificationsConfig
 
+from .client import Client, build_client
 from .errors import ConfigurationError, Failure, classify
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings, redact
+from .settings import Settings, redact
 
 logger = logging.getLogger("redis_asgi.connection")
 
-Client: TypeAlias = "aioredis.Redis | aioredis.RedisCluster"
 RedisArgument: TypeAlias = "RedisManager | Client | str | None"
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,71 +106,6 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         _open.discard(opened)
         manager.forget(opened)
         await opened.aclose()
-
-
-class _Turnstile(ConnectionPool):
-    """A pool whose caller waits for a free connection, where redis-py's raises "Too many connections".
-
-    A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
-    and reports its own exhaustion as a plain ``ConnectionError``.
-    """
-
-    def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._turns = asyncio.Semaphore(self.max_connections)
-        self._turn_timeout = turn_timeout
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every connection is in use."""
-        return self._turns.locked()
-
-    async def get_connection(self, *_deprecated: Any, **_options: Any) -> AbstractConnection:
-        await self._take_turn()
-        try:
-            connection: AbstractConnection = self.get_available_connection()  # type: ignore[no-untyped-call]  # theirs
-        except BaseException:
-            self._turns.release()
-            raise
-        try:
-            # The usual case, without the layers of redis-py's retries: connected, and nothing left to read.
-            if not connection.is_connected or await connection.can_read():
-                await self.ensure_connection(connection)
-        except BaseException:
-            await self.release(connection)
-            raise
-        return connection
-
-    async def _take_turn(self) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()
-            return
-        try:
-            async with asyncio.timeout(self._turn_timeout):
-                await self._turns.acquire()
-        except TimeoutError:
-            message = f"No free connection within {self._turn_timeout} s"
-            raise redis.exceptions.MaxConnectionsError(message) from None
-
-    async def release(self, connection: AbstractConnection) -> None:
-        try:
-            await super().release(connection)
-        finally:
-            self._turns.release()
-
-
-class _SentinelTurnstile(SentinelConnectionPool, _Turnstile):
-    """The same behind the pool that asks the sentinels where the master is."""
-
-
-class _TurnstileCluster(aioredis.RedisCluster):
-    """A cluster client whose callers wait for one of ``REDIS_POOL_SIZE`` turns; its nodes' pools only raise."""
-
-    _turns: asyncio.Semaphore
-
-    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        async with self._turns:
-            return await super().execute_command(*args, **kwargs)
 
 
 class RedisManager:
@@ -313,7 +245,8 @@ class RedisManager:
                 del self._opened[loop]
 
     def _connect(self) -> _Opened:
-        return _build(self._settings)
+        built = build_client(self._settings)
+        return _Opened(built.client, own=True, sentinels=built.sentinels)
 
     def _drop_closed_loops(self) -> None:
         # Only a loop that was closed without shutdown_asyncgens() is still here.
@@ -418,92 +351,6 @@ def _checked_client(client: object) -> Client:
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
-
-
-def _read_url(url: str) -> dict[str, Any]:
-    """What *url* asks for, without what would undo the choices of `_build`."""
-    return {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
-
-
-def _build(settings: Settings) -> _Opened:
-    """Make the client these settings describe. No I/O; every choice below avoids a measured trap.
-
-    - no retries: a retried counting command counts again (connecting is retried by `initialize_pool` only);
-    - RESP2 and no maintenance notifications: with them redis-py 8.1 hands out connections that a restarted
-      server has closed;
-    - ``driver_info`` instead of ``client_name``: an ACL without ``client|setname`` would fail every command.
-    """
-    from . import __version__  # noqa: PLC0415 - the package imports this module first
-
-    if settings.is_memory:
-        raise ConfigurationError(
-            "REDIS_URL='memory://' has no Redis client. Set REDIS_URL=redis://localhost:6379 to use one."
-        )
-    common: dict[str, Any] = {
-        "username": settings.REDIS_USERNAME,
-        "password": settings.REDIS_PASSWORD.get_secret_value() if settings.REDIS_PASSWORD else None,
-        "socket_timeout": settings.REDIS_TIMEOUT,
-        "socket_connect_timeout": settings.REDIS_TIMEOUT,
-        "decode_responses": False,
-        "protocol": 2,
-        "driver_info": DriverInfo().add_upstream_driver("redis-asgi", __version__),
-        "retry": Retry(NoBackoff(), 0),
-    }
-    quiet = MaintNotificationsConfig(enabled=False)
-    url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
-    tls = {
-        "ssl_ca_certs": settings.REDIS_SSL_CA_CERTS,
-        "ssl_certfile": settings.REDIS_SSL_CERTFILE,
-        "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
-    }
-    encrypted = settings.REDIS_SSL or url.startswith("rediss:")
-    if encrypted and "ssl_cert_reqs=none" in url.lower():
-        logger.warning(
-            "redis_asgi.tls_unverified",
-            extra={
-                "code": "tls_unverified",
-                "fix": "REDIS_URL says ssl_cert_reqs=none, so anybody on the way can pose as Redis. Set "
-                "REDIS_SSL_CA_CERTS to the authority's certificate instead.",
-            },
-        )
-    where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT}
-
-    if settings.REDIS_CLUSTER:
-        # Four batches may be under way at once beside the callers that hold a turn.
-        common |= {"max_connections": settings.REDIS_POOL_SIZE + 4, "maint_notifications_config": quiet}
-        common |= {"ssl": True, **tls} if encrypted else {}
-        there = _read_url(url) if url else where
-        there.pop("connection_class", None)  # "ssl" says it
-        cluster = _TurnstileCluster(**(common | there))
-        cluster._turns = asyncio.Semaphore(settings.REDIS_POOL_SIZE)
-        return _Opened(cluster, own=True)
-
-    common |= {"db": settings.REDIS_DB}
-    pool_options: dict[str, Any] = {
-        "max_connections": settings.REDIS_POOL_SIZE,
-        "turn_timeout": settings.REDIS_TIMEOUT,
-        "maint_notifications_config": quiet,
-    }
-    if settings.REDIS_SENTINELS:
-        addresses = [(host, int(port)) for host, _, port in (a.rpartition(":") for a in settings.REDIS_SENTINELS)]
-        kept = ("socket_timeout", "socket_connect_timeout", "protocol", "retry")
-        ssl_options: dict[str, Any] = {"ssl": True, **tls} if encrypted else {}
-        to_sentinels = {**{name: common[name] for name in kept}, **ssl_options}
-        sentinel = Sentinel(addresses, sentinel_kwargs=to_sentinels)  # type: ignore[no-untyped-call]  # theirs
-        master = sentinel.master_for(
-            settings.REDIS_SENTINEL_MASTER or "",
-            connection_pool_class=_SentinelTurnstile,
-            **common,
-            **pool_options,
-            **ssl_options,
-        )
-        return _Opened(master, own=True, sentinels=tuple(sentinel.sentinels))
-    if url:
-        options = common | pool_options | (tls if encrypted else {}) | _read_url(url)
-        return _Opened(aioredis.Redis.from_pool(_Turnstile(**options)), own=True)
-    if encrypted:
-        where |= {"connection_class": SSLConnection, **tls}
-    return _Opened(aioredis.Redis.from_pool(_Turnstile(**where, **common, **pool_options)), own=True)
 
 
 @overload

@@ -27,7 +27,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
-from redis_asgi.connection import Client, resolve_manager
+from redis_asgi.client import Client
+from redis_asgi.connection import resolve_manager
 from redis_asgi.errors import Failure, classify
 
 from .conftest import StartServer

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, cast
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
-from ..connection import Client, RedisArgument, RedisManager, resolve_manager
+from ..client import Client
+from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..errors import Failure, classify, classify_reply
 from ..settings import Settings
 from .outage import Outage

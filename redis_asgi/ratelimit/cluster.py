@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import redis.asyncio as aioredis
 
-from ..connection import Client, RedisManager
+from ..client import Client
+from ..connection import RedisManager
 from ..errors import Failure
 from .batch import Batcher, Check, Outcome, resolve
 from .policy import Charge
