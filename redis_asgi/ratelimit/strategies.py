@@ -171,7 +171,8 @@ class _Gcra(Counter):
         if stored is not None:
             self.at = max(now, stored[0])
             self.owed = max(0.0, stored[1] - (self.at - stored[0]) * self.quota / self.window)
-        self.receipt = math.floor(self.at + self.owed * self.window / self.quota)
+        # What may have drained since the charge is not given back, whatever was refunded meanwhile.
+        self.receipt = self.at
         self._settle()
 
     def _settle(self) -> None:

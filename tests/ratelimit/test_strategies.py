@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import limits.storage.memory
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 from limits import RateLimitItemPerSecond
@@ -73,7 +73,8 @@ def limited(draw: st.DrawFn) -> tuple[int, int, list[Wish]]:
 def live(twin: Twin, history: Sequence[Wish], *, charges: bool = False) -> list[Taken]:
     """Put *history* to *twin*; what was admitted and kept."""
     taken: list[Taken] = []
-    latest = seen = twin.now
+    # A clock that steps back before the first charge has nothing to be held against.
+    latest, seen = 0, twin.now
     for wish in history:
         twin.now = max(twin.now + wish.delta, seen - BACK)
         seen = max(seen, twin.now)
@@ -135,6 +136,16 @@ def test_sliding_window_counter_admits_less_than_two_quotas(case: tuple[int, int
 
 @quickly
 @given(case=limited())
+@example(case=(1, 2, [Wish(-5, 1, False), Wish(2_000_000, 1, False)]))
+@example(
+    case=(
+        2,
+        2,
+        [Wish(0, 1, r) for r in (False, False, True)]
+        + [Wish(1_000_000, 1, False)]
+        + [Wish(0, 1, r) for r in (False, True, False)],
+    )
+)
 def test_gcra_admits_a_burst_and_what_refills(case: tuple[int, int, list[Wish]]) -> None:
     """In any stretch: a quota at once, and a quota per window on top; a late refund buys nothing more."""
     quota, window, history = case

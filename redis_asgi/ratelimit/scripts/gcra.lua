@@ -1,5 +1,5 @@
 -- GCRA as a token bucket: what is owed drains at quota per window. Field: "at owed" (us, units; owed is fractional).
--- The receipt is when the bucket would have been empty without the charge: what has drained since is not given back.
+-- The receipt is when it was charged: what may have drained since is not given back, whatever was refunded meanwhile.
 local function settle(s)
   s.free = floor(s.policy.quota + s.policy.edge - s.owed)
 end
@@ -13,7 +13,7 @@ strategies.g = {
       s.at = max(now, stored)
       s.owed = max(0, owed - (s.at - stored) * s.policy.quota / s.policy.window)
     end
-    s.receipt_now = floor(s.at + s.owed * s.policy.window / s.policy.quota)
+    s.receipt_now = s.at
     settle(s)
   end,
   wait = function(s, cost, now)
