@@ -72,13 +72,9 @@ class RuleCheck:
 
     async def _charge(self, rule: CompiledRule) -> Charge | None:
         """What a rule that has something to call asks of this request; a callable cost is found later."""
-        policies = rule.policies
+        policies = await rule.policies_for(HTTPConnection(self._scope))
         if policies is None:
-            said = rule.limits_for(HTTPConnection(self._scope))
-            notation = await said if isawaitable(said) else said
-            if notation is None:
-                return None
-            policies = rule.read(notation)
+            return None
         partition = await rule.partition(self._scope)
         if partition is None:
             return None

@@ -149,13 +149,9 @@ class RateLimit:
         return rule
 
     async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
-        policies = rule.policies
+        policies = await rule.policies_for(conn)
         if policies is None:
-            said = rule.limits_for(conn)
-            notation = await said if isawaitable(said) else said
-            if notation is None:
-                return None
-            policies = rule.read(notation)
+            return None
         partition = await rule.partition(conn.scope)
         if partition is None:
             return None

@@ -208,9 +208,13 @@ class CompiledRule:
         policies = cast("PolicySet", self.policies)
         return self.charge(policies, self.partition.of_address(client), cast("int", self.cost))
 
-    def limits_for(self, conn: HTTPConnection) -> "str | None | Awaitable[str | None]":
-        """What a rule with dynamic limits says of a request: notation, or ``None`` for "not limited"."""
-        return self._limits if isinstance(self._limits, str) else self._limits(conn)
+    async def policies_for(self, conn: HTTPConnection) -> PolicySet | None:
+        """A request's policies under this rule, asked of the user where they are dynamic; ``None``: not limited."""
+        if self.policies is not None or isinstance(self._limits, str):
+            return self.policies
+        said = self._limits(conn)
+        notation = await said if inspect.isawaitable(said) else said
+        return None if notation is None else self.read(notation)
 
     def read(self, notation: str) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache.

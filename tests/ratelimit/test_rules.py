@@ -225,20 +225,27 @@ def test_dry_run_makes_every_policy_a_shadow(shadow: bool, dry_run: bool) -> Non
     assert [True] == [p.shadow for p in rule.read("7/minute")]
 
 
-def test_limits_may_depend_on_the_request() -> None:
-    """A callable is asked each time; what it says is read under the rule's name and strategy."""
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_limits_may_depend_on_the_request(*, is_async: bool) -> None:
+    """A callable, sync or async, is asked each time; what it says is read under the rule's name and strategy."""
+
+    async def later(conn: HTTPConnection) -> str | None:
+        return limits(conn)
 
     def limits(conn: HTTPConnection) -> str | None:
         return {"gold": "1000/minute", "free": "5/minute; 20/hour"}.get(conn.headers.get("x-plan", ""))
 
-    rule = compiled(Rule(limits, name="plan", strategy="gcra"))
-    found = [
-        rule.limits_for(HTTPConnection(request(headers=[(b"x-plan", plan)]))) for plan in (b"gold", b"free", b"none")
+    rule = compiled(Rule(later if is_async else limits, name="plan", strategy="gcra"))
+    gold, free, none = [
+        await rule.policies_for(HTTPConnection(request(headers=[(b"x-plan", plan)])))
+        for plan in (b"gold", b"free", b"none")
     ]
 
     assert rule.policies is None
-    assert ["1000/minute", "5/minute; 20/hour", None] == found
-    assert ["plan-60s", "plan-3600s"] == [p.name for p in rule.read("5/minute; 20/hour")]
+    assert [("plan", 1000)] == [(p.name, p.quota) for p in gold or ()]
+    assert [("plan-60s", 5), ("plan-3600s", 20)] == [(p.name, p.quota) for p in free or ()]
+    assert none is None
 
 
 @pytest.mark.parametrize("returned", [5, ["5/minute"], b"5/minute"])
