@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
+from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from .errors import ConfigurationError
@@ -39,12 +42,16 @@ class Turnstile(ConnectionPool):
 
     A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
     and reports its own exhaustion as a plain ``ConnectionError``.
+
+    Attributes:
+        on_shortage: Called when somebody has to wait; whoever keeps an idle connection at hand gives it back then.
     """
 
     def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._turns = asyncio.Semaphore(self.max_connections)
         self._turn_timeout = turn_timeout
+        self.on_shortage: Callable[[], None] | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -71,6 +78,8 @@ class Turnstile(ConnectionPool):
         if not self._turns.locked():
             await self._turns.acquire()
             return
+        if self.on_shortage is not None:
+            self.on_shortage()
         try:
             async with asyncio.timeout(self._turn_timeout):
                 await self._turns.acquire()
@@ -83,6 +92,11 @@ class Turnstile(ConnectionPool):
             await super().release(connection)
         finally:
             self._turns.release()
+
+    def renew(self) -> None:
+        """Connect anew what is in use now, once it comes back."""
+        for connection in self._in_use_connections:
+            connection.mark_for_reconnect()  # type: ignore[no-untyped-call]  # theirs
 
 
 class SentinelTurnstile(SentinelConnectionPool, Turnstile):
@@ -183,3 +197,49 @@ def build_client(settings: Settings) -> Built:
     if encrypted:
         where |= {"connection_class": SSLConnection, **tls}
     return Built(aioredis.Redis.from_pool(Turnstile(**where, **common, **pool_options)))
+
+
+async def ping(client: Client, node: str = "") -> None:
+    """Ask for a sign of life over a connection made for it, which shows that others can be made too.
+
+    Args:
+        node: Of a cluster, the one that is meant; empty = all its primaries.
+    """
+    if isinstance(client, aioredis.RedisCluster):
+        await _ping_cluster(client, node)
+    else:
+        await _ping_over(client.connection_pool.make_connection())  # type: ignore[no-untyped-call]  # theirs
+
+
+async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
+    await client.initialize()
+    node = client.get_node(node_name=name) if name else None
+    nodes = [node] if node is not None else client.get_primaries()
+    try:
+        await asyncio.gather(*(_ping_over(node.connection_class(**node.connection_kwargs)) for node in nodes))
+    except (RedisError, OSError):
+        # Its slots may have moved to a replica.
+        await client.nodes_manager.initialize()
+        raise
+
+
+async def _ping_over(connection: AbstractConnection) -> None:
+    try:
+        await connection.connect()  # type: ignore[no-untyped-call]  # theirs
+        await connection.send_command("PING")
+        await connection.read_response()
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+async def drop_connections(client: Client) -> None:
+    """Close what may be connected to a server that is not the one to write to any more; it is made anew when needed."""
+    if isinstance(client, aioredis.RedisCluster):
+        with suppress(RedisError, OSError):
+            await client.nodes_manager.initialize()
+        return
+    pool = client.connection_pool
+    if isinstance(pool, Turnstile):
+        pool.renew()
+    with suppress(RedisError, OSError):
+        await pool.disconnect(inuse_connections=False)

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
@@ -26,7 +27,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .client import Client, build_client
+from .breaker import PROBE_EVERY, Breaker, BreakerState
+from .client import Client, build_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .settings import Settings, redact
 
@@ -52,6 +54,7 @@ class _Opened:
     own: bool  # whether it is ours to close
     sentinels: tuple[aioredis.Redis, ...] = ()
     parts: dict[object, Part] = field(default_factory=dict)
+    breakers: dict[str, Breaker] = field(default_factory=dict)
     until_loop_ends: AsyncGenerator[None, None] | None = None
     users: int = 0
 
@@ -59,6 +62,8 @@ class _Opened:
         parts, self.parts = list(self.parts.values()), {}
         for part in parts:
             await part.aclose()
+        for breaker in self.breakers.values():
+            await breaker.aclose()
         if not self.own:
             return
         # A peer that is gone cannot be told goodbye; the sockets are closed all the same.
@@ -117,6 +122,9 @@ class RedisManager:
     One client per (process, event loop): a client belongs to the loop that first uses it, and a forked
     process must not share its parent's sockets. Use it from any number of tasks. After `close()` the next
     `get_connection()` opens a new pool.
+
+    Attributes:
+        fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -125,6 +133,8 @@ class RedisManager:
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
         self._shared: dict[object, object] = {}
         self._inherited: list[object] = []
+        self._unreachable: tuple[float, OSError] | None = None
+        self.fails_closed = False
         self._forks = forks()
         self._lock = threading.Lock()
 
@@ -149,6 +159,19 @@ class RedisManager:
         except RuntimeError:
             return None
         return getattr(opened.client, "connection_pool", None) if opened and self._forks == forks() else None
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        """``open`` while this loop's client is left alone after failures, ``half_open`` while it is tried again.
+
+        On a cluster each node has a breaker of its own, and the worst of them is told. ``closed`` when nothing is open.
+        """
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return "closed"
+        states = {breaker.state for breaker in opened.breakers.values()} if opened else set()
+        return "open" if "open" in states else "half_open" if "half_open" in states else "closed"
 
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
@@ -215,6 +238,16 @@ class RedisManager:
             made = opened.parts[factory] = cast(Part, factory(self, opened.client))
         return cast(T, made)
 
+    def breaker(self, node: str = "") -> Breaker:
+        """The breaker of this loop's client; on a cluster that of a node by its name, or of all primaries together."""
+        opened = self._open()
+        breaker = opened.breakers.get(node)
+        if breaker is None:
+            client = opened.client
+            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client))
+            opened.breakers[node] = breaker
+        return breaker
+
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
         with self._lock:
@@ -229,7 +262,7 @@ class RedisManager:
         opened = self._opened.get(loop)
         if opened is None:
             self._drop_closed_loops()
-            opened = self._connect()
+            opened = self._connect_if_reachable()
             opened.until_loop_ends = _closed_with_the_loop(self, opened)
             # Run it to its yield, which registers it with the loop; it awaits nothing before that.
             with suppress(StopIteration):
@@ -243,6 +276,22 @@ class RedisManager:
         for loop, held in list(self._opened.items()):
             if held is opened:
                 del self._opened[loop]
+
+    def _connect_if_reachable(self) -> _Opened:
+        """`_connect`; what it raised (a cluster's host without an address) is raised again for a moment unasked."""
+        if self._unreachable is not None:
+            since, error = self._unreachable
+            if time.monotonic() - since < PROBE_EVERY:
+                raise error
+        try:
+            opened = self._connect()
+        except OSError as error:
+            if self._unreachable is None:
+                logger.error("redis_asgi.redis_unavailable", extra={"reason": classify(error).value})
+            self._unreachable = (time.monotonic(), error)
+            raise
+        self._unreachable = None
+        return opened
 
     def _connect(self) -> _Opened:
         built = build_client(self._settings)

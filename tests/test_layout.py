@@ -75,7 +75,7 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
     assert taken == set()
 
 
-FOUNDATION = ("errors", "notation", "settings", "keys", "scope", "client", "connection", "telemetry")
+FOUNDATION = ("errors", "notation", "settings", "telemetry", "keys", "scope", "breaker", "client", "connection")
 
 
 @pytest.mark.parametrize("name", [f"redis_asgi.{name}" for name in FOUNDATION if f"redis_asgi.{name}" in MODULES])

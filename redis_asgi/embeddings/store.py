@@ -5,6 +5,7 @@ A lookup is one pipeline of ``MGET`` in chunks (on a cluster one pipeline per no
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,10 +19,12 @@ from ..client import Client
 from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..errors import Failure, classify, classify_reply
 from ..settings import Settings
-from .outage import Outage
+
+logger = logging.getLogger("redis_asgi.embeddings")
 
 MGET_KEYS = 256  # per MGET; more and one command blocks the server for others
 SET_VALUES = 64  # per pipeline of SET; more and packing the commands blocks our loop
+_WRITE_PAUSE = 10.0  # seconds without writes after one that Redis had no room for
 WRITE_TIMEOUT = 2.0  # seconds; nobody waits for a write but the flight it belongs to
 _MEMORY_BYTES = 64 * 1024 * 1024
 _ENTRY_BYTES = 200  # what Python spends on a key and its place
@@ -77,21 +80,22 @@ class VectorStore(Protocol):
 class RedisVectors:
     """The store of one client in its loop: see `RedisManager.part`."""
 
-    def __init__(self, _manager: RedisManager, client: Client) -> None:
+    def __init__(self, manager: RedisManager, client: Client) -> None:
         self._client = client
-        self._outage = Outage()
+        self._breaker = manager.breaker()
+        self._no_writes_until = 0.0
         self._is_cluster = isinstance(client, aioredis.RedisCluster)
 
     @property
     def writable(self) -> bool:
-        return not self._outage.writes_paused
+        return self._breaker.state == "closed" and time.monotonic() >= self._no_writes_until
 
     async def aclose(self) -> None:
         """Nothing is under way between calls."""
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
-        if self._outage.resting:
-            return Failure.CONNECTION
+        if not self._breaker.admits():
+            return self._breaker.reason
         # NEVER_DECODE: a client of the user's may decode its replies, and a vector is no text.
         if not self._is_cluster and len(names) <= MGET_KEYS:
             # The usual case, without what a pipeline costs.
@@ -111,10 +115,10 @@ class RedisVectors:
         for reply in replies:
             if isinstance(reply, Exception):
                 failure = _classify(reply)
-                self._outage.failed(failure)
+                self._failed(failure)
                 return failure
             found.extend(reply if isinstance(reply, list) else (reply,))
-        self._outage.succeeded()
+        self._breaker.worked()
         return found
 
     async def _mget(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
@@ -124,9 +128,9 @@ class RedisVectors:
         except Exception as error:
             # Fails open, as in `_execute`.
             failure = classify(error)
-            self._outage.failed(failure)
+            self._failed(failure)
             return failure
-        self._outage.succeeded()
+        self._breaker.worked()
         return cast("list[bytes | None]", found)
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
@@ -134,7 +138,7 @@ class RedisVectors:
         deadline = time.monotonic() + within
         for start in range(0, len(writes), SET_VALUES):
             left = deadline - time.monotonic()
-            if self._outage.writes_paused or left <= 0:
+            if time.monotonic() < self._no_writes_until or left <= 0 or not self._breaker.admits():
                 return Done(count, failure or Failure.CONNECTION)
             chunk = writes[start : start + SET_VALUES]
             pipeline = self._pipeline()
@@ -149,14 +153,14 @@ class RedisVectors:
                 elif write.mode == "set":
                     count += 1
             if failure is not None:
-                self._outage.failed(failure, write=True)
+                self._failed(failure, write=True)
                 return Done(count, failure)
-            self._outage.succeeded()
+            self._breaker.worked()
         return Done(count)
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
-        if self._outage.resting:
-            return Done(0, Failure.CONNECTION)
+        if not self._breaker.admits():
+            return Done(0, self._breaker.reason)
         pipeline = self._pipeline()
         for name in names:
             pipeline.execute_command("DEL", name)
@@ -165,8 +169,17 @@ class RedisVectors:
             return Done(0, replies)
         failures = [_classify(reply) for reply in replies if isinstance(reply, Exception)]
         if failures:
-            self._outage.failed(failures[0])
+            self._failed(failures[0])
         return Done(sum(reply for reply in replies if isinstance(reply, int)), failures[0] if failures else None)
+
+    def _failed(self, failure: Failure, *, write: bool = False) -> None:
+        if not write or failure is not Failure.OOM:
+            self._breaker.failed(failure, vectors=True)
+            return
+        # What is there can still be read.
+        if time.monotonic() >= self._no_writes_until:
+            logger.warning("redis_asgi.embedding_writes_paused", extra={"failure": failure.value})
+        self._no_writes_until = time.monotonic() + _WRITE_PAUSE
 
     def _pipeline(self) -> Any:
         if isinstance(self._client, aioredis.RedisCluster):
@@ -181,7 +194,7 @@ class RedisVectors:
             # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a
             # slot table in flux raises KeyErrors and more.
             failure = classify(error)
-            self._outage.failed(failure, write=write)
+            self._failed(failure, write=write)
             return failure
 
 

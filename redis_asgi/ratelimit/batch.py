@@ -3,16 +3,18 @@
 An idle limiter adds no delay: a check that finds nothing in flight starts a batch at once. Under load the queue
 fills while Redis works, so that batches grow with the load and trips per request fall.
 
-The life of a check: `Batcher.submit` puts it in the queue. When a batch has a connection in hand it takes what waits
-and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and never sent;
-after it only the wait ends, and the command goes on until the batch's own limit. Waiters get values, never exceptions.
+The life of a check: `Batcher.submit` puts it in the queue. When a wire has a connection in hand it takes what waits as
+a `Batch` and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and
+never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters get values, never
+exceptions.
 """
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias
 
-from ..errors import Failure, classify, classify_reply
+from ..breaker import Breaker
+from ..errors import Failure, classify_reply
 from .policy import Charge
 from .strategies import VALUES_PER_COUNTER, Mode, Reply
 
@@ -46,14 +48,38 @@ class Check:
             self.counters += len(charge.policies.policies)
 
 
-class Wire(Protocol):
-    """How a batch reaches Redis."""
+class Batch:
+    """Checks that are sent together; from here on their command may run whatever happens."""
 
-    async def run(self, batcher: "Batcher") -> None:
-        """Get ready, take what waits in *batcher*, send it and resolve it."""
+    __slots__ = ("checks", "is_told", "limit")
+
+    def __init__(self, checks: list[Check], limit: float) -> None:
+        self.checks = checks
+        self.limit = limit  # when its connection is dropped, on the loop's clock
+        self.is_told = False  # whether the breaker has heard how it went
+
+
+class Wire(Protocol):
+    """How batches reach Redis."""
+
+    @property
+    def busy(self) -> int:
+        """How many batches are under way, or prepared."""
+
+    def start(self, batcher: "Batcher") -> None:
+        """Take what waits in *batcher* and send it, as soon as there is a connection."""
+
+    def abort(self, batch: Batch) -> None:
+        """Drop the connection *batch* went out on."""
+
+    def renew(self) -> None:
+        """Drop all connections, those being made included: the next batch gets a new one."""
 
     def lacks(self) -> Failure:
         """What a check still in the queue at its deadline was waiting for."""
+
+    async def aclose(self) -> None:
+        """End what is under way."""
 
 
 class Batcher:
@@ -63,34 +89,49 @@ class Batcher:
         clock: The script's time in us, for tests; ``None`` = Redis's own.
     """
 
-    def __init__(self, wire: Wire, *, clock: int | None = None) -> None:
+    def __init__(self, wire: Wire, breaker: Breaker, *, clock: int | None = None) -> None:
         self.loop = asyncio.get_running_loop()
-        self._wire = wire
         self.clock = clock
+        self.closed = False
+        self._wire = wire
+        self._breaker = breaker
         self._waiting: list[Check] = []
         self._waiting_counters = 0
-        self._written: dict[asyncio.Task[None], tuple[float, list[Check]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._sent: set[Batch] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self.closed = False
+
+    def use(self, wire: Wire) -> None:
+        """Send what is taken from now on over *wire*."""
+        self._wire = wire
 
     def submit(self, check: Check) -> None:
         """Queue *check*; its future resolves by its deadline, to a reply or a failure."""
+        if self._breaker.state != "closed":
+            if not self._breaker.admits():
+                check.future.set_result(self._breaker.reason)
+                return
+            self._wire.renew()  # the trial must not wait for a connection of the outage
         self._waiting.append(check)
         self._waiting_counters += check.counters
         if self._timer is None or check.deadline < self._timer.when():
             self._arm(check.deadline)
-        self._start_if_due()
+        self.start_if_due()
 
-    def take(self) -> list[Check]:
-        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters.
+    def start_if_due(self) -> None:
+        """Send what waits, if nothing is under way or it fills a batch."""
+        if self.closed:
+            self._fail_waiting(Failure.CONNECTION)
+        elif self._waiting:
+            busy = self._wire.busy
+            if busy == 0 or (self._waiting_counters >= MAX_COUNTERS and busy < MAX_IN_FLIGHT):
+                self._wire.start(self)
 
-        From here on its commands may run whatever happens, so only its waits can end.
-        """
+    def take(self) -> Batch | None:
+        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters."""
         now = self.loop.time()
         waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
         taken: list[Check] = []
-        counters = 0
+        counters, patience = 0, 0.0
         for i, check in enumerate(waiting):
             if check.deadline <= now:
                 resolve([check], self._wire.lacks())
@@ -103,65 +144,54 @@ class Batcher:
             check.written = now
             taken.append(check)
             counters += check.counters
-        if taken:
-            limit = now + 2 * max(check.timeout for check in taken)
-            self._written[cast("asyncio.Task[None]", asyncio.current_task())] = (limit, taken)
-            if self._timer is None or limit < self._timer.when():
-                self._arm(limit)
-        return taken
+            patience = max(patience, check.timeout)
+        if not taken:
+            return None
+        batch = Batch(taken, now + 2 * patience)
+        self._sent.add(batch)
+        if self._timer is None or batch.limit < self._timer.when():
+            self._arm(batch.limit)
+        return batch
+
+    def done(self, batch: Batch, failure: Failure | None) -> None:
+        """Note how *batch* went; who still waits for an answer of it is given *failure*."""
+        self._sent.discard(batch)
+        if failure is not None:
+            resolve(batch.checks, failure)
+        self._tell(batch, failure)
+
+    def lost(self, failure: Failure) -> None:
+        """Note that no connection could be made: nobody who waits now would fare better."""
+        self._breaker.failed(failure)
+        self._fail_waiting(failure)
 
     async def aclose(self) -> None:
         """End the batches under way; whoever waits is told that the connection is gone."""
         self.closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        resolve(self._waiting, Failure.CONNECTION)
-        self._waiting.clear()
+        await self._wire.aclose()
+        self._fail_waiting(Failure.CONNECTION)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _start_if_due(self) -> None:
-        if self.closed:
-            resolve(self._waiting, Failure.CONNECTION)
-            self._waiting.clear()
+    def _tell(self, batch: Batch, failure: Failure | None) -> None:
+        if batch.is_told or self.closed:
             return
-        under_way = len(self._tasks)
-        if under_way == 0 or (self._waiting_counters >= MAX_COUNTERS and under_way < MAX_IN_FLIGHT):
-            task = self.loop.create_task(self._run())
-            self._tasks.add(task)
-            task.add_done_callback(self._finished)
+        batch.is_told = True
+        if failure is None:
+            self._breaker.worked()
+        else:
+            self._breaker.failed(failure)
 
-    async def _run(self) -> None:
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        more = True
-        while more:
-            try:
-                await self._wire.run(self)
-            except Exception as error:
-                failure = classify(error)
-                if failure is Failure.POOL and len(self._tasks) > 1:
-                    return  # a batch that has a connection takes what waits when it is back
-                # No connection could be made: nobody who waits now would fare better.
-                waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
-                resolve(waiting, failure)
-            finally:
-                _, checks = self._written.pop(task, (0.0, ()))
-                resolve(checks, Failure.TIMEOUT)
-            more = bool(self._waiting) and (len(self._tasks) == 1 or self._waiting_counters >= MAX_COUNTERS)
-
-    def _finished(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if self._waiting:
-            self._start_if_due()
+    def _fail_waiting(self, failure: Failure) -> None:
+        waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
+        resolve(waiting, failure)
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_at(when, self._tick)
+        # One turn of the loop later: when the loop itself was held up, replies that have come are read first.
+        self._timer = self.loop.call_at(when, self.loop.call_soon, self._tick)
 
     def _tick(self) -> None:
         """The only clock: end waits past their deadline and batches past their limit, then sleep to the next."""
@@ -169,16 +199,20 @@ class Batcher:
         now = self.loop.time()
         late, self._waiting = _split(self._waiting, now)
         self._waiting_counters = sum(check.counters for check in self._waiting)
+        if late and not self._sent:
+            self._breaker.failed(self._wire.lacks())
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
-        for task, (limit, checks) in list(self._written.items()):
-            late, rest = _split(checks, now)
-            resolve(late, Failure.TIMEOUT)
+        for batch in tuple(self._sent):
+            late, rest = _split(batch.checks, now)
+            if batch.limit <= now or any(not check.future.done() for check in late):
+                resolve(late, Failure.TIMEOUT)
+                self._tell(batch, Failure.TIMEOUT)
             deadlines += [check.deadline for check in rest if not check.future.done()]
-            if limit <= now:
-                task.cancel()
+            if batch.limit <= now:
+                self._wire.abort(batch)
             else:
-                deadlines.append(limit)
+                deadlines.append(batch.limit)
         if deadlines:
             self._arm(min(deadlines))
 
@@ -203,18 +237,26 @@ def resolve(checks: Iterable[Check], outcome: Outcome) -> None:
             check.future.set_result(outcome)
 
 
-def distribute(checks: Sequence[Check], reply: Sequence[Any]) -> None:
-    """Cut the script's flat *reply* into one outcome per check; an odd key costs its own request only."""
+def distribute(checks: Sequence[Check], reply: Sequence[Any]) -> Failure | None:
+    """Cut the script's flat *reply* into one outcome per check; an odd key costs its own request only.
+
+    Returns:
+        Why some have no verdict, the gravest reason; ``None`` when all have one.
+    """
     at = 0
+    worst: Failure | None = None
     for check in checks:
         outcome: Outcome
         if reply[at] == -1:
             message = reply[at + 1]
             outcome = classify_reply(message.decode() if isinstance(message, bytes) else str(message))
             at += 2
+            if worst is None or worst is Failure.REPLY:
+                worst = outcome
         else:
             end = at + 1 + VALUES_PER_COUNTER * check.counters
             outcome = list(reply[at:end])
             at = end
         if not check.future.done():
             check.future.set_result(outcome)
+    return worst

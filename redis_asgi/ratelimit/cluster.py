@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import redis.asyncio as aioredis
 
-from ..client import Client
+from ..client import Client, Turnstile
 from ..connection import RedisManager
 from ..errors import Failure
-from .batch import Batcher, Check, Outcome, resolve
+from .batch import Batcher, Check, Outcome, Wire, resolve
+from .line import LineWire
 from .policy import Charge
 from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
 from .wires import NodeWire, PoolWire, slot_key
@@ -21,8 +22,9 @@ class ClusterBatcher:
     the others are refunded by receipt: for that moment they are counted too much, never too little.
     """
 
-    def __init__(self, client: aioredis.RedisCluster, *, clock: int | None = None) -> None:
+    def __init__(self, manager: RedisManager, client: aioredis.RedisCluster, *, clock: int | None = None) -> None:
         self.loop = asyncio.get_running_loop()
+        self._manager = manager
         self._client = client
         self._clock = clock
         self.closed = False
@@ -70,7 +72,8 @@ class ClusterBatcher:
             name = ""
         batcher = self._batchers.get(name)
         if batcher is None:
-            batcher = self._batchers[name] = Batcher(NodeWire(self._client), clock=self._clock)
+            wire, breaker = NodeWire(self._client), self._manager.breaker(name)
+            batcher = self._batchers[name] = Batcher(wire, breaker, clock=self._clock)
         batcher.submit(check)
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
@@ -109,6 +112,10 @@ def _by_partition(charges: Sequence[Charge]) -> dict[bytes, list[Charge]]:
     return parts
 
 
-def make_batcher(_manager: RedisManager, client: Client) -> "Batcher | ClusterBatcher":
+def make_batcher(manager: RedisManager, client: Client) -> "Batcher | ClusterBatcher":
     """The batcher of a client in its loop: see `RedisManager.part`."""
-    return ClusterBatcher(client) if isinstance(client, aioredis.RedisCluster) else Batcher(PoolWire(client))
+    if isinstance(client, aioredis.RedisCluster):
+        return ClusterBatcher(manager, client)
+    pool = client.connection_pool
+    wire: Wire = LineWire(client, pool) if isinstance(pool, Turnstile) else PoolWire(client)
+    return Batcher(wire, manager.breaker())

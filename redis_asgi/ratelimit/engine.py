@@ -27,8 +27,6 @@ logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What a client is told when Redis is needed and gone.
 CLOSED_RETRY_AFTER = 1.0
-_QUIET = 60.0  # seconds between two lines about single checks that failed
-_SETTLED = 1.0  # seconds without trouble before an outage counts as over
 
 
 class Verdict:
@@ -88,32 +86,6 @@ class Verdict:
         return charged_receipts(self.reply) if self.reply is not None and self.allowed else []
 
 
-class _Outage:
-    """Log lines of one manager: one when Redis is lost, one when it is back, and few about single checks."""
-
-    def __init__(self, _settings: Settings) -> None:
-        self.down = False
-        self._last_trouble = 0.0
-        self._last_line = -_QUIET
-
-    def failed(self, failure: Failure, now: float) -> None:
-        # An odd key or our own load says nothing about the server.
-        if failure in (Failure.REPLY, Failure.POOL):
-            if now - self._last_line >= _QUIET:
-                self._last_line = now
-                logger.warning("redis_asgi.check_failed", extra={"reason": failure.value})
-            return
-        self._last_trouble = now
-        if not self.down:
-            self.down = True
-            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
-
-    def worked(self, now: float) -> None:
-        if now - self._last_trouble >= _SETTLED:
-            self.down = False
-            logger.warning("redis_asgi.redis_back")
-
-
 class Engine:
     """Decides charges for every limiter, middleware and route of one manager.
 
@@ -139,7 +111,6 @@ class Engine:
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.shared(LocalEngine.from_settings)
         self._refusals = manager.shared(RefusalMemory.from_settings)
-        self._outage = manager.shared(_Outage)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = forks()
 
@@ -167,10 +138,7 @@ class Engine:
             batcher.submit(check)
             outcome = await check.future
         if isinstance(outcome, Failure):
-            self._outage.failed(outcome, time.monotonic())
             return self._without_redis(charges, mode)
-        if self._outage.down:
-            self._outage.worked(time.monotonic())
         if mode == "consume" and not outcome[0]:
             self._refusals.remember(charges, outcome, check.written)
         return Verdict(self, charges, "redis", outcome)
@@ -220,14 +188,9 @@ class Engine:
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 batcher = self._batcher()
                 check = Check(batcher.loop, mode, mine, self._timeout, theirs)
-                check.future.add_done_callback(self._settled)
                 if mode == "refund":
                     check.future.add_done_callback(done)
                 batcher.submit(check)
-
-    def _settled(self, answer: "asyncio.Future[Outcome]") -> None:
-        if isinstance(answer.result(), Failure):
-            self._outage.failed(Failure.REPLY, time.monotonic())
 
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; looked up again when the loop is another, or the manager was closed."""
@@ -244,11 +207,14 @@ class Engine:
         if not self.manager.has_redis:
             return found
         try:
+            breaker = self.manager.breaker()
+            if breaker.state == "open":
+                return False
             async with asyncio.timeout(self.manager.settings.REDIS_TIMEOUT):
                 return await self._reset_in_redis(partition.key, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.
-            self._outage.failed(classify(error), time.monotonic())
+            logger.warning("redis_asgi.reset_failed", extra={"reason": classify(error).value})
             return False
         finally:
             # A reply that is older than the reset says nothing any more.

@@ -1,18 +1,22 @@
-"""How a batch reaches Redis: one script call over a pooled connection, or on a cluster a pipeline per node."""
+"""How a batch reaches Redis through redis-py: one script call over a pooled connection, or a pipeline per cluster node.
 
+`line` has the shorter way for pools of our own.
+"""
+
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, cast
 
 import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from ..errors import Failure, classify
-from .batch import Batcher, Check, distribute, resolve, still_waiting
+from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
 from .policy import bulk, log_key
 from .strategies import Mode
 
@@ -52,7 +56,7 @@ def _question(mode: Mode, charges: int) -> bytes:
     return bulk(mode.encode()) + _number(charges)
 
 
-def _packed(command: bytes, script: bytes, checks: Sequence[Check], clock: int | None) -> bytes:
+def packed(command: bytes, script: bytes, checks: Sequence[Check], clock: int | None) -> bytes:
     """The whole command of `_arguments` in RESP, joined from what policies and partitions keep ready."""
     keys: list[bytes] = []
     args: list[bytes] = []
@@ -81,76 +85,135 @@ def _pack(command: bytes, script: bytes, arguments: Sequence[bytes | int]) -> by
     return b"*%d\r\n" % len(words) + b"".join(map(bulk, words))
 
 
-class PoolWire:
-    """One ``EVALSHA`` carries the whole batch over a connection of the client's pool."""
+class TaskWire:
+    """Each batch is a task, for which `run` gets ready, takes what waits and sends it."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._batches: dict[asyncio.Task[None], Batch | None] = {}
+
+    @property
+    def busy(self) -> int:
+        return len(self._tasks)
+
+    def start(self, batcher: Batcher) -> None:
+        self._tasks.add(batcher.loop.create_task(self._drive(batcher)))
+
+    def abort(self, batch: Batch) -> None:
+        for task, mine in self._batches.items():
+            if mine is batch:
+                task.cancel()
+
+    def renew(self) -> None:
+        # They are no longer counted, and end when they get to it.
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
+
+    def lacks(self) -> Failure:
+        return Failure.TIMEOUT
+
+    async def aclose(self) -> None:
+        tasks = list(self._tasks)
+        self.renew()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def run(self, batcher: Batcher) -> Failure | None:
+        """Get ready, `take`, send and distribute; what went wrong with some."""
+        raise NotImplementedError
+
+    def take(self, batcher: Batcher) -> Batch | None:
+        """`Batcher.take`, noting whose batch it is."""
+        batch = batcher.take()
+        self._batches[cast("asyncio.Task[None]", asyncio.current_task())] = batch
+        return batch
+
+    async def _drive(self, batcher: Batcher) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        # Unless all goes well: cancelled at its limit.
+        failure: Failure | None = Failure.TIMEOUT
+        try:
+            failure = await self.run(batcher)
+        except Exception as error:
+            # RedisClusterException is no RedisError, and a slot table in flux raises KeyErrors and more.
+            failure = classify(error)
+            if task not in self._batches and (failure is not Failure.POOL or self.busy == 1):
+                batcher.lost(failure)  # else a batch that has a connection takes what waits when it is back
+        finally:
+            self._tasks.discard(task)
+            batch = self._batches.pop(task, None)
+            if batch is not None:
+                batcher.done(batch, failure)
+            batcher.start_if_due()
+
+
+class PoolWire(TaskWire):
+    """One ``EVALSHA`` carries the whole batch over a connection of a client's pool."""
 
     def __init__(self, client: aioredis.Redis) -> None:
+        super().__init__()
         self._pool: ConnectionPool = client.connection_pool
 
     def lacks(self) -> Failure:
         return Failure.POOL if getattr(self._pool, "exhausted", False) else Failure.TIMEOUT
 
-    async def run(self, batcher: Batcher) -> None:
+    async def run(self, batcher: Batcher) -> Failure | None:
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # a decorator of redis-py's
         # The batcher's timer is the only clock: no task and no timer per command.
         timeout, connection.socket_timeout = connection.socket_timeout, None
-        checks: list[Check] = []
         try:
-            checks = batcher.take()
-            if not checks:
-                return
+            batch = self.take(batcher)
+            if batch is None:
+                return None
+            checks = batch.checks
             try:
-                await connection.send_packed_command(_packed(b"EVALSHA", SCRIPT_SHA, checks, batcher.clock))
+                await connection.send_packed_command(packed(b"EVALSHA", SCRIPT_SHA, checks, batcher.clock))
                 reply = await connection.read_response(disable_decoding=True)
             except NoScriptError:
                 # Nothing ran, so sending it again cannot count twice.
                 checks = still_waiting(checks)
                 if not checks:
-                    return
-                await connection.send_packed_command(_packed(b"EVAL", SCRIPT, checks, batcher.clock))
+                    return None
+                await connection.send_packed_command(packed(b"EVAL", SCRIPT, checks, batcher.clock))
                 reply = await connection.read_response(disable_decoding=True)
-            distribute(checks, reply)
-        except (RedisError, OSError, RuntimeError) as error:
-            resolve(checks, classify(error))
+            return distribute(checks, reply)
         finally:
             connection.socket_timeout = timeout
             await self._pool.release(connection)
 
 
-class NodeWire:
+class NodeWire(TaskWire):
     """One pipeline of a cluster client to one node; a script call must stay in one slot: one per partition."""
 
     def __init__(self, client: aioredis.RedisCluster) -> None:
+        super().__init__()
         self._client = client
 
-    def lacks(self) -> Failure:
-        return Failure.TIMEOUT
-
-    async def run(self, batcher: Batcher) -> None:
+    async def run(self, batcher: Batcher) -> Failure | None:
         await self._client.initialize()
-        checks = sorted(batcher.take(), key=slot_key)
-        if not checks:
-            return
+        batch = self.take(batcher)
+        if batch is None:
+            return None
+        checks = sorted(batch.checks, key=slot_key)
         groups = [list(group) for _, group in groupby(checks, slot_key)]
-        try:
-            replies = await self._call("EVALSHA", SCRIPT_SHA, groups, batcher.clock)
-            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            for i in unknown:
-                groups[i] = still_waiting(groups[i])
-            unknown = [i for i in unknown if groups[i]]
-            if unknown:
-                again = await self._call("EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
-                for i, reply in zip(unknown, again, strict=True):
-                    replies[i] = reply
-        except Exception as error:
-            # RedisClusterException is no RedisError, and a slot table in flux raises KeyErrors and more.
-            resolve(checks, classify(error))
-            return
+        replies = await self._call("EVALSHA", SCRIPT_SHA, groups, batcher.clock)
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        for i in unknown:
+            groups[i] = still_waiting(groups[i])
+        unknown = [i for i in unknown if groups[i]]
+        if unknown:
+            again = await self._call("EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        worst: Failure | None = None
         for group, reply in zip(groups, replies, strict=True):
-            if isinstance(reply, Exception):
-                resolve(group, classify(reply))
-            else:
-                distribute(group, reply)
+            failure = classify(reply) if isinstance(reply, Exception) else distribute(group, reply)
+            if isinstance(reply, Exception) and failure is not None:
+                resolve(group, failure)
+            if worst is None or worst is Failure.REPLY:
+                worst = failure
+        return worst
 
     async def _call(self, command: str, script: bytes, groups: Sequence[list[Check]], clock: int | None) -> list[Any]:
         pipeline = self._client.pipeline()

@@ -45,7 +45,7 @@ async def test_without_redis_the_app_answers(caplog: pytest.LogCaptureFixture) -
         for _ in range(20):
             assert "redis-asgi; fwd=bypass; detail=redis-down" == cache_status(await ask(c, "a", "b"))
     assert 20 == spy.calls
-    assert 1 == sum(r.message == "redis_asgi.embedding_cache_unavailable" for r in caplog.records)
+    assert 1 == sum(r.message == "redis_asgi.redis_unavailable" for r in caplog.records)
 
 
 async def test_a_hung_redis_costs_one_deadline_and_soon_nothing(own_server: Server) -> None:
@@ -107,7 +107,7 @@ async def test_a_full_redis_pauses_writing_and_goes_on_reading(
         own_server.client().config_set("maxmemory", "0")
         assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "b"))
     assert 1 == sum(r.message == "redis_asgi.embedding_writes_paused" for r in caplog.records)
-    assert not [r for r in caplog.records if r.message == "redis_asgi.embedding_cache_unavailable"]
+    assert not [r for r in caplog.records if r.message == "redis_asgi.redis_unavailable"]
 
 
 async def test_a_foreign_type_under_our_key_is_the_apps_answer(redis_url: str) -> None:

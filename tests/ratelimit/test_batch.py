@@ -262,7 +262,7 @@ async def _quiet(app: RateLimitMiddleware) -> None:
     """Wait until the batch that settles has come back."""
     batcher = app._manager.part(make_batcher)
     assert isinstance(batcher, Batcher)
-    while batcher._tasks or batcher._waiting:
+    while batcher._sent or batcher._waiting:
         await asyncio.sleep(0.001)
 
 
@@ -292,7 +292,7 @@ async def test_given_client_is_used_as_it_is(redis_server: ExternalServer) -> No
     await client.aclose()
 
 
-async def test_packed_by_hand_equals_packed_by_redis_py(redis_server: ExternalServer) -> None:
+async def testpacked_by_hand_equalspacked_by_redis_py(redis_server: ExternalServer) -> None:
     """The joined command is byte for byte what the library's own packer makes of the same arguments."""
     from redis_asgi.ratelimit import wires
 
@@ -306,7 +306,7 @@ async def test_packed_by_hand_equals_packed_by_redis_py(redis_server: ExternalSe
         words = wires._arguments(checks, clock)
         expected = b"".join(connection.pack_command("EVALSHA", wires.SCRIPT_SHA, *words))
 
-        assert expected == wires._packed(b"EVALSHA", wires.SCRIPT_SHA, checks, clock)
+        assert expected == wires.packed(b"EVALSHA", wires.SCRIPT_SHA, checks, clock)
 
 
 def test_two_loops_in_turn_and_no_lifespan(redis_server: ExternalServer) -> None:

@@ -3,12 +3,16 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
 
 import pytest
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimitMiddleware, RedisManager, Rule, Settings
+from redis_asgi.errors import Failure
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
@@ -105,19 +109,131 @@ async def test_hung_redis_never_holds_a_request(private_server: StartServer) -> 
     assert b'"default";r=4;t=60' == header(back[0], b"ratelimit")
 
 
-async def test_restarted_redis_is_used_at_once(private_server: StartServer) -> None:
-    """A kill and a restart cost no 5xx, and not even the first request after it its verdict in Redis."""
+async def test_restarted_redis_is_used_within_half_a_second(private_server: StartServer) -> None:
+    """A kill and a restart cost no 5xx and no wait, and half a second later verdicts come from Redis again."""
     server = private_server()
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
     await asyncio.gather(*(timed(app) for _ in range(10)))
     server.kill()
     down = [await timed(app) for _ in range(5)]
     server.restart()
+    await asyncio.sleep(0.5)
     up = await timed(app, client=("192.0.2.3", 1))
 
     assert {200} == {status for status, _ in [*down, up]}
-    assert max(seconds for _, seconds in down) < 0.3
+    assert max(seconds for _, seconds in down) < 0.1
     assert b"rate_limit:{192.0.2.3}" in server.client().keys()
+
+
+async def test_open_breaker_spares_everybody_the_wait(private_server: StartServer) -> None:
+    """A hung Redis costs few requests their deadline, then none waits at all; it is asked by probes only."""
+    server = private_server()
+    app = RateLimitMiddleware(Spy(), "500/minute", settings=Settings(REDIS_URL=server.url, RATE_LIMIT_TIMEOUT=0.05))
+    await timed(app)
+    server.pause()
+    slow = 0
+    while app._manager.breaker().admits():
+        await timed(app)
+        slow += 1
+    fast = [seconds for _, seconds in [await timed(app) for _ in range(100)]]
+    server.resume()
+    before = server.calls("evalsha")
+    await asyncio.sleep(0.5)
+    half_open = app._manager.breaker_state
+    answers = await asyncio.gather(*(timed(app, client=("192.0.2.5", 1)) for _ in range(10)))
+
+    assert slow <= 10
+    assert max(fast) < 0.02
+    assert ("half_open", "closed") == (half_open, app._manager.breaker_state)
+    assert 200 == answers[0][0]
+    assert 1 <= server.calls("evalsha") - before <= 2
+    assert [b"1"] == [value.split()[1] for value in server.client().hgetall("rate_limit:{192.0.2.5}").values()]
+
+
+@pytest.mark.parametrize("mode", ["blackhole", "refuse"])
+async def test_connection_that_cannot_be_made_opens_the_breaker_too(private_server: StartServer, mode: Any) -> None:
+    """An unanswered handshake takes REDIS_TIMEOUT, which nobody waits for; afterwards a new connection is made."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        await proxy.set(mode)
+        app = RateLimitMiddleware(Spy(), "500/minute", settings=Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.05))
+        waits = [seconds for _, seconds in [await timed(app) for _ in range(12)]]
+        opened = app._manager.breaker_state
+        await proxy.set("pass")
+        await asyncio.sleep(0.5)
+        await timed(app, client=("192.0.2.6", 1))
+        await app._manager.close()
+
+    assert "open" == opened
+    assert max(waits) < 0.1
+    assert sorted(waits)[6] < 0.01
+    assert [b"rate_limit:{192.0.2.6}"] == server.client().keys()
+
+
+async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(private_server: StartServer) -> None:
+    """NOPERM will not pass by itself: one failure is enough, and the server's ACL log is not filled."""
+    server = private_server()
+    server.command("ACL", "SETUSER", "default", "-evalsha")
+    app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app)
+    opened = app._manager.breaker_state
+    await asyncio.sleep(0.5)
+
+    assert "open" == opened == app._manager.breaker_state
+    assert Failure.PERMISSION is app._manager.breaker().reason
+
+
+async def test_loading_busy_and_full_servers_fall_back(private_server: StartServer) -> None:
+    """BUSY and maxclients: the limit is held here, and Redis is used again half a second after."""
+    server = private_server("--busy-reply-threshold", "1", "--maxclients", "40")
+    app = RateLimitMiddleware(Spy(), "3/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app, client=("192.0.2.1", 1))
+    blocker = aioredis.Redis.from_url(server.url, retry=Retry(NoBackoff(), 0))
+    script = asyncio.create_task(cast("Coroutine[Any, Any, object]", blocker.eval("while true do end", 0)))
+    await asyncio.sleep(0.1)
+    busy = [await timed(app) for _ in range(4)]
+    admin = aioredis.Redis.from_url(server.url)
+    await admin.script_kill()
+    await asyncio.gather(script, return_exceptions=True)
+    await asyncio.sleep(0.5)
+    await timed(app, client=("192.0.2.7", 1))
+
+    assert [200, 200, 200, 429] == [status for status, _ in busy]
+    assert max(seconds for _, seconds in busy) < 0.3
+    assert 1 == await admin.exists("rate_limit:{192.0.2.7}")
+
+    await app._manager.close()
+    await blocker.aclose()
+    await admin.aclose()
+    crowd = [await asyncio.open_connection(server.host, server.port) for _ in range(40)]
+    full = [await timed(app, client=("192.0.2.8", 1)) for _ in range(4)]
+    for _, writer in crowd:
+        writer.close()
+    await asyncio.sleep(0.6)
+    await timed(app, client=("192.0.2.9", 1))
+
+    assert [200, 200, 200, 429] == [status for status, _ in full]
+    assert max(seconds for _, seconds in full) < 0.3
+    assert 1 == server.client().exists("rate_limit:{192.0.2.9}")
+
+
+async def test_replica_that_takes_over_is_used(private_server: StartServer) -> None:
+    """READONLY: connections are dropped and made anew, so that a name that leads elsewhere now is asked again."""
+    server = private_server()
+    app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app)
+    (before,) = {each["id"] for each in server.connections()}
+    server.command("REPLICAOF", "127.0.0.1", "1")
+    down = [await timed(app) for _ in range(8)]
+    opened = app._manager.breaker_state
+    server.command("REPLICAOF", "NO", "ONE")
+    await asyncio.sleep(0.5)
+    await timed(app, client=("192.0.2.9", 1))
+
+    assert {200} == {status for status, _ in down}
+    assert "open" == opened
+    assert 1 == server.client().exists("rate_limit:{192.0.2.9}")
+    assert before not in {each["id"] for each in server.connections()}
 
 
 async def test_killed_mid_flight(private_server: StartServer) -> None:

@@ -17,7 +17,7 @@ from redis_asgi.ratelimit.batch import Check, distribute
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Policy, PolicySet, log_key
 from redis_asgi.ratelimit.strategies import Mode, Reply, charged_receipts
-from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, _packed
+from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, packed
 
 from ..conftest import StartServer
 from ..kit.servers import ExternalServer
@@ -46,7 +46,7 @@ class Script:
 
     def run(self, trace: Sequence[tuple[int, Check]]) -> list[Any]:
         """The replies to checks at their times, in one trip."""
-        self._connection.send_packed_command([_packed(b"EVALSHA", SCRIPT_SHA, [check], now) for now, check in trace])
+        self._connection.send_packed_command([packed(b"EVALSHA", SCRIPT_SHA, [check], now) for now, check in trace])
         return [self._connection.read_response() for _ in trace]
 
     def decide(
@@ -59,7 +59,7 @@ class Script:
     ) -> Reply:
         """One reply, as `LocalEngine.decide` gives it."""
         check = self.check(mode, charges, receipts)
-        self._connection.send_packed_command([_packed(b"EVALSHA", SCRIPT_SHA, [check], now)])
+        self._connection.send_packed_command([packed(b"EVALSHA", SCRIPT_SHA, [check], now)])
         return cast(Reply, self._connection.read_response())
 
 
@@ -197,7 +197,7 @@ def _keys(charges: Sequence[Charge]) -> set[bytes]:
 
 @example_settings(deadline=None)
 @given(trace=traces(), clock=st.none() | st.integers(0, 2 * EPOCH))
-def test_packed_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
+def testpacked_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
     """The command joined from ready parts is byte for byte the one written out."""
     loop = asyncio.new_event_loop()
     try:
@@ -205,7 +205,7 @@ def test_packed_command_is_the_plain_one(trace: list[Step], clock: int | None) -
     finally:
         loop.close()
 
-    assert _pack(b"EVALSHA", b"x", _arguments(checks, clock)) == _packed(b"EVALSHA", b"x", checks, clock)
+    assert _pack(b"EVALSHA", b"x", _arguments(checks, clock)) == packed(b"EVALSHA", b"x", checks, clock)
 
 
 @every_strategy

@@ -1,0 +1,174 @@
+"""The circuit breaker: after repeated failures nobody waits for Redis any more, until a probe has found it well.
+
+::
+
+    closed ── 5 failures in a row, 10 of the last 20, or a refused login or right ──> open
+    open ── a probe answers ──> half open ── the one real command let through works ──> closed
+                                    └── it fails ──> open
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeAlias
+
+from .errors import Failure, classify
+
+logger = logging.getLogger("redis_asgi.connection")
+
+BreakerState: TypeAlias = Literal["closed", "half_open", "open"]
+
+PROBE_EVERY = 0.2  # seconds, give or take a fifth, so that workers do not probe in step
+PROBE_WITHIN = 0.2
+_SLOW_PROBE_EVERY = 5.0  # a refused login stays refused, and each one is a line in the server's ACL log
+_TRIAL_WITHIN = 1.0  # a trial that was never sent, since its request went away, does not keep others out for ever
+_IN_A_ROW = 5
+_REMEMBERED = (1 << 20) - 1  # the last 20 outcomes, one bit each
+_TOO_MANY = 10
+_QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
+_SETTLED = 1.0  # seconds without trouble before an outage counts as over
+
+# Our own load, a full memory and odd replies say nothing about whether the server answers.
+_NOT_COUNTED = frozenset((Failure.POOL, Failure.OOM, Failure.REPLY))
+_ANSWERS = frozenset((Failure.OOM, Failure.REPLY))
+_AT_ONCE = frozenset((Failure.AUTH, Failure.PERMISSION))
+_OF_THE_CONNECTIONS = frozenset((Failure.READONLY, Failure.CLUSTER))
+
+
+class Breaker:
+    """What is known about one server of an open client, in its loop.
+
+    The unit is one command sent, whose outcome is told to `worked` or `failed`; ask `admits` before the next. The log
+    has one line when Redis is lost, one when it is back, and few about single commands.
+
+    Args:
+        probe: Asks the server for a sign of life over a connection of its own, and raises when there is none.
+        drop_connections: Closes connections that may lead to the wrong server now.
+
+    Attributes:
+        state: Whether commands go through.
+        reason: Why it is not closed; the last reason of all while it is.
+    """
+
+    def __init__(self, probe: Callable[[], Awaitable[None]], drop_connections: Callable[[], Awaitable[None]]) -> None:
+        self.state: BreakerState = "closed"
+        self.reason = Failure.CONNECTION
+        self._probe = probe
+        self._drop_connections = drop_connections
+        self._loop = asyncio.get_running_loop()
+        self._failures = 0  # in a row
+        self._recent = 0
+        self._unconfirmed = 0
+        self._trial_until = 0.0
+        self._lost = False
+        self._last_trouble = 0.0
+        self._last_line = -_QUIET
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def admits(self) -> bool:
+        """Whether a command may be sent now; half open, that is one."""
+        if self.state == "closed":
+            return True
+        now = self._loop.time()
+        if self.state == "open" or now < self._trial_until:
+            return False
+        self._trial_until = now + _TRIAL_WITHIN
+        return True
+
+    def worked(self) -> None:
+        """Note that a command was answered."""
+        if self.state == "half_open":
+            self._failures = self._recent = 0
+            self._change("closed")
+        if self._recent:
+            self._failures = 0
+            self._recent = self._recent << 1 & _REMEMBERED
+        if self._lost and self.state == "closed" and self._loop.time() - self._last_trouble >= _SETTLED:
+            self._lost = False
+            logger.warning("redis_asgi.redis_back")
+
+    def failed(self, failure: Failure, *, vectors: bool = False) -> None:
+        """Note that a command was not answered, or with an error.
+
+        Args:
+            vectors: It moves vectors, which may be slow for their size, or have rights of their own: it counts only
+                when a probe sent next fails too.
+        """
+        now = self._loop.time()
+        if failure in _ANSWERS:
+            self.worked()
+        if failure in (Failure.POOL, Failure.REPLY):
+            if now - self._last_line >= _QUIET:
+                self._last_line = now
+                logger.warning("redis_asgi.command_failed", extra={"reason": failure.value})
+            return
+        self._last_trouble = now
+        if not self._lost:
+            self._lost = True
+            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+        if failure in _OF_THE_CONNECTIONS:
+            self._start(self._drop_connections())
+        if failure in _NOT_COUNTED or self.state == "open":
+            return
+        if not vectors or self._failures:  # what the last probe found is known
+            self._count(failure)
+            return
+        self._unconfirmed += 1
+        if self._unconfirmed == 1:
+            self._start(self._confirm(failure))
+
+    async def aclose(self) -> None:
+        """End what is under way."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _count(self, failure: Failure, times: int = 1) -> None:
+        self._failures += times
+        for _ in range(times):
+            self._recent = (self._recent << 1 | 1) & _REMEMBERED
+        broken = failure in _AT_ONCE or self._failures >= _IN_A_ROW or self._recent.bit_count() >= _TOO_MANY
+        if self.state == "half_open" or broken:
+            self.reason = failure
+            if self.state != "open":
+                self._change("open")
+                self._start(self._probing())
+
+    def _change(self, state: BreakerState) -> None:
+        self.state = state
+        logger.debug("redis_asgi.breaker", extra={"state": state, "reason": self.reason.value})
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _alive(self) -> Failure | None:
+        """What a probe found: ``None`` is a sign of life."""
+        try:
+            async with asyncio.timeout(PROBE_WITHIN):
+                await self._probe()
+        except Exception as error:
+            # Whatever a client raises says that it could not ask.
+            return classify(error)
+        return None
+
+    async def _confirm(self, failure: Failure) -> None:
+        found = await self._alive()
+        times, self._unconfirmed = self._unconfirmed, 0
+        if found is not None and self.state != "open":
+            self._count(failure if found in _NOT_COUNTED else found, times)
+
+    async def _probing(self) -> None:
+        while self.state == "open":
+            every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
+            await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            found = await self._alive()
+            if found is None:
+                self._trial_until = 0.0
+                self._change("half_open")
+            elif found not in _NOT_COUNTED:
+                self.reason = found
