@@ -32,7 +32,7 @@ class Check:
         self,
         loop: asyncio.AbstractEventLoop,
         mode: Mode,
-        charges: Sequence[Charge],
+        charges: tuple[Charge, ...],
         timeout: float,
         receipts: Sequence[int] = (),
     ) -> None:

@@ -36,7 +36,7 @@ class ClusterBatcher:
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             self._route(check)
             return
-        asked = [Check(self.loop, check.mode, charges, check.timeout) for charges in parts.values()]
+        asked = [Check(self.loop, check.mode, tuple(charges), check.timeout) for charges in parts.values()]
         left = len(asked)
 
         def one_answered(_: asyncio.Future[Outcome]) -> None:

@@ -122,26 +122,32 @@ class Engine:
 
     async def decide(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
+        asked = self.ask(charges, mode)
+        return asked if isinstance(asked, Verdict) else self.read(asked, await asked.future)
+
+    def ask(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Check | Verdict:
+        """The first half of `decide`: the verdict, where Redis need not be asked, else the check that is on its way."""
         if not self._has_redis:
             return Verdict(self, charges, "memory", self._local.decide(mode, charges))
         if mode == "consume" and self._refusals:
             known = self.remembered(charges)
             if known is not None:
                 return known
-        outcome: Outcome
         try:
             batcher = self._batcher()
-        except OSError as error:
-            outcome = classify(error)  # the client cannot even be built: its host has no address
-        else:
-            check = Check(batcher.loop, mode, charges, self._timeout)
-            batcher.submit(check)
-            outcome = await check.future
+        except OSError:
+            return self._without_redis(charges, mode)  # the client cannot even be built: its host has no address
+        check = Check(batcher.loop, mode, charges, self._timeout)
+        batcher.submit(check)
+        return check
+
+    def read(self, check: Check, outcome: Outcome) -> Verdict:
+        """The second half: the verdict in what came of *check*."""
         if isinstance(outcome, Failure):
-            return self._without_redis(charges, mode)
-        if mode == "consume" and not outcome[0]:
-            self._refusals.remember(charges, outcome, check.written)
-        return Verdict(self, charges, "redis", outcome)
+            return self._without_redis(check.charges, check.mode)
+        if not outcome[0] and check.mode == "consume":
+            self._refusals.remember(check.charges, outcome, check.written)
+        return Verdict(self, check.charges, "redis", outcome)
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
         """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.

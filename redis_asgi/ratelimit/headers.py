@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import orjson
+from starlette.types import Message
 
 from ..settings import HeaderStyle
 from .decision import Decision, PolicyState, merged, policy_state, refusal_of
@@ -53,15 +54,16 @@ def effective_window(strategy: str, window: int, remaining: int, reset: int, ret
 
 def reply_fields(policies: PolicySet, reply: Reply) -> Fields:
     """`ietf_fields` straight from a strategy's numbers: what nearly every admitted response gets, so in one piece."""
-    values: tuple[int, ...] = ()
+    values: list[int] = []
     for i, fixed, window in policies.shown:
         at = VALUES_PER_COUNTER * i + 2
         remaining = reply[at]
         left = reply[at + 1] if fixed else 0 if remaining else reply[at + 2]
-        values += (remaining, -(-left // MICROSECONDS) if left > 0 else window)
+        values.append(remaining)
+        values.append(-(-left // MICROSECONDS) if left > 0 else window)
     if not values:
         return []
-    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % values)]
+    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % tuple(values))]
 
 
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:
@@ -104,14 +106,16 @@ def verdict_fields(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
     return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
 
 
-def joined(sent: Iterable[tuple[bytes, bytes]] | None, fields: Fields) -> Fields:
-    """The headers a response has *sent*, then those of *fields* whose name it has not: the app's own stay."""
-    own = list(sent or ())
-    for name, _ in own:
+def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
+    """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
+    both = list(message.get("headers") or ())
+    for name, _ in both:
         if name in _OURS:
-            names = {name for name, _ in own}
-            return own + [field for field in fields if field[0] not in names]
-    return own + fields
+            names = {name for name, _ in both}
+            fields = [field for field in fields if field[0] not in names]
+            break
+    both += fields
+    return {**message, "headers": both}
 
 
 _OURS = frozenset(

@@ -119,7 +119,10 @@ class RateLimitMiddleware:
             outer = None  # of an earlier request: this server reuses its state
         try:
             if self._is_plain and outer is None and scope.get("method") != "OPTIONS":
-                verdict: Verdict | None = await self._engine.decide(self._known_charges(scope))
+                asked = self._engine.ask(self._known_charges(scope))
+                verdict: Verdict | None = (
+                    asked if isinstance(asked, Verdict) else self._engine.read(asked, await asked.future)
+                )
             else:
                 check = RuleCheck(self._rules, self._engine, self._linter, self._body_cap, scope, receive, outer)
                 verdict, receive = await check.decide(), check.receive
@@ -219,8 +222,7 @@ class _Response:
             self.status = status = message.get("status", 101)
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
-                fields = headers.verdict_fields(self._ledger.verdicts, self._style)
-                message = {**message, "headers": headers.joined(message.get("headers"), fields)}
+                message = headers.with_fields(message, headers.verdict_fields(self._ledger.verdicts, self._style))
         elif kind == "websocket.close" and self.status is None:
             self.status = 403  # what the server answers a handshake that is closed before accept
         try:

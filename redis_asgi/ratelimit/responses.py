@@ -82,7 +82,7 @@ def _adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
 
     async def adding(message: Message) -> None:
         if message["type"].endswith("http.response.start"):
-            message = {**message, "headers": headers.joined(message.get("headers"), list(fields))}
+            message = headers.with_fields(message, fields)
         await send(message)
 
     return adding
