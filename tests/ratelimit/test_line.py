@@ -1,0 +1,163 @@
+"""The limiter's own way over a pooled connection: it gives way, survives its end, leaves redis-py's stream whole."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis.asyncio as aioredis
+
+from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi.errors import Failure
+from redis_asgi.ratelimit.batch import Batcher, Check, Outcome
+from redis_asgi.ratelimit.cluster import make_batcher
+from redis_asgi.ratelimit.line import LineWire
+from redis_asgi.ratelimit.policy import Charge, Policy, PolicySet, make_partition
+
+from ..kit.certificates import Certificates
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Server
+
+pytestmark = pytest.mark.anyio
+
+StartServer = Callable[..., Server]
+HUNDRED = PolicySet((Policy("default", 100, 60),))
+
+
+def batcher_of(manager: RedisManager) -> Batcher:
+    """The batcher of a manager's client in this loop, which goes over a line."""
+    batcher = manager.part(make_batcher)
+    assert isinstance(batcher, Batcher)
+    assert isinstance(batcher._wire, LineWire)
+    return batcher
+
+
+async def ask(batcher: Batcher, client: str = "192.0.2.1") -> Outcome:
+    """One check."""
+    check = Check(batcher.loop, "consume", (Charge(HUNDRED, make_partition("ip", client, plain=True), 1),), 5.0)
+    batcher.submit(check)
+    return await check.future
+
+
+def remaining(outcome: Outcome) -> int:
+    """What is left of the quota."""
+    assert isinstance(outcome, list)
+    return int(outcome[2])
+
+
+async def test_one_connection_serves_everybody_in_turn(private_server: StartServer) -> None:
+    """With a pool of one, the limiter gives its connection back whole, and gets it again; there never is another."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=1))
+    client = await manager.get_connection()
+    batcher = batcher_of(manager)
+    for turn in range(1, 6):
+        assert 100 - turn == remaining(await ask(batcher))
+        assert await client.ping()
+        assert b"x" * 70_000 == await client.echo(b"x" * 70_000)
+    assert 1 == len(server.connections())
+    pings = asyncio.gather(*(client.ping() for _ in range(20)))
+    outcomes = await asyncio.gather(*(ask(batcher) for _ in range(20)))
+    assert [True] * 20 == await pings
+    assert 75 == min(remaining(outcome) for outcome in outcomes)
+    assert 1 == len(server.connections())
+    await manager.close()
+
+
+async def test_idle_line_gives_way_to_whoever_waits(private_server: StartServer) -> None:
+    """An idle limiter does not keep the last connection from a caller who came later."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=2, REDIS_TIMEOUT=1))
+    client = await manager.get_connection()
+    await ask(batcher_of(manager))
+    blocked = (client.execute_command("BLPOP", "nothing", "0.3") for _ in range(2))
+    assert [None, None] == await asyncio.gather(*blocked)
+    assert 98 == remaining(await ask(batcher_of(manager)))
+    await manager.close()
+
+
+async def test_connection_that_the_server_closes_is_replaced(private_server: StartServer) -> None:
+    """CLIENT KILL between two checks, or an idle timeout: the next check is answered by Redis all the same."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url))
+    batcher = batcher_of(manager)
+    for turn in range(1, 4):
+        assert 100 - turn == remaining(await ask(batcher))
+        server.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await asyncio.sleep(0.01)
+    assert "closed" == manager.breaker_state
+    await manager.close()
+
+
+async def test_connection_that_ends_under_way_fails_its_batch_once(private_server: StartServer) -> None:
+    """The batch is a lost one, charged at most once; what comes after goes over a new connection."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        manager = RedisManager(Settings(REDIS_URL=proxy.url))
+        batcher = batcher_of(manager)
+        await ask(batcher)
+        await proxy.set("cut_replies", times=1)
+        assert Failure.CONNECTION is await ask(batcher)
+        assert 97 == remaining(await ask(batcher))
+        await manager.close()
+
+
+async def test_what_is_no_redis_is_hung_up_on() -> None:
+    """Bytes that are no reply end the connection, and the check fails; nothing is read out of step."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(b"+OK\r\n" * data.count(b"CLIENT") if b"EVAL" not in data else b"HTTP/1.1 400 Bad Request\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
+    assert Failure.CONNECTION is await ask(batcher_of(manager))
+    await manager.close()
+    listener.close()
+
+
+async def test_two_replies_that_come_together_are_told_apart(private_server: StartServer) -> None:
+    """More checks than a batch holds go out before the first is answered, and each gets its own numbers."""
+    manager = RedisManager(Settings(REDIS_URL=private_server().url))
+    batcher = batcher_of(manager)
+    await ask(batcher)
+    outcomes = await asyncio.gather(*(ask(batcher, f"192.0.{n // 200}.{n % 200}") for n in range(400)))
+    assert {99} == {remaining(outcome) for outcome in outcomes}
+    outcomes = await asyncio.gather(*(ask(batcher, "198.51.100.1") for _ in range(100)))
+    assert list(range(99, -1, -1)) == [remaining(outcome) for outcome in outcomes]
+    await manager.close()
+
+
+@pytest.mark.parametrize("kind", ["unix", "tls"])
+async def test_every_kind_of_socket(kind: str, private_server: StartServer, request: pytest.FixtureRequest) -> None:
+    """A unix socket and TLS carry batches as TCP does, with the checks and commands of others in between."""
+    values: dict[str, Any] = {"REDIS_POOL_SIZE": 1}
+    if kind == "unix":
+        values["REDIS_URL"] = private_server(unix=True).url
+    else:
+        certificates: Certificates = request.getfixturevalue("certificates")
+        server: Server = request.getfixturevalue("tls_server")
+        pair = certificates.client
+        values |= {"REDIS_URL": server.url, "REDIS_SSL_CA_CERTS": certificates.ca.cert}
+        values |= {"REDIS_SSL_CERTFILE": pair.cert, "REDIS_SSL_KEYFILE": pair.key}
+    manager = RedisManager(Settings(**values))
+    client = await manager.get_connection()
+    for turn in range(1, 4):
+        assert 100 - turn == remaining(await ask(batcher_of(manager), "203.0.113.200"))
+        assert await client.ping()
+    outcomes = await asyncio.gather(*(ask(batcher_of(manager), "203.0.113.201") for _ in range(50)))
+    assert 50 == min(remaining(outcome) for outcome in outcomes)
+    await client.flushdb()
+    await manager.close()
+
+
+async def test_users_own_pool_is_left_to_redis_py(redis_url: str) -> None:
+    """A given client lends a connection for one batch at a time and has all of them back after it."""
+    client = aioredis.Redis.from_url(redis_url, max_connections=1)
+    limiter = RateLimiter(client)
+    for turn in range(1, 4):
+        decision = await limiter.consume("a", "9/minute")
+        assert ("redis", 9 - turn) == (decision.source, decision.policies[0].remaining)
+        assert await client.ping()
+    await client.aclose()
