@@ -75,7 +75,9 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
     assert taken == set()
 
 
-FOUNDATION = ("errors", "notation", "settings", "telemetry", "keys", "scope", "breaker", "client", "connection")
+FOUNDATION = (
+    "errors", "notation", "settings", "telemetry", "tracing", "keys", "scope", "breaker", "client", "connection",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [f"redis_asgi.{name}" for name in FOUNDATION if f"redis_asgi.{name}" in MODULES])

@@ -1,0 +1,33 @@
+"""What was decided about a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
+
+import sys
+from functools import lru_cache
+
+
+def annotate_span(**attributes: str | bool | float | None) -> None:
+    """Set attributes on the current OpenTelemetry span; nothing when there is none that records.
+
+    ``annotate_span(ratelimit_decision="refused", cache_result=None)`` sets ``redis_asgi.ratelimit.decision``: the
+    part of the package comes first, and ``None`` is left out. opentelemetry-api is never imported: where nobody else
+    has, there is no span, and a call costs one look into a dictionary.
+
+    Args:
+        attributes: Never an identity, a key or a text: traces are read by more people than Redis is.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    # It may be half imported by another thread.
+    current = getattr(trace, "get_current_span", None)
+    if current is None:
+        return
+    span = current()
+    if span.is_recording():
+        for name, value in attributes.items():
+            if value is not None:
+                span.set_attribute(_attribute(name), value)
+
+
+@lru_cache(maxsize=64)
+def _attribute(name: str) -> str:
+    """``cache_hit_rate`` as ``redis_asgi.cache.hit_rate``."""
+    part, _, rest = name.partition("_")
+    return f"redis_asgi.{part}.{rest}"
