@@ -1,0 +1,124 @@
+"""`SubApp`: the base of what is mounted beside an app, such as its health checks: read-only, small and quiet."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, TypeAlias
+
+import orjson
+from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope, Send
+
+from .errors import ConfigurationError
+from .scope import route_path
+
+Authorize: TypeAlias = Callable[[HTTPConnection], bool | Awaitable[bool]]
+
+JSON = b"application/json"
+_PROBLEM_JSON = b"application/problem+json"
+# RFC 6455: "when there is no other more suitable status code"; before accept, servers answer it with 403.
+_POLICY_VIOLATION = 1008
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a page says; `SubApp` adds ``Content-Length`` and what every answer carries.
+
+    Attributes:
+        headers: More fields, names in lower case.
+        cache_control: ``no-store`` unless the body is the same for ever under its URL.
+    """
+
+    body: bytes
+    content_type: bytes = JSON
+    status: int = 200
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    cache_control: bytes = b"no-store"
+
+
+Page: TypeAlias = Callable[[HTTPConnection], Awaitable[Answer]]
+
+
+def json_answer(value: Any, *, status: int = 200) -> Answer:
+    """*value* as JSON."""
+    return Answer(orjson.dumps(value), status=status)
+
+
+class SubApp:
+    """An ASGI app of a few read-only pages, to be mounted in another or served by itself.
+
+    GET and HEAD, else 405; an unknown path is 404; a WebSocket is closed before it is accepted; a server's lifespan
+    is answered. `RateLimitMiddleware` does not count requests to its instances.
+
+    Args:
+        pages: The path below the mount, without a final slash (``""`` is the root), to what answers there.
+        authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403. What it raises
+            goes to the app's error handling: raise Starlette's ``HTTPException(401, headers=...)`` to ask for
+            credentials. ``None`` = anybody may.
+        open_pages: Paths that *authorize* is not asked about.
+
+    Raises:
+        ConfigurationError: If *authorize* cannot be called.
+    """
+
+    def __init__(
+        self, pages: Mapping[str, Page], *, authorize: Authorize | None = None, open_pages: frozenset[str] = frozenset()
+    ) -> None:
+        if authorize is not None and not callable(authorize):
+            raise ConfigurationError(f"authorize={authorize!r} is not callable. Try authorize=lambda conn: True.")
+        self._pages = dict(pages)
+        self._authorize = authorize
+        self._open_pages = open_pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": ""})
+        elif scope["type"] == "http":
+            await _send(await self._answer(scope), scope, send)
+
+    async def _answer(self, scope: Scope) -> Answer:
+        path = route_path(scope)
+        page = self._pages.get(path)
+        if page is None:
+            return _problem(404, "Not Found")
+        if scope["method"] not in ("GET", "HEAD"):
+            return _problem(405, "Method Not Allowed", (b"allow", b"GET, HEAD"))
+        connection = HTTPConnection(scope)
+        if self._authorize is not None and path not in self._open_pages:
+            said = self._authorize(connection)
+            if not (await said if isawaitable(said) else said):
+                return _problem(403, "Forbidden")
+        return await page(connection)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Answer a server that serves this app by itself; an app that it is mounted in passes nothing on."""
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self.aclose()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+            await send({"type": "lifespan.startup.complete"})
+
+    async def aclose(self) -> None:
+        """Close what this loop has open for the app; for subclasses that open something."""
+
+
+def _problem(status: int, title: str, *headers: tuple[bytes, bytes]) -> Answer:
+    body = orjson.dumps({"type": "about:blank", "title": title, "status": status})
+    return Answer(body, _PROBLEM_JSON, status, headers)
+
+
+async def _send(answer: Answer, scope: Scope, send: Send) -> None:
+    headers = [
+        (b"content-type", answer.content_type),
+        (b"content-length", b"%d" % len(answer.body)),
+        (b"cache-control", answer.cache_control),
+        (b"x-content-type-options", b"nosniff"),
+        *answer.headers,
+    ]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    body = b"" if scope["method"] == "HEAD" else answer.body
+    await send({"type": "http.response.body", "body": body})
