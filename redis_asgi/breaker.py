@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
 from .errors import Failure, classify
+from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -139,6 +140,7 @@ class Breaker:
 
     def _change(self, state: BreakerState) -> None:
         self.state = state
+        telemetry().breaker_transitions.labels(state).inc()
         logger.debug("redis_asgi.breaker", extra={"state": state, "reason": self.reason.value})
 
     def _start(self, work: Awaitable[None]) -> None:

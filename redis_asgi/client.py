@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from .errors import ConfigurationError
 from .settings import URL_OPTIONS_NOT_TAKEN, Settings
+from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -80,12 +82,15 @@ class Turnstile(ConnectionPool):
             return
         if self.on_shortage is not None:
             self.on_shortage()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._turn_timeout):
                 await self._turns.acquire()
         except TimeoutError:
             message = f"No free connection within {self._turn_timeout} s"
             raise redis.exceptions.MaxConnectionsError(message) from None
+        finally:
+            telemetry().redis_pool_wait.observe(time.monotonic() - began)
 
     async def release(self, connection: AbstractConnection) -> None:
         try:

@@ -76,7 +76,8 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "errors", "notation", "settings", "telemetry", "tracing", "keys", "scope", "breaker", "client", "connection",
+    "errors", "notation", "settings", "telemetry", "tracing", "keys", "scope", "sub_app", "breaker", "client",
+    "connection",
 )  # fmt: skip
 
 

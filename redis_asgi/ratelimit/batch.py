@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 from ..breaker import Breaker
 from ..errors import Failure, classify_reply
+from ..telemetry import telemetry
 from .policy import Charge
 from .strategies import VALUES_PER_COUNTER, Mode, Reply
 
@@ -47,15 +48,20 @@ class Check:
         for charge in charges:
             self.counters += len(charge.policies.policies)
 
+    def waited(self) -> float:
+        """Seconds since its arrival."""
+        return self.future.get_loop().time() - self.deadline + self.timeout
+
 
 class Batch:
     """Checks that are sent together; from here on their command may run whatever happens."""
 
-    __slots__ = ("checks", "is_told", "limit")
+    __slots__ = ("checks", "is_told", "limit", "written")
 
-    def __init__(self, checks: list[Check], limit: float) -> None:
+    def __init__(self, checks: list[Check], written: float, limit: float) -> None:
         self.checks = checks
-        self.limit = limit  # when its connection is dropped, on the loop's clock
+        self.written = written  # on the loop's clock
+        self.limit = limit  # when its connection is dropped
         self.is_told = False  # whether the breaker has heard how it went
 
 
@@ -99,6 +105,11 @@ class Batcher:
         self._waiting_counters = 0
         self._sent: set[Batch] = set()
         self._timer: asyncio.TimerHandle | None = None
+        counted = telemetry()
+        self._count_size = counted.redis_batch_size.observe
+        self._count_duration = counted.redis_command_duration.labels("check").observe
+        self._commands = counted.redis_commands
+        self._count_ok = counted.redis_commands.labels("check", "ok").inc
 
     def use(self, wire: Wire) -> None:
         """Send what is taken from now on over *wire*."""
@@ -147,7 +158,8 @@ class Batcher:
             patience = max(patience, check.timeout)
         if not taken:
             return None
-        batch = Batch(taken, now + 2 * patience)
+        batch = Batch(taken, now, now + 2 * patience)
+        self._count_size(len(taken))
         self._sent.add(batch)
         if self._timer is None or batch.limit < self._timer.when():
             self._arm(batch.limit)
@@ -162,6 +174,7 @@ class Batcher:
 
     def lost(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
+        self._commands.labels("check", failure.value).inc()
         self._breaker.failed(failure)
         self._fail_waiting(failure)
 
@@ -178,9 +191,12 @@ class Batcher:
         if batch.is_told or self.closed:
             return
         batch.is_told = True
+        self._count_duration(self.loop.time() - batch.written)
         if failure is None:
+            self._count_ok()
             self._breaker.worked()
         else:
+            self._commands.labels("check", failure.value).inc()
             self._breaker.failed(failure)
 
     def _fail_waiting(self, failure: Failure) -> None:

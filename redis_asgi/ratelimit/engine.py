@@ -14,9 +14,10 @@ from typing import Literal
 
 from ..connection import RedisManager, forks
 from ..errors import Failure, classify
-from ..settings import HeaderStyle, Settings
+from ..settings import HeaderStyle, OnRedisError, Settings
 from .batch import Batcher, Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
+from .counts import Counts
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
 from .local import LocalEngine
 from .policy import Charge, Partition, PolicySet, log_key
@@ -66,6 +67,11 @@ class Verdict:
         else:
             self.allowed = not known and (decision is None or decision.allowed)
 
+    def count(self) -> None:
+        """Count the request it is about."""
+        outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
+        self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
+
     @property
     def decision(self) -> Decision:
         """The answer in full; read from the numbers when first asked for."""
@@ -93,6 +99,8 @@ class Engine:
         timeout: The most a check waits for Redis, in seconds.
         settings: What its limits are configured by; ``None`` = the manager's.
         style: How what it decides is put into header fields; ``None`` = the settings'.
+        names_are_fixed: Whether the names of its policies are known before the first request; only then each policy's
+            decisions are counted.
     """
 
     def __init__(
@@ -102,8 +110,11 @@ class Engine:
         timeout: float,
         settings: Settings | None = None,
         style: HeaderStyle | None = None,
+        names_are_fixed: bool = True,
     ) -> None:
         self.manager = manager
+        self.counts = Counts()
+        self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.style: HeaderStyle = style or self.settings.RATE_LIMIT_HEADERS
         self._timeout = timeout
@@ -118,7 +129,12 @@ class Engine:
         """The refusal of *charges* that this process knows already."""
         now = time.monotonic()
         known = self._refusals.find(charges, now)
-        return Verdict(self, charges, "redis", known=known, at=now) if known else None
+        if not known:
+            return None
+        if self._names_are_fixed:
+            for charge, refusal in known:
+                self.counts.known(charge, refusal.policy.name)
+        return Verdict(self, charges, "redis", known=known, at=now)
 
     async def decide(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
@@ -128,26 +144,36 @@ class Engine:
     def ask(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Check | Verdict:
         """The first half of `decide`: the verdict, where Redis need not be asked, else the check that is on its way."""
         if not self._has_redis:
-            return Verdict(self, charges, "memory", self._local.decide(mode, charges))
+            return self._decided(charges, mode, "memory", self._local.decide(mode, charges))
         if mode == "consume" and self._refusals:
             known = self.remembered(charges)
             if known is not None:
                 return known
         try:
             batcher = self._batcher()
-        except OSError:
-            return self._without_redis(charges, mode)  # the client cannot even be built: its host has no address
+        except OSError as error:
+            # The client cannot even be built: its host has no address.
+            return self._without_redis(charges, mode, classify(error))
         check = Check(batcher.loop, mode, charges, self._timeout)
         batcher.submit(check)
         return check
 
     def read(self, check: Check, outcome: Outcome) -> Verdict:
         """The second half: the verdict in what came of *check*."""
+        waited = check.waited()
         if isinstance(outcome, Failure):
-            return self._without_redis(check.charges, check.mode)
-        if not outcome[0] and check.mode == "consume":
-            self._refusals.remember(check.charges, outcome, check.written)
-        return Verdict(self, check.charges, "redis", outcome)
+            verdict = self._without_redis(check.charges, check.mode, outcome)
+        else:
+            if not outcome[0] and check.mode == "consume":
+                self._refusals.remember(check.charges, outcome, check.written)
+            verdict = self._decided(check.charges, check.mode, "redis", outcome)
+        self.counts.waited(verdict.source, waited)
+        return verdict
+
+    def _decided(self, charges: tuple[Charge, ...], mode: Mode, source: Source, reply: Reply) -> Verdict:
+        if mode == "consume" and self._names_are_fixed:
+            self.counts.decided(charges, reply)
+        return Verdict(self, charges, source, reply)
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
         """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.
@@ -242,15 +268,18 @@ class Engine:
             await client.execute_command("UNLINK", *logs)
         return bool(gone)
 
-    def _without_redis(self, charges: tuple[Charge, ...], mode: Mode) -> Verdict:
+    def _without_redis(self, charges: tuple[Charge, ...], mode: Mode, reason: Failure) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
         answers = {c.on_redis_error for c in charges if any(not policy.shadow for policy in c.policies)}
-        if "closed" in answers:
-            return Verdict(self, (), "none", decision=Decision(False, "none", CLOSED_RETRY_AFTER))
         local = tuple(charge for charge in charges if charge.on_redis_error == "local")
-        if not local:
-            return Verdict(self, (), "none", decision=Decision(True, "none"))
-        return Verdict(self, local, "local", self._local.decide(mode, local, divisor=self._divisor))
+        chosen: OnRedisError = "closed" if "closed" in answers else "local" if local else "open"
+        if mode == "consume":
+            self.counts.fell_back(chosen, reason)
+        if chosen == "local":
+            return self._decided(local, mode, "local", self._local.decide(mode, local, divisor=self._divisor))
+        if chosen == "closed":
+            return Verdict(self, (), "none", decision=Decision(False, "none", CLOSED_RETRY_AFTER))
+        return Verdict(self, (), "none", decision=Decision(True, "none"))
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

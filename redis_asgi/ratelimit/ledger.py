@@ -27,12 +27,13 @@ class Ledger:
         immediate: Apply each change at once: there is no middleware that would settle at the response's end.
     """
 
-    __slots__ = ("_changes", "_loop", "settled", "verdicts")
+    __slots__ = ("_changes", "_is_counted", "_loop", "settled", "verdicts")
 
     def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
         self.verdicts = [verdict]
         self._loop = asyncio.get_running_loop() if immediate else None
         self.settled = False
+        self._is_counted = False
         self._changes: list[tuple[int, str | None]] | None = None
 
     @property
@@ -69,11 +70,23 @@ class Ledger:
         else:
             self._changes.append(change)
 
+    def count(self) -> None:
+        """Count the request, once: as refused if one of its verdicts is, else as the first says."""
+        if self._is_counted:
+            return
+        self._is_counted = True
+        for verdict in self.verdicts:
+            if not verdict.allowed:
+                verdict.count()
+                return
+        self.verdicts[0].count()
+
     def settle(self, status: int | None) -> None:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
         if self.settled:
             return
         self.settled = True
+        self.count()
         if self._changes is not None:
             self._send(status, self._changes)
             return

@@ -46,9 +46,11 @@ class RateLimiter:
             raise ConfigurationError(f"timeout={timeout!r} is not a number of seconds up to 60. Try 0.25.")
         manager, _ = resolve_manager(redis, settings)
         self._settings = settings if settings is not None else manager.settings
-        self._engine = Engine(manager, timeout=timeout)
+        self._engine = Engine(manager, timeout=timeout, names_are_fixed=False)
         self._strategy: StrategyName = strategy
         self._on_redis_error: OnRedisError = on_redis_error
+        if on_redis_error == "closed":
+            manager.fails_closed = True
 
     async def check_rate_limit(self, client_id: str, limit: int = 100, window: int = 60) -> bool:
         """Count one request of *client_id* against *limit* per *window* seconds; whether it is admitted.

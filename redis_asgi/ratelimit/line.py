@@ -15,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from ..client import Turnstile
 from ..errors import Failure, classify, classify_reply
+from ..telemetry import telemetry
 from .batch import Batch, Batcher, distribute, still_waiting
 from .wires import SCRIPT, SCRIPT_SHA, PoolWire, packed
 
@@ -80,6 +81,7 @@ class Line(asyncio.Protocol):
             # Nothing ran, so sending it again cannot count twice.
             checks = still_waiting(batch.checks)
             if checks:
+                telemetry().redis_script_loads.inc()
                 self.sent.append((batch, True))
                 self._transport.write(packed(b"EVAL", SCRIPT, checks, self._batcher.clock))
                 batch.checks = checks
@@ -97,6 +99,7 @@ class LineWire:
         self._pool = pool
         self._line: Line | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._has_lost_one = False
         self._returning: set[asyncio.Task[None]] = set()
 
     @property
@@ -148,6 +151,7 @@ class LineWire:
         """The connection of *line* is gone."""
         if self._line is line:
             self._line = None
+            self._has_lost_one = True
             self._later(self._drop(line.connection))
 
     def _give_way(self) -> None:
@@ -184,6 +188,9 @@ class LineWire:
             pass
         elif isinstance(writer, asyncio.StreamWriter):
             self._connecting = None
+            if self._has_lost_one:
+                self._has_lost_one = False
+                telemetry().redis_reconnects.inc()
             self._pool.on_shortage = self._give_way
             self._line = Line(self, batcher, connection, writer.transport)
             batcher.start_if_due()

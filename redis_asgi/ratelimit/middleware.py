@@ -4,20 +4,20 @@
 refused here, or on to the app with the fields added to its response → what the response changes is settled after it.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
-from inspect import isawaitable
-from typing import TypeAlias, get_args
+from typing import get_args
 
-from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
-from ..scope import Addressing, path_patterns, route_path
+from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
 from .engine import Engine, Verdict
+from .exempt import Exempt, Exemptions
 from .ledger import STATE, Ledger, RequestDecision
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
@@ -25,8 +25,6 @@ from .policy import Charge
 from .request import RuleCheck
 from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
 from .rules import Limits, Rule, check_choice, compile_rules
-
-Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
 
 
 class RateLimitMiddleware:
@@ -47,7 +45,7 @@ class RateLimitMiddleware:
         on_redis_error: When Redis does not answer: ``local``, ``open`` or ``closed``; ``None`` =
             ``RATE_LIMIT_ON_REDIS_ERROR``.
         exempt: Path patterns that are never counted, or a callable that says so; in addition to
-            ``RATE_LIMIT_EXEMPT_PATHS``.
+            ``RATE_LIMIT_EXEMPT_PATHS`` and to the package's own sub-apps (health, metrics) mounted in *app*.
         on_exceeded: Given the connection and the `Decision`, may return another response than the 429.
         headers: ``ietf``, ``legacy``, ``both`` or ``none``; ``None`` = ``RATE_LIMIT_HEADERS``.
         redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
@@ -90,10 +88,10 @@ class RateLimitMiddleware:
             check_choice("headers", headers, get_args(HeaderStyle))
         self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings, style=headers)
         self._style = self._engine.style
-        own_paths = exempt if not callable(exempt) else None
-        self._exempt_paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS) + path_patterns(own_paths)
-        self._exempt_if = exempt if callable(exempt) else None
-        self._may_exempt = bool(self._exempt_paths or self._exempt_if)
+        self._counts = self._engine.counts
+        if any(rule.on_redis_error == "closed" for rule in self._rules):
+            self._manager.fails_closed = True
+        self._exemptions = Exemptions(app, exempt, settings)
         if on_exceeded is not None and not callable(on_exceeded):
             raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
         self._on_exceeded = on_exceeded
@@ -107,8 +105,12 @@ class RateLimitMiddleware:
         if kind == "lifespan":
             await self._lifespan(scope, receive, send)
             return
-        if kind not in ("http", "websocket") or (self._may_exempt and await self._is_exempt(scope)):
+        if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
+            return
+        self._counts.tick()
+        if self._exemptions.any and await self._exemptions.cover(scope):
+            await self._pass(scope, receive, send)
             return
 
         if self._linter.looks:
@@ -127,17 +129,14 @@ class RateLimitMiddleware:
                 check = RuleCheck(self._rules, self._engine, self._linter, self._body_cap, scope, receive, outer)
                 verdict, receive = await check.decide(), check.receive
         except MissingIdentity as missing:
+            self._counts.request("refused", "none")
             await refuse_identity(missing.what, scope, send)
             return
 
-        if verdict is None:  # no rule covers it, or an outer instance has counted it
-            await self.app(scope, receive, send)
-        elif outer is not None:  # it writes the fields of both, and settles
-            outer.join(verdict)
-            if verdict.allowed:
-                await self.app(scope, receive, send)
-            else:
-                await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
+        if outer is not None:
+            await self._join(outer, verdict, scope, receive, send)
+        elif verdict is None:  # no rule covers it
+            await self._pass(scope, receive, send)
         elif verdict.allowed:
             ledger = Ledger(verdict)
             state[STATE] = RequestDecision(ledger)
@@ -148,12 +147,30 @@ class RateLimitMiddleware:
                 response.failed(error)
                 raise
             ledger.settle(response.status)
-        elif len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
-            await send_remembered(verdict, self._style, scope, send)
         else:
+            verdict.count()
+            if len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
+                await send_remembered(verdict, self._style, scope, send)
+                return
             state[STATE] = RequestDecision(Ledger(verdict))
             fields = headers.verdict_fields([verdict], self._style)
             await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through that no limit is about."""
+        self._counts.request("exempt", "none")
+        await self.app(scope, receive, send)
+
+    async def _join(
+        self, outer: RequestDecision, verdict: Verdict | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer within an outer instance: it writes the fields of both, counts and settles."""
+        if verdict is not None:  # else it has put the request to all there is
+            outer.join(verdict)
+        if verdict is None or verdict.allowed:
+            await self.app(scope, receive, send)
+        else:
+            await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
 
     def _known_charges(self, scope: Scope) -> tuple[Charge, ...]:
         client = self._addressing.client(scope)
@@ -163,16 +180,6 @@ class RateLimitMiddleware:
 
     def _plain_charges(self, client: str | None) -> tuple[Charge, ...]:
         return tuple(rule.plain_charge(client) for rule in self._rules)
-
-    async def _is_exempt(self, scope: Scope) -> bool:
-        if self._exempt_paths:
-            path = route_path(scope)
-            if any(pattern.matches(path) for pattern in self._exempt_paths):
-                return True
-        if self._exempt_if is None:
-            return False
-        said = self._exempt_if(HTTPConnection(scope))
-        return bool(await said if isawaitable(said) else said)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
@@ -220,6 +227,7 @@ class _Response:
         kind = message["type"]
         if kind in _STARTS:
             self.status = status = message.get("status", 101)
+            self._ledger.count()
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
                 message = headers.with_fields(message, headers.verdict_fields(self._ledger.verdicts, self._style))

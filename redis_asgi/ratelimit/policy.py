@@ -137,6 +137,7 @@ class Charge:
     Attributes:
         on_redis_error: What its rule wants when Redis does not answer.
         count_if: Given the response's status, whether the charge stays.
+        label: What its policies are counted as, where their names are not known before the request.
     """
 
     policies: PolicySet
@@ -144,6 +145,7 @@ class Charge:
     cost: int = 1
     on_redis_error: OnRedisError = "local"
     count_if: Callable[[int], bool] | None = None
+    label: str | None = None
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:

@@ -113,6 +113,7 @@ class RateLimit:
         verdict = await engine.decide((charge,))
         if decision is None:
             decision = state[STATE] = RequestDecision(Ledger(verdict, immediate=True))
+            decision.ledger.count()
         else:
             decision.join(verdict)
         if not verdict.allowed:
@@ -146,6 +147,7 @@ class RateLimit:
                 strategy=settings.RATE_LIMIT_STRATEGY,
                 on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
             )
+            engine.manager.fails_closed |= rule.on_redis_error == "closed"
         return rule
 
     async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:

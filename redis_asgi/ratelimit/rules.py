@@ -201,7 +201,8 @@ class CompiledRule:
 
     def charge(self, policies: PolicySet, partition: Partition, cost: int) -> Charge:
         """A charge under this rule."""
-        return Charge(policies, partition, cost, self.on_redis_error, self.count_if)
+        label = None if self.policies is not None else self.name
+        return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label)
 
     def plain_charge(self, client: str | None) -> Charge:
         """The charge of a client under a rule that `is_plain`: nothing to call, nothing to wait for."""

@@ -16,6 +16,7 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import NoScriptError
 
 from ..errors import Failure, classify
+from ..telemetry import telemetry
 from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
 from .policy import bulk, log_key
 from .strategies import Mode
@@ -175,6 +176,7 @@ class PoolWire(TaskWire):
                 checks = still_waiting(checks)
                 if not checks:
                     return None
+                telemetry().redis_script_loads.inc()
                 await connection.send_packed_command(packed(b"EVAL", SCRIPT, checks, batcher.clock))
                 reply = await connection.read_response(disable_decoding=True)
             return distribute(checks, reply)
@@ -203,6 +205,7 @@ class NodeWire(TaskWire):
             groups[i] = still_waiting(groups[i])
         unknown = [i for i in unknown if groups[i]]
         if unknown:
+            telemetry().redis_script_loads.inc(len(unknown))
             again = await self._call("EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply

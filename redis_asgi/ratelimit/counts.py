@@ -1,0 +1,77 @@
+"""What the limiter counts, with every metric's children bound once."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import Failure
+from ..settings import OnRedisError
+from ..telemetry import telemetry
+from ..tracing import annotate_span
+from .policy import Charge
+from .strategies import VALUES_PER_COUNTER, Reply
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+_OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
+_SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
+
+
+class Counts:
+    """The counters of one engine; all engines of a process add to the same ones.
+
+    A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with
+    the traffic.
+    """
+
+    def __init__(self) -> None:
+        counted = telemetry()
+        self._tick = counted.tick
+        self._requests = {
+            (outcome, source): counted.ratelimit_requests.labels(outcome, source)
+            for outcome in _OUTCOMES
+            for source in _SOURCES
+        }
+        self._waits = {source: counted.ratelimit_check_duration.labels(source) for source in ("redis", "local", "none")}
+        self._policy = counted.ratelimit_policy
+        self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._fallback = counted.ratelimit_fallback
+
+    def tick(self) -> None:
+        """Note that a request has come."""
+        self._tick(time.monotonic())
+
+    def request(self, outcome: str, source: str) -> None:
+        """Count one request, once."""
+        self._requests[outcome, source].inc()
+        annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
+
+    def waited(self, source: str, seconds: float) -> None:
+        """Note how long a check took for which Redis was asked."""
+        self._waits[source].observe(seconds)
+
+    def fell_back(self, mode: OnRedisError, reason: Failure) -> None:
+        """Count a check that Redis did not decide."""
+        self._fallback.labels(mode, reason.value).inc()
+
+    def decided(self, charges: Sequence[Charge], reply: Reply) -> None:
+        """Count what each policy of *charges* said by itself."""
+        at = 1
+        for charge in charges:
+            for policy in charge.policies.policies:
+                bound = self._bound(charge.label or policy.name)
+                bound[0 if reply[at] else 2 if policy.shadow else 1].inc()
+                at += VALUES_PER_COUNTER
+
+    def known(self, charge: Charge, policy: str) -> None:
+        """Count a refusal by *policy* that was known without asking."""
+        self._bound(charge.label or policy)[1].inc()
+
+    def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
+        bound = self._policies.get(name)
+        if bound is None:
+            labels = self._policy.labels
+            bound = labels(name, "allowed"), labels(name, "refused"), labels(name, "shadow_refused")
+            self._policies[name] = bound
+        return bound
