@@ -1,5 +1,6 @@
 """What the limiter counts, with every metric's children bound once."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -45,7 +46,8 @@ class Counts:
     def request(self, outcome: str, source: str) -> None:
         """Count one request, once."""
         self._requests[outcome, source].inc()
-        annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
+        if "opentelemetry.trace" in sys.modules:
+            annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
     def waited(self, source: str, seconds: float) -> None:
         """Note how long a check took for which Redis was asked."""
