@@ -12,11 +12,15 @@ local parsed = {}
 
 local function parse(spec)
   local policies = {}
-  for line in string.gmatch(spec, '[^\n]+') do
-    local letter, quota, window, shadow, field = match(line, '^(%a) (%d+) (%d+) ([01]) (.+)$')
+  for letter, quota, window, shadow, field in string.gmatch(spec, '(%a) (%d+) (%d+) ([01]) ([^\n]+)') do
+    local strategy = made[letter]
+    if not strategy then
+      strategy = make[letter]()
+      made[letter] = strategy
+    end
     policies[#policies + 1] = {
-      strategy = strategies[letter], log = letter == 'm', quota = tonumber(quota), window = tonumber(window),
-      shadow = shadow == '1', field = field, edge = tonumber(quota) * 1e-12,
+      strategy = strategy, log = letter == 'm', quota = tonumber(quota), window = tonumber(window),
+      shadow = shadow == '1', field = field, edge = quota * 1e-12,
     }
   end
   parsed[spec] = policies
@@ -49,6 +53,12 @@ end
 
 local function write(counters, now)
   local i, count = 1, #counters
+  if count == 1 then
+    local s = counters[1]
+    local packed, needed = s.policy.strategy.save(s, now)
+    call('HSET', s.key, s.policy.field, packed)
+    return expire(s.key, needed)
+  end
   while i <= count do
     local key, fields, ttl = counters[i].key, {}, 0
     while i <= count and counters[i].key == key do

@@ -1,43 +1,45 @@
 -- GCRA as a token bucket: what is owed drains at quota per window. Field: "at owed" (us, units; owed is fractional).
 -- The receipt is when it was charged: what may have drained since is not given back, whatever was refunded meanwhile.
-local function settle(s)
-  s.free = floor(s.policy.quota + s.policy.edge - s.owed)
-end
+make.g = function()
+  local function settle(s)
+    s.free = floor(s.policy.quota + s.policy.edge - s.owed)
+  end
 
-strategies.g = {
-  load = function(s, raw, now)
-    s.at, s.owed = now, 0
-    if raw then
-      local stored, owed = parts(raw, '^(%d+) (%S+)$')
-      stored, owed = tonumber(stored), tonumber(owed)
-      s.at = max(now, stored)
-      s.owed = max(0, owed - (s.at - stored) * s.policy.quota / s.policy.window)
-    end
-    s.receipt_now = s.at
-    settle(s)
-  end,
-  wait = function(s, cost, now)
-    return ceil((s.owed + cost - s.policy.quota) * s.policy.window / s.policy.quota) + (s.at - now)
-  end,
-  charge = function(s, cost)
-    s.owed = min(s.owed + cost, 10 * s.policy.quota)
-    settle(s)
-  end,
-  refund = function(s, cost, receipt)
-    local late = max(0, s.at - receipt)
-    local back = min(s.owed, max(0, cost - late * s.policy.quota / s.policy.window))
-    -- All drained already, and the key may be gone: nothing to write.
-    if back == 0 then return false end
-    s.owed = s.owed - back
-    settle(s)
-    return true
-  end,
-  reset = function(s, now)
-    if s.owed == 0 then return 0 end
-    return ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now)
-  end,
-  save = function(s, now)
-    return format('%.0f %.17g', s.at, s.owed),
-      max(1, ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now))
-  end,
-}
+  return {
+    load = function(s, raw, now)
+      s.at, s.owed = now, 0
+      if raw then
+        local stored, owed = parts(raw, '^(%d+) (%S+)$')
+        stored, owed = tonumber(stored), tonumber(owed)
+        s.at = max(now, stored)
+        s.owed = max(0, owed - (s.at - stored) * s.policy.quota / s.policy.window)
+      end
+      s.receipt_now = s.at
+      settle(s)
+    end,
+    wait = function(s, cost, now)
+      return ceil((s.owed + cost - s.policy.quota) * s.policy.window / s.policy.quota) + (s.at - now)
+    end,
+    charge = function(s, cost)
+      s.owed = min(s.owed + cost, 10 * s.policy.quota)
+      settle(s)
+    end,
+    refund = function(s, cost, receipt)
+      local late = max(0, s.at - receipt)
+      local back = min(s.owed, max(0, cost - late * s.policy.quota / s.policy.window))
+      -- All drained already, and the key may be gone: nothing to write.
+      if back == 0 then return false end
+      s.owed = s.owed - back
+      settle(s)
+      return true
+    end,
+    reset = function(s, now)
+      if s.owed == 0 then return 0 end
+      return ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now)
+    end,
+    save = function(s, now)
+      return format('%.0f %.17g', s.at, s.owed),
+        max(1, ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now))
+    end,
+  }
+end

@@ -1,8 +1,9 @@
--- What the strategies share. Each strategy adds itself under its letter: load, wait, charge, refund, reset, save.
+-- What the strategies share. Each adds its maker under its letter; what it makes has load, wait, charge, refund, reset,
+-- save, and is made when first needed: all the functions of all four cost as much as a decision.
 -- `load` sets s.free (the largest cost admitted now, below 0 when in debt) and s.receipt_now; times are whole us.
 -- The arithmetic, its order included, is mirrored by the in-process twin in strategies.py; change both together.
 
-local strategies = {}
+local make, made = {}, {}
 local call, format, match = redis.call, string.format, string.match
 local ceil, floor, max, min, tonumber = math.ceil, math.floor, math.max, math.min, tonumber
 

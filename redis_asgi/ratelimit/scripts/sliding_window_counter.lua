@@ -1,53 +1,55 @@
 -- Sliding window counter: two aligned buckets, the older one fading. Field: "index current previous" (bucket, units, units).
 -- No floor() on the faded bucket: flooring it admits up to one unit too many.
-local function weigh(s)
-  local W = s.policy.window
-  s.free = floor(s.policy.quota + s.policy.edge - (s.previous * (W - s.elapsed) / W + s.current))
-end
-
-strategies.s = {
-  load = function(s, raw, now)
+make.s = function()
+  local function weigh(s)
     local W = s.policy.window
-    local index = floor(now / W)
-    s.at, s.current, s.previous = now, 0, 0
-    if raw then
-      local stored, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
-      stored, current, previous = tonumber(stored), tonumber(current), tonumber(previous)
-      if index < stored then index = stored; s.at = stored * W end
-      if index == stored then s.current, s.previous = current, previous
-      elseif index == stored + 1 then s.previous = current end
-    end
-    s.index, s.elapsed = index, s.at - index * W
-    s.receipt_now = index * W
-    weigh(s)
-  end,
-  wait = function(s, cost, now)
-    local W, L = s.policy.window, s.policy.quota
-    local wait = W - s.elapsed
-    if s.current + cost <= L then wait = wait - W * (L - s.current - cost) / s.previous
-    else wait = wait + max(0, W * (1 - (L - cost) / s.current)) end
-    return ceil(wait) + (s.at - now)
-  end,
-  charge = function(s, cost)
-    s.current = min(s.current + cost, 10 * s.policy.quota)
-    weigh(s)
-  end,
-  refund = function(s, cost, receipt)
-    local index = floor(receipt / s.policy.window)
-    if index == s.index then s.current = max(0, s.current - cost)
-    elseif index == s.index - 1 then s.previous = max(0, s.previous - cost)
-    else return false end
-    weigh(s)
-    return true
-  end,
-  reset = function(s, now)
-    local left = s.policy.window - s.elapsed + (s.at - now)
-    if s.current > 0 then return left + s.policy.window end
-    if s.previous > 0 then return left end
-    return 0
-  end,
-  save = function(s, now)
-    return integer(s.index) .. ' ' .. s.current .. ' ' .. s.previous,
-      2 * s.policy.window - s.elapsed + (s.at - now)
-  end,
-}
+    s.free = floor(s.policy.quota + s.policy.edge - (s.previous * (W - s.elapsed) / W + s.current))
+  end
+
+  return {
+    load = function(s, raw, now)
+      local W = s.policy.window
+      local index = floor(now / W)
+      s.at, s.current, s.previous = now, 0, 0
+      if raw then
+        local stored, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
+        stored, current, previous = tonumber(stored), tonumber(current), tonumber(previous)
+        if index < stored then index = stored; s.at = stored * W end
+        if index == stored then s.current, s.previous = current, previous
+        elseif index == stored + 1 then s.previous = current end
+      end
+      s.index, s.elapsed = index, s.at - index * W
+      s.receipt_now = index * W
+      weigh(s)
+    end,
+    wait = function(s, cost, now)
+      local W, L = s.policy.window, s.policy.quota
+      local wait = W - s.elapsed
+      if s.current + cost <= L then wait = wait - W * (L - s.current - cost) / s.previous
+      else wait = wait + max(0, W * (1 - (L - cost) / s.current)) end
+      return ceil(wait) + (s.at - now)
+    end,
+    charge = function(s, cost)
+      s.current = min(s.current + cost, 10 * s.policy.quota)
+      weigh(s)
+    end,
+    refund = function(s, cost, receipt)
+      local index = floor(receipt / s.policy.window)
+      if index == s.index then s.current = max(0, s.current - cost)
+      elseif index == s.index - 1 then s.previous = max(0, s.previous - cost)
+      else return false end
+      weigh(s)
+      return true
+    end,
+    reset = function(s, now)
+      local left = s.policy.window - s.elapsed + (s.at - now)
+      if s.current > 0 then return left + s.policy.window end
+      if s.previous > 0 then return left end
+      return 0
+    end,
+    save = function(s, now)
+      return integer(s.index) .. ' ' .. s.current .. ' ' .. s.previous,
+        2 * s.policy.window - s.elapsed + (s.at - now)
+    end,
+  }
+end
