@@ -3,7 +3,7 @@
 ``settings``    the environment, validated          ``connection``   one Redis client per loop, shared (``client``)
 ``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
 ``scope``       what is read from a request         ``keys``         names of Redis keys
-``errors``      what is raised, and how failures are sorted
+``health``      probes, over ``checkup``            ``errors``       what is raised, and how failures are sorted
 """
 
 import importlib
@@ -23,6 +23,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
+    from .health import check_redis_health, health_app
 
 __version__ = "0.1.0"
 
@@ -43,14 +44,23 @@ __all__ = [
     "Settings",
     "by_header",
     "by_user",
+    "check_redis_health",
     "client_ip",
+    "health_app",
     "rate_limit",
     "redis_operation",
 ]
 
+# Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.
+_LATE = {
+    "EmbeddingCache": ".embeddings",
+    "EmbeddingCacheMiddleware": ".embeddings",
+    "check_redis_health": ".health",
+    "health_app": ".health",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # At first use: these need numpy, whose 150 ms an app without embeddings should not wait for.
-    if name in ("EmbeddingCache", "EmbeddingCacheMiddleware"):
-        return getattr(importlib.import_module(".embeddings", __name__), name)
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

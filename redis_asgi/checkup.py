@@ -1,0 +1,278 @@
+"""How the server behind a client is: one PING, with INFO beside it, over a connection of its own.
+
+The connection is none of the pool's, so that a pool in which everything waits or hangs is no reason to be called
+ill, and a check that hangs holds nothing that a request would need. Whatever happens, a check ends by its deadline.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import redis.asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
+
+from .client import Client
+from .errors import Failure, classify
+
+Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
+Address: TypeAlias = tuple[str, int]
+
+DEADLINE = 0.5  # seconds for connecting and every reply together
+_SLOTS = 16384
+_ALONE: Address = ("", 0)  # there is but one server, whatever its address is now
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a check found; ``None`` stands for what is not known.
+
+    Attributes:
+        failure: What is wrong, if anything is.
+        partial: Whether Redis goes on serving some of what it is asked for.
+        latency: Seconds from a PING to its answer, the slowest primary's on a cluster.
+        clients: Connected clients; the sum over all primaries on a cluster, and so is *memory*.
+        memory: Used memory in bytes.
+        saved_at: Unix seconds of the last successful save, the oldest one on a cluster.
+    """
+
+    failure: Failure | None = None
+    partial: bool = False
+    latency: float | None = None
+    clients: int | None = None
+    memory: int | None = None
+    saved_at: int | None = None
+
+
+@dataclass(slots=True)
+class _Report:
+    """What one server said; filled in as its replies arrive."""
+
+    address: Address
+    failure: Failure | None = None
+    latency: float | None = None
+    reused: bool = False  # over a connection from an earlier check
+    about: Mapping[str, str] = field(default_factory=dict)  # INFO
+    cluster: Mapping[str, str] = field(default_factory=dict)  # CLUSTER INFO
+    slots: Mapping[Address, int] | None = None  # how many each primary serves, as this node sees it
+
+    def number(self, name: str) -> int | None:
+        value = self.about.get(name, "")
+        return int(value) if value.isdigit() else None
+
+
+class Checkup:
+    """Checks one client's server or servers, and keeps the connections from one check to the next.
+
+    Not for concurrent checks; whoever holds it closes it, in the same event loop.
+    """
+
+    def __init__(self, client: Client, *, deadline: float = DEADLINE) -> None:
+        self._client = client
+        self._deadline = deadline
+        self._connections: dict[Address, AbstractConnection] = {}
+
+    async def run(self) -> Health:
+        """Look once more; never raises but for a cancellation."""
+        until = asyncio.get_running_loop().time() + self._deadline
+        try:
+            health, is_stale = await self._look(until)
+            if is_stale and asyncio.get_running_loop().time() < until:
+                # Over an old connection: the server may have restarted since, or handed its role on.
+                await self.aclose()
+                health, _ = await self._look(until)
+        except Exception as error:
+            # A client of the user's may have any state; whatever it raises, there is no answer.
+            return Health(classify(error))
+        return health
+
+    async def aclose(self) -> None:
+        """Close the connections; the next check opens new ones."""
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            await _drop(connection)
+        await asyncio.sleep(0)  # in which the loop closes the sockets
+
+    async def _look(self, until: float) -> tuple[Health, bool]:
+        """What is found, and whether that is owed to a connection from an earlier check."""
+        if isinstance(self._client, aioredis.RedisCluster):
+            reports = await self._ask_cluster(self._client, until)
+            is_stale = any(report.reused and report.failure is not None for report in reports)
+            return _health_of_cluster(reports), is_stale
+        report = await self._ask(_ALONE, self._client.connection_pool.make_connection, ((b"INFO",),), until)
+        health = _health_of_server(report)
+        return health, report.reused and health.failure is not None
+
+    async def _ask(self, address: Address, connect: Any, more: Sequence[tuple[bytes, ...]], until: float) -> _Report:
+        """PING and *more*, in one write; what went wrong before the PONG is the report's failure."""
+        report = _Report(address)
+        connection = self._connections.pop(address, None)
+        report.reused = connection is not None
+        if connection is None:
+            connection = connect()
+            # Nor does it try again: a refusal is told at once.
+            connection.retry = Retry(NoBackoff(), 0)
+        try:
+            async with asyncio.timeout_at(until):
+                await connection.connect()
+                started = time.monotonic()
+                await connection.send_packed_command(connection.pack_commands([(b"PING",), *more]), check_health=False)
+                # It is dropped here, for good; redis-py would begin a TLS goodbye, which may take 30 s.
+                await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+                report.latency = time.monotonic() - started
+                await _read_more(connection, len(more), report)
+        except BaseException as error:
+            await _drop(connection)
+            if not isinstance(error, Exception):
+                raise
+            # Once it has answered the PING, only what it says of itself is missing.
+            report.failure = classify(error) if report.latency is None else None
+        else:
+            self._connections[address] = connection
+        return report
+
+    async def _ask_cluster(self, client: aioredis.RedisCluster, until: float) -> list[_Report]:
+        """Ask every primary the client knows, and every primary that those name; only if none answers, the others."""
+        nodes = client.nodes_manager
+        known = {(str(n.host), int(n.port)): n for n in (*nodes.startup_nodes.values(), *nodes.nodes_cache.values())}
+        pattern = next(iter(known.values()))
+        current = (nodes.nodes_cache or nodes.startup_nodes).values()
+        primaries = {(str(n.host), int(n.port)) for n in current if n.server_type != "replica"}
+        more = ((b"INFO",), (b"CLUSTER", b"INFO"), (b"CLUSTER", b"SLOTS"))
+        reports: list[_Report] = []
+        seen: set[Address] = set()
+        waiting: set[asyncio.Task[_Report]] = set()
+
+        def ask(addresses: Iterable[Address]) -> None:
+            for address in set(addresses) - seen:
+                seen.add(address)
+                where = {"host": address[0], "port": address[1]}
+                connect = partial(pattern.connection_class, **{**pattern.connection_kwargs, **where})
+                waiting.add(asyncio.create_task(self._ask(address, connect, more, until)))
+
+        ask(primaries or known)
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                waiting -= done
+                for report in (task.result() for task in done):
+                    reports.append(report)
+                    if report.slots is not None:
+                        report.slots = {nodes.remap_host_port(*a): count for a, count in report.slots.items()}
+                        ask(report.slots)
+                if not waiting and all(report.failure is not None for report in reports):
+                    ask(known)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        for address in set(self._connections) - seen:
+            await _drop(self._connections.pop(address))
+        return reports
+
+
+async def _read_more(connection: AbstractConnection, count: int, report: _Report) -> None:
+    """The replies to INFO, CLUSTER INFO and CLUSTER SLOTS; one that is forbidden says nothing."""
+    replies: list[Any] = []
+    for _ in range(count):
+        try:
+            replies.append(await connection.read_response(disable_decoding=True, disconnect_on_error=False))
+        except ResponseError:
+            replies.append(None)
+    report.about = dict(_fields(replies[0]))
+    if count > 1:
+        report.cluster = dict(_fields(replies[1]))
+        report.slots = _slots(replies[2], report.address[0])
+
+
+async def _drop(connection: AbstractConnection) -> None:
+    """Close at once: a peer that hangs is not waited for, neither for its goodbye nor for what it never read."""
+    writer = getattr(connection, "_writer", None)
+    with suppress(Exception):
+        if writer is not None:
+            writer.transport.abort()
+        await connection.disconnect(nowait=True)
+
+
+def _fields(reply: object) -> Iterator[tuple[str, str]]:
+    text = reply.decode(errors="replace") if isinstance(reply, bytes) else reply if isinstance(reply, str) else ""
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            yield name, value
+
+
+def _slots(reply: object, asked: str) -> Mapping[Address, int] | None:
+    """How many slots each primary serves, of a reply to ``CLUSTER SLOTS``."""
+    if not isinstance(reply, list):
+        return None
+    found: Counter[Address] = Counter()
+    for first, last, primary, *_replicas in reply:
+        # A node that does not know its own address says nothing, and means the one that it was asked at.
+        host = primary[0].decode() if primary[0] not in (None, b"", b"?") else asked
+        found[host, int(primary[1])] += last - first + 1
+    return found
+
+
+def _health_of_server(report: _Report) -> Health:
+    failure = report.failure
+    partial = False
+    if failure is None and report.about.get("role") == "slave":
+        failure = Failure.READONLY
+    if failure is Failure.READONLY:
+        partial = True
+    return _health([report], failure, partial=partial)
+
+
+def _health_of_cluster(reports: Sequence[_Report]) -> Health:
+    answers = [report for report in reports if report.failure is None]
+    if not answers:
+        # The reason that most give.
+        reasons = Counter(report.failure for report in reports)
+        return Health(reasons.most_common(1)[0][0])
+    view = max(answers, key=_authority)
+    if view.slots is None:  # the ACL forbids CLUSTER SLOTS, which no client can do without
+        return _health(answers, Failure.CLUSTER if len(answers) < len(reports) else None, partial=True)
+    primaries = [report for report in answers if report.address in view.slots]
+    if view.cluster.get("cluster_state") == "fail" or not primaries:
+        return _health(primaries, Failure.CLUSTER)
+    is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == _SLOTS
+    return _health(primaries, None if is_whole else Failure.CLUSTER, partial=not is_whole)
+
+
+def _authority(report: _Report) -> tuple[bool, bool, int]:
+    """Whose view of a cluster counts: who sees it, sees it well, and has seen the latest election."""
+    epoch = report.cluster.get("cluster_current_epoch", "0")
+    return report.slots is not None, report.cluster.get("cluster_state") != "fail", int(epoch)
+
+
+def _health(reports: Sequence[_Report], failure: Failure | None, *, partial: bool = False) -> Health:
+    return Health(
+        failure,
+        partial,
+        max((report.latency for report in reports if report.latency is not None), default=None),
+        _over(sum, (report.number("connected_clients") for report in reports)),
+        _over(sum, (report.number("used_memory") for report in reports)),
+        _over(min, (report.number("rdb_last_save_time") for report in reports)),
+    )
+
+
+def _over(combine: Any, numbers: Iterable[int | None]) -> int | None:
+    """One number of several; unknown as soon as one of them is."""
+    known = list(numbers)
+    return combine(known) if known and None not in known else None
+
+
+def mode_of(client: Client) -> Mode:
+    """What kind of deployment *client* talks to."""
+    if isinstance(client, aioredis.RedisCluster):
+        return "cluster"
+    return "sentinel" if isinstance(client.connection_pool, SentinelConnectionPool) else "standalone"

@@ -1,0 +1,234 @@
+"""`health_app`: is the process alive, can it serve, and how is its Redis; `check_redis_health` asks the last alone.
+
+``/live``   nothing is asked; always 200
+``/ready``  healthy or degraded 200, unhealthy 503
+``/``       the same status, and what Redis says of itself
+
+However many ask, at most one check a second is made in a process and event loop, in a task that no prober's going
+away cancels, and nobody waits for it longer than its deadline.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeAlias
+
+from starlette.requests import HTTPConnection
+
+from .checkup import DEADLINE, Checkup, Health, Mode, mode_of
+from .client import Client
+from .connection import RedisArgument, RedisManager, resolve_manager
+from .errors import Failure, classify
+from .settings import Settings
+from .sub_app import Answer, Authorize, SubApp, json_answer
+from .telemetry import telemetry
+
+Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
+
+_KEPT = 1.0  # seconds that a result is the answer
+_GRACE = 0.05  # seconds after the deadline in which a check ends
+
+
+async def check_redis_health(client: Client) -> dict[str, Any]:
+    """Ask the Redis behind *client* how it is, over a connection of its own, within 0.5 s; never raises.
+
+    Args:
+        client: A ``redis.asyncio`` ``Redis`` or ``RedisCluster``, with ``decode_responses`` or without.
+
+    Returns:
+        ``status`` is ``healthy``; ``degraded`` when it answers but takes no writes, or when some of a cluster's
+        nodes are gone; or ``unhealthy``, and then everything else but ``error`` is ``None``.
+        ``connected_clients``, ``used_memory`` (such as ``"1.53M"``), ``last_save_time`` (ISO 8601, UTC),
+        ``latency_ms`` and ``mode``; ``None`` where Redis does not say. On a cluster: summed over its primaries,
+        the oldest save and the slowest answer.
+        ``error`` is ``None`` or a code such as ``redis_timeout``, with ``errors.Failure`` for its second word.
+    """
+    checkup = Checkup(client)
+    try:
+        health = await checkup.run()
+    finally:
+        await checkup.aclose()
+    if health.failure is not None and not health.partial:
+        return {"status": "unhealthy", "error": code_of(health.failure), **_described(Health(), None)}
+    status: Status = "healthy" if health.failure is None else "degraded"
+    return {"status": status, "error": code_of(health.failure), **_described(health, mode_of(client))}
+
+
+def code_of(failure: Failure | None) -> str | None:
+    """A failure as health checks name it."""
+    return None if failure is None else f"redis_{failure.value}"
+
+
+def _described(health: Health, mode: Mode | None) -> dict[str, Any]:
+    saved = None if health.saved_at is None else datetime.fromtimestamp(health.saved_at, UTC)
+    return {
+        "mode": mode,
+        "latency_ms": None if health.latency is None else round(health.latency * 1000, 3),
+        "connected_clients": health.clients,
+        "used_memory": None if health.memory is None else human_bytes(health.memory),
+        "last_save_time": None if saved is None else saved.isoformat().replace("+00:00", "Z"),
+    }
+
+
+def human_bytes(count: float) -> str:
+    """*count* bytes as Redis writes ``used_memory_human``: ``512B``, ``1.53M``."""
+    if count < 1024:
+        return f"{int(count)}B"
+    power = min(int(math.log2(count)) // 10, 4)
+    return f"{count / 1024**power:.2f}{'BKMGT'[power]}"
+
+
+class Watch:
+    """The checks of one open client: one in flight, and its result for a second."""
+
+    def __init__(self, _manager: RedisManager, client: Client) -> None:
+        self.mode: Mode = mode_of(client)
+        self._checkup = Checkup(client)
+        self._last: Health | None = None
+        self._last_at = 0.0
+        self._flight: asyncio.Task[Health] | None = None
+
+    async def health(self) -> Health:
+        """A result that is no older than a second, within the deadline of one check."""
+        if self._last is not None and time.monotonic() - self._last_at < _KEPT:
+            return self._last
+        if self._flight is None or self._flight.done():
+            self._flight = asyncio.create_task(self._fly())
+        # Not awaited itself: a prober that goes away would take it along.
+        done, _ = await asyncio.wait({self._flight}, timeout=DEADLINE + _GRACE)
+        for task in done:
+            if not task.cancelled():
+                return task.result()
+        return Health(Failure.TIMEOUT)
+
+    async def _fly(self) -> Health:
+        health = self._last = await self._checkup.run()
+        self._last_at = time.monotonic()
+        counters = telemetry()
+        outcome = "ok" if health.latency is not None else (health.failure or Failure.TIMEOUT).value
+        counters.redis_commands.labels("ping", outcome).inc()
+        if health.latency is not None:
+            counters.redis_command_duration.labels("ping").observe(health.latency)
+        return health
+
+    async def aclose(self) -> None:
+        if self._flight is not None:
+            self._flight.cancel()
+            await asyncio.wait({self._flight})
+        await self._checkup.aclose()
+
+
+async def watched(manager: RedisManager) -> tuple[Health, Mode]:
+    """How the Redis of *manager* is; every caller in this event loop shares its checks."""
+    if not manager.has_redis:
+        return Health(), "memory"
+    try:
+        watch = manager.part(Watch)
+    except Exception as error:
+        # No client can be built, such as for a certificate that cannot be read: the limits go on without, too.
+        return Health(classify(error)), _mode_of_settings(manager.settings)
+    return await watch.health(), watch.mode
+
+
+def _mode_of_settings(settings: Settings) -> Mode:
+    return "cluster" if settings.REDIS_CLUSTER else "sentinel" if settings.REDIS_SENTINELS else "standalone"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a health check answers, and why.
+
+    Attributes:
+        error: A code, ``None`` when all is well.
+        breaker: ``closed``, ``half_open`` or ``open``: open when the limits do not even ask Redis.
+    """
+
+    status: Status
+    error: str | None
+    breaker: str
+    health: Health
+    mode: Mode
+
+
+async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> Standing:
+    """How the app stands with the Redis of *manager*; arguments as of `health_app`."""
+    health, mode = await watched(manager)
+    breaker = manager.breaker_state
+    required = manager.fails_closed if require_redis is None else require_redis
+    error = code_of(health.failure) or ("breaker_open" if breaker == "open" else None)
+    if error is None:
+        status: Status = "healthy"
+    elif required and not _serves_some(health):
+        status = "unhealthy"
+    else:
+        status = "degraded"
+    return Standing(status, error, breaker, health, mode)
+
+
+def _serves_some(health: Health) -> bool:
+    # A cluster without one of its nodes; a replica serves nothing that charges a counter.
+    return health.partial and health.failure is Failure.CLUSTER
+
+
+class HealthApp(SubApp):
+    """What `health_app` makes."""
+
+    def __init__(self, manager: RedisManager, *, authorize: Authorize | None, require_redis: bool | None) -> None:
+        pages = {"": self._overview, "/ready": self._ready, "/live": self._live}
+        # A restart because of a wrong credential would help nobody.
+        super().__init__(pages, authorize=authorize, open_pages=frozenset(["/live"]))
+        telemetry()  # a directory for counters that is missing is told now, not to the first probe
+        self._manager = manager
+        self._require_redis = require_redis
+
+    async def _live(self, _connection: HTTPConnection) -> Answer:
+        return _ALIVE
+
+    async def _ready(self, _connection: HTTPConnection) -> Answer:
+        now = await standing(self._manager, require_redis=self._require_redis)
+        return _answer(now, {"status": now.status, "error": now.error})
+
+    async def _overview(self, _connection: HTTPConnection) -> Answer:
+        now = await standing(self._manager, require_redis=self._require_redis)
+        return _answer(
+            now, {"status": now.status, "error": now.error, "breaker": now.breaker, **_described(now.health, now.mode)}
+        )
+
+
+_ALIVE = json_answer({"status": "alive"})
+
+
+def _answer(now: Standing, body: Mapping[str, Any]) -> Answer:
+    return json_answer(body, status=503 if now.status == "unhealthy" else 200)
+
+
+def health_app(
+    *,
+    redis: RedisArgument = None,
+    settings: Settings | None = None,
+    authorize: Authorize | None = None,
+    require_redis: bool | None = None,
+) -> SubApp:
+    """Probes as an ASGI app, to be mounted at ``/health``, say.
+
+    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, at most one a second, and answer
+    within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis is gone, read-only or loading, or the breaker is open,
+    and the app serves all the same), ``unhealthy`` with 503. ``/`` adds what Redis says of itself. Errors are codes;
+    no host, port, user or message is shown.
+
+    Args:
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        settings: ``None`` = from the environment.
+        authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async; ``False`` is a 403.
+            ``/live`` says nothing and asks nobody.
+        require_redis: Whether the app is ``unhealthy`` without Redis; ``None`` = whether any part on the same
+            manager fails closed.
+
+    Raises:
+        ConfigurationError: At construction, naming what cannot work.
+    """
+    manager, _ = resolve_manager(redis, settings)
+    return HealthApp(manager, authorize=authorize, require_redis=require_redis)
