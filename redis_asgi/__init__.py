@@ -3,7 +3,7 @@
 ``settings``    the environment, validated          ``connection``   one Redis client per loop, shared (``client``)
 ``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
 ``scope``       what is read from a request         ``keys``         names of Redis keys
-``health``      probes, over ``checkup``            ``errors``       what is raised, and how failures are sorted
+``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 """
 
 import importlib
@@ -24,6 +24,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
     from .health import check_redis_health, health_app
+    from .status import status_app
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "health_app",
     "rate_limit",
     "redis_operation",
+    "status_app",
 ]
 
 # Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.
@@ -57,6 +59,7 @@ _LATE = {
     "EmbeddingCacheMiddleware": ".embeddings",
     "check_redis_health": ".health",
     "health_app": ".health",
+    "status_app": ".status",
 }
 
 
