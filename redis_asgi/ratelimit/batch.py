@@ -115,6 +115,11 @@ class Batcher:
         """Send what is taken from now on over *wire*."""
         self._wire = wire
 
+    @property
+    def down(self) -> Failure | None:
+        """Why nothing is sent now."""
+        return self._breaker.reason if self._breaker.state == "open" else None
+
     def submit(self, check: Check) -> None:
         """Queue *check*; its future resolves by its deadline, to a reply or a failure."""
         if self._breaker.state != "closed":

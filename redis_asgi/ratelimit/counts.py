@@ -38,6 +38,7 @@ class Counts:
         self._policy = counted.ratelimit_policy
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
         self._fallback = counted.ratelimit_fallback
+        self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
     def tick(self) -> None:
         """Note that a request has come."""
@@ -55,7 +56,10 @@ class Counts:
 
     def fell_back(self, mode: OnRedisError, reason: Failure) -> None:
         """Count a check that Redis did not decide."""
-        self._fallback.labels(mode, reason.value).inc()
+        bound = self._fallbacks.get((mode, reason))
+        if bound is None:
+            bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
+        bound.inc()
 
     def decided(self, charges: Sequence[Charge], reply: Reply) -> None:
         """Count what each policy of *charges* said by itself."""

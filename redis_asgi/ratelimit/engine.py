@@ -154,6 +154,8 @@ class Engine:
         except OSError as error:
             # The client cannot even be built: its host has no address.
             return self._without_redis(charges, mode, classify(error))
+        if batcher.down is not None:
+            return self._without_redis(charges, mode, batcher.down)
         check = Check(batcher.loop, mode, charges, self._timeout)
         batcher.submit(check)
         return check
@@ -270,8 +272,8 @@ class Engine:
 
     def _without_redis(self, charges: tuple[Charge, ...], mode: Mode, reason: Failure) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
-        answers = {c.on_redis_error for c in charges if any(not policy.shadow for policy in c.policies)}
-        local = tuple(charge for charge in charges if charge.on_redis_error == "local")
+        answers = {charge.on_redis_error for charge in charges if charge.policies.shown}
+        local = tuple([charge for charge in charges if charge.on_redis_error == "local"])
         chosen: OnRedisError = "closed" if "closed" in answers else "local" if local else "open"
         if mode == "consume":
             self.counts.fell_back(chosen, reason)
