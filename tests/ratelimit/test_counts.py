@@ -74,7 +74,7 @@ async def test_fallbacks_are_counted_with_mode_and_reason(
 ) -> None:
     """Without Redis."""
     rules = [Rule("1/minute", name="all", on_redis_error=on_redis_error)]  # type: ignore[arg-type]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=Settings(REDIS_URL=CLOSED_PORT))
+    app = RateLimitMiddleware(Spy(), rules=rules, redis=RedisManager(Settings(REDIS_URL=CLOSED_PORT)))
     for _ in range(3):
         await drive(app, http_scope())
 
@@ -88,7 +88,7 @@ async def test_fallbacks_are_counted_with_mode_and_reason(
 
 async def test_transitions_of_the_breaker_are_counted(counted: Telemetry) -> None:
     """Five failures open it, once."""
-    app = RateLimitMiddleware(Spy(), "99/minute", settings=Settings(REDIS_URL=CLOSED_PORT))
+    app = RateLimitMiddleware(Spy(), "99/minute", redis=RedisManager(Settings(REDIS_URL=CLOSED_PORT)))
     for _ in range(12):
         await drive(app, http_scope())
     assert {("open",): 1} == read(counted.breaker_transitions)
