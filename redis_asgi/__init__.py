@@ -4,6 +4,7 @@
 ``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
 ``scope``       what is read from a request         ``keys``         names of Redis keys
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
+``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
 """
 
 import importlib
@@ -24,6 +25,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
     from .health import check_redis_health, health_app
+    from .metrics import RedisMetrics, metrics_app
     from .status import status_app
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "RateLimiter",
     "RedisASGIError",
     "RedisManager",
+    "RedisMetrics",
     "Rule",
     "Settings",
     "by_header",
@@ -48,6 +51,7 @@ __all__ = [
     "check_redis_health",
     "client_ip",
     "health_app",
+    "metrics_app",
     "rate_limit",
     "redis_operation",
     "status_app",
@@ -57,8 +61,10 @@ __all__ = [
 _LATE = {
     "EmbeddingCache": ".embeddings",
     "EmbeddingCacheMiddleware": ".embeddings",
+    "RedisMetrics": ".metrics",
     "check_redis_health": ".health",
     "health_app": ".health",
+    "metrics_app": ".metrics",
     "status_app": ".status",
 }
 

@@ -1,0 +1,154 @@
+"""`metrics_app`: what the package counts and what its Redis says, for Prometheus or as JSON; `RedisMetrics` the last.
+
+``/``      Prometheus text, or OpenMetrics or JSON by ``Accept``
+``/json``  the same in short
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client.exposition import choose_encoder
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+
+from .client import Client
+from .connection import RedisArgument, RedisManager, resolve_manager
+from .exposition import Families, Scrape, counted, counts_in_files, middleware_figures, read, redis_figures
+from .server_info import read_server, watched
+from .settings import Settings
+from .sub_app import Answer, Authorize, SubApp, json_answer
+from .telemetry import telemetry
+
+logger = logging.getLogger("redis_asgi.metrics")
+
+# What it says depends on what is asked for.
+_VARY = ((b"vary", b"accept"),)
+
+
+class RedisMetrics:
+    """The figures of one Redis: its whole work, other apps' included.
+
+    Args:
+        client: A ``redis.asyncio`` ``Redis`` or ``RedisCluster``, or as *redis* of `metrics_app`.
+
+    Raises:
+        ConfigurationError: At construction, if *client* is something else.
+    """
+
+    def __init__(self, client: RedisArgument) -> None:
+        self._manager, _ = resolve_manager(client, None)
+
+    async def collect_metrics(self) -> dict[str, Any]:
+        """Ask now, for 0.5 s at most, over a connection of its own; on a cluster, the sum over its primaries.
+
+        Returns:
+            ``hits``, ``misses`` and ``hit_rate`` (0.0 to 1.0; 0.0 when nothing was looked up), ``memory_used`` and
+            ``peak_memory`` in bytes, ``clients``, and ``operations`` with ``commands_processed``, ``expired_keys``
+            and ``evicted_keys``. A figure that the server does not give is ``None``.
+            ``{}`` when Redis, or one primary of a cluster, does not answer or refuses ``INFO``, and on ``memory://``.
+        """
+        if not self._manager.has_redis:
+            return {}
+        try:
+            client = await self._manager.get_connection()
+        except OSError:
+            return {}  # no client can be built: the host has no address
+        reading = await read_server(client)
+        return redis_figures(reading) if reading.servers else {}
+
+
+class MetricsApp(SubApp):
+    """What `metrics_app` returns."""
+
+    def __init__(self, manager: RedisManager, authorize: Authorize | None, *, is_ours: bool) -> None:
+        # A directory for counters that is missing is told now, not to the first scrape.
+        telemetry()
+        super().__init__({"": self._metrics, "/json": self._json}, authorize=authorize)
+        self._manager = manager
+        self._is_ours = is_ours
+
+    async def aclose(self) -> None:
+        if self._is_ours:
+            await self._manager.close()
+
+    async def _metrics(self, connection: HTTPConnection) -> Answer:
+        accept = ",".join(connection.headers.getlist("accept"))
+        if _wants_json(accept):
+            return await self._json(connection)
+        reading = await watched(self._manager)
+        gauges = read(self._manager, await self._client(), reading, version=_version())
+        encode, content_type = choose_encoder(accept)
+
+        def text(families: Families) -> Answer:
+            return Answer(encode(Scrape([*families, *gauges])), content_type.encode(), headers=_VARY)
+
+        return await _with_counters(text)
+
+    async def _json(self, _connection: HTTPConnection) -> Answer:
+        reading = await watched(self._manager)
+
+        def figures(families: Families) -> Answer:
+            about = {"version": _version(), **middleware_figures(families, self._manager)}
+            return json_answer({**redis_figures(reading), "middleware": about})
+
+        return await _with_counters(figures)
+
+    async def _client(self) -> Client | None:
+        if not self._manager.has_redis:
+            return None
+        try:
+            return await self._manager.get_connection()
+        except OSError:
+            return None
+
+
+async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
+    if not counts_in_files():
+        return make(counted())
+    try:
+        # Many files, each read and parsed: not on the event loop.
+        return await run_in_threadpool(lambda: make(counted()))
+    except (OSError, ValueError) as error:
+        # Anything less than the sum would look like counters that were reset; a failed scrape is seen.
+        logger.error("redis_asgi.metrics_unreadable", extra={"error": type(error).__name__})
+        return json_answer({"error": "counters_unreadable"}, status=503)
+
+
+def _wants_json(accept: str) -> bool:
+    """Whether JSON is asked for, and no format of Prometheus beside it."""
+    kinds = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
+    return "application/json" in kinds and not kinds & {"text/plain", "application/openmetrics-text"}
+
+
+def _version() -> str:
+    from . import __version__  # noqa: PLC0415 - the package may be importing this module
+
+    return __version__
+
+
+def metrics_app(
+    *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
+) -> MetricsApp:
+    """Make an ASGI app that shows what the package counted and what its Redis says of itself; mount it.
+
+    ::
+
+        app.mount("/metrics", metrics_app())   # a scrape asks /metrics/, a person /metrics/json
+
+    ``/`` is Prometheus text, OpenMetrics if ``Accept`` asks for it; ``/json``, or ``Accept: application/json``, the
+    figures of `RedisMetrics.collect_metrics` (``None`` where unknown) and a ``middleware`` block of this package's.
+    With ``PROMETHEUS_MULTIPROC_DIR`` counters are those of all processes together; gauges, such as the state of the
+    breaker and the pool, are always those of the process that answers. Redis is asked once a second at most, for 0.5 s
+    at most, over a connection of its own.
+
+    Args:
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        settings: ``None`` = from the environment.
+        authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403. ``None`` = anybody.
+
+    Raises:
+        ConfigurationError: If an argument cannot work, or ``PROMETHEUS_MULTIPROC_DIR`` is no writable directory.
+    """
+    manager, is_ours = resolve_manager(redis, settings)
+    return MetricsApp(manager, authorize, is_ours=is_ours)

@@ -1,0 +1,645 @@
+"""The figures of the package and of its Redis, for Prometheus and as JSON."""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fakeredis
+import httpx
+import pytest
+import redis
+import redis.asyncio as aioredis
+from prometheus_client import Counter, Histogram
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
+
+from redis_asgi import (
+    ConfigurationError,
+    RateLimiter,
+    RateLimitMiddleware,
+    RedisManager,
+    RedisMetrics,
+    Rule,
+    Settings,
+    by_header,
+    metrics_app,
+)
+from redis_asgi.errors import Failure
+from redis_asgi.server_info import Reading
+from redis_asgi.sub_app import SubApp
+from redis_asgi.telemetry import Telemetry, fresh_telemetry
+
+from .kit.processes import run_python
+from .kit.proxy import FaultProxy
+from .kit.servers import Cluster, ExternalServer, Server
+
+pytestmark = pytest.mark.anyio
+
+StartServer = Callable[..., Server]
+CLOSED_PORT = "redis://127.0.0.1:1"
+MEMORY = Settings(REDIS_URL="memory://")
+DEADLINE = 0.5
+KEYS = ["hits", "misses", "hit_rate", "memory_used", "peak_memory", "clients", "operations"]
+
+FAILURES = tuple(failure.value for failure in Failure)
+BYPASSES: tuple[str, ...] = ("late-chunking", "multi-vector", "encoding", "not-json", "body-header", "no-store")
+BYPASSES += ("response-no-store", "vary", "integers", "too-large", "busy", "redis-down", "not-understood", "replayed")
+# Every value that a label may have; the names of policies come from the code of the app.
+CLOSED_SETS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("ratelimit_requests", "outcome"): ("allowed", "refused", "exempt", "unavailable"),
+    ("ratelimit_requests", "source"): ("redis", "memory", "local", "refusal_memory", "none"),
+    ("ratelimit_policy", "outcome"): ("allowed", "refused", "shadow_refused"),
+    ("ratelimit_fallback", "mode"): ("local", "open", "closed"),
+    ("ratelimit_fallback", "reason"): FAILURES,
+    ("ratelimit_check_duration_seconds", "source"): ("redis", "memory", "local", "refusal_memory", "none"),
+    ("cache_requests", "result"): ("hit", "miss", "partial", "bypass", "stale", "error"),
+    ("cache_bypass", "reason"): BYPASSES,
+    ("cache_items", "result"): ("hit", "miss", "collapsed"),
+    ("cache_rejected", "reason"): ("too_large", "status", "content_type", "decode", "no_store"),
+    ("redis_commands", "op"): ("check", "settle", "lookup", "store", "ping", "info"),
+    ("redis_commands", "outcome"): ("ok", *FAILURES),
+    ("redis_command_duration_seconds", "op"): ("check", "settle", "lookup", "store", "ping", "info"),
+    ("breaker_transitions", "to"): ("closed", "half_open", "open"),
+    ("redis_pool_connections", "state"): ("in_use", "idle", "max"),
+}
+
+
+@pytest.fixture(autouse=True)
+def counted() -> Iterator[Telemetry]:
+    """Counters of this test alone."""
+    with fresh_telemetry() as mine:
+        yield mine
+
+
+def use_every_metric(counted: Telemetry) -> None:
+    """Count something everywhere, with each value that a label may have."""
+    for metric in vars(counted).values():
+        if isinstance(metric, Counter | Histogram):
+            name = next(iter(metric.describe())).name.removeprefix("redis_asgi_")
+            children: list[Any] = [metric]
+            if metric._labelnames:
+                sets = [CLOSED_SETS.get((name, label), ("default",)) for label in metric._labelnames]
+                width = max(map(len, sets))
+                children = [metric.labels(*(values[i % len(values)] for values in sets)) for i in range(width)]
+            for child in children:
+                child.inc() if isinstance(metric, Counter) else child.observe(0.003)
+
+
+def client_of(app: Any) -> httpx.AsyncClient:
+    """An HTTP client in front of *app*."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+async def scraped(app: Any, path: str = "/", **headers: str) -> httpx.Response:
+    """One answer of *app*."""
+    async with client_of(app) as client:
+        return await client.get(path, headers=headers)
+
+
+async def samples(app: Any) -> dict[str, float]:
+    """The series of a scrape, as ``name{label="value"}``, less the prefix."""
+    text = (await scraped(app)).text
+    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name.removeprefix("redis_asgi_"): float(value) for name, _, value in lines}
+
+
+# RedisMetrics
+
+
+async def test_figures_of_a_fresh_server(private_server: StartServer) -> None:
+    """All names are there, memory is in bytes, and without a lookup the hit rate is 0.0."""
+    async with aioredis.Redis.from_url(private_server().url) as client:
+        figures = await RedisMetrics(client).collect_metrics()
+
+    assert KEYS == list(figures)
+    assert (0, 0, 0.0) == (figures["hits"], figures["misses"], figures["hit_rate"])
+    assert isinstance(figures["hit_rate"], float)
+    assert 100_000 < figures["memory_used"] <= figures["peak_memory"] < 100_000_000
+    assert 1 <= figures["clients"] <= 3
+    assert ["commands_processed", "expired_keys", "evicted_keys"] == list(figures["operations"])
+
+
+@pytest.mark.parametrize("options", [{}, {"decode_responses": True}, {"protocol": 3}, {"protocol": 2}], ids=str)
+async def test_figures_are_redis_own(redis_server: ExternalServer, options: dict[str, Any]) -> None:
+    """Hits, misses and the rate are what the server counted, whatever the client decodes or speaks."""
+    looker = redis_server.client()
+    looker.set("a", 1)
+    for key in ("a", "a", "a", "b"):
+        looker.get(key)
+    async with aioredis.Redis.from_url(redis_server.url, retry=Retry(NoBackoff(), 0), **options) as client:
+        before = await client.info("stats")
+        figures = await RedisMetrics(client).collect_metrics()
+
+    assert (3, 1, 0.75) == (figures["hits"], figures["misses"], figures["hit_rate"])
+    # What the server counts after the INFO is its connections' own commands.
+    assert 0 < figures["operations"]["commands_processed"] - before["total_commands_processed"] < 10
+    assert (0, 0) == (figures["operations"]["expired_keys"], figures["operations"]["evicted_keys"])
+
+
+async def test_figures_of_a_cluster_are_sums(cluster: Cluster) -> None:
+    """Over its primaries, however many nodes the client was told of."""
+    keys = [next(f"k{i}" for i in range(99) if cluster.node_of(f"k{i}") is node) for node in cluster.nodes]
+    for i, (node, key) in enumerate(zip(cluster.nodes, keys, strict=True), 1):
+        node.client().set(key, 1)
+        for _ in range(i):
+            node.client().get(key)
+    manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
+    figures = await RedisMetrics(manager).collect_metrics()
+    gauges = await samples(metrics_app(redis=manager))
+
+    assert (6, 0, 1.0) == (figures["hits"], figures["misses"], figures["hit_rate"])
+    memory = sum(node.client().info("memory")["used_memory"] for node in cluster.nodes)
+    assert figures["memory_used"] == pytest.approx(memory, rel=0.2)
+    assert 6 == gauges["server_keyspace_hits_total"]
+    assert 1 == gauges["redis_up"]
+    assert 72 == gauges['redis_pool_connections{state="max"}']
+
+
+async def test_cluster_that_lost_a_node_gives_no_figures(private_cluster: Cluster) -> None:
+    """Sums over the rest would look like counters that were reset."""
+    manager = RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True))
+    metrics = RedisMetrics(manager)
+    assert KEYS == list(await metrics.collect_metrics())
+    private_cluster.nodes[2].kill()
+
+    assert {} == await metrics.collect_metrics()
+
+
+async def timed(metrics: RedisMetrics) -> tuple[dict[str, Any], float]:
+    """Figures, and how long they took in seconds."""
+    began = time.monotonic()
+    return await metrics.collect_metrics(), time.monotonic() - began
+
+
+async def test_dead_redis_gives_no_figures() -> None:
+    """Nobody listens: nothing, at once."""
+    figures, seconds = await timed(RedisMetrics(CLOSED_PORT))
+
+    assert {} == figures
+    assert seconds < DEADLINE
+
+
+async def test_hung_redis_gives_no_figures_in_time(private_server: StartServer) -> None:
+    """The kernel accepts the connection and nobody answers; later it does."""
+    server = private_server()
+    metrics = RedisMetrics(server.url)
+    assert KEYS == list(await metrics.collect_metrics())
+    server.pause()
+    try:
+        figures, seconds = await timed(metrics)
+    finally:
+        server.resume()
+
+    assert {} == figures
+    assert DEADLINE <= seconds < DEADLINE + 0.4
+    assert KEYS == list(await metrics.collect_metrics())
+
+
+@pytest.mark.parametrize("mode", ["blackhole", "reset", "cut_replies", "drop_replies"])
+async def test_broken_network_gives_no_figures_in_time(redis_server: ExternalServer, mode: Any) -> None:
+    """Whatever the network does with the question or the answer."""
+    async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
+        await proxy.set(mode)
+        figures, seconds = await timed(RedisMetrics(proxy.url))
+        assert {} == figures
+        assert seconds < DEADLINE + 0.4
+        await proxy.set("pass")
+        assert KEYS == list((await timed(RedisMetrics(proxy.url)))[0])
+
+
+@pytest.mark.parametrize(
+    ("user", "is_up"),
+    [("", 0), ("nobody:wrong@", 0), ("blind:secret@", 1), ("mute:secret@", 0)],
+    ids=["password missing", "password wrong", "INFO forbidden", "PING forbidden"],
+)
+async def test_redis_that_refuses(private_server: StartServer, user: str, is_up: int) -> None:
+    """No figures, no error, and nothing of the server in the answer; up is who answers a PING."""
+    server = private_server()
+    server.add_user("blind", ">secret", "~*", "+@all", "-info")
+    server.add_user("mute", ">secret", "~*", "+@all", "-info", "-ping")
+    # The connection that looks from outside stays what it is.
+    server.command("ACL", "SETUSER", "default", "resetpass", ">secret")
+    url = f"redis://{user}127.0.0.1:{server.port}"
+    app = metrics_app(redis=url)
+    answer = await scraped(app, "/json")
+
+    assert {} == await RedisMetrics(url).collect_metrics()
+    assert [None] * 6 == [answer.json()[key] for key in KEYS[:6]]
+    assert {"commands_processed": None, "expired_keys": None, "evicted_keys": None} == answer.json()["operations"]
+    text = (await scraped(app)).text
+    assert f"redis_asgi_redis_up {is_up}.0" in text
+    assert "redis_asgi_server_" not in text
+    for secret in ("secret", "127.0.0.1", f":{server.port}", "blind", "nobody", "Error", "WRONGPASS", "NOPERM"):
+        assert secret not in answer.text + text
+
+
+async def test_fake_redis_has_no_figures() -> None:
+    """A fake without ``INFO`` is no error either."""
+    async with fakeredis.FakeAsyncRedis(retry=Retry(NoBackoff(), 0)) as client:
+        assert {} == await RedisMetrics(client).collect_metrics()
+
+
+async def test_memory_has_no_figures() -> None:
+    """On ``memory://`` there is no server to ask, and none that could be down."""
+    app = metrics_app(settings=MEMORY)
+    text = (await scraped(app)).text
+
+    assert {} == await RedisMetrics(RedisManager(MEMORY)).collect_metrics()
+    assert "redis_asgi_redis_up" not in text
+    assert "redis_asgi_server_" not in text
+    assert 'server="memory"' in text
+
+
+def test_only_clients_are_taken() -> None:
+    """A sync client is told at construction."""
+    with pytest.raises(ConfigurationError, match="synchronous"):
+        RedisMetrics(redis.Redis())  # type: ignore[arg-type]  # what is tested
+
+
+async def test_users_client_is_left_as_it_was(redis_server: ExternalServer) -> None:
+    """None of its connections is used, none of ours stays, and it is not closed."""
+    async with aioredis.Redis.from_url(redis_server.url, retry=Retry(NoBackoff(), 0)) as client:
+        await RedisMetrics(client).collect_metrics()
+        await scraped(metrics_app(redis=client))
+        pool = client.connection_pool
+        assert (0, 0) == (len(pool._available_connections), len(pool._in_use_connections))
+        assert [] == redis_server.connections()
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"redis_version": "7.0.15"}, "redis 7.0.15"),
+        ({"redis_version": "7.2.4", "server_name": "valkey", "valkey_version": "8.1.1"}, "valkey 8.1.1"),
+        ({"redis_version": "7.4.0", "dragonfly_version": "df-v1.30"}, "dragonfly df-v1.30"),
+        ({}, "unknown"),
+    ],
+)
+def test_server_is_named(said: dict[str, str], named: str) -> None:
+    """By its own name: they all claim to be some Redis."""
+    assert named == Reading(servers=(said,)).server
+
+
+def test_unknown_of_one_is_unknown_of_all() -> None:
+    """A field that one primary lacks, or that is no number, has no sum."""
+    reading = Reading(servers=({"a": "1", "b": "2"}, {"a": "3", "b": "many"}))
+
+    assert (4.0, 3.0, None, None) == (
+        reading.number("a"),
+        reading.number("a", max),
+        reading.number("b"),
+        reading.number("c"),
+    )
+
+
+# the scrape
+
+
+async def test_app_is_one_of_ours(settings: Settings) -> None:
+    """It has the manners of every sub-app: mounted anywhere, read-only, asked for by name or not at all."""
+    app = metrics_app(settings=settings)
+    outer = Starlette()
+    outer.mount("/metrics", app)
+    async with client_of(outer) as client:
+        answers = {path: (await client.get(path)).status_code for path in ("/metrics/", "/metrics/json", "/metrics/x")}
+        posted = await client.post("/metrics/")
+
+    assert isinstance(app, SubApp)
+    assert {"/metrics/": 200, "/metrics/json": 200, "/metrics/x": 404} == answers
+    assert (405, "GET, HEAD") == (posted.status_code, posted.headers["allow"])
+
+
+async def test_authorize_is_asked_for_every_page(settings: Settings) -> None:
+    """Neither page is shown to whom the app does not know."""
+
+    async def knows(connection: HTTPConnection) -> bool:
+        return connection.headers.get("authorization") == "Bearer ops"
+
+    app = metrics_app(settings=settings, authorize=knows)
+    for path in ("/", "/json"):
+        assert 403 == (await scraped(app, path)).status_code
+        assert 200 == (await scraped(app, path, authorization="Bearer ops")).status_code
+
+
+PROMETHEUS = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("*/*", "text/plain; version=0.0.4"),
+        ("text/plain", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text; version=1.0.0"),
+        (PROMETHEUS, "application/openmetrics-text; version=1.0.0"),
+        ("application/json", "application/json"),
+        ("application/json;q=0.9, */*;q=0.1", "application/json"),
+        ("application/json, text/plain", "text/plain; version=0.0.4"),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "text/plain; version=0.0.4"),
+    ],
+)
+async def test_accept_decides(settings: Settings, accept: str, kind: str) -> None:
+    """Prometheus gets what it asks for, a script JSON, a browser something to read."""
+    answer = await scraped(metrics_app(settings=settings), accept=accept)
+
+    assert answer.headers["content-type"].startswith(kind)
+    assert "no-store" == answer.headers["cache-control"]
+    if "openmetrics" in kind:
+        assert list(parse_openmetrics(answer.text))
+    elif kind == "application/json":
+        assert "middleware" in answer.json()
+    else:
+        assert list(parse_text(answer.text))
+        assert "accept" == answer.headers["vary"]
+
+
+async def test_no_created_series(settings: Settings, counted: Telemetry) -> None:
+    """Ours have none, in either format, and the app's own keep them if it wants them."""
+    use_every_metric(counted)
+    app = metrics_app(settings=settings)
+    mine = Counter("mine", "The app's.", registry=None)
+    mine.inc()
+
+    for accept in ("*/*", "application/openmetrics-text; version=1.0.0"):
+        text = (await scraped(app, accept=accept)).text
+        assert "redis_asgi_cache_saved_tokens_total 1.0" in text
+        assert "_created" not in text
+    assert "mine_created" in {sample.name for family in mine.collect() for sample in family.samples}
+
+
+async def test_labels_are_of_closed_sets(redis_server: ExternalServer, counted: Telemetry) -> None:
+    """No value of a label is a client, a key or a text: all come from small sets, or from the code."""
+    settings = Settings(REDIS_URL=redis_server.url, REDIS_KEY_PREFIX="prefix-7:", RATE_LIMIT_TIMEOUT=2)
+    rules = [Rule("2/minute", name="by-key", partition_by=by_header("x-api-key")), Rule("9/minute", name="by-ip")]
+    app = Starlette()
+    app.add_middleware(RateLimitMiddleware, rules=rules, settings=settings)
+    app.mount("/metrics", metrics_app(settings=settings))
+    use_every_metric(counted)
+    async with client_of(app) as client:
+        for _ in range(3):
+            await client.get("/secret-path", headers={"x-api-key": "secret-key"})
+        await RateLimiter(settings=settings).consume("secret-client")
+        text = (await client.get("/metrics/")).text
+
+    for secret in ("secret", "127.0.0.1", "prefix-7", "rate_limit:"):
+        assert secret not in text
+    for family in parse_text(text):
+        name = family.name.removeprefix("redis_asgi_")
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                if (name, label) in CLOSED_SETS:
+                    assert value in CLOSED_SETS[name, label], sample
+                else:
+                    assert (name, label) in ALSO_LABELLED or label == "le", sample
+    assert {"default", "by-key", "by-ip"} >= set(re.findall(r'policy="([^"]*)"', text))
+
+
+ALSO_LABELLED = {("ratelimit_policy", "policy")} | {
+    ("build_info", label) for label in ("version", "redis_client", "server")
+}
+
+
+async def test_gauges_say_how_it_is_now(redis_server: ExternalServer) -> None:
+    """The pool by state, clients counted here, and that Redis is up."""
+    manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=3))
+    app = metrics_app(redis=manager)
+    client = await manager.get_connection()
+    assert isinstance(client, aioredis.Redis)
+    await client.ping()
+    held = await client.connection_pool.get_connection()
+    try:
+        now = await samples(app)
+    finally:
+        await client.connection_pool.release(held)
+
+    assert 1 == now["redis_up"]
+    assert [1, 0, 3] == [now[f'redis_pool_connections{{state="{state}"}}'] for state in ("in_use", "idle", "max")]
+    assert (0, 100_000) == (now["ratelimit_local_partitions"], now["ratelimit_local_partitions_max"])
+    (about,) = (name for name in now if name.startswith("build_info"))
+    assert re.fullmatch(r'build_info\{redis_client="[\d.]+",server="\w+ [\d.]+",version="[\d.]+"\}', about)
+    assert 0 == now["breaker_state"]
+    assert 1 == (await samples(app))['redis_pool_connections{state="idle"}']
+
+
+async def test_clients_counted_here_are_shown() -> None:
+    """On ``memory://`` those of the manager; while Redis is gone, those of its stand-in and nobody's name."""
+    manager = RedisManager(MEMORY)
+    limiter = RateLimiter(manager)
+    for client in "abc":
+        await limiter.consume(client)
+
+    assert 3 == (await samples(metrics_app(redis=manager)))["ratelimit_local_partitions"]
+
+
+@pytest.mark.parametrize(("state", "number"), [("closed", 0), ("half_open", 1), ("open", 2)])
+async def test_breaker_is_shown(state: Any, number: int) -> None:
+    """As a number that an alert can compare, and as a word in JSON."""
+
+    class Broken(RedisManager):
+        @property
+        def breaker_state(self) -> Any:
+            return state
+
+    app = metrics_app(redis=Broken(MEMORY))
+
+    assert number == (await samples(app))["breaker_state"]
+    assert state == (await scraped(app, "/json")).json()["middleware"]["breaker"]
+
+
+async def test_server_gauges_are_what_info_says(private_server: StartServer) -> None:
+    """With the suffixes of redis_exporter, and its types."""
+    server = private_server("--maxmemory", "50mb")
+    server.client().get("absent")
+    app = metrics_app(redis=server.url)
+    now = await samples(app)
+    info: dict[str, Any] = server.client().info()
+
+    assert 50 * 1024 * 1024 == now["server_memory_max_bytes"]
+    assert now["server_memory_used_bytes"] == pytest.approx(info["used_memory"], rel=0.3)
+    assert 1 == now["server_keyspace_misses_total"]
+    assert now["server_rdb_last_save_timestamp_seconds"] == info["rdb_last_save_time"]
+    assert 14 == len([name for name in now if name.startswith("server_")])
+    types = {family.name: family.type for family in parse_text((await scraped(app)).text)}
+    assert "counter" == types["redis_asgi_server_evicted_keys"]
+    assert "gauge" == types["redis_asgi_server_connected_clients"]
+
+
+async def test_json_has_both_halves(redis_server: ExternalServer, counted: Telemetry) -> None:
+    """What Redis says, and what the package has counted."""
+    counted.ratelimit_requests.labels("allowed", "redis").inc(3)
+    counted.ratelimit_requests.labels("allowed", "local").inc(4)
+    counted.ratelimit_requests.labels("refused", "refusal_memory").inc(2)
+    counted.ratelimit_policy.labels("default", "allowed").inc(7)
+    counted.ratelimit_policy.labels("default", "shadow_refused").inc(1)
+    counted.ratelimit_fallback.labels("local", "timeout").inc(4)
+    counted.cache_requests.labels("partial").inc(1)
+    counted.cache_items.labels("hit").inc(3)
+    counted.cache_items.labels("miss").inc(1)
+    counted.cache_saved_tokens.inc(30)
+    answer = (await scraped(metrics_app(redis=redis_server.url), "/json")).json()
+
+    assert [*KEYS, "middleware"] == list(answer)
+    assert answer["memory_used"] > 0
+    middleware = answer["middleware"]
+    assert {
+        "allowed": 7,
+        "refused": 2,
+        "exempt": 0,
+        "unavailable": 0,
+        "fallbacks": 4,
+        "policies": {"default": {"allowed": 7, "refused": 0, "shadow_refused": 1}},
+    } == middleware["ratelimit"]
+    assert {"hit": 0, "partial": 1, "miss": 0, "stale": 0, "bypass": 0, "error": 0} == middleware["cache"]["requests"]
+    assert {"hit": 3, "miss": 1, "collapsed": 0} == middleware["cache"]["inputs"]
+    assert (0.75, 30) == (middleware["cache"]["hit_rate"], middleware["cache"]["saved_tokens"])
+
+
+# Redis is not well
+
+
+async def test_many_scrapes_are_one_question(redis_server: ExternalServer) -> None:
+    """However many ask at once or within a second, ``INFO`` is asked once, over a connection that is gone after."""
+    app = metrics_app(redis=RedisManager(Settings(REDIS_URL=redis_server.url)))
+    before = redis_server.calls("info")  # asks INFO too
+    answers = await asyncio.gather(*(scraped(app, path) for path in ("/", "/json") * 25))
+
+    assert {200} == {answer.status_code for answer in answers}
+    assert before + 2 == redis_server.calls("info")
+    assert [] == redis_server.connections()
+
+
+async def test_scrape_needs_no_free_connection(redis_server: ExternalServer) -> None:
+    """A pool in which nothing is free is what one wants to see then."""
+    manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
+    client = await manager.get_connection()
+    assert isinstance(client, aioredis.Redis)
+    held = await client.connection_pool.get_connection()
+    try:
+        began = time.monotonic()
+        now = await samples(metrics_app(redis=manager))
+        assert time.monotonic() - began < DEADLINE
+    finally:
+        await client.connection_pool.release(held)
+
+    assert 1 == now["redis_up"]
+    assert now['redis_pool_connections{state="in_use"}'] == now['redis_pool_connections{state="max"}'] == 1
+
+
+async def test_scrape_of_a_hung_redis_is_answered_in_time(private_server: StartServer, counted: Telemetry) -> None:
+    """Once a second it waits for the deadline, else it is told at once; what we counted is there, and the reason."""
+    server = private_server()
+    app = metrics_app(redis=server.url)
+    counted.cache_saved_tokens.inc(7)
+    server.pause()
+    try:
+        waits = []
+        for _ in range(2):
+            began = time.monotonic()
+            now = await samples(app)
+            waits.append(time.monotonic() - began)
+    finally:
+        server.resume()
+
+    assert 0 == now["redis_up"]
+    assert 7 == now["cache_saved_tokens_total"]
+    assert DEADLINE <= waits[0] < DEADLINE + 0.4
+    assert waits[1] < 0.2
+    assert 1 == now['redis_commands_total{op="info",outcome="timeout"}']
+
+
+async def test_scraper_that_goes_away_takes_nothing_along(private_server: StartServer) -> None:
+    """Who waits beside it still gets an answer."""
+    server = private_server()
+    app = metrics_app(redis=server.url)
+    server.pause()
+    try:
+        one, other = (asyncio.create_task(scraped(app)) for _ in range(2))
+        await asyncio.sleep(0.1)
+        one.cancel()
+        answer = await other
+    finally:
+        server.resume()
+
+    assert one.cancelled()
+    assert 200 == answer.status_code
+
+
+async def test_dead_redis_is_shown_as_down() -> None:
+    """With nothing of where it should be."""
+    app = metrics_app(redis="redis://someone:secret@127.0.0.1:1")
+    answer = await scraped(app)
+
+    assert "redis_asgi_redis_up 0.0" in answer.text
+    assert 'server="unknown"' in answer.text
+    for word in ("someone", "secret", "127.0.0.1", "Error", "refused."):
+        assert word not in answer.text
+
+
+async def test_served_by_itself_it_closes_what_it_opened(redis_server: ExternalServer) -> None:
+    """The manager's client, if it is the package's own; one of the user's stays open."""
+    for redis_argument, is_open in ((redis_server.url, False), (RedisManager(Settings()), True)):
+        app = metrics_app(redis=redis_argument)
+        await app._manager.get_connection()
+        await app.aclose()
+        assert is_open == (app._manager.pool is not None)
+
+
+# several processes
+
+
+FILES = """
+import asyncio, os, shutil, sys
+import httpx
+from prometheus_client import Counter
+from redis_asgi import Settings, metrics_app
+from redis_asgi.telemetry import telemetry
+
+async def main():
+    app = metrics_app(settings=Settings(REDIS_URL="memory://"))
+    telemetry().cache_saved_tokens.inc(3)
+    Counter("of_the_app", "Not ours to show.").inc()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        text = (await client.get("/")).text
+        assert "redis_asgi_cache_saved_tokens_total 3.0" in text, text
+        assert "redis_asgi_ratelimit_local_partitions 0.0" in text, text
+        assert "of_the_app" not in text, text
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        for path in ("/", "/json"):
+            gone = await client.get(path)
+            assert (503, {"error": "counters_unreadable"}) == (gone.status_code, gone.json())
+
+asyncio.run(main())
+"""
+
+
+def test_files_are_read_and_missed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ours are shown and the app's are not; without the files a scrape fails instead of starting again from zero."""
+    folder = tmp_path_factory.mktemp("multiproc")
+    # Without -X dev: prometheus-client leaves its files to the end of the process.
+    done = run_python(FILES, flags=(), env={"PROMETHEUS_MULTIPROC_DIR": str(folder)})
+
+    assert 0 == done.returncode, done.stderr
+    assert "redis_asgi.metrics_unreadable" in done.stderr
+
+
+def test_missing_folder_is_told_at_construction() -> None:
+    """Not to the first scrape, and not to the first request."""
+    script = """
+from redis_asgi import ConfigurationError, Settings, metrics_app
+try:
+    metrics_app(settings=Settings(REDIS_URL="memory://"))
+except ConfigurationError as error:
+    print(error)
+"""
+    done = run_python(script, env={"PROMETHEUS_MULTIPROC_DIR": "/nonexistent/folder"})
+
+    assert done.stdout.startswith("PROMETHEUS_MULTIPROC_DIR is not a directory"), done.stderr
