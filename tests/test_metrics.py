@@ -1,9 +1,15 @@
 """The figures of the package and of its Redis, for Prometheus and as JSON."""
 
 import asyncio
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fakeredis
@@ -35,9 +41,9 @@ from redis_asgi.server_info import Reading
 from redis_asgi.sub_app import SubApp
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
-from .kit.processes import run_python
+from .kit.processes import clean_environment, run_python
 from .kit.proxy import FaultProxy
-from .kit.servers import Cluster, ExternalServer, Server
+from .kit.servers import Cluster, ExternalServer, Server, free_port, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -599,7 +605,8 @@ async def test_served_by_itself_it_closes_what_it_opened(redis_server: ExternalS
 FILES = """
 import asyncio, os, shutil, sys
 import httpx
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from redis_asgi import Settings, metrics_app
 from redis_asgi.telemetry import telemetry
 
@@ -612,6 +619,10 @@ async def main():
         assert "redis_asgi_cache_saved_tokens_total 3.0" in text, text
         assert "redis_asgi_ratelimit_local_partitions 0.0" in text, text
         assert "of_the_app" not in text, text
+        everything = CollectorRegistry()
+        MultiProcessCollector(everything)
+        theirs = generate_latest(everything).decode()
+        assert "of_the_app_total 1.0" in theirs and "redis_asgi_cache_saved_tokens_total 3.0" in theirs, theirs
         shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"])
         for path in ("/", "/json"):
             gone = await client.get(path)
@@ -622,7 +633,7 @@ asyncio.run(main())
 
 
 def test_files_are_read_and_missed(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Ours are shown and the app's are not; without the files a scrape fails instead of starting again from zero."""
+    """We show ours, the app both; without the files a scrape fails instead of starting again from zero."""
     folder = tmp_path_factory.mktemp("multiproc")
     # Without -X dev: prometheus-client leaves its files to the end of the process.
     done = run_python(FILES, flags=(), env={"PROMETHEUS_MULTIPROC_DIR": str(folder)})
@@ -643,3 +654,84 @@ except ConfigurationError as error:
     done = run_python(script, env={"PROMETHEUS_MULTIPROC_DIR": "/nonexistent/folder"})
 
     assert done.stdout.startswith("PROMETHEUS_MULTIPROC_DIR is not a directory"), done.stderr
+
+
+WORKER = """
+import os
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from redis_asgi import metrics_app
+from redis_asgi.telemetry import telemetry
+
+requests = telemetry().ratelimit_requests.labels("allowed", "redis")
+checks = telemetry().ratelimit_check_duration.labels("redis")
+
+async def count(request):
+    requests.inc()
+    checks.observe(0.002)
+    return PlainTextResponse(str(os.getpid()))
+
+app = Starlette(routes=[Route("/count", count), Mount("/metrics", metrics_app())])
+"""
+
+
+@contextmanager
+def workers(folder: Path, source: str, number: int, **environment: str) -> Iterator[str]:
+    """The app in *source* with so many uvicorn workers that count together; its URL."""
+    (folder / "counting.py").write_text(source)
+    (folder / "counters").mkdir()
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "counting:app", "--app-dir", str(folder), "--port", str(port)]
+    command += ["--workers", str(number), "--no-access-log"]
+    environment = clean_environment(PROMETHEUS_MULTIPROC_DIR=str(folder / "counters"), **environment)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: answers(f"{url}/metrics/"), "workers answer", within=30)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def answers(url: str) -> bool:
+    """Whether somebody answers with 200."""
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def total(url: str, series: str) -> set[float]:
+    """What some scrapes, each over a connection of its own and so by any worker, say of *series*."""
+    found = set()
+    for _ in range(6):
+        text = httpx.get(f"{url}/metrics/", trust_env=False).text
+        found.add(float(next(line for line in text.splitlines() if line.startswith(series)).rpartition(" ")[2]))
+    return found
+
+
+def test_sums_over_workers_are_exact(tmp_path: Path, redis_url: str) -> None:
+    """Whichever of three workers is scraped says what all have counted, also of one that has been replaced."""
+    requests = 'redis_asgi_ratelimit_requests_total{outcome="allowed",source="redis"}'
+    with workers(tmp_path, WORKER, 3, REDIS_URL=redis_url) as url:
+        counted_by: list[int] = []
+
+        def count_until(seen: int) -> None:
+            # Which worker takes a connection is the kernel's choice.
+            while len(set(counted_by)) < seen:
+                assert len(counted_by) < 5_000
+                counted_by.append(int(httpx.get(f"{url}/count", trust_env=False).text))
+
+        count_until(3)
+        assert {float(len(counted_by))} == total(url, requests)
+        assert {float(len(counted_by))} == total(url, "redis_asgi_ratelimit_check_duration_seconds_count")
+        figures = httpx.get(f"{url}/metrics/json", trust_env=False).json()
+        assert len(counted_by) == figures["middleware"]["ratelimit"]["allowed"]
+
+        os.kill(counted_by[0], signal.SIGTERM)
+        wait_until(lambda: answers(f"{url}/metrics/"), "the others answer", within=30)
+        count_until(4)
+        assert {float(len(counted_by))} == total(url, requests)
