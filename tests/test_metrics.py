@@ -44,6 +44,7 @@ from redis_asgi.telemetry import Telemetry, fresh_telemetry
 from .kit.processes import clean_environment, run_python
 from .kit.proxy import FaultProxy
 from .kit.servers import Cluster, ExternalServer, Server, free_port, wait_until
+from .test_readme import section, table
 
 pytestmark = pytest.mark.anyio
 
@@ -507,6 +508,25 @@ async def test_json_has_both_halves(redis_server: ExternalServer, counted: Telem
     assert {"hit": 0, "partial": 1, "miss": 0, "stale": 0, "bypass": 0, "error": 0} == middleware["cache"]["requests"]
     assert {"hit": 3, "miss": 1, "collapsed": 0} == middleware["cache"]["inputs"]
     assert (0.75, 30) == (middleware["cache"]["hit_rate"], middleware["cache"]["saved_tokens"])
+
+
+async def test_readme_lists_every_metric(redis_server: ExternalServer, counted: Telemetry) -> None:
+    """With its type and its labels; those of the server are one row."""
+    use_every_metric(counted)
+    text = (await scraped(metrics_app(redis=redis_server.url))).text
+    there = {}
+    for family in parse_text(text):
+        name = family.name.removeprefix("redis_asgi_") + "_total" * (family.type == "counter")
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        there[name] = (family.type, labels)
+    listed = {
+        row[0].strip("`"): (row[1], set(re.findall(r"`(\w+)`", row[2])))
+        for row in table(section("### What is counted"))
+        if row[0] != "`server_*`"
+    }
+
+    assert {name: about for name, about in there.items() if not name.startswith("server_")} == listed
+    assert 14 == len([name for name in there if name.startswith("server_")])
 
 
 # Redis is not well
