@@ -25,6 +25,7 @@ from .errors import Failure, classify
 from .telemetry import telemetry
 
 DEADLINE = 0.5  # seconds, for connecting and every reply
+_GRACE = 0.05  # seconds after it in which a question ends
 _KEPT = 1.0  # seconds that a reading is the answer
 
 
@@ -156,8 +157,8 @@ class ServerWatch:
         if self._flight is None:
             self._flight = asyncio.create_task(self._fly())
         # Waited for, not awaited: who goes away must not take it along.
-        done, _ = await asyncio.wait({self._flight})
-        return next((task.result() for task in done if not task.cancelled()), Reading(Failure.CONNECTION))
+        done, _ = await asyncio.wait({self._flight}, timeout=DEADLINE + _GRACE)
+        return next((task.result() for task in done if not task.cancelled()), Reading(Failure.TIMEOUT))
 
     async def _fly(self) -> Reading:
         try:
