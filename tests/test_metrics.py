@@ -640,6 +640,37 @@ async def test_scraper_that_goes_away_takes_nothing_along(private_server: StartS
     assert 200 == answer.status_code
 
 
+async def test_closing_ends_a_question(private_server: StartServer) -> None:
+    """A manager that is closed while Redis is asked neither waits for the answer nor leaves anything running."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url))
+    server.pause()
+    try:
+        scrape = asyncio.create_task(samples(metrics_app(redis=manager)))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await manager.close()
+        assert 0 == (await scrape)["redis_up"]
+        assert time.monotonic() - began < DEADLINE / 2
+    finally:
+        server.resume()
+
+
+async def test_client_that_cannot_be_built_is_shown_as_down() -> None:
+    """As a host without an address, where the limits go on without Redis, too."""
+
+    class Unbuildable(RedisManager):
+        def _connect(self) -> Any:
+            raise OSError("no address for secret-host")
+
+    manager = Unbuildable(Settings())
+    text = (await scraped(metrics_app(redis=manager))).text
+
+    assert "redis_asgi_redis_up 0.0" in text
+    assert "secret-host" not in text
+    assert {} == await RedisMetrics(manager).collect_metrics()
+
+
 async def test_dead_redis_is_shown_as_down() -> None:
     """With nothing of where it should be."""
     app = metrics_app(redis="redis://someone:secret@127.0.0.1:1")
