@@ -23,10 +23,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from redis_asgi import (
     ConfigurationError,
+    EmbeddingCacheMiddleware,
     RateLimiter,
     RateLimitMiddleware,
     RedisManager,
@@ -406,21 +409,38 @@ async def test_no_created_series(settings: Settings, counted: Telemetry) -> None
     assert "mine_created" in {sample.name for family in mine.collect() for sample in family.samples}
 
 
+async def embed(request: Request) -> JSONResponse:
+    """An embedding server of vectors with two numbers."""
+    body = await request.json()
+    count = 1 if isinstance(body["input"], str) else len(body["input"])
+    data = [{"object": "embedding", "index": i, "embedding": [0.5, 1.0]} for i in range(count)]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": usage})
+
+
 async def test_labels_are_of_closed_sets(redis_server: ExternalServer, counted: Telemetry) -> None:
     """No value of a label is a client, a key or a text: all come from small sets, or from the code."""
     settings = Settings(REDIS_URL=redis_server.url, REDIS_KEY_PREFIX="prefix-7:", RATE_LIMIT_TIMEOUT=2)
-    rules = [Rule("2/minute", name="by-key", partition_by=by_header("x-api-key")), Rule("9/minute", name="by-ip")]
-    app = Starlette()
+    rules = [
+        Rule("2/minute", name="by-key", paths="/secret-path", partition_by=by_header("x-api-key")),
+        Rule("9/minute", name="by-ip"),
+    ]
+    app = Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"])])
+    app.add_middleware(EmbeddingCacheMiddleware, namespace="secret-namespace", settings=settings)
     app.add_middleware(RateLimitMiddleware, rules=rules, settings=settings)
     app.mount("/metrics", metrics_app(settings=settings))
     use_every_metric(counted)
     async with client_of(app) as client:
         for _ in range(3):
             await client.get("/secret-path", headers={"x-api-key": "secret-key"})
+        for text in ("secret text", "secret text", ["secret text", "secret other"]):
+            asked = {"model": "secret-model", "input": text}
+            answer = await client.post("/v1/embeddings", json=asked, headers={"authorization": "Bearer secret-token"})
+            assert "redis-asgi" in answer.headers["cache-status"]
         await RateLimiter(settings=settings).consume("secret-client")
         text = (await client.get("/metrics/")).text
 
-    for secret in ("secret", "127.0.0.1", "prefix-7", "rate_limit:"):
+    for secret in ("secret", "127.0.0.1", "prefix-7", "rate_limit:", "embedding_"):
         assert secret not in text
     for family in parse_text(text):
         name = family.name.removeprefix("redis_asgi_")
