@@ -171,7 +171,7 @@ def redis_figures(reading: Reading) -> dict[str, Any]:
     }
 
 
-def middleware_figures(families: Families, manager: RedisManager) -> dict[str, Any]:
+def middleware_figures(families: Families) -> dict[str, Any]:
     """What the package itself has counted, for people and scripts rather than for Prometheus."""
     sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     policies: dict[str, dict[str, int]] = {}
@@ -184,7 +184,6 @@ def middleware_figures(families: Families, manager: RedisManager) -> dict[str, A
             sums[name][sample.labels.get("outcome") or sample.labels.get("result") or ""] += int(sample.value)
     requests, inputs = sums["ratelimit_requests"], sums["cache_items"]
     return {
-        "breaker": manager.breaker_state,
         "ratelimit": {
             **{outcome: requests[outcome] for outcome in ("allowed", "refused", "exempt", "unavailable")},
             "fallbacks": sums["ratelimit_fallback"][""],

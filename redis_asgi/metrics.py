@@ -55,8 +55,8 @@ class RedisMetrics:
             return {}
         try:
             client = await self._manager.get_connection()
-        except OSError:
-            return {}  # no client can be built: the host has no address
+        except Exception:
+            return {}  # no client can be built, such as for a host without an address
         reading = await read_server(client)
         return redis_figures(reading) if reading.servers else {}
 
@@ -90,10 +90,10 @@ class MetricsApp(SubApp):
 
     async def _json(self, _connection: HTTPConnection) -> Answer:
         reading = await watched(self._manager)
+        about = {"version": _version(), "breaker": self._manager.breaker_state}
 
         def figures(families: Families) -> Answer:
-            about = {"version": _version(), **middleware_figures(families, self._manager)}
-            return json_answer({**redis_figures(reading), "middleware": about})
+            return json_answer({**redis_figures(reading), "middleware": {**about, **middleware_figures(families)}})
 
         return await _with_counters(figures)
 
@@ -102,8 +102,8 @@ class MetricsApp(SubApp):
             return None
         try:
             return await self._manager.get_connection()
-        except OSError:
-            return None
+        except Exception:
+            return None  # none can be built, which the reading says already
 
 
 async def _with_counters(make: Callable[[Families], Answer]) -> Answer:

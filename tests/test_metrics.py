@@ -516,6 +516,7 @@ async def test_breaker_is_shown(state: Any, number: int) -> None:
     class Broken(RedisManager):
         @property
         def breaker_state(self) -> Any:
+            asyncio.get_running_loop()  # it is the loop's
             return state
 
     app = metrics_app(redis=Broken(MEMORY))
