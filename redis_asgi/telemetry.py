@@ -160,7 +160,9 @@ class Telemetry:
             "ratelimit_fallback", "Checks decided without Redis because it gave no answer.", "mode", "reason"
         )
         self.ratelimit_check_duration = self._histogram(
-            "ratelimit_check_duration_seconds", "How long a request waited for its verdict.", "source"
+            "ratelimit_check_duration_seconds",
+            "How long a request waited for its verdict, when Redis was asked.",
+            "source",
         )
         self.cache_requests = self._counter("cache_requests", "Embedding requests by what the cache did.", "result")
         self.cache_bypass = self._counter("cache_bypass", "Embedding requests that were passed through.", "reason")
@@ -183,7 +185,7 @@ class Telemetry:
         )
         self.redis_script_loads = self._counter("redis_script_loads", "Times the script had to be sent whole.")
         self.redis_reconnects = self._counter("redis_reconnects", "Connections opened in place of lost ones.")
-        self.redis_pool_wait = self._histogram("redis_pool_wait_seconds", "Waiting for a free connection.")
+        self.redis_pool_wait = self._histogram("redis_pool_wait_seconds", "Waits for a connection, when none was free.")
         self.breaker_transitions = self._counter("breaker_transitions", "Times the breaker changed its state.", "to")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> "Counter":

@@ -1,0 +1,179 @@
+"""The counters agree with what clients saw: through real uvicorn, with one worker and with three."""
+
+import re
+from collections import Counter as Tally
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from .kit.servers import Server
+from .test_metrics import TLS, workers
+from .test_readme import section
+
+StartServer = Callable[..., Server]
+
+APP = """
+import json, os
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Mount, Route
+from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware, Rule, by_header, metrics_app
+
+async def home(request):
+    return PlainTextResponse(str(os.getpid()))
+
+async def embeddings(request):
+    body = await request.json()
+    texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+    data = [{"object": "embedding", "index": i, "embedding": [float(len(t)), 0.5]} for i, t in enumerate(texts)]
+    n = 4 * len(texts)
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": usage})
+
+app = Starlette(routes=[
+    Route("/", home), Route("/free", home), Route("/watched", home),
+    Route("/v1/embeddings", embeddings, methods=["POST"]), Mount("/metrics", metrics_app()),
+])
+app.add_middleware(EmbeddingCacheMiddleware, namespace="wiring", share=True)
+rules = [
+    Rule("50/hour", name="by-key", paths=["/", "/closed"], partition_by=by_header("x-api-key")),
+    Rule("1000/hour", name="wide", paths="/"),
+    Rule("3/hour", name="watch", paths="/watched", shadow=True),
+]
+app.add_middleware(RateLimitMiddleware, rules=rules, exempt=["/free"])
+"""
+
+
+class Series:
+    """The samples of a scrape, summed over the labels that are not asked for."""
+
+    def __init__(self, url: str) -> None:
+        text = httpx.get(f"{url}/metrics/", trust_env=False, verify=TLS).text
+        self._samples: list[tuple[str, dict[str, str], float]] = []
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
+                self._samples.append((name.partition("{")[0].removeprefix("redis_asgi_"), labels, float(value)))
+
+    def sum(self, name: str, **labels: str) -> float:
+        return sum(
+            value
+            for each, its, value in self._samples
+            if each == name and all(its.get(label) == wanted for label, wanted in labels.items())
+        )
+
+
+def statuses(url: str, path: str, count: int, **headers: str) -> Tally[int]:
+    """What so many requests, eight at a time and each over a connection of its own, were answered with."""
+
+    def ask(_: int) -> int:
+        return httpx.get(f"{url}{path}", headers=headers, trust_env=False, verify=TLS).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        return Tally(pool.map(ask, range(count)))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_limiter_counts_what_clients_saw(tmp_path: Path, redis_url: str, number: int) -> None:
+    """Admitted, refused and exempt requests, each once, and each policy's decisions."""
+    with workers(tmp_path, APP, number, REDIS_URL=redis_url) as url:
+        before = Series(url)
+        seen = statuses(url, "/", 80, **{"x-api-key": "ada"})
+        assert {200: 50, 429: 30} == seen
+        assert {200: 7} == statuses(url, "/free", 7)
+        after = Series(url)
+
+    def gained(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    requests = "ratelimit_requests_total"
+    assert 50 == gained(requests, outcome="allowed", source="redis")
+    assert 30 == gained(requests, outcome="refused")
+    assert 30 == gained(requests, source="refusal_memory") + gained(requests, outcome="refused", source="redis")
+    # The scrapes between are exempt too.
+    assert 7 <= gained(requests, outcome="exempt") <= 9
+    assert 0 == gained(requests, outcome="unavailable") == gained("ratelimit_fallback_total")
+    policy = "ratelimit_policy_total"
+    assert (50, 30) == (
+        gained(policy, policy="by-key", outcome="allowed"),
+        gained(policy, policy="by-key", outcome="refused"),
+    )
+    assert 0 == gained(policy, policy="wide", outcome="refused")
+    # Only who asked Redis has waited.
+    assert gained(requests, source="redis") == gained("ratelimit_check_duration_seconds_count")
+    # Every check went to Redis in some batch, but those known to be refused.
+    assert gained(requests, source="redis") == gained("redis_batch_size_sum")
+    assert gained("redis_batch_size_count") == gained("redis_commands_total", op="check", outcome="ok")
+    assert gained("redis_batch_size_count") == gained("redis_command_duration_seconds_count", op="check")
+
+
+def test_shadow_is_counted_apart(tmp_path: Path, redis_url: str) -> None:
+    """What a shadow would have refused is admitted, and said."""
+    with workers(tmp_path, APP, 1, REDIS_URL=redis_url) as url:
+        assert {200: 5} == statuses(url, "/watched", 5)
+        after = Series(url)
+
+    policy = "ratelimit_policy_total"
+    assert 3 == after.sum(policy, policy="watch", outcome="allowed")
+    assert 2 == after.sum(policy, policy="watch", outcome="shadow_refused")
+    assert 0 == after.sum(policy, policy="watch", outcome="refused")
+    assert 5 == after.sum("ratelimit_requests_total", outcome="allowed")
+
+
+def test_outage_is_counted(tmp_path: Path, private_server: StartServer) -> None:
+    """Each request without Redis once, as a fallback with its reason, and the breaker's way there and back."""
+    server = private_server()
+    with workers(tmp_path, APP, 1, REDIS_URL=server.url) as url:
+        before = Series(url)
+        server.kill()
+        assert {200: 40} == statuses(url, "/", 40, **{"x-api-key": "ada"})
+        after = Series(url)
+
+    def gained(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    assert 40 == gained("ratelimit_requests_total", outcome="allowed", source="local")
+    assert 40 == gained("ratelimit_fallback_total", mode="local")
+    assert 40 == gained("ratelimit_check_duration_seconds_count", source="local")
+    assert 0 < gained("redis_commands_total", op="check", outcome="connection") <= 40
+    assert 1 <= gained("breaker_transitions_total", to="open")
+    assert after.sum("breaker_state") in (1, 2)
+
+
+def test_closed_is_unavailable(tmp_path: Path) -> None:
+    """A 503 of ours is no refusal."""
+    environment = {"REDIS_URL": "redis://127.0.0.1:1", "RATE_LIMIT_ON_REDIS_ERROR": "closed"}
+    with workers(tmp_path, APP, 1, **environment) as url:
+        assert {503: 6} == statuses(url, "/", 6, **{"x-api-key": "ada"})
+        after = Series(url)
+
+    assert 6 == after.sum("ratelimit_requests_total", outcome="unavailable", source="none")
+    assert 6 == after.sum("ratelimit_fallback_total", mode="closed")
+    assert 0 == after.sum("ratelimit_requests_total", outcome="refused")
+
+
+README_APP = """
+from fastapi import FastAPI
+from redis_asgi import RateLimitMiddleware, metrics_app
+
+app = FastAPI()
+app.add_middleware(RateLimitMiddleware, limits="5/minute")
+app.mount("/metrics", metrics_app())
+"""
+
+
+def test_readme_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_client: redis.Redis) -> None:
+    """The lines of the first answer in the README's section come back after six requests."""
+    shown = re.findall(r"^redis_asgi_ratelimit_\w+\{.*$", section("## Metrics"), re.MULTILINE)
+    with workers(tmp_path, README_APP, 1, REDIS_URL=redis_url) as url:
+        assert {404: 5, 429: 1} == statuses(url, "/", 6)
+        text = httpx.get(f"{url}/metrics/", trust_env=False, verify=TLS).text
+
+    assert len(shown) == 4
+    for line in shown:
+        assert line in text.splitlines(), line
