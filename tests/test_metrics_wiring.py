@@ -1,5 +1,6 @@
 """The counters agree with what clients saw: through real uvicorn, with one worker and with three."""
 
+import json
 import re
 from collections import Counter as Tally
 from collections.abc import Callable
@@ -168,12 +169,22 @@ app.mount("/metrics", metrics_app())
 
 
 def test_readme_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_client: redis.Redis) -> None:
-    """The lines of the first answer in the README's section come back after six requests."""
+    """The first answer of the section comes back after six requests, and the second has those names."""
     shown = re.findall(r"^redis_asgi_ratelimit_\w+\{.*$", section("## Metrics"), re.MULTILINE)
     with workers(tmp_path, README_APP, 1, REDIS_URL=redis_url) as url:
         assert {404: 5, 429: 1} == statuses(url, "/", 6)
         text = httpx.get(f"{url}/metrics/", trust_env=False, verify=TLS).text
+        figures = httpx.get(f"{url}/metrics/json", trust_env=False, verify=TLS).json()
 
-    assert len(shown) == 4
+    assert len(shown) == 5
     for line in shown:
-        assert line in text.splitlines(), line
+        # What is exempt are the scrapes, of which there are more here.
+        assert line in text.splitlines() or "exempt" in line, line
+    keys = re.search(r"^(\{\"hits\".*?)\n```", section("## Metrics"), re.MULTILINE | re.DOTALL)
+    assert keys is not None
+    assert shape(json.loads(keys[1])) == shape(figures)
+
+
+def shape(value: object) -> object:
+    """The names in a JSON value, without its numbers."""
+    return {name: shape(inner) for name, inner in value.items()} if isinstance(value, dict) else type(value)
