@@ -114,10 +114,11 @@ async def _ask(connect: Callable[[], AbstractConnection]) -> Mapping[str, str]:
     connection.retry = Retry(NoBackoff(), 0)
     try:
         await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
+        # redis-py would close a TLS connection by a goodbye whose answer it awaits for 30 s; `_drop` does not.
         await connection.send_packed_command(connection.pack_commands([(b"PING",), (b"INFO",)]), check_health=False)
-        await connection.read_response(disable_decoding=True)
+        await connection.read_response(disable_decoding=True, disconnect_on_error=False)
         try:
-            return dict(_fields(await connection.read_response(disable_decoding=True)))
+            return dict(_fields(await connection.read_response(disable_decoding=True, disconnect_on_error=False)))
         except ResponseError:
             return {}
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fakeredis
 import httpx
@@ -40,6 +41,7 @@ from redis_asgi import (
     by_header,
     metrics_app,
 )
+from redis_asgi.client import build_client
 from redis_asgi.errors import Failure
 from redis_asgi.server_info import Reading
 from redis_asgi.sub_app import SubApp
@@ -262,7 +264,41 @@ async def test_figures_over_tls(tls_server: Server, certificates: Certificates) 
         REDIS_SSL_KEYFILE=certificates.client.key,
     )
 
-    assert KEYS == list(await RedisMetrics(RedisManager(settings)).collect_metrics())
+    metrics = RedisMetrics(RedisManager(settings))
+    assert KEYS == list(await metrics.collect_metrics())
+
+    tls_server.pause()
+    try:
+        figures, seconds = await timed(metrics)
+    finally:
+        tls_server.resume()
+    assert {} == figures
+    assert seconds < DEADLINE + 0.4
+
+
+async def test_hung_tls_peer_is_not_waited_for(tls_server: Server, certificates: Certificates) -> None:
+    """One that hangs after the handshake gets no goodbye, which TLS would wait 30 s for."""
+    url = urlsplit(tls_server.url)
+    async with FaultProxy("127.0.0.1", url.port or 0) as proxy:
+        settings = Settings(
+            REDIS_URL=f"rediss://localhost:{proxy.port}",
+            REDIS_SSL_CA_CERTS=certificates.ca.cert,
+            REDIS_SSL_CERTFILE=certificates.client.cert,
+            REDIS_SSL_KEYFILE=certificates.client.key,
+        )
+        client = build_client(settings).client
+        assert isinstance(client, aioredis.Redis)
+        connection = client.connection_pool.make_connection()
+        await connection.connect()
+        client.connection_pool.make_connection = lambda: connection  # type: ignore[method-assign]  # connected before
+        await proxy.set("blackhole")
+        figures, seconds = await timed(RedisMetrics(client))
+        assert {} == figures
+        assert seconds < DEADLINE + 0.4
+        async with asyncio.timeout(2):
+            while proxy.open:
+                await asyncio.sleep(0.01)
+        await client.aclose()
 
 
 async def test_figures_behind_sentinels(sentinels: SentinelTrio) -> None:
