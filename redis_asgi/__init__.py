@@ -5,6 +5,7 @@
 ``scope``       what is read from a request         ``keys``         names of Redis keys
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 ``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
+``inspection/`` what an operator asks               ``maintenance``  and does
 """
 
 import importlib
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .connection import RedisManager, redis_operation
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
+from .maintenance import calculate_memory_usage, configure_persistence
 from .ratelimit.decision import Decision, PolicyState
 from .ratelimit.exceeded import RateLimitExceeded
 from .ratelimit.limiter import RateLimiter
@@ -48,8 +50,10 @@ __all__ = [
     "Settings",
     "by_header",
     "by_user",
+    "calculate_memory_usage",
     "check_redis_health",
     "client_ip",
+    "configure_persistence",
     "health_app",
     "metrics_app",
     "rate_limit",

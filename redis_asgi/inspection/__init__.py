@@ -1,0 +1,7 @@
+"""What an operator asks about settings and servers; nothing here prints.
+
+``servers``   which servers the settings name           ``rights``   which commands on which keys they must allow
+``trouble``   why Redis cannot be used, in words        ``findings`` what settings and INFO say, without I/O
+``diagnosis`` all that is looked at before a deploy     ``quotas``   what a client has left, and giving it back
+``sizing``    how much memory things take
+"""

@@ -1,0 +1,260 @@
+"""What `redis-asgi check` finds out about the settings and the servers behind them; nothing here prints.
+
+`diagnose` yields one `Finding` after the other: each says what is so and, unless all is well, what to do.
+A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary of a cluster.
+"""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
+
+from ..client import Client, build_client
+from ..connection import RedisManager, describe
+from ..errors import Failure, classify
+from ..ratelimit.policy import STRATEGIES, Charge, Policy, PolicySet, make_partition
+from ..settings import Settings
+from .findings import (
+    Finding,
+    Info,
+    client_findings,
+    memory_findings,
+    persistence_findings,
+    rights_findings,
+    role_findings,
+    settings_finding,
+    tls_findings,
+    version_finding,
+)
+from .quotas import ask, reset
+from .rights import probe_keys, rights_of, try_rights
+from .servers import Server, servers_of
+from .trouble import TROUBLE, explain
+
+OnStep = Callable[[str], None]
+
+PINGS = 50
+MAX_SKEW = 2.0  # seconds
+SLOTS = 16384
+
+
+class Node:
+    """One server process that is looked at: the only one, or a primary of a cluster."""
+
+    def __init__(self, client: Client, server: str, target: Any = None) -> None:
+        self._client = client
+        self._target = target
+        self.server = f"{server} {target.name}" if target is not None else server
+
+    async def run(self, *words: Any) -> Any:
+        """Run a command there; its keys must live there."""
+        keyless = words[0] in ("PING", "TIME", "INFO", "ASKING", "CLUSTER INFO") or (
+            words[0] == "EVALSHA" and words[2] == 0
+        )
+        more = {"target_nodes": self._target} if self._target is not None and keyless else {}
+        return await self._client.execute_command(*words, **more)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether *key* lives here."""
+        if self._target is None or not isinstance(self._client, aioredis.RedisCluster):
+            return True
+        node = self._client.get_node_from_key(key.decode())
+        return node is not None and node.name == self._target.name
+
+    async def info(self) -> Info:
+        """``INFO``; empty where it is forbidden."""
+        try:
+            found = await self.run("INFO")
+        except RedisError as error:
+            if classify(error) in (Failure.PERMISSION, Failure.REPLY):
+                return {}
+            raise
+        return found if isinstance(found, dict) else {}
+
+
+async def diagnose(settings: Settings, on_step: OnStep = lambda _: None) -> AsyncIterator[Finding]:
+    """Look at everything that can keep the package from working well with *settings*; never on ``memory://``.
+
+    Leaves nothing behind: what is written for a trial is under a random name and taken away again.
+
+    Args:
+        settings: ``REDIS_TIMEOUT`` bounds each command.
+        on_step: Told what is looked at next.
+    """
+    yield settings_finding(settings)
+    for server in servers_of(settings):
+        async for finding in _look_at(server, on_step):
+            yield finding
+
+
+async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
+    manager = RedisManager(server.settings)
+    try:
+        async for finding in _sentinels(server, on_step):
+            yield finding
+            if finding.level == "fail":
+                return
+        on_step(f"{server.name}: connecting")
+        nodes = await _connect(manager, server)
+        if isinstance(nodes, Finding):
+            yield nodes
+            return
+        where = f"{describe(server.settings)} answers"
+        if server.settings.REDIS_CLUSTER:
+            where += f"; {SLOTS} slots on {len(nodes)} primaries"
+        yield Finding("connection", "ok", where, server=server.name)
+        for tls in tls_findings(server):
+            yield tls
+        for node in nodes:
+            async for finding in _node(server, manager, node, on_step):
+                yield finding
+    except TROUBLE as error:
+        trouble = await explain(error, server.settings)
+        yield Finding("connection", "fail", f"Lost while it was looked at: {trouble.text}", trouble.fix, server.name)
+    finally:
+        await manager.close()
+
+
+async def _connect(manager: RedisManager, server: Server) -> "list[Node] | Finding":
+    try:
+        client = await manager.get_connection()
+        if isinstance(client, aioredis.RedisCluster):
+            await client.initialize()
+            nodes = [Node(client, server.name, each) for each in client.get_primaries()]
+        else:
+            nodes = [Node(client, server.name)]
+        for node in nodes:
+            await node.run("PING")
+    except TROUBLE as error:
+        if classify(error) is Failure.PERMISSION and "ping" in str(error).lower():
+            return nodes  # connected all the same; the rights say so
+        trouble = await explain(error, server.settings)
+        return Finding("connection", "fail", trouble.text, trouble.fix, server.name)
+    return nodes
+
+
+async def _sentinels(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
+    settings = server.settings
+    if not settings.REDIS_SENTINELS:
+        return
+    on_step(f"{server.name}: asking the sentinels")
+    built = build_client(settings)
+    answers: dict[str, str] = {}
+    silent: list[str] = []
+    for address, sentinel in zip(settings.REDIS_SENTINELS, built.sentinels, strict=True):
+        try:
+            words = ("SENTINEL GET-MASTER-ADDR-BY-NAME", settings.REDIS_SENTINEL_MASTER)
+            found = await sentinel.execute_command(*words)  # type: ignore[no-untyped-call]  # theirs
+            answers[address] = f"{found[0]}:{found[1]}" if found else ""
+        except TROUBLE:
+            silent.append(address)
+        finally:
+            await sentinel.aclose()
+    await built.client.aclose()
+    masters = {master for master in answers.values() if master}
+    name = settings.REDIS_SENTINEL_MASTER
+    if not answers:
+        text, fix = "none of the sentinels answers", "Check REDIS_SENTINELS, and that they run and may be reached."
+        yield Finding("sentinels", "fail", text, fix, server.name)
+    elif not masters:
+        text = f"the sentinels know no master {name!r}"
+        yield Finding("sentinels", "fail", text, "Set REDIS_SENTINEL_MASTER to the name they watch.", server.name)
+    elif len(masters) > 1:
+        text = f"the sentinels name different masters: {', '.join(sorted(masters))}"
+        yield Finding("sentinels", "warn", text, "Wait for the failover to end and check again.", server.name)
+    elif silent or "" in answers.values():
+        deaf = ", ".join([*silent, *(address for address, master in answers.items() if not master)])
+        text = f"master {name!r} is known, but not to: {deaf}"
+        yield Finding("sentinels", "warn", text, "Start those sentinels: a failover needs most of them.", server.name)
+    else:
+        yield Finding("sentinels", "ok", f"all {len(answers)} know the master {name!r}", server=server.name)
+
+
+async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnStep) -> AsyncIterator[Finding]:
+    on_step(f"{node.server}: rights")
+    rights = rights_of(server.settings, limits=server.limits, vectors=server.vectors)
+    hash_key, list_key, vector_keys = probe_keys(server.settings.REDIS_KEY_PREFIX, node.holds)
+    missing = await try_rights(node.run, rights, hash_key, list_key, vector_keys)
+    info = await node.info()
+    found = [version_finding(info), *role_findings(server, info), *rights_findings(server, rights, missing, info)]
+    on_step(f"{node.server}: script")
+    if server.limits:
+        found.append(await _script(manager, node))
+    on_step(f"{node.server}: latency")
+    if not any(each.right == "+ping" for each in missing):
+        found.append(await _latency(server, node))
+    if not any(each.right == "+time" for each in missing) and server.limits:
+        found.append(await _clock(node))
+    found += [*memory_findings(server, info), *client_findings(server, info), *persistence_findings(info)]
+    for finding in found:
+        yield Finding(finding.check, finding.level, finding.text, finding.fix, node.server)
+
+
+async def _script(manager: RedisManager, node: Node) -> Finding:
+    prefix = manager.settings.REDIS_KEY_PREFIX
+    # One policy of each strategy on a partition that nobody has, charged and then taken away.
+    policies = PolicySet(tuple(Policy(f"check-{name}", 2, 60, name) for name in STRATEGIES))  # type: ignore[arg-type]  # its keys
+    while True:
+        partition = make_partition("check", secrets.token_hex(16), prefix=prefix)
+        if node.holds(partition.key):
+            break
+    charges = (Charge(policies, partition),)
+    started = time.monotonic()
+    replies = [await ask(manager, "consume", charges, manager.settings.REDIS_TIMEOUT) for _ in range(3)]
+    took = (time.monotonic() - started) / len(replies)
+    failure = next((reply for reply in replies if isinstance(reply, Failure)), None)
+    with suppress(*TROUBLE):  # it ends by itself after two minutes
+        await reset(manager, partition)
+    if failure is not None:
+        if failure is Failure.PERMISSION:
+            fix = "Grant the rights above: they count inside the script too."
+        elif failure in (Failure.TIMEOUT, Failure.CONNECTION):
+            fix = "Something on the way lets short commands pass only."
+        else:
+            fix = "See what else failed: role, rights and writes."
+        return Finding("script", "fail", f"did not run ({failure.value})", fix)
+    # Two fit and the third does not, by any of the four; they are charged together.
+    if [reply[0] for reply in replies if isinstance(reply, list)] != [1, 1, 0]:
+        return Finding("script", "fail", "counts wrongly", "Is something between us and Redis, such as a proxy?")
+    return Finding("script", "ok", f"loads and counts, {took * 1000:.1f} ms a call")
+
+
+async def _latency(server: Server, node: Node) -> Finding:
+    times = []
+    for _ in range(PINGS):
+        started = time.perf_counter()
+        await node.run("PING")
+        times.append(time.perf_counter() - started)
+    times.sort()
+    p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
+    text = f"PING p50 {p50 * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms"
+    # A request waits this long at most and is then decided without Redis.
+    names = {server.limits: "RATE_LIMIT_TIMEOUT", not server.limits: "EMBEDDING_CACHE_TIMEOUT"}
+    deadline: float = getattr(server.settings, names[True])
+    if p50 >= deadline:
+        fix = f"Move the app nearer to Redis, or raise {names[True]}: most requests are decided without it."
+        return Finding("latency", "fail", f"{text}, above {names[True]} ({deadline:g} s)", fix)
+    if p99 >= deadline / 2:
+        fix = f"Move the app nearer to Redis, look at its SLOWLOG, or raise {names[True]}."
+        return Finding("latency", "warn", f"{text}, near {names[True]} ({deadline:g} s)", fix)
+    return Finding("latency", "ok", text)
+
+
+async def _clock(node: Node) -> Finding:
+    best: tuple[float, float] | None = None  # round trip, skew; the shortest trip tells most
+    for _ in range(5):
+        before = time.time()
+        seconds, micros = await node.run("TIME")
+        after = time.time()
+        skew = int(seconds) + int(micros) / 1e6 - (before + after) / 2
+        best = min(best or (after - before, skew), (after - before, skew))
+    trip, skew = best or (0.0, 0.0)
+    if abs(skew) > MAX_SKEW + trip / 2:
+        which = "ahead of" if skew > 0 else "behind"
+        fix = "Synchronise both clocks (NTP): X-RateLimit-Reset and the age of vectors are told by this host's."
+        return Finding("clock", "warn", f"Redis is {abs(skew):.1f} s {which} this host", fix)
+    return Finding("clock", "ok", f"{abs(skew) * 1000:.0f} ms from this host's")

@@ -1,0 +1,234 @@
+"""A client's quota as an operator looks at it: what is stored of it, what is left, when it is back; and resetting it.
+
+Reads with the commands that the limiter itself needs, and decides with its script, so that an app's own user will do.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..connection import RedisManager
+from ..errors import ConfigurationError, Failure
+from ..maintenance import MaintenanceError
+from ..ratelimit.batch import Check, Outcome
+from ..ratelimit.cluster import make_batcher
+from ..ratelimit.decision import PolicyState, read_reply
+from ..ratelimit.engine import Engine
+from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
+from ..ratelimit.policy import Charge, Partition, Policy, PolicySet, make_partition
+from ..ratelimit.rules import DEFAULT_NAME, MOVING_WINDOW_MAX, check_name, make_policies
+from ..ratelimit.strategies import Mode
+from ..scope import Addressing, parse_address
+from ..settings import Settings, StrategyName
+
+_STRATEGIES: dict[str, StrategyName] = {
+    "f": "fixed-window",
+    "s": "sliding-window-counter",
+    "m": "moving-window",
+    "g": "gcra",
+}
+# A rule's name, with its window where the rule has several limits; what else is there is not ours.
+_FIELD = re.compile(rb"([A-Za-z0-9_.-]{1,60}):([fsmg])([1-9]\d{0,8}):1")
+# Stand-ins where the quota is in the app's code only: what is used is what is missing from them.
+_ANY_QUOTA = 10**9
+
+
+class QuotaError(MaintenanceError):
+    """Redis did not tell, or did not reset, a client's quota."""
+
+    def __init__(self, what: str, failure: Failure) -> None:
+        super().__init__(f"Redis did not {what} ({failure.value}). `redis-asgi check` says more.", failure)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One policy as one client stands to it.
+
+    Attributes:
+        policy: Its name.
+        strategy: How it is counted.
+        window: Seconds.
+        quota: Units per window; ``None`` when nothing here says.
+        used: Units that count now; of a ``gcra`` policy of unknown quota those that did at the last request.
+        remaining: The largest cost admitted now; ``None`` when the quota is unknown.
+        retry_after: Seconds until a request of one unit is admitted: 0.0 = now; ``None`` when the quota is unknown.
+        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota.
+        stored: Whether Redis has a counter of it.
+    """
+
+    policy: str
+    strategy: str
+    window: int
+    quota: int | None
+    used: int
+    remaining: int | None
+    retry_after: float | None
+    reset: float | None
+    stored: bool
+
+
+async def partition_of(client: str, by: str | None, settings: Settings) -> Partition:
+    """The partition that a middleware of these settings puts *client* into.
+
+    Args:
+        client: An address or network, a header's value, a user's identity, or what ``partition_by`` returns or a
+            `RateLimiter` is called with.
+        by: ``ip``, ``header:NAME``, ``user`` or ``custom``; ``None`` = ``RATE_LIMIT_PARTITION``.
+
+    Raises:
+        ConfigurationError: For another *by*, or a *client* that is no address where one is asked for.
+    """
+    by = settings.RATE_LIMIT_PARTITION if by is None else by
+    kind, _, name = by.partition(":")
+    if by == "ip":
+        return await _partition_of_address(client, settings)
+    if kind == "header" and name:
+        by = f"header:{by_header(name).name}"
+        # As Starlette reads a field: bytes as Latin-1, without blanks around them.
+        client = os.fsencode(client).decode("latin-1").strip()
+    elif by not in ("user", "custom"):
+        raise ConfigurationError(f"--by={by!r} is not ip, header:NAME, user or custom. Try --by header:x-api-key.")
+    return make_partition(by, client, prefix=settings.REDIS_KEY_PREFIX, secret=settings.key_secret)
+
+
+async def _partition_of_address(client: str, settings: Settings) -> Partition:
+    text = client.strip()
+    if text != UNKNOWN:
+        # A label of ours, such as 2001:db8::/64, is an address too.
+        address = parse_address(text.partition("/")[0])
+        if address is None or ("/" in text and not _is_network(text)):
+            # Not shown: it may be a credential, looked up in the wrong place.
+            raise ConfigurationError("CLIENT is not an address. Try --by header:NAME, --by user or --by custom.")
+        text = str(address)
+    partitioner = Partitioner(client_ip, settings, Addressing(settings))
+    return partitioner.of_address(Addressing(settings).client({"client": (text, 0), "headers": []}))
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def known_policies(
+    name: str | None, limits: str | None, strategy: StrategyName | None, settings: Settings
+) -> PolicySet:
+    """The policies of the rule *name* under *limits*; what is ``None`` comes from the settings.
+
+    Raises:
+        ConfigurationError: For what no rule can be.
+    """
+    return make_policies(
+        check_name(name or DEFAULT_NAME),
+        limits or settings.default_limits,
+        strategy or settings.RATE_LIMIT_STRATEGY,
+    )
+
+
+async def ask(manager: RedisManager, mode: Mode, charges: tuple[Charge, ...], within: float) -> Outcome:
+    """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
+    batcher = manager.part(make_batcher)
+    check = Check(batcher.loop, mode, charges, within)
+    batcher.submit(check)
+    return await check.future
+
+
+async def look(
+    manager: RedisManager, partition: Partition, known: Sequence[Policy], *, name: str | None = None
+) -> list[Standing]:
+    """How a client stands: to every stored policy (of the rule *name*), then to the *known* ones it has not used.
+
+    Charges and writes nothing.
+
+    Raises:
+        QuotaError: When the script gives no answer.
+        redis.exceptions.RedisError: When Redis does not.
+    """
+    client = await manager.get_connection()
+    stored = [_bytes(field) for field in await client.execute_command("HKEYS", partition.key)]
+    by_field = {policy.field: policy for policy in known}
+    policies: list[Policy] = []
+    for field in sorted(stored):
+        policy = by_field.get(field) or _stand_in(field)
+        if policy is not None and (name is None or _belongs(policy, name)):
+            policies.append(policy)
+    policies += [policy for policy in known if policy.field not in stored]
+    if not policies:
+        return []
+    charges = (Charge(PolicySet(tuple(policies)), partition),)
+    reply = await ask(manager, "peek", charges, manager.settings.REDIS_TIMEOUT)
+    if isinstance(reply, Failure):
+        raise QuotaError("answer", reply)
+    states = read_reply(charges, reply, "redis").policies
+    standings = []
+    for policy, state in zip(policies, states, strict=True):
+        if policy.field in by_field:
+            standings.append(_known(state, stored=policy.field in stored))
+        elif policy.strategy == "gcra":
+            # It drains at a speed that only the quota gives.
+            raw = await client.execute_command("HGET", partition.key, policy.field)
+            standings.append(_unknown(state, used=_owed(raw), reset=None))
+        else:
+            standings.append(_unknown(state, used=policy.quota - state.remaining, reset=state.reset))
+    return standings
+
+
+async def reset(manager: RedisManager, partition: Partition, *, name: str | None = None) -> bool:
+    """Give a client its full quota back, under one rule's *name* or under all; whether anything was counted.
+
+    Other processes may refuse it from memory for up to a second more.
+
+    Raises:
+        ConfigurationError: If *name* is no rule's name.
+        redis.exceptions.RedisError: When Redis does not take it.
+    """
+    if name is not None:
+        check_name(name)
+    engine = Engine(manager, timeout=manager.settings.REDIS_TIMEOUT)
+    return await engine._reset_in_redis(partition.key, name)
+
+
+def _bytes(value: bytes | str) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()
+
+
+def _stand_in(field: bytes) -> Policy | None:
+    """The policy that a stored field belongs to, with a quota that nothing reaches; ``None`` for another layout."""
+    match = _FIELD.fullmatch(field)
+    if match is None:
+        return None
+    strategy = _STRATEGIES[match[2].decode()]
+    quota = MOVING_WINDOW_MAX * 10 if strategy == "moving-window" else _ANY_QUOTA
+    return Policy(match[1].decode(), quota, int(match[3]), strategy)
+
+
+def _belongs(policy: Policy, name: str) -> bool:
+    return policy.name in (name, f"{name}-{policy.window}s")
+
+
+def _known(state: PolicyState, *, stored: bool) -> Standing:
+    used = state.quota - state.remaining
+    return Standing(
+        state.name,
+        state.strategy,
+        state.window,
+        state.quota,
+        used,
+        state.remaining,
+        state.retry_after,
+        state.reset,
+        stored,
+    )
+
+
+def _unknown(state: PolicyState, *, used: int, reset: float | None) -> Standing:
+    return Standing(state.name, state.strategy, state.window, None, used, None, None, reset, stored=True)
+
+
+def _owed(raw: bytes | str | None) -> int:
+    parts = _bytes(raw or b"").split()
+    return -int(-float(parts[1]) // 1) if len(parts) == 2 else 0

@@ -1,0 +1,1 @@
+"""What an operator asks: rights, quotas, and the state of servers."""
