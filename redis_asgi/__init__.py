@@ -5,7 +5,7 @@
 ``scope``       what is read from a request         ``keys``         names of Redis keys
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 ``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
-``inspection/`` what an operator asks               ``maintenance``  and does
+``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
 """
 
 import importlib

@@ -1,0 +1,331 @@
+"""The commands of ``redis-asgi``: read the arguments, call what does the work, say what came of it."""
+
+from typing import Annotated, cast, get_args
+
+import typer
+
+from .. import __version__
+from ..errors import ConfigurationError
+from ..inspection.diagnosis import diagnose
+from ..inspection.findings import Finding
+from ..inspection.quotas import Standing, known_policies, look, partition_of
+from ..inspection.quotas import reset as reset_quota
+from ..inspection.rights import NO_PASSWORD, rights_of
+from ..inspection.servers import servers_of
+from ..inspection.sizing import Sizing, compare, estimate
+from ..maintenance import configure_persistence, flush_model
+from ..settings import StrategyName
+from . import output
+from .session import (
+    FAILED,
+    WARNED,
+    alone,
+    complaints,
+    greet,
+    opened,
+    read,
+    refuse_memory,
+    run,
+    settings_for,
+    some_server,
+)
+from .views import print_changes, print_findings, print_sizes, print_standings
+
+app = typer.Typer(
+    name="redis-asgi",
+    help="Look after what redis_asgi keeps in Redis. Settings come from the environment, as the app's do.\n\n"
+    "Exit codes: 0 done, and all is well; 1 something failed, such as a check, or Redis itself; 2 an argument or a "
+    "setting cannot work; 3 check --strict found nothing worse than warnings; 130 interrupted.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="Use this server instead of the configured ones. Other users of this host can see it: a password "
+        "belongs into the environment.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Client = Annotated[
+    str,
+    typer.Argument(
+        metavar="CLIENT",
+        help="An address, or the value of the header, user or partition. - reads it from standard input, so that a "
+        "credential is in no history and no process list. It is never printed.",
+    ),
+]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="KIND", help="ip, header:NAME, user or custom. Default: RATE_LIMIT_PARTITION."),
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="RULE", help="Only the counters of this rule.")]
+# Typer would print what is too much, which may be a part of a credential; `alone` does not.
+_ANY_ARGUMENTS = {"allow_extra_args": True}
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        output.line(f"redis-asgi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Only here for what stands before a command."""
+
+
+@app.command()
+def check(
+    url: Url = None,
+    as_json: Json = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", help="For each command. Default: REDIS_TIMEOUT, 5 at most."),
+    ] = None,
+) -> None:
+    """Say whether all is well: a gate for deploys.
+
+    Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction, connections,
+    persistence; sentinels and the slots of a cluster. Leaves nothing behind.
+    """
+    try:
+        settings = settings_for(url)
+        within = min(settings.REDIS_TIMEOUT, 5.0) if timeout is None else timeout
+        settings = settings_for(url, REDIS_TIMEOUT=within)
+        some_server(settings)
+    except ConfigurationError as error:
+        findings = [Finding("settings", "fail", str(error), "Correct it and check again.")]
+    else:
+
+        async def gather() -> list[Finding]:
+            with output.progress() as step:
+                return [finding async for finding in diagnose(settings, step)]
+
+        findings = run(gather())
+    failed = any(finding.level == "fail" for finding in findings)
+    warned = any(finding.level == "warn" for finding in findings)
+    if as_json:
+        output.json({"ok": not failed, "findings": findings})
+    else:
+        print_findings(findings)
+    raise typer.Exit(FAILED if failed else WARNED if warned and strict else 0)
+
+
+@app.command(context_settings=_ANY_ARGUMENTS)
+def peek(
+    context: typer.Context,
+    client: Client,
+    by: By = None,
+    name: Name = None,
+    limits: Annotated[
+        str | None,
+        typer.Option("--limits", metavar="NOTATION", help="The rule's limits, where they are in the app's code."),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", metavar="STRATEGY", help="The rule's. Default: RATE_LIMIT_STRATEGY.")
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a client has left, and until when.
+
+    Charges nothing. Quotas are not in Redis: they are those of --limits, else of the environment, for the rule --name
+    (default: default). Of other rules Redis tells what is used.
+    """
+    with complaints():
+        alone(context)
+        settings = settings_for(url)
+        refuse_memory(settings)
+        if strategy is not None and strategy not in get_args(StrategyName):
+            raise ConfigurationError(f"--strategy={strategy!r} is not one of {', '.join(get_args(StrategyName))}.")
+        known = known_policies(name, limits, cast("StrategyName | None", strategy), settings)
+        # A rule that is named without its limits: nothing here knows its quota.
+        guessed = () if name not in (None, "default") and limits is None else known
+        value = read(client, "CLIENT")
+
+    async def work() -> tuple[str, list[Standing]]:
+        partition = await partition_of(value, by, settings)
+        async with opened(settings) as manager:
+            return partition.label, await look(manager, partition, tuple(guessed), name=name)
+
+    label, standings = run(work())
+    if as_json:
+        output.json({"client": label, "policies": standings})
+        return
+    print_standings(label, standings)
+    if any(standing.quota is None for standing in standings):
+        output.note("Where the quota is ?, pass the rule's --name and --limits.")
+    elif limits is None and standings:
+        output.note("Quotas are the environment's: if the app's code has others, pass --limits.")
+
+
+@app.command(context_settings=_ANY_ARGUMENTS)
+def reset(context: typer.Context, client: Client, by: By = None, name: Name = None, url: Url = None) -> None:
+    """Give a client its full quota back.
+
+    Other processes may refuse it from memory for a second more.
+    """
+    with complaints():
+        alone(context)
+        settings = settings_for(url)
+        refuse_memory(settings)
+        value = read(client, "CLIENT")
+
+    async def work() -> tuple[str, bool]:
+        partition = await partition_of(value, by, settings)
+        async with opened(settings) as manager:
+            return partition.label, await reset_quota(manager, partition, name=name)
+
+    label, found = run(work())
+    output.line(output.printable(f"{label}: {'has its full quota again' if found else 'nothing was counted'}"))
+
+
+@app.command()
+def flush(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='As the requests name it; "" for TEI, which has no names.')
+    ],
+    namespace: Annotated[
+        str | None,
+        typer.Option("--namespace", metavar="NAMESPACE", help="Default: EMBEDDING_CACHE_NAMESPACE."),
+    ] = None,
+    url: Url = None,
+) -> None:
+    """Make every stored vector of a model a miss.
+
+    Writes one key: it holds in Redis now, and in every process within 5 s. Redis takes the memory back as the vectors
+    end.
+    """
+    with complaints():
+        settings = settings_for(url)
+        refuse_memory(settings, vectors=True)
+    vectors = next(server.settings for server in servers_of(settings) if server.vectors)
+
+    async def work() -> None:
+        async with opened(vectors) as manager:
+            await greet(manager)
+            await flush_model(model, namespace=namespace, redis=manager, settings=settings)
+
+    run(work())
+    within = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
+    where = f" in namespace {within!r}" if within else ""
+    output.line(output.printable(f"Flushed {model!r}{where}: complete in every process within 5 s."))
+
+
+@app.command()
+def memory(
+    dims: Annotated[int | None, typer.Option("--dims", help="Numbers in a vector, such as 1536.")] = None,
+    count: Annotated[int | None, typer.Option("--count", help="How many vectors.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float16, float32 or float64. Default: EMBEDDING_CACHE_DTYPE.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option("--clients", help="How many limited clients.")] = None,
+    limits: Annotated[
+        str | None, typer.Option("--limits", metavar="NOTATION", help="Of each. Default: the environment's.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", metavar="STRATEGY", help="Default: RATE_LIMIT_STRATEGY.")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Compare with the maxmemory of Redis; 1 if it is less.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate what vectors and clients take.
+
+    In Redis, with keys and the tables they stand in; measured on Redis 7.0.
+    """
+    with complaints():
+        settings = settings_for(url)
+        if live:
+            some_server(settings)
+        if strategy is not None and strategy not in get_args(StrategyName):
+            raise ConfigurationError(f"--strategy={strategy!r} is not one of {', '.join(get_args(StrategyName))}.")
+        policies = known_policies(None, limits, cast("StrategyName | None", strategy), settings)
+        sizings = estimate(settings, dims=dims, vectors=count, dtype=dtype, clients=clients, policies=tuple(policies))
+    servers: list[Sizing] = sizings
+    if live:
+
+        async def work() -> list[Sizing]:
+            found = []
+            for server in servers_of(settings):
+                async with opened(server.settings) as manager:
+                    found += await compare(manager, server, sizings)
+            return found
+
+        servers = run(work())
+    fits = all(sizing.fits is not False for sizing in servers)
+    if as_json:
+        output.json({"fits": fits if live else None, "parts": servers, "bytes": sum(s.bytes for s in servers)})
+    else:
+        print_sizes(servers, live=live)
+    raise typer.Exit(0 if fits else FAILED)
+
+
+@app.command()
+def acl(
+    user: Annotated[str, typer.Option("--user", metavar="NAME", help="The user to make.")],
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read its password from standard input; its SHA-256 goes in.")
+    ] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Print the least rights that will do.
+
+    As one ACL SETUSER line: for limits, vectors, health and metrics, on Redis 6.2 or later. An administrator runs it
+    on every server, since primaries and replicas keep users of their own.
+    """
+    with complaints():
+        settings = settings_for(url)
+        some_server(settings)
+        if not user or not user.isprintable() or any(c.isspace() or c in "\"'" for c in user):
+            raise ConfigurationError(f"--user={user!r} is no name of a user: no blanks and no quotes. Try app.")
+        password = read("-", "Password") if password_stdin else None
+        if password == "":
+            raise ConfigurationError("The password on standard input is empty.")
+    lines = []
+    for server in servers_of(settings):
+        rights = rights_of(server.settings, limits=server.limits, vectors=server.vectors)
+        lines.append((server.name, rights, rights.line(user, password)))
+    if as_json:
+        output.json(
+            [{"server": s, "keys": rights.keys, "commands": rights.commands, "line": text} for s, rights, text in lines]
+        )
+        return
+    for server_name, _, text in lines:
+        if len(lines) > 1:
+            output.note(f"For the server of {server_name}:")
+        output.line(text)
+    if password is None:
+        output.note(f"Put the password's SHA-256 for {NO_PASSWORD[1:]}, or pass --password-stdin.")
+
+
+@app.command()
+def persist(url: Url = None) -> None:
+    """Make Redis save snapshots.
+
+    Says what that changed; on a cluster, on every node.
+    """
+    with complaints():
+        settings = settings_for(url)
+        refuse_memory(settings)
+
+    async def work() -> None:
+        async with opened(settings) as manager:
+            await greet(manager)
+            changes = await configure_persistence(manager)
+        print_changes(changes)
+        output.note("This lasts until Redis restarts; CONFIG REWRITE puts it into its configuration file.")
+
+    run(work())

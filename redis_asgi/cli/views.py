@@ -1,0 +1,76 @@
+"""What the commands found out, laid out for people."""
+
+from collections.abc import Sequence
+
+from ..inspection.findings import Finding
+from ..inspection.quotas import Standing
+from ..inspection.sizing import Sizing
+from ..maintenance import Change
+from . import output
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A line for each finding, and one below for what to do; the server's name where there are several."""
+    servers = {finding.server for finding in findings if finding.server}
+    named = len(servers) > 1
+    width = max(len(finding.server) for finding in findings) + 2 if named else 0
+    for finding in findings:
+        where = finding.server.ljust(width)[:width]
+        text = f"{finding.level.ljust(4)}  {where}{finding.check.ljust(11)}  {finding.text}"
+        output.line(output.printable(text), "" if finding.level == "ok" else output.STYLES[finding.level])
+        if finding.fix:
+            output.line(f"      {'':{width}}{'':11}  -> {output.printable(finding.fix)}")
+
+
+def print_standings(label: str, standings: Sequence[Standing]) -> None:
+    """A client, and a line for each policy."""
+    stored = any(standing.stored for standing in standings)
+    output.line(output.printable(f"{label}{'' if stored else ': nothing is counted'}"), "bold")
+    if standings:
+        rows = [
+            (
+                standing.policy,
+                standing.strategy,
+                f"{standing.used:,}",
+                "?" if standing.quota is None else f"{standing.quota:,}",
+                f"{standing.window} s",
+                "?" if standing.remaining is None else f"{standing.remaining:,}",
+                output.seconds(standing.retry_after),
+                output.seconds(standing.reset),
+            )
+            for standing in standings
+        ]
+        output.table(("policy", "strategy", "used", "quota", "window", "left", "next", "full again"), rows)
+
+
+def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:
+    """A line for each kind of thing; with *live*, whether each server has the memory."""
+    rows = [(s.what, f"{s.count:,}", f"{s.each:,} B", output.size(s.bytes)) for s in sizings]
+    if len(rows) > 1:
+        rows.append(("together", "", "", output.size(sum(sizing.bytes for sizing in sizings))))
+    output.table(("what", "how many", "each", "in Redis"), rows)
+    if not live:
+        return
+    for server in dict.fromkeys(sizing.server for sizing in sizings):
+        of_server = [sizing for sizing in sizings if sizing.server == server]
+        first, needed = of_server[0], sum(sizing.bytes for sizing in of_server)
+        if not first.maxmemory:
+            output.line(f"{server}: maxmemory is 0; {output.size(first.used or 0)} are in use now")
+            continue
+        verdict = "fits" if first.fits else "does not fit"
+        text = f"{server}: {output.size(needed)} {verdict} in maxmemory of {output.size(first.maxmemory)}"
+        output.line(text, "" if first.fits else output.STYLES["fail"])
+
+
+def print_changes(changes: Sequence[Change]) -> None:
+    """Each parameter that was set, with what it was."""
+    named = any(change.node for change in changes)
+    rows = [
+        (*((change.node,) if named else ()), change.name, _quoted(change.before), _quoted(change.after))
+        for change in changes
+    ]
+    output.table((*(("node",) if named else ()), "parameter", "was", "is"), rows)
+
+
+def _quoted(value: str | None) -> str:
+    return "?" if value is None else f'"{value}"'
