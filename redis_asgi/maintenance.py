@@ -53,7 +53,11 @@ class FlushError(MaintenanceError):
     """Redis did not take the new epoch: stored vectors are still served."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(f"Redis did not take the flush ({failure.value}). Try again when it answers.", failure)
+        super().__init__(
+            f"Redis did not take the flush ({failure.value}): stored vectors are still served. `redis-asgi check` says "
+            "what is wrong.",
+            failure,
+        )
 
 
 class PersistenceError(MaintenanceError):

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +28,14 @@ from redis_asgi.maintenance import flush_model
 
 from .conftest import StartServer
 from .kit.processes import clean_environment, run_python
-from .kit.servers import Cluster, ExternalServer, Server, wait_until
+from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 from .test_layout import MODULES, _targets
 from .test_readme import section
 
 PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
+# A busy machine is no finding.
+PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
 COMMANDS = ("check", "peek", "reset", "flush", "memory", "acl", "persist")
 
 Run = subprocess.CompletedProcess[str]
@@ -41,7 +44,7 @@ Run = subprocess.CompletedProcess[str]
 def run(*arguments: str, env: Mapping[str, str] | None = None, text: str | None = None) -> Run:
     """``python -m redis_asgi`` in a process of its own, under ``-W error -X dev``."""
     command = [sys.executable, "-W", "error", "-X", "dev", "-m", "redis_asgi", *arguments]
-    environment = clean_environment(**(env or {}))
+    environment = clean_environment(**PATIENT, **(env or {}))
     return subprocess.run(
         command, capture_output=True, text=True, timeout=30, env=environment, check=False, input=text or ""
     )
@@ -52,7 +55,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The same in this process, which is quicker: ``invoke("peek", "1.2.3.4", REDIS_URL=...)``."""
 
     def call(*arguments: str, text: str | None = None, **env: str | None) -> Result:
-        for name, value in env.items():
+        for name, value in {**PATIENT, **env}.items():
             if value is None:
                 monkeypatch.delenv(name, raising=False)
             else:
@@ -493,6 +496,22 @@ def test_acl(private_server: StartServer) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("prefix", ["it's:", 'say"x":', "back\\slash:", "glob*[a]?^:"])
+def test_acl_can_be_piped_into_redis_cli(prefix: str, private_server: StartServer, invoke: Invoke) -> None:
+    """Whatever the prefix, redis-cli makes the user of the line, whose rights then suffice."""
+    cli = shutil.which("redis-cli") or shutil.which("valkey-cli")
+    if cli is None:
+        pytest.skip("no redis-cli found")
+    server = private_server()
+    env = {"REDIS_URL": server.url, "REDIS_KEY_PREFIX": prefix}
+    line = invoke("acl", "--user", "app", "--password-stdin", text=PASSWORD, **env).stdout
+    done = subprocess.run([cli, "-u", server.url], input=line, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "OK", done
+
+    checked = invoke("check", "--strict", REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD)
+    assert checked.exit_code == 0, checked.output
+
+
 def test_acl_without_a_password(invoke: Invoke) -> None:
     """Without a password there is a placeholder, and a word on stderr; a line for each server."""
     one = invoke("acl", "--user", "app")
@@ -519,6 +538,19 @@ def test_persist(private_server: StartServer) -> None:
     assert re.search(r'^save +"" +"900 1 300 10 60 10000"$', done.stdout, re.MULTILINE)
     assert "CONFIG REWRITE" in done.stderr
     assert server.client().config_get("save") == {"save": "900 1 300 10 60 10000"}
+
+
+def test_what_sentinels_do_not_spread(sentinels: SentinelTrio, invoke: Invoke) -> None:
+    """Behind sentinels, users and configuration are each server's own, and that is said."""
+    env = {"REDIS_SENTINELS": ",".join(sentinels.addresses), "REDIS_SENTINEL_MASTER": "mymaster"}
+    persisted, line = invoke("persist", **env), invoke("acl", "--user", "app")
+
+    assert (0, 0) == (persisted.exit_code, line.exit_code)
+    assert "each replica" in persisted.stderr
+    assert "every node" in line.stderr
+    assert sentinels.primary().client().config_get("save") == {"save": "900 1 300 10 60 10000"}
+    assert invoke("check", "--strict").exit_code == 0
+    assert "nothing is counted" in invoke("peek", "192.0.2.1").stdout
 
 
 def test_persist_where_it_is_forbidden(private_server: StartServer, invoke: Invoke) -> None:

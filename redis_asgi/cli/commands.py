@@ -307,6 +307,8 @@ def acl(
         if len(lines) > 1:
             output.note(f"For the server of {server_name}:")
         output.line(text)
+    if settings.REDIS_CLUSTER or settings.REDIS_SENTINELS:
+        output.note("Run it on every node: replicas too keep users of their own.")
     if password is None:
         output.note(f"Put the password's SHA-256 for {NO_PASSWORD[1:]}, or pass --password-stdin.")
 
@@ -327,5 +329,7 @@ def persist(url: Url = None) -> None:
             changes = await configure_persistence(manager)
         print_changes(changes)
         output.note("This lasts until Redis restarts; CONFIG REWRITE puts it into its configuration file.")
+        if settings.REDIS_SENTINELS:
+            output.note("Only the master was reached: do the same for each replica that may take over, with --url.")
 
     run(work())

@@ -37,7 +37,7 @@ from .trouble import TROUBLE, explain
 
 OnStep = Callable[[str], None]
 
-PINGS = 50
+PINGS = 100
 MAX_SKEW = 2.0  # seconds
 SLOTS = 16384
 
@@ -230,17 +230,17 @@ async def _latency(server: Server, node: Node) -> Finding:
         await node.run("PING")
         times.append(time.perf_counter() - started)
     times.sort()
-    p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
+    p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100 - 1]
     text = f"PING p50 {p50 * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms"
     # A request waits this long at most and is then decided without Redis.
-    names = {server.limits: "RATE_LIMIT_TIMEOUT", not server.limits: "EMBEDDING_CACHE_TIMEOUT"}
-    deadline: float = getattr(server.settings, names[True])
+    name = "RATE_LIMIT_TIMEOUT" if server.limits else "EMBEDDING_CACHE_TIMEOUT"
+    deadline: float = getattr(server.settings, name)
     if p50 >= deadline:
-        fix = f"Move the app nearer to Redis, or raise {names[True]}: most requests are decided without it."
-        return Finding("latency", "fail", f"{text}, above {names[True]} ({deadline:g} s)", fix)
+        fix = f"Move the app nearer to Redis, or raise {name}: most requests are decided without it."
+        return Finding("latency", "fail", f"{text}, above {name} ({deadline:g} s)", fix)
     if p99 >= deadline / 2:
-        fix = f"Move the app nearer to Redis, look at its SLOWLOG, or raise {names[True]}."
-        return Finding("latency", "warn", f"{text}, near {names[True]} ({deadline:g} s)", fix)
+        fix = f"Move the app nearer to Redis, look at its SLOWLOG, or raise {name}."
+        return Finding("latency", "warn", f"{text}, near {name} ({deadline:g} s)", fix)
     return Finding("latency", "ok", text)
 
 

@@ -1,6 +1,7 @@
 """``redis-asgi check`` names what is wrong with a server, and what to do; of a good one it finds nothing."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -24,7 +25,9 @@ PASSWORD = "s3cr3t-of-a-test"
 
 async def findings(**values: Any) -> list[Finding]:
     """All that is found with these settings."""
-    return [finding async for finding in diagnose(Settings(**{"REDIS_TIMEOUT": 2, **values}))]
+    # A busy machine is no finding.
+    patient = {"REDIS_TIMEOUT": 2, "RATE_LIMIT_TIMEOUT": 5, "EMBEDDING_CACHE_TIMEOUT": 5}
+    return [finding async for finding in diagnose(Settings(**{**patient, **values}))]
 
 
 async def wrong(**values: Any) -> list[Finding]:
@@ -388,8 +391,8 @@ async def test_versions(says: str, level: str, private_server: StartServer) -> N
     assert ("Upgrade" in finding.fix) == (level == "fail")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3600, "3600.0 s ahead of"), (-90, "90.0 s behind"), (1, "")])
-async def test_clock_skew(seconds: int, text: str, private_server: StartServer) -> None:
+@pytest.mark.parametrize(("seconds", "direction"), [(3600, "ahead of"), (-90, "behind"), (1, "")])
+async def test_clock_skew(seconds: int, direction: str, private_server: StartServer) -> None:
     """A clock more than two seconds off is told, with the direction."""
     server = private_server()
 
@@ -400,8 +403,12 @@ async def test_clock_skew(seconds: int, text: str, private_server: StartServer) 
     async with lying(server, {b"TIME": shifted}) as url:
         found = [finding for finding in await findings(REDIS_URL=url) if finding.check == "clock"]
 
-    assert [("clock", "warn" if text else "ok")] == levels(found)
-    assert text in found[0].text.replace(".1 s", ".0 s").replace("89.9", "90.0").replace("3599.9", "3600.0")
+    assert [("clock", "warn" if direction else "ok")] == levels(found)
+    if direction:
+        told = re.search(r"is ([\d.]+) s (ahead of|behind)", found[0].text)
+        assert told is not None
+        assert direction == told[2]
+        assert float(told[1]) == pytest.approx(abs(seconds), abs=1)
 
 
 async def test_slow_answers(private_server: StartServer) -> None:
@@ -409,7 +416,7 @@ async def test_slow_answers(private_server: StartServer) -> None:
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         await proxy.set("delay", seconds=0.01)
-        slow = [f for f in await findings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.018) if f.check == "latency"]
+        slow = [f for f in await findings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.0195) if f.check == "latency"]
         slower = [f for f in await findings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.005) if f.check == "latency"]
 
     assert [("latency", "warn")] == levels(slow)
