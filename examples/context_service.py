@@ -1,12 +1,14 @@
 """Contexts by id, their embeddings kept in Redis: `EmbeddingCache` under ids of the service's own.
 
+Rate limited, with probes at ``/health/``, metrics at ``/metrics/`` and a page for its operator at ``/status/``.
+
 ::
 
     python examples/context_service.py
     curl -X PUT http://127.0.0.1:8000/contexts/greeting -H 'content-type: application/json' -d '{"text": "hello world"}'
     curl -i 'http://127.0.0.1:8000/contexts/greeting/similar?text=hello'
 
-Vectors and counters are in the Redis that the ``REDIS_*`` variables name, in this process when none is set.
+Vectors and counters are in the Redis that ``REDIS_*`` variables name, in this process when none is set.
 """
 
 import hashlib
@@ -19,27 +21,29 @@ from fastapi import FastAPI, HTTPException, Query
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from redis_asgi import EmbeddingCache, RateLimitMiddleware, Settings
+from redis_asgi import EmbeddingCache, RateLimitMiddleware, Settings, health_app, metrics_app, status_app
 
 HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
 SETTINGS = Settings() if HAS_REDIS else Settings(REDIS_URL="memory://")
 DIMS = 256
-
 TEXTS: dict[str, str] = {}  # a table of yours
+
 app = FastAPI(title="Contexts")
 app.add_middleware(RateLimitMiddleware, limits="20/second; 1000/hour", settings=SETTINGS)
+app.mount("/health", health_app(settings=SETTINGS))  # none of these is limited; give them authorize= where needed
+app.mount("/metrics", metrics_app(settings=SETTINGS))
+app.mount("/status", status_app(settings=SETTINGS))
 cache = EmbeddingCache(ttl=24 * 3600, settings=SETTINGS)
 
 
 def embed(texts: list[str]) -> NDArray[np.float32]:
     """Stands for a model: words hashed into a unit vector, shape ``(n, 256)``; sync, so a worker thread runs it."""
     vectors = np.zeros((len(texts), DIMS), dtype=np.float32)
-    for row, text in enumerate(texts):
-        for word in text.lower().split():
+    for row, words in enumerate(text.lower().split() for text in texts):
+        for word in words:
             vectors[row, int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % DIMS] += 1
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units: NDArray[np.float32] = vectors / np.maximum(norms, 1)
-    return units
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
+    return vectors
 
 
 class Context(BaseModel):

@@ -5,9 +5,13 @@
     Exception
     └── RedisASGIError                 everything the package raises on purpose
         ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        ├── MaintenanceError           Redis did not do what an operator asked; lives in ``redis_asgi.maintenance``
+        │   ├── FlushError             a model's vectors may still be served
+        │   ├── PersistenceError       not all of the configuration was set
+        │   └── QuotaError             a client's quota was not told, or not reset
         └── RateLimitExceeded          (also starlette HTTPException) 429; lives in ``redis_asgi.ratelimit``
 
-Trouble with Redis is not an exception here: it is a `Failure`, a value that the caller's policy answers.
+Trouble with Redis during a request is no exception: it is a `Failure`, a value that the caller's policy answers.
 """
 
 import asyncio

@@ -234,8 +234,13 @@ def test_context_service_computes_what_is_new() -> None:
         other = example.get("/contexts/a/similar", params={"text": "hello world"})
         assert example.delete("/contexts/a").status_code == 204
         gone = example.get("/contexts/a/similar", params={"text": "hello world"})
+        health, metrics, page = [example.get(path) for path in ("/health/", "/metrics/", "/status/")]
 
     assert [pytest.approx(1.0), 0.0, 404] == [same.json(), other.json(), gone.status_code]
+    assert ("healthy", "memory") == (health.json()["status"], health.json()["mode"])
+    assert 'redis_asgi_ratelimit_requests_total{outcome="allowed",source="memory"} 6.0' in metrics.text
+    assert "text/html; charset=utf-8" == page.headers["content-type"]
+    assert not [each for each in (health, metrics, page) if "ratelimit" in each.headers]
 
 
 def test_context_service_shares_embeddings_in_redis(redis_url: str, redis_client: redis.Redis) -> None:

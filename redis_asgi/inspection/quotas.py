@@ -189,7 +189,7 @@ async def reset(manager: RedisManager, partition: Partition, *, name: str | None
     if name is not None:
         check_name(name)
     engine = Engine(manager, timeout=manager.settings.REDIS_TIMEOUT)
-    return await engine._reset_in_redis(partition.key, name)
+    return await engine.reset_in_redis(partition, name)
 
 
 def _bytes(value: bytes | str) -> bytes:

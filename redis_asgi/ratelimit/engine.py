@@ -245,7 +245,7 @@ class Engine:
             if breaker.state == "open":
                 return False
             async with asyncio.timeout(self.manager.settings.REDIS_TIMEOUT):
-                return await self._reset_in_redis(partition.key, name)
+                return await self.reset_in_redis(partition, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.
             logger.warning("redis_asgi.reset_failed", extra={"reason": classify(error).value})
@@ -254,7 +254,13 @@ class Engine:
             # A reply that is older than the reset says nothing any more.
             self._refusals.forget(partition.key, time.monotonic())
 
-    async def _reset_in_redis(self, key: bytes, name: str | None) -> bool:
+    async def reset_in_redis(self, partition: Partition, name: str | None) -> bool:
+        """`reset`, in Redis only.
+
+        Raises:
+            redis.exceptions.RedisError: When Redis does not take it.
+        """
+        key = partition.key
         client = await self.manager.get_connection()
         fields = [f if isinstance(f, bytes) else f.encode() for f in await client.execute_command("HKEYS", key)]
         chosen = fields if name is None else _of_rule(fields, name)
