@@ -140,8 +140,9 @@ def test_outage_is_counted(tmp_path: Path, private_server: StartServer) -> None:
 
     assert 40 == gained("ratelimit_requests_total", outcome="allowed", source="local")
     assert 40 == gained("ratelimit_fallback_total", mode="local")
-    assert 40 == gained("ratelimit_check_duration_seconds_count", source="local")
-    assert 0 < gained("redis_commands_total", op="check", outcome="connection") <= 40
+    # While the breaker is open, nobody waits, and nothing is asked.
+    assert 0 < gained("ratelimit_check_duration_seconds_count", source="local") < 40
+    assert 0 < gained("redis_commands_total", op="check", outcome="connection") < 40
     assert 1 <= gained("breaker_transitions_total", to="open")
     assert after.sum("breaker_state") in (1, 2)
 
