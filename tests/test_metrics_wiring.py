@@ -105,8 +105,8 @@ def test_limiter_counts_what_clients_saw(tmp_path: Path, redis_url: str, number:
         gained(policy, policy="by-key", outcome="refused"),
     )
     assert 0 == gained(policy, policy="wide", outcome="refused")
-    # Only who asked Redis has waited.
-    assert gained(requests, source="redis") == gained("ratelimit_check_duration_seconds_count")
+    # Only who asked Redis has waited; of those answered together, the longest wait is told.
+    assert 0 < gained("ratelimit_check_duration_seconds_count") <= gained(requests, source="redis")
     # Every check went to Redis in some batch, but those known to be refused.
     assert gained(requests, source="redis") == gained("redis_batch_size_sum")
     assert gained("redis_batch_size_count") == gained("redis_commands_total", op="check", outcome="ok")

@@ -108,7 +108,6 @@ class RateLimitMiddleware:
         if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        self._counts.tick()
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
             return

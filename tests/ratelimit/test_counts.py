@@ -1,16 +1,20 @@
 """What is counted is what happened: each request once, each policy's decision, each fallback; and no identity."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Scope
 
 from redis_asgi import RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.servers import ExternalServer
-from .harness import Spy, client_of, drive, http_scope
+from .harness import Spy, client_of, http_scope
+from .harness import drive as drive_only
 
 pytestmark = pytest.mark.anyio
 
@@ -22,6 +26,13 @@ def counted() -> Iterator[Telemetry]:
     """A telemetry that starts at zero."""
     with fresh_telemetry() as mine:
         yield mine
+
+
+async def drive(app: ASGIApp, scope: Scope) -> list[Message]:
+    """A request, and the turn of the loop in which it is counted."""
+    sent = await drive_only(app, scope)
+    await asyncio.sleep(0)
+    return sent
 
 
 def read(metric: object) -> dict[tuple[str, ...], int]:
@@ -125,6 +136,7 @@ async def test_a_route_that_refuses_makes_its_request_a_refused_one(counted: Tel
         app.add_api_route("/", lambda: "", dependencies=[Depends(limit)])
         async with client_of(app) as client:
             assert [200, 429] == [(await client.get("/")).status_code for _ in range(2)]
+    await asyncio.sleep(0)
 
     assert {("allowed", "memory"): 2, ("refused", "memory"): 2} == read(counted.ratelimit_requests)
     assert {("allowed", "default"): 2, ("allowed", "route"): 2, ("refused", "route"): 2} == read(
@@ -178,3 +190,31 @@ async def test_requests_make_history(counted: Telemetry) -> None:
 
     (sample,) = counted.history()
     assert (1, 2, {"default": (1, 2)}) == (sample.allowed, sample.refused, dict(sample.policies))
+
+
+def test_a_loop_that_ends_before_it_has_told_loses_nothing(counted: Telemetry) -> None:
+    """What was noted in a loop that was closed is told in the next one."""
+    app = RateLimitMiddleware(Spy(), "9/minute", redis=RedisManager(Settings(REDIS_URL="memory://")))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(drive_only(app, http_scope()))
+    loop.close()
+    asyncio.run(drive(app, http_scope()))
+
+    assert {("allowed", "memory"): 2} == read(counted.ratelimit_requests)
+
+
+def test_loops_of_several_threads_count_exactly(counted: Telemetry) -> None:
+    """One engine, four threads with a loop each."""
+    app = RateLimitMiddleware(Spy(), "1000000/minute", redis=RedisManager(Settings(REDIS_URL="memory://")))
+
+    async def requests() -> None:
+        for _ in range(500):
+            await drive(app, http_scope())
+
+    threads = [threading.Thread(target=lambda: asyncio.run(requests())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {("allowed", "memory"): 2000} == read(counted.ratelimit_requests)
