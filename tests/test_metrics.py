@@ -333,8 +333,9 @@ def test_only_clients_are_taken() -> None:
         RedisMetrics(redis.Redis())  # type: ignore[arg-type]  # what is tested
 
 
-async def test_users_client_is_left_as_it_was(redis_server: ExternalServer) -> None:
+async def test_users_client_is_left_as_it_was(private_server: StartServer) -> None:
     """None of its connections is used, none of ours stays, and it is not closed."""
+    redis_server = private_server()
     async with aioredis.Redis.from_url(redis_server.url, retry=Retry(NoBackoff(), 0)) as client:
         await RedisMetrics(client).collect_metrics()
         await scraped(metrics_app(redis=client))
@@ -633,8 +634,9 @@ async def test_readme_lists_every_metric(redis_server: ExternalServer, counted: 
 # Redis is not well
 
 
-async def test_many_scrapes_are_one_question(redis_server: ExternalServer) -> None:
+async def test_many_scrapes_are_one_question(private_server: StartServer) -> None:
     """However many ask at once or within a second, ``INFO`` is asked once, over a connection that is gone after."""
+    redis_server = private_server()
     app = metrics_app(redis=RedisManager(Settings(REDIS_URL=redis_server.url)))
     before = redis_server.calls("info")  # asks INFO too
     answers = await asyncio.gather(*(scraped(app, path) for path in ("/", "/json") * 25))

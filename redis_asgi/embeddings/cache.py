@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
+from .counts import Items
 from .pace import Pace
 from .store import Write, resolve_vectors, vectors_of
 
@@ -31,7 +32,9 @@ class EmbeddingCache:
     """Keep vectors by id: ``{prefix}embedding:{context_id}`` in Redis.
 
     Trouble with Redis gives ``None``, ``False``, ``{}`` or 0, never an exception, and one log line per
-    outage.
+    outage. Each different id of a `get_many` or `get_or_compute` counts once in
+    ``redis_asgi_cache_items_total``: as a hit, a miss (for whatever reason it was not found), or collapsed when
+    another call was already at it. Trips to Redis count in ``redis_asgi_redis_commands_total``.
 
     Args:
         redis: A `RedisManager`, a URL or a ``redis.asyncio`` client; ``None`` =
@@ -71,6 +74,7 @@ class EmbeddingCache:
             weakref.WeakKeyDictionary()
         )
         self._changing: Counter[str] = Counter()
+        self._items = Items()
 
     async def get_embedding(self, context_id: str) -> Float32Array | None:
         """The vector of *context_id*, a writable copy of shape ``(d,)``; ``None`` when there is none."""
@@ -93,6 +97,7 @@ class EmbeddingCache:
     async def get_many(self, context_ids: Iterable[str]) -> dict[str, Float32Array]:
         """The vectors found, by id, each a writable copy of shape ``(d,)``."""
         ids = list(dict.fromkeys(_checked_ids(context_ids)))
+        self._items.tick()
         found: dict[str, Float32Array] = {}
         pace = Pace()
         for start in range(0, len(ids), _IDS_PER_LOOKUP):
@@ -106,6 +111,7 @@ class EmbeddingCache:
                     found[name] = vector
                 if pace.due:
                     await pace.rest()
+        self._items.add(len(found), len(ids) - len(found))
         return found
 
     async def set_many(self, embeddings: Mapping[str, ArrayLike], *, ttl: float | None = None) -> int:
@@ -155,6 +161,7 @@ class EmbeddingCache:
             computing.update(dict.fromkeys(claimed, mine))
             mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute, computing))
         waits = {name: computing[name] for name in ids}
+        self._items.add(collapsed=len(waits) - len(claimed))
         found: dict[str, Float32Array] = {}
         for computation in dict.fromkeys(waits.values()):
             vectors = await computation.result()

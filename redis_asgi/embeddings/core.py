@@ -6,9 +6,8 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Scope
@@ -25,7 +24,8 @@ from ..keys import (
 )
 from ..settings import Settings
 from .codec import NO_EPOCH, Flag, Value
-from .http_caching import Storable, storable, values_of
+from .counts import Counts
+from .http_caching import Fields, RawHeaders, Storable, by_name, storable
 from .lease import Denials, Lease, encode_lease
 from .local import LocalVectors
 from .pace import Pace
@@ -41,6 +41,7 @@ PartitionBy = Callable[[HTTPConnection], "str | Awaitable[str | None] | None"]
 _LAYOUT = b"1"  # of what is hashed; a new one never reads an old one's vectors
 _BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 _CAPPED = int(Flag.CAPPED)
+_SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
 _MAX_CANDIDATES = 1000
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
 
@@ -86,6 +87,7 @@ class Core:
         self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, self._now)
         self.budget = Budget(_BUFFERED_BYTES)
         self.denials = Denials()
+        self.counts = Counts()
         self._ttl = options.ttl
         self._ttl_spread = options.ttl * settings.EMBEDDING_CACHE_TTL_JITTER / 0xFFFFFFFF
         self._secret = settings.key_secret
@@ -113,7 +115,7 @@ class Core:
         loop = asyncio.get_running_loop()
         flights = self._flights.get(loop)
         if flights is None:
-            flights = self._flights[loop] = Flights()
+            flights = self._flights[loop] = Flights(self.settings.EMBEDDING_CACHE_TIMEOUT)
         return flights
 
     def say_once(self, event: str, **details: object) -> None:
@@ -124,25 +126,24 @@ class Core:
 
     # Names.
 
-    def identify(self, scope: Scope, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
+    def identify(self, scope: Scope, fields: Fields, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
         """The keys of a request; whatever may change a vector is in, so the unknown can only cause a miss."""
-        headers = scope["headers"]
         namespace = self.options.namespace
         raw_path = (scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")).partition(b"?")[0]
         where = length_prefixed((wire.name.encode(), raw_path, scope.get("query_string", b"")))
-        credential = length_prefixed(self._flat(headers, self._credentials))
+        credential = length_prefixed(_flat(fields, self._credentials))
         if partition is not None:
             owner = (b"partition", partition.encode("utf-8", "surrogatepass"))
         elif self.options.share:
             owner = (b"share", b"")
         else:
             owner = (b"credential", credential)
-        varied = length_prefixed(self._flat(headers, self._vary))
+        varied = length_prefixed(_flat(fields, self._vary))
         digest = cache_digest(
             (_LAYOUT, namespace.encode(), *owner, where, varied, batch.model.encode(), batch.scope),
             secret=self._secret,
         )
-        origin = length_prefixed(values_of(headers, b"origin"))
+        origin = length_prefixed(fields.get(b"origin", ()))
         who = b"" if self.options.lease is None else credential
         lease_parts = (_LAYOUT, namespace.encode(), who, where, batch.model.encode(), origin)
         return Identity(
@@ -151,23 +152,16 @@ class Core:
             embedding_epoch_key(self._prefix, namespace, batch.model, secret=self._secret),
         )
 
-    def input_name(self, identity: Identity, item: Input) -> bytes:
-        """The key of one input's vector."""
-        return embedding_input_key(self._input_prefix, identity.scope, item.kind, item.canonical)
-
-    @staticmethod
-    def _flat(headers: Any, names: tuple[bytes, ...]) -> list[bytes]:
-        flat: list[bytes] = []
-        for name in names:
-            values = values_of(headers, name)
-            flat += (b"%d" % len(values), *values)
-        return flat
+    def input_names(self, identity: Identity, items: Iterable[Input]) -> list[bytes]:
+        """The keys of the vectors of *items*."""
+        prefix, scope = self._input_prefix, identity.scope
+        return [embedding_input_key(prefix, scope, item.kind, item.canonical) for item in items]
 
     # Time to live.
 
     def ttl_of(self, name: bytes, cap: int | None = None) -> int:
         """Seconds a vector is kept: the TTL, shortened by up to ``TTL_JITTER`` as the key's own hash says."""
-        ttl = int(self._ttl - self._ttl_spread * int(name[-8:], 16)) or 1
+        ttl = int(self._ttl - self._ttl_spread * int(name[-_SUFFIX:], 16)) or 1
         return ttl if cap is None or cap > ttl else cap
 
     def expires_at(self, name: bytes, value: Value, now: float) -> float | None:
@@ -176,6 +170,22 @@ class Core:
             return None
         # A value of a clock ahead of ours is no younger than one of this moment.
         return (min(now, value.born)) + self.ttl_of(name)
+
+    def first_end(self, values: Mapping[bytes, Value], now: float) -> float | None:
+        """When the first of *values*, by key, ends; ``None`` when only Redis knows of one."""
+        if next(iter(values.values())).expires_at is not None:
+            ends = [value.expires_at for value in values.values() if value.expires_at is not None]
+            if len(ends) == len(values):
+                return min(ends)
+        # Of those born in one second the key with the greatest hash ends first, and a batch is often of one second.
+        last: dict[int, bytes] = {}
+        for name, value in values.items():
+            if value.flags & _CAPPED:
+                return None
+            suffix = name[-_SUFFIX:]
+            if suffix > last.get(value.born, b""):
+                last[value.born] = suffix
+        return min(min(now, born) + self.ttl_of(suffix) for born, suffix in last.items())
 
     def lease_left(self, lease: Lease | None) -> float:
         """Seconds for which *lease* lets a full hit through; 0 or less = not."""
@@ -198,6 +208,10 @@ class Core:
                 self._candidates.popitem(last=False)
         return epoch
 
+    def proposed(self, epoch_name: bytes) -> bytes | None:
+        """The candidate, if this process has one already."""
+        return self._candidates.get(epoch_name)
+
     def settle_candidate(self, epoch_name: bytes) -> None:
         """There is an epoch in Redis now."""
         self._candidates.pop(epoch_name, None)
@@ -214,13 +228,14 @@ class Core:
 
     # Writing.
 
-    def may_store(self, headers: Any) -> Storable:
+    def may_store(self, headers: RawHeaders) -> Storable:
         """Whether an answer with *headers* may be stored."""
-        return storable(headers, self.keyed)
+        return storable(by_name(headers), self.keyed)
 
     async def keep(self, identity: Identity, landing: Landing, asked_at: float, *, epoch_known: bool) -> None:
         """Write an answer's vectors and its lease; in Redis, and in this process."""
         if landing.refusal is not None:
+            self.counts.rejected(landing.refusal)
             if landing.refusal == "response-no-store":
                 self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
             return
@@ -232,21 +247,26 @@ class Core:
             )
         now = self.wall()
         cap = self.may_store(landing.reply.headers).max_age
-        epoch = next((entry.value.epoch for entry in landing.entries.values()), NO_EPOCH)
+        epoch = next((value.epoch for value in landing.values.values()), NO_EPOCH)
         writes = [Write(identity.epoch_name, epoch, self._epoch_ttl, "renew" if epoch_known else "absent")]
         lease = self._lease_write(identity, landing.lease, asked_at)
         writes += lease
         pace = Pace()
-        for name, entry in landing.entries.items():
-            writes.append(Write(name, entry.value.raw, self.ttl_of(name, cap)))
+        for name, value in landing.values.items():
+            writes.append(Write(name, value.raw, self.ttl_of(name, cap)))
             if cap is None and self.local.on:
-                entry.expires_at = self.expires_at(name, entry.value, now)
-                self.local.put(name, entry)
+                value.expires_at = self.expires_at(name, value, now)
+                self.local.put(name, value)
             if pace.due:
                 await pace.rest()
         if lease:
             self.local.grant(identity.epoch_name, identity.lease_name, landing.lease)
-        await self.store.write(writes)
+        began = time.perf_counter()
+        done = await self.store.write(writes)
+        self.counts.store_seconds.observe(time.perf_counter() - began)
+        # The lease is the first that counts, the vectors are the last written.
+        kept = writes[1 + len(lease) :][: max(0, done.count - len(lease))]
+        self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))
         if not epoch_known:
             self.settle_candidate(identity.epoch_name)
 
@@ -262,6 +282,14 @@ class Core:
         self.denials.note(identity.lease_name, self.wall())
         self.local.grant(identity.epoch_name, identity.lease_name, None)
         await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
+
+
+def _flat(fields: Fields, names: Iterable[bytes]) -> list[bytes]:
+    flat: list[bytes] = []
+    for name in names:
+        values = fields.get(name, ())
+        flat += (b"%d" % len(values), *values)
+    return flat
 
 
 def new_epoch() -> bytes:

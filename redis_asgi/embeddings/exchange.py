@@ -5,35 +5,37 @@ before the app has been asked ends in `_bypass`: the app gets the original bytes
 """
 
 import asyncio
-import uuid
+import os
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
-import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import Failure
 from . import http_caching as http
 from .body import Body, read_body
-from .codec import Flag
+from .codec import Flag, Value
 from .core import Core, Identity
+from .counts import Counted, Result
 from .landing import Asked, read_reply
 from .lease import Lease, shortest
-from .local import Entry
 from .lookup import Found, look_up
 from .pace import Pace
 from .reading import head_refusal, partition_of, split
 from .result import EmbeddingCacheResult
 from .routes import Matched
+from .sending import send_joined, send_not_cached, with_status
 from .single_flight import Flight, Landing
 from .sub_call import Reply, SubCall
-from .vectors import Encoding
+from .vectors import Encoding, text_of
 from .wire import Batch, Fresh, Input, Uncacheable, Usage
 
-_CHUNK = 256 * 1024  # bytes per body message of a merged answer
-_IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _SUCCESS = 2  # hundred and something
+_NAMES_AT_ONCE = 64  # keys made, and vectors rendered, between two looks at the clock
+_TEXTS_AT_ONCE = 16
+_TOKENS_KNOWN = Flag.TOKENS_KNOWN
 _BYTES_PER_TOKEN = 4  # where the app counts, but did not when a vector was stored
 
 
@@ -48,14 +50,15 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._headers: http.RawHeaders = scope["headers"]
-        self._wanted = http.wanted(self._headers)
+        self._fields = http.by_name(self._headers)
+        self._wanted = http.wanted(self._fields)
         self._body = Body((), None)
         self._batch: Batch
         self._identity: Identity | None = None
         self._found = Found()
         self._slots: list[bytes] = []  # one key per input sent
         self._inputs: dict[bytes, Input] = {}  # different inputs by key, in the order sent
-        self._entries: dict[bytes, Entry] = {}
+        self._values: dict[bytes, Value] = {}
         self._hits = 0
         self._collapsed = 0
         self._billed = 0  # tokens the app counted for this request
@@ -64,12 +67,24 @@ class Exchange:
         self._waits: set[Flight] = set()
         self._own: list[Flight] = []
         self._replayed: Flight | None = None
+        self._counted = Counted(core.counts)
+        self._looked_up = False  # and the request is answered with what was found
+        self._found_bytes = 0
         self._watcher: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Answer the request."""
+        """Answer the request, and count it."""
+        try:
+            await self._run()
+        finally:
+            if self._looked_up:
+                misses = len(self._inputs) - self._hits - self._collapsed
+                self._core.counts.items.add(self._hits, misses, self._collapsed)
+            self._counted.end()
+
+    async def _run(self) -> None:
         core = self._core
-        detail = head_refusal(self._headers, self._matched, core.settings)
+        detail = head_refusal(self._fields, self._matched, core.settings)
         if detail is not None:
             await self._bypass(detail)
             return
@@ -77,6 +92,7 @@ class Exchange:
         if partition_by is not None:
             partition = await partition_of(self._scope, partition_by)
             if partition is None:
+                self._counted.turns_out("bypass", "partition")
                 await core.app(self._scope, self._receive, self._send)
                 return
         limit = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
@@ -92,7 +108,7 @@ class Exchange:
             await self._bypass(batch.detail)
             return
         self._batch = batch
-        self._identity = self._core.identify(self._scope, self._wire, batch, partition)
+        self._identity = self._core.identify(self._scope, self._fields, self._wire, batch, partition)
         await self._name_inputs(self._identity)
         if not self._wanted.store:
             await self._bypass("no-store")
@@ -101,30 +117,36 @@ class Exchange:
         if isinstance(found, Failure):
             await self._bypass("redis-down")
             return
-        self._found, self._entries = found, found.entries
-        missing = [name for name in self._inputs if name not in self._entries]
+        self._found, self._values = found, found.values
+        self._looked_up = True
+        self._found_bytes = sum([len(value.raw) for value in found.values.values()])
+        some_missing = len(self._values) < len(self._inputs)
+        missing = [name for name in self._inputs if name not in self._values] if some_missing else []
         self._hits = len(self._inputs) - len(missing)
         if not self._fits():
             await self._start_over(self._identity)
         elif not missing and self._core.lease_left(self._found.lease) > 0:
             await self._answer_hit()
         elif self._wanted.only_if_cached:
-            await self._refuse_uncached()
+            self._looked_up = False
+            self._counted.turns_out("miss")
+            await send_not_cached(self._send)
         else:
             await self._forward(self._identity, missing)
 
     async def _name_inputs(self, identity: Identity) -> None:
-        pace, name_of, slots, inputs = Pace(), self._core.input_name, self._slots, self._inputs
-        for item in self._batch.inputs:
-            name = name_of(identity, item)
-            slots.append(name)
-            inputs[name] = item
+        pace = Pace()
+        for start in range(0, len(self._batch.inputs), _NAMES_AT_ONCE):
+            items = self._batch.inputs[start : start + _NAMES_AT_ONCE]
+            names = self._core.input_names(identity, items)
+            self._slots += names
+            self._inputs.update(zip(names, items, strict=True))
             if pace.due:
                 await pace.rest()
 
     def _fits(self) -> bool:
         """Whether all vectors at hand are of one length."""
-        return len({entry.value.dims for entry in self._entries.values()}) <= 1
+        return len({value.dims for value in self._values.values()}) <= 1
 
     # Asking the app.
 
@@ -139,6 +161,7 @@ class Exchange:
             self._forced = not missing
         self._collapsed = len(joined)
         self._note("partial" if self._hits else "miss", misses=len(own))
+        self._counted.turns_out("stale" if self._forced else "partial" if self._hits else "miss")
         for other in set(joined.values()):
             self._wait_for(other)
         flight = self._begin(identity, own, shared=True) if own else None
@@ -157,14 +180,16 @@ class Exchange:
             if mine.task is not None:
                 await asyncio.shield(mine.task)
             if mine.call.error is not None and mine is not self._replayed:
+                self._counted.turns_out("error")
                 raise mine.call.error
 
     def _join(self, missing: Sequence[bytes]) -> dict[bytes, Flight]:
         if not self._wanted.lookup:
             return {}
         joined: dict[bytes, Flight] = {}
+        flights, asked_at = self._core.flights, self._found.asked_at
         for name in missing:
-            flight = self._core.flights.find(name)
+            flight = self._found.flights.get(name) or flights.find(name, asked_at)
             if flight is not None and flight.joinable(self._found.epoch, len(self._inputs)):
                 joined[name] = flight
         return joined
@@ -186,7 +211,8 @@ class Exchange:
         flight = Flight(names, identity.lease_name, self._found.epoch, call)
         half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         asked = Asked(self._wire, self._batch, inputs, self._found.epoch, half, core.keyed)
-        asked_at = core.wall()
+        asked_at, began = core.wall(), perf_counter()
+        call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))
 
         async def read(reply: Reply) -> Landing | None:
             return await read_reply(asked, reply, core.wall())
@@ -243,7 +269,7 @@ class Exchange:
             if brought is None:
                 leftover.append(name)
                 continue
-            self._entries[name] = brought.entries[name]
+            self._values[name] = brought.values[name]
             if other.lease_name == identity.lease_name:
                 lease = brought.lease
         if leftover:
@@ -264,7 +290,7 @@ class Exchange:
     async def _landing_of(self, flight: Flight) -> Landing | None:
         landing = await asyncio.shield(flight.outcome)
         if landing is not None:
-            self._entries.update(landing.entries)
+            self._values.update(landing.values)
             self._billed += landing.tokens or 0
         return landing
 
@@ -272,16 +298,20 @@ class Exchange:
         """Pass on an answer that was not understood, or put the original request to the app instead."""
         status = flight.call.status
         if status is None:  # the app has raised, or not answered; `_forward` raises again
+            if not self._gone:
+                self._counted.turns_out("error")
             return
         if status in (401, 403):
             await self._core.deny(identity)
         understandable = status // 100 == _SUCCESS
+        self._core.counts.rejected("not-understood" if understandable else "status")
         if self._is_shrunken(flight) and (understandable or status in _OF_THE_WHOLE_REQUEST):
             await flight.call.give_up()
             self._replayed = flight
             await self._bypass("replayed")
             return
         self._note("bypass" if understandable else "miss", misses=len(flight.names))
+        self._counted.turns_out(*(("bypass", "not-understood") if understandable else ("error",)))
         member = http.status("fwd=bypass", detail="not-understood") if understandable else self._member(None)
         await flight.call.relay(self._with_status(member))
 
@@ -301,29 +331,42 @@ class Exchange:
 
     async def _answer_hit(self) -> None:
         now = self._core.wall()
-        ends = [entry.expires_at for entry in self._entries.values()]
-        known = [end for end in ends if end is not None]
-        ttl = (f"ttl={max(0, int(min(known) - now))}",) if len(known) == len(ends) else ()
+        end = self._core.first_end(self._values, now)
+        ttl = (f"ttl={max(0, int(end - now))}",) if end is not None else ()
         if self._found.lease is not None:
             await self._answer_from(self._found.lease, http.status("hit", *ttl))
 
     async def _answer_from(self, lease: Lease, member: str) -> None:
         """Answer without a call of our own: with what the app said last time to this caller."""
         encodings = self._batch.encodings
-        fresh = Fresh(int(self._core.wall()), uuid.uuid4().hex)
-        outcome = "hit" if not self._collapsed else "partial" if self._hits else "miss"
-        self._note(outcome, tokens=self._tokens())
-        await self._send_merged(lease.frame, encodings, list(lease.headers), member, fresh)
+        fresh = Fresh(int(self._core.wall()), os.urandom(16).hex())
+        tokens, counted = self._tokens()
+        outcome: Result = "hit" if not self._collapsed else "partial" if self._hits else "miss"
+        self._note(outcome, tokens=tokens)
+        self._serve(outcome, counted)
+        await self._send_merged(lease.frame, encodings, list(lease.headers), member, tokens, fresh)
 
     async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
         member = self._member(landing)
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
-        self._note("partial" if self._hits else "miss", misses=len(landing.entries), tokens=self._tokens())
+        tokens, _ = self._tokens()
+        outcome: Result = "partial" if self._hits else "miss"
+        self._note(outcome, misses=len(landing.values), tokens=tokens)
+        if self._wanted.lookup and not self._hits and landing.refusal is not None:
+            self._counted.turns_out("bypass", landing.refusal)
+        else:
+            saved = sum(self._values[name].tokens for name in self._slots if name not in landing.values)
+            self._serve("stale" if self._forced else outcome, saved)
         if not half and not self._is_shrunken(flight):
             # Nothing was added, so the app's own words will do.
             await flight.call.relay(self._with_status(member))
             return
-        await self._send_merged(landing.frame, landing.encodings, list(landing.reply.headers), member, None)
+        await self._send_merged(landing.frame, landing.encodings, list(landing.reply.headers), member, tokens, None)
+
+    def _serve(self, result: Result, saved_tokens: int) -> None:
+        """Count an answer that the app did not compute, or not all of it."""
+        self._counted.turns_out(result)
+        self._counted.served(self._found_bytes, saved_tokens)
 
     def _member(self, landing: Landing | None) -> str:
         """Our member of ``Cache-Status``; *landing*: our own sub-request's, if understood."""
@@ -348,58 +391,42 @@ class Exchange:
         encodings: Sequence[Encoding],
         headers: list[tuple[bytes, bytes]],
         member: str,
+        tokens: int,
         fresh: Fresh | None,
     ) -> None:
         pace = Pace()
         texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
-        for name in self._slots:
-            entry = self._entries[name]
+        for start in range(0, len(self._slots), _TEXTS_AT_ONCE):
+            values = [self._values[name] for name in self._slots[start : start + _TEXTS_AT_ONCE]]
             for encoding, listed in texts.items():
-                listed.append(entry.text(encoding))
+                listed += [value.texts.get(encoding) or text_of(value, encoding) for value in values]
             if pace.due:
                 await pace.rest()
-        pieces = self._wire.render(self._batch, frame, texts, self._usage(), fresh)
-        length = sum(map(len, pieces))
-        send = self._with_status(member)
-        await send({"type": "http.response.start", "status": 200, "headers": http.with_body(headers, length)})
-        if length <= _IN_ONE:
-            await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": False})
-        else:
-            await _send_pieces(send, pieces, pace)
+        pieces = self._wire.render(self._batch, frame, texts, self._usage(tokens), fresh)
+        await send_joined(self._with_status(member), headers, pieces, pace)
 
-    def _tokens(self) -> int:
-        """What the app would have counted for all inputs sent."""
-        total = 0
+    def _tokens(self) -> tuple[int, int]:
+        """What the app would have counted for all inputs sent, and how much of that it did count itself."""
+        counted = guessed = 0
         for name in self._slots:
-            value = self._entries[name].value
-            if value.flags & Flag.TOKENS_KNOWN:
-                total += value.tokens
+            value = self._values[name]
+            if value.flags & _TOKENS_KNOWN:
+                counted += value.tokens
             else:
-                total += max(1, len(self._inputs[name].canonical) // _BYTES_PER_TOKEN)
-        return total
+                guessed += max(1, len(self._inputs[name].canonical) // _BYTES_PER_TOKEN)
+        return counted + guessed, counted
 
-    def _usage(self) -> Usage:
-        tokens = self._tokens()
+    def _usage(self, tokens: int) -> Usage:
         if self._core.settings.EMBEDDING_CACHE_USAGE == "original":
             return Usage(tokens)
         return Usage(self._billed, max(0, tokens - self._billed))
 
-    async def _refuse_uncached(self) -> None:
-        problem = {
-            "type": "about:blank",
-            "title": "Gateway Timeout",
-            "status": 504,
-            "detail": "Cache-Control: only-if-cached, and not every input is stored.",
-        }
-        body = orjson.dumps(problem)
-        headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-        await self._send({"type": "http.response.start", "status": 504, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
     async def _bypass(self, detail: str) -> None:
         """Let the app answer the original request, to the byte."""
+        self._looked_up = False
+        self._counted.turns_out("bypass", detail)
         if self._wanted.only_if_cached and detail in ("no-store", "redis-down"):
-            await self._refuse_uncached()
+            await send_not_cached(self._send)
             return
         await self._stop_watching()
         self._note("bypass")
@@ -414,33 +441,9 @@ class Exchange:
         await self._core.app(self._scope, self._body.replay(self._receive), watched)
 
     def _with_status(self, member: str) -> Send:
-        if not self._core.settings.EMBEDDING_CACHE_STATUS:
-            return self._send
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (b"cache-status", member.encode())]
-                message = {**message, "headers": headers}
-            await self._send(message)
-
-        return send
+        return with_status(self._send, member) if self._core.settings.EMBEDDING_CACHE_STATUS else self._send
 
     def _note(self, outcome: Any, *, misses: int = 0, tokens: int = 0) -> None:
         collapsed = self._collapsed
         result = EmbeddingCacheResult(outcome, self._hits, misses, collapsed, tokens, self._billed)
         self._scope["state"]["embedding_cache_result"] = result
-
-
-async def _send_pieces(send: Send, pieces: Sequence[bytes], pace: Pace) -> None:
-    """Send *pieces* as messages of moderate size: joining them all would copy tens of megabytes at once."""
-    chunk: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece)
-        if size >= _CHUNK:
-            await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": True})
-            chunk, size = [], 0
-            if pace.due:
-                await pace.rest()
-    await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": False})

@@ -3,10 +3,11 @@
 RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
+Fields = Mapping[bytes, Sequence[bytes]]  # every value of each header, in order, by its name in lower case
 
 # Headers that bind a body to a digest, a signature or one use: a body of ours would not fit them.
 _BODY_BINDING = frozenset(
@@ -38,15 +39,18 @@ _REPLAYED = frozenset({b"content-type", b"vary"})
 _VARY_ALLOWED = frozenset({"accept", "accept-encoding", "origin"})
 
 
-def values_of(headers: RawHeaders, name: bytes) -> list[bytes]:
-    """Every value of one header, in order; *name* is lower case."""
-    return [value for header, value in headers if header.lower() == name]
+def by_name(headers: RawHeaders) -> Fields:
+    """Read *headers* once, for many questions about them."""
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        fields.setdefault(name.lower(), []).append(value)
+    return fields
 
 
-def directives(headers: RawHeaders) -> dict[str, str]:
+def directives(fields: Fields) -> dict[str, str]:
     """``Cache-Control`` as a mapping of lower-case names to arguments (``""`` when a directive has none)."""
     found: dict[str, str] = {}
-    for value in values_of(headers, b"cache-control"):
+    for value in fields.get(b"cache-control", ()):
         for part in value.decode("latin-1").split(","):
             name, _, argument = part.strip().partition("=")
             if name:
@@ -76,9 +80,9 @@ class Wanted:
     max_age: int | None = None
 
 
-def wanted(headers: RawHeaders) -> Wanted:
+def wanted(fields: Fields) -> Wanted:
     """Read a request's ``Cache-Control``."""
-    asked = directives(headers)
+    asked = directives(fields)
     if not asked:
         return _ANYTHING
     max_age = seconds(asked.get("max-age"))
@@ -102,27 +106,27 @@ class Storable:
     max_age: int | None = None
 
 
-def storable(headers: RawHeaders, keyed: Collection[str]) -> Storable:
+def storable(fields: Fields, keyed: Collection[str]) -> Storable:
     """Read an answer's ``Cache-Control`` and ``Vary``; *keyed*: the request headers in the key."""
-    said = directives(headers)
+    said = directives(fields)
     max_age = seconds(said["s-maxage"] if "s-maxage" in said else said.get("max-age"))
     if max_age == 0 or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
         return Storable("response-no-store")
-    for value in values_of(headers, b"vary"):
+    for value in fields.get(b"vary", ()):
         names = {name.strip().lower() for name in value.decode("latin-1").split(",")} - {""}
         if not names <= _VARY_ALLOWED.union(keyed):
             return Storable("vary")
     return Storable(None, max_age)
 
 
-def binds_its_body(headers: RawHeaders) -> bool:
+def binds_its_body(fields: Fields) -> bool:
     """Whether a request carries a header that only fits its own bytes."""
-    return any(name.lower() in _BODY_BINDING for name, _ in headers)
+    return not _BODY_BINDING.isdisjoint(fields)
 
 
-def is_json(headers: RawHeaders) -> bool:
+def is_json(fields: Fields) -> bool:
     """Whether the content type is JSON in UTF-8, as JSON is unless it says otherwise."""
-    values = values_of(headers, b"content-type")
+    values = fields.get(b"content-type", ())
     if len(values) != 1:
         return False
     kind, *parameters = values[0].decode("latin-1").lower().split(";")
@@ -131,20 +135,20 @@ def is_json(headers: RawHeaders) -> bool:
     return (kind == "application/json" or kind.endswith("+json")) and all(c in ("utf-8", "utf8") for c in charsets)
 
 
-def is_encoded(headers: RawHeaders) -> bool:
+def is_encoded(fields: Fields) -> bool:
     """Whether the body is compressed or otherwise not what its content type says."""
-    return any(value.strip().lower() not in (b"", b"identity") for value in values_of(headers, b"content-encoding"))
+    return any(value.strip().lower() not in (b"", b"identity") for value in fields.get(b"content-encoding", ()))
 
 
-def accepts_json(headers: RawHeaders) -> bool:
+def accepts_json(fields: Fields) -> bool:
     """Whether ``Accept`` leaves room for JSON; a stored answer is nothing else."""
-    accepted = b",".join(values_of(headers, b"accept")).lower()
+    accepted = b",".join(fields.get(b"accept", ())).lower()
     return not accepted or any(kind in accepted for kind in (b"json", b"application/*", b"*/*"))
 
 
-def content_length(headers: RawHeaders) -> int | None:
+def content_length(fields: Fields) -> int | None:
     """The length the request states; ``None`` when it states none."""
-    values = values_of(headers, b"content-length")
+    values = fields.get(b"content-length", ())
     return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 19 else None
 
 

@@ -7,10 +7,9 @@ from typing import cast
 
 import orjson
 
-from .codec import Flag, encode
-from .http_caching import replayed, storable
+from .codec import Flag, Value, encode
+from .http_caching import by_name, replayed, storable
 from .lease import Lease
-from .local import Entry
 from .pace import Pace
 from .single_flight import Landing
 from .sub_call import Reply
@@ -86,12 +85,12 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
     pace = Pace()
     inputs = list(asked.inputs.values())
     tokens = apportion(answer.tokens, inputs)
-    rule = storable(reply.headers, asked.keyed)
+    rule = storable(by_name(reply.headers), asked.keyed)
     encodings = tuple(answer.values)
-    entries: dict[bytes, Entry] = {}
+    values: dict[bytes, Value] = {}
     dims = 0
     for at, name in enumerate(asked.inputs):
-        texts: dict[Encoding, bytes] = {}
+        texts: dict[str, bytes] = {}
         parsed: Parsed | None = None
         for encoding in encodings:
             read = _read_vector(answer.values[encoding][at], encoding, skeleton, texts)
@@ -107,15 +106,21 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
         count = tokens[at] if tokens is not None else None
         flags = parsed.flags | (Flag.TOKENS_EXACT if count is not None and count.exact else 0)
         flags |= Flag.CAPPED if rule.max_age is not None else 0
-        value = encode(parsed.numbers, born=now, epoch=asked.epoch, tokens=count.tokens if count else None, flags=flags)
-        entries[name] = Entry(value, None, texts)
+        values[name] = encode(
+            parsed.numbers,
+            born=now,
+            epoch=asked.epoch,
+            tokens=count.tokens if count is not None else None,
+            flags=flags,
+            texts=texts,
+        )
         if pace.due:
             await pace.rest()
     lease = Lease(now, tuple(replayed(reply.headers)), answer.frame)
-    return Landing(entries, encodings, lease, answer.frame, reply, answer.tokens, rule.refusal)
+    return Landing(values, encodings, lease, answer.frame, reply, answer.tokens, rule.refusal)
 
 
-def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: dict[Encoding, bytes]) -> Parsed | None:
+def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: dict[str, bytes]) -> Parsed | None:
     if encoding is Encoding.BASE64:
         read = read_base64(value)
         if read is not None:

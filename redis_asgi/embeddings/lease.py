@@ -10,6 +10,7 @@ import binascii
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ import orjson
 _VERSION = 1
 _MAX_BYTES = 16 * 1024  # of a record; an answer with more around its vectors is not one to repeat
 _MAX_DENIED = 10_000
+_MAX_READ = 64  # records kept as they were read; a caller's stays the same for many requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,9 @@ def encode_lease(lease: Lease) -> bytes | None:
     return record if len(record) <= _MAX_BYTES else None
 
 
+@lru_cache(maxsize=_MAX_READ)
 def decode_lease(raw: bytes | None) -> Lease | None:
-    """Read a record; ``None`` for anything else, so that the app is asked."""
+    """Read a record; ``None`` for anything else, so that the app is asked. Whoever gets it changes nothing in it."""
     if raw is None:
         return None
     try:

@@ -2,41 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .codec import Value
 from .lease import Lease
-from .vectors import Encoding, render
 
-_ENTRY_BYTES = 500  # what Python spends on an entry besides its texts
+_VALUE_BYTES = 500  # what Python spends on a value besides its bytes and texts
 _MAX_SEEN = 10_000
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One input's vector with the texts it was rendered to.
-
-    Attributes:
-        value: As stored.
-        expires_at: Unix seconds; ``None`` when the key does not tell.
-        texts: JSON by representation.
-    """
-
-    value: Value
-    expires_at: float | None
-    texts: dict[Encoding, bytes] = field(default_factory=dict)
-
-    def text(self, encoding: Encoding) -> bytes:
-        """The vector's JSON, rendered once."""
-        text = self.texts.get(encoding)
-        if text is None:
-            text = self.texts[encoding] = render(self.value, encoding)
-        return text
-
-    @property
-    def bytes(self) -> int:
-        """What it takes in memory."""
-        return _ENTRY_BYTES + len(self.value.raw) + sum(map(len, self.texts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +21,7 @@ class Seen:
 
 
 class LocalVectors:
-    """The least recently used entries, at most *limit* bytes of them.
+    """The least recently used values with their texts, at most *limit* bytes of them.
 
     Args:
         limit: Bytes; 0 turns the layer off.
@@ -61,7 +33,7 @@ class LocalVectors:
         self._limit = limit if seconds else 0
         self._seconds = seconds
         self._clock = clock
-        self._entries: OrderedDict[bytes, tuple[Entry, int, int]] = OrderedDict()
+        self._values: OrderedDict[bytes, tuple[Value, int, int]] = OrderedDict()
         self._seen: OrderedDict[tuple[bytes, bytes], Seen] = OrderedDict()
         self.bytes = 0
 
@@ -70,34 +42,34 @@ class LocalVectors:
         """Whether anything is kept."""
         return self._limit > 0
 
-    def get(self, name: bytes, now: float) -> Entry | None:
-        """The entry of a key, unless it has expired; *now* is Unix seconds."""
-        kept = self._entries.get(name)
+    def get(self, name: bytes, now: float) -> Value | None:
+        """The value of a key, unless it has expired; *now* is Unix seconds."""
+        kept = self._values.get(name)
         if kept is None:
             return None
-        entry, _, texts = kept
-        if entry.expires_at is None or entry.expires_at <= now:
+        value, _, texts = kept
+        if value.expires_at is None or value.expires_at <= now:
             self.drop(name)
             return None
-        self._entries.move_to_end(name)
-        if len(entry.texts) != texts:  # rendered in one more representation since
-            self.put(name, entry)
-        return entry
+        self._values.move_to_end(name)
+        if len(value.texts) != texts:  # rendered in one more representation since
+            self.put(name, value)
+        return value
 
-    def put(self, name: bytes, entry: Entry) -> None:
-        """Keep *entry*; one without a known end, or larger than a quarter of the layer, is not kept."""
+    def put(self, name: bytes, value: Value) -> None:
+        """Keep *value*; one without a known end, or larger than a quarter of the layer, is not kept."""
         self.drop(name)
-        size = entry.bytes
-        if entry.expires_at is None or size * 4 > self._limit:
+        size = _VALUE_BYTES + len(value.raw) + sum(map(len, value.texts.values()))
+        if value.expires_at is None or size * 4 > self._limit:
             return
-        self._entries[name] = (entry, size, len(entry.texts))
+        self._values[name] = (value, size, len(value.texts))
         self.bytes += size
         while self.bytes > self._limit:
-            self.drop(next(iter(self._entries)))
+            self.drop(next(iter(self._values)))
 
     def drop(self, name: bytes) -> None:
-        """Forget an entry."""
-        kept = self._entries.pop(name, None)
+        """Forget a value."""
+        kept = self._values.pop(name, None)
         if kept is not None:
             self.bytes -= kept[1]
 

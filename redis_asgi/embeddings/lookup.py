@@ -1,16 +1,18 @@
 """Finding what is stored: in the process when that is enough, else in one trip to Redis."""
 
+import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from ..errors import Failure
-from .codec import Value, all_finite, decode
+from .codec import Value, decode_finite
 from .core import Core, Identity
 from .http_caching import Wanted
 from .lease import Lease, decode_lease
-from .local import Entry
 from .pace import Pace
-from .vectors import Encoding
+from .single_flight import Flight
+from .vectors import Encoding, text_of
 
 _AT_ONCE = 64  # values looked at between two looks at the clock
 _EPOCH_BYTES = 8
@@ -24,13 +26,17 @@ class Found:
         epoch: The model's, or the one this process proposes when there is none.
         epoch_known: Whether it is in Redis.
         lease: The caller's; ``None`` when there is none.
-        entries: Vectors by key.
+        values: Vectors by key.
+        flights: Those that were not asked for because somebody was computing them; he may have landed by now.
+        asked_at: When the others were asked for, on the loop's clock.
     """
 
     epoch: bytes = b""
     epoch_known: bool = False
     lease: Lease | None = None
-    entries: dict[bytes, Entry] = field(default_factory=dict)
+    values: dict[bytes, Value] = field(default_factory=dict)
+    flights: dict[bytes, Flight] = field(default_factory=dict)
+    asked_at: float = 0.0
 
 
 async def look_up(
@@ -40,34 +46,47 @@ async def look_up(
     local = _in_process(core, names, wanted) if wanted.lookup and core.local.on else {}
     seen = core.local.seen(identity.epoch_name, identity.lease_name)
     if seen is not None and len(local) == len(names) and core.lease_left(seen.lease) > 0:
-        current = all(entry.value.epoch == seen.epoch for entry in local.values())
+        current = all(value.epoch == seen.epoch for value in local.values())
         if current:
-            return Found(seen.epoch, epoch_known=True, lease=seen.lease, entries=local)
+            return Found(seen.epoch, epoch_known=True, lease=seen.lease, values=local)
     # What a flight brings anyway is not asked for.
     flights = core.flights
-    ask = [name for name in names if wanted.lookup and name not in local and flights.find(name) is None]
-    asked_at = core.monotonic()
+    carried = flights.carrying(names) if wanted.lookup else {}
+    ask = [name for name in names if name not in local and name not in carried] if wanted.lookup else []
+    proposed = core.proposed(identity.epoch_name)
+    asked_at, on_loop = core.monotonic(), asyncio.get_running_loop().time()
     deadline = core.settings.EMBEDDING_CACHE_TIMEOUT
-    reply = await core.store.lookup([identity.epoch_name, identity.lease_name, *ask], deadline)
+    began = perf_counter()
+    flights.looking += 1
+    try:
+        reply = await core.store.lookup([identity.epoch_name, identity.lease_name, *ask], deadline)
+    finally:
+        flights.looking -= 1
+    core.counts.lookup_seconds.observe(perf_counter() - began)
     if isinstance(reply, Failure):
         return reply
     found = _start(core, identity, reply[0], reply[1], asked_at)
-    for name, entry in local.items():
-        if entry.value.epoch == found.epoch:
-            found.entries[name] = entry
+    if not found.epoch_known:
+        # As of before the lookup: whoever has landed since has settled it.
+        found.epoch = proposed or core.candidate(identity.epoch_name)
+    found.flights, found.asked_at = carried, on_loop
+    for name, value in local.items():
+        if value.epoch == found.epoch:
+            found.values[name] = value
         else:
             core.local.drop(name)
     await _take(core, found, ask, reply[2:], wanted, encodings)
     return found
 
 
-def _in_process(core: Core, names: Collection[bytes], wanted: Wanted) -> dict[bytes, Entry]:
+def _in_process(core: Core, names: Collection[bytes], wanted: Wanted) -> dict[bytes, Value]:
     now = core.wall()
-    local: dict[bytes, Entry] = {}
+    oldest = _oldest(wanted, now)
+    local: dict[bytes, Value] = {}
     for name in names:
-        entry = core.local.get(name, now)
-        if entry is not None and _is_young_enough(entry.value, wanted, now):
-            local[name] = entry
+        value = core.local.get(name, now)
+        if value is not None and value.born >= oldest:
+            local[name] = value
     return local
 
 
@@ -80,8 +99,6 @@ def _start(core: Core, identity: Identity, epoch: bytes | None, lease: bytes | N
         found.epoch, found.epoch_known = epoch, True
         core.settle_candidate(identity.epoch_name)
         core.local.note(identity.epoch_name, identity.lease_name, epoch, found.lease, asked_at)
-    else:
-        found.epoch = core.candidate(identity.epoch_name)
     return found
 
 
@@ -94,26 +111,24 @@ async def _take(
     encodings: Sequence[Encoding],
 ) -> None:
     now, pace, keeps = core.wall(), Pace(), core.local.on
+    epoch, values, oldest = found.epoch, found.values, _oldest(wanted, now)
     for start in range(0, len(names), _AT_ONCE):
-        values: dict[bytes, Value] = {}
         chunk = slice(start, start + _AT_ONCE)
-        for name, raw in zip(names[chunk], raws[chunk], strict=True):
-            value = decode(raw)
-            if value is not None and value.epoch == found.epoch and _is_young_enough(value, wanted, now):
-                values[name] = value
-        if not all_finite(list(values.values())):
-            values = {name: value for name, value in values.items() if all_finite([value])}
-        for name, value in values.items():
-            entry = found.entries[name] = Entry(value, core.expires_at(name, value, now), {})
+        for name, value in zip(names[chunk], decode_finite(raws[chunk]), strict=True):
+            if value is None or value.epoch != epoch or value.born < oldest:
+                continue
+            values[name] = value
             if keeps:
+                value.expires_at = core.expires_at(name, value, now)
                 for encoding in encodings:
-                    entry.text(encoding)
-                core.local.put(name, entry)
+                    text_of(value, encoding)
+                core.local.put(name, value)
                 if pace.due:
                     await pace.rest()
         if pace.due:
             await pace.rest()
 
 
-def _is_young_enough(value: Value, wanted: Wanted, now: float) -> bool:
-    return wanted.max_age is None or now - value.born <= wanted.max_age
+def _oldest(wanted: Wanted, now: float) -> float:
+    """The first second that a vector may have been born in."""
+    return 0.0 if wanted.max_age is None else now - wanted.max_age

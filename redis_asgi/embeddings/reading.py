@@ -14,15 +14,15 @@ from .routes import Matched
 from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
 
 
-def head_refusal(headers: http.RawHeaders, matched: Matched, settings: Settings) -> str | None:
+def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
     """Why a request passes through by its headers alone; ``None`` when its body decides."""
-    if http.binds_its_body(headers):
+    if http.binds_its_body(fields):
         return "body-header"
-    if http.is_encoded(headers) or not http.accepts_json(headers):
+    if http.is_encoded(fields) or not http.accepts_json(fields):
         return "encoding"
-    if not http.is_json(headers) and matched.wire.name not in ANY_CONTENT_TYPE:
+    if not http.is_json(fields) and matched.wire.name not in ANY_CONTENT_TYPE:
         return "not-json"
-    length = http.content_length(headers)
+    length = http.content_length(fields)
     too_large = length is not None and length > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
     return "too-large" if too_large else None
 

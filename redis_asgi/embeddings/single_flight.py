@@ -7,12 +7,12 @@ asks the app itself.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .codec import Value
 from .lease import Lease
-from .local import Entry
 from .sub_call import Reply, SubCall
 from .vectors import Encoding
 
@@ -24,7 +24,7 @@ class Landing:
     """What an understood answer brought.
 
     Attributes:
-        entries: Vectors by key.
+        values: Vectors by key.
         encodings: The representations the app used.
         lease: What a full hit may repeat of it.
         frame: What the wire format puts around its vectors.
@@ -33,7 +33,7 @@ class Landing:
         refusal: Why it is not stored, nor given to anybody else; ``None`` = it is.
     """
 
-    entries: Mapping[bytes, Entry]
+    values: Mapping[bytes, Value]
     encodings: tuple[Encoding, ...]
     lease: Lease
     frame: dict[str, Any]
@@ -95,15 +95,32 @@ class Flight:
 
 
 class Flights:
-    """All flights of one event loop, by the keys of their inputs."""
+    """All flights of one event loop, by the keys of their inputs.
 
-    def __init__(self) -> None:
+    Args:
+        remembered: Seconds for which a landed one is still found by lookups that were under way: as long as a
+            lookup can take.
+
+    Attributes:
+        looking: Lookups under way; while there is none nothing that lands is remembered.
+    """
+
+    def __init__(self, remembered: float) -> None:
+        self._remembered = remembered
         self._by_name: dict[bytes, Flight] = {}
+        self._landed: dict[bytes, tuple[Flight, float]] = {}
+        self.looking = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def find(self, name: bytes) -> Flight | None:
-        """The flight that computes the input of this key."""
-        return self._by_name.get(name)
+    def find(self, name: bytes, asked_at: float) -> Flight | None:
+        """The flight that computes the input of this key, or has since *asked_at* (the loop's clock)."""
+        flight, landed_at = self._landed.get(name, (None, 0.0))
+        return self._by_name.get(name) or (flight if landed_at >= asked_at else None)
+
+    def carrying(self, names: Iterable[bytes]) -> dict[bytes, Flight]:
+        """The flights that compute the inputs of *names*."""
+        flights = self._by_name
+        return {name: flights[name] for name in names if name in flights} if flights else {}
 
     def begin(
         self,
@@ -128,6 +145,22 @@ class Flights:
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
 
+    def _end(self, flight: Flight) -> None:
+        loop = asyncio.get_running_loop()
+        remember = self.looking > 0 and flight.landed.result() is not None
+        for name in flight.names:
+            if self._by_name.get(name) is flight:
+                del self._by_name[name]
+                if remember:
+                    self._landed[name] = flight, loop.time()
+        if remember:
+            loop.call_later(self._remembered, self._forget, flight)
+
+    def _forget(self, flight: Flight) -> None:
+        for name in flight.names:
+            if self._landed.get(name, (None, 0.0))[0] is flight:
+                del self._landed[name]
+
     async def _fly(
         self,
         flight: Flight,
@@ -146,9 +179,7 @@ class Flights:
             raise
         finally:
             flight.resolve(None)
-            for name in flight.names:
-                if self._by_name.get(name) is flight:
-                    del self._by_name[name]
+            self._end(flight)
         # What the app does after its answer belongs to it; its errors are the request's to raise.
         await asyncio.wait({app})
         if not app.cancelled():

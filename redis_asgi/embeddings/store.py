@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
@@ -19,6 +19,8 @@ from ..client import Client
 from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..errors import Failure, classify, classify_reply
 from ..settings import Settings
+from .counts import Commands
+from .leased import Command, run
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
@@ -84,6 +86,7 @@ class RedisVectors:
         self._client = client
         self._breaker = manager.breaker()
         self._no_writes_until = 0.0
+        self._commands = Commands()
         self._is_cluster = isinstance(client, aioredis.RedisCluster)
 
     @property
@@ -96,18 +99,12 @@ class RedisVectors:
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
             return self._breaker.reason
-        # NEVER_DECODE: a client of the user's may decode its replies, and a vector is no text.
-        if not self._is_cluster and len(names) <= MGET_KEYS:
-            # The usual case, without what a pipeline costs.
-            return await self._mget(names, within)
-        pipeline = self._pipeline()
         if self._is_cluster:
-            for name in names:
-                pipeline.execute_command("GET", name, NEVER_DECODE=[])
+            # A cluster has no MGET across slots; the client makes one pipeline per node of these.
+            commands: list[Command] = [("GET", name) for name in names]
         else:
-            for start in range(0, len(names), MGET_KEYS):
-                pipeline.execute_command("MGET", *names[start : start + MGET_KEYS], NEVER_DECODE=[])
-        replies = await self._execute(pipeline, within)
+            commands = [("MGET", *names[start : start + MGET_KEYS]) for start in range(0, len(names), MGET_KEYS)]
+        replies = await self._execute(commands, within, op="lookup")
         if isinstance(replies, Failure):
             return replies
         # A list is a chunk, anything else the one value of a cluster's GET; errors are misses.
@@ -121,18 +118,6 @@ class RedisVectors:
         self._breaker.worked()
         return found
 
-    async def _mget(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
-        try:
-            async with asyncio.timeout(within):
-                found = await self._client.execute_command("MGET", *names, NEVER_DECODE=[])
-        except Exception as error:
-            # Fails open, as in `_execute`.
-            failure = classify(error)
-            self._failed(failure)
-            return failure
-        self._breaker.worked()
-        return cast("list[bytes | None]", found)
-
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
         count, failure = 0, None
         deadline = time.monotonic() + within
@@ -141,10 +126,7 @@ class RedisVectors:
             if time.monotonic() < self._no_writes_until or left <= 0 or not self._breaker.admits():
                 return Done(count, failure or Failure.CONNECTION)
             chunk = writes[start : start + SET_VALUES]
-            pipeline = self._pipeline()
-            for write in chunk:
-                pipeline.execute_command(*_command(write))
-            replies = await self._execute(pipeline, left, write=True)
+            replies = await self._execute([_command(write) for write in chunk], left, op="store", write=True)
             if isinstance(replies, Failure):
                 return Done(count, replies)
             for write, reply in zip(chunk, replies, strict=True):
@@ -161,10 +143,7 @@ class RedisVectors:
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
         if not self._breaker.admits():
             return Done(0, self._breaker.reason)
-        pipeline = self._pipeline()
-        for name in names:
-            pipeline.execute_command("DEL", name)
-        replies = await self._execute(pipeline, within)
+        replies = await self._execute([("DEL", name) for name in names], within, op="store")
         if isinstance(replies, Failure):
             return Done(0, replies)
         failures = [_classify(reply) for reply in replies if isinstance(reply, Exception)]
@@ -181,15 +160,25 @@ class RedisVectors:
             logger.warning("redis_asgi.embedding_writes_paused", extra={"failure": failure.value})
         self._no_writes_until = time.monotonic() + _WRITE_PAUSE
 
-    def _pipeline(self) -> Any:
-        if isinstance(self._client, aioredis.RedisCluster):
-            return self._client.pipeline()
-        return self._client.pipeline(transaction=False)
+    async def _execute(
+        self, commands: Sequence[Command], within: float, *, op: Literal["lookup", "store"], write: bool = False
+    ) -> list[Any] | Failure:
+        began = time.perf_counter()
+        replies = await self._send(commands, within, write=write)
+        failure: Failure | None = None
+        if isinstance(replies, Failure):
+            failure = replies
+        else:
+            failure = next((_classify(reply) for reply in replies if isinstance(reply, Exception)), None)
+        self._commands.count(op, failure, time.perf_counter() - began)
+        return replies
 
-    async def _execute(self, pipeline: Any, within: float, *, write: bool = False) -> list[Any] | Failure:
+    async def _send(self, commands: Sequence[Command], within: float, *, write: bool) -> list[Any] | Failure:
         try:
-            async with asyncio.timeout(within):
-                return cast("list[Any]", await pipeline.execute(raise_on_error=False))
+            if isinstance(self._client, aioredis.RedisCluster):
+                async with asyncio.timeout(within):
+                    return await _pipelined(self._client, commands)
+            return await run(self._client.connection_pool, commands, within)
         except Exception as error:
             # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a
             # slot table in flux raises KeyErrors and more.
@@ -198,11 +187,19 @@ class RedisVectors:
             return failure
 
 
+async def _pipelined(cluster: aioredis.RedisCluster, commands: Sequence[Command]) -> list[Any]:
+    pipeline = cluster.pipeline()
+    for command in commands:
+        # A client of the user's may decode its replies, and a vector is no text.
+        pipeline.execute_command(*command, NEVER_DECODE=[])
+    return await pipeline.execute(raise_on_error=False)
+
+
 def _classify(reply: Exception) -> Failure:
     return classify(reply) if isinstance(reply, RedisError) else classify_reply(str(reply))
 
 
-def _command(write: Write) -> tuple[bytes | str | int, ...]:
+def _command(write: Write) -> Command:
     whole = int(write.ttl)
     expiry: tuple[str, int] = ("EX", whole) if whole == write.ttl else ("PX", max(1, round(write.ttl * 1000)))
     if write.mode == "renew":

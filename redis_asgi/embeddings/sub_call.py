@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Scope, Send
 
-from .http_caching import RawHeaders, is_encoded, is_json
+from .http_caching import RawHeaders, by_name, is_encoded, is_json
 
 # Ways to answer that bypass the body messages we read.
 _UNREADABLE_EXTENSIONS = frozenset(
@@ -209,5 +209,5 @@ class SubCall:
 
 
 def _promising(start: Message) -> bool:
-    headers: RawHeaders = start.get("headers", ())
-    return start["status"] == 200 and is_json(headers) and not is_encoded(headers)
+    fields = by_name(start.get("headers", ()))
+    return start["status"] == 200 and is_json(fields) and not is_encoded(fields)

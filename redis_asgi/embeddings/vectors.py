@@ -39,6 +39,9 @@ class Encoding(StrEnum):
     __hash__ = str.__hash__
 
 
+_BASE64 = Encoding.BASE64  # an enum's attribute costs as much as a call, and every vector is rendered
+
+
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """A vector as an answer had it.
@@ -97,15 +100,23 @@ def narrowed(parsed: Parsed) -> Parsed:
 
 def render(value: Value, encoding: Encoding) -> bytes:
     """The JSON text of *value*: an array of numbers, or a string of base64."""
-    if encoding is Encoding.BASE64 and value.dtype == _FLOAT32:
-        return b'"%b"' % base64_of(memoryview(value.raw)[HEADER_BYTES:])
+    if encoding is _BASE64 and value.dtype == _FLOAT32:
+        return b'"%b"' % base64_of(value.raw[HEADER_BYTES:])
     numbers = value.numbers
-    if encoding is Encoding.BASE64:
+    if encoding is _BASE64:
         with np.errstate(over="ignore"):
             return b'"%b"' % base64_of(numbers.astype("<f4").tobytes())
     if numbers.dtype.itemsize == 8 or not value.flags & Flag.SHORTEST:
         return orjson.dumps(numbers.astype("<f8"), option=_NUMPY)
     return orjson.dumps(numbers.astype("<f4"), option=_NUMPY)
+
+
+def text_of(value: Value, encoding: Encoding) -> bytes:
+    """The JSON text of *value*, rendered once."""
+    text = value.texts.get(encoding)
+    if text is None:
+        text = value.texts[encoding] = render(value, encoding)
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Stored values: exact, and nothing else is ever read as one."""
 
+import math
 import struct
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.codec import HEADER_BYTES, MAGIC, Flag, Value, decode, decode_vector, encode
+from redis_asgi.embeddings.codec import HEADER_BYTES, MAGIC, Flag, Value, decode, decode_finite, decode_vector, encode
 
 FLOAT32 = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
 FLOAT64 = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
@@ -88,3 +89,25 @@ def test_numbers_that_are_not_finite_are_a_miss(number: float) -> None:
     numbers = np.array([1.0, number], "<f4")
     assert decode_vector(encode(numbers, born=1).raw) is None
     assert decode_vector(numbers.tobytes()) is None
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
+@pytest.mark.parametrize("epoch", [bytes(8), b"\xff" * 8, b"\0\0\xc0\x7f" * 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_only_the_values_that_are_not_finite_are_misses(dtype: str, epoch: bytes, bad: float) -> None:
+    """Whatever stands in their headers, of one shape or of several, and however large the others' numbers."""
+    largest = np.finfo(dtype).max
+    good = [encode(np.full(6, n, dtype), born=n, epoch=epoch).raw for n in (0, 1)]
+    good.append(encode(np.full(6, largest, dtype), born=1, epoch=epoch).raw)
+    numbers = np.ones(6, dtype)
+    numbers[3] = bad
+    broken = encode(numbers, born=1, epoch=epoch).raw
+    other = encode(np.ones(5, dtype), born=1, epoch=epoch).raw
+
+    for raws, expected in (
+        (good, [1, 1, 1]),
+        ([*good, broken], [1, 1, 1, 0]),
+        ([broken, broken], [0, 0]),
+        ([other, broken, None, b"x"], [1, 0, 0, 0]),
+    ):
+        assert [bool(n) for n in expected] == [value is not None for value in decode_finite(raws)]

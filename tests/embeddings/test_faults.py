@@ -9,9 +9,11 @@ import httpx
 import pytest
 import redis as sync_redis
 import redis.asyncio as aioredis
+from redis.exceptions import ResponseError
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.cache import EmbeddingCache
+from redis_asgi.embeddings.leased import run
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.store import MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
@@ -185,6 +187,57 @@ async def test_large_lookups_are_chunked(own_server: Server) -> None:
     assert [*names, None] == found
     assert 3 == stats["cmdstat_mget"]["calls"]
     assert 600 == (await store.delete(names, 1)).count
+    await manager.close()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "too late"])
+async def test_a_lookup_cut_short_leaves_its_reply_to_nobody(own_server: Server, how: str) -> None:
+    """The reply of an abandoned lookup comes when the server goes on: whoever asks next gets their own."""
+    manager = RedisManager(settings_of(own_server.url, REDIS_POOL_SIZE=1))
+    store = manager.part(RedisVectors)
+    assert 2 == (await store.write([Write(b"a", b"of a", 60), Write(b"b", b"of b", 60)])).count
+    own_server.pause()
+    if how == "cancelled":
+        task = asyncio.create_task(store.lookup([b"a"], 60))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        assert Failure.TIMEOUT == await store.lookup([b"a"], 0.01)
+    own_server.resume()
+    assert [[b"of b"]] * 3 == [await store.lookup([b"b"], 5) for _ in range(3)]
+    await manager.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"decode_responses": True}, {"single_connection_client": True}, {"protocol": 3}]
+)
+async def test_a_client_of_the_users_may_be_of_any_kind(redis_url: str, options: dict[str, Any]) -> None:
+    """Vectors come back as bytes, and its connections are as they were."""
+    user_client = aioredis.Redis.from_url(redis_url, socket_timeout=7.5, **options)
+    cache = EmbeddingCache(user_client, settings=Settings())
+    assert await cache.set_embedding("a", [0.5, 2.0])
+    found = await cache.get_embedding("a")
+    assert found is not None
+    assert [0.5, 2.0] == found.tolist()
+    assert await cache.delete_embedding("a")
+    connection = await user_client.connection_pool.get_connection()
+    assert 7.5 == connection.socket_timeout
+    await user_client.connection_pool.release(connection)
+    await user_client.aclose()
+    await user_client.connection_pool.disconnect()
+
+
+async def test_an_error_reply_is_one_commands_own(redis_url: str) -> None:
+    """The other replies of the same trip are read, and the connection is good for the next."""
+    manager = RedisManager(settings_of(redis_url))
+    store = manager.part(RedisVectors)
+    client = cast("aioredis.Redis", await manager.get_connection())
+    await client.hset("h", "a", "b")
+    replies = await run(client.connection_pool, [("GET", "h"), ("SET", b"a", b"1"), ("GET", b"a")], 5)
+    assert [True, b"OK", b"1"] == [isinstance(replies[0], ResponseError), *replies[1:]]
+    assert [b"1"] == await store.lookup([b"a"], 5)
     await manager.close()
 
 

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.core import Core, Options
+from redis_asgi.embeddings.http_caching import by_name
 from redis_asgi.embeddings.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
 from redis_asgi.settings import Settings
@@ -42,11 +43,11 @@ def key_of(
     core: Core = CORE,
 ) -> bytes:
     """The key of the only input of a request."""
-    scope = {"path": path, "query_string": query, "headers": list(headers)}
+    scope = {"path": path, "query_string": query}
     batch = WIRE_FORMATS[wire].split(orjson.loads(orjson.dumps(fields)), None)
     assert isinstance(batch, Batch), batch
-    identity = core.identify(scope, WIRE_FORMATS[wire], batch, partition)
-    return core.input_name(identity, batch.inputs[0])
+    identity = core.identify(scope, by_name(headers), WIRE_FORMATS[wire], batch, partition)
+    return core.input_names(identity, batch.inputs)[0]
 
 
 TRICKY = ["m", "m:x", "x", '"', "m\0", "m\0x", "a,b", "{", "é", "e\u0301", " m", "M", "1", "[1]"]
@@ -138,8 +139,8 @@ def test_keys_have_the_documented_names() -> None:
     core = make_core(Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="app:"))
     batch = WIRE_FORMATS["openai"].split({"model": "m", "input": "q"}, None)
     assert isinstance(batch, Batch)
-    identity = core.identify({"path": "/", "headers": []}, WIRE_FORMATS["openai"], batch, None)
-    names = [core.input_name(identity, batch.inputs[0]), identity.lease_name, identity.epoch_name]
+    identity = core.identify({"path": "/"}, {}, WIRE_FORMATS["openai"], batch, None)
+    names = [core.input_names(identity, batch.inputs)[0], identity.lease_name, identity.epoch_name]
     for kind, name in zip(("input", "lease", "epoch"), names, strict=True):
         assert name.startswith(f"app:embedding_{kind}:v1:".encode())
         assert 64 == len(name.rpartition(b":")[2])
@@ -154,7 +155,7 @@ def test_leases_are_per_credential_path_model_and_origin_also_where_vectors_are_
         batch = wire.split({"model": model, "input": "q"}, None)
         assert isinstance(batch, Batch)
         headers = [(b"authorization", key), (b"origin", origin)]
-        names.add(core.identify({"path": path, "headers": headers}, wire, batch, None).lease_name)
+        names.add(core.identify({"path": path}, by_name(headers), wire, batch, None).lease_name)
     assert 2 * 2 * 2 * 2 == len(names)
 
 

@@ -16,6 +16,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.store import MemoryVectors
+from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
@@ -461,3 +463,74 @@ async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Set
             await asyncio.gather(ask(n), ask(n))
             await ask(n)
     assert 50 == spy.calls
+
+
+async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody was computing is not asked of the store, so his answer counts also when it comes first."""
+    spy, gate, slow = Spy(), Gate(), asyncio.Event()
+    look_up = MemoryVectors.lookup
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="lands:", EMBEDDING_CACHE_L1_BYTES=0)
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings)
+
+    async def slowly(store: MemoryVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
+        found = await look_up(store, names, within)
+        await slow.wait()
+        return found
+
+    first = Caller(app, "a")
+    await gate.reached.wait()
+    monkeypatch.setattr(MemoryVectors, "lookup", slowly)
+    second = Caller(app, "a")
+    await asyncio.sleep(0.01)
+    gate.open.set()
+    await first.task
+    slow.set()
+    await second.task
+
+    assert 1 == spy.calls
+    assert first.answer["data"] == second.answer["data"]
+    assert "redis-asgi; fwd=miss; collapsed" == second.said
+
+
+async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two callers look up at once; one has its answer before the other knows that nothing was stored."""
+    spy, slow = Spy(), asyncio.Event()
+    look_up = MemoryVectors.lookup
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="began:", EMBEDDING_CACHE_L1_BYTES=0)
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    await Caller(app, "whose epoch is known from now on").task
+    lookups: list[object] = []
+
+    async def second_is_slow(store: MemoryVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
+        await asyncio.sleep(0)
+        found = await look_up(store, names, within)
+        lookups.append(names)
+        if len(lookups) == 2:
+            await slow.wait()
+        return found
+
+    monkeypatch.setattr(MemoryVectors, "lookup", second_is_slow)
+    first, second = Caller(app, "a"), Caller(app, "a")
+    await first.task
+    slow.set()
+    await second.task
+    later = Caller(app, "a")
+    await later.task
+
+    assert 2 == spy.calls
+    assert first.answer["data"] == second.answer["data"]
+    assert "redis-asgi; fwd=miss; collapsed" == second.said
+    assert later.said.startswith("redis-asgi; hit")
+
+
+async def test_landed_flights_are_forgotten_when_no_lookup_can_need_them() -> None:
+    """Their vectors stay in memory only while somebody looks up, and then no longer than a lookup takes."""
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="forgotten:", EMBEDDING_CACHE_TIMEOUT=0.01)
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    await Caller(app, "a", "b").task
+    flights = app._core.flights
+    assert (0, 0) == (flights.looking, len(flights._landed))
+    flights.looking += 1
+    await Caller(app, "c", "d").task
+    assert 2 == len(flights._landed)
+    await until(lambda: not flights._landed)

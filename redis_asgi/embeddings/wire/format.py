@@ -143,8 +143,11 @@ def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
     if type(value[0]) is int:
         one = _read_input(value)
         return ((one,), True) if one else None
-    inputs: list[Input] = []
     kind = type(value[0])
+    if kind is str and all(type(item) is str and item for item in value):
+        # The usual case in one step.
+        return tuple([Input(b"s", text.encode()) for text in value]), False
+    inputs: list[Input] = []
     for item in value:
         read = _read_input(item) if type(item) is kind else None
         if read is None:

@@ -1,6 +1,7 @@
 """OpenAI's ``/v1/embeddings``; Azure, vLLM, infinity, llama-cpp-python, LiteLLM, Jina and Voyage speak it."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -119,14 +120,16 @@ def _other_representation(fields: Mapping[str, Any]) -> Uncacheable | None:
 
 def _items(extra: Mapping[str, Any], texts: Sequence[bytes]) -> list[bytes]:
     # Pieces, so that no vector is copied before the answer is put together.
-    before = b"".join(piece + b"," for piece in members(extra)).replace(b"%", b"%%")
-    pattern = b"},{" + before + b'"index":%d,"embedding":'
-    pieces = [b"["]
-    for index, text in enumerate(texts):
-        pieces += (pattern % index, text)
-    pieces[1] = pieces[1][2:]
-    pieces.append(b"}]")
+    pieces = [b"}]"] * (2 * len(texts) + 1)
+    pieces[:-1:2] = _before_vectors(b"".join(piece + b"," for piece in members(extra)), len(texts))
+    pieces[1::2] = texts
     return pieces
+
+
+@lru_cache(maxsize=16)
+def _before_vectors(extra: bytes, n: int) -> list[bytes]:
+    pattern = b"},{" + extra.replace(b"%", b"%%") + b'"index":%d,"embedding":'
+    return [b"[" + (pattern % 0)[2:], *(pattern % index for index in range(1, n))]
 
 
 def _usage(reported: Mapping[str, Any], usage: Usage) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Answers on their way out: with our member of ``Cache-Status``, in messages of moderate size."""
+
+from collections.abc import Sequence
+
+import orjson
+from starlette.types import Message, Send
+
+from .http_caching import RawHeaders, with_body
+from .pace import Pace
+
+_CHUNK = 256 * 1024  # bytes per body message
+_IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
+
+
+def with_status(send: Send, member: str) -> Send:
+    """A ``send`` that appends *member* to the answer's ``Cache-Status``."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"cache-status", member.encode())]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return sent
+
+
+async def send_joined(send: Send, headers: RawHeaders, pieces: Sequence[bytes], pace: Pace) -> None:
+    """Send a 200 whose body is *pieces*, joined only so far that no copy stops the loop for long."""
+    length = sum(map(len, pieces))
+    await send({"type": "http.response.start", "status": 200, "headers": with_body(headers, length)})
+    if length <= _IN_ONE:
+        await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": False})
+        return
+    chunk: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece)
+        if size >= _CHUNK:
+            await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": True})
+            chunk, size = [], 0
+            if pace.due:
+                await pace.rest()
+    await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": False})
+
+
+async def send_not_cached(send: Send) -> None:
+    """The 504 that ``Cache-Control: only-if-cached`` asks for (RFC 9111, 5.2.1.7)."""
+    problem = {
+        "type": "about:blank",
+        "title": "Gateway Timeout",
+        "status": 504,
+        "detail": "Cache-Control: only-if-cached, and not every input is stored.",
+    }
+    body = orjson.dumps(problem)
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 504, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
