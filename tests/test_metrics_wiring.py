@@ -189,3 +189,40 @@ def test_readme_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_clie
 def shape(value: object) -> object:
     """The names in a JSON value, without its numbers."""
     return {name: shape(inner) for name, inner in value.items()} if isinstance(value, dict) else type(value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_cache_counts_what_clients_saw(tmp_path: Path, private_server: StartServer, count: int) -> None:
+    """Inputs found and computed, requests by result, and bypasses: exactly, with three workers in sum."""
+
+    def embed(*texts: str, **more: object) -> str:
+        body = {"model": "m", "input": list(texts), **more}
+        answer = httpx.post(f"{url}/v1/embeddings", json=body, headers=more_headers, trust_env=False, verify=TLS)
+        assert 200 == answer.status_code
+        return answer.headers["cache-status"]
+
+    more_headers = {"authorization": "Bearer sk-hostile"}
+    with workers(tmp_path, APP, count, REDIS_URL=private_server().url, EMBEDDING_CACHE_L1_BYTES="0") as url:
+        before = Series(url)
+        # Five batches of ten new inputs, each asked four times more; then two half known; then two of no use to keep.
+        told = [embed(*(f"{batch} {n}" for n in range(10))) for batch in range(5) for _ in range(5)]
+        told += [embed(f"{batch} 0", f"new {batch}") for batch in range(2)]
+        more_headers["cache-control"] = "no-store"
+        told += [embed("0 0") for _ in range(3)]
+        after = Series(url)
+
+    def gained(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    assert (20, 5, 2, 3) == tuple(
+        sum(mark in each for each in told) for mark in ("; hit", "fwd=miss", "fwd=partial", "fwd=bypass")
+    )
+    requests = {
+        result: gained("cache_requests_total", result=result) for result in ("hit", "miss", "partial", "bypass")
+    }
+    assert {"hit": 20, "miss": 5, "partial": 2, "bypass": 3} == requests
+    assert 3 == gained("cache_bypass_total", reason="no-store")
+    assert (20 * 10 + 2, 5 * 10 + 2) == (
+        gained("cache_items_total", result="hit"),
+        gained("cache_items_total", result="miss"),
+    )
