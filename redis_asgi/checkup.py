@@ -7,19 +7,17 @@ ill, and a check that hangs holds nothing that a request would need. Whatever ha
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
-from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
+from . import aside
 from .client import Client
 from .errors import Failure, classify
 
@@ -98,7 +96,7 @@ class Checkup:
         """Close the connections; the next check opens new ones."""
         connections, self._connections = self._connections, {}
         for connection in connections.values():
-            await _drop(connection)
+            await aside.hang_up(connection)
         await asyncio.sleep(0)  # in which the loop closes the sockets
 
     async def _look(self, until: float) -> tuple[Health, bool]:
@@ -118,19 +116,17 @@ class Checkup:
         report.reused = connection is not None
         if connection is None:
             connection = connect()
-            # Nor does it try again: a refusal is told at once.
-            connection.retry = Retry(NoBackoff(), 0)
         try:
             async with asyncio.timeout_at(until):
-                await connection.connect()
+                if not report.reused:
+                    await aside.connect(connection)
                 started = time.monotonic()
-                await connection.send_packed_command(connection.pack_commands([(b"PING",), *more]), check_health=False)
-                # It is dropped here, for good; redis-py would begin a TLS goodbye, which may take 30 s.
-                await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+                await aside.send(connection, (b"PING",), *more)
+                await aside.receive(connection)
                 report.latency = time.monotonic() - started
                 await _read_more(connection, len(more), report)
         except BaseException as error:
-            await _drop(connection)
+            await aside.hang_up(connection)
             if not isinstance(error, Exception):
                 raise
             # Once it has answered the PING, only what it says of itself is missing.
@@ -175,7 +171,7 @@ class Checkup:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
         for address in set(self._connections) - seen:
-            await _drop(self._connections.pop(address))
+            await aside.hang_up(self._connections.pop(address))
         return reports
 
 
@@ -184,30 +180,13 @@ async def _read_more(connection: AbstractConnection, count: int, report: _Report
     replies: list[Any] = []
     for _ in range(count):
         try:
-            replies.append(await connection.read_response(disable_decoding=True, disconnect_on_error=False))
+            replies.append(await aside.receive(connection))
         except ResponseError:
             replies.append(None)
-    report.about = dict(_fields(replies[0]))
+    report.about = dict(aside.info_fields(replies[0]))
     if count > 1:
-        report.cluster = dict(_fields(replies[1]))
+        report.cluster = dict(aside.info_fields(replies[1]))
         report.slots = _slots(replies[2], report.address[0])
-
-
-async def _drop(connection: AbstractConnection) -> None:
-    """Close at once: a peer that hangs is not waited for, neither for its goodbye nor for what it never read."""
-    writer = getattr(connection, "_writer", None)
-    with suppress(Exception):
-        if writer is not None:
-            writer.transport.abort()
-        await connection.disconnect(nowait=True)
-
-
-def _fields(reply: object) -> Iterator[tuple[str, str]]:
-    text = reply.decode(errors="replace") if isinstance(reply, bytes) else reply if isinstance(reply, str) else ""
-    for line in text.splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            yield name, value
 
 
 def _slots(reply: object, asked: str) -> Mapping[Address, int] | None:

@@ -18,6 +18,7 @@ from redis.driver_info import DriverInfo
 from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from . import aside
 from .errors import ConfigurationError
 from .settings import URL_OPTIONS_NOT_TAKEN, Settings
 from .telemetry import telemetry
@@ -230,11 +231,11 @@ async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
 
 async def _ping_over(connection: AbstractConnection) -> None:
     try:
-        await connection.connect()  # type: ignore[no-untyped-call]  # theirs
-        await connection.send_command("PING")
-        await connection.read_response()
+        await aside.connect(connection)
+        await aside.send(connection, (b"PING",))
+        await aside.receive(connection)
     finally:
-        await connection.disconnect(nowait=True)
+        await aside.hang_up(connection)
 
 
 async def drop_connections(client: Client) -> None:

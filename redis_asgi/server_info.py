@@ -7,18 +7,16 @@ a second.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
+from . import aside
 from .client import Client
 from .connection import RedisManager
 from .errors import Failure, classify
@@ -110,36 +108,16 @@ async def _ask_all(client: Client) -> tuple[Mapping[str, str], ...]:
 async def _ask(connect: Callable[[], AbstractConnection]) -> Mapping[str, str]:
     """The fields of ``INFO``; none when it is refused by a server that answers a PING."""
     connection = connect()
-    # A refusal is told at once.
-    connection.retry = Retry(NoBackoff(), 0)
     try:
-        await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
-        # redis-py would close a TLS connection by a goodbye whose answer it awaits for 30 s; `_drop` does not.
-        await connection.send_packed_command(connection.pack_commands([(b"PING",), (b"INFO",)]), check_health=False)
-        await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+        await aside.connect(connection)
+        await aside.send(connection, (b"PING",), (b"INFO",))
+        await aside.receive(connection)
         try:
-            return dict(_fields(await connection.read_response(disable_decoding=True, disconnect_on_error=False)))
+            return dict(aside.info_fields(await aside.receive(connection)))
         except ResponseError:
             return {}
     finally:
-        await _drop(connection)
-
-
-def _fields(reply: object) -> Iterator[tuple[str, str]]:
-    text = reply.decode(errors="replace") if isinstance(reply, bytes) else reply if isinstance(reply, str) else ""
-    for line in text.splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            yield name, value
-
-
-async def _drop(connection: AbstractConnection) -> None:
-    """Close at once, without a goodbye that a peer which hangs would not hear."""
-    writer: Any = getattr(connection, "_writer", None)
-    with suppress(Exception):
-        if writer is not None:
-            writer.transport.abort()
-        await connection.disconnect(nowait=True)
+        await aside.hang_up(connection)
 
 
 class ServerWatch:

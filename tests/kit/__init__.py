@@ -18,6 +18,9 @@ Faults on the way (``proxy``)
     ``await proxy.set(mode)`` with ``pass``, ``delay`` (``seconds=``), ``drop_replies`` (swallow them),
     ``cut_replies`` (close instead of a reply; both also ``times=1``, then well again), ``reset`` (RST),
     ``blackhole`` (accept, swallow), ``refuse`` (closed port), ``chunk`` (one byte a write)
+A browser (``browser``)
+    ``with Browser(binary) as it``   a real Chromium, headless: ``visit(url) run(script) screenshot(path)
+                                     resize(w, h) prefer(scheme)``; ``served(app)`` gives it something to look at
 Processes (``processes``)
     ``run_python(code)``             a script under ``-W error -X dev`` with a clean environment
 

@@ -1,0 +1,98 @@
+"""Connections aside from the pool leave no socket behind, wherever a TLS server hangs."""
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio as aioredis
+
+from redis_asgi import Settings
+from redis_asgi.checkup import Checkup
+from redis_asgi.client import build_client, ping
+from redis_asgi.server_info import read_server
+
+from .kit.certificates import Certificates
+
+pytestmark = pytest.mark.anyio
+
+
+@contextmanager
+def hanging(certificates: Certificates, answers: int) -> Iterator[tuple[int, list[ssl.SSLSocket]]]:
+    """A TLS server that answers so many writes of a connection, then neither reads nor says goodbye: a stopped process.
+
+    Yields its port, and the connections it has taken and will not close.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.server.cert, certificates.server.key)
+    taken: list[ssl.SSLSocket] = []
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                peer, _ = listener.accept()
+                wrapped = context.wrap_socket(peer, server_side=True)
+                taken.append(wrapped)
+                for _ in range(answers):
+                    # One line for each command: an array's head is all that begins a line with a star.
+                    wrapped.sendall(b"+OK\r\n" * wrapped.recv(65536).count(b"*"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], taken
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+    for each in taken:
+        each.close()
+
+
+def open_files() -> int:
+    """How many this process has open."""
+    return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+async def checked(client: Any) -> None:
+    """A health check and its end."""
+    checkup = Checkup(client, deadline=0.2)
+    await checkup.run()
+    await checkup.aclose()
+
+
+async def probed(client: Any) -> None:
+    """What the breaker does."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await ping(client)
+
+
+async def read(client: Any) -> None:
+    """What metrics do."""
+    await read_server(client, deadline=0.2)
+
+
+@pytest.mark.parametrize("answers", [0, 2], ids=["in the greeting", "at the PING"])
+@pytest.mark.parametrize("ask", [probed, checked, read])
+async def test_hung_tls_server_keeps_no_socket(
+    certificates: Certificates, ask: Callable[[aioredis.Redis], Awaitable[None]], answers: int
+) -> None:
+    """Three questions, and not one socket of ours is left, whatever the server does not do."""
+    with hanging(certificates, answers) as (port, taken):
+        settings = Settings(REDIS_URL=f"rediss://127.0.0.1:{port}", REDIS_SSL_CA_CERTS=certificates.ca.cert)
+        client = build_client(settings).client
+        assert isinstance(client, aioredis.Redis)
+        await ask(client)  # opens what stays open: certificates, random numbers
+        await asyncio.sleep(0.05)
+        before, had = open_files(), len(taken)
+        for _ in range(3):
+            await ask(client)
+        await asyncio.sleep(0.05)
+
+        assert 3 == len(taken) - had
+        assert 3 == open_files() - before  # the server's ends
+        await client.aclose()
