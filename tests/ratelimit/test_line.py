@@ -70,7 +70,11 @@ async def test_idle_line_gives_way_to_whoever_waits(private_server: StartServer)
     manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=2, REDIS_TIMEOUT=1))
     client = await manager.get_connection()
     await ask(batcher_of(manager))
-    blocked = (client.execute_command("BLPOP", "nothing", "0.3") for _ in range(2))
+    blocked = [asyncio.ensure_future(client.execute_command("BLPOP", "nothing", "0.5")) for _ in range(2)]
+    # Both at once: one after the other would do without the limiter's connection.
+    async with asyncio.timeout(0.4):
+        while server.client().info("clients")["blocked_clients"] < 2:
+            await asyncio.sleep(0.01)
     assert [None, None] == await asyncio.gather(*blocked)
     assert 98 == remaining(await ask(batcher_of(manager)))
     await manager.close()
