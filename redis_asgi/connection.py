@@ -79,23 +79,29 @@ class _Opened:
 
 # What is open stays alive until its loop ends or it is closed, whoever still holds its manager.
 _open: set[_Opened] = set()
-_forks = 0
+
+
+class _Process:
+    """This process; what is asked of it for every request is an attribute, not a call.
+
+    Attributes:
+        forks: How often it was forked off since the first manager was made: other sockets for each number.
+    """
+
+    forks = 0
+
+
+PROCESS = _Process()
 
 
 def _note_fork() -> None:
-    global _forks  # noqa: PLW0603 - the process has one
-    _forks += 1
+    PROCESS.forks += 1
 
 
 @functools.lru_cache(maxsize=1)
 def _watch_forks() -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_note_fork)
-
-
-def forks() -> int:
-    """How often this process was forked off since the first manager was made: other sockets for each number."""
-    return _forks
 
 
 async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> AsyncGenerator[None, None]:
@@ -135,7 +141,7 @@ class RedisManager:
         self._inherited: list[object] = []
         self._unreachable: tuple[float, OSError] | None = None
         self.fails_closed = False
-        self._forks = forks()
+        self._forks = PROCESS.forks
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -158,7 +164,7 @@ class RedisManager:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
-        return getattr(opened.client, "connection_pool", None) if opened and self._forks == forks() else None
+        return getattr(opened.client, "connection_pool", None) if opened and self._forks == PROCESS.forks else None
 
     @property
     def breaker_state(self) -> BreakerState:
@@ -207,7 +213,7 @@ class RedisManager:
 
     async def close(self) -> None:
         """Close what the running loop has open; idempotent, and the next use opens it again."""
-        if self._forks != forks():
+        if self._forks != PROCESS.forks:
             self._forget_parent()
         opened = self._opened.pop(asyncio.get_running_loop(), None)
         if opened is None:
@@ -257,7 +263,7 @@ class RedisManager:
 
     def _open(self) -> _Opened:
         loop = asyncio.get_running_loop()
-        if self._forks != forks():
+        if self._forks != PROCESS.forks:
             self._forget_parent()
         opened = self._opened.get(loop)
         if opened is None:
@@ -308,7 +314,7 @@ class RedisManager:
         # Kept alive on purpose: finalising the parent's transports here would touch its selector.
         self._inherited.append(dict(self._opened))
         self._opened = {}
-        self._forks = forks()
+        self._forks = PROCESS.forks
 
 
 class _GivenClient(RedisManager):

@@ -142,12 +142,15 @@ class Addressing:
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
         walk at the last trusted one. ``None`` when the server gives no peer (a unix socket).
         """
-        host = peer_host(scope)
+        peer = scope.get("client")
+        host = peer[0] if peer else None
         if not host:
             return None
-        if self._trusted and len(host) <= _LONGEST_ADDRESS and self._is_trusted(host):
+        if len(host) > _LONGEST_ADDRESS:
+            return str(host)
+        if self._trusted and self._is_trusted(host):
             host = self._walk(scope, host)
-        return self._shared_by(host) if len(host) <= _LONGEST_ADDRESS else host
+        return self._shared_by(host)
 
     def trusts_peer(self, scope: Scope) -> bool:
         """Whether the forwarding header of this request is believed."""

@@ -1,24 +1,26 @@
 """The counters and timings that both middlewares add to, and a short history of them; no I/O.
 
 `telemetry()` gives the process's one `Telemetry`. Hot paths bind their children once, ``.labels(...)`` being four
-times as dear as the ``inc()`` that follows, and call ``tick(time.monotonic())`` once per request before they count.
+times as dear as the ``inc()`` that follows. What would count once per request is noted instead, see `Notes`; what
+counts rarely calls ``tick(time.monotonic())`` before it does.
 prometheus-client is imported at the first use, not with the package.
 """
 
+import asyncio
 import threading
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Histogram
+    from prometheus_client import Counter, Histogram, Metric
 
 PREFIX = "redis_asgi"
 SAMPLE_SECONDS = 5.0
@@ -61,6 +63,67 @@ class Sample:
     policies: Mapping[str, tuple[int, int]] = field(default_factory=lambda: _NO_POLICIES)
 
 
+TOLD_WITHIN = 0.05  # seconds
+_MOST_NOTES = 4096
+
+Noted: TypeAlias = "Counter | tuple[Counter, ...]"
+
+
+class Notes:
+    """What was counted but not told to the metrics yet: a counter's lock for each request costs as much as deciding it.
+
+    Notes are told 50 ms after the first of them, in one go, and before anybody reads the registry or the history; so
+    only a worker that answers for others in multi-process mode sees theirs that much later.
+
+    Args:
+        tick: See `Telemetry.tick`.
+    """
+
+    def __init__(self, tick: "Callable[[float], None]") -> None:
+        self._tick = tick
+        # Appending and popping are atomic: loops of several threads may note.
+        self._counted: deque[Noted] = deque()
+        self._observed: deque[tuple[Callable[[float], None], float]] = deque()
+
+    def count(self, what: Noted) -> None:
+        """Count one more of *what*: a counter, or several at once. Call it in a loop that runs."""
+        counted = self._counted
+        counted.append(what)
+        waiting = len(counted)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
+        elif waiting >= _MOST_NOTES:
+            self.tell()
+
+    def observe(self, observe: "Callable[[float], None]", value: float) -> None:
+        """Note a *value* for a histogram's *observe*. Call it in a loop that runs."""
+        observed = self._observed
+        observed.append((observe, value))
+        waiting = len(observed)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
+        elif waiting >= _MOST_NOTES:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the metrics."""
+        counted, observed = self._counted, self._observed
+        if counted or observed:
+            self._tick(time.monotonic())
+        totals: dict[Noted, int] = {}
+        with suppress(IndexError):  # another thread tells too
+            while counted:
+                what = counted.popleft()
+                totals[what] = totals.get(what, 0) + 1
+        for what, total in totals.items():
+            for counter in what if isinstance(what, tuple) else (what,):
+                counter.inc(total)
+        with suppress(IndexError):
+            while observed:
+                observe, value = observed.popleft()
+                observe(value)
+
+
 class Telemetry:
     """Every metric the package counts itself, in a registry of its own, and what they counted lately.
 
@@ -78,7 +141,17 @@ class Telemetry:
         # Here, not above: it costs as much as the rest of the package, and an app may never count.
         from prometheus_client import CollectorRegistry  # noqa: PLC0415
 
-        self.registry = CollectorRegistry()
+        self.notes = Notes(self.tick)
+        notes = self.notes
+
+        class Registry(CollectorRegistry):
+            """A registry that is up to date when it is read."""
+
+            def collect(self) -> "Iterable[Metric]":
+                notes.tell()
+                return super().collect()
+
+        self.registry = Registry()
         try:
             self._make_metrics()
         except OSError as error:
@@ -114,6 +187,7 @@ class Telemetry:
             now: In monotonic seconds; ``None`` = now.
         """
         now = time.monotonic() if now is None else now
+        self.notes.tell()
         self.tick(now)
         with self._lock:
             samples = tuple(self._samples)

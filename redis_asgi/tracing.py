@@ -14,9 +14,8 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
     Args:
         attributes: Never an identity, a key or a text: traces are read by more people than Redis is.
     """
-    trace = sys.modules.get("opentelemetry.trace")
     # It may be half imported by another thread.
-    current = getattr(trace, "get_current_span", None)
+    current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
     if current is None:
         return
     span = current()
@@ -24,6 +23,15 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
         for name, value in attributes.items():
             if value is not None:
                 span.set_attribute(_attribute(name), value)
+
+
+def may_be_traced() -> bool:
+    """Whether there is anything that a span could be in: cheaper to see than that there is no span.
+
+    redis-py imports the API wherever it is installed, also where nobody traces.
+    """
+    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
+    return context is not None and bool(context())
 
 
 @lru_cache(maxsize=64)

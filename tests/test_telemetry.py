@@ -1,5 +1,6 @@
 """What is counted, and the short history of it."""
 
+import asyncio
 import threading
 import time
 import timeit
@@ -298,3 +299,58 @@ except ConfigurationError as error:
     assert ("", 0) == (done.stderr, done.returncode)
     assert done.stdout.startswith("PROMETHEUS_MULTIPROC_DIR is not a directory that can be written to (FileNotFoundE")
     assert "before the first worker starts" in done.stdout
+
+
+def total(counter: Counter) -> float:
+    """What *counter* was told."""
+    return counter._value.get()  # type: ignore[no-any-return]  # prometheus-client's
+
+
+async def noted(counted: Telemetry, times: int) -> tuple[Counter, Counter]:
+    """Note an admission by two policies so many times."""
+    both = tuple(counted.ratelimit_policy.labels(name, "allowed") for name in ("a", "b"))
+    for _ in range(times):
+        counted.notes.count(both)
+    return both[0], both[1]
+
+
+@pytest.mark.anyio
+async def test_notes_are_told_in_time(counted: Telemetry) -> None:
+    """Nobody asks, and they are told all the same; once."""
+    first, second = await noted(counted, 3)
+    before = total(first)
+    deadline = time.monotonic() + 5
+    while not total(second) and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    counted.notes.tell()
+
+    assert [0, 3, 3] == [before, total(first), total(second)]
+
+
+@pytest.mark.anyio
+async def test_whoever_reads_is_told_all(counted: Telemetry) -> None:
+    """The registry and the history are up to date when they are read."""
+    await noted(counted, 2)
+    counted.notes.observe(counted.redis_batch_size.observe, 7)
+    (policies,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_ratelimit_policy"]
+    (sizes,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_redis_batch_size"]
+    await noted(counted, 1)
+    last = counted.history(counted._due)[-1]
+
+    assert {"a": 2, "b": 2} == {s.labels["policy"]: s.value for s in policies.samples if s.name.endswith("_total")}
+    assert [1, 7] == [s.value for s in sizes.samples if s.name.endswith(("_count", "_sum"))]
+    assert {"a": (3, 0), "b": (3, 0)} == dict(last.policies)
+
+
+@pytest.mark.anyio
+async def test_notes_do_not_pile_up(counted: Telemetry) -> None:
+    """A loop that never gets to its timers, or is gone, keeps a bounded number of them."""
+    first, _ = await noted(counted, 10_000)
+    told = total(first)
+    for _ in range(10_000):
+        counted.notes.observe(counted.redis_batch_size.observe, 1)
+    counted.notes.tell()
+
+    assert 8192 == told
+    assert 10_000 == total(first)
+    assert 10_000 == counted.redis_batch_size._sum.get()

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from ..client import Client, build_client
 from ..connection import RedisManager, describe
 from ..errors import Failure, classify
-from ..ratelimit.policy import STRATEGIES, Charge, Policy, PolicySet, make_partition
+from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..settings import Settings
 from .findings import (
     Finding,
@@ -202,7 +202,7 @@ async def _script(manager: RedisManager, node: Node) -> Finding:
         partition = make_partition("check", secrets.token_hex(16), prefix=prefix)
         if node.holds(partition.key):
             break
-    charges = (Charge(policies, partition),)
+    charges = Charges((Charge(policies, partition),))
     started = time.monotonic()
     replies = [await ask(manager, "consume", charges, manager.settings.REDIS_TIMEOUT) for _ in range(3)]
     took = (time.monotonic() - started) / len(replies)

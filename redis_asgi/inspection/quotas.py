@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from ..connection import RedisManager
 from ..errors import ConfigurationError, Failure
@@ -17,7 +18,7 @@ from ..ratelimit.cluster import make_batcher
 from ..ratelimit.decision import PolicyState, read_reply
 from ..ratelimit.engine import Engine
 from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
-from ..ratelimit.policy import Charge, Partition, Policy, PolicySet, make_partition
+from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
 from ..ratelimit.rules import DEFAULT_NAME, MOVING_WINDOW_MAX, check_name, make_policies
 from ..ratelimit.strategies import Mode
 from ..scope import Addressing, parse_address
@@ -129,12 +130,12 @@ def known_policies(
     )
 
 
-async def ask(manager: RedisManager, mode: Mode, charges: tuple[Charge, ...], within: float) -> Outcome:
+async def ask(manager: RedisManager, mode: Mode, charges: Charges, within: float) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
     batcher = manager.part(make_batcher)
     check = Check(batcher.loop, mode, charges, within)
     batcher.submit(check)
-    return await check.future
+    return cast("Outcome", await check.future)
 
 
 async def look(
@@ -159,7 +160,7 @@ async def look(
     policies += [policy for policy in known if policy.field not in stored]
     if not policies:
         return []
-    charges = (Charge(PolicySet(tuple(policies)), partition),)
+    charges = Charges((Charge(PolicySet(tuple(policies)), partition),))
     reply = await ask(manager, "peek", charges, manager.settings.REDIS_TIMEOUT)
     if isinstance(reply, Failure):
         raise QuotaError("answer", reply)

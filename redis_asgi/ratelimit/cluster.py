@@ -10,7 +10,7 @@ from ..connection import RedisManager
 from ..errors import Failure
 from .batch import Batcher, Check, Outcome, Wire, resolve
 from .line import LineWire
-from .policy import Charge
+from .policy import Charge, Charges
 from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
 from .wires import NodeWire, PoolWire, slot_key
 
@@ -28,12 +28,8 @@ class ClusterBatcher:
         self._client = client
         self._clock = clock
         self.closed = False
+        self.breaker = None  # each node has one of its own, and where a check goes is found out for each
         self._batchers: dict[str, Batcher] = {}
-
-    @property
-    def down(self) -> Failure | None:
-        """``None``: each node has a breaker of its own, and where a check goes is found out for each."""
-        return None
 
     def submit(self, check: Check) -> None:
         """Queue *check* at the node, or the nodes, that its keys live on."""
@@ -41,7 +37,7 @@ class ClusterBatcher:
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             self._route(check)
             return
-        asked = [Check(self.loop, check.mode, tuple(charges), check.timeout) for charges in parts.values()]
+        asked = [Check(self.loop, check.mode, Charges(charges), check.timeout) for charges in parts.values()]
         left = len(asked)
 
         def one_answered(_: asyncio.Future[Outcome]) -> None:

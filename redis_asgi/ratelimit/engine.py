@@ -10,17 +10,18 @@ import re
 import time
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Literal, cast
 
-from ..connection import RedisManager, forks
+from ..connection import PROCESS, RedisManager
 from ..errors import Failure, classify
 from ..settings import HeaderStyle, OnRedisError, Settings
 from .batch import Batcher, Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
+from .headers import Fields, limit_fields, reply_fields
 from .local import LocalEngine
-from .policy import Charge, Partition, PolicySet, log_key
+from .policy import Charge, Charges, Partition, PolicySet, log_key
 from .refusals import Refusal, RefusalMemory
 from .strategies import Mode, Reply, charged_receipts
 
@@ -42,12 +43,12 @@ class Verdict:
         known: The remembered refusals that answered, and when (monotonic seconds).
     """
 
-    __slots__ = ("_decision", "allowed", "at", "charges", "engine", "known", "reply", "source")
+    __slots__ = ("_decision", "_fields", "allowed", "at", "charges", "engine", "known", "reply", "source")
 
     def __init__(
         self,
         engine: "Engine",
-        charges: tuple[Charge, ...],
+        charges: Charges,
         source: Source,
         reply: Reply | None = None,
         *,
@@ -57,19 +58,28 @@ class Verdict:
     ) -> None:
         self.engine = engine
         self.charges = charges
-        self.source = source
+        self.source: Source = source
         self.reply = reply
         self.known = known
         self.at = at
         self._decision = decision
+        self._fields: Fields | None = None
         if reply is not None:
             self.allowed = reply[0] == 1
+            if engine.style == "ietf" and len(charges.each) == 1:
+                self._fields = reply_fields(charges.each[0].policies, reply)
         else:
             self.allowed = not known and (decision is None or decision.allowed)
 
-    def count(self) -> None:
-        """Count the request it is about."""
-        outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
+    def fields(self, style: HeaderStyle) -> Fields:
+        """The header fields of the answer. Do not change the list."""
+        if style == "ietf" and self._fields is not None:
+            return self._fields
+        return limit_fields(self.decision, style) if style != "none" else []
+
+    def count_refusal(self) -> None:
+        """Count the request it refuses."""
+        outcome = "unavailable" if self.source == "none" else "refused"
         self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
 
     @property
@@ -123,9 +133,9 @@ class Engine:
         self._local = manager.shared(LocalEngine.from_settings)
         self._refusals = manager.shared(RefusalMemory.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
-        self._forks = forks()
+        self._forks = PROCESS.forks
 
-    def remembered(self, charges: tuple[Charge, ...]) -> Verdict | None:
+    def remembered(self, charges: Charges) -> Verdict | None:
         """The refusal of *charges* that this process knows already."""
         now = time.monotonic()
         known = self._refusals.find(charges, now)
@@ -136,44 +146,50 @@ class Engine:
                 self.counts.known(charge, refusal.policy.name)
         return Verdict(self, charges, "redis", known=known, at=now)
 
-    async def decide(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Verdict:
+    async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
         asked = self.ask(charges, mode)
-        return asked if isinstance(asked, Verdict) else self.read(asked, await asked.future)
+        return asked if isinstance(asked, Verdict) else cast("Verdict", await asked.future)
 
-    def ask(self, charges: tuple[Charge, ...], mode: Mode = "consume") -> Check | Verdict:
-        """The first half of `decide`: the verdict, where Redis need not be asked, else the check that is on its way."""
+    def ask(self, charges: Charges, mode: Mode = "consume") -> Check | Verdict:
+        """The verdict, where Redis need not be asked, else the check that is on its way, whose future it becomes."""
         if not self._has_redis:
             return self._decided(charges, mode, "memory", self._local.decide(mode, charges))
-        if mode == "consume" and self._refusals:
+        if mode == "consume" and self._refusals.partitions:
             known = self.remembered(charges)
             if known is not None:
                 return known
-        try:
-            batcher = self._batcher()
-        except OSError as error:
-            # The client cannot even be built: its host has no address.
-            return self._without_redis(charges, mode, classify(error))
-        if batcher.down is not None:
-            return self._without_redis(charges, mode, batcher.down)
-        check = Check(batcher.loop, mode, charges, self._timeout)
+        batcher = self._last_batcher
+        if (
+            batcher is None
+            or batcher.closed
+            or batcher.loop is not asyncio.get_running_loop()
+            or self._forks != PROCESS.forks
+        ):
+            try:
+                batcher = self._batcher()
+            except OSError as error:
+                # The client cannot even be built: its host has no address.
+                return self._without_redis(charges, mode, classify(error))
+        breaker = batcher.breaker
+        if breaker is not None and breaker.state == "open":
+            return self._without_redis(charges, mode, breaker.reason)
+        check = Check(batcher.loop, mode, charges, self._timeout, (), self._read)
         batcher.submit(check)
         return check
 
-    def read(self, check: Check, outcome: Outcome) -> Verdict:
-        """The second half: the verdict in what came of *check*."""
-        waited = check.waited()
+    def _read(self, check: Check, outcome: Outcome) -> Verdict:
+        """The verdict in what came of *check*."""
         if isinstance(outcome, Failure):
             verdict = self._without_redis(check.charges, check.mode, outcome)
-        else:
-            if not outcome[0] and check.mode == "consume":
-                self._refusals.remember(check.charges, outcome, check.written)
-            verdict = self._decided(check.charges, check.mode, "redis", outcome)
-        self.counts.waited(verdict.source, waited)
-        return verdict
+            self.counts.waited(verdict.source, check.waited())
+            return verdict
+        if not outcome[0] and check.mode == "consume":
+            self._refusals.remember(check.charges, outcome, check.written)
+        return self._decided(check.charges, check.mode, "redis", outcome)
 
-    def _decided(self, charges: tuple[Charge, ...], mode: Mode, source: Source, reply: Reply) -> Verdict:
-        if mode == "consume" and self._names_are_fixed:
+    def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
+        if self._names_are_fixed and mode == "consume":
             self.counts.decided(charges, reply)
         return Verdict(self, charges, source, reply)
 
@@ -199,12 +215,12 @@ class Engine:
                     receipts.append(kept[at])
                 at += 1
         if more:
-            self._apply("charge", more, (), verdict)
+            self._apply("charge", Charges(more), (), verdict)
         if back:
-            self._apply("refund", back, receipts, verdict)
+            self._apply("refund", Charges(back), receipts, verdict)
 
     def _apply(
-        self, mode: Literal["charge", "refund"], charges: Sequence[Charge], receipts: Sequence[int], verdict: Verdict
+        self, mode: Literal["charge", "refund"], charges: Charges, receipts: Sequence[int], verdict: Verdict
     ) -> None:
         def done(_: object = None) -> None:
             for charge in charges:
@@ -218,7 +234,7 @@ class Engine:
         else:
             # On a cluster each charge may live on another node.
             for _, same in groupby(charges, lambda charge: charge.partition.key):
-                mine = tuple(same)
+                mine = Charges(same)
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 batcher = self._batcher()
                 check = Check(batcher.loop, mode, mine, self._timeout, theirs)
@@ -227,12 +243,10 @@ class Engine:
                 batcher.submit(check)
 
     def _batcher(self) -> Batcher | ClusterBatcher:
-        """The running loop's batcher; looked up again when the loop is another, or the manager was closed."""
-        last = self._last_batcher
-        if last is None or last.closed or last.loop is not asyncio.get_running_loop() or self._forks != forks():
-            last = self._last_batcher = self.manager.part(make_batcher)
-            self._forks = forks()
-        return last
+        """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
+        self._last_batcher = self.manager.part(make_batcher)
+        self._forks = PROCESS.forks
+        return self._last_batcher
 
     async def reset(self, partition: Partition, name: str | None) -> bool:
         """Forget a partition's counters, or those of one rule; whether there were any."""
@@ -276,18 +290,19 @@ class Engine:
             await client.execute_command("UNLINK", *logs)
         return bool(gone)
 
-    def _without_redis(self, charges: tuple[Charge, ...], mode: Mode, reason: Failure) -> Verdict:
+    def _without_redis(self, charges: Charges, mode: Mode, reason: Failure) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
         answers = {charge.on_redis_error for charge in charges if charge.policies.shown}
-        local = tuple([charge for charge in charges if charge.on_redis_error == "local"])
+        local = charges
+        if any(charge.on_redis_error != "local" for charge in charges):
+            local = Charges(charge for charge in charges if charge.on_redis_error == "local")
         chosen: OnRedisError = "closed" if "closed" in answers else "local" if local else "open"
         if mode == "consume":
             self.counts.fell_back(chosen, reason)
         if chosen == "local":
             return self._decided(local, mode, "local", self._local.decide(mode, local, divisor=self._divisor))
-        if chosen == "closed":
-            return Verdict(self, (), "none", decision=Decision(False, "none", CLOSED_RETRY_AFTER))
-        return Verdict(self, (), "none", decision=Decision(True, "none"))
+        decision = Decision(True, "none") if chosen == "open" else Decision(False, "none", CLOSED_RETRY_AFTER)
+        return Verdict(self, Charges(), "none", decision=decision)
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

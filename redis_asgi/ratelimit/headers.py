@@ -14,8 +14,7 @@ import orjson
 from starlette.types import Message
 
 from ..settings import HeaderStyle
-from .decision import Decision, PolicyState, merged, policy_state, refusal_of
-from .engine import Verdict
+from .decision import Decision, PolicyState, policy_state, refusal_of
 from .policy import MICROSECONDS, Policy, PolicySet
 from .strategies import VALUES_PER_COUNTER, Reply
 
@@ -98,14 +97,6 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
     return fields
 
 
-def verdict_fields(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
-    """The fields of all that was decided about a request."""
-    first = verdicts[0]
-    if len(verdicts) == 1 and style == "ietf" and first.reply is not None and len(first.charges) == 1:
-        return reply_fields(first.charges[0].policies, first.reply)
-    return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
-
-
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
     """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
     both = list(message.get("headers") or ())
@@ -166,20 +157,8 @@ def content_fields(body: bytes) -> Fields:
 def rendered_refusal(
     policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle
 ) -> tuple[Fields, bytes]:
-    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us. Do not change the list.
-
-    Under a flood the same few go out again and again, since the times in them are whole seconds: they are kept.
-    """
-    # Legacy fields hold the time of day, so their document changes every second anyway.
-    day = math.ceil(time.time()) if style in ("legacy", "both") else 0
-    return _rendered_refusal(policy, remaining, -(-reset // MICROSECONDS), -(-retry // MICROSECONDS), style, day)
-
-
-@lru_cache(maxsize=1024)
-def _rendered_refusal(
-    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle, _day: int
-) -> tuple[Fields, bytes]:
-    state = policy_state(policy, remaining, reset * MICROSECONDS, retry * MICROSECONDS)
+    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us."""
+    state = policy_state(policy, remaining, reset, retry)
     decision = refusal_of((state,), (state,), "redis")
     body = quota_exceeded(decision)
     return limit_fields(decision, style) + refusal_fields(decision) + content_fields(body), body

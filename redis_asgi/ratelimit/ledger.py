@@ -10,8 +10,10 @@ from dataclasses import fields
 from typing import Any
 
 from ..connection import RedisManager
+from ..settings import HeaderStyle
 from .decision import Decision, merged
 from .engine import Engine, Verdict
+from .headers import Fields, limit_fields
 from .policy import Partition, Policy
 
 # Where a scope's ``state`` keeps it: ``request.state.rate_limit``.
@@ -72,29 +74,36 @@ class Ledger:
 
     def count(self) -> None:
         """Count the request, once: as refused if one of its verdicts is, else as the first says."""
-        if self._is_counted:
-            return
-        self._is_counted = True
-        for verdict in self.verdicts:
-            if not verdict.allowed:
-                verdict.count()
-                return
-        self.verdicts[0].count()
+        if not self._is_counted:
+            self._is_counted = True
+            verdict = self.verdicts[0]
+            if len(self.verdicts) > 1:
+                verdict = next((verdict for verdict in self.verdicts if not verdict.allowed), verdict)
+            if verdict.allowed:
+                verdict.engine.counts.request("allowed", verdict.source)
+            else:
+                verdict.count_refusal()
+
+    def fields(self, style: HeaderStyle) -> Fields:
+        """The header fields of all that was decided about the request. Do not change the list."""
+        if len(self.verdicts) == 1:
+            return self.verdicts[0].fields(style)
+        return limit_fields(merged([verdict.decision for verdict in self.verdicts]), style)
 
     def settle(self, status: int | None) -> None:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
         if self.settled:
             return
         self.settled = True
-        self.count()
+        if not self._is_counted:
+            self.count()
         if self._changes is not None:
             self._send(status, self._changes)
             return
         for verdict in self.verdicts:
-            for charge in verdict.charges:
-                if charge.count_if is not None:
-                    self._send(status, [])
-                    return
+            if verdict.charges.wait_and_see:
+                self._send(status, [])
+                return
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self.verdicts:

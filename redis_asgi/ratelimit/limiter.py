@@ -7,7 +7,7 @@ from ..errors import ConfigurationError
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
-from .policy import Charge, Partition, make_partition
+from .policy import Charge, Charges, Partition, make_partition
 from .rules import check_choice, check_cost, check_name, make_policies
 from .strategies import Mode
 
@@ -128,7 +128,7 @@ class RateLimiter:
             raise ConfigurationError(f"limits={limits!r} is not notation. Try '100/minute' or '20/second; 1000/hour'.")
         policies = make_policies(check_name(name), limits, strategy or self._strategy)
         charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
-        return (await self._engine.decide((charge,), mode)).decision
+        return (await self._engine.decide(Charges((charge,)), mode)).decision
 
     def _partition(self, client_id: str | Partition) -> Partition:
         if isinstance(client_id, Partition):

@@ -15,16 +15,17 @@ from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
+from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STATE, Ledger, RequestDecision
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
-from .policy import Charge
+from .policy import Charges
 from .request import RuleCheck
 from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
-from .rules import Limits, Rule, check_choice, compile_rules
+from .rules import Limits, Rule, check_choice, compile_rules, same_identity
 
 
 class RateLimitMiddleware:
@@ -96,8 +97,8 @@ class RateLimitMiddleware:
             raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
         self._on_exceeded = on_exceeded
         self._linter = Linter(self._addressing)
-        # When every rule is plain and covers every path, a client's charges are always the same: they are kept.
-        self._is_plain = all(rule.is_plain and rule.everywhere for rule in self._rules)
+        # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
+        self._identify = same_identity(self._rules)
         self._charges_of = lru_cache(maxsize=16_384)(self._plain_charges)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,12 +119,11 @@ class RateLimitMiddleware:
         outer: RequestDecision | None = state.get(STATE)
         if outer is not None and outer.ledger.settled:
             outer = None  # of an earlier request: this server reuses its state
+        charges = self._known_charges(scope) if outer is None else None
         try:
-            if self._is_plain and outer is None and scope.get("method") != "OPTIONS":
-                asked = self._engine.ask(self._known_charges(scope))
-                verdict: Verdict | None = (
-                    asked if isinstance(asked, Verdict) else self._engine.read(asked, await asked.future)
-                )
+            if charges is not None:
+                asked = self._engine.ask(charges)
+                verdict: Verdict | None = asked if isinstance(asked, Verdict) else await asked.future
             else:
                 check = RuleCheck(self._rules, self._engine, self._linter, self._body_cap, scope, receive, outer)
                 verdict, receive = await check.decide(), check.receive
@@ -147,12 +147,12 @@ class RateLimitMiddleware:
                 raise
             ledger.settle(response.status)
         else:
-            verdict.count()
+            verdict.count_refusal()
             if len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
                 await send_remembered(verdict, self._style, scope, send)
                 return
             state[STATE] = RequestDecision(Ledger(verdict))
-            fields = headers.verdict_fields([verdict], self._style)
+            fields = verdict.fields(self._style)
             await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,14 +171,17 @@ class RateLimitMiddleware:
         else:
             await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
 
-    def _known_charges(self, scope: Scope) -> tuple[Charge, ...]:
-        client = self._addressing.client(scope)
-        if client is not None and len(client) > LONGEST_CACHED:
-            return self._plain_charges(client)
-        return self._charges_of(client)
+    def _known_charges(self, scope: Scope) -> Charges | None:
+        """What the request is charged, where its identity alone says it; ``None``: ask the rules."""
+        if self._identify is None or scope.get("method") == "OPTIONS":
+            return None
+        identity = self._identify(scope)
+        if identity is None or len(identity) > LONGEST_CACHED:
+            return None
+        return self._charges_of(identity)
 
-    def _plain_charges(self, client: str | None) -> tuple[Charge, ...]:
-        return tuple(rule.plain_charge(client) for rule in self._rules)
+    def _plain_charges(self, identity: str) -> Charges:
+        return Charges(rule.plain_charge(identity) for rule in self._rules)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
@@ -198,6 +201,7 @@ class RateLimitMiddleware:
                 # The app is done with the client; the server may end the loop as soon as it hears so.
                 holding = False
                 await self._manager.let_go()
+                telemetry().notes.tell()
             await send(message)
 
         try:
@@ -229,7 +233,7 @@ class _Response:
             self._ledger.count()
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
-                message = headers.with_fields(message, headers.verdict_fields(self._ledger.verdicts, self._style))
+                message = headers.with_fields(message, self._ledger.fields(self._style))
         elif kind == "websocket.close" and self.status is None:
             self.status = 403  # what the server answers a handshake that is closed before accept
         try:

@@ -9,7 +9,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
-from ..scope import Addressing, header_values, is_plain_address
+from ..scope import Addressing, is_plain_address
 from ..settings import Settings
 from .policy import Partition, make_partition
 
@@ -63,8 +63,12 @@ class by_header:  # noqa: N801 - reads as a function where it is used
 
     def read(self, scope: Scope) -> str | None:
         """The first field line's value, as Starlette reads it; ``None`` when absent or empty."""
-        values = header_values(scope, self._raw)
-        return values[0].decode("latin-1").strip() or None if values else None
+        raw = self._raw
+        for name, value in scope["headers"]:
+            if name == raw:
+                text: str = value.decode("latin-1")
+                return text.strip() or None
+        return None
 
 
 def by_user(conn: HTTPConnection) -> str | None:
@@ -96,6 +100,10 @@ class Partitioner:
 
     Args:
         partition_by: ``None`` = ``RATE_LIMIT_PARTITION``.
+
+    Attributes:
+        kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
+        read: Reads the identity from a scope, where that takes no callable of the user's.
     """
 
     def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
@@ -111,13 +119,20 @@ class Partitioner:
         self._secret = settings.key_secret
         self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
         self.by_address = partition_by is client_ip
-        self._kind = (
-            f"header:{partition_by.name}"
+        self.kind = (
+            "ip"
+            if self.by_address
+            else f"header:{partition_by.name}"
             if isinstance(partition_by, by_header)
             else "user"
             if partition_by is by_user
             else "custom"
         )
+        self.read: Callable[[Scope], str | None] | None = None
+        if self.by_address:
+            self.read = addressing.client
+        elif isinstance(partition_by, by_header):
+            self.read = partition_by.read
         # Per instance, so that the cache dies with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
 
@@ -140,11 +155,15 @@ class Partitioner:
                 raise TypeError(f"partition_by returned {type(value).__name__}, not str or None.")
         if value is not None:
             return self._of_value(value) if len(value) <= LONGEST_CACHED else self._name_value(value)
-        if self._kind == "custom" or self._missing == "skip":
+        if self.kind == "custom" or self._missing == "skip":
             return None
         if self._missing == "refuse":
-            raise MissingIdentity(self._kind)
+            raise MissingIdentity(self.kind)
         return self.of_address(self._addressing.client(scope)) if self._missing == "ip" else self._of_value("")
+
+    def of_identity(self, identity: str) -> Partition:
+        """The partition of what `read` gave."""
+        return self.of_address(identity) if self.by_address else self._name_value(identity)
 
     def of_address(self, client: str | None) -> Partition:
         """The partition of a client as `Addressing.client` names it."""
@@ -154,7 +173,7 @@ class Partitioner:
         )
 
     def _name_value(self, value: str) -> Partition:
-        return make_partition(self._kind, value, prefix=self._prefix, secret=self._secret)
+        return make_partition(self.kind, value, prefix=self._prefix, secret=self._secret)
 
 
 def _from_setting(partition: str) -> PartitionBy:

@@ -1,9 +1,10 @@
 """The nouns of a limit: what is allowed (`Policy`), who shares it (`Partition`), and one use of it (`Charge`)."""
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from typing import Any, overload
 
 from ..keys import digest, partition_key
 from ..settings import OnRedisError, StrategyName
@@ -40,14 +41,8 @@ class Policy:
     shadow: bool = False
     field: bytes = attribute(init=False, repr=False, compare=False)
     member: bytes = attribute(init=False, repr=False, compare=False)
-    _hash: int = attribute(init=False, repr=False, compare=False)
-
-    def __hash__(self) -> int:
-        return self._hash
 
     def __post_init__(self) -> None:
-        # Hashed for every refusal of a flood: once is enough.
-        object.__setattr__(self, "_hash", hash((self.name, self.quota, self.window, self.strategy, self.shadow)))
         object.__setattr__(self, "member", f'"{self.name}";q={self.quota};w={self.window}'.encode())
         name = f"{self.name}:{_LETTERS[self.strategy]}{self.window}:{LAYOUT}"
         object.__setattr__(self, "field", name.encode())
@@ -146,6 +141,83 @@ class Charge:
     on_redis_error: OnRedisError = "local"
     count_if: Callable[[int], bool] | None = None
     label: str | None = None
+
+
+class Charges(Sequence[Charge]):
+    """The charges of one request, which are decided together, with what every decision needs of them kept ready.
+
+    A client whose requests are always charged alike keeps one of these, so that a request builds none.
+
+    Attributes:
+        each: The charges.
+        counters: How many counters they touch.
+        keys: Their keys as they go over the wire.
+        key_count: How many those are.
+        terms: Their policies and costs as they go over the wire.
+        consume: The whole question about them, likewise, in the one mode that is asked often.
+        names: What each counter's decisions are counted as.
+        enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
+        wait_and_see: Whether the response's status decides if they stay.
+        known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
+    """
+
+    __slots__ = (
+        "_limits",
+        "consume",
+        "counters",
+        "each",
+        "enforce",
+        "key_count",
+        "keys",
+        "known",
+        "names",
+        "terms",
+        "wait_and_see",
+    )
+
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
+        self.each = each = tuple(charges)
+        keys: list[bytes] = []
+        terms: list[bytes] = []
+        names: list[str] = []
+        for charge in each:
+            policies, partition = charge.policies, charge.partition
+            keys.append(partition.wire)
+            keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
+            terms += (policies.wire, bulk(b"%d" % charge.cost))
+            names += (charge.label or policy.name for policy in policies.policies)
+        self.counters = len(names)
+        self.keys = b"".join(keys)
+        self.key_count = len(keys)
+        self.terms = b"".join(terms)
+        self.consume = bulk(b"consume") + bulk(b"%d" % len(each)) + self.terms
+        self.names = tuple(names)
+        self.enforce = all(len(charge.policies.shown) == len(charge.policies.policies) for charge in each)
+        self.wait_and_see = any(charge.count_if is not None for charge in each)
+        self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self.known: Any = None
+
+    @property
+    def limits(self) -> frozenset[tuple[bytes, bytes]]:
+        """Which limits they are about: partition and policies of each."""
+        if self._limits is None:
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self.each)
+        return self._limits
+
+    @overload
+    def __getitem__(self, at: int) -> Charge: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Charge, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> Charge | tuple[Charge, ...]:
+        return self.each[at]
+
+    def __iter__(self) -> Iterator[Charge]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:

@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..settings import Settings
-from .policy import MICROSECONDS, Charge, Policy
+from ..settings import HeaderStyle, Settings
+from .policy import MICROSECONDS, Charge, Charges, Policy
 from .strategies import VALUES_PER_COUNTER, Reply
 
 # A refund or reset in another process is seen this much later at most (s).
@@ -24,6 +24,10 @@ class Refusal:
         reset: Until the full quota is back (us, from *at*).
         retry: Until the cost is admitted (us, from *at*); -1 when it never can be.
         asked: What was decided with it: of other limits it says nothing.
+        alone: Whether no other refusal of its partition is known.
+        rendered: Its last answer in full: header fields and body.
+        rendered_in: The style of header fields of that.
+        rendered_until: How long, in monotonic seconds, the whole seconds in it stay the same.
     """
 
     policy: Policy
@@ -34,6 +38,10 @@ class Refusal:
     reset: int
     retry: int
     asked: frozenset[tuple[bytes, bytes]]
+    alone: bool = True
+    rendered: tuple[list[tuple[bytes, bytes]], bytes] | None = None
+    rendered_in: HeaderStyle | None = None
+    rendered_until: float = 0.0
 
     def answers(self, cost: int) -> bool:
         """Whether a request of *cost* is refused too, for as long as these numbers say."""
@@ -60,45 +68,53 @@ class RefusalMemory:
 
     def __init__(self, size: int = 10_000) -> None:
         self._size = size
-        self._partitions: OrderedDict[bytes, dict[bytes, Refusal]] = OrderedDict()
+        self.partitions: OrderedDict[bytes, dict[bytes, Refusal]] = OrderedDict()
         self._forgotten: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._partitions)
+        return len(self.partitions)
 
     @classmethod
     def from_settings(cls, _settings: Settings) -> "RefusalMemory":
         return cls()
 
-    def find(self, charges: Sequence[Charge], now: float) -> list[tuple[Charge, Refusal]]:
+    def find(self, charges: Charges, now: float) -> Sequence[tuple[Charge, Refusal]]:
         """What is known to refuse *charges* at *now* (monotonic seconds); empty when nothing is."""
+        kept: Sequence[tuple[Charge, Refusal]] | None = charges.known
+        if kept is not None:
+            refusal = kept[0][1]
+            if refusal.alone and now < refusal.until:
+                return kept
+            charges.known = None
+        known = self._find(charges, now)
+        if len(known) == 1 and len(charges.each) == 1 and known[0][1].alone:
+            charges.known = known
+        return known
+
+    def _find(self, charges: Charges, now: float) -> list[tuple[Charge, Refusal]]:
         known: list[tuple[Charge, Refusal]] = []
-        signature: frozenset[tuple[bytes, bytes]] | None = None
-        for charge in charges:
+        for charge in charges.each:
             key = charge.partition.key
-            held = self._partitions.get(key)
+            held = self.partitions.get(key)
             if held is None:
                 continue
             for policy in charge.policies.policies:
                 refusal = held.get(policy.field)
                 if refusal is None or policy.shadow or policy.quota != refusal.policy.quota:
                     continue
-                if now >= refusal.until or not refusal.answers(charge.cost):
+                if now >= refusal.until or not (charge.cost == refusal.cost or refusal.answers(charge.cost)):
                     continue
                 # A limit that was not asked then may refuse for longer.
-                if signature is None:
-                    signature = frozenset((each.partition.key, each.policies.spec) for each in charges)
-                if signature <= refusal.asked:
+                if charges.limits <= refusal.asked:
                     known.append((charge, refusal))
             if not known and all(now >= refusal.until for refusal in list(held.values())):
-                self._partitions.pop(key, None)
+                self.partitions.pop(key, None)
         return known
 
-    def remember(self, charges: Sequence[Charge], reply: Reply, at: float) -> None:
+    def remember(self, charges: Charges, reply: Reply, at: float) -> None:
         """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""
         position = 1
-        asked = frozenset((charge.partition.key, charge.policies.spec) for charge in charges)
         with self._lock:
             for charge in charges:
                 for policy in charge.policies.policies:
@@ -107,13 +123,18 @@ class RefusalMemory:
                     if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
                         continue
                     until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
-                    held = self._partitions.setdefault(charge.partition.key, {})
+                    held = self.partitions.setdefault(charge.partition.key, {})
                     before = held.get(policy.field)
                     if before is None or before.until < until or not before.answers(charge.cost):
-                        held[policy.field] = Refusal(policy, charge.cost, at, until, remaining, reset, retry, asked)
-                    self._partitions.move_to_end(charge.partition.key)
-            while len(self._partitions) > self._size:
-                self._partitions.popitem(last=False)
+                        if before is not None:
+                            before.until = 0.0
+                        new = Refusal(policy, charge.cost, at, until, remaining, reset, retry, charges.limits)
+                        held[policy.field] = new
+                        for each in held.values() if len(held) > 1 else ():
+                            each.alone = False
+                    self.partitions.move_to_end(charge.partition.key)
+            while len(self.partitions) > self._size:
+                _end(self.partitions.popitem(last=False)[1])
 
     def forget(self, partition: bytes, now: float) -> None:
         """Forget every refusal of a partition that was reset, or given something back, at *now* (monotonic seconds).
@@ -121,8 +142,14 @@ class RefusalMemory:
         Replies to what was asked before it are not remembered either.
         """
         with self._lock:
-            self._partitions.pop(partition, None)
+            _end(self.partitions.pop(partition, {}))
             self._forgotten[partition] = now
             self._forgotten.move_to_end(partition)
             while len(self._forgotten) > self._size:
                 self._forgotten.popitem(last=False)
+
+
+def _end(held: dict[bytes, Refusal]) -> None:
+    """Let no refusal that was *held* answer any more, whoever still has it."""
+    for refusal in held.values():
+        refusal.until = 0.0

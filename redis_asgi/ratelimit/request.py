@@ -11,7 +11,7 @@ from ..scope import BufferedRequest, UnreadableBody, route_path
 from .engine import Engine, Verdict
 from .ledger import RequestDecision
 from .lint import Linter
-from .policy import Charge, PolicySet
+from .policy import Charge, Charges, PolicySet
 from .rules import CompiledRule, check_cost
 
 
@@ -65,10 +65,10 @@ class RuleCheck:
             return None
         if any(callable(rule.cost) for rule, _ in asked):
             # A refusal that is known already spares the reading of a body.
-            known = self._engine.remembered(tuple(charge for rule, charge in asked if not callable(rule.cost)))
+            known = self._engine.remembered(Charges(charge for rule, charge in asked if not callable(rule.cost)))
             if known is not None:
                 return known
-        return await self._engine.decide(tuple([await self._priced(rule, charge) for rule, charge in asked]))
+        return await self._engine.decide(Charges([await self._priced(rule, charge) for rule, charge in asked]))
 
     async def _charge(self, rule: CompiledRule) -> Charge | None:
         """What a rule that has something to call asks of this request; a callable cost is found later."""

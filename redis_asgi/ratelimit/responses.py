@@ -12,6 +12,8 @@ from . import headers
 from .decision import Decision
 from .engine import Verdict
 from .headers import Fields
+from .policy import MICROSECONDS
+from .refusals import Refusal
 
 OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
 
@@ -50,10 +52,27 @@ async def send_refusal(
 async def send_remembered(verdict: Verdict, style: HeaderStyle, scope: Scope, send: Send) -> None:
     """`send_refusal` for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
     charge, refusal = verdict.known[0]
-    remaining, reset, retry = refusal.numbers(charge.cost, verdict.at)
-    fields, body = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
+    rendered = refusal.rendered
+    if rendered is None or verdict.at >= refusal.rendered_until or refusal.rendered_in != style:
+        rendered = _render(charge.cost, refusal, style, verdict.at)
+    fields, body = rendered
     await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+def _render(cost: int, refusal: Refusal, style: HeaderStyle, now: float) -> tuple[Fields, bytes]:
+    """The answer of a *refusal*, kept for as long as the whole seconds in it stay the same: a flood gets it often."""
+    remaining, reset, retry = refusal.numbers(cost, now)
+    rendered = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
+    refusal.rendered = rendered
+    refusal.rendered_in = style
+    # Legacy fields hold the time of day; a dearer request has numbers of its own.
+    if style in ("legacy", "both") or cost != refusal.cost:
+        refusal.rendered_until = now
+    else:
+        left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
+        refusal.rendered_until = now + min(left, default=MICROSECONDS) / MICROSECONDS
+    return rendered
 
 
 async def refuse_identity(what: str, scope: Scope, send: Send) -> None:

@@ -22,7 +22,7 @@ from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
 from .ledger import STATE, Ledger, RequestDecision
 from .partition import MissingIdentity, PartitionBy
-from .policy import Charge
+from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import CompiledRule, Limits, Rule, check_cost
 
@@ -110,7 +110,7 @@ class RateLimit:
             decision.ledger.has_asked(engine.manager, charge.partition, policy) for policy in charge.policies
         ):
             return decision
-        verdict = await engine.decide((charge,))
+        verdict = await engine.decide(Charges((charge,)))
         if decision is None:
             decision = state[STATE] = RequestDecision(Ledger(verdict, immediate=True))
             decision.ledger.count()
@@ -122,7 +122,7 @@ class RateLimit:
 
     def fields(self, decision: RequestDecision) -> dict[str, str]:
         """The header fields of everything decided about the request."""
-        fields = headers.verdict_fields(decision.ledger.verdicts, self._style(decision))
+        fields = decision.ledger.fields(self._style(decision))
         return {name.decode(): value.decode() for name, value in fields}
 
     def _engine_for(self, decision: RequestDecision | None) -> Engine:

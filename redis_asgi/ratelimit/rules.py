@@ -196,18 +196,18 @@ class CompiledRule:
         self.policies = self.read(rule.limits) if isinstance(rule.limits, str) else None
         if self.policies is not None and self._strategy == "sliding-window-counter":
             _warn_of_small_quotas(self.policies)
-        # Static limits and cost, counted by address: the charge depends on the address alone.
-        self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.partition.by_address
+        # Static limits and cost: the charge depends on the identity alone.
+        self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
 
     def charge(self, policies: PolicySet, partition: Partition, cost: int) -> Charge:
         """A charge under this rule."""
         label = None if self.policies is not None else self.name
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label)
 
-    def plain_charge(self, client: str | None) -> Charge:
-        """The charge of a client under a rule that `is_plain`: nothing to call, nothing to wait for."""
+    def plain_charge(self, identity: str) -> Charge:
+        """The charge of an identity under a rule that `is_plain`: nothing to call, nothing to wait for."""
         policies = cast("PolicySet", self.policies)
-        return self.charge(policies, self.partition.of_address(client), cast("int", self.cost))
+        return self.charge(policies, self.partition.of_identity(identity), cast("int", self.cost))
 
     async def policies_for(self, conn: HTTPConnection) -> PolicySet | None:
         """A request's policies under this rule, asked of the user where they are dynamic; ``None``: not limited."""
@@ -301,6 +301,15 @@ def compile_rules(
     )
     _check_policy_names(compiled)
     return compiled
+
+
+def same_identity(rules: Sequence[CompiledRule]) -> Callable[[Scope], str | None] | None:
+    """What reads the identity that alone decides what every one of *rules* charges; ``None`` where more does.
+
+    A request for which it returns ``None`` takes the long way: its identity is missing.
+    """
+    kinds = {rule.partition.kind for rule in rules}
+    return rules[0].partition.read if len(kinds) == 1 and all(rule.is_plain for rule in rules) else None
 
 
 def _check_policy_names(rules: Sequence[CompiledRule]) -> None:

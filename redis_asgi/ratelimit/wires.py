@@ -19,7 +19,6 @@ from ..errors import Failure, classify
 from ..telemetry import telemetry
 from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
 from .policy import bulk, log_key
-from .strategies import Mode
 
 
 def _load_script() -> bytes:
@@ -52,30 +51,26 @@ def _number(value: int) -> bytes:
     return bulk(b"%d" % value)
 
 
-@lru_cache(maxsize=64)
-def _question(mode: Mode, charges: int) -> bytes:
-    return bulk(mode.encode()) + _number(charges)
-
-
 def packed(command: bytes, script: bytes, checks: Sequence[Check], clock: int | None) -> bytes:
-    """The whole command of `_arguments` in RESP, joined from what policies and partitions keep ready."""
+    """The whole command of `_arguments` in RESP, joined from what charges keep ready."""
     keys: list[bytes] = []
     args: list[bytes] = []
-    words = 0
+    key_count = words = 0
     for check in checks:
-        args.append(_question(check.mode, len(check.charges)))
-        for charge in check.charges:
-            keys.append(charge.partition.wire)
-            keys += (bulk(log_key(charge.partition.key, field)) for field in charge.policies.logs)
-            args.append(charge.policies.wire)
-            args.append(_number(charge.cost))
         if check.receipts:
             # Rare, and interleaved with the charges: not worth a fast path.
             return _pack(command, script, _arguments(checks, clock))
-        words += 2 + 2 * len(check.charges)
-    head = b"*%d\r\n" % (4 + len(keys) + words)
+        charges = check.charges
+        keys.append(charges.keys)
+        key_count += charges.key_count
+        if check.mode == "consume":
+            args.append(charges.consume)
+        else:
+            args += (bulk(check.mode.encode()), _number(len(charges)), charges.terms)
+        words += 2 + 2 * len(charges.each)
+    head = b"*%d\r\n" % (4 + key_count + words)
     time = _number(clock) if clock is not None else _NO_CLOCK
-    return b"".join((head, bulk(command), bulk(script), _number(len(keys)), *keys, time, *args))
+    return b"".join((head, bulk(command), bulk(script), _number(key_count), *keys, time, *args))
 
 
 _NO_CLOCK = bulk(b"")

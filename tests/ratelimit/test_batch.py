@@ -17,7 +17,7 @@ from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Set
 from redis_asgi.errors import Failure
 from redis_asgi.ratelimit.batch import MAX_COUNTERS, Batcher, Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.policy import Charge, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.wires import PoolWire
 
 from ..kit.proxy import FaultProxy
@@ -37,7 +37,7 @@ def charge(client: str = "203.0.113.7", policies: PolicySet = HUNDRED, cost: int
 
 def submit(batcher: Batcher, *charges: Charge, timeout: float = 5.0) -> "asyncio.Future[Outcome]":
     """Queue a check; its future."""
-    check = Check(batcher.loop, "consume", charges or (charge(),), timeout)
+    check = Check(batcher.loop, "consume", Charges(charges or (charge(),)), timeout)
     batcher.submit(check)
     return check.future
 
@@ -217,7 +217,7 @@ async def test_moving_window_and_refunds_go_over_the_wire(redis_client: redis.Re
     back = Check(
         batcher.loop,
         "refund",
-        (charge("192.0.2.1", log, 2), charge("192.0.2.2", HUNDRED, 2)),
+        Charges((charge("192.0.2.1", log, 2), charge("192.0.2.2", HUNDRED, 2))),
         5.0,
         [taken[5], taken[10], taken[15]],
     )
@@ -299,8 +299,8 @@ async def testpacked_by_hand_equalspacked_by_redis_py(redis_server: ExternalServ
     connection = aioredis.Redis.from_url(redis_server.url).connection_pool.make_connection()
     loop = asyncio.get_running_loop()
     checks = [
-        Check(loop, "consume", (charge("a"), charge("b", THREE, 7)), 1.0),
-        Check(loop, "peek", (charge("c", PolicySet((Policy("m", 5, 60, "moving-window"),))),), 1.0),
+        Check(loop, "consume", Charges((charge("a"), charge("b", THREE, 7))), 1.0),
+        Check(loop, "peek", Charges((charge("c", PolicySet((Policy("m", 5, 60, "moving-window"),))),)), 1.0),
     ]
     for clock in (None, 123_456_789):
         words = wires._arguments(checks, clock)

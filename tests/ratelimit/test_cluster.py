@@ -13,7 +13,7 @@ from redis.crc import key_slot
 
 from redis_asgi import Decision, RateLimiter, RedisManager, Settings
 from redis_asgi.ratelimit.engine import Engine, Verdict
-from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Partition, PolicySet, make_partition
+from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, make_partition
 from redis_asgi.settings import StrategyName
 
 from ..kit.servers import SLOTS, Cluster, Server
@@ -45,9 +45,9 @@ def clients_of(cluster: Cluster, node: Server, count: int) -> list[str]:
     return found
 
 
-def charges(*who: Partition, quotas: Sequence[int], strategy: str = "fixed-window") -> tuple[Charge, ...]:
+def charges(*who: Partition, quotas: Sequence[int], strategy: str = "fixed-window") -> Charges:
     """One rule per partition, with a quota each."""
-    return tuple(
+    return Charges(
         Charge(PolicySet((policy(strategy, quota, 60, name=f"rule-{i}"),)), partition)
         for i, (partition, quota) in enumerate(zip(who, quotas, strict=True))
     )
@@ -162,7 +162,7 @@ async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster:
     await asyncio.sleep(0.1)
 
     assert (True, "local", [9, 9]) == (verdict.allowed, verdict.source, remaining(verdict))
-    assert [9] == remaining(await engine.decide(asked[:1], "peek"))
+    assert [9] == remaining(await engine.decide(Charges(asked[:1]), "peek"))
 
 
 @pytest.mark.parametrize("decodes", [False, True])

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 import pytest
 from fastapi import Depends, FastAPI
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Message, Scope
 
 from redis_asgi import RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
-from redis_asgi.telemetry import Telemetry, fresh_telemetry
+from redis_asgi.telemetry import Telemetry, fresh_telemetry, telemetry
 
 from ..kit.servers import ExternalServer
-from .harness import Spy, client_of, http_scope
-from .harness import drive as drive_only
+from .harness import Spy, client_of, drive, http_scope
 
 pytestmark = pytest.mark.anyio
 
@@ -28,15 +26,9 @@ def counted() -> Iterator[Telemetry]:
         yield mine
 
 
-async def drive(app: ASGIApp, scope: Scope) -> list[Message]:
-    """A request, and the turn of the loop in which it is counted."""
-    sent = await drive_only(app, scope)
-    await asyncio.sleep(0)
-    return sent
-
-
 def read(metric: object) -> dict[tuple[str, ...], int]:
-    """A counter's values above zero, by label values in the order of their names."""
+    """A counter's values above zero, by label values in the order of their names; up to date."""
+    telemetry().notes.tell()
     return {
         tuple(sample.labels[name] for name in sorted(sample.labels)): int(sample.value)
         for family in metric.collect()  # type: ignore[attr-defined]
@@ -186,9 +178,8 @@ async def test_requests_make_history(counted: Telemetry) -> None:
     app = RateLimitMiddleware(Spy(), "1/minute", redis=RedisManager(Settings(REDIS_URL="memory://")))
     for _ in range(3):
         await drive(app, http_scope())
-    counted._sample(counted._due)
 
-    (sample,) = counted.history()
+    (sample,) = counted.history(counted._due)
     assert (1, 2, {"default": (1, 2)}) == (sample.allowed, sample.refused, dict(sample.policies))
 
 
@@ -196,7 +187,7 @@ def test_a_loop_that_ends_before_it_has_told_loses_nothing(counted: Telemetry) -
     """What was noted in a loop that was closed is told in the next one."""
     app = RateLimitMiddleware(Spy(), "9/minute", redis=RedisManager(Settings(REDIS_URL="memory://")))
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(drive_only(app, http_scope()))
+    loop.run_until_complete(drive(app, http_scope()))
     loop.close()
     asyncio.run(drive(app, http_scope()))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis.asyncio as aioredis
@@ -12,7 +12,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.ratelimit.batch import Batcher, Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.line import LineWire
-from redis_asgi.ratelimit.policy import Charge, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 
 from ..kit.certificates import Certificates
 from ..kit.proxy import FaultProxy
@@ -34,9 +34,11 @@ def batcher_of(manager: RedisManager) -> Batcher:
 
 async def ask(batcher: Batcher, client: str = "192.0.2.1") -> Outcome:
     """One check."""
-    check = Check(batcher.loop, "consume", (Charge(HUNDRED, make_partition("ip", client, plain=True), 1),), 5.0)
+    check = Check(
+        batcher.loop, "consume", Charges((Charge(HUNDRED, make_partition("ip", client, plain=True), 1),)), 5.0
+    )
     batcher.submit(check)
-    return await check.future
+    return cast("Outcome", await check.future)
 
 
 def remaining(outcome: Outcome) -> int:

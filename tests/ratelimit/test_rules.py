@@ -7,8 +7,8 @@ import pytest
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from redis_asgi import ConfigurationError, Rule, Settings, by_header, client_ip
-from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, make_policies
+from redis_asgi import ConfigurationError, Rule, Settings, by_header, by_user, client_ip
+from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, make_policies, same_identity
 from redis_asgi.scope import Addressing, route_path
 from redis_asgi.settings import StrategyName
 
@@ -344,18 +344,43 @@ def test_small_quotas_of_the_sliding_counter_are_warned_about(
     ("rule", "plain"),
     [
         (Rule("5/minute"), True),
-        (Rule("5/minute", cost=3, paths="/a", partition_by=client_ip), True),
-        (Rule("5/minute", partition_by=by_header("x")), False),
+        (Rule("5/minute", cost=3, partition_by=client_ip), True),
+        (Rule("5/minute", paths="/a"), False),
+        (Rule("5/minute", methods="GET"), False),
         (Rule("5/minute", cost=lambda _request: 1), False),
         (Rule(lambda _conn: "5/minute"), False),
     ],
 )
 def test_plain_rules_have_nothing_to_call(rule: Rule, plain: bool) -> None:
-    """Static limits and cost, counted by address: the charge is known from the address."""
+    """Static limits and cost, everywhere: the charge is known from the identity."""
     made = compiled(rule)
 
     assert plain == made.is_plain
     if plain:
         found = made.plain_charge("203.0.113.7")
         assert (b"rate_limit:{203.0.113.7}", rule.cost) == (found.partition.key, found.cost)
-        assert b"rate_limit:{unknown}" == made.plain_charge(None).partition.key
+
+
+def test_identity_decides_alone_where_all_rules_read_the_same() -> None:
+    """By address, or by one header; two of them, or a callable of the user's, take the long way."""
+    by_key = {"partition_by": by_header("X-Key")}
+
+    def reader(*rules: Rule) -> object:
+        return same_identity([compiled(rule) for rule in rules])
+
+    def one(**options: Any) -> Rule:
+        return Rule("5/minute", **options)
+
+    read = same_identity([compiled(one(**by_key)), compiled(one(partition_by=by_header("x-key")))])
+    assert read is not None
+    assert ["k", None] == [read({"headers": headers}) for headers in ([(b"x-key", b" k ")], [])]
+    assert [True, False, False, False] == [
+        reader(*rules) is not None
+        for rules in (
+            [one()],
+            [one(), one(**by_key)],
+            [one(partition_by=lambda _conn: "x")],
+            [one(partition_by=by_user)],
+        )
+    ]
+    assert None is same_identity([])

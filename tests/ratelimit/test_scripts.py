@@ -15,7 +15,7 @@ from redis.exceptions import NoScriptError
 
 from redis_asgi.ratelimit.batch import Check, distribute
 from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Policy, PolicySet, log_key
+from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy, PolicySet, log_key
 from redis_asgi.ratelimit.strategies import Mode, Reply, charged_receipts
 from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, packed
 
@@ -42,7 +42,7 @@ class Script:
 
     def check(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int] = ()) -> Check:
         """One request's question."""
-        return Check(self._loop, mode, tuple(charges), 1.0, tuple(receipts))
+        return Check(self._loop, mode, Charges(charges), 1.0, tuple(receipts))
 
     def run(self, trace: Sequence[tuple[int, Check]]) -> list[Any]:
         """The replies to checks at their times, in one trip."""
@@ -201,7 +201,7 @@ def testpacked_command_is_the_plain_one(trace: list[Step], clock: int | None) ->
     """The command joined from ready parts is byte for byte the one written out."""
     loop = asyncio.new_event_loop()
     try:
-        checks = [Check(loop, step.mode, step.charges, 1.0, step.receipts) for step in trace]
+        checks = [Check(loop, step.mode, Charges(step.charges), 1.0, step.receipts) for step in trace]
     finally:
         loop.close()
 
