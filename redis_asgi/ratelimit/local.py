@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeAlias
 
 from ..settings import Settings
 from .policy import MICROSECONDS, Charge, Policy
@@ -18,13 +19,16 @@ _SLACK = MICROSECONDS
 class _Held:
     """What one partition holds: a stored counter per field, and when the last of them ends (us)."""
 
-    __slots__ = ("counters", "expires", "refused", "stamps")
+    __slots__ = ("counters", "expires", "stamps")
 
     def __init__(self) -> None:
         self.counters: dict[bytes, Stored] = {}
         self.expires = 0.0
-        self.refused = False
         self.stamps = 0
+
+
+# One counter of a request: what its policy says of its charge (itself, and whether it admits it), and where it is kept.
+_Asked: TypeAlias = tuple[Counter, Policy, Charge, bool, _Held | None]
 
 
 class LocalEngine:
@@ -71,46 +75,51 @@ class LocalEngine:
             return self._decide(mode, charges, receipts, divisor, at)
 
     def _decide(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int], divisor: int, at: float) -> Reply:
-        counters: list[tuple[Counter, Policy, Charge, bool]] = []
+        asked: list[_Asked] = []
         admitted = True
         for charge in charges:
             held = self._find(charge.partition.key)
-            for policy in charge.policies:
+            for policy in charge.policies.policies:
                 share = policy if divisor == 1 else scaled(policy, divisor)
                 stored = held.counters.get(policy.field) if held is not None else None
                 counter = COUNTERS[policy.strategy](share, stored, at)
                 fits = charge.cost == 0 or charge.cost <= counter.free
-                admitted = admitted and (fits or policy.shadow)
-                counters.append((counter, policy, charge, fits))
-        for i, (counter, policy, charge, fits) in enumerate(counters):
-            if mode == "peek" or charge.cost == 0:
-                continue
-            if mode == "refund":
-                if receipts[i] < 0 or not counter.refund(charge.cost, float(receipts[i])):
-                    continue
-            elif mode == "charge" or (admitted and fits):
-                counter.charge(charge.cost)
-            else:
-                continue
-            self._store(charge.partition.key, policy, counter)
+                if not fits and not policy.shadow:
+                    admitted = False
+                asked.append((counter, policy, charge, fits, held))
+        if mode in ("charge", "refund") or (mode == "consume" and admitted):
+            self._change(mode, asked, receipts)
         if mode == "consume":
             for charge in charges:
                 self._touch(charge.partition.key, refused=not admitted)
             self._shrink(at)
         reply = [int(admitted)]
-        for counter, policy, charge, fits in counters:
-            if charge.cost == 0 or charge.cost <= counter.free:
+        for counter, policy, charge, fits, _ in asked:
+            cost, free, quota = charge.cost, counter.free, counter.quota
+            if cost == 0 or cost <= free:
                 retry = 0.0
-            elif charge.cost > policy.quota:
+            elif cost > policy.quota:
                 retry = -1.0
-            elif charge.cost > counter.quota:
+            elif cost > quota:
                 # Within the quota but above this process's share: no time is right, and its window the best guess.
                 retry = counter.window
             else:
-                retry = counter.wait(charge.cost, at)
-            remaining = max(0.0, min(counter.quota, counter.free))
+                retry = counter.wait(cost, at)
+            remaining = max(0.0, min(quota, free))
             reply += (int(fits), int(remaining), int(counter.reset(at)), int(retry), int(counter.receipt))
         return reply
+
+    def _change(self, mode: Mode, asked: Sequence[_Asked], receipts: Sequence[int]) -> None:
+        for i, (counter, policy, charge, fits, held) in enumerate(asked):
+            cost = charge.cost
+            if mode == "refund":
+                changes = receipts[i] >= 0 and cost > 0 and counter.refund(cost, float(receipts[i]))
+            else:
+                changes = cost > 0 and (fits or mode == "charge")
+                if changes:
+                    counter.charge(cost)
+            if changes:
+                self._store(charge.partition.key, held, policy, counter)
 
     def forget(self, key: bytes, fields: Sequence[bytes] | None = None) -> bool:
         """Drop a partition, or some of its fields; whether there was something to drop."""
@@ -135,8 +144,9 @@ class LocalEngine:
     def _find(self, key: bytes) -> _Held | None:
         return self._admitted.get(key) or self._refused.get(key)
 
-    def _store(self, key: bytes, policy: Policy, counter: Counter) -> None:
-        held = self._find(key)
+    def _store(self, key: bytes, held: _Held | None, policy: Policy, counter: Counter) -> None:
+        if held is None:
+            held = self._find(key)  # another charge of the same request may have made it
         if held is None:
             held = self._admitted[key] = _Held()
         held.counters[policy.field], expires = counter.save()
@@ -150,15 +160,11 @@ class LocalEngine:
         held.stamps = stamps
 
     def _touch(self, key: bytes, *, refused: bool) -> None:
-        held = self._find(key)
-        if held is None:
-            return
-        if held.refused != refused:
-            source, target = (self._admitted, self._refused) if refused else (self._refused, self._admitted)
-            target[key] = source.pop(key)
-            held.refused = refused
-        else:
-            (self._refused if refused else self._admitted).move_to_end(key)
+        now, before = (self._refused, self._admitted) if refused else (self._admitted, self._refused)
+        if key in now:
+            now.move_to_end(key)
+        elif key in before:
+            now[key] = before.pop(key)
 
     def _drop(self, key: bytes) -> None:
         held = self._admitted.pop(key, None) or self._refused.pop(key)
@@ -167,7 +173,7 @@ class LocalEngine:
     def _shrink(self, now: float) -> None:
         # Two a call: the store shrinks faster than it grows, and no call walks it.
         for queue in (self._admitted, self._refused):
-            for _ in range(2):
+            for _ in range(2 if queue else 0):
                 oldest = next(iter(queue), None)
                 if oldest is None or queue[oldest].expires + _SLACK > now:
                     break

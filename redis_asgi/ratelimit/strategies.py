@@ -34,14 +34,15 @@ class Counter:
     Built from what is stored (``None`` when nothing is) without touching it; `save` gives what to store.
     """
 
-    __slots__ = ("at", "edge", "free", "quota", "receipt", "window")
+    __slots__ = ("at", "free", "quota", "receipt", "window")
+
+    free: float
+    receipt: float
 
     def __init__(self, policy: Policy, stored: "Stored | None", now: float) -> None:
         self.quota = float(policy.quota)
         self.window = float(policy.window * MICROSECONDS)
-        self.edge = self.quota * _EDGE
         self.at = now
-        self.free = self.receipt = 0.0
         self.load(stored, now)
 
     def load(self, stored: Any, now: float) -> None:
@@ -78,7 +79,6 @@ class _FixedWindow(Counter):
         self.start, self.count = now, 0.0
         if stored is not None and now < stored[0] + self.window:
             self.start, self.count = stored
-        self.at = max(now, self.start)
         self.free = self.quota - self.count
         self.receipt = self.start
 
@@ -126,7 +126,7 @@ class _SlidingWindowCounter(Counter):
 
     def _weigh(self) -> None:
         faded = self.previous * (self.window - self.elapsed) / self.window
-        self.free = math.floor(self.quota + self.edge - (faded + self.current))
+        self.free = math.floor(self.quota + self.quota * _EDGE - (faded + self.current))
 
     def wait(self, cost: int, now: float) -> float:
         left = self.window - self.elapsed
@@ -176,7 +176,7 @@ class _Gcra(Counter):
         self._settle()
 
     def _settle(self) -> None:
-        self.free = math.floor(self.quota + self.edge - self.owed)
+        self.free = math.floor(self.quota + self.quota * _EDGE - self.owed)
 
     def wait(self, cost: int, now: float) -> float:
         return math.ceil((self.owed + cost - self.quota) * self.window / self.quota) + (self.at - now)

@@ -33,29 +33,32 @@ local function read_time()
 end
 
 -- Neighbours in one hash are read by one HMGET and written by one HSET.
-local function read(counters, now)
-  local i, count = 1, #counters
+local function read(counters, count, now)
+  local i = 1
   while i <= count do
     local key, last = counters[i].key, i
     while last < count and counters[last + 1].key == key do last = last + 1 end
     if last == i then
       local s = counters[i]
-      s.policy.strategy.load(s, call('HGET', key, s.policy.field), now)
+      s.strategy.load(s, call('HGET', key, s.policy.field), now)
     else
       local fields = {}
       for j = i, last do fields[j - i + 1] = counters[j].policy.field end
       local raws = call('HMGET', key, unpack(fields))
-      for j = i, last do counters[j].policy.strategy.load(counters[j], raws[j - i + 1], now) end
+      for j = i, last do
+        local s = counters[j]
+        s.strategy.load(s, raws[j - i + 1], now)
+      end
     end
     i = last + 1
   end
 end
 
-local function write(counters, now)
-  local i, count = 1, #counters
+local function write(counters, count, now)
+  local i = 1
   if count == 1 then
     local s = counters[1]
-    local packed, needed = s.policy.strategy.save(s, now)
+    local packed, needed = s.strategy.save(s, now)
     call('HSET', s.key, s.policy.field, packed)
     return expire(s.key, needed)
   end
@@ -64,7 +67,7 @@ local function write(counters, now)
     while i <= count and counters[i].key == key do
       local s = counters[i]
       if s.dirty then
-        local packed, needed = s.policy.strategy.save(s, now)
+        local packed, needed = s.strategy.save(s, now)
         fields[#fields + 1] = s.policy.field
         fields[#fields + 1] = packed
         ttl = max(ttl, needed)
@@ -80,9 +83,9 @@ end
 
 local reply, size = {}, 0
 
-local function decide(mode, counters, now)
-  local admitted, changed, count = true, false, #counters
-  read(counters, now)
+local function decide(mode, counters, count, now)
+  local admitted, changed = true, false
+  read(counters, count, now)
   for i = 1, count do
     local s = counters[i]
     s.ok = s.cost == 0 or s.cost <= s.free
@@ -92,7 +95,7 @@ local function decide(mode, counters, now)
     for i = 1, count do
       local s = counters[i]
       if s.cost > 0 then
-        local strategy = s.policy.strategy
+        local strategy = s.strategy
         if mode == 'refund' then s.dirty = s.receipt >= 0 and strategy.refund(s, s.cost, s.receipt)
         elseif mode == 'charge' or (admitted and s.ok) then
           strategy.charge(s, s.cost, now)
@@ -101,44 +104,53 @@ local function decide(mode, counters, now)
         changed = changed or s.dirty
       end
     end
-    if changed then write(counters, now) end
+    if changed then write(counters, count, now) end
   end
-  reply[size + 1] = admitted and 1 or 0
+  local n = size + 1
+  reply[n] = admitted and 1 or 0
   for i = 1, count do
-    local s, n = counters[i], size + 5 * i - 4
+    local s = counters[i]
+    local cost, free, quota = s.cost, s.free, s.policy.quota
     reply[n + 1] = s.ok and 1 or 0
-    reply[n + 2] = max(0, min(s.policy.quota, s.free))
-    reply[n + 3] = s.policy.strategy.reset(s, now)
-    if s.cost == 0 or s.cost <= s.free then reply[n + 4] = 0
-    elseif s.cost > s.policy.quota then reply[n + 4] = -1
-    else reply[n + 4] = s.policy.strategy.wait(s, s.cost, now) end
+    reply[n + 2] = free < 0 and 0 or free > quota and quota or free
+    reply[n + 3] = s.strategy.reset(s, now)
+    if cost == 0 or cost <= free then reply[n + 4] = 0
+    elseif cost > quota then reply[n + 4] = -1
+    else reply[n + 4] = s.strategy.wait(s, cost, now) end
     reply[n + 5] = s.receipt_now
+    n = n + 5
   end
-  size = size + 1 + 5 * count
+  size = n
 end
 
 local now = ARGV[1] == '' and read_time() or tonumber(ARGV[1])
-local k, a = 1, 2
+local k, a, counters = 1, 2, {}
 while a <= #ARGV do
   local mode, charges = ARGV[a], tonumber(ARGV[a + 1])
-  local counters, count = {}, 0
+  local count = 0
   a = a + 2
   for _ = 1, charges do
     local spec, cost, key = ARGV[a], tonumber(ARGV[a + 1]), KEYS[k]
     a, k = a + 2, k + 1
-    for _, policy in ipairs(parsed[spec] or parse(spec)) do
-      -- Named at once, so that the table is made at its full size.
-      local s = {
-        policy = policy, cost = cost, key = key, at = 0, free = 0, ok = false, receipt_now = 0, dirty = false,
-        start = 0, count = 0, opened = false,
-      }
+    local policies = parsed[spec] or parse(spec)
+    for i = 1, #policies do
+      local policy = policies[i]
+      count = count + 1
+      local s = counters[count]
+      if not s then
+        -- Made once for all requests of the batch, and at its full size: as dear as the rest of a decision.
+        s = {
+          policy = false, strategy = false, cost = 0, key = '', at = 0, free = 0, ok = false, receipt_now = 0,
+          dirty = false, start = 0, count = 0, opened = false,
+        }
+        counters[count] = s
+      end
+      s.policy, s.strategy, s.cost, s.key, s.dirty = policy, policy.strategy, cost, key, false
       if policy.log then s.list = KEYS[k]; k = k + 1 end
       if mode == 'refund' then s.receipt = tonumber(ARGV[a]); a = a + 1 end
-      count = count + 1
-      counters[count] = s
     end
   end
-  local fine, result = pcall(decide, mode, counters, now)
+  local fine, result = pcall(decide, mode, counters, count, now)
   if not fine then
     for i = size + 1, #reply do reply[i] = nil end
     reply[size + 1] = -1

@@ -6,10 +6,10 @@ make.f = function()
       local W = s.policy.window
       s.start, s.count, s.opened = now, 0, false
       if raw then
-        local start, count = parts(raw, '^(%d+) (%d+)$')
-        if now < start + W then s.start, s.count, s.opened = tonumber(start), tonumber(count), start end
+        local opened, count = parts(raw, '^(%d+) (%d+)$')
+        local start = opened + 0
+        if now < start + W then s.start, s.count, s.opened = start, count + 0, opened end
       end
-      s.at = max(now, s.start)
       s.free = s.policy.quota - s.count
       s.receipt_now = s.start
     end,

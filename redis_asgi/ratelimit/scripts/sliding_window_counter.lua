@@ -13,7 +13,7 @@ make.s = function()
       s.at, s.current, s.previous = now, 0, 0
       if raw then
         local stored, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
-        stored, current, previous = tonumber(stored), tonumber(current), tonumber(previous)
+        stored, current, previous = stored + 0, current + 0, previous + 0
         if index < stored then index = stored; s.at = stored * W end
         if index == stored then s.current, s.previous = current, previous
         elseif index == stored + 1 then s.previous = current end
