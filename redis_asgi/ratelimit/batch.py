@@ -1,7 +1,9 @@
 """Checks that share a round trip: what waits while a batch is under way leaves together in the next one.
 
-An idle limiter adds no delay: a check that finds nothing in flight starts a batch at once. Under load the queue
-fills while Redis works, so that batches grow with the load and trips per request fall.
+An idle limiter waits for nobody: a check that finds nothing in flight leaves at the end of the loop's turn, with those
+that arrived in it. Under load the queue fills while Redis works, so that batches grow with the load and trips per
+request fall. Many leave in two halves, so that the process has answers to work on while Redis decides the other half:
+without that all come to wait at once, and process and Redis take turns at being idle.
 
 The life of a check: `Batcher.submit` puts it in the queue. When a wire has a connection in hand it takes what waits as
 a `Batch` and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and
@@ -23,6 +25,7 @@ from .strategies import VALUES_PER_COUNTER, Mode, Reply
 Outcome: TypeAlias = Reply | Failure
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 MAX_IN_FLIGHT = 4
+MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
 
 
 class Check:
@@ -90,6 +93,9 @@ class Wire(Protocol):
     def start(self, batcher: "Batcher") -> None:
         """Take what waits in *batcher* and send it, as soon as there is a connection."""
 
+    def read(self) -> None:
+        """Give out replies that have come and wait for their turn."""
+
     def abort(self, batch: Batch) -> None:
         """Drop the connection *batch* went out on."""
 
@@ -147,22 +153,35 @@ class Batcher:
         if check.deadline < self._armed_for:
             self._arm(check.deadline)
         # Behind one that waits already there is nothing to do until the batch is full.
-        if len(waiting) == 1 or self._waiting_counters >= MAX_COUNTERS:
+        if self._waiting_counters >= MAX_COUNTERS:
             self.start_if_due()
+        elif len(waiting) == 1 and self._wire.busy == 0:
+            self.loop.call_soon(self.start_if_due)
 
     def start_if_due(self) -> None:
         """Send what waits, if nothing is under way or it fills a batch."""
         if self.closed:
             self._fail_waiting(Failure.CONNECTION)
         elif self._waiting:
-            busy = self._wire.busy
+            busy, many = self._wire.busy, len(self._waiting) >= MANY
             if busy == 0 or (self._waiting_counters >= MAX_COUNTERS and busy < MAX_IN_FLIGHT):
                 self._wire.start(self)
+                if busy == 0 and many:
+                    self._wire.start(self)
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._waiting)
 
     def take(self) -> Batch | None:
-        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters."""
+        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters.
+
+        Half of it, when it is many and the first to be under way.
+        """
         now = self.loop.time()
         waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
+        most = len(waiting) // 2 if len(waiting) >= MANY and not self._sent else len(waiting)
         taken: list[Check] = []
         counters, patience = 0, 0.0
         for i, check in enumerate(waiting):
@@ -170,7 +189,7 @@ class Batcher:
                 resolve([check], self._wire.lacks())
             if check.future.done():
                 continue
-            if taken and counters + check.charges.counters > MAX_COUNTERS:
+            if taken and (len(taken) == most or counters + check.charges.counters > MAX_COUNTERS):
                 self._waiting = waiting[i:]
                 self._waiting_counters = sum(left.charges.counters for left in self._waiting)
                 break
@@ -237,6 +256,7 @@ class Batcher:
     def _tick(self) -> None:
         """The only clock: end waits past their deadline and batches past their limit, then sleep to the next."""
         self._timer, self._armed_for = None, math.inf
+        self._wire.read()
         now = self.loop.time()
         late, self._waiting = _split(self._waiting, now)
         self._waiting_counters = sum(check.charges.counters for check in self._waiting)

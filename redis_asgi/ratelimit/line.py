@@ -30,6 +30,7 @@ class Line(asyncio.Protocol):
         self._batcher = batcher
         self._transport = transport
         self._replies = hiredis.Reader()
+        self._unread: list[bytes] = []
         self._theirs = transport.get_protocol()
         transport.set_protocol(self)
 
@@ -53,11 +54,23 @@ class Line(asyncio.Protocol):
         self._transport.set_protocol(self._theirs)
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self._replies.feed(data)
-            while (reply := self._replies.gets()) is not False:
-                self._answer(reply)
-        except Exception:
+        unread = self._unread
+        unread.append(data)
+        if len(unread) > 1:
+            return
+        if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][0].checks) == 1:
+            self.read()
+            return
+        # Two turns of the loop later the requests that came in together with it are waiting. They leave in the next
+        # batch, and only then are the answers of this one worked on.
+        soon = self._batcher.loop.call_soon
+        soon(soon, self.read)
+
+    def read(self) -> None:
+        """Give out the replies that have come, and send what waits."""
+        if not self._unread:
+            return
+        if not self._give_out():
             # No Redis at the other end, or one out of step: nothing it says can be told apart any more.
             self.hang_up()
             return
@@ -67,11 +80,24 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wire.lost(self)
+        self._give_out()
         failure = classify(exc) if exc is not None else Failure.CONNECTION
         while self.sent:
             self._batcher.done(self.sent.popleft()[0], failure)
         self._theirs.connection_lost(exc)
         self._batcher.start_if_due()
+
+    def _give_out(self) -> bool:
+        """Answer who the unread replies are for; whether they are replies."""
+        unread, self._unread = self._unread, []
+        try:
+            for data in unread:
+                self._replies.feed(data)
+            while (reply := self._replies.gets()) is not False:
+                self._answer(reply)
+        except Exception:
+            return False
+        return True
 
     def _answer(self, reply: Any) -> None:
         batch, in_full = self.sent.popleft()
@@ -122,6 +148,10 @@ class LineWire:
         batch = batcher.take()
         if batch is not None:
             line.send(batch)
+
+    def read(self) -> None:
+        if self._line is not None:
+            self._line.read()
 
     def abort(self, batch: Batch) -> None:
         if self._line is not None and any(sent is batch for sent, _ in self._line.sent):

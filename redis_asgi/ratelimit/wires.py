@@ -95,6 +95,9 @@ class TaskWire:
     def start(self, batcher: Batcher) -> None:
         self._tasks.add(batcher.loop.create_task(self._drive(batcher)))
 
+    def read(self) -> None:
+        pass  # each task reads its own
+
     def abort(self, batch: Batch) -> None:
         for task, mine in self._batches.items():
             if mine is batch:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MAX_COUNTERS, Batcher, Check, Outcome
+from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, Batcher, Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.wires import PoolWire
@@ -181,6 +181,45 @@ async def test_lost_reply_is_charged_once_and_never_sent_again(private_server: C
         assert ("local", True, 9) == (decision.source, decision.allowed, decision.policies[0].remaining)
         count = {key: value for key in server.client().keys() for value in server.client().hgetall(key).values()}
         assert all(value.split()[1] == b"1" for value in count.values())
+
+
+async def test_checks_of_one_turn_leave_together(redis_server: ExternalServer, manager: RedisManager) -> None:
+    """What arrives in one turn of an idle loop shares its trip, the first check included."""
+    batcher = await batcher_of(manager)
+    await submit(batcher)
+    before = trips(redis_server)
+    outcomes = await asyncio.gather(*(submit(batcher, charge(f"192.0.2.{i}", THREE)) for i in range(MANY - 1)))
+
+    assert {1} == {outcome[0] for outcome in outcomes if isinstance(outcome, list)}
+    assert 1 == trips(redis_server) - before
+
+
+async def test_many_leave_in_two_halves(redis_server: ExternalServer, manager: RedisManager) -> None:
+    """There are answers to work on while Redis decides the second half; each half is big, and there is no third."""
+    batcher = await batcher_of(manager)
+    await submit(batcher)
+    before = trips(redis_server)
+    futures = [submit(batcher, charge(f"192.0.2.{i}")) for i in range(MANY + 1)]
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+    answered = [future.done() for future in futures]
+    await asyncio.gather(*futures)
+
+    assert 2 == trips(redis_server) - before
+    first = MANY // 2
+    assert [True] * first == answered[:first]
+
+
+async def test_reply_that_came_while_the_loop_was_held_up_counts(manager: RedisManager) -> None:
+    """A process that is busy for longer than the deadline reads what has come before it gives up on it."""
+    batcher = await batcher_of(manager)
+    await submit(batcher)
+    futures = [submit(batcher, charge(f"192.0.2.{i}"), timeout=0.05) for i in range(4)]
+    while not batcher._sent:
+        await asyncio.sleep(0)
+    time.sleep(0.1)  # noqa: ASYNC251 - the loop is held up by somebody
+    outcomes = await asyncio.gather(*futures)
+
+    assert [list] * 4 == [type(outcome) for outcome in outcomes]
 
 
 async def test_full_batches_overlap_and_hold_at_most_their_counters(

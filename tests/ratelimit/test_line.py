@@ -108,6 +108,27 @@ async def test_connection_that_ends_under_way_fails_its_batch_once(private_serve
         await manager.close()
 
 
+async def test_replies_that_came_before_the_end_are_given_out(private_server: StartServer) -> None:
+    """A connection that ends right behind its replies takes none of them along."""
+    manager = RedisManager(Settings(REDIS_URL=private_server().url))
+    batcher = batcher_of(manager)
+    await ask(batcher)
+    assert isinstance(batcher._wire, LineWire)
+    line = batcher._wire._line
+    assert line is not None
+    receive = line.data_received
+
+    def receive_the_last(data: bytes) -> None:
+        receive(data)
+        line._transport.abort()
+
+    line.data_received = receive_the_last  # type: ignore[method-assign]
+    outcomes = await asyncio.gather(*(ask(batcher, f"192.0.2.{n}") for n in range(5)))
+    assert [98, 99, 99, 99, 99] == sorted(remaining(outcome) for outcome in outcomes)
+    assert batcher._wire._line is not line
+    await manager.close()
+
+
 async def test_what_is_no_redis_is_hung_up_on() -> None:
     """Bytes that are no reply end the connection, and the check fails; nothing is read out of step."""
 
