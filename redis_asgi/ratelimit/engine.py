@@ -41,9 +41,23 @@ class Verdict:
         source: Who decided.
         reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
         known: The remembered refusals that answered, and when (monotonic seconds).
+        is_counted: Whether the request that it is about was counted.
+        is_over: Whether that request's charges are settled.
     """
 
-    __slots__ = ("_decision", "_fields", "allowed", "at", "charges", "engine", "known", "reply", "source")
+    __slots__ = (
+        "_decision",
+        "_fields",
+        "allowed",
+        "at",
+        "charges",
+        "engine",
+        "is_counted",
+        "is_over",
+        "known",
+        "reply",
+        "source",
+    )
 
     def __init__(
         self,
@@ -62,6 +76,7 @@ class Verdict:
         self.reply = reply
         self.known = known
         self.at = at
+        self.is_counted = self.is_over = False
         self._decision = decision
         self._fields: Fields | None = None
         if reply is not None:
@@ -77,10 +92,12 @@ class Verdict:
             return self._fields
         return limit_fields(self.decision, style) if style != "none" else []
 
-    def count_refusal(self) -> None:
-        """Count the request it refuses."""
-        outcome = "unavailable" if self.source == "none" else "refused"
-        self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
+    def count(self) -> None:
+        """Count the request, once, as what it says of it."""
+        if not self.is_counted:
+            self.is_counted = True
+            outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
+            self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
 
     @property
     def decision(self) -> Decision:

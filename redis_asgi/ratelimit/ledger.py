@@ -1,7 +1,8 @@
 """What one request has been charged, and what its response changes about that.
 
-The middleware keeps one `Ledger` per request, which the app sees as a `RequestDecision`; per-route limits join it;
-`settle` sends the difference once, after the last body byte.
+The app sees it as a `RequestDecision`. A request with one verdict, of which nothing changes, needs no more; else a
+`Ledger` keeps what joins (per-route limits) and what changes, and `settle` sends the difference once, after the last
+body byte.
 """
 
 import asyncio
@@ -29,14 +30,12 @@ class Ledger:
         immediate: Apply each change at once: there is no middleware that would settle at the response's end.
     """
 
-    __slots__ = ("_changes", "_is_counted", "_loop", "settled", "verdicts")
+    __slots__ = ("_changes", "_loop", "verdicts")
 
     def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
         self.verdicts = [verdict]
         self._loop = asyncio.get_running_loop() if immediate else None
-        self.settled = False
-        self._is_counted = False
-        self._changes: list[tuple[int, str | None]] | None = None
+        self._changes: list[tuple[int, str | None]] = []
 
     @property
     def immediate(self) -> bool:
@@ -61,28 +60,26 @@ class Ledger:
         names = {p.name for verdict in self.verdicts for charge in verdict.charges for p in charge.policies}
         if policy is not None and policy not in names:
             raise ValueError(f"policy={policy!r} does not apply to this request. It is one of {sorted(names)}.")
-        if self.settled:
+        if self.is_over:
             raise RuntimeError("The response has ended, and its charges are settled. Charge before its last byte.")
         change = (max(-_MOST, min(cost, _MOST)), policy)
         if self._loop is not None:
             # A sync endpoint runs in a thread.
             self._loop.call_soon_threadsafe(self._send, None, [change])
-        elif self._changes is None:
-            self._changes = [change]
         else:
             self._changes.append(change)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is settled."""
+        return self.verdicts[0].is_over
+
     def count(self) -> None:
         """Count the request, once: as refused if one of its verdicts is, else as the first says."""
-        if not self._is_counted:
-            self._is_counted = True
-            verdict = self.verdicts[0]
-            if len(self.verdicts) > 1:
-                verdict = next((verdict for verdict in self.verdicts if not verdict.allowed), verdict)
-            if verdict.allowed:
-                verdict.engine.counts.request("allowed", verdict.source)
-            else:
-                verdict.count_refusal()
+        first = self.verdicts[0]
+        if not first.is_counted:
+            next((verdict for verdict in self.verdicts if not verdict.allowed), first).count()
+            first.is_counted = True
 
     def fields(self, style: HeaderStyle) -> Fields:
         """The header fields of all that was decided about the request. Do not change the list."""
@@ -92,18 +89,12 @@ class Ledger:
 
     def settle(self, status: int | None) -> None:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
-        if self.settled:
+        if self.is_over:
             return
-        self.settled = True
-        if not self._is_counted:
-            self.count()
-        if self._changes is not None:
+        self.verdicts[0].is_over = True
+        self.count()
+        if self._changes or any(verdict.charges.wait_and_see for verdict in self.verdicts):
             self._send(status, self._changes)
-            return
-        for verdict in self.verdicts:
-            if verdict.charges.wait_and_see:
-                self._send(status, [])
-                return
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self.verdicts:
@@ -127,12 +118,30 @@ class RequestDecision(Decision):
     nothing for them.
     """
 
-    __slots__ = ("ledger",)
+    __slots__ = ("says",)
 
-    ledger: Ledger
+    says: Verdict | Ledger
 
-    def __init__(self, ledger: Ledger) -> None:
-        object.__setattr__(self, "ledger", ledger)
+    def __init__(self, says: Verdict | Ledger) -> None:
+        object.__setattr__(self, "says", says)
+
+    @property
+    def ledger(self) -> Ledger:
+        """All that is known about the request; begun when somebody first asks."""
+        says = self.says
+        if isinstance(says, Verdict):
+            says = Ledger(says)
+            object.__setattr__(self, "says", says)
+        return says
+
+    def settle(self, status: int | None) -> None:
+        """See `Ledger.settle`."""
+        says = self.says
+        if isinstance(says, Verdict) and not says.charges.wait_and_see:
+            says.is_over = True
+            says.count()
+        else:
+            self.ledger.settle(status)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while a field, which is a slot, is empty.

@@ -19,7 +19,7 @@ from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
-from .ledger import STATE, Ledger, RequestDecision
+from .ledger import STATE, RequestDecision
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
@@ -117,7 +117,7 @@ class RateLimitMiddleware:
             self._linter.look(scope)
         state = scope.setdefault("state", {})
         outer: RequestDecision | None = state.get(STATE)
-        if outer is not None and outer.ledger.settled:
+        if outer is not None and outer.says.is_over:
             outer = None  # of an earlier request: this server reuses its state
         charges = self._known_charges(scope) if outer is None else None
         try:
@@ -137,21 +137,21 @@ class RateLimitMiddleware:
         elif verdict is None:  # no rule covers it
             await self._pass(scope, receive, send)
         elif verdict.allowed:
-            ledger = Ledger(verdict)
-            state[STATE] = RequestDecision(ledger)
-            response = _Response(ledger, self._style, send)
+            state[STATE] = decision = RequestDecision(verdict)
+            response = _Response(decision, self._style, send)
             try:
                 await self.app(scope, receive, response.send)
             except BaseException as error:
                 response.failed(error)
                 raise
-            ledger.settle(response.status)
+            if not verdict.is_over:
+                decision.settle(response.status)
         else:
-            verdict.count_refusal()
+            verdict.count()
             if len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
                 await send_remembered(verdict, self._style, scope, send)
                 return
-            state[STATE] = RequestDecision(Ledger(verdict))
+            state[STATE] = RequestDecision(verdict)
             fields = verdict.fields(self._style)
             await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
 
@@ -217,10 +217,10 @@ class _Response:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_gone", "_ledger", "_send", "_style", "status")
+    __slots__ = ("_decision", "_gone", "_send", "_style", "status")
 
-    def __init__(self, ledger: Ledger, style: HeaderStyle, send: Send) -> None:
-        self._ledger = ledger
+    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
+        self._decision = decision
         self._style: HeaderStyle = style
         self._send = send
         self._gone = False
@@ -230,10 +230,11 @@ class _Response:
         kind = message["type"]
         if kind in _STARTS:
             self.status = status = message.get("status", 101)
-            self._ledger.count()
+            says = self._decision.says
+            says.count()
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
-                message = headers.with_fields(message, self._ledger.fields(self._style))
+                message = headers.with_fields(message, says.fields(self._style))
         elif kind == "websocket.close" and self.status is None:
             self.status = 403  # what the server answers a handshake that is closed before accept
         try:
@@ -242,12 +243,12 @@ class _Response:
             self._gone = True
             raise
         if kind == "http.response.body" and not message.get("more_body", False):
-            self._ledger.settle(self.status)
+            self._decision.settle(self.status)
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
-        self._ledger.settle(self.status if gone else 500)
+        self._decision.settle(self.status if gone else 500)
 
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
