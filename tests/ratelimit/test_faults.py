@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 import pytest
+import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -15,7 +16,7 @@ from redis_asgi import RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
 
 from ..kit.proxy import FaultProxy
-from ..kit.servers import Server
+from ..kit.servers import Server, wait_until
 from .harness import Spy, client_of, drive, header, http_scope
 
 pytestmark = pytest.mark.anyio
@@ -183,7 +184,7 @@ async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(privat
     assert Failure.PERMISSION is app._manager.breaker().reason
 
 
-async def test_loading_busy_and_full_servers_fall_back(private_server: StartServer) -> None:
+async def test_busy_and_full_servers_fall_back(private_server: StartServer) -> None:
     """BUSY and maxclients: the limit is held here, and Redis is used again half a second after."""
     server = private_server("--busy-reply-threshold", "1", "--maxclients", "40")
     app = RateLimitMiddleware(Spy(), "3/minute", settings=Settings(REDIS_URL=server.url))
@@ -215,6 +216,36 @@ async def test_loading_busy_and_full_servers_fall_back(private_server: StartServ
     assert [200, 200, 200, 429] == [status for status, _ in full]
     assert max(seconds for _, seconds in full) < 0.3
     assert 1 == server.client().exists("rate_limit:{192.0.2.9}")
+
+
+async def test_loading_server_falls_back(private_server: StartServer) -> None:
+    """A server that still reads its data answers LOADING: the limit is held here, and Redis is used once it is up."""
+    server = private_server("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+    server.client().mset({f"other:{number}": "x" * 4096 for number in range(50)})
+    server.command("CONFIG", "SET", "rdbcompression", "no")
+    server.command("SAVE")
+    server.restart(wait=False)
+
+    def is_loading() -> bool:
+        try:
+            server.command("PING")
+        except redis.exceptions.BusyLoadingError:
+            return True
+        return False
+
+    wait_until(is_loading, "Redis is loading", within=5)
+    app = RateLimitMiddleware(Spy(), "3/minute", settings=Settings(REDIS_URL=server.url))
+    loading = [await timed(app) for _ in range(6)]
+    reason = app._manager.breaker().reason
+    await asyncio.to_thread(wait_until, lambda: not is_loading(), "Redis has its data", within=10)
+    await asyncio.sleep(0.5)
+    await timed(app, client=("192.0.2.9", 1))
+    await app._manager.close()
+
+    assert [200, 200, 200, 429, 429, 429] == [status for status, _ in loading]
+    assert max(seconds for _, seconds in loading) < 0.3
+    assert Failure.LOADING is reason
+    assert [b"rate_limit:{192.0.2.9}"] == server.client().keys("rate_limit:*")
 
 
 async def test_replica_that_takes_over_is_used(private_server: StartServer) -> None:
