@@ -238,6 +238,9 @@ class Telemetry:
             "How long a request waited for its verdict, when Redis was asked.",
             "source",
         )
+        self.ratelimit_local_evictions = self._counter(
+            "ratelimit_local_evictions", "Clients that a full process forgot before their windows had ended."
+        )
         self.cache_requests = self._counter("cache_requests", "Embedding requests by what the cache did.", "result")
         self.cache_bypass = self._counter("cache_bypass", "Embedding requests that were passed through.", "reason")
         self.cache_items = self._counter("cache_items", "Inputs of embedding requests.", "result")

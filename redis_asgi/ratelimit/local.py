@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from ..settings import Settings
+from ..telemetry import telemetry
 from .policy import MICROSECONDS, Charge, Policy
 from .strategies import COUNTERS, Counter, Log, Mode, Reply, Stored
 
@@ -35,13 +36,15 @@ class LocalEngine:
     """Counters in this process, bounded: at most *max_partitions* clients and *max_stamps* log entries.
 
     When full, expired partitions go first, then idle ones, and those last refused only when nothing else is
-    left, so that a flood of new clients does not free the clients being held back.
+    left, so that a flood of new clients does not free the clients being held back. Every client that goes before
+    its time is counted.
     """
 
     def __init__(self, max_partitions: int = 100_000, max_stamps: int = 1_000_000) -> None:
         self._max_partitions = max_partitions
         self._max_stamps = max_stamps
         self._stamps = 0
+        self._evictions = telemetry().ratelimit_local_evictions
         self._lock = threading.Lock()  # loops in several threads may share one manager
         # Least recently used first; a partition moves between the two with its last verdict.
         self._admitted: OrderedDict[bytes, _Held] = OrderedDict()
@@ -181,7 +184,10 @@ class LocalEngine:
         while len(self) > self._max_partitions or self._stamps > self._max_stamps:
             # Never the client just admitted while there is another: one that is always forgotten is never limited.
             queue = self._admitted if len(self._admitted) > 1 else self._refused or self._admitted
-            self._drop(next(iter(queue)))
+            oldest = next(iter(queue))
+            if queue[oldest].expires > now:
+                self._evictions.inc()
+            self._drop(oldest)
 
 
 @lru_cache(maxsize=4096)

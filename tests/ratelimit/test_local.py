@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from redis_asgi import Settings
 from redis_asgi.ratelimit.local import LocalEngine, scaled
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, PolicySet
+from redis_asgi.telemetry import fresh_telemetry
 
 from .histories import EPOCH, Twin, charge, client, policy, snapshot
 
@@ -99,6 +100,26 @@ def test_stamps_are_bounded() -> None:
 
     assert ["d", "e", "f"] == known(engine)
     assert 900 == engine._stamps
+
+
+def test_only_clients_that_go_before_their_time_are_counted() -> None:
+    """For want of room, or of stamps; one whose window has ended has nothing left to forget."""
+    with fresh_telemetry() as counted:
+        engine = LocalEngine(max_partitions=3, max_stamps=100)
+
+    def evicted() -> float | None:
+        return counted.registry.get_sample_value("redis_asgi_ratelimit_local_evictions_total")
+
+    use(engine, "abc")
+    assert 0 == evicted()
+    use(engine, "de")
+    assert 2 == evicted()
+    use(engine, "fgh", after=10.5)
+    assert 2 == evicted()
+    for who in "ij":
+        asked = (charge(policy("moving-window", 100, 10), cost=60, who=who),)
+        assert engine.decide("consume", asked, now=EPOCH + 30 * MICROSECONDS)[0] == 1
+    assert 3 == evicted()
 
 
 @example_settings(deadline=None)
