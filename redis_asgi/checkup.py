@@ -20,6 +20,7 @@ from redis.exceptions import ResponseError
 from . import aside
 from .client import Client
 from .errors import Failure, classify
+from .server_info import Health
 
 Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
 Address: TypeAlias = tuple[str, int]
@@ -27,27 +28,6 @@ Address: TypeAlias = tuple[str, int]
 DEADLINE = 0.5  # seconds for connecting and every reply together
 _SLOTS = 16384
 _ALONE: Address = ("", 0)  # there is but one server, whatever its address is now
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What a check found; ``None`` stands for what is not known.
-
-    Attributes:
-        failure: What is wrong, if anything is.
-        partial: Whether Redis goes on serving some of what it is asked for.
-        latency: Seconds from a PING to its answer, the slowest primary's on a cluster.
-        clients: Connected clients; the sum over all primaries on a cluster, and so is *memory*.
-        memory: Used memory in bytes.
-        saved_at: Unix seconds of the last successful save, the oldest one on a cluster.
-    """
-
-    failure: Failure | None = None
-    partial: bool = False
-    latency: float | None = None
-    clients: int | None = None
-    memory: int | None = None
-    saved_at: int | None = None
 
 
 @dataclass(slots=True)
@@ -62,9 +42,14 @@ class _Report:
     cluster: Mapping[str, str] = field(default_factory=dict)  # CLUSTER INFO
     slots: Mapping[Address, int] | None = None  # how many each primary serves, as this node sees it
 
-    def number(self, name: str) -> int | None:
-        value = self.about.get(name, "")
-        return int(value) if value.isdigit() else None
+
+async def check(client: Client) -> Health:
+    """Look once, now; never raises but for a cancellation, and leaves no connection."""
+    checkup = Checkup(client)
+    try:
+        return await checkup.run()
+    finally:
+        await checkup.aclose()
 
 
 class Checkup:
@@ -234,20 +219,8 @@ def _authority(report: _Report) -> tuple[bool, bool, int]:
 
 
 def _health(reports: Sequence[_Report], failure: Failure | None, *, partial: bool = False) -> Health:
-    return Health(
-        failure,
-        partial,
-        max((report.latency for report in reports if report.latency is not None), default=None),
-        _over(sum, (report.number("connected_clients") for report in reports)),
-        _over(sum, (report.number("used_memory") for report in reports)),
-        _over(min, (report.number("rdb_last_save_time") for report in reports)),
-    )
-
-
-def _over(combine: Any, numbers: Iterable[int | None]) -> int | None:
-    """One number of several; unknown as soon as one of them is."""
-    known = list(numbers)
-    return combine(known) if known and None not in known else None
+    latency = max((report.latency for report in reports if report.latency is not None), default=None)
+    return Health(failure, partial, latency, () if latency is None else tuple(report.about for report in reports))
 
 
 def mode_of(client: Client) -> Mode:

@@ -1,6 +1,6 @@
 """What a scrape is made of: the counters of this process or of all of them, and gauges read at that moment.
 
-Nothing here waits for anything: what Redis says of itself has been asked before (`server_info`).
+Nothing here waits for anything: what Redis says of itself has been asked before (`watch`).
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from .client import Client
 from .connection import RedisManager
 from .ratelimit.local import LocalEngine
 from .ratelimit.refusals import RefusalMemory
-from .server_info import Reading
+from .server_info import Health
 from .telemetry import PREFIX, telemetry
 
 Families: TypeAlias = list[Metric]
@@ -81,22 +81,27 @@ def _without_created(family: Metric) -> Metric:
     return family
 
 
-def read(manager: RedisManager, client: Client | None, reading: Reading, *, version: str) -> Families:
+def read(manager: RedisManager, client: Client | None, health: Health, *, version: str) -> Families:
     """The gauges of this process and of its Redis as they are now.
 
     Args:
         client: The running loop's; ``None`` when there is none.
         version: The package's.
     """
-    return [*_process(manager, client, reading, version), *_server(reading)]
+    return [*_process(manager, client, health, version), *_server(_of_all(health))]
+
+
+def _of_all(health: Health) -> Health:
+    # Sums over some of a cluster would look to Prometheus like counters that were reset.
+    return health if health.is_up else Health()
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:
     return GaugeMetricFamily(f"{PREFIX}_{name}", documentation, value=value)
 
 
-def _process(manager: RedisManager, client: Client | None, reading: Reading, version: str) -> Iterator[Metric]:
-    server = reading.server if manager.has_redis else "memory"
+def _process(manager: RedisManager, client: Client | None, health: Health, version: str) -> Iterator[Metric]:
+    server = health.server if manager.has_redis else "memory"
     about = GaugeMetricFamily(
         f"{PREFIX}_build_info", "What runs here; always 1.", labels=("version", "redis_client", "server")
     )
@@ -117,7 +122,7 @@ def _process(manager: RedisManager, client: Client | None, reading: Reading, ver
         len(manager.shared(RefusalMemory.from_settings)),
     )
     if manager.has_redis:
-        yield _gauge("redis_up", "Whether Redis answered a PING in time.", reading.failure is None)
+        yield _gauge("redis_up", "Whether Redis answered a PING in time.", health.is_up)
         connections = GaugeMetricFamily(
             f"{PREFIX}_redis_pool_connections", "Connections of this process's pool.", labels=("state",)
         )
@@ -140,34 +145,35 @@ def _pool(client: Client | None) -> Mapping[str, int]:
     return {"in_use": in_use, "idle": idle, "max": pool.max_connections}
 
 
-def _server(reading: Reading) -> Iterator[Metric]:
+def _server(health: Health) -> Iterator[Metric]:
     for suffix, field, documentation, combine in _SERVER_GAUGES:
-        number = reading.number(field, combine)
+        number = health.number(field, combine)
         if number is not None:
             yield _gauge(f"server_{suffix}", documentation, number)
     for suffix, field, documentation in _SERVER_COUNTERS:
-        total = reading.number(field)
+        total = health.number(field)
         if total is not None:
             yield CounterMetricFamily(f"{PREFIX}_server_{suffix}", documentation, value=total)
 
 
-def redis_figures(reading: Reading) -> dict[str, Any]:
+def redis_figures(health: Health) -> dict[str, Any]:
     """What ``INFO`` says of a server's whole work, other apps' included; memory in bytes, ``None`` = not known.
 
     ``hit_rate`` is hits per lookup, 0.0 when there were none.
     """
-    hits, misses = reading.count("keyspace_hits"), reading.count("keyspace_misses")
+    health = _of_all(health)
+    hits, misses = health.count("keyspace_hits"), health.count("keyspace_misses")
     return {
         "hits": hits,
         "misses": misses,
         "hit_rate": None if hits is None or misses is None else _ratio(hits, hits + misses),
-        "memory_used": reading.count("used_memory"),
-        "peak_memory": reading.count("used_memory_peak"),
-        "clients": reading.count("connected_clients"),
+        "memory_used": health.count("used_memory"),
+        "peak_memory": health.count("used_memory_peak"),
+        "clients": health.count("connected_clients"),
         "operations": {
-            "commands_processed": reading.count("total_commands_processed"),
-            "expired_keys": reading.count("expired_keys"),
-            "evicted_keys": reading.count("evicted_keys"),
+            "commands_processed": health.count("total_commands_processed"),
+            "expired_keys": health.count("expired_keys"),
+            "evicted_keys": health.count("evicted_keys"),
         },
     }
 

@@ -4,13 +4,10 @@
 ``/ready``  healthy or degraded 200, unhealthy 503
 ``/``       the same status, and what Redis says of itself
 
-However many ask, at most one check a second is made in a process and event loop, in a task that no prober's going
-away cancels, and nobody waits for it longer than its deadline.
+However many ask, at most one check a second is made (`watch`).
 """
 
-import asyncio
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,18 +15,17 @@ from typing import Any, Literal, TypeAlias
 
 from starlette.requests import HTTPConnection
 
-from .checkup import DEADLINE, Checkup, Health, Mode, mode_of
+from .checkup import Mode, check, mode_of
 from .client import Client
 from .connection import RedisArgument, RedisManager, resolve_manager
-from .errors import Failure, classify
+from .errors import Failure
+from .server_info import Health
 from .settings import Settings
 from .sub_app import Answer, Authorize, SubApp, json_answer
 from .telemetry import telemetry
+from .watch import watched
 
 Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
-
-_KEPT = 1.0  # seconds that a result is the answer
-_GRACE = 0.05  # seconds after the deadline in which a check ends
 
 
 async def check_redis_health(client: Client) -> dict[str, Any]:
@@ -46,11 +42,7 @@ async def check_redis_health(client: Client) -> dict[str, Any]:
         the oldest save and the slowest answer.
         ``error`` is ``None`` or a code such as ``redis_timeout``, with ``errors.Failure`` for its second word.
     """
-    checkup = Checkup(client)
-    try:
-        health = await checkup.run()
-    finally:
-        await checkup.aclose()
+    health = await check(client)
     if health.failure is not None and not health.partial:
         return {"status": "unhealthy", "error": code_of(health.failure), **_described(Health(), None)}
     status: Status = "healthy" if health.failure is None else "degraded"
@@ -79,62 +71,6 @@ def human_bytes(count: float) -> str:
         return f"{int(count)}B"
     power = min(int(math.log2(count)) // 10, 4)
     return f"{count / 1024**power:.2f}{'BKMGT'[power]}"
-
-
-class Watch:
-    """The checks of one open client: one in flight, and its result for a second."""
-
-    def __init__(self, _manager: RedisManager, client: Client) -> None:
-        self.mode: Mode = mode_of(client)
-        self._checkup = Checkup(client)
-        self._last: Health | None = None
-        self._last_at = 0.0
-        self._flight: asyncio.Task[Health] | None = None
-
-    async def health(self) -> Health:
-        """A result that is no older than a second, within the deadline of one check."""
-        if self._last is not None and time.monotonic() - self._last_at < _KEPT:
-            return self._last
-        if self._flight is None or self._flight.done():
-            self._flight = asyncio.create_task(self._fly())
-        # Not awaited itself: a prober that goes away would take it along.
-        done, _ = await asyncio.wait({self._flight}, timeout=DEADLINE + _GRACE)
-        for task in done:
-            if not task.cancelled():
-                return task.result()
-        return Health(Failure.TIMEOUT)
-
-    async def _fly(self) -> Health:
-        health = self._last = await self._checkup.run()
-        self._last_at = time.monotonic()
-        counters = telemetry()
-        outcome = "ok" if health.latency is not None else (health.failure or Failure.TIMEOUT).value
-        counters.redis_commands.labels("ping", outcome).inc()
-        if health.latency is not None:
-            counters.redis_command_duration.labels("ping").observe(health.latency)
-        return health
-
-    async def aclose(self) -> None:
-        if self._flight is not None:
-            self._flight.cancel()
-            await asyncio.wait({self._flight})
-        await self._checkup.aclose()
-
-
-async def watched(manager: RedisManager) -> tuple[Health, Mode]:
-    """How the Redis of *manager* is; every caller in this event loop shares its checks."""
-    if not manager.has_redis:
-        return Health(), "memory"
-    try:
-        watch = manager.part(Watch)
-    except Exception as error:
-        # No client can be built, such as for a certificate that cannot be read: the limits go on without, too.
-        return Health(classify(error)), _mode_of_settings(manager.settings)
-    return await watch.health(), watch.mode
-
-
-def _mode_of_settings(settings: Settings) -> Mode:
-    return "cluster" if settings.REDIS_CLUSTER else "sentinel" if settings.REDIS_SENTINELS else "standalone"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import HTTPConnection
 
+from .checkup import check
 from .client import Client
 from .connection import RedisArgument, RedisManager, resolve_manager
 from .exposition import Families, Scrape, counted, middleware_figures, read, redis_figures
-from .server_info import read_server, watched
 from .settings import Settings
 from .sub_app import Answer, Authorize, SubApp, json_answer
 from .telemetry import telemetry
+from .watch import watched
 
 logger = logging.getLogger("redis_asgi.metrics")
 
@@ -57,8 +58,8 @@ class RedisMetrics:
             client = await self._manager.get_connection()
         except Exception:
             return {}  # no client can be built, such as for a host without an address
-        reading = await read_server(client)
-        return redis_figures(reading) if reading.servers else {}
+        health = await check(client)
+        return redis_figures(health) if health.is_up and all(health.servers) else {}
 
 
 class MetricsApp(SubApp):
@@ -79,8 +80,8 @@ class MetricsApp(SubApp):
         accept = ",".join(connection.headers.getlist("accept"))
         if _wants_json(accept):
             return await self._json(connection)
-        reading = await watched(self._manager)
-        gauges = read(self._manager, await self._client(), reading, version=_version())
+        health, _mode = await watched(self._manager)
+        gauges = read(self._manager, await self._client(), health, version=_version())
         encode, content_type = choose_encoder(accept)
 
         def text(families: Families) -> Answer:
@@ -89,11 +90,11 @@ class MetricsApp(SubApp):
         return await _with_counters(text)
 
     async def _json(self, _connection: HTTPConnection) -> Answer:
-        reading = await watched(self._manager)
+        health, _mode = await watched(self._manager)
         about = {"version": _version(), "breaker": self._manager.breaker_state}
 
         def figures(families: Families) -> Answer:
-            return json_answer({**redis_figures(reading), "middleware": {**about, **middleware_figures(families)}})
+            return json_answer({**redis_figures(health), "middleware": {**about, **middleware_figures(families)}})
 
         return await _with_counters(figures)
 
@@ -146,8 +147,8 @@ def metrics_app(
     ``/`` is Prometheus text, OpenMetrics if ``Accept`` asks for it; ``/json``, or ``Accept: application/json``, the
     figures of `RedisMetrics.collect_metrics` (``None`` where unknown) and a ``middleware`` block of this package's.
     With ``PROMETHEUS_MULTIPROC_DIR`` counters are those of all processes together; gauges, such as the state of the
-    breaker and the pool, are always those of the process that answers. Redis is asked once a second at most, for 0.5 s
-    at most, over a connection of its own.
+    breaker and the pool, are always those of the process that answers. Redis is asked once a second at most, health
+    checks and the status page included, for 0.5 s at most, over a connection of its own.
 
     Args:
         redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.

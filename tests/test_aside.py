@@ -15,7 +15,6 @@ import redis.asyncio as aioredis
 from redis_asgi import Settings
 from redis_asgi.checkup import Checkup
 from redis_asgi.client import build_client, ping
-from redis_asgi.server_info import read_server
 
 from .kit.certificates import Certificates
 
@@ -58,7 +57,7 @@ def open_files() -> int:
 
 
 async def checked(client: Any) -> None:
-    """A health check and its end."""
+    """What health checks and metrics do, and the end of it."""
     checkup = Checkup(client, deadline=0.2)
     await checkup.run()
     await checkup.aclose()
@@ -71,13 +70,8 @@ async def probed(client: Any) -> None:
             await ping(client)
 
 
-async def read(client: Any) -> None:
-    """What metrics do."""
-    await read_server(client, deadline=0.2)
-
-
 @pytest.mark.parametrize("answers", [0, 2], ids=["in the greeting", "at the PING"])
-@pytest.mark.parametrize("ask", [probed, checked, read])
+@pytest.mark.parametrize("ask", [probed, checked])
 async def test_hung_tls_server_keeps_no_socket(
     certificates: Certificates, ask: Callable[[aioredis.Redis], Awaitable[None]], answers: int
 ) -> None:

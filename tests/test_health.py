@@ -26,9 +26,10 @@ from starlette.types import ASGIApp
 from redis_asgi import ConfigurationError, RateLimitMiddleware, RedisManager, Settings, check_redis_health, health_app
 from redis_asgi.checkup import Checkup, _slots
 from redis_asgi.errors import Failure
-from redis_asgi.health import HealthApp, Watch, human_bytes
+from redis_asgi.health import HealthApp, human_bytes
 from redis_asgi.sub_app import SubApp
 from redis_asgi.telemetry import fresh_telemetry
+from redis_asgi.watch import Watch
 
 from .kit.certificates import Certificates
 from .kit.processes import run_python

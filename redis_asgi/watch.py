@@ -1,0 +1,78 @@
+"""One look a second at the server behind a manager, for its health checks, its metrics and its status page together.
+
+However many ask, one check is in flight in a process and event loop, in a task that nobody's going away cancels, and
+nobody waits for it longer than its deadline.
+"""
+
+import asyncio
+import time
+
+from .checkup import DEADLINE, Checkup, Mode, mode_of
+from .client import Client
+from .connection import RedisManager
+from .errors import Failure, classify
+from .server_info import Health
+from .settings import Settings
+from .telemetry import telemetry
+
+_KEPT = 1.0  # seconds that a result is the answer
+_GRACE = 0.05  # seconds after the deadline in which a check ends
+
+
+class Watch:
+    """The checks of one open client: one in flight, and its result for a second."""
+
+    def __init__(self, _manager: RedisManager, client: Client) -> None:
+        self.mode: Mode = mode_of(client)
+        self._checkup = Checkup(client)
+        self._last: Health | None = None
+        self._last_at = 0.0
+        self._flight: asyncio.Task[Health] | None = None
+
+    async def health(self) -> Health:
+        """A result that is no older than a second, within the deadline of one check."""
+        if self._last is not None and time.monotonic() - self._last_at < _KEPT:
+            return self._last
+        if self._flight is None or self._flight.done():
+            self._flight = asyncio.create_task(self._fly())
+        # Not awaited itself: who goes away would take it along.
+        done, _ = await asyncio.wait({self._flight}, timeout=DEADLINE + _GRACE)
+        for task in done:
+            if not task.cancelled():
+                return task.result()
+        return Health(Failure.TIMEOUT)
+
+    async def _fly(self) -> Health:
+        health = self._last = await self._checkup.run()
+        self._last_at = time.monotonic()
+        counters = telemetry()
+        outcome = "ok" if health.latency is not None else (health.failure or Failure.TIMEOUT).value
+        counters.redis_commands.labels("ping", outcome).inc()
+        if health.latency is not None:
+            counters.redis_command_duration.labels("ping").observe(health.latency)
+        return health
+
+    async def aclose(self) -> None:
+        if self._flight is not None:
+            self._flight.cancel()
+            await asyncio.wait({self._flight})
+        await self._checkup.aclose()
+
+
+async def watched(manager: RedisManager) -> tuple[Health, Mode]:
+    """How the Redis of *manager* is; every caller in this event loop shares its checks.
+
+    On ``memory://`` there is nobody to ask, and no failure either.
+    """
+    if not manager.has_redis:
+        return Health(), "memory"
+    try:
+        watch = manager.part(Watch)
+    except Exception as error:
+        # No client can be built, such as for a certificate that cannot be read: the limits go on without, too.
+        return Health(classify(error)), _mode_of_settings(manager.settings)
+    return await watch.health(), watch.mode
+
+
+def _mode_of_settings(settings: Settings) -> Mode:
+    return "cluster" if settings.REDIS_CLUSTER else "sentinel" if settings.REDIS_SENTINELS else "standalone"
