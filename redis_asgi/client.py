@@ -12,7 +12,7 @@ import redis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 from redis.exceptions import RedisError
@@ -109,6 +109,45 @@ class SentinelTurnstile(SentinelConnectionPool, Turnstile):
     """The same behind the pool that asks the sentinels where the master is."""
 
 
+class Sentinels(Sentinel):
+    """Sentinels that are all asked at once: the first to know a master is believed, one that hangs is not waited for.
+
+    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, and again with every connection: with the
+    first of them on a host that is gone, no check and no probe would ever find the master in time.
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        questions = [asyncio.create_task(_master_of(sentinel, service_name)) for sentinel in self.sentinels]
+        try:
+            for answer in asyncio.as_completed(questions):
+                master = await answer
+                if master is not None:
+                    return master
+        finally:
+            for question in questions:
+                question.cancel()
+            await asyncio.gather(*questions, return_exceptions=True)
+        raise MasterNotFoundError(f"No sentinel knows a master {service_name!r} that is up")
+
+
+async def _master_of(sentinel: aioredis.Redis, name: str) -> tuple[str, int] | None:
+    """Where *sentinel* says the master is; ``None`` when it does not answer, or thinks that it is down."""
+    connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
+    try:
+        await aside.connect(connection)
+        await aside.send(connection, (b"SENTINEL", b"MASTER", name.encode()))
+        reply = await aside.receive(connection)
+        said = dict(zip(reply[::2], reply[1::2], strict=True))
+        flags = set(said[b"flags"].split(b","))
+        if b"master" not in flags or flags & {b"s_down", b"o_down"}:
+            return None
+        return said[b"ip"].decode(), int(said[b"port"])
+    except (RedisError, OSError):
+        return None
+    finally:
+        await aside.hang_up(connection)
+
+
 class TurnstileCluster(aioredis.RedisCluster):
     """A cluster client whose callers wait for one of ``REDIS_POOL_SIZE`` turns; its nodes' pools only raise."""
 
@@ -188,7 +227,7 @@ def build_client(settings: Settings) -> Built:
         kept = ("socket_timeout", "socket_connect_timeout", "protocol", "retry")
         ssl_options: dict[str, Any] = {"ssl": True, **tls} if encrypted else {}
         to_sentinels = {**{name: common[name] for name in kept}, **ssl_options}
-        sentinel = Sentinel(addresses, sentinel_kwargs=to_sentinels)  # type: ignore[no-untyped-call]  # theirs
+        sentinel = Sentinels(addresses, sentinel_kwargs=to_sentinels)  # type: ignore[no-untyped-call]  # theirs
         master = sentinel.master_for(
             settings.REDIS_SENTINEL_MASTER or "",
             connection_pool_class=SentinelTurnstile,
@@ -225,8 +264,14 @@ async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
         await asyncio.gather(*(_ping_over(node.connection_class(**node.connection_kwargs)) for node in nodes))
     except (RedisError, OSError):
         # Its slots may have moved to a replica.
-        await client.nodes_manager.initialize()
+        await _learn_nodes(client)
         raise
+
+
+async def _learn_nodes(client: aioredis.RedisCluster) -> None:
+    # What it raises when no node answers, or when they disagree, is no RedisError.
+    with suppress(Exception):
+        await client.nodes_manager.initialize()
 
 
 async def _ping_over(connection: AbstractConnection) -> None:
@@ -241,8 +286,7 @@ async def _ping_over(connection: AbstractConnection) -> None:
 async def drop_connections(client: Client) -> None:
     """Close what may be connected to a server that is not the one to write to any more; it is made anew when needed."""
     if isinstance(client, aioredis.RedisCluster):
-        with suppress(RedisError, OSError):
-            await client.nodes_manager.initialize()
+        await _learn_nodes(client)
         return
     pool = client.connection_pool
     if isinstance(pool, Turnstile):

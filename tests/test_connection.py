@@ -15,6 +15,7 @@ import pytest
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -841,6 +842,41 @@ async def test_sentinel_finds_the_master_and_the_next_one(sentinels: SentinelTri
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.02)
         assert after.client().get("key") == b"again"
+
+
+async def test_hung_sentinel_is_not_waited_for(sentinels: SentinelTrio) -> None:
+    """All are asked at once: the one that answers is enough; when none does, the reason is that there is no master."""
+    async with managed(
+        REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=sentinels.MASTER, REDIS_TIMEOUT=1
+    ) as manager:
+        for sentinel in sentinels.sentinels[:2]:
+            sentinel.pause()
+        try:
+            client = await manager.get_connection()
+            began = time.monotonic()
+            assert await ask(client, "PING")
+            assert time.monotonic() - began < 0.5
+        finally:
+            for sentinel in sentinels.sentinels[:2]:
+                sentinel.resume()
+        await manager.close()
+        for sentinel in sentinels.sentinels:
+            sentinel.kill()
+        with pytest.raises(MasterNotFoundError):
+            await ask(await manager.get_connection(), "PING")
+
+
+async def test_sentinel_that_knows_no_master_is_passed_over(
+    sentinels: SentinelTrio, redis_server: ExternalServer
+) -> None:
+    """One that watches others, and one that is none at all."""
+    stranger = redis_server.url.rpartition("/")[2]
+    settings: dict[str, Any] = {"REDIS_SENTINELS": (stranger, *sentinels.addresses), "REDIS_TIMEOUT": 1}
+    async with managed(**settings, REDIS_SENTINEL_MASTER=sentinels.MASTER) as manager:
+        assert await ask(await manager.get_connection(), "PING")
+    async with managed(**settings, REDIS_SENTINEL_MASTER="another") as manager:
+        with pytest.raises(MasterNotFoundError, match="'another'"):
+            await ask(await manager.get_connection(), "PING")
 
 
 # redis_operation

@@ -381,6 +381,16 @@ async def test_tls(tls_server: Server, certificates: Certificates) -> None:
     await assert_ill(app_on(tls_server.url.replace("rediss", "redis")), "redis_connection")
 
 
+async def test_tls_to_a_server_that_has_none(redis_url: str) -> None:
+    """It takes the greeting for the beginning of a command, and waits for the rest."""
+    await assert_ill(app_on(redis_url.replace("redis:", "rediss:")), "redis_timeout")
+
+
+async def test_database_that_is_not_there(redis_url: str) -> None:
+    """The server answers, with an error that is none of the others."""
+    await assert_ill(app_on(f"{redis_url}/99"), "redis_reply")
+
+
 async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certificates) -> None:
     """A peer that hangs is not asked for its part of a TLS goodbye, which may take 30 s."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
@@ -455,6 +465,46 @@ async def assert_soon(app: SubApp, status: str) -> None:
             forget(app)
 
 
+@pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> None:
+    """One of them is not waited for; without any, whoever has to find the master first cannot, in time."""
+    manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
+    app = health_app(redis=manager)
+    if connected:
+        assert "healthy" == (await probe(app))[1]["status"]
+    sentinels.sentinels[0].pause()
+    try:
+        if not connected:
+            assert "healthy" == (await probe(app))[1]["status"]
+            await manager.close()
+        for sentinel in sentinels.sentinels[1:]:
+            sentinel.pause()
+        if connected:
+            forget(app)
+            assert "healthy" == (await probe(app))[1]["status"]
+        else:
+            await assert_ill(app, "redis_timeout")
+    finally:
+        for sentinel in sentinels.sentinels:
+            sentinel.resume()
+
+
+async def test_hung_master(sentinels: SentinelTrio) -> None:
+    """Ill in time while nobody has noticed, and well with the next master, though the old one hangs on."""
+    manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
+    app = health_app(redis=manager)
+    assert "healthy" == (await probe(app))[1]["status"]
+    old = sentinels.primary()
+    old.pause()
+    try:
+        forget(app)
+        await assert_ill(app, "redis_timeout")
+        wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+        await assert_soon(app, "healthy")
+    finally:
+        old.resume()
+
+
 async def test_demoted_master_is_left(sentinels: SentinelTrio) -> None:
     """A master that was made a replica, with the connection still open, is asked for no longer."""
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
@@ -504,6 +554,36 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
     assert "redis_cluster" == body["error"]
     assert status in (200, 503)  # as soon as the last node knows that it is alone, it says so
     assert seconds < 0.6
+
+
+@pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+async def test_hung_cluster(private_cluster: Cluster, *, connected: bool) -> None:
+    """All nodes are asked at the same time: the answer is no later than that of one."""
+    app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
+    if connected:
+        assert "healthy" == (await probe(app))[1]["status"]
+        forget(app)
+    for node in private_cluster.nodes:
+        node.pause()
+    try:
+        await assert_ill(app, "redis_timeout")
+    finally:
+        for node in private_cluster.nodes:
+            node.resume()
+
+
+async def test_slot_that_moves_is_no_matter(private_cluster: Cluster) -> None:
+    """While an operator moves slots, and after, every one of them is served by somebody."""
+    app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
+    source, target = private_cluster.nodes[:2]
+    target.command("CLUSTER", "SETSLOT", 1, "IMPORTING", source.command("CLUSTER", "MYID"))
+    source.command("CLUSTER", "SETSLOT", 1, "MIGRATING", target.command("CLUSTER", "MYID"))
+    during = (await probe(app))[1]["status"]
+    private_cluster.move_slot(1, target)
+    forget(app)
+    after = (await probe(app))[1]["status"]
+
+    assert ["healthy", "healthy"] == [during, after]
 
 
 async def test_cluster_that_serves_nothing_is_unhealthy(server_binary: str) -> None:
