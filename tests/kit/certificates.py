@@ -3,6 +3,7 @@
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
@@ -32,6 +33,29 @@ class Certificates:
     stranger: Pair
     client: Pair
     other_ca: Pair
+
+    def server_arguments(self, pair: Pair) -> tuple[str, ...]:
+        """What makes a server speak TLS only, as *pair*, and ask its clients for certificates."""
+        where = ("--port", "0", "--tls-port", "{port}", "--tls-ca-cert-file", self.ca.cert)
+        return (*where, "--tls-cert-file", pair.cert, "--tls-key-file", pair.key)
+
+    def client_options(self) -> dict[str, Any]:
+        """What a client of ``redis`` needs that looks at such a server from outside."""
+        return {
+            "ssl_ca_certs": self.ca.cert,
+            "ssl_check_hostname": False,
+            "ssl_certfile": self.client.cert,
+            "ssl_keyfile": self.client.key,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What the package needs."""
+        return {
+            "REDIS_SSL": True,
+            "REDIS_SSL_CA_CERTS": self.ca.cert,
+            "REDIS_SSL_CERTFILE": self.client.cert,
+            "REDIS_SSL_KEYFILE": self.client.key,
+        }
 
     @classmethod
     def make(cls, folder: Path) -> "Certificates":

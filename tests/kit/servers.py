@@ -257,9 +257,13 @@ class Cluster:
         self.nodes = tuple(nodes)
 
     @classmethod
-    def start(cls, binary: str, *arguments: str) -> "Cluster":
-        """Start three nodes, introduce them to each other and wait until all agree that all is well."""
-        options = (
+    def start(cls, binary: str, *arguments: str, **options: Any) -> "Cluster":
+        """Start three nodes, introduce them to each other and wait until all agree that all is well.
+
+        Args:
+            options: As of `Server.start`.
+        """
+        common = (
             "--cluster-enabled",
             "yes",
             "--cluster-node-timeout",
@@ -270,7 +274,7 @@ class Cluster:
         nodes: list[Server] = []
         try:
             for _ in range(3):
-                nodes.append(Server.start(binary, *options, *arguments))  # noqa: PERF401 - each is stopped if a later fails
+                nodes.append(Server.start(binary, *common, *arguments, **options))  # noqa: PERF401 - stopped if one fails
             cluster = cls(nodes)
             cluster._join()
         except BaseException:
@@ -356,21 +360,28 @@ class SentinelTrio:
         self.sentinels = tuple(sentinels)
 
     @classmethod
-    def start(cls, binary: str, *arguments: str) -> "SentinelTrio":
-        """Start all five and wait until every sentinel knows the others and a healthy replica."""
+    def start(cls, binary: str, *arguments: str, tls: Sequence[str] = (), **options: Any) -> "SentinelTrio":
+        """Start all five and wait until every sentinel knows the others and a healthy replica.
+
+        Args:
+            tls: Arguments for the sentinels.
+            options: As of `Server.start`.
+        """
         running: list[Server] = []
         try:
-            primary = Server.start(binary, *arguments)
+            primary = Server.start(binary, *arguments, **options)
             running.append(primary)
-            replica = Server.start(binary, "--replicaof", primary.host, str(primary.port), *arguments)
+            replica = Server.start(binary, "--replicaof", primary.host, str(primary.port), *arguments, **options)
             running.append(replica)
-            sentinels = [_SentinelServer(binary) for _ in range(3)]
+            sentinels = [_SentinelServer(binary, **options) for _ in range(3)]
+            more = list(zip(tls[::2], tls[1::2], strict=True))
             names = [secrets.token_hex(20) for _ in sentinels]
             for sentinel, name in zip(sentinels, names, strict=True):
                 running.append(sentinel)
                 others = [(s, n) for s, n in zip(sentinels, names, strict=True) if s is not sentinel]
                 lines = [
                     f"port {sentinel.port}",
+                    *(f"{name.removeprefix('--')} {value.format(port=sentinel.port)}" for name, value in more),
                     f"bind {sentinel.host}",
                     f"dir {sentinel.folder}",
                     f"sentinel myid {name}",
