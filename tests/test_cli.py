@@ -610,6 +610,37 @@ def test_trouble_is_told_without_a_secret(
                 assert (1, "") == (len(result.stderr.splitlines()), result.stdout)
 
 
+@pytest.mark.parametrize("arguments", AT_WORK, ids=" ".join)
+def test_a_server_that_hangs_is_not_waited_for(
+    arguments: tuple[str, ...], private_server: StartServer, invoke: Invoke
+) -> None:
+    """No longer than ``REDIS_TIMEOUT`` and two seconds for finding out why, and that is said."""
+    server = private_server()
+    server.pause()
+    try:
+        started = time.monotonic()
+        result = invoke(*arguments, REDIS_URL=server.url, REDIS_TIMEOUT="0.3")
+        took = time.monotonic() - started
+    finally:
+        server.resume()
+
+    assert (1, True) == (result.exit_code, "0.3 s" in result.output), result.output
+    assert took < 4
+
+
+@pytest.mark.parametrize("arguments", [("reset", "tenant-1", "--by", "custom"), ("flush", "m")], ids=" ".join)
+def test_a_replica_is_told_as_one(arguments: tuple[str, ...], replica: Server, invoke: Invoke) -> None:
+    """What writes fails where it may not, and says why."""
+    primary = ExternalServer(f"redis://127.0.0.1:{replica.client().info('replication')['master_port']}")
+    counted(primary, "tenant-1")
+    wait_until(lambda: replica.client().dbsize() == 1, "the counter is in the replica")
+    result = invoke(*arguments, REDIS_URL=replica.url)
+    primary.stop()
+
+    assert (1, "") == (result.exit_code, result.stdout)
+    assert re.search("takes no writes|readonly", result.stderr), result.stderr
+
+
 @pytest.mark.parametrize("arguments", [*AT_WORK, ("acl", "--user", "app")], ids=" ".join)
 def test_success_shows_no_secret(arguments: tuple[str, ...], private_server: StartServer, invoke: Invoke) -> None:
     """With a password in the environment, in the URL, or for the keys, none is ever printed."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import fakeredis
 import httpx
@@ -498,6 +498,53 @@ async def test_labels_are_of_closed_sets(redis_server: ExternalServer, counted: 
                 else:
                     assert (name, label) in ALSO_LABELLED or label == "le", sample
     assert {"default", "by-key", "by-ip"} >= set(re.findall(r'policy="([^"]*)"', text))
+
+
+HOSTILE = [
+    'evil"} 1\n# HELP evil evil\nevil{a="b',
+    "redis_asgi_ratelimit_requests_total 999",
+    "\\n\\",
+    "e\u0301vil-\u202e-\U0001f608",
+    "evil" * 500,
+    "../../evil",
+    "${jndi:ldap://evil}",
+]
+
+
+async def test_hostile_clients_reach_no_label(redis_server: ExternalServer, counted: Telemetry) -> None:
+    """Whatever clients call themselves, what they ask for and where they say they are from: not a series more."""
+    settings = Settings(REDIS_URL=redis_server.url, RATE_LIMIT_TIMEOUT=2, RATE_LIMIT_TRUSTED_PROXIES=["127.0.0.1"])
+    rules = [
+        Rule("9/minute", name="by-key", partition_by=by_header("x-api-key")),
+        Rule("99/minute", name="by-ip"),
+        Rule(lambda conn: f"{len(conn.headers['x-api-key'])}/hour", name="by-plan", partition_by=by_header("x-plan")),
+    ]
+    app = Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"])])
+    app.add_middleware(EmbeddingCacheMiddleware, namespace="labels", settings=settings)
+    app.add_middleware(RateLimitMiddleware, rules=rules, settings=settings)
+    metrics = metrics_app(settings=settings)
+
+    async def ask(who: str) -> httpx.Response:
+        fields = {"x-api-key": who, "x-plan": who, "x-forwarded-for": who, "authorization": f"Bearer {who}"}
+        headers = {name.encode(): value.encode().replace(b"\n", b"\\n") for name, value in fields.items()}
+        asked = {"model": who, "input": [who], "encoding_format": who, "dimensions": 2}
+        await client.get(f"/{quote(who, safe='')}", headers=headers)
+        return await client.post("/v1/embeddings", params={"q": who}, headers=headers, json=asked)
+
+    async with client_of(app) as client:
+        for _ in range(2):
+            assert 200 == (await ask("friend")).status_code
+        friendly = set(await samples(metrics))
+        for who in HOSTILE:
+            assert 200 == (await ask(who)).status_code
+            await RateLimiter(settings=settings).consume(who)
+        text = (await scraped(metrics)).text
+
+    hostile = {name for name in await samples(metrics) if 'policy="default"' not in name}
+    assert friendly == hostile
+    assert "evil" not in text
+    assert " 999" not in text
+    assert list(parse_text(text))
 
 
 ALSO_LABELLED = {("ratelimit_policy", "policy")} | {

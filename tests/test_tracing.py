@@ -1,10 +1,19 @@
 """Attributes on whatever span is current."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import httpx
+import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
 
+from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware, Settings
 from redis_asgi.tracing import annotate_span
 
 from .kit.processes import run_python
@@ -23,6 +32,44 @@ def test_recording_span_is_annotated() -> None:
         "redis_asgi.cache.result": "partial",
         "redis_asgi.cache.inputs": 3,
     } == dict(getattr(span, "attributes", {}))
+
+
+async def embed(request: Request) -> JSONResponse:
+    """An embedding server."""
+    body = await request.json()
+    data = [{"object": "embedding", "index": 0, "embedding": [0.5, 1.0]}]
+    return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": {"prompt_tokens": 1}})
+
+
+@pytest.mark.anyio
+async def test_requests_are_annotated(redis_url: str) -> None:
+    """What was decided about each, and by whom; nothing of who asked, or for what."""
+    tracer = TracerProvider().get_tracer("test")
+    settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=2, EMBEDDING_CACHE_TIMEOUT=2)
+    home = Route("/", lambda _: PlainTextResponse("here"))
+    app = Starlette(routes=[home, Route("/v1/embeddings", embed, methods=["POST"])])
+    app.add_middleware(EmbeddingCacheMiddleware, settings=settings)
+    app.add_middleware(RateLimitMiddleware, limits="3/minute", exempt=["/free"], settings=settings)
+
+    async def attributes(method: str, path: str, **asked: Any) -> Mapping[str, Any]:
+        with tracer.start_as_current_span("request") as span:
+            await client.request(method, path, **asked)
+        return {name.removeprefix("redis_asgi."): value for name, value in getattr(span, "attributes", {}).items()}
+
+    body = {"model": "secret-model", "input": "secret text"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        free = await attributes("GET", "/free")
+        told = [await attributes("POST", "/v1/embeddings", json=body) for _ in range(2)]
+        told += [await attributes("GET", "/") for _ in range(2)]
+
+    by_redis = {"ratelimit.decision": "allowed", "ratelimit.source": "redis"}
+    assert {"ratelimit.decision": "exempt", "ratelimit.source": "none"} == free
+    assert [
+        by_redis | {"cache.result": "miss"},
+        by_redis | {"cache.result": "hit"},
+        by_redis,
+        {"ratelimit.decision": "refused", "ratelimit.source": "redis"},
+    ] == told
 
 
 def test_span_that_does_not_record_is_left_alone() -> None:
