@@ -1,6 +1,8 @@
 """The middleware that makes an app's embedding endpoints cached, input by input."""
 
+import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +19,7 @@ from .wire import WireFormat
 
 _MAX_TTL = 366 * 24 * 3600
 _MAX_LEASE = 86_400
+_SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
 
 
 class EmbeddingCacheMiddleware:
@@ -92,21 +95,31 @@ class EmbeddingCacheMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
-        manager: RedisManager | None = None
+        held: RedisManager | None = None
+
+        async def ended() -> None:
+            nonlocal held
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLES_WITHIN):
+                    await self._core.flights.settle()
+            manager, held = held, None
+            if manager is not None:
+                await manager.let_go()
 
         async def noting(message: Message) -> None:
-            nonlocal manager
+            nonlocal held
             if message["type"] == "lifespan.startup.complete" and self._is_ours:
-                manager = self._core.manager
-                manager.hold()
+                held = self._core.manager
+                held.hold()
+            elif message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                # The server may end the loop as soon as it hears so.
+                await ended()
             await send(message)
 
         try:
             await self.app(scope, receive, noting)
         finally:
-            await self._core.flights.settle()
-            if manager is not None:
-                await manager.let_go()
+            await ended()
 
 
 def _settings_of(redis: RedisArgument) -> Settings:

@@ -1,5 +1,6 @@
 """What a request through the middleware gets: headers, directives, credentials, tenants, flushes."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -603,7 +604,7 @@ def test_unknown_wire_formats_in_the_environment_are_found_at_construction() -> 
 
 
 async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings) -> None:
-    """The lifespan opens and closes it; the app's own events pass."""
+    """The lifespan opens it, and closes it before the server hears of the end; the app's own events pass."""
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
     manager = app._core.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
@@ -617,8 +618,32 @@ async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings)
 
     await app({"type": "lifespan", "state": {}}, receive, send)
     assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == [kind for kind, _ in sent]
-    assert sent[1][1]
-    assert manager.pool is None
+    assert [True, False] == [is_open for _, is_open in sent]
+
+
+async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for, but not for ever; the client is closed under it."""
+    monkeypatch.setattr("redis_asgi.embeddings.middleware._SETTLES_WITHIN", 0.01)
+    app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
+    endless = asyncio.create_task(asyncio.sleep(60))
+    app._core.flights._tasks.add(endless)
+    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+    sent = []
+
+    async def receive() -> Any:
+        return next(events)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async with asyncio.timeout(2):
+        await app({"type": "lifespan", "state": {}}, receive, send)
+    endless.cancel()
+
+    assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == sent
+    assert app._core.manager.pool is None
 
 
 async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings) -> None:
