@@ -31,7 +31,7 @@ _REDIS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _ORIGIN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-_NO_POLICIES: Mapping[str, tuple[int, int]] = MappingProxyType({})
+_NO_POLICIES: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Sample:
         hits: Inputs of embedding requests that were stored.
         misses: Inputs that were computed; neither counts an input that waited for another request's computation.
         fallbacks: Checks that were decided without Redis because it gave no answer.
-        policies: Admitted and refused requests of each policy that was asked; a shadow's refusals are not counted.
+        policies: Of each policy that was asked, the requests it admitted, refused, and would have refused if it were
+            no shadow.
     """
 
     at: float
@@ -60,7 +61,7 @@ class Sample:
     hits: int = 0
     misses: int = 0
     fallbacks: int = 0
-    policies: Mapping[str, tuple[int, int]] = field(default_factory=lambda: _NO_POLICIES)
+    policies: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: _NO_POLICIES)
 
 
 TOLD_WITHIN = 0.05  # seconds
@@ -290,11 +291,15 @@ def _difference(
 
 
 def _sample_of(end: float, counted: Mapping[tuple[str, ...], int]) -> Sample:
-    policies: dict[str, tuple[int, int]] = {}
+    policies: dict[str, tuple[int, int, int]] = {}
     for key, value in counted.items():
         if key[0] == "policy" and value:
-            admitted, refused = policies.get(key[1], (0, 0))
-            policies[key[1]] = admitted + value * (key[2] == "allowed"), refused + value * (key[2] == "refused")
+            admitted, refused, shadowed = policies.get(key[1], (0, 0, 0))
+            policies[key[1]] = (
+                admitted + value * (key[2] == "allowed"),
+                refused + value * (key[2] == "refused"),
+                shadowed + value * (key[2] == "shadow_refused"),
+            )
     return Sample(
         end,
         SAMPLE_SECONDS,

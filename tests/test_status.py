@@ -20,7 +20,7 @@ from redis_asgi.status import charts
 from redis_asgi.status.markup import Markup, joined, markup
 from redis_asgi.status.page import _percent, _rate
 from redis_asgi.sub_app import SubApp
-from redis_asgi.telemetry import Sample, Telemetry, fresh_telemetry
+from redis_asgi.telemetry import SAMPLE_SECONDS, Sample, Telemetry, fresh_telemetry
 
 from .kit.browser import Browser, find_chromium, served
 from .kit.servers import Cluster
@@ -100,7 +100,7 @@ def test_page_shows_what_was_counted(browser: Browser, counted: Telemetry, redis
     assert "Healthy · redis-asgi" == browser.run("document.title")
     assert "grid" == browser.run("getComputedStyle(document.querySelector('.figures')).display")
     figures = browser.run("[...document.querySelectorAll('.figure')].map(f => f.innerText.split('\\n'))")
-    assert ["Requests", "280/s", "1,400 in ten minutes"] == figures[0]
+    assert ["Requests, last minute", "280/s", "1,400 in ten minutes"] == figures[0]
     assert ["Refused", "4.7 %", "66 of 1,400"] == figures[1]
     assert ["Cache hits", "75 %", "750 of 1,000 inputs"] == figures[2]
     assert re.fullmatch(r"\d+\.\d+ ms", figures[3][1])
@@ -343,6 +343,39 @@ async def test_client_that_cannot_be_built(counted: Telemetry, monkeypatch: pyte
 async def test_it_says_for_whom_it_speaks(counted: Telemetry) -> None:
     """One worker of perhaps several, by its process id."""
     assert f"Process {os.getpid()}, one worker: others count for themselves." in await text_of(page_on())
+
+
+@pytest.mark.anyio
+async def test_shadow_is_said_to_be_one(counted: Telemetry) -> None:
+    """What it would have refused is shown, with a word that it refused nobody; without a shadow there is no word."""
+    counted.ratelimit_policy.labels("real", "allowed").inc(9)
+    without = await text_of(page_on())
+    counted.ratelimit_policy.labels("trial", "allowed").inc(30)
+    counted.ratelimit_policy.labels("trial", "shadow_refused").inc(10)
+    counted.tick(time.monotonic() + SAMPLE_SECONDS)
+    source = await text_of(page_on())
+
+    assert "shadow" not in without
+    (row,) = re.findall(r'<tr><th scope="row">trial.*?</tr>', source)
+    assert ["trial", "shadow", "30", "10", "25", "%"] == re.sub(r"<[^>]*>", " ", row).split()
+    assert "A shadow refuses nobody" in source
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+def test_middle_of_the_time_axis_is_in_the_middle(browser: Browser, counted: Telemetry, width: int) -> None:
+    """The words below a chart stand where they belong."""
+    browser.resize(width, 800)
+    with served(page_on()) as address:
+        browser.visit(f"{address}/ops/status/")
+    offsets = browser.run(
+        "(() => { const b = e => e.getBoundingClientRect(); const c = b(document.querySelector('.canvas'));"
+        "const r = document.createRange();"
+        "return [...document.querySelectorAll('.x')[0].children].map(s => { r.selectNodeContents(s); const t = "
+        "r.getBoundingClientRect(); return [t.left - c.left, (t.left + t.right) / 2 - (c.left + c.right) / 2, "
+        "t.right - c.right].map(Math.round); }); })()"
+    )
+
+    assert (0, 0, 0) == (offsets[0][0], offsets[1][1], offsets[2][2])
 
 
 @pytest.mark.anyio

@@ -160,7 +160,7 @@ def test_sample_says_what_was_counted(counted: Telemetry) -> None:
             hits=10,
             misses=11,
             fallbacks=9,
-            policies={"a": (13, 14), "b": (16, 0)},
+            policies={"a": (13, 14, 0), "b": (16, 0, 15)},
         )
         == sample
     )
@@ -340,7 +340,7 @@ async def test_whoever_reads_is_told_all(counted: Telemetry) -> None:
 
     assert {"a": 2, "b": 2} == {s.labels["policy"]: s.value for s in policies.samples if s.name.endswith("_total")}
     assert [1, 7] == [s.value for s in sizes.samples if s.name.endswith(("_count", "_sum"))]
-    assert {"a": (3, 0), "b": (3, 0)} == dict(last.policies)
+    assert {"a": (3, 0, 0), "b": (3, 0, 0)} == dict(last.policies)
 
 
 @pytest.mark.anyio

@@ -139,7 +139,7 @@ def _figures(facts: Facts) -> Markup:
     rate = sum(map(_asked, minute)) / (len(minute) * SAMPLE_SECONDS) if minute else 0.0
     return joined(
         [
-            _figure("Requests", _rate(rate), f"{asked:,} in ten minutes"),
+            _figure("Requests, last minute", _rate(rate), f"{asked:,} in ten minutes"),
             _figure("Refused", _percent(refused, asked), f"{refused:,} of {asked:,}"),
             _figure("Cache hits", _percent(hits, looked_up), f"{hits:,} of {looked_up:,} inputs"),
             _figure(
@@ -255,18 +255,21 @@ def _chart(title: str, keys: Markup, drawing: Markup, *, top: str, bottom: str, 
 def _policies(history: Sequence[Sample]) -> Markup:
     admitted: Counter[str] = Counter()
     refused: Counter[str] = Counter()
+    shadowed: Counter[str] = Counter()
     for sample in history:
-        for name, (yes, no) in sample.policies.items():
+        for name, (yes, no, would) in sample.policies.items():
             admitted[name] += yes
-            refused[name] += no
+            refused[name] += no + would
+            shadowed[name] += would
     busiest = (admitted + refused).most_common(_BUSIEST)
     if not busiest:
         return markup('<p class="empty">No policy has been asked in the last ten minutes</p>')
     rows = joined(
         markup(
-            '<tr><th scope="row">{name}</th><td>{admitted}</td><td>{refused}</td>'
+            '<tr><th scope="row">{name}{tag}</th><td>{admitted}</td><td>{refused}</td>'
             '<td class="share"><span>{bar}<span class="number">{percent}</span></span></td></tr>',
             name=_breakable(name),
+            tag=_SHADOW if shadowed[name] else Markup(),
             admitted=f"{admitted[name]:,}",
             refused=f"{refused[name]:,}",
             bar=charts.bar(refused[name] / asked, "refused"),
@@ -274,14 +277,18 @@ def _policies(history: Sequence[Sample]) -> Markup:
         )
         for name, asked in busiest
     )
+    notes = ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
     left_out = len(admitted + refused) - len(busiest)
-    more = markup('<p class="note">{n} more with less to do</p>', n=left_out) if left_out else Markup()
+    notes += [f"{left_out} more with less to do"] if left_out else []
     return markup(
         '<table><thead><tr><th scope="col">Policy</th><th scope="col">Admitted</th><th scope="col">Refused</th>'
-        '<th scope="col">Refused of all</th></tr></thead><tbody>{rows}</tbody></table>{more}',
+        '<th scope="col">Refused of all</th></tr></thead><tbody>{rows}</tbody></table>{notes}',
         rows=rows,
-        more=more,
+        notes=joined(markup('<p class="note">{note}</p>', note=note) for note in notes),
     )
+
+
+_SHADOW = markup(' <span class="tag">shadow</span>')
 
 
 def _breakable(name: str) -> Markup:

@@ -180,7 +180,7 @@ async def test_requests_make_history(counted: Telemetry) -> None:
         await drive(app, http_scope())
 
     (sample,) = counted.history(counted._due)
-    assert (1, 2, {"default": (1, 2)}) == (sample.allowed, sample.refused, dict(sample.policies))
+    assert (1, 2, {"default": (1, 2, 0)}) == (sample.allowed, sample.refused, dict(sample.policies))
 
 
 def test_a_loop_that_ends_before_it_has_told_loses_nothing(counted: Telemetry) -> None:
