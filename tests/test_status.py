@@ -100,7 +100,7 @@ def test_page_shows_what_was_counted(browser: Browser, counted: Telemetry, redis
     assert "Healthy · redis-asgi" == browser.run("document.title")
     assert "grid" == browser.run("getComputedStyle(document.querySelector('.figures')).display")
     figures = browser.run("[...document.querySelectorAll('.figure')].map(f => f.innerText.split('\\n'))")
-    assert ["Requests, last minute", "280/s", "1,400 in ten minutes"] == figures[0]
+    assert ["Requests now", "280/s", "1,400 in ten minutes"] == figures[0]
     assert ["Refused", "4.7 %", "66 of 1,400"] == figures[1]
     assert ["Cache hits", "75 %", "750 of 1,000 inputs"] == figures[2]
     assert re.fullmatch(r"\d+\.\d+ ms", figures[3][1])

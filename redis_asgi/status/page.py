@@ -139,7 +139,7 @@ def _figures(facts: Facts) -> Markup:
     rate = sum(map(_asked, minute)) / (len(minute) * SAMPLE_SECONDS) if minute else 0.0
     return joined(
         [
-            _figure("Requests, last minute", _rate(rate), f"{asked:,} in ten minutes"),
+            _figure("Requests now", _rate(rate), f"{asked:,} in ten minutes"),
             _figure("Refused", _percent(refused, asked), f"{refused:,} of {asked:,}"),
             _figure("Cache hits", _percent(hits, looked_up), f"{hits:,} of {looked_up:,} inputs"),
             _figure(
