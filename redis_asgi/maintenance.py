@@ -91,9 +91,10 @@ class Change:
 async def flush_model(
     model: str, *, namespace: str | None = None, redis: RedisArgument = None, settings: Settings | None = None
 ) -> None:
-    """Make every stored vector of *model*, as requests name it, a miss: in Redis now, everywhere after 5 s.
+    """Make every stored vector of *model*, as requests name it, a miss: in Redis now, in every process soon.
 
-    Writes one key; Redis takes the memory back as the vectors end. A computation under way is flushed too.
+    Soon is after ``EMBEDDING_CACHE_L1_SECONDS`` (5). Writes one key; Redis takes the memory back as the vectors end. A
+    computation under way is flushed too.
 
     Args:
         model: The name in the requests; ``""`` for TEI, which has none.

@@ -351,6 +351,24 @@ def test_flush(redis_server: ExternalServer) -> None:
     assert redis_server.client().get(keys[0]) != epoch
 
 
+@pytest.mark.parametrize(
+    ("setting", "when"),
+    [
+        ({"EMBEDDING_CACHE_L1_SECONDS": "60"}, "within 60 s"),
+        ({"EMBEDDING_CACHE_L1_SECONDS": "0"}, "now"),
+        ({"EMBEDDING_CACHE_L1_BYTES": "0"}, "now"),
+    ],
+    ids=["longer", "no time", "no room"],
+)
+def test_flush_says_how_long_processes_believe_what_they_know(
+    setting: dict[str, str], when: str, redis_url: str, invoke: Invoke
+) -> None:
+    """It is never complete later than told: that depends on the layer in the processes."""
+    result = invoke("flush", "m", REDIS_URL=redis_url, **setting)
+
+    assert f"Flushed 'm': complete in every process {when}.\n" == result.stdout
+
+
 def test_flush_goes_where_the_vectors_are(private_server: StartServer, invoke: Invoke) -> None:
     """With a server of their own, that one is written to."""
     shared, vectors = private_server(), private_server()

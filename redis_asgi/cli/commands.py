@@ -204,8 +204,8 @@ def flush(
 ) -> None:
     """Make every stored vector of a model a miss.
 
-    Writes one key: it holds in Redis now, and in every process within 5 s. Redis takes the memory back as the vectors
-    end.
+    Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS. Redis takes the
+    memory back as the vectors end.
     """
     with complaints():
         settings = settings_for(url)
@@ -220,7 +220,9 @@ def flush(
     run(work())
     within = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
     where = f" in namespace {within!r}" if within else ""
-    output.line(output.printable(f"Flushed {model!r}{where}: complete in every process within 5 s."))
+    believed = settings.EMBEDDING_CACHE_L1_SECONDS if settings.EMBEDDING_CACHE_L1_BYTES else 0
+    when = f"within {believed:g} s" if believed else "now"
+    output.line(output.printable(f"Flushed {model!r}{where}: complete in every process {when}."))
 
 
 @app.command()
