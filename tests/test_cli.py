@@ -483,6 +483,7 @@ def test_memory_of_a_cluster_and_two_servers(cluster: Cluster, private_server: S
         pytest.param(("acl", "--user", ""), "--user=''", id="a user without a name"),
         pytest.param(("acl", "--user", "a", "--password-stdin"), "empty", id="an empty password"),
         pytest.param(("peek", "x", "--url", "http://localhost"), "REDIS_URL", id="no URL of Redis"),
+        pytest.param(("check", "--timeout", "0"), "--timeout", id="no time"),
         pytest.param(("peek",), "CLIENT", id="no client"),
         pytest.param(("nonsense",), "nonsense", id="no such command"),
     ],

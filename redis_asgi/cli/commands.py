@@ -91,7 +91,9 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
     timeout: Annotated[
         float | None,
-        typer.Option("--timeout", metavar="SECONDS", help="For each command. Default: REDIS_TIMEOUT, 5 at most."),
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=0.01, help="For each command. Default: REDIS_TIMEOUT, 5 at most."
+        ),
     ] = None,
 ) -> None:
     """Say whether all is well: a gate for deploys.

@@ -203,9 +203,11 @@ async def _script(manager: RedisManager, node: Node) -> Finding:
         if node.holds(partition.key):
             break
     charges = Charges((Charge(policies, partition),))
-    started = time.monotonic()
-    replies = [await ask(manager, "consume", charges, manager.settings.REDIS_TIMEOUT) for _ in range(3)]
-    took = (time.monotonic() - started) / len(replies)
+    replies, times = [], []
+    for _ in range(3):
+        started = time.perf_counter()
+        replies.append(await ask(manager, "consume", charges, manager.settings.REDIS_TIMEOUT))
+        times.append(time.perf_counter() - started)
     failure = next((reply for reply in replies if isinstance(reply, Failure)), None)
     with suppress(*TROUBLE):  # it ends by itself after two minutes
         await reset(manager, partition)
@@ -220,7 +222,7 @@ async def _script(manager: RedisManager, node: Node) -> Finding:
     # Two fit and the third does not, by any of the four; they are charged together.
     if [reply[0] for reply in replies if isinstance(reply, list)] != [1, 1, 0]:
         return Finding("script", "fail", "counts wrongly", "Is something between us and Redis, such as a proxy?")
-    return Finding("script", "ok", f"loads and counts, {took * 1000:.1f} ms a call")
+    return Finding("script", "ok", f"loads and counts, {min(times) * 1000:.1f} ms a call")
 
 
 async def _latency(server: Server, node: Node) -> Finding:
