@@ -4,11 +4,10 @@ Nothing here waits for anything: what Redis says of itself has been asked before
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import redis
-import redis.asyncio as aioredis
 from prometheus_client import values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -16,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from .client import Client
 from .connection import RedisManager
+from .pool import pool_of
 from .ratelimit.local import LocalEngine
 from .ratelimit.refusals import RefusalMemory
 from .server_info import Health
@@ -126,23 +126,11 @@ def _process(manager: RedisManager, client: Client | None, health: Health, versi
         connections = GaugeMetricFamily(
             f"{PREFIX}_redis_pool_connections", "Connections of this process's pool.", labels=("state",)
         )
-        for state, number in _pool(client).items():
-            connections.add_metric((state,), number)
+        pool = None if client is None else pool_of(client)
+        if pool is not None:
+            for state, number in (("in_use", pool.in_use), ("idle", pool.idle), ("max", pool.most)):
+                connections.add_metric((state,), number)
         yield connections
-
-
-def _pool(client: Client | None) -> Mapping[str, int]:
-    """Connections by state; on a cluster those to all nodes."""
-    if isinstance(client, aioredis.RedisCluster):
-        nodes = client.get_nodes()
-        idle = sum(len(node._free) for node in nodes)
-        opened = sum(len(node._connections) for node in nodes)
-        return {"in_use": opened - idle, "idle": idle, "max": sum(node.max_connections for node in nodes)}
-    if client is None:
-        return {}
-    pool = client.connection_pool
-    in_use, idle = len(pool._in_use_connections), len(pool._available_connections)
-    return {"in_use": in_use, "idle": idle, "max": pool.max_connections}
 
 
 def _server(health: Health) -> Iterator[Metric]:

@@ -598,6 +598,26 @@ async def test_gauges_say_how_it_is_now(redis_server: ExternalServer) -> None:
     assert 1 == (await samples(app))['redis_pool_connections{state="idle"}']
 
 
+async def test_pool_of_the_users_own_making_is_left_out(redis_url: str) -> None:
+    """What it has open nobody knows: the scrape and the page go without, and all else is there."""
+
+    class Own:
+        """A pool that keeps its books elsewhere."""
+
+        def __init__(self, pool: aioredis.ConnectionPool) -> None:
+            self.connection_kwargs = pool.connection_kwargs
+            self.make_connection = pool.make_connection
+
+    client = aioredis.Redis.from_url(redis_url, retry=Retry(NoBackoff(), 0))
+    client.connection_pool = Own(client.connection_pool)  # type: ignore[assignment]  # what is tested
+    now = await samples(metrics_app(redis=client))
+    page = await scraped(status_app(redis=client))
+
+    assert 1 == now["redis_up"]
+    assert not [name for name in now if "pool_connections" in name]
+    assert 200 == page.status_code
+
+
 async def test_clients_counted_here_are_shown() -> None:
     """On ``memory://`` those of the manager; while Redis is gone, those of its stand-in and nobody's name."""
     manager = RedisManager(MEMORY)

@@ -23,7 +23,7 @@ from redis_asgi.sub_app import SubApp
 from redis_asgi.telemetry import SAMPLE_SECONDS, Sample, Telemetry, fresh_telemetry
 
 from .kit.browser import Browser, find_chromium, served
-from .kit.servers import Cluster
+from .kit.servers import Cluster, wait_until
 
 NOWHERE = "redis://someuser:somesecret@127.0.0.1:1"
 NASTY = """x.<locals>.y"'&{status}<script>document.title='owned'</script>"""
@@ -91,6 +91,8 @@ def test_page_shows_what_was_counted(browser: Browser, counted: Telemetry, redis
     with served(page_on(redis_url)) as address:
         browser.visit(f"{address}/ops/status/")
 
+        # The icon may come after everything else.
+        wait_until(lambda: browser.run("1") and len(browser.requests) > 2, "the icon is asked for")
         assert [] == browser.console
         assert [
             (f"{address}/ops/status/", 200),

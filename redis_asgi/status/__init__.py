@@ -13,10 +13,11 @@ from starlette.requests import HTTPConnection
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..health import Status, standing
+from ..pool import Pool, pool_of
 from ..settings import Settings
 from ..sub_app import Answer, Authorize, Page, SubApp
 from ..telemetry import telemetry
-from .page import Facts, Pool, pool_of, render
+from .page import Facts, render
 
 _HTML = b"text/html; charset=utf-8"
 _CSS = b"text/css; charset=utf-8"
@@ -71,8 +72,7 @@ class StatusApp(SubApp):
         try:
             return pool_of(await self._manager.get_connection())
         except Exception:
-            # No client can be built, or a user's has another kind of pool: the page goes without.
-            return None
+            return None  # no client can be built
 
 
 def _fixed(answer: Answer) -> Page:

@@ -9,10 +9,8 @@ from functools import lru_cache
 from importlib.resources import files
 from urllib.parse import urlencode
 
-import redis.asyncio as aioredis
-
-from ..client import Client
 from ..health import Standing, human_bytes
+from ..pool import Pool
 from ..telemetry import SAMPLE_SECONDS, Sample
 from . import charts
 from .markup import Markup, joined, markup
@@ -34,15 +32,6 @@ _REASONS = {
     "redis_cluster": "Part of Redis is not served: a node is gone, or no master is known.",
     "breaker_open": "Redis answers again; the breaker is about to close.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Connections of this process's pool; on a cluster those to all nodes."""
-
-    in_use: int
-    idle: int
-    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +57,6 @@ class Facts:
     def refreshes(self) -> bool:
         """Whether the page loads itself again."""
         return ("refresh", "off") not in self.query
-
-
-def pool_of(client: Client) -> Pool:
-    """How many connections *client* has, and may have."""
-    if isinstance(client, aioredis.RedisCluster):
-        nodes = client.get_nodes()
-        idle = sum(len(node._free) for node in nodes)
-        opened = sum(len(node._connections) for node in nodes)
-        return Pool(opened - idle, idle, sum(node.max_connections for node in nodes))
-    pool = client.connection_pool
-    return Pool(len(pool._in_use_connections), len(pool._available_connections), pool.max_connections)
 
 
 def render(facts: Facts) -> Markup:
