@@ -54,11 +54,13 @@ def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:
     for server in dict.fromkeys(sizing.server for sizing in sizings):
         of_server = [sizing for sizing in sizings if sizing.server == server]
         first, needed = of_server[0], sum(sizing.bytes for sizing in of_server)
+        in_use = f"{output.size(first.used or 0)} are in use now"
         if not first.maxmemory:
-            output.line(f"{server}: maxmemory is 0; {output.size(first.used or 0)} are in use now")
+            output.line(f"{server}: maxmemory is 0; {in_use}")
             continue
         verdict = "fits" if first.fits else "does not fit"
-        text = f"{server}: {output.size(needed)} {verdict} in maxmemory of {output.size(first.maxmemory)}"
+        # What is there already may be what was estimated, or somebody else's: only an operator knows.
+        text = f"{server}: {output.size(needed)} {verdict} in maxmemory of {output.size(first.maxmemory)}; {in_use}"
         output.line(text, "" if first.fits else output.STYLES["fail"])
 
 
