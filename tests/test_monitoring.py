@@ -82,7 +82,7 @@ def test_scrape_configuration_is_valid() -> None:
     done = promtool("check", "config", "prometheus.yml")
 
     assert 0 == done.returncode, done.stderr
-    assert "SUCCESS: 18 rules found" in done.stdout
+    assert "SUCCESS: 19 rules found" in done.stdout
 
 
 def test_alerts_fire_when_they_should() -> None:
@@ -91,8 +91,8 @@ def test_alerts_fire_when_they_should() -> None:
 
     assert 0 == done.returncode, done.stdout + done.stderr
     alerts = re.findall(r"- alert: (\w+)", ALERTS)
-    assert 13 == len(alerts)
-    assert 18 == len(ALERT_EXPRESSIONS)
+    assert 14 == len(alerts)
+    assert 19 == len(ALERT_EXPRESSIONS)
     for alert in alerts:
         assert re.search(rf"alertname: {alert}\n\s+eval_time: \d+m\n\s+exp_alerts:\n", ALERT_TESTS), alert
         assert re.search(rf"- alert: {alert}\n.*?severity: (?:page|warning|info)\n", ALERTS, re.DOTALL), alert
