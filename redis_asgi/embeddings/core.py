@@ -5,7 +5,6 @@ import logging
 import os
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -42,8 +41,9 @@ _LAYOUT = b"1"  # of what is hashed; a new one never reads an old one's vectors
 _BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 _CAPPED = int(Flag.CAPPED)
 _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
-_MAX_CANDIDATES = 1000
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
+_CLAIM_TTL = 600.0  # seconds; whoever names models that the app does not have fills Redis no longer
+_EPOCH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,6 @@ class Core:
         self._vary = tuple(name.encode() for name in settings.EMBEDDING_CACHE_VARY)
         self.keyed = frozenset(settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS + settings.EMBEDDING_CACHE_VARY)
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
-        self._candidates: OrderedDict[bytes, bytes] = OrderedDict()
         self._said: set[str] = set()
 
     def _now(self) -> float:
@@ -196,30 +195,17 @@ class Core:
 
     # Epochs.
 
-    def candidate(self, epoch_name: bytes) -> bytes:
-        """The epoch this process will propose for a model that has none in Redis.
+    async def claim_epoch(self, epoch_name: bytes, within: float) -> bytes:
+        """Give a model that has no epoch a new one, the same for all who try at once; `NO_EPOCH` if Redis will not.
 
         A missing epoch validates nothing, so an evicted one never brings flushed vectors back.
         """
-        epoch = self._candidates.get(epoch_name)
-        if epoch is None:
-            epoch = self._candidates[epoch_name] = new_epoch()
-            if len(self._candidates) > _MAX_CANDIDATES:
-                self._candidates.popitem(last=False)
-        return epoch
-
-    def proposed(self, epoch_name: bytes) -> bytes | None:
-        """The candidate, if this process has one already."""
-        return self._candidates.get(epoch_name)
-
-    def settle_candidate(self, epoch_name: bytes) -> None:
-        """There is an epoch in Redis now."""
-        self._candidates.pop(epoch_name, None)
+        claim = Write(epoch_name, new_epoch(), _CLAIM_TTL, "absent")
+        return as_epoch(await self.store.claim(claim, within))
 
     async def renew_epoch(self, identity: Identity) -> None:
         """Make every stored vector of the model a miss."""
         self.local.forget(identity.epoch_name)
-        self.settle_candidate(identity.epoch_name)
         await self.store.write([Write(identity.epoch_name, new_epoch(), self._epoch_ttl)])
 
     @property
@@ -232,12 +218,14 @@ class Core:
         """Whether an answer with *headers* may be stored."""
         return storable(by_name(headers), self.keyed)
 
-    async def keep(self, identity: Identity, landing: Landing, asked_at: float, *, epoch_known: bool) -> None:
-        """Write an answer's vectors and its lease; in Redis, and in this process."""
+    async def keep(self, identity: Identity, landing: Landing, asked_at: float, epoch: bytes) -> None:
+        """Write an answer's vectors and its lease; in Redis, and in this process. Nothing without an epoch."""
         if landing.refusal is not None:
             self.counts.rejected(landing.refusal)
             if landing.refusal == "response-no-store":
                 self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
+            return
+        if epoch == NO_EPOCH:
             return
         if not self.options.namespace:
             self.say_once(
@@ -247,8 +235,7 @@ class Core:
             )
         now = self.wall()
         cap = self.may_store(landing.reply.headers).max_age
-        epoch = next((value.epoch for value in landing.values.values()), NO_EPOCH)
-        writes = [Write(identity.epoch_name, epoch, self._epoch_ttl, "renew" if epoch_known else "absent")]
+        writes = [Write(identity.epoch_name, b"", self._epoch_ttl, "renew")]
         lease = self._lease_write(identity, landing.lease, asked_at)
         writes += lease
         pace = Pace()
@@ -267,8 +254,6 @@ class Core:
         # The lease is the first that counts, the vectors are the last written.
         kept = writes[1 + len(lease) :][: max(0, done.count - len(lease))]
         self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))
-        if not epoch_known:
-            self.settle_candidate(identity.epoch_name)
 
     def _lease_write(self, identity: Identity, lease: Lease, asked_at: float) -> list[Write]:
         duration = self.options.ttl if self.options.lease is None else self.options.lease
@@ -294,4 +279,9 @@ def _flat(fields: Fields, names: Iterable[bytes]) -> list[bytes]:
 
 def new_epoch() -> bytes:
     """8 random bytes; all zeros mean that there is none."""
-    return os.urandom(8)
+    return os.urandom(_EPOCH_BYTES)
+
+
+def as_epoch(raw: bytes | None) -> bytes:
+    """What Redis has as an epoch; `NO_EPOCH` when that is none."""
+    return raw if raw is not None and len(raw) == _EPOCH_BYTES else NO_EPOCH

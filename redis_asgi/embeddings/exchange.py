@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ..errors import Failure
 from . import http_caching as http
 from .body import Body, read_body
-from .codec import Flag, Value
+from .codec import NO_EPOCH, Flag, Value
 from .core import Core, Identity
 from .counts import Counted, Result
 from .landing import Asked, read_reply
@@ -218,7 +218,7 @@ class Exchange:
             return await read_reply(asked, reply, core.wall())
 
         async def write(landing: Landing) -> None:
-            await core.keep(identity, landing, asked_at, epoch_known=self._found.epoch_known)
+            await core.keep(identity, landing, asked_at, flight.epoch)
 
         self._own.append(flight)
         self._wait_for(flight)
@@ -368,10 +368,14 @@ class Exchange:
         self._counted.turns_out(result)
         self._counted.served(self._found_bytes, saved_tokens)
 
+    @property
+    def _may_store(self) -> bool:
+        return self._found.epoch != NO_EPOCH and self._core.store.writable
+
     def _member(self, landing: Landing | None) -> str:
         """Our member of ``Cache-Status``; *landing*: our own sub-request's, if understood."""
         stored: tuple[str, ...] = ()
-        if landing is not None and landing.refusal is None and self._core.store.writable:
+        if landing is not None and landing.refusal is None and self._may_store:
             stored = ("stored",)
         misses = len(self._inputs) - self._hits - self._collapsed
         if self._forced:

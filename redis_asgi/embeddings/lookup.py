@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from ..errors import Failure
-from .codec import Value, decode_finite
-from .core import Core, Identity
+from .codec import NO_EPOCH, Value, decode_finite
+from .core import Core, Identity, as_epoch
 from .http_caching import Wanted
 from .lease import Lease, decode_lease
 from .pace import Pace
@@ -15,7 +15,6 @@ from .single_flight import Flight
 from .vectors import Encoding, text_of
 
 _AT_ONCE = 64  # values looked at between two looks at the clock
-_EPOCH_BYTES = 8
 
 
 @dataclass(slots=True)
@@ -23,16 +22,14 @@ class Found:
     """What a request has to start from.
 
     Attributes:
-        epoch: The model's, or the one this process proposes when there is none.
-        epoch_known: Whether it is in Redis.
+        epoch: The model's; `NO_EPOCH` when Redis has none and takes none, so that nothing can be stored.
         lease: The caller's; ``None`` when there is none.
         values: Vectors by key.
         flights: Those that were not asked for because somebody was computing them; he may have landed by now.
         asked_at: When the others were asked for, on the loop's clock.
     """
 
-    epoch: bytes = b""
-    epoch_known: bool = False
+    epoch: bytes = NO_EPOCH
     lease: Lease | None = None
     values: dict[bytes, Value] = field(default_factory=dict)
     flights: dict[bytes, Flight] = field(default_factory=dict)
@@ -48,27 +45,27 @@ async def look_up(
     if seen is not None and len(local) == len(names) and core.lease_left(seen.lease) > 0:
         current = all(value.epoch == seen.epoch for value in local.values())
         if current:
-            return Found(seen.epoch, epoch_known=True, lease=seen.lease, values=local)
+            return Found(seen.epoch, lease=seen.lease, values=local)
     # What a flight brings anyway is not asked for.
     flights = core.flights
     carried = flights.carrying(names) if wanted.lookup else {}
     ask = [name for name in names if name not in local and name not in carried] if wanted.lookup else []
-    proposed = core.proposed(identity.epoch_name)
     asked_at, on_loop = core.monotonic(), asyncio.get_running_loop().time()
     deadline = core.settings.EMBEDDING_CACHE_TIMEOUT
     began = perf_counter()
     flights.looking += 1
     try:
         reply = await core.store.lookup([identity.epoch_name, identity.lease_name, *ask], deadline)
+        took = perf_counter() - began
+        core.counts.lookup_seconds.observe(took)
+        if isinstance(reply, Failure):
+            return reply
+        found = _start(core, identity, reply[0], reply[1], asked_at)
+        if found.epoch == NO_EPOCH and not wanted.only_if_cached:
+            # Before anything is computed, so that everyone who computes for this model has the same.
+            found.epoch = await core.claim_epoch(identity.epoch_name, deadline - took)
     finally:
         flights.looking -= 1
-    core.counts.lookup_seconds.observe(perf_counter() - began)
-    if isinstance(reply, Failure):
-        return reply
-    found = _start(core, identity, reply[0], reply[1], asked_at)
-    if not found.epoch_known:
-        # As of before the lookup: whoever has landed since has settled it.
-        found.epoch = proposed or core.candidate(identity.epoch_name)
     found.flights, found.asked_at = carried, on_loop
     for name, value in local.items():
         if value.epoch == found.epoch:
@@ -95,10 +92,9 @@ def _start(core: Core, identity: Identity, epoch: bytes | None, lease: bytes | N
     # A refusal that Redis did not hear of, or that overtook this reply.
     if found.lease is not None and core.denials.since(identity.lease_name, found.lease.answered_at):
         found.lease = None
-    if epoch is not None and len(epoch) == _EPOCH_BYTES:
-        found.epoch, found.epoch_known = epoch, True
-        core.settle_candidate(identity.epoch_name)
-        core.local.note(identity.epoch_name, identity.lease_name, epoch, found.lease, asked_at)
+    found.epoch = as_epoch(epoch)
+    if found.epoch != NO_EPOCH:
+        core.local.note(identity.epoch_name, identity.lease_name, found.epoch, found.lease, asked_at)
     return found
 
 
@@ -115,7 +111,7 @@ async def _take(
     for start in range(0, len(names), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)
         for name, value in zip(names[chunk], decode_finite(raws[chunk]), strict=True):
-            if value is None or value.epoch != epoch or value.born < oldest:
+            if value is None or value.epoch != epoch or epoch == NO_EPOCH or value.born < oldest:
                 continue
             values[name] = value
             if keeps:

@@ -72,6 +72,9 @@ class VectorStore(Protocol):
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         """The values of *names*, ``None`` where there is none."""
 
+    async def claim(self, write: Write, within: float) -> bytes | None:
+        """Keep *write* if there is nothing of its name; what is there then, or ``None`` when that is not known."""
+
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
         """Keep *writes*; those of mode ``set`` are counted."""
 
@@ -99,24 +102,38 @@ class RedisVectors:
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
             return self._breaker.reason
-        if self._is_cluster:
-            # A cluster has no MGET across slots; the client makes one pipeline per node of these.
-            commands: list[Command] = [("GET", name) for name in names]
-        else:
-            commands = [("MGET", *names[start : start + MGET_KEYS]) for start in range(0, len(names), MGET_KEYS)]
-        replies = await self._execute(commands, within, op="lookup")
+        replies = await self._execute(self._reads(names), within, op="lookup")
         if isinstance(replies, Failure):
             return replies
-        # A list is a chunk, anything else the one value of a cluster's GET; errors are misses.
         found: list[bytes | None] = []
         for reply in replies:
             if isinstance(reply, Exception):
                 failure = _classify(reply)
                 self._failed(failure)
                 return failure
-            found.extend(reply if isinstance(reply, list) else (reply,))
+            found.extend(_values(reply))
         self._breaker.worked()
         return found
+
+    def _reads(self, names: Sequence[bytes]) -> list[Command]:
+        if self._is_cluster:
+            # A cluster has no MGET across slots; the client makes one pipeline per node of these.
+            return [("GET", name) for name in names]
+        return [("MGET", *names[start : start + MGET_KEYS]) for start in range(0, len(names), MGET_KEYS)]
+
+    async def claim(self, write: Write, within: float) -> bytes | None:
+        if not self.writable or within <= 0 or not self._breaker.admits():
+            return None
+        commands = [_command(write), *self._reads([write.name])]
+        replies = await self._execute(commands, within, op="store", write=True)
+        if isinstance(replies, Failure):
+            return None
+        for reply in replies:
+            if isinstance(reply, Exception):
+                self._failed(_classify(reply), write=True)
+                return None
+        self._breaker.worked()
+        return _values(replies[-1])[0]
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
         count, failure = 0, None
@@ -195,6 +212,11 @@ async def _pipelined(cluster: aioredis.RedisCluster, commands: Sequence[Command]
     return await pipeline.execute(raise_on_error=False)
 
 
+def _values(reply: Any) -> Sequence[bytes | None]:
+    """A list is a chunk, anything else the one value of a cluster's ``GET``."""
+    return reply if isinstance(reply, list) else (reply,)
+
+
 def _classify(reply: Exception) -> Failure:
     return classify(reply) if isinstance(reply, RedisError) else classify_reply(str(reply))
 
@@ -225,6 +247,10 @@ class MemoryVectors:
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         return [self._get(name) for name in names]
+
+    async def claim(self, write: Write, within: float) -> bytes | None:
+        await self.write([write])
+        return self._get(write.name)
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
         count = 0

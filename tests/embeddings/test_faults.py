@@ -10,6 +10,7 @@ import pytest
 import redis as sync_redis
 import redis.asyncio as aioredis
 from redis.exceptions import ResponseError
+from starlette.types import Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.cache import EmbeddingCache
@@ -21,7 +22,7 @@ from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.servers import Cluster, Server
-from .servers import FORMATS, Spy, cache_status, client, server
+from .servers import FORMATS, Spy, cache_status, client, respond, server
 
 pytestmark = pytest.mark.anyio
 
@@ -110,6 +111,47 @@ async def test_a_full_redis_pauses_writing_and_goes_on_reading(
         assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "b"))
     assert 1 == sum(r.message == "redis_asgi.embedding_writes_paused" for r in caplog.records)
     assert not [r for r in caplog.records if r.message == "redis_asgi.redis_unavailable"]
+
+
+async def test_a_redis_that_takes_no_writes_keeps_requests_together(own_server: Server) -> None:
+    """Full before the model has an epoch: nothing is stored or said to be, and one computation serves all at once."""
+    own_server.client().config_set("maxmemory", "1")
+    spy, begun = Spy(), asyncio.Event()
+
+    async def pause(_scope: object) -> None:
+        begun.set()
+        await asyncio.sleep(0.05)
+
+    app = EmbeddingCacheMiddleware(server(spy, before=pause), settings=settings_of(own_server.url))
+    async with client(app) as c:
+        first = asyncio.ensure_future(ask(c, "a"))
+        await begun.wait()
+        rest = await asyncio.gather(*(ask(c, "a") for _ in range(5)))
+        assert ["redis-asgi; fwd=miss", *["redis-asgi; fwd=miss; collapsed"] * 5] == [
+            cache_status(answer) for answer in (await first, *rest)
+        ]
+    assert 1 == spy.calls
+    assert not own_server.client().keys("*")
+
+
+async def test_an_unknown_model_leaves_little_in_redis(redis_url: str) -> None:
+    """Whoever names models that the app does not have leaves one short key of ten minutes for each."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, b"{}", 404)
+
+    app = EmbeddingCacheMiddleware(refuse, settings=settings_of(redis_url))
+    store = sync_redis.Redis.from_url(redis_url)
+    body = {"model": "none", "input": ["a"]}
+    async with client(app) as c:
+        stored_only = {"cache-control": "only-if-cached"}
+        assert 504 == (await c.post("/v1/embeddings", json=body, headers=stored_only)).status_code
+        assert not store.keys("*")
+        assert 404 == (await c.post("/v1/embeddings", json=body)).status_code
+    [epoch] = cast("list[bytes]", store.keys("*"))
+    assert epoch.startswith(b"embedding_epoch:v1:")
+    assert 0 < store.ttl(epoch) <= 600
+    store.close()
 
 
 async def test_a_foreign_type_under_our_key_is_the_apps_answer(redis_url: str) -> None:

@@ -15,8 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.store import MemoryVectors
+from redis_asgi.embeddings.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
@@ -534,3 +535,69 @@ async def test_landed_flights_are_forgotten_when_no_lookup_can_need_them() -> No
     await Caller(app, "c", "d").task
     assert 2 == len(flights._landed)
     await until(lambda: not flights._landed)
+
+
+# A model that nobody has stored a vector of yet, so that Redis has no epoch of it.
+
+
+async def test_a_new_models_concurrent_lookups_meet(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find that there is no epoch; one has its vector stored before the other hears so."""
+    spy, slow = Spy(), asyncio.Event()
+    look_up = RedisVectors.lookup
+    app = EmbeddingCacheMiddleware(server(spy), settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=0))
+    lookups: list[object] = []
+
+    async def second_is_slow(store: RedisVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
+        found = await look_up(store, names, within)
+        lookups.append(names)
+        if len(lookups) == 2:
+            await slow.wait()
+        return found
+
+    monkeypatch.setattr(RedisVectors, "lookup", second_is_slow)
+    first, second = Caller(app, "a"), Caller(app, "a")
+    await asyncio.wait({first.task, second.task}, return_when=asyncio.FIRST_COMPLETED)
+    slow.set()
+    await asyncio.gather(first.task, second.task)
+    later = Caller(app, "a")
+    await later.task
+
+    assert ["a"] == spy.seen
+    assert first.answer["data"] == second.answer["data"]
+    assert later.said.startswith("redis-asgi; hit")
+
+
+async def test_fifty_identical_requests_for_a_new_model_are_one_computation(redis_url: str) -> None:
+    """Also when the app answers at once, model after model."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=5)
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(app) as c:
+        for model in map(str, range(20)):
+            body = {"model": model, "input": ["a", "b"]}
+            await asyncio.gather(*(c.post("/v1/embeddings", json=body) for _ in range(50)))
+            warm = await c.post("/v1/embeddings", json=body)
+            assert cache_status(warm).startswith("redis-asgi; hit")
+    assert 20 * ["a", "b"] == spy.seen
+
+
+async def test_two_workers_agree_on_a_new_model(redis_url: str) -> None:
+    """One stores its first vector while the other computes; nothing is computed twice or lost by that."""
+    spy, gate = Spy(), Gate()
+    settings = [Settings(REDIS_URL=redis_url, REDIS_POOL_SIZE=size) for size in (4, 5)]
+    slow = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings[0], redis=RedisManager(settings[0]))
+    quick = EmbeddingCacheMiddleware(server(spy), settings=settings[1], redis=RedisManager(settings[1]))
+    first = Caller(slow, "a")
+    await gate.reached.wait()
+    other = Caller(quick, "b")
+    await other.task
+    second = Caller(slow, "a")
+    await asyncio.sleep(0.05)
+    gate.open.set()
+    await asyncio.gather(first.task, second.task)
+    later = [Caller(app, "a", "b") for app in (quick, slow)]
+    await asyncio.gather(*(caller.task for caller in later))
+
+    assert ["a", "b"] == spy.seen
+    assert first.answer["data"] == second.answer["data"]
+    assert ["redis-asgi; hit"] * 2 == [caller.said[:15] for caller in later]
