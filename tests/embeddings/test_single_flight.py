@@ -493,14 +493,18 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
     assert "redis-asgi; fwd=miss; collapsed" == second.said
 
 
-async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("epoch_is_known", [True, False])
+async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(
+    epoch_is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two callers look up at once; one has its answer before the other knows that nothing was stored."""
     spy, slow = Spy(), asyncio.Event()
     look_up = MemoryVectors.lookup
-    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="began:", EMBEDDING_CACHE_L1_BYTES=0)
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX=f"began-{epoch_is_known}:", EMBEDDING_CACHE_L1_BYTES=0)
     app = EmbeddingCacheMiddleware(server(spy), settings=settings)
-    await Caller(app, "whose epoch is known from now on").task
-    lookups: list[object] = []
+    if epoch_is_known:
+        await Caller(app, "whose epoch is known from now on").task
+    before, lookups = spy.calls, list[object]()
 
     async def second_is_slow(store: MemoryVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
         await asyncio.sleep(0)
@@ -518,9 +522,40 @@ async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monk
     later = Caller(app, "a")
     await later.task
 
-    assert 2 == spy.calls
+    assert 1 == spy.calls - before
     assert first.answer["data"] == second.answer["data"]
     assert "redis-asgi; fwd=miss; collapsed" == second.said
+    assert later.said.startswith("redis-asgi; hit")
+
+
+async def test_an_epoch_that_appears_during_a_lookup_parts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One caller's reply is from before another service gave the model its epoch, the other's from after."""
+    spy, slow = Spy(), asyncio.Event()
+    look_up = MemoryVectors.lookup
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="appears:", EMBEDDING_CACHE_L1_BYTES=0)
+    app, other = (EmbeddingCacheMiddleware(server(spy), settings=settings) for _ in range(2))
+    lookups: list[object] = []
+
+    async def first_is_slow(store: MemoryVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
+        found = await look_up(store, names, within)
+        lookups.append(names)
+        if len(lookups) == 1:
+            await slow.wait()
+        return found
+
+    monkeypatch.setattr(MemoryVectors, "lookup", first_is_slow)
+    first = Caller(app, "a")
+    await until(lambda: len(lookups) == 1)
+    await Caller(other, "of another service").task
+    second = Caller(app, "a")
+    await second.task
+    slow.set()
+    await first.task
+    later = Caller(app, "a")
+    await later.task
+
+    assert ["of another service", "a"] == spy.seen
+    assert "redis-asgi; fwd=miss; collapsed" == first.said
     assert later.said.startswith("redis-asgi; hit")
 
 
