@@ -1,6 +1,7 @@
 """What a request says: whether it can be cached, and into which inputs it falls."""
 
 import inspect
+from collections.abc import Mapping
 
 import orjson
 from starlette.requests import HTTPConnection
@@ -12,6 +13,8 @@ from .body import Body
 from .core import Core, PartitionBy
 from .routes import Matched
 from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
+
+_MAX_BESIDE = 256 * 1024  # bytes of JSON
 
 
 def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
@@ -55,12 +58,27 @@ def split(core: Core, matched: Matched, body: Body) -> Batch | Uncacheable:
         return Uncacheable("not-json")
     if not isinstance(fields, dict):
         return Uncacheable("not-understood")
+    if _has_too_many(fields, settings.EMBEDDING_CACHE_MAX_INPUTS):
+        return Uncacheable("too-large")
     try:
         batch = matched.wire.split(fields, matched.path_model)
     except Exception:
         # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
         core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name)
         return Uncacheable("not-understood")
-    if isinstance(batch, Batch) and len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS:
+    if isinstance(batch, Batch) and (
+        len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, len(body.content))
+    ):
         return Uncacheable("too-large")
     return batch
+
+
+def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:
+    """Whether some field lists more texts, arrays or objects than a batch may have; before each is looked at."""
+    lists = (value for value in fields.values() if isinstance(value, list))
+    return any(len(value) > limit and type(value[0]) in (str, list, dict) for value in lists)
+
+
+def _holds_much(batch: Batch, size: int) -> bool:
+    """Whether what stands beside the inputs is long: parsed it takes up to thirty times its bytes, until the answer."""
+    return size > _MAX_BESIDE and len(orjson.dumps(batch.fields)) > _MAX_BESIDE

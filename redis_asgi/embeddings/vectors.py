@@ -107,8 +107,13 @@ def render(value: Value, encoding: Encoding) -> bytes:
         with np.errstate(over="ignore"):
             return b'"%b"' % base64_of(numbers.astype("<f4").tobytes())
     if numbers.dtype.itemsize == 8 or not value.flags & Flag.SHORTEST:
-        return orjson.dumps(numbers.astype("<f8"), option=_NUMPY)
-    return orjson.dumps(numbers.astype("<f4"), option=_NUMPY)
+        return trimmed(orjson.dumps(numbers.astype("<f8"), option=_NUMPY))
+    return trimmed(orjson.dumps(numbers.astype("<f4"), option=_NUMPY))
+
+
+def trimmed(text: bytes) -> bytes:
+    """A copy of what orjson wrote: its own keeps the room it had reserved, up to thirty times of what it used."""
+    return b"%b" % text
 
 
 def text_of(value: Value, encoding: Encoding) -> bytes:

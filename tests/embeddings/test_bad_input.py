@@ -1,10 +1,13 @@
 """Bad input: the app sees exactly the bytes the client sent, and memory stays bounded."""
 
+import asyncio
+import gc
 import gzip
 import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+from .servers import FORMATS, Spy, cache_status, client, drive, read, respond, server
 
 pytestmark = pytest.mark.anyio
 JSON = {"content-type": "application/json"}
@@ -150,6 +153,72 @@ async def test_a_million_byte_input_is_cached(settings: Settings) -> None:
     assert "hit" in cache_status(last)
 
 
+class Held:
+    """An app that holds its requests until told to answer them, and counts what reaches it."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.open = asyncio.Event()
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        got = 0
+        while True:
+            message = await receive()
+            got += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        self.lengths.append(got)
+        await self.open.wait()
+        await respond(send, b"{}", 400)
+
+
+def many(item: bytes, size: int) -> bytes:
+    """A JSON array of *size* bytes, or a little less."""
+    return b"[" + b",".join([item] * ((size - 2) // (len(item) + 1))) + b"]"
+
+
+MEBI = 1024 * 1024
+HEAVY: list[tuple[str, bytes, float]] = [
+    ("one input", b'{"model":"m","input":"' + b"x" * 2 * MEBI + b'"}', 5.5),
+    ("inputs of 1 MB", b'{"model":"m","input":' + many(b'"' + b"x" * 10**6 + b'"', 2 * MEBI) + b"}", 5.5),
+    ("token arrays", b'{"model":"m","input":' + many(many(b"99999", 4096), 2 * MEBI) + b"}", 5.5),
+    ("10,000 inputs", b'{"model":"m","input":' + many(b'"' + b"x" * 400 + b'"', 2 * MEBI) + b"}", 2.1),
+    ("texts of one letter", b'{"model":"m","input":' + many(b'"a"', 2 * MEBI) + b"}", 2.1),
+    ("objects beside the input", b'{"model":"m","input":"a","x":' + many(b'{"":0}', 2 * MEBI) + b"}", 2.1),
+    ("objects where nobody looks", b'{"model":"m","input":"a","user":' + many(b"{}", 2 * MEBI) + b"}", 2.1),
+    ("a gzip bomb", gzip.compress(bytes(4 * 10**8), 9), 2.1),
+]
+
+
+@pytest.mark.parametrize(("content", "times"), [h[1:] for h in HEAVY], ids=[h[0] for h in HEAVY])
+async def test_requests_that_wait_hold_little_more_than_their_bytes(
+    content: bytes, times: float, settings: Settings
+) -> None:
+    """While the app is at it, each keeps at most *times* its body, the client's own copy included."""
+    # Beside that one: what was read, what is hashed, and what the app was sent, in twice the room that it takes.
+    app = Held()
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    encoding = {"content-encoding": "gzip"} if content[:2] == b"\x1f\x8b" else {}
+
+    async def ask(c: httpx.AsyncClient, n: int) -> None:
+        # A body of its own for each, as a server has it; and each its own key.
+        body = bytes(bytearray(content))
+        await c.post("/v1/embeddings", content=body, headers=JSON | encoding | {"authorization": f"{n}"})
+
+    async with client(cached) as c:
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        asked = [asyncio.ensure_future(ask(c, n)) for n in range(4)]
+        while len(app.lengths) < 4:
+            await asyncio.sleep(0.01)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        app.open.set()
+        await asyncio.gather(*asked)
+    assert held - before < 4 * times * len(content) + MEBI
+
+
 async def pieces(total: int) -> AsyncIterator[bytes]:
     """A body of *total* bytes without a length."""
     for _ in range(total // 65_536):
@@ -203,6 +272,27 @@ async def test_a_client_that_leaves_while_sending_is_the_apps_to_notice(settings
     }
     await EmbeddingCacheMiddleware(app, settings=settings)(scope, receive, send)
     assert ["http.request", "http.disconnect"] == [message["type"] for message in seen]
+
+
+async def test_a_stated_length_over_the_cap_is_not_read(settings: Settings) -> None:
+    """The app gets the server's own messages, one at a time, as if nobody stood before it."""
+    reads = [0]
+
+    async def receive() -> Any:
+        reads[0] += 1
+        return {"type": "http.request", "body": b"x" * 65_536, "more_body": reads[0] < 1600}
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        assert 0 == reads[0]
+        await receive()
+        assert 1 == reads[0]
+        await respond(send, b"{}", 413)
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % (1600 * 65_536))]
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers}
+    sent = await drive(EmbeddingCacheMiddleware(app, settings=settings), scope, receive)
+    assert 413 == sent[0]["status"]
+    assert (b"cache-status", b"redis-asgi; fwd=bypass; detail=too-large") in sent[0]["headers"]
 
 
 @pytest.mark.parametrize("shrunken", [False, True])

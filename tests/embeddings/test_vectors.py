@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tracemalloc
 from collections.abc import Generator
 from typing import cast
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.codec import encode
+from redis_asgi.embeddings.codec import Flag, encode
 from redis_asgi.embeddings.vectors import (
     Encoding,
     Skeleton,
@@ -21,6 +22,7 @@ from redis_asgi.embeddings.vectors import (
     render,
     take_apart,
 )
+from redis_asgi.embeddings.wire.format import read_inputs
 
 FLOATS32 = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20)
 FLOATS = st.lists(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-99, 99)), min_size=1)
@@ -119,3 +121,17 @@ def test_long_arrays_are_parsed_one_at_a_time() -> None:
     assert skeleton is not None
     assert 3 == len(skeleton.spans)
     assert [numbers] * 3 == [orjson.loads(span) for span in skeleton.spans.values()]
+
+
+def test_a_rendered_text_keeps_no_more_than_its_length() -> None:
+    """What the in-process layer counts is what it holds; the same for token arrays, which wait for the app."""
+    value = encode(np.random.default_rng(1).standard_normal(1536).astype("<f4"), born=1, flags=Flag.SHORTEST)
+    tokens = [99_999] * 700
+    tracemalloc.start()
+    made = [render(value, encoding) for encoding in Encoding for _ in range(50)]
+    read = read_inputs([tokens] * 50)
+    assert read is not None
+    lengths = sum(map(len, made)) + sum(len(item.canonical) for item in read[0])
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 1.1 * lengths

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from ..vectors import Encoding
+from ..vectors import Encoding, trimmed
 
 # The only body fields that never change a vector, whatever the server.
 IGNORED_FIELDS = frozenset({"user", "request_id", "priority"})
@@ -162,7 +162,7 @@ def _read_input(item: object) -> Input | None:
     if isinstance(item, list):
         if not item or set(map(type, item)) != {int}:
             return None
-        return Input(b"t", orjson.dumps(item), len(item))
+        return Input(b"t", trimmed(orjson.dumps(item)), len(item))
     if isinstance(item, dict) and len(item) == 1:
         [(name, content)] = item.items()
         # What a URL points to may change while its text does not.
