@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+from .servers import FORMATS, Spy, cache_status, client, listed, read, respond, server
 
 pytestmark = pytest.mark.anyio
 
@@ -103,8 +103,10 @@ async def test_an_answer_through_the_cache_is_the_answer_of_the_app_alone(
             assert expected.status_code == actual.status_code == 200, actual.text
             said = cache_status(actual)
             hits += "; hit" in said
-            same = ("content-type",) if "; hit" in said else ("content-type", "x-app")
-            assert [expected.headers[h] for h in same] == [actual.headers[h] for h in same]
+            own = {"cache-status", "content-length"}
+            sent, got = ({k: v for k, v in answer.headers.items() if k not in own} for answer in (expected, actual))
+            assert got == ({"content-type": sent["content-type"]} if "; hit" in said else sent)
+            assert [said] == actual.headers.get_list("cache-status")
             assert int(actual.headers["content-length"]) == len(actual.content)
             left, right = in_order(name, expected.json()), in_order(name, actual.json())
             if "hit" in said:  # our own rendering is in order, whatever the app's was
@@ -278,17 +280,21 @@ MISBEHAVIOURS = [
 ]
 
 
-def misbehaving(misbehave: Misbehave, broken: list[bool]) -> ASGIApp:
-    """A good server until *broken* says otherwise."""
+def misbehaving(misbehave: Misbehave, broken: list[bool], name: str = "openai", seen: Spy | None = None) -> ASGIApp:
+    """A good server of one format until *broken* says otherwise; *seen* keeps the bodies it got after that."""
     good = Spy()
+    _, field, build = FORMATS[name]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raw = await read(receive)
         body = orjson.loads(raw)
+        answer = build(body, listed(body[field]), good)
         if not broken[0]:
-            await respond(send, orjson.dumps(FORMATS["openai"][2](body, body["input"], good)))
+            await respond(send, orjson.dumps(answer))
             return
-        await misbehave(send, FORMATS["openai"][2](body, body["input"], good), raw)
+        if seen is not None:
+            seen.bodies.append(raw)
+        await misbehave(send, answer, raw)
 
     return app
 
@@ -298,10 +304,13 @@ def misbehaving(misbehave: Misbehave, broken: list[bool]) -> ASGIApp:
 async def test_a_misbehaving_app_is_heard_as_it_is(
     misbehave: Misbehave, stored: list[str], any_settings: Settings
 ) -> None:
-    """Whatever the app answers to the original request is what the client gets, and nothing of it is stored."""
-    broken = [False]
+    """Whatever the app answers to the original request is what the client gets, and nothing of it is stored.
+
+    It is called once, and once more only where its answer to a smaller request may not be the one to this request.
+    """
+    broken, seen = [False], Spy()
     app = misbehaving(misbehave, broken)
-    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    cached = EmbeddingCacheMiddleware(misbehaving(misbehave, broken, seen=seen), settings=any_settings)
     body = {"model": "m", "input": ["a", "b", "c", "d"]}
     async with client(app) as bare, client(cached) as through:
         if stored:
@@ -315,11 +324,144 @@ async def test_a_misbehaving_app_is_heard_as_it_is(
         assert 1 == len(actual.headers.get_list("cache-status"))
         headers.pop("cache-status")
         assert {**expected.headers} == headers
+        assert (2 if stored and expected.status_code != 429 else 1) == seen.calls
+        assert orjson.loads(seen.bodies[-1]) == (
+            body if seen.calls == 2 or not stored else body | {"input": ["c", "d"]}
+        )
         broken[0] = False
         again = await through.post("/v1/embeddings", json=body)
         assert "hit; ttl" not in cache_status(again)
         right = FORMATS["openai"][2](body, ["a", "b", "c", "d"], Spy())
         assert right["data"] == again.json()["data"]
+
+
+def _set(vectors: list[Any], value: Any) -> None:
+    vectors[0] = value
+
+
+MUTATIONS: dict[str, Callable[[list[Any]], object]] = {
+    "short": lambda vectors: vectors.pop(),
+    "long": lambda vectors: vectors.append(vectors[0]),
+    "ragged": lambda vectors: vectors[-1].pop(),
+    "null component": lambda vectors: _set(vectors[0], None),
+    "a component that is no number": lambda vectors: _set(vectors[0], "0.5"),
+    "booleans": lambda vectors: _set(vectors, [True] * len(vectors[0])),
+    "null": lambda vectors: _set(vectors, None),
+    "empty": lambda vectors: _set(vectors, []),
+    "an object": lambda vectors: _set(vectors, {"0": 0.5}),
+    "a text": lambda vectors: _set(vectors, "abc"),
+    "two-dimensional": lambda vectors: _set(vectors, [vectors[0]]),
+    "infinite": lambda vectors: _set(vectors[0], "1e400"),
+    "NaN": lambda vectors: _set(vectors[0], "NaN"),
+}
+PLACES: dict[str, Callable[[Any], list[Any]]] = {
+    "ollama": lambda answer: answer["embeddings"],
+    "cohere": lambda answer: answer["embeddings"]["float"],
+    "cohere_v1": lambda answer: answer["embeddings"],
+    "tei": lambda answer: answer,
+}
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["cold", "partly-stored"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", PLACES)
+async def test_wrong_vectors_of_any_format_are_the_apps_to_answer(
+    name: str, mutation: str, stored: bool, settings: Settings
+) -> None:
+    """Cohere's, Ollama's and TEI's answers are placed by position, and just as much looked at."""
+
+    async def wrong(send: Send, answer: Any, _raw: bytes) -> None:
+        MUTATIONS[mutation](PLACES[name](answer))
+        await respond(send, orjson.dumps(answer).replace(b'"1e400"', b"1e400").replace(b'"NaN"', b"NaN"))
+
+    broken = [False]
+    app = misbehaving(wrong, broken, name)
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    path, field, build = FORMATS[name]
+    texts = ["a", "b", "c"]
+    body: dict[str, Any] = {"model": "m", field: texts}
+    async with client(app) as bare, client(cached) as through:
+        if stored:
+            await through.post(path, json=body | {field: ["a"]})
+        broken[0] = True
+        expected, actual = [await c.post(path, json=body) for c in (bare, through)]
+        assert (200, expected.content) == (actual.status_code, actual.content)
+        assert "fwd=bypass" in cache_status(actual)
+        broken[0] = False
+        again = await through.post(path, json=body)
+    assert "; hit" not in cache_status(again)
+    assert PLACES[name](build(body, texts, Spy())) == PLACES[name](again.json())
+
+
+NOT_BASE64 = {
+    "not base64": "!!!!",
+    "a line break": base64.b64encode(bytes(24)).decode()[:16] + "\n" + base64.b64encode(bytes(24)).decode()[16:],
+    "half a number": base64.b64encode(bytes(22)).decode(),
+    "no padding": base64.b64encode(bytes(20)).decode().rstrip("="),
+    "NaN": base64.b64encode(np.array([0, 0, 0, 0, 0, np.nan], "<f4").tobytes()).decode(),
+    "infinite": base64.b64encode(np.array([0, 0, 0, 0, 0, np.inf], "<f4").tobytes()).decode(),
+    "another length": base64.b64encode(bytes(28)).decode(),
+    "empty": "",
+    "floats among base64": [0.5] * 6,
+}
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["cold", "partly-stored"])
+@pytest.mark.parametrize("value", NOT_BASE64.values(), ids=NOT_BASE64)
+@pytest.mark.parametrize("name", ["openai", "cohere"])
+async def test_wrong_base64_is_the_apps_to_answer(name: str, value: Any, stored: bool, settings: Settings) -> None:
+    """What is not base64 of as many finite float32 numbers as its neighbours have is relayed and not stored."""
+
+    async def wrong(send: Send, answer: Any, _raw: bytes) -> None:
+        if name == "openai":
+            answer["data"][-1]["embedding"] = value
+        else:
+            answer["embeddings"]["base64"][-1] = value
+        await respond(send, orjson.dumps(answer))
+
+    broken = [False]
+    app = misbehaving(wrong, broken, name)
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    path, field, _ = FORMATS[name]
+    body: dict[str, Any] = {"model": "m", field: ["a", "b", "c"]}
+    body |= {"encoding_format": "base64"} if name == "openai" else {"embedding_types": ["base64"]}
+    async with client(app) as bare, client(cached) as through:
+        if stored:
+            await through.post(path, json=body | {field: ["a"]})
+        broken[0] = True
+        expected, actual = [await c.post(path, json=body) for c in (bare, through)]
+        assert (200, expected.content) == (actual.status_code, actual.content)
+        assert "fwd=bypass" in cache_status(actual)
+        broken[0] = False
+        right, again = [await c.post(path, json=body) for c in (bare, through)]
+    assert "; hit" not in cache_status(again)
+    assert values_in(name, right.json()) == values_in(name, again.json())
+
+
+async def test_a_partly_stored_answer_has_the_apps_headers_but_for_its_body(settings: Settings) -> None:
+    """Of the sub-request's answer everything is repeated except what spoke of that body alone."""
+    own = [
+        (b"etag", b'"1"'),
+        (b"digest", b"x"),
+        (b"content-digest", b"x"),
+        (b"content-md5", b"x"),
+        (b"repr-digest", b"x"),
+    ]
+    kept = [(b"x-request-id", b"1"), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2"), (b"server-timing", b"x;dur=1")]
+
+    async def more(send: Send, answer: Any, _raw: bytes) -> None:
+        await respond(send, orjson.dumps(answer), 200, *own, *kept)
+
+    cached = EmbeddingCacheMiddleware(misbehaving(more, [True]), settings=settings)
+    # Clients of their own: one that sends the cookie back is another caller.
+    answers = [await _post(cached, orjson.dumps({"model": "m", "input": texts})) for texts in (["a"], ["a", "b"])]
+    for answer, sent in zip(answers, (own + kept, kept), strict=True):
+        got = [
+            pair for pair in answer.headers.raw if pair[0] not in (b"content-type", b"content-length", b"cache-status")
+        ]
+        assert sorted(sent) == sorted(got)
+        assert int(answer.headers["content-length"]) == len(answer.content)
+    assert "fwd=partial" in cache_status(answers[1])
 
 
 class Halfway(Exception):
