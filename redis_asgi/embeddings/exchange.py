@@ -398,12 +398,12 @@ class Exchange:
         tokens: int,
         fresh: Fresh | None,
     ) -> None:
-        pace = Pace()
+        pace, keep = Pace(), self._core.local.on
         texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
         for start in range(0, len(self._slots), _TEXTS_AT_ONCE):
             values = [self._values[name] for name in self._slots[start : start + _TEXTS_AT_ONCE]]
             for encoding, listed in texts.items():
-                listed += [value.texts.get(encoding) or text_of(value, encoding) for value in values]
+                listed += [value.texts.get(encoding) or text_of(value, encoding, keep=keep) for value in values]
             if pace.due:
                 await pace.rest()
         pieces = self._wire.render(self._batch, frame, texts, self._usage(tokens), fresh)

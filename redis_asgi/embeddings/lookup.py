@@ -117,7 +117,7 @@ async def _take(
             if keeps:
                 value.expires_at = core.expires_at(name, value, now)
                 for encoding in encodings:
-                    text_of(value, encoding)
+                    text_of(value, encoding, keep=True)
                 core.local.put(name, value)
                 if pace.due:
                     await pace.rest()

@@ -107,8 +107,8 @@ def render(value: Value, encoding: Encoding) -> bytes:
         with np.errstate(over="ignore"):
             return b'"%b"' % base64_of(numbers.astype("<f4").tobytes())
     if numbers.dtype.itemsize == 8 or not value.flags & Flag.SHORTEST:
-        return trimmed(orjson.dumps(numbers.astype("<f8"), option=_NUMPY))
-    return trimmed(orjson.dumps(numbers.astype("<f4"), option=_NUMPY))
+        return orjson.dumps(numbers.astype("<f8"), option=_NUMPY)
+    return orjson.dumps(numbers.astype("<f4"), option=_NUMPY)
 
 
 def trimmed(text: bytes) -> bytes:
@@ -116,11 +116,16 @@ def trimmed(text: bytes) -> bytes:
     return b"%b" % text
 
 
-def text_of(value: Value, encoding: Encoding) -> bytes:
-    """The JSON text of *value*, rendered once."""
+def text_of(value: Value, encoding: Encoding, *, keep: bool) -> bytes:
+    """The JSON text of *value*, rendered once.
+
+    Args:
+        keep: It will outlive the request, and is to take no more than its length.
+    """
     text = value.texts.get(encoding)
     if text is None:
-        text = value.texts[encoding] = render(value, encoding)
+        text = render(value, encoding)
+        value.texts[encoding] = text = trimmed(text) if keep and encoding is not _BASE64 else text
     return text
 
 

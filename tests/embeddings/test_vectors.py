@@ -21,6 +21,7 @@ from redis_asgi.embeddings.vectors import (
     read_floats,
     render,
     take_apart,
+    text_of,
 )
 from redis_asgi.embeddings.wire.format import read_inputs
 
@@ -123,12 +124,13 @@ def test_long_arrays_are_parsed_one_at_a_time() -> None:
     assert [numbers] * 3 == [orjson.loads(span) for span in skeleton.spans.values()]
 
 
-def test_a_rendered_text_keeps_no_more_than_its_length() -> None:
+def test_what_is_kept_takes_no_more_than_its_length() -> None:
     """What the in-process layer counts is what it holds; the same for token arrays, which wait for the app."""
-    value = encode(np.random.default_rng(1).standard_normal(1536).astype("<f4"), born=1, flags=Flag.SHORTEST)
+    numbers = np.random.default_rng(1).standard_normal(1536).astype("<f4")
+    values = [encode(numbers, born=1, flags=Flag.SHORTEST) for _ in range(50)]
     tokens = [99_999] * 700
     tracemalloc.start()
-    made = [render(value, encoding) for encoding in Encoding for _ in range(50)]
+    made = [text_of(value, encoding, keep=True) for encoding in Encoding for value in values]
     read = read_inputs([tokens] * 50)
     assert read is not None
     lengths = sum(map(len, made)) + sum(len(item.canonical) for item in read[0])
