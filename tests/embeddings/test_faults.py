@@ -313,6 +313,7 @@ async def test_a_cluster_keeps_vectors_on_all_its_nodes(cluster: Cluster) -> Non
         assert "hit=300 miss=1" in cache_status(await ask(c, *items, "one more"))
     assert 2 == spy.calls
     user_client = aioredis.RedisCluster.from_url(cluster.url, decode_responses=True)
+    await user_client.initialize()
     cache = EmbeddingCache(user_client, settings=Settings())
     assert 50 == await cache.set_many({str(n): [float(n)] for n in range(50)})
     assert 50 == len(await cache.get_many(map(str, range(50))))
