@@ -30,12 +30,13 @@ class Ledger:
         immediate: Apply each change at once: there is no middleware that would settle at the response's end.
     """
 
-    __slots__ = ("_changes", "_loop", "verdicts")
+    __slots__ = ("_changes", "_loop", "_sent", "verdicts")
 
     def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
         self.verdicts = [verdict]
         self._loop = asyncio.get_running_loop() if immediate else None
         self._changes: list[tuple[int, str | None]] = []
+        self._sent: dict[Verdict, list[int]] = {}  # what was changed so far, per policy
 
     @property
     def immediate(self) -> bool:
@@ -98,16 +99,18 @@ class Ledger:
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self.verdicts:
-            deltas = []
+            deltas: list[int] = []
+            sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
             receipts = iter(verdict.receipts)
             for charge in verdict.charges:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 for policy in charge.policies:
                     charged = charge.cost if next(receipts, -1) >= 0 else 0
                     delta = sum(cost for cost, name in changes if name is None or name == policy.name)
-                    # Nobody gets back more than was taken.
-                    deltas.append(max(delta - (charged if free else 0), -charged))
+                    # Nobody gets back more than was taken, however often they ask.
+                    deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))
             if any(deltas):
+                self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]
                 verdict.engine.settle(verdict, deltas)
 
 

@@ -1,10 +1,12 @@
 """Per-route limits, on the newest FastAPI and Starlette, with the middleware and without."""
 
+import asyncio
 import functools
 import itertools
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast
 
+import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import HTTPException as FastAPIHTTPException
@@ -405,3 +407,30 @@ async def test_sync_endpoint_charges_without_the_middleware(redis_url: str) -> N
         second = await client.get("/")
 
     assert ['"sync";r=8;t=60', '"sync";r=4;t=60'] == [r.headers["ratelimit"] for r in (first, second)]
+
+
+@pytest.mark.parametrize("store", ["memory", "redis"])
+async def test_route_gives_back_no_more_than_it_took_however_often(store: str, request: pytest.FixtureRequest) -> None:
+    """Without the middleware each `charge` is applied at once; together they free nothing that others have used."""
+    url = "memory://" if store == "memory" else request.getfixturevalue("redis_url")
+    app = FastAPI()
+    limit = RateLimit("10/minute", name=f"{store}-{next(_counter)}", settings=Settings(REDIS_URL=url))
+
+    @app.get("/", dependencies=[Depends(limit)])
+    async def give(request: Request, more: int = 0, back: int = 0) -> str:
+        request.state.rate_limit.charge(more)
+        for _ in range(back):
+            request.state.rate_limit.charge(-1)
+        await asyncio.sleep(0)  # changes are applied in the loop's next turn
+        return "ok"
+
+    async def left(client: httpx.AsyncClient, query: str = "") -> str:
+        return (await client.get(f"/{query}")).headers["ratelimit"].partition(";r=")[2]
+
+    async with client_of(app) as client:
+        for _ in range(3):
+            await left(client)
+        # In turn: 6 left and the one is given back; the same with two more, of which three in all are given back.
+        seen = [await left(client, "?back=5"), await left(client, "?more=2&back=5"), await left(client)]
+
+    assert ["6;t=60"] * 3 == seen
