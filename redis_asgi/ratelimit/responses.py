@@ -53,7 +53,8 @@ async def send_remembered(verdict: Verdict, style: HeaderStyle, scope: Scope, se
     """`send_refusal` for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
     charge, refusal = verdict.known[0]
     rendered = refusal.rendered
-    if rendered is None or verdict.at >= refusal.rendered_until or refusal.rendered_in != style:
+    is_current = verdict.at < refusal.rendered_until and refusal.rendered_in == style
+    if rendered is None or not is_current or charge.cost != refusal.cost:  # a dearer one may never fit
         rendered = _render(charge.cost, refusal, style, verdict.at)
     fields, body = rendered
     await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})

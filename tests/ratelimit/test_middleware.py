@@ -927,13 +927,30 @@ async def test_callable_that_forgives_a_big_body_does_not_make_it_cheap(settings
     assert '"default";r=0;t=60' == response.headers["ratelimit"]
 
 
+async def test_remembered_refusal_of_another_cost_is_not_repeated(redis_url: str) -> None:
+    """A flood's answer is kept in full, but one that can never fit is not told when to come back."""
+
+    async def cost(request: Request) -> int:
+        return int(request.query_params["cost"])
+
+    app = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", cost=cost)], settings=Settings(REDIS_URL=redis_url))
+    async with client_of(app) as client:
+        responses = [await client.get("/", params={"cost": cost}) for cost in (9, 1, 1, 1000, 1)]
+
+    assert [200, 429, 429, 429, 429] == [response.status_code for response in responses]
+    assert ["60", "60", None, "60"] == [response.headers.get("retry-after") for response in responses[1:]]
+    assert "can never fit" in responses[3].json()["detail"]
+
+
 async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> None:
     """A decision left in the state by an earlier request does not count for the next one."""
     app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
     state: dict[str, Any] = {}
-    seen = [(await drive(app, http_scope(state=state)))[0]["status"] for _ in range(3)]
+    starts = [(await drive(app, http_scope(state=state)))[0] for _ in range(4)]
 
-    assert [200, 429, 429] == seen
+    assert [200, 429, 429, 429] == [start["status"] for start in starts]
+    # Nor does a refusal: it is no outer instance that would write the fields.
+    assert [b'"default";r=0;t=60'] * 4 == [header(start, b"ratelimit") for start in starts]
 
 
 def test_async_count_if_is_refused() -> None:
