@@ -152,13 +152,19 @@ class RateLimitMiddleware:
                 await send_remembered(verdict, self._style, scope, send)
                 return
             state[STATE] = RequestDecision(verdict)
-            fields = verdict.fields(self._style)
-            await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+            await self._refuse(verdict, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that no limit is about."""
         self._counts.request("exempt", "none")
         await self.app(scope, receive, send)
+
+    async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:
+        fields = verdict.fields(self._style)
+        try:
+            await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+        finally:
+            verdict.is_over = True
 
     async def _join(
         self, outer: RequestDecision, verdict: Verdict | None, scope: Scope, receive: Receive, send: Send
