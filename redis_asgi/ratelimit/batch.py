@@ -302,6 +302,9 @@ def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
 
     Returns:
         Why some have no verdict, the gravest reason; ``None`` when all have one.
+
+    Raises:
+        ValueError: If it is no reply to them; whoever has no outcome yet still waits then.
     """
     at = 0
     worst: Failure | None = None
@@ -317,5 +320,9 @@ def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
             end = at + 1 + VALUES_PER_COUNTER * check.charges.counters
             outcome = reply[at:end]
             at = end
+            if at > len(reply):
+                break
         check.answer(outcome)
+    if at != len(reply):
+        raise ValueError("The reply is not one to these checks.")
     return worst

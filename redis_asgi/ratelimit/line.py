@@ -100,10 +100,14 @@ class Line(asyncio.Protocol):
         return True
 
     def _answer(self, reply: Any) -> None:
-        batch, in_full = self.sent.popleft()
+        batch, in_full = self.sent[0]
         if not isinstance(reply, hiredis.ReplyError):
-            self._batcher.done(batch, distribute(batch.checks, reply))
-        elif str(reply).startswith("NOSCRIPT") and not in_full:
+            failure = distribute(batch.checks, reply)
+            self.sent.popleft()  # not before the reply has proved to be one, else nobody would fail it
+            self._batcher.done(batch, failure)
+            return
+        self.sent.popleft()
+        if str(reply).startswith("NOSCRIPT") and not in_full:
             # Nothing ran, so sending it again cannot count twice.
             checks = still_waiting(batch.checks)
             if checks:

@@ -129,17 +129,24 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
     await manager.close()
 
 
-async def test_what_is_no_redis_is_hung_up_on() -> None:
-    """Bytes that are no reply end the connection, and the check fails; nothing is read out of step."""
+@pytest.mark.parametrize(
+    "said",
+    [b"HTTP/1.1 400 Bad Request", b":1", b"$-1", b"*0", b"*1\r\n:1", b"*1\r\n:-1", b"*3" + b"\r\n:1" * 3],
+    ids=["no reply", "number", "nothing", "empty", "short", "no message", "another question's"],
+)
+async def test_what_is_no_redis_is_hung_up_on(said: bytes) -> None:
+    """What is no reply to it ends the connection, and the check fails at once; nothing is read out of step."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
-            writer.write(b"+OK\r\n" * data.count(b"CLIENT") if b"EVAL" not in data else b"HTTP/1.1 400 Bad Request\r\n")
+            writer.write(b"+OK\r\n" * data.count(b"CLIENT") if b"EVAL" not in data else said + b"\r\n")
         writer.close()
 
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
-    assert Failure.CONNECTION is await ask(batcher_of(manager))
+    async with asyncio.timeout(2):
+        assert Failure.CONNECTION is await ask(batcher_of(manager))
+    assert not batcher_of(manager)._sent
     await manager.close()
     listener.close()
 
