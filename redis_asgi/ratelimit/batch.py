@@ -146,7 +146,9 @@ class Batcher:
             if not self.breaker.admits():
                 check.answer(self.breaker.reason)
                 return
-            self._wire.renew()  # the trial must not wait for a connection of the outage
+            # The trial must not wait for a connection of the outage, nor behind those who did.
+            self._wire.renew()
+            self.loop.call_soon(self.start_if_due)
         waiting = self._waiting
         waiting.append(check)
         self._waiting_counters += check.charges.counters

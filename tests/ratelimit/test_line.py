@@ -151,6 +151,24 @@ async def test_what_is_no_redis_is_hung_up_on(said: bytes) -> None:
     listener.close()
 
 
+async def test_trial_does_not_wait_behind_checks_of_the_outage(redis_url: str) -> None:
+    """A check that waits for a connection that never comes leaves with the trial, over a new one."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url))
+    batcher = batcher_of(manager)
+    assert isinstance(batcher._wire, LineWire)
+    pool = batcher._wire._pool
+    connect = pool.get_connection
+    pool.get_connection = asyncio.Event().wait  # type: ignore[assignment,method-assign]  # for ever
+    before = asyncio.ensure_future(ask(batcher))
+    await asyncio.sleep(0)
+    pool.get_connection = connect  # type: ignore[method-assign]
+    batcher.breaker.state = "half_open"
+    async with asyncio.timeout(2):
+        assert [99, 98] == [remaining(outcome) for outcome in await asyncio.gather(before, ask(batcher))]
+    assert "closed" == manager.breaker_state
+    await manager.close()
+
+
 async def test_two_replies_that_come_together_are_told_apart(private_server: StartServer) -> None:
     """More checks than a batch holds go out before the first is answered, and each gets its own numbers."""
     manager = RedisManager(Settings(REDIS_URL=private_server().url))
