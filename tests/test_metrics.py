@@ -557,22 +557,25 @@ async def test_scrape_leaves_the_loop_to_others(settings: Settings, counted: Tel
     for policy in range(4_000):
         counted.ratelimit_policy.labels(f"policy-{policy}", "allowed").inc()
     interval = sys.getswitchinterval()
+    held_up = []
     gc.disable()  # it stops all threads, whoever has caused it
     try:
         async with client_of(metrics_app(settings=settings)) as client:
-            await client.get("/")
-            scrape = asyncio.create_task(client.get("/"))
-            turns = []
-            while not scrape.done():
-                began = time.perf_counter()
-                await asyncio.sleep(0)
-                turns.append(time.perf_counter() - began)
+            for _ in range(5):
+                scrape = asyncio.create_task(client.get("/"))
+                turns = []
+                while not scrape.done():
+                    began = time.perf_counter()
+                    await asyncio.sleep(0)
+                    turns.append(time.perf_counter() - began)
+                assert 200 == scrape.result().status_code
+                held_up.append(sum(turn for turn in turns if turn > 0.003) / sum(turns))
     finally:
         gc.enable()
 
-    assert 200 == scrape.result().status_code
-    # Beside a thread that keeps the interpreter for 5 ms, nearly all the time is in such turns.
-    assert sum(turn for turn in turns if turn > 0.003) < sum(turns) / 2, sorted(turns)[-20:]
+    # Beside a thread that keeps the interpreter for 5 ms, nearly all the time is in such turns; others who work on the
+    # machine make some, but not at every scrape.
+    assert min(held_up) < 0.5, held_up
     assert interval == sys.getswitchinterval()
 
 
