@@ -261,9 +261,10 @@ class Engine:
 
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
-        self._last_batcher = self.manager.part(make_batcher)
+        # Not read back: a loop in another thread may have put its own there meanwhile.
+        batcher = self._last_batcher = self.manager.part(make_batcher)
         self._forks = PROCESS.forks
-        return self._last_batcher
+        return batcher
 
     async def reset(self, partition: Partition, name: str | None) -> bool:
         """Forget a partition's counters, or those of one rule; whether there were any."""

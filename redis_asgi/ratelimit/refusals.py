@@ -109,8 +109,15 @@ class RefusalMemory:
                 if charges.limits <= refusal.asked:
                     known.append((charge, refusal))
             if not known and all(now >= refusal.until for refusal in list(held.values())):
-                self.partitions.pop(key, None)
+                self._expire(key, now)
         return known
+
+    def _expire(self, key: bytes, now: float) -> None:
+        """Drop a partition, unless another thread has just remembered a refusal of it."""
+        with self._lock:
+            held = self.partitions.get(key)
+            if held is not None and all(now >= refusal.until for refusal in held.values()):
+                del self.partitions[key]
 
     def remember(self, charges: Charges, reply: Reply, at: float) -> None:
         """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""

@@ -1,6 +1,9 @@
 """Refusals remembered in this process: what they answer, for how long, and never wrongly."""
 
+import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.engine import Engine
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
@@ -156,6 +160,55 @@ def test_least_recently_refused_is_forgotten() -> None:
     assert [True, False, True, True] == [
         bool(memory.find(Charges([charge(QUOTA, cost=6, who=w)]), 100.1)) for w in "abcd"
     ]
+
+
+class _Interrupted(OrderedDict[bytes, Any]):
+    """A store during whose `setdefault` another thread gets to do something, if it can."""
+
+    def __init__(self, other: OrderedDict[bytes, Any], does: Callable[[], object]) -> None:
+        super().__init__(other)
+        self._does = does
+
+    def setdefault(self, key: bytes, default: Any = None) -> Any:
+        found = super().setdefault(key, default)
+        thread = threading.Thread(target=self._does)
+        thread.start()
+        thread.join(0.1)
+        return found
+
+
+def test_loops_in_two_threads_may_share_it() -> None:
+    """A client that one finds expired while the other remembers its next refusal stays remembered."""
+    asked = Charges([charge(WINDOW)])
+    memory = remembered(charge(WINDOW), at=100.0)
+    memory.partitions = _Interrupted(memory.partitions, lambda: memory.find(asked, 102.0))
+    engine = LocalEngine()
+    engine.decide("charge", [charge(WINDOW, cost=5)], now=EPOCH)
+    memory.remember(asked, engine.decide("consume", asked, now=EPOCH), 102.0)
+
+    assert memory.find(asked, 102.5)
+
+
+@pytest.mark.anyio
+async def test_loops_in_two_threads_may_share_an_engine(redis_url: str) -> None:
+    """Each gets the batcher of its own loop, whatever the other has noted at that moment."""
+
+    class Raced(Engine):
+        theirs = "another loop's"
+
+        @property
+        def _last_batcher(self) -> Any:
+            return self.theirs
+
+        @_last_batcher.setter
+        def _last_batcher(self, mine: object) -> None:
+            """Overwritten by the other at once."""
+
+    manager = RedisManager(Settings(REDIS_URL=redis_url))
+
+    assert manager.part(make_batcher) is Raced(manager, timeout=1.0)._batcher()
+
+    await manager.close()
 
 
 def test_forget_takes_all_of_a_client() -> None:
