@@ -3,14 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import httpx
+import orjson
 import pytest
 import redis as sync_redis
 import redis.asyncio as aioredis
 from redis.exceptions import ResponseError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.cache import EmbeddingCache
@@ -111,6 +113,75 @@ async def test_a_full_redis_pauses_writing_and_goes_on_reading(
         assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "b"))
     assert 1 == sum(r.message == "redis_asgi.embedding_writes_paused" for r in caplog.records)
     assert not [r for r in caplog.records if r.message == "redis_asgi.redis_unavailable"]
+
+
+def kill(server: Server) -> None:
+    """Redis is gone."""
+    server.kill()
+
+
+def hang(server: Server) -> None:
+    """Redis hangs."""
+    server.pause()
+
+
+def fill(server: Server) -> None:
+    """Redis is full."""
+    server.client().config_set("maxmemory", "1")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("trip", ["lookup", "claim", "write"])
+@pytest.mark.parametrize("harm", [kill, hang, fill], ids=lambda harm: harm.__name__)
+async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
+    harm: Callable[[Server], None], trip: str, when: str, own_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a trip's commands are sent, or when they have been done and no reply has come: a whole answer, once."""
+    trips, last = {"lookup": 1, "claim": 2, "write": 3}, [0.0]
+    trips_made = [0]
+
+    async def harmed(pool: Any, commands: Any, within: float) -> Any:
+        trips_made[0] += 1
+        if trips_made[0] == trips[trip]:
+            if when == "after":
+                await run(pool, commands, within)
+            harm(own_server)
+        return await run(pool, commands, within)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        last[0] = time.monotonic()
+
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings_of(own_server.url))
+    async with client(app) as c:
+        # Connections are open, and the model is new.
+        await c.post("/v1/embeddings", json={"model": "other", "input": ["a"]})
+    spy.bodies.clear()
+    monkeypatch.setattr("redis_asgi.embeddings.store.run", harmed)
+    body = orjson.dumps({"model": "m", "input": ["a", "b"]})
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        for message in messages:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    began = time.monotonic()
+    await app(scope, receive, send)
+    assert last[0] - began < 2 * 0.25
+    assert time.monotonic() - began < 3
+    assert 200 == sent[0]["status"]
+    answer = orjson.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+    assert FORMATS["openai"][2]({"model": "m"}, ["a", "b"], Spy()) == answer
+    assert 1 == spy.calls
+    assert trips_made[0] <= 3
+    if harm is hang:
+        own_server.resume()
 
 
 async def test_a_redis_that_takes_no_writes_keeps_requests_together(own_server: Server) -> None:
