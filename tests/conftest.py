@@ -169,6 +169,14 @@ def cluster(_cluster: Cluster) -> Cluster:
     return _cluster
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts six servers for itself."""
+    for item in items:
+        if "private_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def private_cluster(server_binary: str) -> Iterator[Cluster]:
     """A cluster for this test alone; it goes on serving what is left when a node dies."""

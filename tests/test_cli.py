@@ -629,6 +629,7 @@ def test_trouble_is_told_without_a_secret(
                 assert (1, "") == (len(result.stderr.splitlines()), result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", AT_WORK, ids=" ".join)
 def test_a_server_that_hangs_is_not_waited_for(
     arguments: tuple[str, ...], private_server: StartServer, invoke: Invoke
