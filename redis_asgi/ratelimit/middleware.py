@@ -147,11 +147,8 @@ class RateLimitMiddleware:
             if not verdict.is_over:
                 decision.settle(response.status)
         else:
-            verdict.count()
-            if len(verdict.known) == 1 and self._on_exceeded is None and kind == "http":
-                await send_remembered(verdict, self._style, scope, send)
-                return
             state[STATE] = RequestDecision(verdict)
+            verdict.count()
             await self._refuse(verdict, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,9 +157,12 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send)
 
     async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:
-        fields = verdict.fields(self._style)
         try:
-            await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+            if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
+                await send_remembered(verdict, self._style, scope, send)
+            else:
+                fields = verdict.fields(self._style)
+                await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
 

@@ -942,6 +942,19 @@ async def test_remembered_refusal_of_another_cost_is_not_repeated(redis_url: str
     assert "can never fit" in responses[3].json()["detail"]
 
 
+async def test_remembered_refusal_is_in_the_state_like_any_other(redis_url: str) -> None:
+    """What stands outside, such as an access log, sees the decision of a flood's every request."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=Settings(REDIS_URL=redis_url))
+    scopes = [http_scope() for _ in range(4)]
+    for scope in scopes:
+        await drive(app, scope)
+    decisions = [scope["state"]["rate_limit"] for scope in scopes]
+
+    assert [True, False, False, False] == [decision.allowed for decision in decisions]
+    assert [("default",)] * 3 == [decision.violated for decision in decisions[1:]]
+    assert all(0 < decision.retry_after <= 60 for decision in decisions[1:])
+
+
 async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> None:
     """A decision left in the state by an earlier request does not count for the next one."""
     app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
