@@ -31,6 +31,7 @@ from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client import Client, build_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .settings import Settings, redact
+from .telemetry import tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -117,6 +118,8 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         _open.discard(opened)
         manager.forget(opened)
         await opened.aclose()
+        # The loop that was to tell these takes its timers along, and the next one's would wait behind them.
+        tell_notes()
 
 
 class RedisManager:

@@ -328,6 +328,12 @@ def telemetry() -> Telemetry:
     return _telemetry
 
 
+def tell_notes() -> None:
+    """Tell what was noted, if anything was ever counted."""
+    if _telemetry is not None:
+        _telemetry.notes.tell()
+
+
 @contextmanager
 def fresh_telemetry(*, now: float | None = None) -> Iterator[Telemetry]:
     """For tests: what is built within counts into a `Telemetry` of its own, from zero.

@@ -37,6 +37,18 @@ def read(metric: object) -> dict[tuple[str, ...], int]:
     }
 
 
+def test_notes_of_a_loop_that_ends_are_told(counted: Telemetry, redis_url: str) -> None:
+    """Its timer ends with it: a worker that another one answers for would keep them to itself."""
+    app = RateLimitMiddleware(Spy(), "9/minute", settings=Settings(REDIS_URL=redis_url))
+
+    async def main() -> None:
+        await drive(app, http_scope())
+
+    asyncio.run(main())
+
+    assert 0 == len(counted.notes._counted) + len(counted.notes._observed)
+
+
 async def test_each_request_is_counted_once_by_outcome_and_source(
     counted: Telemetry, redis_server: ExternalServer
 ) -> None:
