@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.maintenance import flush_model
@@ -670,3 +671,85 @@ async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings
         assert "gzip" == response.headers["content-encoding"]
     assert ["a", "b", "c"] == spy.seen
     assert "hit" in cache_status(response)
+
+
+# Settings that say what is in a key, and where vectors are.
+
+
+async def test_an_empty_namespace_is_said_once_at_the_first_store(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not at start, not when nothing is stored, and never with one."""
+    said = "redis_asgi.embedding_namespace_empty"
+    named = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL=redis_url), namespace="model@1")
+    unnamed = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL=redis_url))
+    await ask(named, "a")
+    await ask(unnamed, "a", **{"cache-control": "no-store"})
+    assert not [record for record in caplog.records if record.message == said]
+    for text in "abc":
+        await ask(unnamed, text)
+    [record] = [record for record in caplog.records if record.message == said]
+    assert "EMBEDDING_CACHE_NAMESPACE" in record.fix  # type: ignore[attr-defined]  # an extra
+
+
+async def test_other_headers_can_carry_the_credential_and_part_the_keys(redis_url: str) -> None:
+    """``CREDENTIAL_HEADERS`` and ``VARY`` replace the defaults; what is in neither changes nothing."""
+    spy = Spy()
+    settings = Settings(
+        REDIS_URL=redis_url, EMBEDDING_CACHE_CREDENTIAL_HEADERS="x-token", EMBEDDING_CACHE_VARY="x-version"
+    )
+    app = EmbeddingCacheMiddleware(guarded(server(spy), {"key", "other"}), settings=settings)
+    base = {"authorization": "key", "x-token": "t", "x-version": "1"}
+    for change in ({}, {"x-token": "u"}, {"x-version": "2"}):
+        assert "fwd=miss" in cache_status(await ask(app, "a", **(base | change)))
+        assert "; hit" in cache_status(await ask(app, "a", **(base | change)))
+    for change in ({"authorization": "other"}, {"openai-project": "p"}, {"cookie": "c"}):
+        assert "; hit" in cache_status(await ask(app, "a", **(base | change)))
+    assert 3 == spy.calls
+
+
+async def test_vectors_can_have_a_server_of_their_own(own_server: Any, redis_url: str) -> None:
+    """``EMBEDDING_CACHE_REDIS_URL``: nothing of the cache is on the shared server, and its death is no matter."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_REDIS_URL=own_server.url, EMBEDDING_CACHE_L1_BYTES=0)
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
+    await ask(app, "a")
+    assert "; hit" in cache_status(await ask(app, "a"))
+    shared = sync_redis.Redis.from_url(redis_url)
+    assert (0, 3) == (shared.dbsize(), own_server.client().dbsize())
+    shared.close()
+    elsewhere = Settings(REDIS_URL="redis://127.0.0.1:1", EMBEDDING_CACHE_REDIS_URL=own_server.url)
+    assert "; hit" in cache_status(await ask(EmbeddingCacheMiddleware(server(Spy()), settings=elsewhere), "a"))
+
+
+async def test_a_refusal_in_one_worker_ends_the_lease_in_all(redis_url: str) -> None:
+    """What the app says to one process counts for every other: at once in Redis, after ``L1_SECONDS`` everywhere."""
+    keys, now = {"key"}, [0.0]
+    apps = []
+    for local in (0, 64 * 1024 * 1024):
+        settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=local)
+        apps.append(
+            EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings, redis=RedisManager(settings))
+        )
+        apps[-1]._core.monotonic = lambda: now[0]
+        for _ in range(2):
+            assert 200 == (await ask(apps[-1], "a", authorization="key")).status_code
+    without, within = apps
+    keys.clear()
+    refusing = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=Settings(REDIS_URL=redis_url))
+    assert 401 == (await ask(refusing, "new", authorization="key")).status_code
+    assert 401 == (await ask(without, "a", authorization="key")).status_code
+    now[0] = 5.1
+    assert 401 == (await ask(within, "a", authorization="key")).status_code
+
+
+async def test_a_changed_model_is_logged_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """However often lengths differ, the operator reads it once, with what to do."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    for dims in (5, 6, 7):
+        spy.dims = dims
+        await ask(app, "a", f"new {dims}")
+        await ask(app, "a", f"newer {dims}")
+    records = [r for r in caplog.records if r.message == "redis_asgi.embedding_lengths_differ"]
+    assert 1 == len(records)
+    assert "EMBEDDING_CACHE_NAMESPACE" in records[0].fix  # type: ignore[attr-defined]  # an extra
