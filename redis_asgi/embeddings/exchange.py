@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ..errors import Failure
 from . import http_caching as http
 from .body import Body, read_body
-from .codec import NO_EPOCH, Flag, Value
+from .codec import NO_EPOCH, Value
 from .core import Core, Identity
 from .counts import Counted, Result
 from .landing import Asked, read_reply
@@ -28,15 +28,15 @@ from .routes import Matched
 from .sending import send_joined, send_not_cached, with_status
 from .single_flight import Flight, Landing
 from .sub_call import Reply, SubCall
+from .tokens import count_all, reported
 from .vectors import Encoding, text_of
-from .wire import Batch, Fresh, Input, Uncacheable, Usage
+from .waiting import Waiting
+from .wire import Batch, Fresh, Input, Uncacheable
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _SUCCESS = 2  # hundred and something
 _NAMES_AT_ONCE = 64  # keys made, and vectors rendered, between two looks at the clock
 _TEXTS_AT_ONCE = 16
-_TOKENS_KNOWN = Flag.TOKENS_KNOWN
-_BYTES_PER_TOKEN = 4  # where the app counts, but did not when a vector was stored
 
 
 class Exchange:
@@ -63,14 +63,12 @@ class Exchange:
         self._collapsed = 0
         self._billed = 0  # tokens the app counted for this request
         self._forced = False  # something is forwarded only because there is no lease
-        self._gone = False  # the client
-        self._waits: set[Flight] = set()
+        self._waiting = Waiting()
         self._own: list[Flight] = []
         self._replayed: Flight | None = None
         self._counted = Counted(core.counts)
         self._looked_up = False  # and the request is answered with what was found
         self._found_bytes = 0
-        self._watcher: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Answer the request, and count it."""
@@ -163,19 +161,17 @@ class Exchange:
         self._note("partial" if self._hits else "miss", misses=len(own))
         self._counted.turns_out("stale" if self._forced else "partial" if self._hits else "miss")
         for other in set(joined.values()):
-            self._wait_for(other)
+            self._waiting.wait_for(other)
         flight = self._begin(identity, own, shared=True) if own else None
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._waiting.watch(self._receive)
         cancelled = True
         try:
             await self._answer_with(identity, flight, joined)
             cancelled = False
         finally:
-            if self._watcher is not None:
-                self._watcher.cancel()
             for flown in self._own:
                 flown.call.discard()
-            self._leave(cancelled=cancelled)
+            self._waiting.end(cancelled=cancelled)
         for mine in self._own:
             if mine.task is not None:
                 await asyncio.shield(mine.task)
@@ -221,37 +217,9 @@ class Exchange:
             await core.keep(identity, landing, asked_at, flight.epoch)
 
         self._own.append(flight)
-        self._wait_for(flight)
+        self._waiting.wait_for(flight)
         core.flights.begin(flight, read, write, shared=shared)
         return flight
-
-    def _wait_for(self, flight: Flight) -> None:
-        flight.join()
-        self._waits.add(flight)
-        if self._gone:
-            self._leave(cancelled=False)
-
-    def _leave(self, *, cancelled: bool) -> None:
-        waits, self._waits = self._waits, set()
-        for flight in waits:
-            flight.leave(cancelled=cancelled)
-
-    async def _watch(self) -> None:
-        """Stop waiting when the client has gone; the answer then goes nowhere, as it would without us."""
-        try:
-            message = await self._receive()
-        except Exception:
-            # A server that cannot tell tells the app's next reader, if there is one; the answer is still due.
-            return
-        if message["type"] == "http.disconnect":
-            self._gone = True
-            self._leave(cancelled=False)
-
-    async def _stop_watching(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait({self._watcher})
-            self._watcher = None
 
     # Answering.
 
@@ -298,7 +266,7 @@ class Exchange:
         """Pass on an answer that was not understood, or put the original request to the app instead."""
         status = flight.call.status
         if status is None:  # the app has raised, or not answered; `_forward` raises again
-            if not self._gone:
+            if not self._waiting.gone:
                 self._counted.turns_out("error")
             return
         if status in (401, 403):
@@ -340,7 +308,7 @@ class Exchange:
         """Answer without a call of our own: with what the app said last time to this caller."""
         encodings = self._batch.encodings
         fresh = Fresh(int(self._core.wall()), os.urandom(16).hex())
-        tokens, counted = self._tokens()
+        tokens, counted = count_all(self._slots, self._values, self._inputs)
         outcome: Result = "hit" if not self._collapsed else "partial" if self._hits else "miss"
         self._note(outcome, tokens=tokens)
         self._serve(outcome, counted)
@@ -349,7 +317,7 @@ class Exchange:
     async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
         member = self._member(landing)
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
-        tokens, _ = self._tokens()
+        tokens, _ = count_all(self._slots, self._values, self._inputs)
         outcome: Result = "partial" if self._hits else "miss"
         self._note(outcome, misses=len(landing.values), tokens=tokens)
         if self._wanted.lookup and not self._hits and landing.refusal is not None:
@@ -406,24 +374,9 @@ class Exchange:
                 listed += [value.texts.get(encoding) or text_of(value, encoding, keep=keep) for value in values]
             if pace.due:
                 await pace.rest()
-        pieces = self._wire.render(self._batch, frame, texts, self._usage(tokens), fresh)
+        usage = reported(tokens, self._billed, self._core.settings.EMBEDDING_CACHE_USAGE)
+        pieces = self._wire.render(self._batch, frame, texts, usage, fresh)
         await send_joined(self._with_status(member), headers, pieces, pace)
-
-    def _tokens(self) -> tuple[int, int]:
-        """What the app would have counted for all inputs sent, and how much of that it did count itself."""
-        counted = guessed = 0
-        for name in self._slots:
-            value = self._values[name]
-            if value.flags & _TOKENS_KNOWN:
-                counted += value.tokens
-            else:
-                guessed += max(1, len(self._inputs[name].canonical) // _BYTES_PER_TOKEN)
-        return counted + guessed, counted
-
-    def _usage(self, tokens: int) -> Usage:
-        if self._core.settings.EMBEDDING_CACHE_USAGE == "original":
-            return Usage(tokens)
-        return Usage(self._billed, max(0, tokens - self._billed))
 
     async def _bypass(self, detail: str) -> None:
         """Let the app answer the original request, to the byte."""
@@ -432,7 +385,7 @@ class Exchange:
         if self._wanted.only_if_cached and detail in ("no-store", "redis-down"):
             await send_not_cached(self._send)
             return
-        await self._stop_watching()
+        await self._waiting.stop_watching()
         self._note("bypass")
         send = self._with_status(http.status("fwd=bypass", detail=detail))
         identity = self._identity

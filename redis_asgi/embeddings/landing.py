@@ -1,7 +1,7 @@
 """Reading an app's answer: every vector checked, placed, and made ready for the store."""
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,7 @@ from .lease import Lease
 from .pace import Pace
 from .single_flight import Landing
 from .sub_call import Reply
+from .tokens import apportion
 from .vectors import Encoding, Parsed, Skeleton, narrowed, parse_whole, read_base64, read_floats, take_apart
 from .wire import Answer, Batch, Input, WireFormat
 
@@ -135,35 +136,3 @@ def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: d
         return None
     texts[encoding] = span
     return read
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The tokens of one input, and whether that is the app's own count or a share of it."""
-
-    tokens: int
-    exact: bool
-
-
-def apportion(total: int | None, inputs: Sequence[Input]) -> list[Counted] | None:
-    """Split the app's count over *inputs*: exact where it is known, else by bytes with the sum kept.
-
-    It is known for one input, and for token arrays whose lengths add up to *total*.
-    """
-    if total is None:
-        return None
-    if len(inputs) == 1:
-        return [Counted(total, exact=True)]
-    lengths = [item.tokens for item in inputs]
-    known = [length for length in lengths if length is not None]
-    if len(known) == len(inputs) and sum(known) == total:
-        return [Counted(length, exact=True) for length in known]
-    sizes = [len(item.canonical) for item in inputs]
-    # Rounding the running sum, not the shares, keeps the total.
-    whole, shares, given, seen = sum(sizes), [], 0, 0
-    for size in sizes:
-        seen += size
-        upto = total * seen // whole
-        shares.append(Counted(upto - given, exact=False))
-        given = upto
-    return shares

@@ -1,0 +1,66 @@
+"""Tokens: what the app counted for an answer, split over its inputs, and put together again for another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .codec import Flag, Value
+from .wire import Input, Usage
+
+_TOKENS_KNOWN = Flag.TOKENS_KNOWN
+_BYTES_PER_TOKEN = 4  # where the app counts, but did not when a vector was stored
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The tokens of one input, and whether that is the app's own count or a share of it."""
+
+    tokens: int
+    exact: bool
+
+
+def apportion(total: int | None, inputs: Sequence[Input]) -> list[Counted] | None:
+    """Split the app's count over *inputs*: exact where it is known, else by bytes with the sum kept.
+
+    It is known for one input, and for token arrays whose lengths add up to *total*.
+    """
+    if total is None:
+        return None
+    if len(inputs) == 1:
+        return [Counted(total, exact=True)]
+    lengths = [item.tokens for item in inputs]
+    known = [length for length in lengths if length is not None]
+    if len(known) == len(inputs) and sum(known) == total:
+        return [Counted(length, exact=True) for length in known]
+    sizes = [len(item.canonical) for item in inputs]
+    # Rounding the running sum, not the shares, keeps the total.
+    whole, shares, given, seen = sum(sizes), [], 0, 0
+    for size in sizes:
+        seen += size
+        upto = total * seen // whole
+        shares.append(Counted(upto - given, exact=False))
+        given = upto
+    return shares
+
+
+def count_all(slots: Sequence[bytes], values: Mapping[bytes, Value], inputs: Mapping[bytes, Input]) -> tuple[int, int]:
+    """What the app would have counted for all inputs sent, and how much of that it did count itself.
+
+    Args:
+        slots: One key per input sent.
+        values: The vectors by key.
+        inputs: The inputs by key.
+    """
+    counted = guessed = 0
+    for name in slots:
+        value = values[name]
+        if value.flags & _TOKENS_KNOWN:
+            counted += value.tokens
+        else:
+            guessed += max(1, len(inputs[name].canonical) // _BYTES_PER_TOKEN)
+    return counted + guessed, counted
+
+
+def reported(tokens: int, billed: int, mode: Literal["original", "billed"]) -> Usage:
+    """What a client is told: of *tokens* in all, the app has counted *billed* for this request."""
+    return Usage(tokens) if mode == "original" else Usage(billed, max(0, tokens - billed))
