@@ -15,6 +15,7 @@ from .routes import Matched
 from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
+_BEYOND_INTEGERS = 2.0**63
 
 
 def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
@@ -70,6 +71,8 @@ def split(core: Core, matched: Matched, body: Body) -> Batch | Uncacheable:
         len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, len(body.content))
     ):
         return Uncacheable("too-large")
+    if isinstance(batch, Batch) and _was_rounded(batch.fields):
+        return Uncacheable("not-understood")
     return batch
 
 
@@ -77,6 +80,20 @@ def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:
     """Whether some field lists more texts, arrays or objects than a batch may have; before each is looked at."""
     lists = (value for value in fields.values() if isinstance(value, list))
     return any(len(value) > limit and type(value[0]) in (str, list, dict) for value in lists)
+
+
+def _was_rounded(fields: Mapping[str, object]) -> bool:
+    """Whether a number may have lost digits: an integer beyond 64 bits is read as a float, and forwarded as one."""
+    values = list(fields.values())
+    while values:
+        value = values.pop()
+        if isinstance(value, float) and abs(value) >= _BEYOND_INTEGERS:
+            return True
+        if isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            values += value.values()
+    return False
 
 
 def _holds_much(batch: Batch, size: int) -> bool:

@@ -74,6 +74,8 @@ BAD: list[tuple[str, bytes, dict[str, str], str]] = [
     ("late chunking", openai(input=["a"], late_chunking=True), JSON, "late-chunking"),
     ("many vectors per input", openai(input=["a"], return_multivector=True), JSON, "multi-vector"),
     ("integers", openai(input=["a"], output_dtype="int8"), JSON, "integers"),
+    ("an integer beyond 64 bits", b'{"model":"m","input":"a","seed":36893488147419103233}', JSON, "not-understood"),
+    ("one deep inside", b'{"model":"m","input":"a","x":[{"y":-36893488147419103233}]}', JSON, "not-understood"),
     ("big endian", openai(input=["a"], endianness="big"), JSON, "encoding"),
     ("10,000 inputs", openai(input=[str(n) for n in range(10_000)]), JSON, "too-large"),
     ("too many bytes", openai(input="x" * (8 * 1024 * 1024)), JSON, "too-large"),
