@@ -303,7 +303,7 @@ async def main() -> None:
         print(
             f"{peer.__name__:12}{micros:10.0f} us, {ratio:.0f}x ours as floats from Redis, {size:.0f} bytes per vector"
         )
-    # One full collection over this file's lists of floats takes 55 ms, and 180 with the peers loaded: not the cache's.
+    # One full collection over this file's lists of floats takes 55 ms: not the cache's.
     gc.collect()
     gc.freeze()
     for local in (False, True):
