@@ -1,9 +1,11 @@
 """A connection aside from any pool: who looks at a server takes none that a request would need, and leaves none.
 
 redis-py ends a TLS connection by a goodbye whose answer it awaits for up to 30 s, in the background: with a server that
-hangs, one socket for each question. Here a connection is dropped at once, whatever state it is in.
+hangs, one socket for each question. Here a connection is dropped at once, whatever state it is in; `hang_up` does so
+with a pool's, too.
 """
 
+import asyncio
 import inspect
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,12 +22,12 @@ async def connect(connection: AbstractConnection) -> None:
     Raises:
         Exception: What redis-py does; or a cancellation.
     """
-    transports: list[Any] = []
+    transports: list[asyncio.Transport | None] = []
     greet = connection.redis_connect_func
 
     async def greet_noted(it: AbstractConnection) -> None:
         # redis-py forgets the transport when the greeting fails.
-        transports.append(_transport(it))
+        transports.append(transport_of(it))
         if greet is None:
             await it.on_connect()
         elif inspect.iscoroutinefunction(greet):
@@ -62,7 +64,7 @@ async def receive(connection: AbstractConnection) -> Any:
 
 async def hang_up(connection: AbstractConnection) -> None:
     """Close at once: a peer that hangs is not waited for, neither for its goodbye nor for what it never read."""
-    _abort(_transport(connection))
+    _abort(transport_of(connection))
     with suppress(Exception):
         await connection.disconnect(nowait=True)
 
@@ -76,11 +78,13 @@ def info_fields(reply: object) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _transport(connection: AbstractConnection) -> Any:
-    return getattr(getattr(connection, "_writer", None), "transport", None)
+def transport_of(connection: AbstractConnection) -> asyncio.Transport | None:
+    """What *connection* writes to; ``None`` when it is not open, or not redis-py's own kind of connection."""
+    writer = getattr(connection, "_writer", None)
+    return writer.transport if isinstance(writer, asyncio.StreamWriter) else None  # type: ignore[return-value]  # a stream's
 
 
-def _abort(transport: Any) -> None:
+def _abort(transport: asyncio.Transport | None) -> None:
     if transport is not None:
         with suppress(Exception):
             transport.abort()

@@ -69,6 +69,9 @@ class Turnstile(ConnectionPool):
             self._turns.release()
             raise
         try:
+            transport = aside.transport_of(connection)
+            if transport is not None and transport.is_closing():
+                await aside.hang_up(connection)  # reset while it was idle, which redis-py notices by its next command
             # The usual case, without the layers of redis-py's retries: connected, and nothing left to read.
             if not connection.is_connected or await connection.can_read():
                 await self.ensure_connection(connection)

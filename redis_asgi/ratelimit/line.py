@@ -13,6 +13,7 @@ import hiredis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
 
+from .. import aside
 from ..client import Turnstile
 from ..errors import Failure, classify, classify_reply
 from ..telemetry import telemetry
@@ -23,7 +24,9 @@ from .wires import SCRIPT, SCRIPT_SHA, PoolWire, packed
 class Line(asyncio.Protocol):
     """One connection while the limiter has it: a queue of batches, answered in the order they were sent."""
 
-    def __init__(self, wire: "LineWire", batcher: Batcher, connection: AbstractConnection, transport: Any) -> None:
+    def __init__(
+        self, wire: "LineWire", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
+    ) -> None:
         self.connection = connection
         self.sent: deque[tuple[Batch, bool]] = deque()  # and whether with the script in full
         self._wire = wire
@@ -217,16 +220,16 @@ class LineWire:
                 self._connecting = None
                 batcher.lost(classify(error))
             return
-        writer = getattr(connection, "_writer", None)
+        transport = aside.transport_of(connection)
         if self._connecting is not me:
             pass
-        elif isinstance(writer, asyncio.StreamWriter):
+        elif transport is not None:
             self._connecting = None
             if self._has_lost_one:
                 self._has_lost_one = False
                 telemetry().redis_reconnects.inc()
             self._pool.on_shortage = self._give_way
-            self._line = Line(self, batcher, connection, writer.transport)
+            self._line = Line(self, batcher, connection, transport)
             batcher.start_if_due()
             return
         else:

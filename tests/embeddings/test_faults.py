@@ -11,7 +11,6 @@ import orjson
 import pytest
 import redis as sync_redis
 import redis.asyncio as aioredis
-from redis.exceptions import ResponseError
 from starlette.types import Message, Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
@@ -340,18 +339,6 @@ async def test_a_client_of_the_users_may_be_of_any_kind(redis_url: str, options:
     await user_client.connection_pool.release(connection)
     await user_client.aclose()
     await user_client.connection_pool.disconnect()
-
-
-async def test_an_error_reply_is_one_commands_own(redis_url: str) -> None:
-    """The other replies of the same trip are read, and the connection is good for the next."""
-    manager = RedisManager(settings_of(redis_url))
-    store = manager.part(RedisVectors)
-    client = cast("aioredis.Redis", await manager.get_connection())
-    await client.hset("h", "a", "b")
-    replies = await run(client.connection_pool, [("GET", "h"), ("SET", b"a", b"1"), ("GET", b"a")], 5)
-    assert [True, b"OK", b"1"] == [isinstance(replies[0], ResponseError), *replies[1:]]
-    assert [b"1"] == await store.lookup([b"a"], 5)
-    await manager.close()
 
 
 def test_the_memory_store_is_bounded_and_ends_values() -> None:
