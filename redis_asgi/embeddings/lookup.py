@@ -37,7 +37,12 @@ class Found:
 
 
 async def look_up(
-    core: Core, identity: Identity, names: Collection[bytes], wanted: Wanted, encodings: Sequence[Encoding]
+    core: Core,
+    identity: Identity,
+    names: Collection[bytes],
+    wanted: Wanted,
+    encodings: Sequence[Encoding],
+    pace: Pace,
 ) -> Found | Failure:
     """Find vectors, epoch and lease of one request."""
     local = _in_process(core, names, wanted) if wanted.lookup and core.local.on else {}
@@ -66,13 +71,14 @@ async def look_up(
             found.epoch = await core.claim_epoch(identity.epoch_name, deadline - took)
     finally:
         flights.looking -= 1
+    pace.begin()
     found.flights, found.asked_at = carried, on_loop
     for name, value in local.items():
         if value.epoch == found.epoch:
             found.values[name] = value
         else:
             core.local.drop(name)
-    await _take(core, found, ask, reply[2:], wanted, encodings)
+    await _take(core, found, ask, reply[2:], wanted, encodings, pace)
     return found
 
 
@@ -105,8 +111,9 @@ async def _take(
     raws: Sequence[bytes | None],
     wanted: Wanted,
     encodings: Sequence[Encoding],
+    pace: Pace,
 ) -> None:
-    now, pace, keeps = core.wall(), Pace(), core.local.on
+    now, keeps = core.wall(), core.local.on
     epoch, values, oldest = found.epoch, found.values, _oldest(wanted, now)
     for start in range(0, len(names), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)

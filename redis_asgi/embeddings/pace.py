@@ -7,11 +7,18 @@ _TURN = 0.002  # seconds of work between two looks at the loop
 
 
 class Pace:
-    """Says when the loop has been kept for long enough: ``if pace.due: await pace.rest()``."""
+    """Says when the loop has been kept for long enough: ``if pace.due: await pace.rest()``.
+
+    One for all that a request does, as several small pieces of work make a long one.
+    """
 
     __slots__ = ("_until",)
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Start to count, as the loop has just run for others."""
         self._until = perf_counter() + _TURN
 
     @property
@@ -22,4 +29,4 @@ class Pace:
     async def rest(self) -> None:
         """Let the loop run what waits."""
         await asyncio.sleep(0)
-        self._until = perf_counter() + _TURN
+        self.begin()

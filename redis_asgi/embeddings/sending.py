@@ -33,7 +33,9 @@ async def send_joined(send: Send, headers: RawHeaders, pieces: Sequence[bytes], 
         return
     chunk: list[bytes] = []
     size = 0
-    for piece in pieces:
+    pieces = list(reversed(pieces))
+    while pieces:
+        piece = pieces.pop()  # each is freed once it is sent, and not all at the end
         chunk.append(piece)
         size += len(piece)
         if size >= _CHUNK:

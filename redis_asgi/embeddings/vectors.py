@@ -117,15 +117,16 @@ def trimmed(text: bytes) -> bytes:
 
 
 def text_of(value: Value, encoding: Encoding, *, keep: bool) -> bytes:
-    """The JSON text of *value*, rendered once.
+    """The JSON text of *value*.
 
     Args:
-        keep: It will outlive the request, and is to take no more than its length.
+        keep: It is needed again: it stays with *value*, and takes no more than its length.
     """
     text = value.texts.get(encoding)
     if text is None:
         text = render(value, encoding)
-        value.texts[encoding] = text = trimmed(text) if keep and encoding is not _BASE64 else text
+        if keep:
+            value.texts[encoding] = text = trimmed(text) if encoding is not _BASE64 else text
     return text
 
 
