@@ -103,7 +103,7 @@ class Exchange:
 
     async def _run_with_body(self, partition: str | None) -> None:
         self._pace.begin()
-        batch = split(self._core, self._matched, self._body)
+        batch = await split(self._core, self._matched, self._body, self._pace)
         if isinstance(batch, Uncacheable):
             await self._bypass(batch.detail)
             return

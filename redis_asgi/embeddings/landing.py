@@ -1,9 +1,8 @@
 """Reading an app's answer: every vector checked, placed, and made ready for the store."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import orjson
 
@@ -11,10 +10,11 @@ from .codec import Flag, Value, encode
 from .http_caching import by_name, replayed, storable
 from .lease import Lease
 from .pace import Pace
+from .piecewise import Skeleton, in_turns, parse_whole, take_apart
 from .single_flight import Landing
 from .sub_call import Reply
 from .tokens import apportion
-from .vectors import Encoding, Parsed, Skeleton, narrowed, parse_whole, read_base64, read_floats, take_apart
+from .vectors import Encoding, Parsed, narrowed, read_base64, read_floats
 from .wire import Answer, Batch, Input, WireFormat
 
 logger = logging.getLogger("redis_asgi.embeddings")
@@ -54,7 +54,7 @@ async def read_reply(asked: Asked, reply: Reply, now: float) -> Landing | None:
 async def _read(asked: Asked, reply: Reply, now: float) -> Landing | None:
     inputs = list(asked.inputs.values())
     for parse in (take_apart, parse_whole):
-        skeleton = await _in_turns(parse(reply.body))
+        skeleton = await in_turns(parse(reply.body), Pace())
         if skeleton is None:
             continue
         answer = asked.wire.read(asked.batch, inputs, skeleton.document)
@@ -64,17 +64,6 @@ async def _read(asked: Asked, reply: Reply, now: float) -> Landing | None:
         if not skeleton.spans:
             return None
     return None
-
-
-async def _in_turns(work: Generator[None, None, Skeleton | None]) -> Skeleton | None:
-    pace = Pace()
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return cast("Skeleton | None", end.value)
-        if pace.due:
-            await pace.rest()
 
 
 def _all_placed(answer: Answer, skeleton: Skeleton) -> bool:

@@ -11,10 +11,13 @@ from ..settings import Settings
 from . import http_caching as http
 from .body import Body
 from .core import Core, PartitionBy
+from .pace import Pace
+from .piecewise import parse_request
 from .routes import Matched
 from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
+_LISTS_PER_INPUT = 4
 _BEYOND_INTEGERS = 2.0**63
 
 
@@ -46,7 +49,7 @@ async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:
     return partition
 
 
-def split(core: Core, matched: Matched, body: Body) -> Batch | Uncacheable:
+async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch | Uncacheable:
     """Cut a request into inputs, or say why not; hostile input raises nothing."""
     settings = core.settings
     if body.content is None:
@@ -54,7 +57,7 @@ def split(core: Core, matched: Matched, body: Body) -> Batch | Uncacheable:
         too_large = held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
         return Uncacheable("too-large" if too_large else "busy")
     try:
-        fields = orjson.loads(body.content)
+        fields = await parse_request(body.content, _LISTS_PER_INPUT * settings.EMBEDDING_CACHE_MAX_INPUTS, pace)
     except orjson.JSONDecodeError:
         return Uncacheable("not-json")
     if not isinstance(fields, dict):

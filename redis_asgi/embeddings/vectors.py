@@ -8,7 +8,7 @@ Floats are answered numerically identical to how they were first seen. Three kin
 """
 
 import binascii
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,9 +24,6 @@ base64_of = pybase64.b64encode
 _NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _FLOAT32 = int(DType.FLOAT32)
 _EXACT_INT = 2**53  # a float64 holds every integer up to here
-# A text this short is left where it is; a shorter vector is parsed with the rest of the body.
-_MIN_SPAN = 256
-_NUMBER_CHARACTERS = b"0123456789+-.eE, \t\r\n"
 
 
 class Encoding(StrEnum):
@@ -128,62 +125,6 @@ def text_of(value: Value, encoding: Encoding, *, keep: bool) -> bytes:
         if keep:
             value.texts[encoding] = text = trimmed(text) if encoding is not _BASE64 else text
     return text
-
-
-@dataclass(frozen=True, slots=True)
-class Skeleton:
-    """A JSON document whose long arrays of numbers are taken out, so that they can be parsed one at a time.
-
-    Attributes:
-        document: The parsed rest; each array is a placeholder in it.
-        spans: The texts taken out, by placeholder.
-    """
-
-    document: object
-    spans: dict[str, bytes]
-
-
-def take_apart(body: bytes) -> Generator[None, None, Skeleton | None]:
-    """Parse *body* without its long arrays of numbers; ``None`` if it is not JSON. Pauses after each array.
-
-    A text that only looks like an array, inside of a string, breaks that string's quotes and so the rest's
-    syntax, or leaves a placeholder nobody asks for: see `Skeleton.spans` and what uses it.
-    """
-    parts: list[bytes] = []
-    spans: dict[str, bytes] = {}
-    copied = start = 0
-    while (start := body.find(b"[", start)) >= 0:
-        end = body.find(b"]", start)
-        if end - start < _MIN_SPAN:
-            start += 1
-            continue
-        inner = body.find(b"[", start + 1, end)
-        if inner >= 0:
-            start = inner
-            continue
-        # The first characters tell numbers from texts; the parser of the span judges the rest.
-        if body[start + 1 : start + 33].strip(_NUMBER_CHARACTERS):
-            start = end
-            continue
-        name = f"\x00{len(spans)}"
-        spans[name] = body[start : end + 1]
-        parts += (body[copied:start], b'"\\u0000%d"' % (len(spans) - 1))
-        copied = start = end + 1
-        yield
-    parts.append(body[copied:])
-    try:
-        return Skeleton(orjson.loads(b"".join(parts)), spans)
-    except orjson.JSONDecodeError:
-        return None
-
-
-def parse_whole(body: bytes) -> Generator[None, None, Skeleton | None]:
-    """Parse *body* in one go: right for every document, but a large one stops the loop for long."""
-    yield
-    try:
-        return Skeleton(orjson.loads(body), {})
-    except orjson.JSONDecodeError:
-        return None
 
 
 def same_length(values: Sequence[Value]) -> bool:

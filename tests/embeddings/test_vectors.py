@@ -3,8 +3,6 @@
 import base64
 import json
 import tracemalloc
-from collections.abc import Generator
-from typing import cast
 
 import numpy as np
 import orjson
@@ -15,27 +13,15 @@ from hypothesis import strategies as st
 from redis_asgi.embeddings.codec import Flag, encode
 from redis_asgi.embeddings.vectors import (
     Encoding,
-    Skeleton,
-    parse_whole,
     read_base64,
     read_floats,
     render,
-    take_apart,
     text_of,
 )
 from redis_asgi.embeddings.wire.format import read_inputs
 
 FLOATS32 = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20)
 FLOATS = st.lists(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-99, 99)), min_size=1)
-
-
-def finished(work: Generator[None, None, Skeleton | None]) -> Skeleton | None:
-    """What *work* returns in the end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return cast("Skeleton | None", end.value)
 
 
 @given(st.one_of(FLOATS, FLOATS32, FLOATS32.map(lambda n: [float(str(np.float32(x))) for x in n])))
@@ -87,41 +73,6 @@ def test_what_is_not_one_vector_of_numbers_is_not_read(numbers: object) -> None:
 def test_what_is_not_base64_of_float32_is_not_read(text: object) -> None:
     """Loose base64, odd lengths, NaN and infinity are not understood."""
     assert read_base64(text) is None
-
-
-@given(
-    st.recursive(
-        st.one_of(st.text(alphabet='[]",\\:a1\0', max_size=9), st.integers(-9, 9), st.none()),
-        lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(alphabet='[]"\\1', max_size=3), inner)),
-        max_leaves=12,
-    ),
-    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=60, max_size=70),
-)
-def test_taking_long_arrays_out_loses_nothing(document: object, numbers: list[float]) -> None:
-    """Put back, the texts taken out give the document; tricky strings are never mistaken for arrays."""
-    text = json.dumps(numbers)
-    whole = [numbers, document, {"embedding": numbers, "text": f'x"{text}', "other": text}]
-    body = json.dumps(whole).encode()
-    skeleton = finished(take_apart(body)) or finished(parse_whole(body))
-    assert skeleton is not None
-
-    def put_back(value: object) -> object:
-        if isinstance(value, str) and value in skeleton.spans:
-            return orjson.loads(skeleton.spans[value])
-        if isinstance(value, list):
-            return [put_back(item) for item in value]
-        return {k: put_back(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    assert orjson.loads(body) == put_back(skeleton.document)
-
-
-def test_long_arrays_are_parsed_one_at_a_time() -> None:
-    """A vector of any size leaves only a placeholder behind."""
-    numbers = np.random.default_rng(1).standard_normal(500).tolist()
-    skeleton = finished(take_apart(json.dumps({"data": [{"embedding": numbers}] * 3}).encode()))
-    assert skeleton is not None
-    assert 3 == len(skeleton.spans)
-    assert [numbers] * 3 == [orjson.loads(span) for span in skeleton.spans.values()]
 
 
 def test_what_is_kept_takes_no_more_than_its_length() -> None:
