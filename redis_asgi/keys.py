@@ -80,7 +80,7 @@ class Digest(Protocol):
 
 def length_prefixed(parts: Iterable[bytes]) -> bytes:
     """*parts* joined so that no two different sequences ever give the same bytes."""
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return b"".join([len(part).to_bytes(8, "little") + part for part in parts])
 
 
 def cache_digest(parts: Iterable[bytes], *, secret: str | None = None) -> Digest:

@@ -35,8 +35,7 @@ from .wire import Batch, Fresh, Input, Uncacheable
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _SUCCESS = 2  # hundred and something
-_NAMES_AT_ONCE = 64  # keys made, and vectors rendered, between two looks at the clock
-_TEXTS_AT_ONCE = 4  # where memory is short, one of floats has been seen to take 0.8 ms
+_NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 
 
 class Exchange:
@@ -380,12 +379,15 @@ class Exchange:
     async def _texts(self, encodings: Sequence[Encoding]) -> dict[Encoding, list[bytes]]:
         pace, keep = self._pace, self._core.local.on or len(self._slots) > len(self._inputs)
         texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
-        for start in range(0, len(self._slots), _TEXTS_AT_ONCE):
-            values = [self._values[name] for name in self._slots[start : start + _TEXTS_AT_ONCE]]
-            for encoding, listed in texts.items():
-                listed += [value.texts.get(encoding) or text_of(value, encoding, keep=keep) for value in values]
-            if pace.due:
-                await pace.rest()
+        for encoding, listed in texts.items():
+            for name in self._slots:
+                value = self._values[name]
+                text = value.texts.get(encoding)
+                if text is None:
+                    text = text_of(value, encoding, keep=keep)
+                    if pace.due:
+                        await pace.rest()
+                listed.append(text)
         return texts
 
     async def _bypass(self, detail: str) -> None:

@@ -18,7 +18,9 @@ from ..client import Turnstile
 
 Command = tuple[bytes | str | int, ...]
 
-_READ_BYTES = 256 * 1024  # from the socket at most, in one go
+# Read from the socket at most in one go, and for each word of a command: memory that is fresh costs more than it holds.
+_READ_BYTES = 256 * 1024
+_READ_BYTES_PER_WORD = 8 * 1024
 
 
 async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
@@ -37,7 +39,8 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
             transport = aside.transport_of(connection) if isinstance(pool, Turnstile) else None
             if transport is not None:
-                return await _straight(connection, transport, packed)
+                size = min(_READ_BYTES, _READ_BYTES_PER_WORD * sum(map(len, commands)))
+                return await _straight(connection, transport, packed, size)
             return await _through_redis_py(connection, packed)
     finally:
         # Out of the deadline's reach: a release that is cut short would lose the connection.
@@ -45,28 +48,29 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             await pool.release(connection)
 
 
-async def _straight(connection: AbstractConnection, transport: asyncio.Transport, packed: Sequence[bytes]) -> list[Any]:
-    replies = _Replies(transport, len(packed))
+async def _straight(
+    connection: AbstractConnection, transport: asyncio.Transport, packed: Sequence[bytes], size: int
+) -> list[Any]:
+    replies = _Replies(transport, len(packed), size)
     try:
         transport.write(b"".join(packed))
         return await replies.all
     except BaseException:
+        replies.give_back()
         await aside.hang_up(connection)
         raise
-    finally:
-        replies.give_back()
 
 
 class _Replies(asyncio.BufferedProtocol):
     """What the socket of a connection of our own pools reports to until all replies have come."""
 
-    def __init__(self, transport: asyncio.Transport, count: int) -> None:
+    def __init__(self, transport: asyncio.Transport, count: int, size: int) -> None:
         self.all: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._count = count
         self._come: list[Any] = []
         self._reader = hiredis.Reader()
         # Not a bytearray: that one is filled with zeros first.
-        self._buffer = np.empty(_READ_BYTES, np.uint8).data
+        self._buffer = np.empty(size, np.uint8).data
         self._transport = transport
         self._theirs = transport.get_protocol()
         transport.set_protocol(self)
