@@ -8,7 +8,7 @@ from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
 from .policy import Charge, Charges, Partition, make_partition
-from .rules import check_choice, check_cost, check_name, make_policies
+from .rules import check_choice, check_cost, check_name, make_policies, warns_of_small_quotas
 from .strategies import Mode
 
 
@@ -49,6 +49,7 @@ class RateLimiter:
         self._engine = Engine(manager, timeout=timeout, names_are_fixed=False)
         self._strategy: StrategyName = strategy
         self._on_redis_error: OnRedisError = on_redis_error
+        self._has_warned = False
         if on_redis_error == "closed":
             manager.fails_closed = True
 
@@ -126,7 +127,11 @@ class RateLimiter:
             check_choice("strategy", strategy, get_args(StrategyName))
         if not isinstance(limits, str):
             raise ConfigurationError(f"limits={limits!r} is not notation. Try '100/minute' or '20/second; 1000/hour'.")
-        policies = make_policies(check_name(name), limits, strategy or self._strategy)
+        strategy = strategy or self._strategy
+        policies = make_policies(check_name(name), limits, strategy)
+        # Its limits are known from the first call on; names may be many, so that it warns of one call's only.
+        if strategy == "sliding-window-counter" and not self._has_warned:
+            self._has_warned = warns_of_small_quotas(policies)
         charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
         return (await self._engine.decide(Charges((charge,)), mode)).decision
 

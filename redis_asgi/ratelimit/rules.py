@@ -192,10 +192,9 @@ class CompiledRule:
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.everywhere = not self._paths and self._methods is None
+        self._has_warned = False
         # Known at construction unless the limits are a callable.
         self.policies = self.read(rule.limits) if isinstance(rule.limits, str) else None
-        if self.policies is not None and self._strategy == "sliding-window-counter":
-            _warn_of_small_quotas(self.policies)
         # Static limits and cost: the charge depends on the identity alone.
         self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
 
@@ -225,7 +224,10 @@ class CompiledRule:
         """
         if not isinstance(notation, str):
             raise TypeError(f"limits returned {type(notation).__name__}, not notation or None.")
-        return make_policies(self.name, notation, self._strategy, self._shadow)
+        policies = make_policies(self.name, notation, self._strategy, self._shadow)
+        if self._strategy == "sliding-window-counter" and not self._has_warned:
+            self._has_warned = warns_of_small_quotas(policies)
+        return policies
 
     def covers(self, scope: Scope, path: str) -> bool:
         """Whether a request to *path* (see `redis_asgi.scope.route_path`) is this rule's business."""
@@ -240,18 +242,20 @@ class CompiledRule:
         return not self._paths or any(pattern.matches(path) for pattern in self._paths)
 
 
-def _warn_of_small_quotas(policies: PolicySet) -> None:
-    for policy in policies:
-        if policy.quota < 10:
-            logger.warning(
-                "redis_asgi.small_sliding_quota",
-                extra={
-                    "code": "small_sliding_quota",
-                    "policy": policy.name,
-                    "fix": f"A client that used its quota of {policy.quota} waits up to "
-                    f"{policy.window * (1 + 1 / policy.quota):g} s. Use moving-window or gcra for quotas below 10.",
-                },
-            )
+def warns_of_small_quotas(policies: PolicySet) -> bool:
+    """Whether one of *policies*, all of `sliding-window-counter`, has a quota below 10; each that has is warned of."""
+    small = [policy for policy in policies if policy.quota < 10]
+    for policy in small:
+        logger.warning(
+            "redis_asgi.small_sliding_quota",
+            extra={
+                "code": "small_sliding_quota",
+                "policy": policy.name,
+                "fix": f"A client that used its quota of {policy.quota} waits up to "
+                f"{policy.window * (1 + 1 / policy.quota):g} s. Use moving-window or gcra for quotas below 10.",
+            },
+        )
+    return bool(small)
 
 
 def compile_rules(

@@ -409,6 +409,28 @@ async def test_retries_of_a_given_client_are_warned_about(redis_url: str, caplog
     assert "Retry(NoBackoff(), 0)" in record.__dict__["fix"]
 
 
+@pytest.mark.parametrize(
+    ("limiters", "calls", "said"),
+    [
+        ("sliding-window-counter", None, ["jobs"]),
+        ("fixed-window", "sliding-window-counter", ["jobs"]),
+        ("sliding-window-counter", "gcra", []),
+    ],
+)
+async def test_small_quotas_of_the_sliding_counter_are_warned_about(
+    caplog: pytest.LogCaptureFixture, limiters: StrategyName, calls: StrategyName | None, said: list[str]
+) -> None:
+    """As the middleware does it, at the first call that names one, and once: a name may be new with each call."""
+    limiter = RateLimiter(RedisManager(Settings(REDIS_URL="memory://")), strategy=limiters)
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        for name, limits in [("wide", "10/minute"), ("jobs", "9/minute"), ("jobs", "9/minute"), ("more", "8/minute")]:
+            await limiter.consume("a", limits, name=name, strategy=calls)
+        assert await limiter.check_rate_limit("a", 5)
+
+    assert said == [record.__dict__["policy"] for record in caplog.records]
+    assert all(record.__dict__["code"] == "small_sliding_quota" for record in caplog.records)
+
+
 def closed_port(**values: Any) -> RedisManager:
     """A manager of a Redis that is not there."""
     return RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{free_port()}", **values))

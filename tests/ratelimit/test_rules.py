@@ -340,6 +340,19 @@ def test_small_quotas_of_the_sliding_counter_are_warned_about(
     assert all("gcra" in record.__dict__["fix"] for record in caplog.records)
 
 
+@pytest.mark.anyio
+async def test_small_quotas_of_dynamic_limits_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They are known from the first request on that gets one, and a line for each request would be a flood."""
+    notations = iter(["10/minute", "9/minute", "8/minute"])
+    rule = compiled(Rule(lambda conn: next(notations)), strategy="sliding-window-counter")
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        for _ in range(3):
+            await rule.policies_for(HTTPConnection(request()))
+
+    assert ["default"] == [record.__dict__["policy"] for record in caplog.records]
+    assert "quota of 9 " in caplog.records[0].__dict__["fix"]
+
+
 @pytest.mark.parametrize(
     ("rule", "plain"),
     [
