@@ -31,7 +31,7 @@ from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client import Client, build_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .settings import Settings, redact
-from .telemetry import tell_notes
+from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -97,6 +97,7 @@ PROCESS = _Process()
 
 def _note_fork() -> None:
     PROCESS.forks += 1
+    drop_notes()
 
 
 @functools.lru_cache(maxsize=1)

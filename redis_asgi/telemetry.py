@@ -124,6 +124,11 @@ class Notes:
                 observe, value = observed.popleft()
                 observe(value)
 
+    def drop(self) -> None:
+        """Forget what was not told: somebody else tells it."""
+        self._counted.clear()
+        self._observed.clear()
+
 
 class Telemetry:
     """Every metric the package counts itself, in a registry of its own, and what they counted lately.
@@ -332,6 +337,12 @@ def tell_notes() -> None:
     """Tell what was noted, if anything was ever counted."""
     if _telemetry is not None:
         _telemetry.notes.tell()
+
+
+def drop_notes() -> None:
+    """Forget what was noted, in a child that was just forked: its parent tells it."""
+    if _telemetry is not None:
+        _telemetry.notes.drop()
 
 
 @contextmanager

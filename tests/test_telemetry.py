@@ -1,11 +1,13 @@
 """What is counted, and the short history of it."""
 
 import asyncio
+import os
 import threading
 import time
 import timeit
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from prometheus_client import Counter, Histogram
@@ -283,6 +285,46 @@ print([s.allowed for s in t.history(time.monotonic() + 5)])
         outputs.append(done.stdout.split("\n")[:2])
 
     assert [["2.0", "[2]"], ["4.0", "[2]"]] == outputs
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("child", ["asyncio.run", "loop.run_until_complete"])
+def test_what_a_fork_finds_noted_is_its_parents_to_tell(tmp_path: Path, child: str) -> None:
+    """Three requests noted before the fork and one after it are four in all, and the child tells its own in time."""
+    script = f"""
+import asyncio, os
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from redis_asgi import RedisManager, Settings
+from redis_asgi.telemetry import telemetry
+
+manager = RedisManager(Settings(REDIS_URL="memory://"))
+loop = asyncio.new_event_loop()
+
+async def count(times, wait):
+    for _ in range(times):
+        telemetry().notes.count(telemetry().ratelimit_requests.labels("allowed", "memory"))
+        telemetry().notes.observe(telemetry().redis_batch_size.observe, 1)
+    await asyncio.sleep(wait)
+
+loop.run_until_complete(count(3, 0))
+pid = os.fork()
+if pid == 0:
+    {child}(count(1, 0.2))
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+loop.run_until_complete(asyncio.sleep(0.2))
+loop.close()
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+labels = {{"outcome": "allowed", "source": "memory"}}
+print(registry.get_sample_value("redis_asgi_ratelimit_requests_total", labels))
+print(registry.get_sample_value("redis_asgi_redis_batch_size_count"))
+"""
+    # Without -X dev: prometheus-client leaves its files to the end of the process.
+    done = run_python(script, flags=(), env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+
+    assert ("4.0\n4.0\n", "", 0) == (done.stdout, done.stderr, done.returncode)
 
 
 def test_missing_folder_is_a_configuration_error() -> None:
