@@ -1,6 +1,7 @@
 """Batches on Redis Cluster: each node has its own, and a request may have parts at several."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import redis.asyncio as aioredis
@@ -11,6 +12,7 @@ from ..errors import Failure
 from .batch import Batcher, Check, Outcome, Wire, resolve
 from .line import LineWire
 from .policy import Charge, Charges
+from .refusals import RefusalMemory
 from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
 from .wires import NodeWire, PoolWire, slot_key
 
@@ -30,6 +32,7 @@ class ClusterBatcher:
         self.closed = False
         self.breaker = None  # each node has one of its own, and where a check goes is found out for each
         self._batchers: dict[str, Batcher] = {}
+        self._refusals = manager.shared(RefusalMemory.from_settings)
 
     def submit(self, check: Check) -> None:
         """Queue *check* at the node, or the nodes, that its keys live on."""
@@ -87,7 +90,7 @@ class ClusterBatcher:
         for part, reply in zip(parts, replies, strict=True):
             back = check.mode == "consume" and reply[0] and not admitted
             if back and not self.closed:
-                self._route(Check(self.loop, "refund", part.charges, part.timeout, charged_receipts(reply)))
+                self._give_back(part, charged_receipts(reply))
             at = 1
             for charge in part.charges:
                 end = at + VALUES_PER_COUNTER * len(charge.policies)
@@ -104,6 +107,16 @@ class ClusterBatcher:
         for charge in check.charges:
             combined += numbers[id(charge)]
         resolve([check], combined)
+
+    def _give_back(self, part: Check, receipts: Sequence[int]) -> None:
+        """Refund what *part* was charged, and forget whom that refused meanwhile."""
+        refund = Check(self.loop, "refund", part.charges, part.timeout, receipts)
+
+        def forget(_: asyncio.Future[Outcome]) -> None:
+            self._refusals.forget(part.charges[0].partition.key, time.monotonic())
+
+        refund.future.add_done_callback(forget)
+        self._route(refund)
 
 
 def _by_partition(charges: Sequence[Charge]) -> dict[bytes, list[Charge]]:

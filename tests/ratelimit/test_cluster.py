@@ -136,6 +136,22 @@ async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:
     assert [970, 0] == remaining(await engine.decide(asked, "peek"))
 
 
+async def test_what_is_given_back_is_not_remembered_as_gone(cluster: Cluster) -> None:
+    """A client that was refused only for a unit which another request gave back at once is admitted again at once."""
+    engine = Engine(manager_of(cluster), timeout=5)
+    address = make_partition("custom", clients_of(cluster, cluster.nodes[0], 1)[0])
+    key = make_partition("custom", clients_of(cluster, cluster.nodes[1], 1)[0])
+    both = charges(address, key, quotas=(1, 1))
+    by_address, by_key = Charges(both[:1]), Charges(both[1:])
+    assert (await engine.decide(by_key)).allowed
+
+    refused = await asyncio.gather(engine.decide(both), engine.decide(by_address))
+    await asyncio.sleep(0.1)
+
+    assert [["rule-1"], ["rule-0"]] == [list(verdict.decision.violated) for verdict in refused]
+    assert (await engine.decide(by_address)).allowed
+
+
 async def test_later_charges_reach_both_slots(cluster: Cluster) -> None:
     """What a response changes is settled where each rule's counter lives."""
     engine = Engine(manager_of(cluster), timeout=5)
