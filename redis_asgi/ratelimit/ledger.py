@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
+from starlette.types import Scope
+
 from ..connection import RedisManager
 from ..settings import HeaderStyle
 from .decision import Decision, merged
@@ -19,6 +21,8 @@ from .policy import Partition, Policy
 
 # Where a scope's ``state`` keeps it: ``request.state.rate_limit``.
 STATE = "rate_limit"
+# Where a scope keeps the same decision again, where no middleware ends it: see `decision_of`.
+ROUTE_DECISION = "redis_asgi.route_decision"
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
 
@@ -177,6 +181,20 @@ class RequestDecision(Decision):
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
+
+
+def decision_of(scope: Scope) -> RequestDecision | None:
+    """What was decided about this very request so far.
+
+    Not what an earlier one left in the state, where a server reuses that: its response has ended, or this scope, made
+    for one request, knows nothing of it.
+    """
+    decision: RequestDecision | None = scope["state"].get(STATE)
+    if decision is None or decision.says.is_over:
+        return None
+    says = decision.says
+    is_route = isinstance(says, Ledger) and says.immediate
+    return None if is_route and scope.get(ROUTE_DECISION) is not decision else decision
 
 
 _FIELDS = tuple(field.name for field in fields(Decision))

@@ -19,7 +19,7 @@ from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
-from .ledger import STATE, RequestDecision
+from .ledger import STATE, RequestDecision, decision_of
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
@@ -116,9 +116,7 @@ class RateLimitMiddleware:
         if self._linter.looks:
             self._linter.look(scope)
         state = scope.setdefault("state", {})
-        outer: RequestDecision | None = state.get(STATE)
-        if outer is not None and outer.says.is_over:
-            outer = None  # of an earlier request: this server reuses its state
+        outer = decision_of(scope) if STATE in state else None
         charges = self._known_charges(scope) if outer is None else None
         try:
             if charges is not None:

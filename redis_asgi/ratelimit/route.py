@@ -20,7 +20,7 @@ from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
 from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
-from .ledger import STATE, Ledger, RequestDecision
+from .ledger import ROUTE_DECISION, STATE, Ledger, RequestDecision, decision_of
 from .partition import MissingIdentity, PartitionBy
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
@@ -97,7 +97,7 @@ class RateLimit:
             WebSocketException: Instead of any of them, where a handshake cannot be answered.
         """
         state = conn.scope.setdefault("state", {})
-        decision: RequestDecision | None = state.get(STATE)
+        decision = decision_of(conn.scope)
         engine = self._engine_for(decision)
         rule = self._compile(engine, self._rule.name or endpoint_name(endpoint))
         try:
@@ -112,7 +112,8 @@ class RateLimit:
             return decision
         verdict = await engine.decide(Charges((charge,)))
         if decision is None:
-            decision = state[STATE] = RequestDecision(Ledger(verdict, immediate=True))
+            decision = RequestDecision(Ledger(verdict, immediate=True))
+            state[STATE] = conn.scope[ROUTE_DECISION] = decision
             decision.ledger.count()
         else:
             decision.join(verdict)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from fastapi import HTTPException as FastAPIHTTPException
 from fastapi.responses import StreamingResponse
 from starlette.applications import Starlette
@@ -16,7 +16,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from redis_asgi import (
@@ -379,6 +379,47 @@ async def test_route_speaks_the_middlewares_dialect(settings: Settings) -> None:
 
     assert 429 == responses[1].status_code
     assert not [name for response in responses for name in response.headers if "ratelimit" in name]
+
+
+@pytest.mark.parametrize("covered", ["never", "at first", "in between"])
+async def test_route_is_limited_where_a_server_reuses_its_state(settings: Settings, covered: str) -> None:
+    """What an earlier request has left in the state, with the middleware or without, is not this one's decision."""
+    app = FastAPI()
+    app.get("/r", dependencies=[Depends(RateLimit("2/minute", name="r", settings=settings))])(lambda: "r")
+    app.get("/m")(lambda: "m")
+    limited = RateLimitMiddleware(app, rules=[Rule("2/minute", name="m", paths="/m")], settings=settings)
+    state: dict[str, Any] = {}
+
+    async def server(scope: Scope, receive: Receive, send: Send) -> None:
+        await limited({**scope, "state": state}, receive, send)
+
+    paths = {"never": "rrr", "at first": "mmmrrr", "in between": "rmrmrm"}[covered]
+    async with client_of(server) as client:
+        responses = [await client.get(f"/{path}") for path in paths]
+
+    for path in set(paths):
+        mine = [response for response in responses if response.url.path == f"/{path}"]
+        assert [200, 200, 429] == [response.status_code for response in mine]
+        assert [f'"{path}";r={left};t=60' for left in (1, 0, 0)] == [response.headers["ratelimit"] for response in mine]
+
+
+async def test_charge_without_the_middleware_knows_no_end(redis_url: str) -> None:
+    """Nobody sees the response end, so a background task may charge too; with the middleware that is an error."""
+    app = FastAPI()
+    limit = RateLimit("9/minute", name="late", settings=Settings(REDIS_URL=redis_url))
+
+    @app.get("/", dependencies=[Depends(limit)])
+    async def endpoint(request: Request, tasks: BackgroundTasks) -> str:
+        tasks.add_task(request.state.rate_limit.charge, 3)
+        return "x"
+
+    async with client_of(app) as client:
+        fields = [(await client.get("/")).headers["ratelimit"] for _ in range(2)]
+    assert ['"late";r=8;t=60', '"late";r=4;t=60'] == fields
+
+    async with client_of(RateLimitMiddleware(app, "9/minute", settings=Settings(REDIS_URL=redis_url))) as client:
+        with pytest.raises(RuntimeError, match="Charge before its last byte"):
+            await client.get("/")
 
 
 async def test_same_name_as_the_middlewares_is_charged_once(settings: Settings) -> None:
