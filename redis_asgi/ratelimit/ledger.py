@@ -23,6 +23,8 @@ from .policy import Partition, Policy
 STATE = "rate_limit"
 # Where a scope keeps the same decision again, where no middleware ends it: see `decision_of`.
 ROUTE_DECISION = "redis_asgi.route_decision"
+# Where a scope keeps the engine of a middleware none of whose rules covers the request.
+ENGINE = "redis_asgi.rate_limit_engine"
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
 

@@ -19,7 +19,7 @@ from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
-from .ledger import STATE, RequestDecision, decision_of
+from .ledger import ENGINE, STATE, RequestDecision, decision_of
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
@@ -152,6 +152,7 @@ class RateLimitMiddleware:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that no limit is about."""
         self._counts.request("exempt", "none")
+        scope[ENGINE] = self._engine
         await self.app(scope, receive, send)
 
     async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:

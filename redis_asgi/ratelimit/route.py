@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
+from starlette.types import Scope
 
 from ..connection import RedisArgument, resolve_manager
 from ..keys import digest
@@ -20,7 +21,7 @@ from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
 from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
-from .ledger import ROUTE_DECISION, STATE, Ledger, RequestDecision, decision_of
+from .ledger import ENGINE, ROUTE_DECISION, STATE, Ledger, RequestDecision, decision_of
 from .partition import MissingIdentity, PartitionBy
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
@@ -98,7 +99,7 @@ class RateLimit:
         """
         state = conn.scope.setdefault("state", {})
         decision = decision_of(conn.scope)
-        engine = self._engine_for(decision)
+        engine = self._engine_for(conn.scope, decision)
         rule = self._compile(engine, self._rule.name or endpoint_name(endpoint))
         try:
             charge = await self._charge(rule, conn)
@@ -126,9 +127,11 @@ class RateLimit:
         fields = decision.ledger.fields(self._style(decision))
         return {name.decode(): value.decode() for name, value in fields}
 
-    def _engine_for(self, decision: RequestDecision | None) -> Engine:
-        if decision is not None and self._redis is None and self._settings is None:
-            return decision.ledger.verdicts[0].engine
+    def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
+        if self._redis is None and self._settings is None:
+            of_middleware: Engine | None = scope.get(ENGINE) if decision is None else decision.ledger.verdicts[0].engine
+            if of_middleware is not None:
+                return of_middleware
         if self._engine is None:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, cast
 
 import httpx
@@ -379,6 +379,29 @@ async def test_route_speaks_the_middlewares_dialect(settings: Settings) -> None:
 
     assert 429 == responses[1].status_code
     assert not [name for response in responses for name in response.headers if "ratelimit" in name]
+
+
+async def test_route_that_no_rule_covers_uses_the_middlewares_redis(settings: Settings) -> None:
+    """And its dialect; the server that the environment names, which is not there, is not asked."""
+    app = FastAPI()
+    for path in ("/", "/exempt"):
+        app.get(path, dependencies=[Depends(RateLimit("1/minute", name=path.strip("/") or "r"))])(lambda: "x")
+    rules = [Rule("9/minute", paths="/other")]
+    seen: list[Decision] = []
+
+    @app.middleware("http")
+    async def look(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        seen.append(request.state.rate_limit)
+        return response
+
+    limited = RateLimitMiddleware(app, rules=rules, exempt=["/exempt"], headers="legacy", settings=settings)
+    async with client_of(limited) as client:
+        responses = [await client.get(path) for path in ("/", "/", "/exempt")]
+
+    assert [200, 429, 200] == [response.status_code for response in responses]
+    assert ["memory"] * 3 == [decision.source for decision in seen]
+    assert ["1"] * 3 == [response.headers["x-ratelimit-limit"] for response in responses]
 
 
 @pytest.mark.parametrize("covered", ["never", "at first", "in between"])
