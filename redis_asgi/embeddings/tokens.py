@@ -12,14 +12,14 @@ _BYTES_PER_TOKEN = 4  # where the app counts, but did not when a vector was stor
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class TokenCount:
     """The tokens of one input, and whether that is the app's own count or a share of it."""
 
     tokens: int
     exact: bool
 
 
-def apportion(total: int | None, inputs: Sequence[Input]) -> list[Counted] | None:
+def apportion(total: int | None, inputs: Sequence[Input]) -> list[TokenCount] | None:
     """Split the app's count over *inputs*: exact where it is known, else by bytes with the sum kept.
 
     It is known for one input, and for token arrays whose lengths add up to *total*.
@@ -27,18 +27,18 @@ def apportion(total: int | None, inputs: Sequence[Input]) -> list[Counted] | Non
     if total is None:
         return None
     if len(inputs) == 1:
-        return [Counted(total, exact=True)]
+        return [TokenCount(total, exact=True)]
     lengths = [item.tokens for item in inputs]
     known = [length for length in lengths if length is not None]
     if len(known) == len(inputs) and sum(known) == total:
-        return [Counted(length, exact=True) for length in known]
+        return [TokenCount(length, exact=True) for length in known]
     sizes = [len(item.canonical) for item in inputs]
     # Rounding the running sum, not the shares, keeps the total.
     whole, shares, given, seen = sum(sizes), [], 0, 0
     for size in sizes:
         seen += size
         upto = total * seen // whole
-        shares.append(Counted(upto - given, exact=False))
+        shares.append(TokenCount(upto - given, exact=False))
         given = upto
     return shares
 
