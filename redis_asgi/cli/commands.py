@@ -35,7 +35,8 @@ app = typer.Typer(
     name="redis-asgi",
     help="Look after what redis_asgi keeps in Redis. Settings come from the environment, as the app's do.\n\n"
     "Exit codes: 0 done, and all is well; 1 something failed, such as a check, or Redis itself; 2 an argument or a "
-    "setting cannot work; 3 check --strict found nothing worse than warnings; 130 interrupted.",
+    "setting cannot work (to check a setting is a finding: 1); 3 check --strict found nothing "
+    "worse than warnings; 130 interrupted.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
