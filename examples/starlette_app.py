@@ -6,6 +6,7 @@
     curl -i http://127.0.0.1:8000/                       # counted by "all"
     curl -i -X POST http://127.0.0.1:8000/login          # counted by "all" and "login"; the fourth is refused
     curl -i http://127.0.0.1:8000/report                 # counted by "all" and its own limit: two a minute
+    curl -i http://127.0.0.1:8000/search                 # costs five units of ten: the third is refused
 """
 
 import os
