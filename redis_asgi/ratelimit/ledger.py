@@ -23,8 +23,8 @@ from .policy import Partition, Policy
 STATE = "rate_limit"
 # Where a scope keeps the same decision again, where no middleware ends it: see `decision_of`.
 ROUTE_DECISION = "redis_asgi.route_decision"
-# Where a scope keeps the engine of a middleware none of whose rules covers the request.
-ENGINE = "redis_asgi.rate_limit_engine"
+# Where a scope keeps the `Standby` of a middleware that decides nothing about the request.
+STANDBY = "redis_asgi.rate_limit_standby"
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
 
@@ -183,6 +183,24 @@ class RequestDecision(Decision):
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
+
+
+class Standby:
+    """What a middleware that decides nothing about a request leaves to the per-route limits behind it.
+
+    Attributes:
+        engine: The one to decide by.
+        sees_end: Whether it writes the fields of what they decide, and settles that at the response's end; not for what
+            is exempt.
+        decision: That, once there is one.
+    """
+
+    __slots__ = ("decision", "engine", "sees_end")
+
+    def __init__(self, engine: Engine, *, sees_end: bool) -> None:
+        self.engine = engine
+        self.sees_end = sees_end
+        self.decision: RequestDecision | None = None
 
 
 def decision_of(scope: Scope) -> RequestDecision | None:

@@ -19,7 +19,7 @@ from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
-from .ledger import ENGINE, STATE, RequestDecision, decision_of
+from .ledger import STANDBY, STATE, RequestDecision, Standby, decision_of
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
@@ -133,7 +133,7 @@ class RateLimitMiddleware:
         if outer is not None:
             await self._join(outer, verdict, scope, receive, send)
         elif verdict is None:  # no rule covers it
-            await self._pass(scope, receive, send)
+            await self._stand_by(scope, receive, send)
         elif verdict.allowed:
             state[STATE] = decision = RequestDecision(verdict)
             response = _Response(decision, self._style, send)
@@ -150,10 +150,21 @@ class RateLimitMiddleware:
             await self._refuse(verdict, scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through that no limit is about."""
+        """Let a request through that is exempt."""
         self._counts.request("exempt", "none")
-        scope[ENGINE] = self._engine
+        scope[STANDBY] = Standby(self._engine, sees_end=False)
         await self.app(scope, receive, send)
+
+    async def _stand_by(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through that no rule covers; a per-route limit may."""
+        standby = scope[STANDBY] = Standby(self._engine, sees_end=True)
+        response = _UncoveredResponse(standby, self._style, send)
+        try:
+            await self.app(scope, receive, response.send)
+        except BaseException as error:
+            response.end(error)
+            raise
+        response.end()
 
     async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -222,10 +233,10 @@ class _Response:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_decision", "_gone", "_send", "_style", "status")
+    __slots__ = ("_gone", "_send", "_style", "decision", "status")
 
     def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
-        self._decision = decision
+        self.decision = decision
         self._style: HeaderStyle = style
         self._send = send
         self._gone = False
@@ -235,7 +246,7 @@ class _Response:
         kind = message["type"]
         if kind in _STARTS:
             self.status = status = message.get("status", 101)
-            says = self._decision.says
+            says = self.decision.says
             says.count()
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
@@ -248,12 +259,54 @@ class _Response:
             self._gone = True
             raise
         if kind == "http.response.body" and not message.get("more_body", False):
-            self._decision.settle(self.status)
+            self.decision.settle(self.status)
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
-        self._decision.settle(self.status if gone else 500)
+        self.decision.settle(self.status if gone else 500)
+
+
+class _UncoveredResponse:
+    """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
+
+    __slots__ = ("_is_counted", "_of_route", "_send", "_standby", "_style")
+
+    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
+        self._standby = standby
+        self._style: HeaderStyle = style
+        self._send = send
+        self._of_route: _Response | None = None
+        self._is_counted = False
+
+    async def send(self, message: Message) -> None:
+        response = self._response()
+        if response is None:
+            self._count()
+            await self._send(message)
+        else:
+            await response.send(message)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Settle what was decided, when the app has returned or raised."""
+        response = self._response()
+        if response is None:
+            self._count()
+        elif error is not None:
+            response.failed(error)
+        else:
+            response.decision.settle(response.status)
+
+    def _response(self) -> _Response | None:
+        decision = self._standby.decision
+        if self._of_route is None and decision is not None:
+            self._of_route = _Response(decision, self._style, self._send)
+        return self._of_route
+
+    def _count(self) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._standby.engine.counts.request("exempt", "none")
 
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))

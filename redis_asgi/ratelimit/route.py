@@ -21,7 +21,7 @@ from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
 from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
-from .ledger import ENGINE, ROUTE_DECISION, STATE, Ledger, RequestDecision, decision_of
+from .ledger import ROUTE_DECISION, STANDBY, STATE, Ledger, RequestDecision, Standby, decision_of
 from .partition import MissingIdentity, PartitionBy
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
@@ -97,7 +97,7 @@ class RateLimit:
             HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
             WebSocketException: Instead of any of them, where a handshake cannot be answered.
         """
-        state = conn.scope.setdefault("state", {})
+        conn.scope.setdefault("state", {})
         decision = decision_of(conn.scope)
         engine = self._engine_for(conn.scope, decision)
         rule = self._compile(engine, self._rule.name or endpoint_name(endpoint))
@@ -113,9 +113,7 @@ class RateLimit:
             return decision
         verdict = await engine.decide(Charges((charge,)))
         if decision is None:
-            decision = RequestDecision(Ledger(verdict, immediate=True))
-            state[STATE] = conn.scope[ROUTE_DECISION] = decision
-            decision.ledger.count()
+            decision = self._begin(conn.scope, verdict)
         else:
             decision.join(verdict)
         if not verdict.allowed:
@@ -129,14 +127,27 @@ class RateLimit:
 
     def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
         if self._redis is None and self._settings is None:
-            of_middleware: Engine | None = scope.get(ENGINE) if decision is None else decision.ledger.verdicts[0].engine
-            if of_middleware is not None:
-                return of_middleware
+            if decision is not None:
+                return decision.ledger.verdicts[0].engine
+            standby: Standby | None = scope.get(STANDBY)
+            if standby is not None:
+                return standby.engine
         if self._engine is None:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
+
+    def _begin(self, scope: Scope, verdict: Verdict) -> RequestDecision:
+        """The decision of a request about which a middleware has said nothing."""
+        standby: Standby | None = scope.get(STANDBY)
+        if standby is not None and standby.sees_end:
+            decision = standby.decision = RequestDecision(Ledger(verdict))
+        else:
+            decision = scope[ROUTE_DECISION] = RequestDecision(Ledger(verdict, immediate=True))
+            decision.ledger.count()
+        scope["state"][STATE] = decision
+        return decision
 
     def _compile(self, engine: Engine, name: str) -> CompiledRule:
         rules = self._compiled.setdefault(engine, {})

@@ -32,8 +32,9 @@ from redis_asgi import (
     rate_limit,
 )
 from redis_asgi.ratelimit.route import endpoint_name
+from redis_asgi.telemetry import fresh_telemetry
 
-from .harness import client_of, drive, memory, statuses, websocket_scope
+from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
 _counter = itertools.count()
@@ -402,6 +403,70 @@ async def test_route_that_no_rule_covers_uses_the_middlewares_redis(settings: Se
     assert [200, 429, 200] == [response.status_code for response in responses]
     assert ["memory"] * 3 == [decision.source for decision in seen]
     assert ["1"] * 3 == [response.headers["x-ratelimit-limit"] for response in responses]
+
+
+async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Settings) -> None:
+    """It writes the fields on whatever goes out, settles at the end, and counts each request once."""
+    app = FastAPI()
+    limit = RateLimit("9/minute", name="r", settings=settings)
+
+    @app.get("/response", dependencies=[Depends(limit)])
+    async def own_response(request: Request) -> Response:
+        request.state.rate_limit.charge(2)
+        return PlainTextResponse("x")
+
+    @app.get("/missing", dependencies=[Depends(limit)])
+    async def missing() -> None:
+        raise FastAPIHTTPException(404)
+
+    @app.get("/broken", dependencies=[Depends(limit)])
+    async def broken(request: Request) -> None:
+        request.state.rate_limit.charge(-1)
+        raise ZeroDivisionError
+
+    @app.get("/late", dependencies=[Depends(limit)])
+    async def late(request: Request, tasks: BackgroundTasks) -> str:
+        tasks.add_task(request.state.rate_limit.charge, 1)
+        return "x"
+
+    app.get("/refused", dependencies=[Depends(limit), Depends(RateLimit("9/minute", cost=10))])(lambda: "x")
+    app.get("/free")(lambda: "x")
+    with fresh_telemetry() as counted:
+        limited = RateLimitMiddleware(app, rules=[Rule("9/minute", paths="/other")], settings=settings)
+        async with client_of(limited) as client:
+            response, free, not_found = [await client.get(path) for path in ("/response", "/free", "/missing")]
+            with pytest.raises(ZeroDivisionError):
+                await client.get("/broken")
+            with pytest.raises(RuntimeError, match="Charge before its last byte"):
+                await client.get("/late")
+            refused = await client.get("/refused")
+        counted.notes.tell()
+    counts = {
+        sample.labels["outcome"]: sample.value
+        for sample in next(iter(counted.ratelimit_requests.collect())).samples
+        if sample.name.endswith("_total") and sample.value
+    }
+
+    fields = [r.headers.get("ratelimit") for r in (response, free, not_found)]
+    assert ['"r";r=8;t=60', None, '"r";r=5;t=60'] == fields
+    # The broken one gave its unit back, and the late one kept it.
+    assert (429, '"r";r=3;t=60') == (refused.status_code, refused.headers["ratelimit"].partition(", ")[0])
+    assert {"allowed": 4, "exempt": 1, "refused": 1} == counts
+
+
+async def test_broken_app_is_counted_where_nothing_limits_it(settings: Settings) -> None:
+    """An app that raises before it answers has been asked all the same."""
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ZeroDivisionError
+
+    with fresh_telemetry() as counted:
+        limited = RateLimitMiddleware(broken, rules=[Rule("9/minute", paths="/other")], settings=settings)
+        with pytest.raises(ZeroDivisionError):
+            await drive(limited, http_scope())
+        counted.notes.tell()
+
+    assert 1 == counted.ratelimit_requests.labels("exempt", "none")._value.get()
 
 
 @pytest.mark.parametrize("covered", ["never", "at first", "in between"])
