@@ -656,7 +656,7 @@ async def test_unknown_messages_pass_through(settings: Settings) -> None:
 
 async def test_a_request_leaves_nothing_to_the_collector(settings: Settings) -> None:
     """Neither an admitted nor a refused request makes a reference cycle, which would double its cost."""
-    app = RateLimitMiddleware(Spy(), "50/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "500/minute", settings=settings)
 
     class Server:
         def __init__(self) -> None:
@@ -677,11 +677,12 @@ async def test_a_request_leaves_nothing_to_the_collector(settings: Settings) -> 
     gc.collect()
     gc.disable()
     try:
-        for _ in range(100):
+        for _ in range(1000):
             await request()
         app.app.scopes.clear()  # type: ignore[attr-defined]  # the spy's
 
-        assert 0 == gc.collect()
+        # A few dozen objects of an earlier test's app may be let go of meanwhile; its caches are cycles.
+        assert gc.collect() < 500
     finally:
         gc.enable()
 
