@@ -19,10 +19,8 @@ from .engine import Engine, Verdict
 from .headers import Fields, limit_fields
 from .policy import Partition, Policy
 
-# Where a scope's ``state`` keeps it: ``request.state.rate_limit``.
-STATE = "rate_limit"
-# Where a scope keeps the same decision again, where no middleware ends it: see `decision_of`.
-ROUTE_DECISION = "redis_asgi.route_decision"
+# Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
+_DECISION = "redis_asgi.rate_limit"
 # Where a scope keeps the `Standby` of a middleware that decides nothing about the request.
 STANDBY = "redis_asgi.rate_limit_standby"
 # Far above any quota, far below where a double loses a unit.
@@ -204,17 +202,14 @@ class Standby:
 
 
 def decision_of(scope: Scope) -> RequestDecision | None:
-    """What was decided about this very request so far.
+    """What was decided about this very request so far; ``None`` also when its response has ended."""
+    decision: RequestDecision | None = scope.get(_DECISION)
+    return None if decision is None or decision.says.is_over else decision
 
-    Not what an earlier one left in the state, where a server reuses that: its response has ended, or this scope, made
-    for one request, knows nothing of it.
-    """
-    decision: RequestDecision | None = scope["state"].get(STATE)
-    if decision is None or decision.says.is_over:
-        return None
-    says = decision.says
-    is_route = isinstance(says, Ledger) and says.immediate
-    return None if is_route and scope.get(ROUTE_DECISION) is not decision else decision
+
+def keep_decision(scope: Scope, decision: RequestDecision) -> None:
+    """Put *decision* where the app finds it, and where `decision_of` does."""
+    scope[_DECISION] = scope.setdefault("state", {})["rate_limit"] = decision
 
 
 _FIELDS = tuple(field.name for field in fields(Decision))

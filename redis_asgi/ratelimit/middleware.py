@@ -19,7 +19,7 @@ from ..telemetry import telemetry
 from . import headers
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
-from .ledger import STANDBY, STATE, RequestDecision, Standby, decision_of
+from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
 from .lint import Linter
 from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
@@ -115,8 +115,7 @@ class RateLimitMiddleware:
 
         if self._linter.looks:
             self._linter.look(scope)
-        state = scope.setdefault("state", {})
-        outer = decision_of(scope) if STATE in state else None
+        outer = decision_of(scope)
         charges = self._known_charges(scope) if outer is None else None
         try:
             if charges is not None:
@@ -135,7 +134,8 @@ class RateLimitMiddleware:
         elif verdict is None:  # no rule covers it
             await self._stand_by(scope, receive, send)
         elif verdict.allowed:
-            state[STATE] = decision = RequestDecision(verdict)
+            decision = RequestDecision(verdict)
+            keep_decision(scope, decision)
             response = _Response(decision, self._style, send)
             try:
                 await self.app(scope, receive, response.send)
@@ -145,7 +145,7 @@ class RateLimitMiddleware:
             if not verdict.is_over:
                 decision.settle(response.status)
         else:
-            state[STATE] = RequestDecision(verdict)
+            keep_decision(scope, RequestDecision(verdict))
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
 

@@ -21,7 +21,7 @@ from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
 from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
-from .ledger import ROUTE_DECISION, STANDBY, STATE, Ledger, RequestDecision, Standby, decision_of
+from .ledger import STANDBY, Ledger, RequestDecision, Standby, decision_of, keep_decision
 from .partition import MissingIdentity, PartitionBy
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
@@ -97,7 +97,6 @@ class RateLimit:
             HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
             WebSocketException: Instead of any of them, where a handshake cannot be answered.
         """
-        conn.scope.setdefault("state", {})
         decision = decision_of(conn.scope)
         engine = self._engine_for(conn.scope, decision)
         rule = self._compile(engine, self._rule.name or endpoint_name(endpoint))
@@ -144,9 +143,9 @@ class RateLimit:
         if standby is not None and standby.sees_end:
             decision = standby.decision = RequestDecision(Ledger(verdict))
         else:
-            decision = scope[ROUTE_DECISION] = RequestDecision(Ledger(verdict, immediate=True))
+            decision = RequestDecision(Ledger(verdict, immediate=True))
             decision.ledger.count()
-        scope["state"][STATE] = decision
+        keep_decision(scope, decision)
         return decision
 
     def _compile(self, engine: Engine, name: str) -> CompiledRule:

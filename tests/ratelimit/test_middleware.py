@@ -967,6 +967,28 @@ async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> No
     assert [b'"default";r=0;t=60'] * 4 == [header(start, b"ratelimit") for start in starts]
 
 
+async def test_requests_at_once_are_apart_where_a_server_reuses_its_state(settings: Settings) -> None:
+    """One that is under way is no outer instance to another: each has the fields of its own, and of no other client."""
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        began.set()
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = RateLimitMiddleware(slow, "9/minute", settings=settings)
+    state: dict[str, Any] = {}
+    first = asyncio.create_task(drive(app, http_scope(state=state)))
+    await began.wait()
+    second = asyncio.create_task(drive(app, http_scope(state=state, client=("203.0.113.8", 50_000))))
+    await asyncio.sleep(0)
+    go_on.set()
+    starts = [sent[0] for sent in await asyncio.gather(first, second)]
+
+    assert [b'"default";r=8;t=60'] * 2 == [header(start, b"ratelimit") for start in starts]
+
+
 def test_async_count_if_is_refused() -> None:
     """It would be asked while the response goes out, and could only be true."""
 
