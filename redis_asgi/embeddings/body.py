@@ -7,13 +7,15 @@ from starlette.types import Message, Receive
 
 from .sub_call import Budget
 
+_TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
     """What was read of a request.
 
     Attributes:
-        messages: As they came.
+        messages: As they came, small ones put together.
         content: The whole body; ``None`` when it was not read to its end.
     """
 
@@ -41,13 +43,22 @@ async def read_body(receive: Receive, limit: int, budget: Budget) -> tuple[Body,
     messages: list[Message] = []
     chunks: list[bytes] = []
     held = 0
-    while True:
-        message = await receive()
-        messages.append(message)
-        chunk = message.get("body", b"")
-        if message["type"] != "http.request" or held + len(chunk) > limit or not budget.take(len(chunk)):
-            return Body(messages, None), held
-        held += len(chunk)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
+    try:
+        while True:
+            message = await receive()
+            chunk = message.get("body", b"")
+            if message["type"] != "http.request" or held + len(chunk) > limit or not budget.take(len(chunk)):
+                return Body([*messages, message], None), held
+            held += len(chunk)
+            if chunks and len(chunks[-1]) + len(chunk) <= _TOGETHER:
+                messages.pop()
+                chunk = chunks.pop() + chunk
+                message = {**message, "body": chunk}
+            messages.append(message)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
+    except BaseException:
+        # Cancelled, or stopped by what stands outside of us.
+        budget.give(held)
+        raise

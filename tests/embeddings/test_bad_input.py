@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
@@ -19,6 +19,7 @@ from .servers import FORMATS, Spy, cache_status, client, drive, read, respond, s
 
 pytestmark = pytest.mark.anyio
 JSON = {"content-type": "application/json"}
+RAW_JSON = [(b"content-type", b"application/json")]
 
 
 def echo(seen: list[bytes]) -> ASGIApp:
@@ -274,6 +275,62 @@ async def test_a_client_that_leaves_while_sending_is_the_apps_to_notice(settings
     }
     await EmbeddingCacheMiddleware(app, settings=settings)(scope, receive, send)
     assert ["http.request", "http.disconnect"] == [message["type"] for message in seen]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "refused"])
+async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, settings: Settings) -> None:
+    """A request that is cancelled while it sends, or whose ``receive`` raises, leaves the process's bytes to others."""
+    app = EmbeddingCacheMiddleware(echo([]), settings=settings)
+    reads = [0]
+
+    async def receive() -> Message:
+        reads[0] += 1
+        if reads[0] == 1:
+            return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+        if how == "refused":
+            raise OverflowError("a middleware outside has read enough")
+        return await asyncio.Future()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
+    before = app._core.budget._left
+    request = asyncio.ensure_future(drive(app, scope, receive))
+    while reads[0] < 2:
+        await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(OverflowError if how == "refused" else asyncio.CancelledError):
+        await request
+    assert before == app._core.budget._left
+
+
+async def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(settings: Settings) -> None:
+    """Byte by byte, with empty messages in between: the app gets the same bytes, in a few messages."""
+    content = b"no json " * 20_000
+    left = [2 * len(content)]
+    got: list[bytes] = []
+    held: list[int] = []
+
+    async def receive() -> Message:
+        left[0] -= 1
+        at, odd = divmod(2 * len(content) - 1 - left[0], 2)
+        piece = b"" if odd else content[at : at + 1]
+        return {"type": "http.request", "body": piece, "more_body": left[0] > 0}
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        held.append(tracemalloc.get_traced_memory()[0])
+        more = True
+        while more:
+            message = await receive()
+            got.append(message["body"])
+            more = message["more_body"]
+        await respond(send, b"{}", 400)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
+    tracemalloc.start()
+    await drive(EmbeddingCacheMiddleware(app, settings=settings), scope, receive)
+    tracemalloc.stop()
+    assert content == b"".join(got)
+    assert len(got) < len(content) // 2000
+    assert held[0] < 4 * len(content)
 
 
 async def test_a_stated_length_over_the_cap_is_not_read(settings: Settings) -> None:
