@@ -237,6 +237,7 @@ class Exchange:
             brought = await asyncio.shield(other.landed)
             if brought is None:
                 leftover.append(name)
+                self._waiting.not_for(other)
                 continue
             self._values[name] = brought.values[name]
             if other.lease_name == identity.lease_name:

@@ -78,9 +78,12 @@ class Flight:
         self._waiting += 1
 
     def leave(self, *, cancelled: bool) -> None:
-        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*."""
+        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*.
+
+        An answer that was not understood may still be on its way to whoever began it; the others leave at once.
+        """
         self._waiting -= 1
-        if self._waiting == 0 and not self.outcome.done():
+        if self._waiting == 0 and not (self.outcome.done() and self.outcome.result()):
             self._abandoned = True
             if cancelled:
                 self.call.cancel()

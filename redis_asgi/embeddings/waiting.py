@@ -26,6 +26,12 @@ class Waiting:
         if self.gone:
             self._leave(cancelled=False)
 
+    def not_for(self, flight: Flight) -> None:
+        """Wait no more for *flight*, which has brought nothing."""
+        if flight in self._flights:
+            self._flights.remove(flight)
+            flight.leave(cancelled=False)
+
     def watch(self, receive: Receive) -> None:
         """From here on look for the client's disconnect."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))

@@ -190,6 +190,55 @@ async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_se
     assert ["cancelled" if cancelled else "http.disconnect"] == seen[:1]
 
 
+@pytest.mark.parametrize("followed", [False, True])
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_an_answer_that_flows_ends_with_its_client(
+    cancelled: bool, followed: bool, any_settings: Settings
+) -> None:
+    """What is only relayed is somebody's alone: an app that streams hears of the disconnect, or is cancelled."""
+    gate = Gate()
+    ended: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read(receive)
+        if gate.open.is_set():
+            # A follower's own: it is still at it when the first one goes.
+            await until(lambda: bool(ended))
+            await respond(send, b"{}", 503)
+            return
+        await gate(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        heard = asyncio.ensure_future(receive())
+        try:
+            while not heard.done():
+                await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+                await asyncio.sleep(0.001)
+            ended.append((await heard)["type"])
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        finally:
+            heard.cancel()
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    first = Caller(cached, "a")
+    await gate.reached.wait()
+    second = Caller(cached, "a") if followed else None
+    await asyncio.sleep(0.02)
+    gate.open.set()
+    await until(lambda: len(first.sent) > 2)
+    if cancelled:
+        first.task.cancel()
+    else:
+        first.disconnect()
+    await until(lambda: bool(ended))
+    await asyncio.wait({first.task})
+    assert ["cancelled" if cancelled else "http.disconnect"] == ended
+    if second is not None:
+        await second.task
+        assert 503 == second.status
+
+
 async def test_an_error_is_the_apps_answer_to_each_request_that_gets_it(any_settings: Settings) -> None:
     """Followers of a flight that fails ask the app themselves; nobody is handed another's error."""
     gate, calls = Gate(), []
