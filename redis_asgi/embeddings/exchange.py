@@ -243,6 +243,8 @@ class Exchange:
             if other.lease_name == identity.lease_name:
                 lease = brought.lease
         if leftover:
+            if self._waiting.gone:
+                return
             # An error is always the app's answer to the request that gets it: ask, and join nobody.
             self._collapsed -= len(leftover)
             flight = self._begin(identity, leftover, shared=False)
@@ -399,6 +401,8 @@ class Exchange:
             await send_not_cached(self._send)
             return
         await self._waiting.stop_watching()
+        if self._waiting.gone:
+            return  # the app would compute for nobody, and a server may say only once that its client has gone
         self._note("bypass")
         send = self._with_status(http.status("fwd=bypass", detail=detail))
         identity = self._identity

@@ -23,8 +23,6 @@ class Waiting:
         """Wait for *flight*, too."""
         flight.join()
         self._flights.add(flight)
-        if self.gone:
-            self._leave(cancelled=False)
 
     def not_for(self, flight: Flight) -> None:
         """Wait no more for *flight*, which has brought nothing."""

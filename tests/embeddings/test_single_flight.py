@@ -239,6 +239,33 @@ async def test_an_answer_that_flows_ends_with_its_client(
         assert 503 == second.status
 
 
+@pytest.mark.parametrize("role", ["of its own", "of another"])
+async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_settings: Settings) -> None:
+    """Neither the original of a smaller request, nor what a failed flight of somebody else would have brought."""
+    gate, bodies = Gate(), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bodies.append(await read(receive))
+        await gate(scope)
+        # What vLLM's does once it hears of the disconnect.
+        await respond(send, b"null")
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    first = Caller(cached, "a", "a")
+    await gate.reached.wait()
+    leaving = first if role == "of its own" else Caller(cached, "a")
+    await asyncio.sleep(0.02)
+    leaving.disconnect()
+    await asyncio.sleep(0.02)
+    gate.open.set()
+    async with asyncio.timeout(5):
+        await asyncio.wait({leaving.task})
+        await asyncio.wait({first.task})
+    assert not leaving.sent
+    # Somebody who stays is asked for once more: he gets the answer to the original.
+    assert (1 if leaving is first else 2) == len(bodies)
+
+
 async def test_an_error_is_the_apps_answer_to_each_request_that_gets_it(any_settings: Settings) -> None:
     """Followers of a flight that fails ask the app themselves; nobody is handed another's error."""
     gate, calls = Gate(), []
