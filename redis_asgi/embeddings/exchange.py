@@ -397,7 +397,7 @@ class Exchange:
         """Let the app answer the original request, to the byte."""
         self._looked_up = False
         self._counted.turns_out("bypass", detail)
-        if self._wanted.only_if_cached and detail in ("no-store", "redis-down"):
+        if self._wanted.only_if_cached and detail in ("no-store", "redis-down", "replayed"):
             await send_not_cached(self._send)
             return
         await self._waiting.stop_watching()

@@ -365,6 +365,19 @@ async def test_request_directives(any_settings: Settings) -> None:
     assert 0 == (await say("max-age=nonsense", "a"))[2]
 
 
+async def test_vectors_of_two_lengths_are_no_full_hit(settings: Settings) -> None:
+    """``only-if-cached`` makes no call for them either; the next request starts over."""
+    spy = Spy()
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+    async with client(app) as c:
+        for spy.dims in (6, 7):
+            await c.post("/v1/embeddings", json={"model": "m", "input": [str(spy.dims)]})
+        both = {"model": "m", "input": ["6", "7"]}
+        response = await c.post("/v1/embeddings", json=both, headers={"cache-control": "only-if-cached"})
+        assert (504, 2) == (response.status_code, spy.calls)
+        assert "fwd=miss" in cache_status(await c.post("/v1/embeddings", json=both))
+
+
 async def test_504_is_a_problem_document(settings: Settings) -> None:
     """``only-if-cached`` without a full hit says so in problem+json and makes no call."""
     spy = Spy()
