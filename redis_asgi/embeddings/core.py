@@ -128,8 +128,10 @@ class Core:
     def identify(self, scope: Scope, fields: Fields, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
         """The keys of a request; whatever may change a vector is in, so the unknown can only cause a miss."""
         namespace = self.options.namespace
-        raw_path = (scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")).partition(b"?")[0]
-        where = length_prefixed((wire.name.encode(), raw_path, scope.get("query_string", b"")))
+        # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
+        path = scope["path"].encode("utf-8", "surrogatepass")
+        raw_path = (scope.get("raw_path") or path).partition(b"?")[0]
+        where = length_prefixed((wire.name.encode(), path, raw_path, scope.get("query_string", b"")))
         credential = length_prefixed(_flat(fields, self._credentials))
         if partition is not None:
             owner = (b"partition", partition.encode("utf-8", "surrogatepass"))

@@ -37,13 +37,14 @@ def key_of(
     *,
     wire: str = "openai",
     path: str = "/v1/embeddings",
+    raw_path: bytes | None = None,
     query: bytes = b"",
     headers: tuple[tuple[bytes, bytes], ...] = (),
     partition: str | None = None,
     core: Core = CORE,
 ) -> bytes:
     """The key of the only input of a request."""
-    scope = {"path": path, "query_string": query}
+    scope = {"path": path, "raw_path": raw_path, "query_string": query}
     batch = WIRE_FORMATS[wire].split(orjson.loads(orjson.dumps(fields)), None)
     assert isinstance(batch, Batch), batch
     identity = core.identify(scope, by_name(headers), WIRE_FORMATS[wire], batch, partition)
@@ -63,6 +64,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         for value in (256, "256", 256.0, None, [256], {"256": True})
     ),
     *(("path", {"path": path}) for path in ("/embeddings", "/v1/embeddings/", "/v1")),
+    *(("rewritten path", {"path": path, "raw_path": b"/sent"}) for path in ("/v1/embeddings", "/embeddings")),
+    ("raw path", {"raw_path": b"/v1/%65mbeddings"}),
     *(("query", {"query": query}) for query in (b"a=1", b"a=2", b"a=1&a=2")),
     ("format", {"wire": "ollama"}),
     *(
