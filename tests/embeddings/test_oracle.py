@@ -438,6 +438,37 @@ async def test_wrong_base64_is_the_apps_to_answer(name: str, value: Any, stored:
     assert values_in(name, right.json()) == values_in(name, again.json())
 
 
+async def test_what_an_item_says_of_its_own_input_is_not_said_of_another(settings: Settings) -> None:
+    """A member beside the vector, alike in every item of one answer or not: the app's words, not stored."""
+
+    async def more(send: Send, answer: Any, raw: bytes) -> None:
+        for item in answer["data"]:
+            item["characters"] = len(orjson.loads(raw)["input"][0])
+        await respond(send, orjson.dumps(answer))
+
+    cached = EmbeddingCacheMiddleware(misbehaving(more, [True]), settings=settings)
+    for texts in (["a"], ["bbb"], ["a"], ["a", "c"]):
+        answer = await _post(cached, orjson.dumps({"model": "m", "input": texts}))
+        assert {len(texts[0])} == {item["characters"] for item in answer.json()["data"]}
+        assert "detail=not-understood" in cache_status(answer)
+
+
+async def test_an_item_names_the_representation_it_is_in(settings: Settings) -> None:
+    """llama.cpp's says which it is: a hit in the other one does not repeat that."""
+
+    async def named(send: Send, answer: Any, raw: bytes) -> None:
+        for item in answer["data"]:
+            item["encoding_format"] = orjson.loads(raw)["encoding_format"]
+        await respond(send, orjson.dumps(answer))
+
+    cached = EmbeddingCacheMiddleware(misbehaving(named, [True]), settings=settings)
+    for wanted in ("base64", "float", "base64"):
+        answer = await _post(cached, orjson.dumps({"model": "m", "input": ["a"], "encoding_format": wanted}))
+        [item] = answer.json()["data"]
+        assert (wanted, wanted == "base64") == (item["encoding_format"], isinstance(item["embedding"], str))
+    assert "; hit" in cache_status(answer)
+
+
 async def test_a_partly_stored_answer_has_the_apps_headers_but_for_its_body(settings: Settings) -> None:
     """Of the sub-request's answer everything is repeated except what spoke of that body alone."""
     own = [

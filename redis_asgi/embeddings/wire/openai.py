@@ -26,6 +26,8 @@ from .format import (
 
 _RENDERED = ("input", "encoding_format")
 _NATIVE = (None, "little", "native")
+# What else an item may say; anything more may be about its own input, and another's hit would repeat it.
+_OF_EVERY_ITEM = frozenset({"object", "encoding_format"})
 
 
 class OpenAI:
@@ -65,7 +67,7 @@ class OpenAI:
             if type(index) is not int or not 0 <= index < len(items) or values[index] is not None:
                 return None
             # One frame has to fit every item.
-            if value is None or (extra is not None and item != extra):
+            if value is None or (extra is not None and item != extra) or not item.keys() <= _OF_EVERY_ITEM:
                 return None
             values[index] = value
             extra = item
@@ -95,9 +97,12 @@ class OpenAI:
             if isinstance(fields.get("id"), str):
                 kind, dash, _ = fields["id"].partition("-")
                 fields["id"] = f"{kind}-{fresh.unique}" if dash else fresh.unique
-        [texts] = vectors.values()
+        [(encoding, texts)] = vectors.items()
+        extra = frame["item"]
+        if "encoding_format" in extra:
+            extra = {**extra, "encoding_format": encoding.value}
         pieces = [b"{", *(piece + b"," for piece in members(fields)), b'"data":']
-        pieces += _items(frame["item"], texts)
+        pieces += _items(extra, texts)
         if isinstance(frame["usage"], dict):
             pieces += (b',"usage":', orjson.dumps(_usage(frame["usage"], usage)))
         pieces.append(b"}")
