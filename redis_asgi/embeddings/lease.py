@@ -41,9 +41,12 @@ class Lease:
 
 
 def encode_lease(lease: Lease) -> bytes | None:
-    """The record as JSON; ``None`` when it is too large to keep."""
+    """The record as JSON; ``None`` when it is too large to keep, or a wire format's frame is no JSON."""
     headers = [[name.decode("latin-1"), base64.b64encode(value).decode()] for name, value in lease.headers]
-    record = orjson.dumps({"v": _VERSION, "at": lease.answered_at, "headers": headers, "frame": lease.frame})
+    try:
+        record = orjson.dumps({"v": _VERSION, "at": lease.answered_at, "headers": headers, "frame": lease.frame})
+    except orjson.JSONEncodeError:
+        return None
     return record if len(record) <= _MAX_BYTES else None
 
 

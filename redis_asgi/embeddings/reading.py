@@ -66,17 +66,24 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
         return Uncacheable("too-large")
     try:
         batch = matched.wire.split(fields, matched.path_model)
-    except Exception:
-        # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
-        core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name)
-        return Uncacheable("not-understood")
-    if isinstance(batch, Batch) and (
-        len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, len(body.content))
-    ):
+        if isinstance(batch, Batch):
+            return _refused(batch, len(body.content), settings) or batch
+        if isinstance(batch, Uncacheable):
+            return batch
+        failure = f"{type(batch).__name__} from split"
+    except Exception as error:
+        failure = type(error).__name__
+    # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
+    core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
+    return Uncacheable("not-understood")
+
+
+def _refused(batch: Batch, size: int, settings: Settings) -> Uncacheable | None:
+    if len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
         return Uncacheable("too-large")
-    if isinstance(batch, Batch) and _was_rounded(batch.fields):
-        return Uncacheable("not-understood")
-    return batch
+    # Nothing to embed is not ours to answer.
+    understood = batch.inputs and batch.encodings and not _was_rounded(batch.fields)
+    return None if understood else Uncacheable("not-understood")
 
 
 def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:

@@ -1,6 +1,7 @@
 """Bad input: the app sees exactly the bytes the client sent, and memory stays bounded."""
 
 import asyncio
+import dataclasses
 import gc
 import gzip
 import tracemalloc
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import numpy as np
 import orjson
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -423,6 +425,94 @@ async def test_a_wire_format_that_raises_harms_nobody(settings: Settings) -> Non
             response = await c.post(path, json={"model": "m", "input": ["a", "a"]})
             assert FORMATS["openai"][2]({"model": "m"}, ["a", "a"], Spy()) == response.json()
             assert "fwd=bypass" in cache_status(response)
+
+
+def raising(*_arguments: Any) -> Any:
+    """A format's mistake."""
+    raise KeyError("x")
+
+
+def replaced(**fields: Any) -> Any:
+    """What the OpenAI format says, with other *fields*."""
+    return lambda step, *arguments: dataclasses.replace(step(*arguments), **fields)
+
+
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "split raises": ("split", raising),
+    "split gives nothing": ("split", lambda *_: None),
+    "no inputs": ("split", replaced(inputs=())),
+    "no representation": ("split", replaced(encodings=())),
+    "inputs are texts": ("split", replaced(inputs=("a", "b"))),
+    "no model": ("split", replaced(model=None)),
+    "a scope that is text": ("split", replaced(scope="x")),
+    "shrink raises": ("shrink", raising),
+    "shrink gives text": ("shrink", lambda step, *arguments: step(*arguments).decode()),
+    "read raises": ("read", raising),
+    "read gives a document": ("read", lambda *_: {}),
+    "tokens are text": ("read", replaced(tokens="7")),
+    "the frame is no JSON": ("read", replaced(frame={"fields": {"x": b""}, "usage": None, "item": {}})),
+    "render raises": ("render", raising),
+    "render gives nothing": ("render", lambda *_: None),
+    "render gives no pieces": ("render", lambda *_: []),
+    "render gives one piece": ("render", lambda step, *arguments: b"".join(step(*arguments))),
+    "render gives texts": ("render", lambda step, *arguments: [piece.decode() for piece in step(*arguments)]),
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize(("step", "mistake"), MISTAKES.values(), ids=MISTAKES)
+async def test_no_mistake_of_a_wire_format_is_an_error_of_the_app(
+    step: str, mistake: Any, half: bool, redis_url: str
+) -> None:
+    """Whatever a user's format does or returns: cold, warm, partly stored and with a duplicate, the app's answer."""
+    right = app_format()
+
+    class Mistaken(type(right)):  # type: ignore[misc]  # a class found at run time
+        name = "mistaken"
+
+    setattr(Mistaken, step, lambda _self, *arguments: mistake(getattr(right, step), *arguments))
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE="float16" if half else "float32")
+    app = server(Spy())
+    cached = EmbeddingCacheMiddleware(app, settings=settings, routes={"/v1/embeddings": Mistaken()})
+    async with client(app) as bare, client(cached) as c:
+        for items in (["a", "b"], ["a", "b"], ["b", "c"], ["a", "d", "d"]):
+            body = {"model": "m", "input": items}
+            expected, actual = [await each.post("/v1/embeddings", json=body) for each in (bare, c)]
+            assert 200 == actual.status_code
+            for one, other in zip(expected.json()["data"], actual.json()["data"], strict=True):
+                assert np.allclose(one["embedding"], other["embedding"], atol=0.001 if half else 0)
+    flights = cached._core.flights
+    assert ({}, 0) == (flights._by_name, flights.looking)
+
+
+async def test_a_follower_whose_format_fails_later_gets_the_apps_answer(settings: Settings) -> None:
+    """It waited for a flight that failed, and cannot ask for less: the app gets its original."""
+    right, shrunk, open_ = app_format(), [0], asyncio.Event()
+
+    class Tired(type(right)):  # type: ignore[misc]  # a class found at run time
+        name = "tired"
+
+        def shrink(self, *arguments: Any) -> Any:
+            shrunk[0] += 1
+            return right.shrink(*arguments) if shrunk[0] == 1 else None
+
+    seen: list[bytes] = []
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(await read(receive))
+        await open_.wait()
+        await respond(send, b'{"error":"busy"}', 503)
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings, routes={"/v1/embeddings": Tired()})
+    async with client(cached) as c:
+        both = [asyncio.ensure_future(c.post("/v1/embeddings", json={"model": "m", "input": "a"})) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert 1 == len(seen)
+        open_.set()
+        answers = await asyncio.gather(*both)
+    assert [503, 503] == [answer.status_code for answer in answers]
+    assert [False, True] == sorted("not-understood" in cache_status(answer) for answer in answers)
+    assert answers[0].request.content == seen[1]
 
 
 def app_format() -> Any:
