@@ -1,5 +1,6 @@
 """The in-process layer: vectors as they are answered, and what was last seen of epochs and leases."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class LocalVectors:
         self._values: OrderedDict[bytes, tuple[Value, int, int]] = OrderedDict()
         self._seen: OrderedDict[tuple[bytes, bytes], Seen] = OrderedDict()
         self.bytes = 0
+        self._lock = threading.Lock()  # loops in several threads may share one middleware
 
     @property
     def on(self) -> bool:
@@ -51,24 +53,32 @@ class LocalVectors:
         if value.expires_at is None or value.expires_at <= now:
             self.drop(name)
             return None
-        self._values.move_to_end(name)
+        try:
+            self._values.move_to_end(name)
+        except KeyError:
+            return value  # another thread has just dropped it
         if len(value.texts) != texts:  # rendered in one more representation since
             self.put(name, value)
         return value
 
     def put(self, name: bytes, value: Value) -> None:
         """Keep *value*; one without a known end, or larger than a quarter of the layer, is not kept."""
-        self.drop(name)
         size = _VALUE_BYTES + len(value.raw) + sum(map(len, value.texts.values()))
-        if value.expires_at is None or size * 4 > self._limit:
-            return
-        self._values[name] = (value, size, len(value.texts))
-        self.bytes += size
-        while self.bytes > self._limit:
-            self.drop(next(iter(self._values)))
+        with self._lock:
+            self._drop(name)
+            if value.expires_at is None or size * 4 > self._limit:
+                return
+            self._values[name] = (value, size, len(value.texts))
+            self.bytes += size
+            while self.bytes > self._limit:
+                self._drop(next(iter(self._values)))
 
     def drop(self, name: bytes) -> None:
         """Forget a value."""
+        with self._lock:
+            self._drop(name)
+
+    def _drop(self, name: bytes) -> None:
         kept = self._values.pop(name, None)
         if kept is not None:
             self.bytes -= kept[1]
@@ -82,18 +92,21 @@ class LocalVectors:
         """Remember what Redis said to a question of *asked_at* (monotonic seconds)."""
         if not self.on:
             return
-        self._seen[epoch_name, lease_name] = Seen(epoch, lease, asked_at + self._seconds)
-        self._seen.move_to_end((epoch_name, lease_name))
-        if len(self._seen) > _MAX_SEEN:
-            self._seen.popitem(last=False)
+        with self._lock:
+            self._seen[epoch_name, lease_name] = Seen(epoch, lease, asked_at + self._seconds)
+            self._seen.move_to_end((epoch_name, lease_name))
+            if len(self._seen) > _MAX_SEEN:
+                self._seen.popitem(last=False)
 
     def grant(self, epoch_name: bytes, lease_name: bytes, lease: Lease | None) -> None:
         """A lease given or taken here, at once; what is known of the epoch gets no younger by it."""
-        kept = self._seen.get((epoch_name, lease_name))
-        if kept is not None:
-            self._seen[epoch_name, lease_name] = Seen(kept.epoch, lease, kept.until)
+        with self._lock:
+            kept = self._seen.get((epoch_name, lease_name))
+            if kept is not None:
+                self._seen[epoch_name, lease_name] = Seen(kept.epoch, lease, kept.until)
 
     def forget(self, epoch_name: bytes) -> None:
         """Ask Redis again about this epoch."""
-        for pair in [pair for pair in self._seen if pair[0] == epoch_name]:
-            del self._seen[pair]
+        with self._lock:
+            for pair in [pair for pair in self._seen if pair[0] == epoch_name]:
+                del self._seen[pair]

@@ -6,6 +6,7 @@ A lookup is one pipeline of ``MGET`` in chunks (on a cluster one pipeline per no
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -244,15 +245,22 @@ class MemoryVectors:
         self._clock = clock
         self._values: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
         self.bytes = 0
+        self._lock = threading.Lock()  # loops in several threads may share one manager
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
-        return [self._get(name) for name in names]
+        with self._lock:
+            return [self._get(name) for name in names]
 
     async def claim(self, write: Write, within: float) -> bytes | None:
-        await self.write([write])
-        return self._get(write.name)
+        with self._lock:
+            self._write([write])
+            return self._get(write.name)
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+        with self._lock:
+            return self._write(writes)
+
+    def _write(self, writes: Sequence[Write]) -> Done:
         count = 0
         for write in writes:
             present = self._get(write.name)
@@ -271,7 +279,8 @@ class MemoryVectors:
         return Done(count)
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
-        return Done(sum(self._get(name) is not None and self._drop(name) for name in names))
+        with self._lock:
+            return Done(sum(self._get(name) is not None and self._drop(name) for name in names))
 
     def _get(self, name: bytes) -> bytes | None:
         kept = self._values.get(name)
