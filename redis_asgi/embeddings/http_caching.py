@@ -36,6 +36,7 @@ _OF_THE_BODY = frozenset(
 )
 # Headers of an answer that a full hit replays, besides access-control-*.
 _REPLAYED = frozenset({b"content-type", b"vary"})
+_MAX_DIGITS = 11  # three thousand years; more are no more
 _VARY_ALLOWED = frozenset({"accept", "accept-encoding", "origin"})
 
 
@@ -60,7 +61,7 @@ def directives(fields: Fields) -> dict[str, str]:
 
 def seconds(argument: str | None) -> int | None:
     """A delta-seconds argument; ``None`` when it is absent or not a number (RFC 9111, 1.2.2)."""
-    return int(argument) if argument and argument.isascii() and argument.isdigit() and len(argument) < 12 else None
+    return int(argument[:_MAX_DIGITS]) if argument and argument.isascii() and argument.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,10 @@ class Storable:
 def storable(fields: Fields, keyed: Collection[str]) -> Storable:
     """Read an answer's ``Cache-Control`` and ``Vary``; *keyed*: the request headers in the key."""
     said = directives(fields)
-    max_age = seconds(said["s-maxage"] if "s-maxage" in said else said.get("max-age"))
-    if max_age == 0 or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
+    stated = said["s-maxage"] if "s-maxage" in said else said.get("max-age")
+    max_age = seconds(stated)
+    # What is no number counts as 0 (RFC 9111, 4.2.1).
+    if (stated is not None and not max_age) or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
         return Storable("response-no-store")
     for value in fields.get(b"vary", ()):
         names = {name.strip().lower() for name in value.decode("latin-1").split(",")} - {""}
