@@ -203,7 +203,9 @@ class Exchange:
         """Whether the app itself has to see this caller although others bring all that is missing."""
         if not joined or self._core.options.lease == 0:
             return True
-        same_caller = any(flight.lease_name == identity.lease_name for flight in joined.values())
+        # Whom the app has refused since then, it has to see again.
+        name, denials = identity.lease_name, self._core.denials
+        same_caller = any(f.lease_name == name and not denials.since(name, f.asked_at) for f in joined.values())
         return not same_caller and self._core.lease_left(self._found.lease) <= 0
 
     def _begin(self, identity: Identity, names: Sequence[bytes], *, shared: bool) -> Flight | None:
@@ -220,10 +222,10 @@ class Exchange:
         scope = {**self._scope, "headers": http.for_sub_request(self._headers, len(body))}
         limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
         call = SubCall(core.app, scope, body, limit=limit, budget=core.budget)
-        flight = Flight(names, identity.lease_name, self._found.epoch, call)
+        asked_at, began = core.wall(), perf_counter()
+        flight = Flight(names, identity.lease_name, self._found.epoch, call, asked_at)
         half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         asked = Asked(self._wire, self._batch, inputs, self._found.epoch, half, core.keyed)
-        asked_at, began = core.wall(), perf_counter()
         call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))
 
         async def read(reply: Reply) -> Landing | None:

@@ -50,18 +50,20 @@ class Flight:
         lease_name: On whose behalf.
         epoch: What its lookup saw.
         call: The call of the app.
+        asked_at: Unix seconds.
 
     Attributes:
         outcome: Resolves to the `Landing` for the request that began it, ``None`` when nothing was understood.
         landed: The same for those who joined, ``None`` also when the answer is only for whoever asked.
     """
 
-    def __init__(self, names: Sequence[bytes], lease_name: bytes, epoch: bytes, call: SubCall) -> None:
+    def __init__(self, names: Sequence[bytes], lease_name: bytes, epoch: bytes, call: SubCall, asked_at: float) -> None:
         loop = asyncio.get_running_loop()
         self.names = tuple(names)
         self.lease_name = lease_name
         self.epoch = epoch
         self.call = call
+        self.asked_at = asked_at
         self.outcome: asyncio.Future[Landing | None] = loop.create_future()
         self.landed: asyncio.Future[Landing | None] = loop.create_future()
         self._waiting = 0

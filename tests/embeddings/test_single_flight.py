@@ -355,6 +355,35 @@ async def test_under_share_a_follower_without_a_lease_asks_the_app_itself(any_se
     assert 1 == spy.calls
 
 
+async def test_a_refused_caller_does_not_join_what_was_asked_before(any_settings: Settings) -> None:
+    """The app has answered 401 since: whoever comes then meets it, not an older request's answer."""
+    gate, keys, calls = Gate(), {b"good"}, [0]
+    inner = server(Spy(), before=gate)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        calls[0] += 1
+        if dict(scope["headers"])[b"authorization"] not in keys:
+            await read(receive)
+            await respond(send, b"{}", 401)
+            return
+        await inner(scope, receive, send)
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    older = Caller(cached, "a", authorization="good")
+    await gate.reached.wait()
+    joined = Caller(cached, "a", authorization="good")
+    await asyncio.sleep(0.02)
+    assert 1 == calls[0]
+    keys.clear()
+    refused = Caller(cached, "b", authorization="good")
+    await refused.task
+    later = Caller(cached, "a", authorization="good")
+    await asyncio.sleep(0.02)
+    gate.open.set()
+    await asyncio.gather(older.task, joined.task, later.task)
+    assert [200, 200, 401, 401] == [caller.status for caller in (older, joined, refused, later)]
+
+
 async def test_a_later_2xx_of_an_older_request_does_not_undo_a_refusal(any_settings: Settings) -> None:
     """An answer asked for before a 401 grants no lease after it."""
     spy, gate, keys = Spy(), Gate(), {"key"}
