@@ -105,6 +105,7 @@ async def test_what_is_not_understood_passes_through(
     [
         ("/api/embed", {"model": "m", "input": []}),
         ("/api/embed", {"model": "m", "input": "a", "keep_alive": 0}),
+        *(("/api/embed", {"model": "m", "input": "a", "keep_alive": zero}) for zero in ("0", "0s", "0m", "0h0m", 0.5)),
         ("/api/embeddings", {"model": "m", "prompt": ["a"]}),
         ("/v2/embed", {"model": "m", "texts": "a"}),
         ("/v2/embed", {"model": "m", "texts": ["a"], "images": ["b"]}),

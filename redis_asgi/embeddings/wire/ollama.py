@@ -23,18 +23,26 @@ from .format import (
     vector_list,
 )
 
+_NOT_ZERO = frozenset("123456789")
+
 
 def _split(fields: dict[str, Any], path_model: str | None, input_field: str) -> Batch | Uncacheable:
     refusal = refusal_of(fields)
     if refusal is not None:
         return refusal
     model, inputs = read_model(fields, path_model), read_inputs(fields.get(input_field))
-    # keep_alive 0 unloads the model: whoever asks for that wants it done.
-    if model is None or inputs is None or fields.get("keep_alive") in (0, "0", "0s"):
+    if model is None or inputs is None or _unloads(fields.get("keep_alive")):
         return Uncacheable("not-understood")
     if any(item.kind != b"s" for item in inputs[0]):
         return Uncacheable("not-understood")
     return Batch(model, *inputs, held(fields, input_field), input_field, scope_of(fields, (input_field,)))
+
+
+def _unloads(keep_alive: object) -> bool:
+    """Whether no whole second or duration is left of it (``0``, ``0.5``, ``"0m"``): whoever asks for that wants it."""
+    if isinstance(keep_alive, str):
+        return not set(keep_alive) & _NOT_ZERO
+    return isinstance(keep_alive, int | float) and 0 <= keep_alive < 1
 
 
 class Ollama:
