@@ -57,7 +57,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("model", {"fields": {"model": text, "input": "q"}}) for text in TRICKY),
     *(("tokens", {"fields": {"model": "m", "input": tokens}}) for tokens in ([1], [1, 1], [11], [2])),
     ("object", {"fields": {"model": "m", "input": [{"text": "m"}]}}),
-    ("object", {"fields": {"model": "m", "input": [{"image": "m"}]}}),
+    *(("object", {"fields": {"model": "m", "input": [{"image": m}]}}) for m in ("m", "iVB/+w==", "data:image/png;,m")),
     *(
         ("field", {"fields": {"model": "m", "input": "q", name: value}})
         for name in ("dimensions", "input_type", "task", "prompt", "cache_salt", "anything")

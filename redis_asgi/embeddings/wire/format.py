@@ -18,7 +18,7 @@ from ..vectors import Encoding, trimmed
 IGNORED_FIELDS = frozenset({"user", "request_id", "priority"})
 _LATE_CHUNKING = ("late_chunking",)
 _OF_INTEGERS = b"0123456789-,"
-_URL_PREFIXES = ("http://", "https://")
+_OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
 
 
 @dataclass(slots=True)
@@ -168,12 +168,14 @@ def _read_input(item: object) -> Input | None:
         return Input(b"t", trimmed(text), len(item))
     if isinstance(item, dict) and len(item) == 1:
         [(name, content)] = item.items()
-        # What a URL points to may change while its text does not.
         if name in ("text", "image", "bytes") and isinstance(content, str) and content:
-            if name != "text" and content.lower().startswith(_URL_PREFIXES):
-                return None
-            return Input(b"j", orjson.dumps(item))
+            return Input(b"j", orjson.dumps(item)) if name == "text" or _is_inline(content) else None
     return None
+
+
+def _is_inline(content: str) -> bool:
+    """Whether it is the content itself: what a URL or a path points to may change while its text does not."""
+    return content[:5].lower() == "data:" or not content.encode().translate(None, _OF_BASE64)
 
 
 def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
