@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Receive
 
-from .sub_call import Budget
-
-_TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
+from .sub_call import TOGETHER, Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ async def read_body(receive: Receive, limit: int, budget: Budget) -> tuple[Body,
             if message["type"] != "http.request" or held + len(chunk) > limit or not budget.take(len(chunk)):
                 return Body([*messages, message], None), held
             held += len(chunk)
-            if chunks and len(chunks[-1]) + len(chunk) <= _TOGETHER:
+            if chunks and len(chunks[-1]) + len(chunk) <= TOGETHER:
                 messages.pop()
                 chunk = chunks.pop() + chunk
                 message = {**message, "body": chunk}

@@ -7,6 +7,8 @@ from starlette.types import ASGIApp, Message, Scope, Send
 
 from .http_caching import RawHeaders, by_name, is_encoded, is_json
 
+TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
+
 # Ways to answer that bypass the body messages we read.
 _UNREADABLE_EXTENSIONS = frozenset(
     {
@@ -173,13 +175,15 @@ class SubCall:
         if self._flowing:
             await self._sink.result()(message)
             return
-        self._kept.append(message)
+        if message["type"] != "http.response.body":
+            self._kept.append(message)
         if message["type"] == "http.response.start":
             self.start = message
             if not _promising(message):
                 await self._flow()
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
+            self._keep(message, body)
             held = self._held + len(body)
             if held > self._limit or not self._budget.take(len(body)):
                 await self._flow()
@@ -187,6 +191,14 @@ class SubCall:
             self._held = held
             if not message.get("more_body", False):
                 self._finish()
+
+    def _keep(self, message: Message, body: bytes) -> None:
+        last: Message = self._kept[-1] if self._kept else {}
+        before = last.get("body", b"")
+        if last.get("more_body", False) and len(before) + len(body) <= TOGETHER:
+            self._kept.pop()
+            message = {**message, "body": b"%b%b" % (before, body)}
+        self._kept.append(message)
 
     def _finish(self) -> None:
         bodies = [m.get("body", b"") for m in self._kept if m["type"] == "http.response.body"]
