@@ -175,11 +175,11 @@ class SubCall:
         if self._flowing:
             await self._sink.result()(message)
             return
-        if message["type"] != "http.response.body":
-            self._kept.append(message)
         if message["type"] == "http.response.start":
-            self.start = message
-            if not _promising(message):
+            # An app may pass headers that can be read only once.
+            self.start = {**message, "headers": [*message.get("headers", ())]}
+            self._kept.append(self.start)
+            if not _promising(self.start):
                 await self._flow()
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
@@ -191,6 +191,8 @@ class SubCall:
             self._held = held
             if not message.get("more_body", False):
                 self._finish()
+        else:
+            self._kept.append(message)
 
     def _keep(self, message: Message, body: bytes) -> None:
         last: Message = self._kept[-1] if self._kept else {}

@@ -570,6 +570,23 @@ async def test_a_streamed_answer_is_understood_and_stored(settings: Settings) ->
     assert 1 == spy.calls
 
 
+@pytest.mark.parametrize("status", [200, 500])
+async def test_headers_that_can_be_read_only_once_are_kept(status: int, settings: Settings) -> None:
+    """An iterator is as good as a list: for a miss, a partial, a hit, and what is only relayed."""
+
+    async def once(send: Send, answer: Any, _raw: bytes) -> None:
+        headers = iter([(b"content-type", b"application/json"), (b"x-app", b"yes")])
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": orjson.dumps(answer)})
+
+    cached = EmbeddingCacheMiddleware(misbehaving(once, [True]), settings=settings)
+    for texts in (["a"], ["a", "b"], ["a"]):
+        answer = await _post(cached, orjson.dumps({"model": "m", "input": texts}))
+        assert "application/json" == answer.headers["content-type"]
+        assert ("x-app" in answer.headers) == ("; hit" not in cache_status(answer))
+    assert ("; hit" in cache_status(answer)) == (status == 200)
+
+
 async def test_a_changed_model_behind_the_same_name_starts_over(settings: Settings) -> None:
     """A fresh vector of another length drops the stored ones, and this request is the app's alone."""
     spy = Spy()
