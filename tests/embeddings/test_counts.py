@@ -20,7 +20,7 @@ from redis_asgi.settings import Settings
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.servers import Server
-from .servers import DIMS, Spy, cache_status, client, read, respond, server
+from .servers import DIMS, Spy, cache_status, client, drive, read, respond, server
 from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
@@ -187,6 +187,20 @@ async def test_a_full_process_and_a_dead_redis_are_bypasses(counted: Telemetry) 
     assert {"bypass": 2} == series(counted, "cache_requests_total")
     assert 1 == of(counted, "redis_commands_total", op="lookup", outcome="connection")
     assert 0 == of(counted, "redis_commands_total", op="lookup", outcome="ok")
+
+
+async def test_a_client_that_leaves_while_sending_says_nothing_of_the_process(counted: Telemetry) -> None:
+    """Only a process that holds too much is ``busy``."""
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers}
+    await drive(EmbeddingCacheMiddleware(server(Spy()), settings=memory()), scope, receive)
+
+    assert {"not-understood": 1} == series(counted, "cache_bypass_total")
 
 
 async def test_a_replayed_request_counts_once(counted: Telemetry) -> None:
