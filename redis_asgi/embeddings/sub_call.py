@@ -89,7 +89,8 @@ class SubCall:
         self._ended = asyncio.Event()
         self._kept: list[Message] = []
         self._held = 0
-        self._flowing = False  # messages go to the sink as they come
+        self._flowing = False  # messages go to the sink
+        self._drained = False  # as they come, nothing is kept any more
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> "asyncio.Task[None]":
@@ -172,8 +173,11 @@ class SubCall:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
-        if self._flowing:
+        if self._drained:
             await self._sink.result()(message)
+            return
+        if self._flowing:
+            self._kept.append(message)  # of another task of the app, after what is on its way
             return
         if message["type"] == "http.response.start":
             # An app may pass headers that can be read only once.
@@ -215,11 +219,13 @@ class SubCall:
             self.reply.set_result(None)
         self._flowing = True
         sink = await asyncio.shield(self._sink)
-        kept, self._kept = self._kept, []
         self._budget.give(self._held)
         self._held = 0
-        for message in kept:
-            await sink(message)
+        try:
+            for message in self._kept:  # which may get longer
+                await sink(message)
+        finally:
+            self._kept, self._drained = [], True
 
 
 def _promising(start: Message) -> bool:

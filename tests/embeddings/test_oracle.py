@@ -1,5 +1,6 @@
 """The oracle: an answer through the middleware is the answer of the app alone."""
 
+import asyncio
 import base64
 import gzip
 import random
@@ -585,6 +586,26 @@ async def test_headers_that_can_be_read_only_once_are_kept(status: int, settings
         assert "application/json" == answer.headers["content-type"]
         assert ("x-app" in answer.headers) == ("; hit" not in cache_status(answer))
     assert ("; hit" in cache_status(answer)) == (status == 200)
+
+
+@pytest.mark.parametrize("kind", [b"text/plain", b"application/json"])
+async def test_an_app_may_send_from_several_tasks(kind: bytes, settings: Settings) -> None:
+    """What one sends while the answer's start is on its way comes after it, in order."""
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await read(receive)
+
+        async def beat() -> None:
+            for body in (b"1", b"2"):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        beats = asyncio.ensure_future(beat())
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await beats
+        await send({"type": "http.response.body", "body": b"3"})
+
+    answer = await _post(EmbeddingCacheMiddleware(app, settings=settings), b'{"model":"m","input":["a"]}')
+    assert (200, b"123") == (answer.status_code, answer.content)
 
 
 async def test_a_changed_model_behind_the_same_name_starts_over(settings: Settings) -> None:
