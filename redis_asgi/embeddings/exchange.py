@@ -158,6 +158,8 @@ class Exchange:
         """Join what is under way, forward the rest, and answer with all of it."""
         joined = self._join(missing)
         own = [name for name in missing if name not in joined]
+        # With another max-age, or without no-cache, they may be stored after all.
+        filling = self._wanted.lookup and self._wanted.max_age is None and bool(own)
         if not own and self._must_ask(identity, joined):
             names = list(self._inputs)
             own = [names[shortest([len(self._inputs[name].canonical) for name in names])]]
@@ -166,7 +168,7 @@ class Exchange:
         self._collapsed = len(joined)
         self._note("partial" if self._hits else "miss", misses=len(own))
         self._counted.turns_out("stale" if self._forced else "partial" if self._hits else "miss")
-        flight = self._begin(identity, own, shared=True) if own else None
+        flight = self._begin(identity, own, shared=True, filling=filling) if own else None
         if own and flight is None:
             await self._bypass("not-understood")
             return
@@ -208,7 +210,9 @@ class Exchange:
         same_caller = any(f.lease_name == name and not denials.since(name, f.asked_at) for f in joined.values())
         return not same_caller and self._core.lease_left(self._found.lease) <= 0
 
-    def _begin(self, identity: Identity, names: Sequence[bytes], *, shared: bool) -> Flight | None:
+    def _begin(
+        self, identity: Identity, names: Sequence[bytes], *, shared: bool, filling: bool = False
+    ) -> Flight | None:
         core = self._core
         inputs = {name: self._inputs[name] for name in names}
         body: object
@@ -223,7 +227,7 @@ class Exchange:
         limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
         call = SubCall(core.app, scope, body, limit=limit, budget=core.budget)
         asked_at, began = core.wall(), perf_counter()
-        flight = Flight(names, identity.lease_name, self._found.epoch, call, asked_at)
+        flight = Flight(names, identity.lease_name, self._found.epoch, call, asked_at, filling=filling)
         half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         asked = Asked(self._wire, self._batch, inputs, self._found.epoch, half, core.keyed)
         call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))

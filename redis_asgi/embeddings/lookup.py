@@ -51,9 +51,9 @@ async def look_up(
         current = all(value.epoch == seen.epoch for value in local.values())
         if current:
             return Found(seen.epoch, lease=seen.lease, values=local)
-    # What a flight brings anyway is not asked for.
+    # What a flight brings anyway is not asked for, unless waiting for it will not do.
     flights = core.flights
-    carried = flights.carrying(names) if wanted.lookup else {}
+    carried = flights.carrying(names) if wanted.lookup and not wanted.only_if_cached else {}
     ask = [name for name in names if name not in local and name not in carried] if wanted.lookup else []
     asked_at, on_loop = core.monotonic(), asyncio.get_running_loop().time()
     deadline = core.settings.EMBEDDING_CACHE_TIMEOUT

@@ -7,7 +7,7 @@ asks the app itself.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +51,30 @@ class Flight:
         epoch: What its lookup saw.
         call: The call of the app.
         asked_at: Unix seconds.
+        filling: Whether its lookup found none of its inputs, so that others need not look for them.
 
     Attributes:
         outcome: Resolves to the `Landing` for the request that began it, ``None`` when nothing was understood.
         landed: The same for those who joined, ``None`` also when the answer is only for whoever asked.
     """
 
-    def __init__(self, names: Sequence[bytes], lease_name: bytes, epoch: bytes, call: SubCall, asked_at: float) -> None:
+    def __init__(
+        self,
+        names: Sequence[bytes],
+        lease_name: bytes,
+        epoch: bytes,
+        call: SubCall,
+        asked_at: float,
+        *,
+        filling: bool,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.names = tuple(names)
         self.lease_name = lease_name
         self.epoch = epoch
         self.call = call
         self.asked_at = asked_at
+        self.filling = filling
         self.outcome: asyncio.Future[Landing | None] = loop.create_future()
         self.landed: asyncio.Future[Landing | None] = loop.create_future()
         self._waiting = 0
@@ -72,8 +83,11 @@ class Flight:
 
     def joinable(self, epoch: bytes, inputs: int) -> bool:
         """Whether a request of *inputs* inputs that saw *epoch* may wait for this."""
-        small_enough = len(self.names) <= max(MAX_INPUTS_FOR_ALL, inputs)
-        return not self._abandoned and self.epoch == epoch and small_enough
+        return not self._abandoned and self.epoch == epoch and self.small_enough(inputs)
+
+    def small_enough(self, inputs: int) -> bool:
+        """Whether a request of *inputs* inputs does not wait for many more than its own."""
+        return len(self.names) <= max(MAX_INPUTS_FOR_ALL, inputs)
 
     def join(self) -> None:
         """Wait for it."""
@@ -122,10 +136,12 @@ class Flights:
         flight, landed_at = self._landed.get(name, (None, 0.0))
         return self._by_name.get(name) or (flight if landed_at >= asked_at else None)
 
-    def carrying(self, names: Iterable[bytes]) -> dict[bytes, Flight]:
-        """The flights that compute the inputs of *names*."""
-        flights = self._by_name
-        return {name: flights[name] for name in names if name in flights} if flights else {}
+    def carrying(self, names: Collection[bytes]) -> dict[bytes, Flight]:
+        """The flights that compute inputs of *names*, and that a request of all of them need not look behind."""
+        if not self._by_name:
+            return {}
+        flown = [(name, flight) for name in names if (flight := self._by_name.get(name)) is not None]
+        return {name: flight for name, flight in flown if flight.filling and flight.small_enough(len(names))}
 
     def begin(
         self,

@@ -1,6 +1,7 @@
 """Concurrent requests: each input computed once, and nobody pays for somebody else's departure."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -572,6 +573,55 @@ async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Set
             await asyncio.gather(ask(n), ask(n))
             await ask(n)
     assert 50 == spy.calls
+
+
+@pytest.mark.parametrize(
+    ("leader", "follower", "inputs"),
+    [
+        ({"cache_control": "no-cache"}, {}, 1),
+        ({"cache_control": "no-cache"}, {"cache_control": "only-if-cached"}, 1),
+        ({"cache_control": "no-cache"}, {}, 40),
+        ({"cache_control": "max-age=60"}, {}, 1),
+        ({"authorization": "B"}, {}, 1),
+    ],
+    ids=["refreshed", "refreshed, only-if-cached", "refreshed with many", "too old for another", "to let another in"],
+)
+async def test_a_hit_does_not_wait_for_a_call_that_need_not_bring_it(
+    leader: dict[str, str], follower: dict[str, str], inputs: int, any_settings: Settings
+) -> None:
+    """What is stored is answered while the app is asked for it once more, for whatever reason."""
+    spy, gate = Spy(), Gate()
+    settings = any_settings.model_copy(update={"EMBEDDING_CACHE_L1_BYTES": 0})
+    app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings, share=True)
+    gate.open.set()
+    items = [f"text {number}" for number in range(inputs)]
+    app._core.wall = lambda: time.time() - 120
+    await Caller(app, *items).task
+    app._core.wall = time.time
+    gate.open.clear()
+    gate.reached.clear()
+    asking = Caller(app, *items, **leader)
+    await gate.reached.wait()
+    hit = Caller(app, items[0], **follower)
+    await until(hit.task.done)
+    gate.open.set()
+    await asking.task
+    assert (200, 2) == (hit.status, spy.calls)
+    assert hit.said.startswith("redis-asgi; hit; ttl=")
+
+
+async def test_only_if_cached_looks_behind_a_call_under_way(any_settings: Settings) -> None:
+    """Another worker may have stored meanwhile what this one computes."""
+    gate, spy = Gate(), Spy()
+    here = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    slow = Caller(here, "a")
+    await gate.reached.wait()
+    await Caller(EmbeddingCacheMiddleware(server(spy), settings=any_settings), "a").task
+    hit = Caller(here, "a", cache_control="only-if-cached")
+    await until(hit.task.done)
+    gate.open.set()
+    await slow.task
+    assert 200 == hit.status
 
 
 async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
