@@ -237,24 +237,27 @@ class Core:
             )
         now = self.wall()
         cap = self.may_store(landing.reply.headers).max_age
-        writes = [Write(identity.epoch_name, b"", self._epoch_ttl, "renew")]
-        lease = self._lease_write(identity, landing.lease, asked_at)
-        writes += lease
+        vectors: list[Write] = []
         pace = Pace()
         for name, value in landing.values.items():
-            writes.append(Write(name, value.raw, self.ttl_of(name, cap)))
+            vectors.append(Write(name, value.raw, self.ttl_of(name, cap)))
             if cap is None and self.local.on:
                 value.expires_at = self.expires_at(name, value, now)
                 self.local.put(name, value)
             if pace.due:
                 await pace.rest()
+        lease = self._lease_write(identity, landing.lease, asked_at)
         if lease:
             self.local.grant(identity.epoch_name, identity.lease_name, landing.lease)
+        renewal = Write(identity.epoch_name, b"", self._epoch_ttl, "renew")
         began = time.perf_counter()
-        done = await self.store.write(writes)
+        done = await self.store.write([renewal, *lease, *vectors])
         self.counts.store_seconds.observe(time.perf_counter() - began)
+        if lease and self.denials.since(identity.lease_name, asked_at):
+            # Refused meanwhile, and deleted perhaps before it was there.
+            await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
         # The lease is the first that counts, the vectors are the last written.
-        kept = writes[1 + len(lease) :][: max(0, done.count - len(lease))]
+        kept = vectors[: max(0, done.count - len(lease))]
         self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))
 
     def _lease_write(self, identity: Identity, lease: Lease, asked_at: float) -> list[Write]:

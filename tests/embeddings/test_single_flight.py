@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.store import MemoryVectors, RedisVectors
+from redis_asgi.embeddings.store import Done, MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
@@ -412,6 +412,37 @@ async def test_a_later_2xx_of_an_older_request_does_not_undo_a_refusal(any_setti
 async def _status(caller: Caller) -> int:
     await caller.task
     return caller.status
+
+
+async def test_a_refusal_during_a_write_ends_the_lease_for_every_worker(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 401 may overtake the 2xx whose lease is on its way to Redis; the lease does not outlive it there."""
+    writing, go = asyncio.Event(), asyncio.Event()
+    write = RedisVectors.write
+
+    async def slowly(store: RedisVectors, writes: Sequence[Write]) -> Done:
+        writing.set()
+        await go.wait()
+        return await write(store, writes)
+
+    monkeypatch.setattr(RedisVectors, "write", slowly)
+    inner, keys = server(Spy()), {"key"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        known = dict(scope["headers"])[b"authorization"].decode() in keys
+        await (inner(scope, receive, send) if known else respond(send, b"{}", 401))
+
+    settings = Settings(REDIS_URL=redis_url)
+    here, elsewhere = (EmbeddingCacheMiddleware(app, redis=RedisManager(settings)) for _ in range(2))
+    first = Caller(here, "a", authorization="key")
+    await writing.wait()
+    keys.clear()
+    assert 401 == await _status(Caller(here, "b", authorization="key"))
+    go.set()
+    await first.task
+    assert 200 == first.status
+    assert 401 == await _status(Caller(elsewhere, "a", authorization="key"))
 
 
 async def test_no_store_is_not_joined_and_joins_nobody(any_settings: Settings) -> None:
