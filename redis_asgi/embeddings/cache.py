@@ -187,11 +187,11 @@ class EmbeddingCache:
             mine.writing = True
             kept = [name for name in missing if name not in mine.superseded]
             await self._write(kept, [values[name] for name in kept], self._ttl)
-        except Exception as error:
-            mine.fail(error)
         except asyncio.CancelledError:
             mine.vectors.cancel()
             raise
+        except BaseException as error:
+            mine.fail(error)  # one that ends the loop does so where it is raised again
         finally:
             for name in mine.ids:
                 del computing[name]
@@ -274,18 +274,30 @@ class _Computation:
             if self._waiting == 0 and not self.vectors.done() and self.task is not None:
                 self.task.cancel()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Let everyone who waits raise *error*."""
         if not self.vectors.done():
-            self.vectors.set_exception(error)
+            self.vectors.set_exception(_raisable(error))
             self.vectors.exception()  # seen, also when nobody waits any more
 
 
 async def _call(compute: Compute, missing: list[str]) -> Any:
     if inspect.iscoroutinefunction(compute) or inspect.iscoroutinefunction(type(compute).__call__):
         return await cast("Awaitable[Any]", compute(missing))
-    computed = await asyncio.to_thread(compute, missing)
+
+    def compute_here() -> Any:
+        try:
+            return compute(missing)
+        except StopIteration as error:
+            raise _raisable(error) from error
+
+    computed = await asyncio.to_thread(compute_here)
     return await computed if inspect.isawaitable(computed) else computed
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """What a future can raise in place of *error*: with a `StopIteration` it would never be done."""
+    return RuntimeError("compute raised StopIteration") if isinstance(error, StopIteration) else error
 
 
 def _is_ttl(ttl: object) -> bool:

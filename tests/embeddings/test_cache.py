@@ -237,6 +237,41 @@ async def test_its_exception_reaches_everyone_who_waits(cache: EmbeddingCache) -
     assert [[1.0]] == (await cache.get_or_compute(["a"], lambda _: [[1.0]])).tolist()
 
 
+class Stop(BaseException):
+    """No `Exception`, as those by which test runners end a test are none."""
+
+
+class Empty:
+    """Ends before it begins."""
+
+    def __iter__(self) -> Any:
+        raise StopIteration
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(Stop, Stop), (StopIteration, RuntimeError)], ids=["no Exception", "StopIteration"]
+)
+@pytest.mark.parametrize("sync", [False, True])
+async def test_no_kind_of_exception_leaves_anyone_waiting(
+    error: type[BaseException], raised: type[BaseException], sync: bool, cache: EmbeddingCache
+) -> None:
+    """Neither those that are no `Exception` nor the one that no future can raise."""
+
+    def compute(_ids: list[str]) -> Any:
+        raise error
+
+    async def compute_async(ids: list[str]) -> Any:
+        return compute(ids)
+
+    answer: Any = Empty()
+    async with asyncio.timeout(5):
+        with pytest.raises(raised):
+            await cache.get_or_compute(["a"], compute if sync else compute_async)
+        with pytest.raises(RuntimeError, match="compute raised StopIteration"):
+            await cache.get_or_compute(["a"], lambda _: answer)
+    assert [[1.0]] == (await cache.get_or_compute(["a"], lambda _: [[1.0]])).tolist()
+
+
 @pytest.mark.parametrize("vectors", [[[1.0]], [[1.0]] * 3, [[1.0], [1.0, 2.0]], [[1.0], []]], ids=repr)
 async def test_a_wrong_count_or_ragged_vectors_are_an_error(vectors: Any, cache: EmbeddingCache) -> None:
     """Nothing of it is stored."""
