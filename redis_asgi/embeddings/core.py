@@ -287,6 +287,6 @@ def new_epoch() -> bytes:
     return os.urandom(_EPOCH_BYTES)
 
 
-def as_epoch(raw: bytes | None) -> bytes:
+def as_epoch(raw: object) -> bytes:
     """What Redis has as an epoch; `NO_EPOCH` when that is none."""
-    return raw if raw is not None and len(raw) == _EPOCH_BYTES else NO_EPOCH
+    return raw if isinstance(raw, bytes) and len(raw) == _EPOCH_BYTES else NO_EPOCH

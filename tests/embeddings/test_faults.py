@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import hiredis
 import httpx
 import orjson
 import pytest
@@ -251,6 +252,29 @@ async def test_a_foreign_type_under_our_key_is_the_apps_answer(redis_url: str) -
         store.set(epoch, b"short")
         assert "fwd=miss" in cache_status(await ask(c, "a"))
     store.close()
+
+
+async def test_a_key_that_a_proxy_cannot_reach_is_a_miss() -> None:
+    """Envoy puts an error into MGET's reply for each value whose server is gone, epoch and lease among them."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands = hiredis.Reader()
+        while sent := await reader.read(65536):
+            commands.feed(sent)
+            while (command := commands.gets()) is not False:
+                keys = command[1:] if command[0] == b"MGET" else []
+                writer.write(b"*%d\r\n" % len(keys) + b"-upstream failure\r\n" * len(keys) if keys else b"+OK\r\n")
+        writer.close()
+
+    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
+    manager = RedisManager(settings_of(f"redis://127.0.0.1:{proxy.sockets[0].getsockname()[1]}/0"))
+    async with client(EmbeddingCacheMiddleware(server(Spy()), redis=manager)) as c:
+        for _ in range(2):
+            assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "a"))
+    assert await EmbeddingCache(manager).get_embedding("a") is None
+    await manager.close()
+    proxy.close()
+    await proxy.wait_closed()
 
 
 async def test_a_wrong_password_is_no_error_of_the_apps(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
