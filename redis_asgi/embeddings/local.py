@@ -71,7 +71,9 @@ class LocalVectors:
             self._values[name] = (value, size, len(value.texts))
             self.bytes += size
             while self.bytes > self._limit:
-                self._drop(next(iter(self._values)))
+                # In one step, as a reader, who takes no lock, may put another at the end meanwhile.
+                _, (_, size, _) = self._values.popitem(last=False)
+                self.bytes -= size
 
     def drop(self, name: bytes) -> None:
         """Forget a value."""

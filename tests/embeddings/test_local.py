@@ -91,6 +91,22 @@ def test_a_value_that_another_thread_drops_meanwhile_is_still_found() -> None:
     assert (0, None) == (local.bytes, local.get(b"a", 0))
 
 
+def test_a_reader_does_not_disturb_who_makes_room() -> None:
+    """What it finds becomes the youngest, also between looking for the oldest and dropping that."""
+    local = LocalVectors(3_000, 5, lambda: 0.0)
+
+    class Raced(OrderedDict[bytes, Any]):
+        def __iter__(self) -> Iterator[bytes]:
+            found = super().__iter__()
+            local.get(b"0", 0)
+            return found
+
+    local._values = Raced()
+    for number in range(9):
+        local.put(b"%d" % number, kept())
+    assert 2_000 < local.bytes == sum(size for _, size, _ in local._values.values()) <= 3_000
+
+
 @pytest.mark.usefixtures("often")
 def test_loops_in_several_threads_may_share_the_memory_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """``memory://``: the same, with values that end and values that have to go."""
