@@ -186,7 +186,7 @@ class Exchange:
         for mine in self._own:
             if mine.task is not None:
                 await asyncio.shield(mine.task)
-            if mine.call.error is not None and mine is not self._replayed:
+            if mine.call.error is not None and mine is not self._replayed and not mine.call.cancelled:
                 self._counted.turns_out("error")
                 raise mine.call.error
 
@@ -258,7 +258,6 @@ class Exchange:
             brought = await asyncio.shield(other.landed)
             if brought is None:
                 leftover.append(name)
-                self._waiting.not_for(other)
                 continue
             self._values[name] = brought.values[name]
             if other.lease_name == identity.lease_name:

@@ -77,7 +77,8 @@ class Flight:
         self.filling = filling
         self.outcome: asyncio.Future[Landing | None] = loop.create_future()
         self.landed: asyncio.Future[Landing | None] = loop.create_future()
-        self._waiting = 0
+        self._owner: object = None  # the first to wait, which began it
+        self._waiting: set[object] = set()
         self._abandoned = False
         self.task: asyncio.Task[None] | None = None
 
@@ -89,17 +90,18 @@ class Flight:
         """Whether a request of *inputs* inputs does not wait for many more than its own."""
         return len(self.names) <= max(MAX_INPUTS_FOR_ALL, inputs)
 
-    def join(self) -> None:
-        """Wait for it."""
-        self._waiting += 1
+    def join(self, who: object) -> None:
+        """Let *who* wait for it."""
+        if not self.outcome.done():
+            self._owner = self._owner or who
+            self._waiting.add(who)
 
-    def leave(self, *, cancelled: bool) -> None:
-        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*.
-
-        An answer that was not understood may still be on its way to whoever began it; the others leave at once.
-        """
-        self._waiting -= 1
-        if self._waiting == 0 and not (self.outcome.done() and self.outcome.result()):
+    def leave(self, who: object, *, cancelled: bool) -> None:
+        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*."""
+        if who not in self._waiting:
+            return
+        self._waiting.remove(who)
+        if not self._waiting and not (self.outcome.done() and self.outcome.result()):
             self._abandoned = True
             if cancelled:
                 self.call.cancel()
@@ -108,9 +110,15 @@ class Flight:
 
     def resolve(self, landing: Landing | None) -> None:
         """Tell everybody; only the first call counts."""
-        if not self.outcome.done():
-            self.outcome.set_result(landing)
-            self.landed.set_result(landing if landing is not None and landing.refusal is None else None)
+        if self.outcome.done():
+            return
+        self.outcome.set_result(landing)
+        self.landed.set_result(landing if landing is not None and landing.refusal is None else None)
+        if landing is None:
+            # It may still be on its way to whoever began it, and is nobody else's to end.
+            self._waiting &= {self._owner}
+            if not self._waiting:
+                self.call.hang_up()
 
 
 class Flights:

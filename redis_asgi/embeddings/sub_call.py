@@ -70,6 +70,7 @@ class SubCall:
         reply: Resolves to the `Reply`, or to ``None`` when the answer can only be relayed, or there is none.
         start: The app's ``http.response.start``, once it has come.
         error: What the app raised, once it has.
+        cancelled: Whether we ended it, as nobody waited any more; what it raised is then nobody's.
     """
 
     def __init__(self, app: ASGIApp, scope: Scope, body: bytes, *, limit: int, budget: Budget) -> None:
@@ -84,6 +85,7 @@ class SubCall:
         self.reply: asyncio.Future[Reply | None] = loop.create_future()
         self.start: Message | None = None
         self.error: BaseException | None = None
+        self.cancelled = False
         self._sink: asyncio.Future[Send] = loop.create_future()
         self._hung_up = asyncio.Event()
         self._ended = asyncio.Event()
@@ -128,6 +130,7 @@ class SubCall:
 
     def cancel(self) -> None:
         """End the call as a server does that cancels its request."""
+        self.cancelled = True
         self.discard()
         self.hang_up()
         if self._task is not None:

@@ -21,14 +21,8 @@ class Waiting:
 
     def wait_for(self, flight: Flight) -> None:
         """Wait for *flight*, too."""
-        flight.join()
+        flight.join(self)
         self._flights.add(flight)
-
-    def not_for(self, flight: Flight) -> None:
-        """Wait no more for *flight*, which has brought nothing."""
-        if flight in self._flights:
-            self._flights.remove(flight)
-            flight.leave(cancelled=False)
 
     def watch(self, receive: Receive) -> None:
         """From here on look for the client's disconnect."""
@@ -50,7 +44,7 @@ class Waiting:
     def _leave(self, *, cancelled: bool) -> None:
         flights, self._flights = self._flights, set()
         for flight in flights:
-            flight.leave(cancelled=cancelled)
+            flight.leave(self, cancelled=cancelled)
 
     async def _watch(self, receive: Receive) -> None:
         try:

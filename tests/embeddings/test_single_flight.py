@@ -240,6 +240,53 @@ async def test_an_answer_that_flows_ends_with_its_client(
         assert 503 == second.status
 
 
+async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_settings: Settings) -> None:
+    """Who waits for two calls and is cancelled after one has brought nothing, ends the other at most."""
+    one, other, background = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    done: list[str] = []
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        if b'"other"' in await read(receive):
+            await other.wait()
+            await respond(send, b"null")
+            await background.wait()
+            done.append("background")
+        else:
+            await one.wait()
+            await respond(send, b"null")
+
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    leaders = Caller(cached, "one"), Caller(cached, "other")
+    await asyncio.sleep(0.02)
+    follower = Caller(cached, "one", "other")
+    await asyncio.sleep(0.02)
+    other.set()
+    await until(lambda: len(leaders[1].sent) == 2)
+    follower.task.cancel()
+    await asyncio.wait({follower.task})
+    await asyncio.sleep(0.01)
+    one.set()
+    background.set()
+    await asyncio.gather(*(leader.task for leader in leaders))
+    assert ["background"] == done
+
+
+async def test_a_client_that_leaves_first_is_not_cancelled_with_the_last(any_settings: Settings) -> None:
+    """Its request ends as one whose client has gone: nobody cancelled it."""
+    gate = Gate()
+    app = EmbeddingCacheMiddleware(server(Spy(), before=gate), settings=any_settings)
+    first = Caller(app, "a")
+    await gate.reached.wait()
+    last = Caller(app, "a")
+    await asyncio.sleep(0.02)
+    first.disconnect()
+    await asyncio.sleep(0.02)
+    last.task.cancel()
+    await asyncio.wait({first.task, last.task})
+    assert last.task.cancelled()
+    assert first.task.exception() is None
+
+
 @pytest.mark.parametrize("role", ["of its own", "of another"])
 async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_settings: Settings) -> None:
     """Neither the original of a smaller request, nor what a failed flight of somebody else would have brought."""
