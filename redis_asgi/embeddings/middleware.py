@@ -19,6 +19,7 @@ from .wire import WireFormat
 
 _MAX_TTL = 366 * 24 * 3600
 _MAX_LEASE = 86_400
+_AROUND = "redis_asgi.embedding_caches"  # in a scope: the store and namespace of each that stands around the app
 _SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
 
 
@@ -46,7 +47,8 @@ class EmbeddingCacheMiddleware:
         ConfigurationError: When an argument or a setting cannot work.
 
     Under it, ``request.state.embedding_cache`` is an `EmbeddingCache`, and on an embedding endpoint
-    ``request.state.embedding_cache_result`` says what was found.
+    ``request.state.embedding_cache_result`` says what was found. Of two around one app with one store and namespace,
+    the outer one caches: a hit of the inner one would be stored as new, and its lease renewed, as if by the app.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class EmbeddingCacheMiddleware:
         self.app = app
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
         self._core = Core(app, manager, options)
+        self._records = (manager, options.namespace)
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,9 +91,11 @@ class EmbeddingCacheMiddleware:
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if matched is None:
+        around = scope.get(_AROUND, ())
+        if matched is None or self._records in around:
             await self.app(scope, receive, send)
             return
+        scope[_AROUND] = (*around, self._records)
         await Exchange(self._core, matched, scope, receive, send).run()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -145,6 +145,29 @@ async def test_a_revoked_key_is_served_no_longer_than_the_lease(local: int, redi
     assert 401 == (await ask(app, "a", authorization="key")).status_code
 
 
+async def test_of_two_with_the_same_records_the_outer_one_caches(any_settings: Settings) -> None:
+    """What the inner one answers is no answer of the app, which alone renews a lease."""
+    keys, now = {"key"}, [time.time()]
+    inner = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=any_settings, lease=300)
+    outer = EmbeddingCacheMiddleware(inner, settings=any_settings, lease=10)
+    inner._core.wall = outer._core.wall = lambda: now[0]
+    assert "redis-asgi; fwd=miss; stored" == cache_status(await ask(outer, "a", authorization="key"))
+    keys.clear()
+    now[0] += 11
+    assert 401 == (await ask(outer, "a", authorization="key")).status_code
+
+
+async def test_two_with_records_of_their_own_both_cache(any_settings: Settings) -> None:
+    """Another namespace parts them as if there was only one."""
+    spy = Spy()
+    inner = EmbeddingCacheMiddleware(server(spy), settings=any_settings, namespace="inner")
+    outer = EmbeddingCacheMiddleware(inner, settings=any_settings, namespace="outer")
+    assert "redis-asgi; fwd=miss; stored, redis-asgi; fwd=miss; stored" == cache_status(await ask(outer, "a"))
+    assert "hit" in cache_status(await ask(inner, "a"))
+    assert "hit" in cache_status(await ask(outer, "a"))
+    assert 1 == spy.calls
+
+
 async def test_a_refusal_ends_the_lease_at_once(any_settings: Settings) -> None:
     """After one 401 the same caller's stored inputs are the app's to refuse, too."""
     keys = {"key"}
