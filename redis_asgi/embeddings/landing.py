@@ -79,6 +79,8 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
     encodings = tuple(answer.values)
     values: dict[bytes, Value] = {}
     dims = 0
+    if any(len(listed) != len(inputs) for listed in answer.values.values()):
+        return None
     for at, name in enumerate(asked.inputs):
         texts: dict[str, bytes] = {}
         parsed: Parsed | None = None
