@@ -5,7 +5,6 @@ import inspect
 import math
 import time
 import weakref
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -17,6 +16,7 @@ from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
+from .computing import Changes, Computation, raisable
 from .counts import Items
 from .pace import Pace
 from .store import Write, resolve_vectors, vectors_of
@@ -70,10 +70,10 @@ class EmbeddingCache:
         self._half = dtype == "float16"
         self._prefix = self._manager.settings.REDIS_KEY_PREFIX
         self._timeout = self._manager.settings.EMBEDDING_CACHE_TIMEOUT
-        self._computing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Computation]] = (
+        self._computing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Computation]] = (
             weakref.WeakKeyDictionary()
         )
-        self._changing: Counter[str] = Counter()
+        self._changes = self._manager.shared(Changes)
         self._items = Items()
 
     async def get_embedding(self, context_id: str) -> Float32Array | None:
@@ -157,7 +157,8 @@ class EmbeddingCache:
         # computation.
         claimed = [name for name in dict.fromkeys(ids) if name not in computing]
         if claimed:
-            mine = _Computation(claimed, {name for name in claimed if self._changing[name]})
+            mine = Computation(claimed)
+            self._changes.begin(mine)
             computing.update(dict.fromkeys(claimed, mine))
             mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute, computing))
         waits = {name: computing[name] for name in ids}
@@ -175,9 +176,7 @@ class EmbeddingCache:
             )
         return np.stack([found[name] for name in ids])
 
-    async def _find_or_compute(
-        self, mine: "_Computation", compute: Compute, computing: dict[str, "_Computation"]
-    ) -> None:
+    async def _find_or_compute(self, mine: Computation, compute: Compute, computing: dict[str, Computation]) -> None:
         try:
             found = await self.get_many(mine.ids)
             missing = [name for name in mine.ids if name not in found]
@@ -195,6 +194,7 @@ class EmbeddingCache:
         finally:
             for name in mine.ids:
                 del computing[name]
+            self._changes.end(mine)
 
     def _computed(self, ids: Sequence[str], computed: Any) -> dict[str, Value]:
         vectors = list(computed)
@@ -230,55 +230,23 @@ class EmbeddingCache:
 
     async def _write(self, ids: Sequence[str], values: Sequence[Value], ttl: float) -> int:
         writes = [Write(self._key(name), value.raw, ttl) for name, value in zip(ids, values, strict=True)]
-        timeout = self._timeout * (1 + len(writes) // _VALUES_PER_TIMEOUT)
-        return (await vectors_of(self._manager).write(writes, timeout)).count if writes else 0
+        within = self._write_timeout(len(writes))
+        return (await vectors_of(self._manager).write(writes, within)).count if writes else 0
+
+    def _write_timeout(self, values: int) -> float:
+        return self._timeout * (1 + values // _VALUES_PER_TIMEOUT)
 
     async def _change(self, ids: Sequence[str], operation: Callable[[], Awaitable[int]]) -> int:
         """Run *operation* so that it wins over computations of *ids*, begun before or meanwhile."""
-        computing = self._computing.get(asyncio.get_running_loop(), {})
-        self._changing.update(ids)
+        self._changes.changing(ids, 1)
         try:
-            for name in ids:
-                computation = computing.get(name)
-                if computation is None:
-                    continue
-                computation.superseded.add(name)
-                if computation.writing and computation.task is not None:
-                    await asyncio.wait({computation.task})
+            for computation in self._changes.supersede(ids):
+                # Its loop may be another thread's, or was closed meanwhile: a write takes no longer than its deadline.
+                ended = asyncio.wrap_future(computation.ended)
+                await asyncio.wait({ended}, timeout=self._write_timeout(len(computation.ids)))
             return await operation()
         finally:
-            self._changing.subtract(ids)
-            for name in ids:
-                if self._changing[name] <= 0:
-                    del self._changing[name]
-
-
-class _Computation:
-    """Ids that one task looks up and computes for everybody who waits."""
-
-    def __init__(self, ids: Sequence[str], superseded: set[str]) -> None:
-        self.ids = tuple(ids)
-        self.superseded = superseded
-        self.writing = False
-        self.task: asyncio.Task[None] | None = None
-        self.vectors: asyncio.Future[dict[str, Float32Array]] = asyncio.get_running_loop().create_future()
-        self._waiting = 0
-
-    async def result(self) -> dict[str, Float32Array]:
-        """The vectors by id; when the last one to wait is cancelled, so is the computation."""
-        self._waiting += 1
-        try:
-            return await asyncio.shield(self.vectors)
-        finally:
-            self._waiting -= 1
-            if self._waiting == 0 and not self.vectors.done() and self.task is not None:
-                self.task.cancel()
-
-    def fail(self, error: BaseException) -> None:
-        """Let everyone who waits raise *error*."""
-        if not self.vectors.done():
-            self.vectors.set_exception(_raisable(error))
-            self.vectors.exception()  # seen, also when nobody waits any more
+            self._changes.changing(ids, -1)
 
 
 async def _call(compute: Compute, missing: list[str]) -> Any:
@@ -289,15 +257,10 @@ async def _call(compute: Compute, missing: list[str]) -> Any:
         try:
             return compute(missing)
         except StopIteration as error:
-            raise _raisable(error) from error
+            raise raisable(error) from error
 
     computed = await asyncio.to_thread(compute_here)
     return await computed if inspect.isawaitable(computed) else computed
-
-
-def _raisable(error: BaseException) -> BaseException:
-    """What a future can raise in place of *error*: with a `StopIteration` it would never be done."""
-    return RuntimeError("compute raised StopIteration") if isinstance(error, StopIteration) else error
 
 
 def _is_ttl(ttl: object) -> bool:

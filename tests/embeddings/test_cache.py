@@ -9,6 +9,8 @@ import pytest
 import redis as sync_redis
 
 from redis_asgi import EmbeddingCache
+from redis_asgi.connection import RedisManager
+from redis_asgi.embeddings.computing import Computation
 from redis_asgi.embeddings.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
@@ -286,13 +288,16 @@ async def test_a_bare_str_is_no_list_of_ids(cache: EmbeddingCache) -> None:
         await cache.get_or_compute("abc", lambda ids: [[1.0]] * len(ids))
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["the same cache", "another"])
 @pytest.mark.parametrize("change", ["set", "delete"])
 @pytest.mark.parametrize("when", ["computing", "writing"])
 async def test_a_change_while_an_id_is_computed_wins(
-    change: str, when: str, any_settings: Settings, monkeypatch: pytest.MonkeyPatch
+    change: str, when: str, other: bool, any_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set or delete begun before the computation is over decides what is kept."""
-    cache = EmbeddingCache(settings=any_settings)
+    """A set or delete begun before the computation is over decides what is kept, also through another cache."""
+    manager = RedisManager(any_settings)
+    cache = EmbeddingCache(manager)
+    changed_by = EmbeddingCache(manager) if other else cache
     reached, go = asyncio.Event(), asyncio.Event()
 
     async def pause() -> None:
@@ -317,13 +322,53 @@ async def test_a_change_while_an_id_is_computed_wins(
 
     computing = asyncio.ensure_future(cache.get_or_compute(["a"], compute))
     await reached.wait()
-    operation = cache.set_embedding("a", [2.0]) if change == "set" else cache.delete_embedding("a")
+    operation = changed_by.set_embedding("a", [2.0]) if change == "set" else changed_by.delete_embedding("a")
     changing = asyncio.ensure_future(operation)
     await asyncio.sleep(0.01)
     go.set()
     await asyncio.gather(computing, changing)
     kept = await cache.get_embedding("a")
     assert ([2.0] if change == "set" else None) == (None if kept is None else kept.tolist())
+
+
+async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops in threads of their own are one process, too."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=5))
+    write, reached, go = RedisVectors.write, threading.Event(), threading.Event()
+
+    async def slow(self: Any, writes: Any, *rest: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            await asyncio.to_thread(go.wait)
+        return await write(self, writes, *rest)
+
+    monkeypatch.setattr(RedisVectors, "write", slow)
+
+    async def compute() -> None:
+        await EmbeddingCache(manager).get_or_compute(["a"], lambda _: [[1.0]])
+        await manager.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(compute()))
+    thread.start()
+    await asyncio.to_thread(reached.wait)
+    cache = EmbeddingCache(manager)
+    changing = asyncio.ensure_future(cache.set_embedding("a", [2.0]))
+    await asyncio.sleep(0.02)
+    go.set()
+    assert await changing
+    await asyncio.to_thread(thread.join)
+    found = await cache.get_embedding("a")
+    assert [2.0] == (None if found is None else found.tolist())
+
+
+async def test_a_change_waits_no_longer_than_a_write_takes(redis_url: str) -> None:
+    """A loop that was closed amid a write, or left behind by a fork, never ends it."""
+    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.05))
+    left = Computation(["a"])
+    cache._changes.begin(left)
+    left.writing = True
+    async with asyncio.timeout(2):
+        assert await cache.set_embedding("a", [1.0])
 
 
 async def test_vectors_of_two_models_are_not_stacked(cache: EmbeddingCache) -> None:

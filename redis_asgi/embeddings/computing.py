@@ -1,0 +1,88 @@
+"""Computations of `EmbeddingCache` under way, and the changes by others that win over them."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ..settings import Settings
+from .codec import Float32Array
+
+
+class Computation:
+    """Ids that one task looks up and computes for everybody who waits."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = tuple(ids)
+        self.superseded: set[str] = set()  # ids of which somebody else knows better
+        self.writing = False
+        self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.task: asyncio.Task[None] | None = None
+        self.vectors: asyncio.Future[dict[str, Float32Array]] = asyncio.get_running_loop().create_future()
+        self._waiting = 0
+
+    async def result(self) -> dict[str, Float32Array]:
+        """The vectors by id; when the last one to wait is cancelled, so is the computation."""
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self.vectors)
+        finally:
+            self._waiting -= 1
+            if self._waiting == 0 and not self.vectors.done() and self.task is not None:
+                self.task.cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """Let everyone who waits raise *error*."""
+        if not self.vectors.done():
+            self.vectors.set_exception(raisable(error))
+            self.vectors.exception()  # seen, also when nobody waits any more
+
+
+class Changes:
+    """Who computes which ids and who changes them, in all caches of one manager and all loops of the process."""
+
+    def __init__(self, _settings: Settings) -> None:
+        self._changing: Counter[str] = Counter()
+        self._computing: dict[str, set[Computation]] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, computation: Computation) -> None:
+        """Note *computation*; ids that are being changed are superseded at once."""
+        with self._lock:
+            for name in computation.ids:
+                self._computing.setdefault(name, set()).add(computation)
+                if name in self._changing:
+                    computation.superseded.add(name)
+
+    def end(self, computation: Computation) -> None:
+        """Let go of *computation*, and of who waits for it."""
+        with self._lock:
+            for name in computation.ids:
+                self._computing[name].remove(computation)
+                if not self._computing[name]:
+                    del self._computing[name]
+        computation.ended.set_result(None)
+
+    def changing(self, ids: Iterable[str], by: int) -> None:
+        """Note that so many more or fewer are changing each of *ids*."""
+        with self._lock:
+            for name in ids:
+                self._changing[name] += by
+                if not self._changing[name]:
+                    del self._changing[name]
+
+    def supersede(self, ids: Iterable[str]) -> set[Computation]:
+        """Let computations of *ids* keep nothing for them; gives those that are past that."""
+        found: set[Computation] = set()
+        with self._lock:
+            for name in ids:
+                for computation in self._computing.get(name, ()):
+                    computation.superseded.add(name)
+                    found.add(computation)
+        return {computation for computation in found if computation.writing}
+
+
+def raisable(error: BaseException) -> BaseException:
+    """What a future can raise in place of *error*: with a `StopIteration` it would never be done."""
+    return RuntimeError("compute raised StopIteration") if isinstance(error, StopIteration) else error
