@@ -156,18 +156,19 @@ class EmbeddingCache:
         # Claimed before anything is looked up, so that no answer of Redis can be older than a finished
         # computation.
         claimed = [name for name in dict.fromkeys(ids) if name not in computing]
-        if claimed:
-            mine = Computation(claimed)
-            self._changes.begin(mine)
-            computing.update(dict.fromkeys(claimed, mine))
-            mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute, computing))
+        mine = Computation(claimed)
+        self._changes.begin(mine)
+        computing.update(dict.fromkeys(claimed, mine))
         waits = {name: computing[name] for name in ids}
+        if claimed:
+            # After all else, as an eager task may have ended when it is there.
+            mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute, computing))
         self._items.add(collapsed=len(waits) - len(claimed))
         found: dict[str, Float32Array] = {}
         for computation in dict.fromkeys(waits.values()):
             vectors = await computation.result()
             found.update({name: vectors[name] for name, other in waits.items() if other is computation})
-        if claimed and mine.task is not None:
+        if mine.task is not None:
             await asyncio.shield(mine.task)
         lengths = {len(vector) for vector in found.values()}
         if len(lengths) > 1:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,26 @@ async def test_get_or_compute_computes_what_is_missing_once(cache: EmbeddingCach
     assert np.float32 == first.dtype
     assert first.flags.writeable
     assert (0, 0) == (await cache.get_or_compute([], compute)).shape
+
+
+async def test_a_computation_may_be_over_before_its_task_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an eager task is that waits for nothing."""
+    loop = asyncio.get_running_loop()
+
+    def at_once(work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+        with pytest.raises(StopIteration):
+            work.send(None)
+        done = loop.create_future()
+        done.set_result(None)
+        return done
+
+    async def compute(ids: list[str]) -> list[list[float]]:
+        return [[1.0]] * len(ids)
+
+    monkeypatch.setattr(loop, "create_task", at_once)
+    found = await EmbeddingCache(settings=Settings(REDIS_URL="memory://")).get_or_compute(["eager"], compute)
+    monkeypatch.undo()
+    assert [[1.0]] == found.tolist()
 
 
 async def test_a_sync_compute_runs_in_a_worker_thread(cache: EmbeddingCache) -> None:
