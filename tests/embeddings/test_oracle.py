@@ -153,6 +153,32 @@ async def test_usage_over_a_whole_stored_batch_is_what_the_app_counted(any_setti
     assert {"prompt_tokens": 57, "total_tokens": 57} == cold["usage"] == warm["usage"]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("openai", {"usage": None}),
+        ("openai", {"usage": {"prompt_tokens": None, "total_tokens": -1}}),
+        ("openai", {"usage": {"prompt_tokens": 7.0, "total_tokens": 7.0}}),
+        ("ollama", {"prompt_eval_count": None}),
+        ("cohere", {"meta": {"billed_units": {"input_tokens": 7.0}}}),
+        ("cohere", {"meta": {"billed_units": {"input_tokens": None}}}),
+    ],
+)
+async def test_whatever_an_app_says_of_tokens_a_hit_says_too(name: str, said: dict[str, Any], redis_url: str) -> None:
+    """Floats are counts as well; what is no count is left as it is."""
+    path, inputs, build = FORMATS[name]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        await respond(send, orjson.dumps(build(body, body[inputs], Spy()) | said))
+
+    async with client(EmbeddingCacheMiddleware(app, settings=Settings(REDIS_URL=redis_url))) as c:
+        cold, warm = [await c.post(path, json={"model": "m", inputs: ["some text"]}) for _ in range(2)]
+    assert "hit" in cache_status(warm)
+    assert said == {field: warm.json()[field] for field in said}
+    assert cold.json() == warm.json() | ({"id": cold.json()["id"]} if name == "cohere" else {})
+
+
 async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: str) -> None:
     """``billed`` reports the sub-request's tokens and names the rest as cached."""
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_USAGE="billed")

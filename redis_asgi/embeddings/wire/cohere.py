@@ -131,7 +131,7 @@ def _billed(document: Mapping[str, Any]) -> Mapping[str, Any]:
 def _meta(meta: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
     changed = dict(meta)
     units = changed.get("billed_units")
-    if usage.tokens is not None and isinstance(units, dict) and "input_tokens" in units:
+    if usage.tokens is not None and isinstance(units, dict) and count(units.get("input_tokens")) is not None:
         changed["billed_units"] = {**units, "input_tokens": usage.tokens}
     if usage.cached is not None:
         changed["cached_tokens"] = usage.cached

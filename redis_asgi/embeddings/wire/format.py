@@ -230,8 +230,9 @@ def array(pieces: Iterable[bytes]) -> list[bytes]:
 
 
 def count(value: object) -> int | None:
-    """A token count; ``None`` for anything that is none."""
-    return value if type(value) is int and value >= 0 else None
+    """A token count, also one printed as a float; ``None`` for anything that is none."""
+    whole = int(value) if type(value) is float and value.is_integer() else value
+    return whole if type(whole) is int and whole >= 0 else None
 
 
 def vector_list(value: object, n: int) -> list[object] | None:

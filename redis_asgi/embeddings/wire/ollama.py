@@ -75,7 +75,7 @@ class Ollama:
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = dict(frame)
-        if usage.tokens is not None and "prompt_eval_count" in fields:
+        if usage.tokens is not None and count(fields.get("prompt_eval_count")) is not None:
             fields["prompt_eval_count"] = usage.tokens
         before = (piece + b"," for piece in members(fields))
         return [b"{", *before, b'"embeddings":', *array(vectors[Encoding.FLOAT]), b"}"]

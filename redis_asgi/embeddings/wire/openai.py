@@ -71,10 +71,10 @@ class OpenAI:
                 return None
             values[index] = value
             extra = item
-        fields = {name: value for name, value in document.items() if name not in ("data", "usage")}
-        usage = document.get("usage")
-        tokens = None
+        fields = {name: value for name, value in document.items() if name != "data"}
+        usage, tokens = document.get("usage"), None
         if isinstance(usage, dict):
+            del fields["usage"]
             tokens = count(usage.get("prompt_tokens"))
             tokens = tokens if tokens is not None else count(usage.get("total_tokens"))
         # Which representation it is, the values themselves say: some servers ignore encoding_format.
@@ -140,7 +140,8 @@ def _before_vectors(extra: bytes, n: int) -> list[bytes]:
 def _usage(reported: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
     changed = dict(reported)
     if usage.tokens is not None:
-        changed |= {name: usage.tokens for name in ("prompt_tokens", "total_tokens") if name in changed}
+        counted = (name for name in ("prompt_tokens", "total_tokens") if count(changed.get(name)) is not None)
+        changed |= dict.fromkeys(counted, usage.tokens)
     if usage.cached is not None:
         details = changed.get("prompt_tokens_details")
         changed["prompt_tokens_details"] = {
