@@ -423,6 +423,7 @@ class Exchange:
                 text = value.texts.get(encoding)
                 if text is None:
                     text = text_of(value, encoding, keep=keep)
+                    self._core.local.weigh(name, value)
                     if pace.due:
                         await pace.rest()
                 listed.append(text)

@@ -34,7 +34,7 @@ class LocalVectors:
         self._limit = limit if seconds else 0
         self._seconds = seconds
         self._clock = clock
-        self._values: OrderedDict[bytes, tuple[Value, int, int]] = OrderedDict()
+        self._values: OrderedDict[bytes, tuple[Value, int]] = OrderedDict()
         self._seen: OrderedDict[tuple[bytes, bytes], Seen] = OrderedDict()
         self.bytes = 0
         self._lock = threading.Lock()  # loops in several threads may share one middleware
@@ -49,7 +49,7 @@ class LocalVectors:
         kept = self._values.get(name)
         if kept is None:
             return None
-        value, _, texts = kept
+        value = kept[0]
         if value.expires_at is None or value.expires_at <= now:
             self.drop(name)
             return None
@@ -57,8 +57,6 @@ class LocalVectors:
             self._values.move_to_end(name)
         except KeyError:
             return value  # another thread has just dropped it
-        if len(value.texts) != texts:  # rendered in one more representation since
-            self.put(name, value)
         return value
 
     def put(self, name: bytes, value: Value) -> None:
@@ -68,12 +66,18 @@ class LocalVectors:
             self._drop(name)
             if value.expires_at is None or size * 4 > self._limit:
                 return
-            self._values[name] = (value, size, len(value.texts))
+            self._values[name] = (value, size)
             self.bytes += size
             while self.bytes > self._limit:
                 # In one step, as a reader, who takes no lock, may put another at the end meanwhile.
-                _, (_, size, _) = self._values.popitem(last=False)
+                _, (_, size) = self._values.popitem(last=False)
                 self.bytes -= size
+
+    def weigh(self, name: bytes, value: Value) -> None:
+        """Count what was rendered of *value* since it was put, if it is still kept."""
+        kept = self._values.get(name)
+        if kept is not None and kept[0] is value:
+            self.put(name, value)
 
     def drop(self, name: bytes) -> None:
         """Forget a value."""

@@ -71,7 +71,7 @@ def test_loops_in_several_threads_may_share_the_layer() -> None:
             local.forget(epoch)
 
     assert [] == in_threads(work)
-    assert local.bytes == sum(size for _, size, _ in local._values.values()) <= 20_000
+    assert local.bytes == sum(size for _, size in local._values.values()) <= 20_000
 
 
 def test_a_value_that_another_thread_drops_meanwhile_is_still_found() -> None:
@@ -104,7 +104,7 @@ def test_a_reader_does_not_disturb_who_makes_room() -> None:
     local._values = Raced()
     for number in range(9):
         local.put(b"%d" % number, kept())
-    assert 2_000 < local.bytes == sum(size for _, size, _ in local._values.values()) <= 3_000
+    assert 2_000 < local.bytes == sum(size for _, size in local._values.values()) <= 3_000
 
 
 @pytest.mark.usefixtures("often")

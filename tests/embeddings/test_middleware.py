@@ -365,6 +365,21 @@ async def test_the_in_process_layer_answers_without_redis(own_server: Any) -> No
 # Cache-Control and Cache-Status.
 
 
+async def test_another_representation_counts_in_the_process_at_once(redis_url: str) -> None:
+    """Vectors that came as base64 and are asked for as floats take more room, and others go."""
+    limit = 100_000
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=limit)
+    app = EmbeddingCacheMiddleware(server(Spy(dims=100)), settings=settings)
+    items, local = [str(number) for number in range(60)], app._core.local
+    async with client(app) as c:
+        await c.post("/v1/embeddings", json=body(*items, encoding_format="base64"))
+        assert 60 == len(local._values)
+        assert "hit" in cache_status(await c.post("/v1/embeddings", json=body(*items)))
+    values = [value for value, _ in local._values.values()]
+    assert 0 < len(values) < 60
+    assert local.bytes == sum(500 + len(v.raw) + sum(map(len, v.texts.values())) for v in values) <= limit
+
+
 async def test_request_directives(any_settings: Settings) -> None:
     """``no-cache`` and ``max-age=0`` refresh, ``no-store`` leaves no trace, ``only-if-cached`` never calls."""
     spy = Spy()
