@@ -30,7 +30,7 @@ from .local import LocalVectors
 from .pace import Pace
 from .single_flight import Flights, Landing
 from .store import VectorStore, Write, vectors_of
-from .sub_call import Budget
+from .sub_call import process_budget
 from .wire import Batch, Input, WireFormat
 
 logger = logging.getLogger("redis_asgi.embeddings")
@@ -38,7 +38,6 @@ logger = logging.getLogger("redis_asgi.embeddings")
 PartitionBy = Callable[[HTTPConnection], "str | Awaitable[str | None] | None"]
 
 _LAYOUT = b"1"  # of what is hashed; a new one never reads an old one's vectors
-_BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 _CAPPED = int(Flag.CAPPED)
 _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
@@ -85,7 +84,7 @@ class Core:
         self.wall: Callable[[], float] = time.time
         self.monotonic: Callable[[], float] = time.monotonic
         self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, self._now)
-        self.budget = Budget(_BUFFERED_BYTES)
+        self.budget = process_budget()
         self.denials = Denials()
         self.counts = Counts()
         self._ttl = options.ttl

@@ -1,12 +1,15 @@
 """One call of the wrapped app with a body of ours, its answer held back until it is known what it is."""
 
 import asyncio
+import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 from starlette.types import ASGIApp, Message, Scope, Send
 
 from .http_caching import RawHeaders, by_name, is_encoded, is_json
 
+_BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
 
 # Ways to answer that bypass the body messages we read.
@@ -22,21 +25,30 @@ _UNREADABLE_EXTENSIONS = frozenset(
 
 
 class Budget:
-    """The bytes of bodies that this process holds at once, at most *limit*."""
+    """Bytes of bodies that are held at once, at most *limit*."""
 
     def __init__(self, limit: int) -> None:
         self._left = limit
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:
         """Whether *size* more bytes may be held; give them back later."""
-        if size > self._left:
-            return False
-        self._left -= size
-        return True
+        with self._lock:
+            if size > self._left:
+                return False
+            self._left -= size
+            return True
 
     def give(self, size: int) -> None:
         """Give back what was taken."""
-        self._left += size
+        with self._lock:
+            self._left += size
+
+
+@lru_cache(maxsize=1)
+def process_budget() -> Budget:
+    """What all middlewares of this process share, whatever loops they run in."""
+    return Budget(_BUFFERED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

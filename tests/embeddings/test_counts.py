@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from redis_asgi.embeddings.cache import EmbeddingCache
 from redis_asgi.embeddings.counts import Items
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.sub_call import process_budget
 from redis_asgi.embeddings.wire import Batch, Uncacheable
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
@@ -177,11 +178,12 @@ async def test_an_answer_that_may_not_be_stored_is_rejected(
 async def test_a_full_process_and_a_dead_redis_are_bypasses(counted: Telemetry) -> None:
     """``busy``, and ``redis-down`` with the failure of the command."""
     busy = EmbeddingCacheMiddleware(server(Spy()), settings=memory())
-    assert busy._core.budget.take(256 * 1024 * 1024)
     down = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL="redis://127.0.0.1:1/0"))
-    for app in (busy, down):
-        async with client(app) as c:
-            await c.post("/v1/embeddings", json=ask("a"))
+    async with client(busy) as c, client(down) as d:
+        assert process_budget().take(256 * 1024 * 1024)
+        await c.post("/v1/embeddings", json=ask("a"))
+        process_budget().give(256 * 1024 * 1024)
+        await d.post("/v1/embeddings", json=ask("a"))
 
     assert {"busy": 1, "redis-down": 1} == series(counted, "cache_bypass_total")
     assert {"bypass": 2} == series(counted, "cache_requests_total")
