@@ -147,6 +147,22 @@ def tls_server(certificates: Certificates) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.fixture(params=["unix", "tls"])
+def other_socket(private_server: StartServer, request: pytest.FixtureRequest) -> dict[str, str]:
+    """The settings of a server behind a socket of another kind than TCP: a unix socket, or TLS."""
+    if request.param == "unix":
+        return {"REDIS_URL": private_server(unix=True).url}
+    certificates: Certificates = request.getfixturevalue("certificates")
+    server: Server = request.getfixturevalue("tls_server")
+    pair = certificates.client
+    return {
+        "REDIS_URL": server.url,
+        "REDIS_SSL_CA_CERTS": certificates.ca.cert,
+        "REDIS_SSL_CERTFILE": pair.cert,
+        "REDIS_SSL_KEYFILE": pair.key,
+    }
+
+
 @pytest.fixture(scope="session")
 def stranger_server(certificates: Certificates) -> Iterator[Server]:
     """A TLS server whose certificate is good, but made out to another host; no client certificate needed."""

@@ -14,7 +14,6 @@ from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.leased import run
 from redis_asgi.settings import Settings
 
-from ..kit.certificates import Certificates
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -134,19 +133,9 @@ async def test_what_is_no_answer_is_hung_up_on(said: bytes) -> None:
     listener.close()
 
 
-@pytest.mark.parametrize("kind", ["unix", "tls"])
-async def test_every_kind_of_socket(kind: str, private_server: StartServer, request: pytest.FixtureRequest) -> None:
+async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
     """A unix socket and TLS carry a trip as TCP does, larger than a record, with redis-py's commands in between."""
-    values: dict[str, Any] = {"REDIS_POOL_SIZE": 1}
-    if kind == "unix":
-        values["REDIS_URL"] = private_server(unix=True).url
-    else:
-        certificates: Certificates = request.getfixturevalue("certificates")
-        server: Server = request.getfixturevalue("tls_server")
-        pair = certificates.client
-        values |= {"REDIS_URL": server.url, "REDIS_SSL_CA_CERTS": certificates.ca.cert}
-        values |= {"REDIS_SSL_CERTFILE": pair.cert, "REDIS_SSL_KEYFILE": pair.key}
-    manager = RedisManager(Settings(**values))
+    manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = cast("aioredis.Redis", await manager.get_connection())
     for _ in range(3):
         assert [b"y" * 500_000] == await run(client.connection_pool, [("ECHO", b"y" * 500_000)], 5)

@@ -14,7 +14,6 @@ from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.line import LineWire
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 
-from ..kit.certificates import Certificates
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -181,19 +180,9 @@ async def test_two_replies_that_come_together_are_told_apart(private_server: Sta
     await manager.close()
 
 
-@pytest.mark.parametrize("kind", ["unix", "tls"])
-async def test_every_kind_of_socket(kind: str, private_server: StartServer, request: pytest.FixtureRequest) -> None:
+async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
     """A unix socket and TLS carry batches as TCP does, with the checks and commands of others in between."""
-    values: dict[str, Any] = {"REDIS_POOL_SIZE": 1}
-    if kind == "unix":
-        values["REDIS_URL"] = private_server(unix=True).url
-    else:
-        certificates: Certificates = request.getfixturevalue("certificates")
-        server: Server = request.getfixturevalue("tls_server")
-        pair = certificates.client
-        values |= {"REDIS_URL": server.url, "REDIS_SSL_CA_CERTS": certificates.ca.cert}
-        values |= {"REDIS_SSL_CERTFILE": pair.cert, "REDIS_SSL_KEYFILE": pair.key}
-    manager = RedisManager(Settings(**values))
+    manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = await manager.get_connection()
     for turn in range(1, 4):
         assert 100 - turn == remaining(await ask(batcher_of(manager), "203.0.113.200"))
