@@ -1,5 +1,6 @@
 """The command line as an operator runs it: what it prints, where, with which exit code; and never a secret."""
 
+import asyncio
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ import redis_asgi
 from redis_asgi import RateLimiter, Settings
 from redis_asgi.cli import output
 from redis_asgi.cli.commands import app
+from redis_asgi.cli.session import _interruptible
 from redis_asgi.inspection.quotas import partition_of
 from redis_asgi.inspection.rights import rights_of
 from redis_asgi.maintenance import flush_model
@@ -735,6 +737,27 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
         server.resume()
 
     assert (130, "", "") == (process.returncode, out, err)
+
+
+def test_an_interrupt_that_is_lost_is_said_again() -> None:
+    """What swallows a cancellation, as Python 3.11's `asyncio.wait_for` may, does not keep the user waiting."""
+    lost = 0
+
+    async def stubborn() -> None:
+        nonlocal lost
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            lost += 1
+        await asyncio.sleep(60)
+
+    async def interrupted() -> None:
+        async with asyncio.timeout(0.01):
+            await _interruptible(stubborn())
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(interrupted())
+    assert 1 == lost
 
 
 def _connections(port: int) -> int:

@@ -117,10 +117,22 @@ async def greet(manager: RedisManager) -> None:
     await (await manager.get_connection()).ping()
 
 
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """What *work* returns; an interrupt ends it, although Python 3.11 loses one that meets `asyncio.wait_for`'s end."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.5)
+        raise
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """What *work* returns; Redis at fault ends the command with exit code 1, an interrupt with 130."""
     try:
-        return asyncio.run(work)
+        return asyncio.run(_interruptible(work))
     except (ConfigurationError, UnicodeError) as error:
         output.error(str(error))
         raise typer.Exit(MISUSED) from None

@@ -200,6 +200,7 @@ HEAVY: list[tuple[str, bytes, float]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("content", "times"), [h[1:] for h in HEAVY], ids=[h[0] for h in HEAVY])
 async def test_requests_that_wait_hold_little_more_than_their_bytes(
     content: bytes, times: float, settings: Settings

@@ -34,6 +34,7 @@ def served(app: ASGIApp) -> Iterator[str]:
         listener.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local", [0, 64 * 1024 * 1024])
 def test_cold_then_warm_a_hundred_times(local: int, redis_url: str) -> None:
     """512 inputs: the second request never reaches the app, from Redis and from the process."""
