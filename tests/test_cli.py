@@ -728,7 +728,13 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
         command = [sys.executable, "-m", "redis_asgi", "peek", "192.0.2.1"]
         environment = clean_environment(REDIS_URL=server.url)
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            # A shell starts what runs in its background with this signal ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads
         ) as process:
             wait_until(lambda: _connections(server.port) > before, "it has connected")
             process.send_signal(signal.SIGINT)

@@ -8,7 +8,6 @@ Floats are answered numerically identical to how they were first seen. Three kin
 """
 
 import binascii
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -125,8 +124,3 @@ def text_of(value: Value, encoding: Encoding, *, keep: bool) -> bytes:
         if keep:
             value.texts[encoding] = text = trimmed(text) if encoding is not _BASE64 else text
     return text
-
-
-def same_length(values: Sequence[Value]) -> bool:
-    """Whether all *values* have as many numbers as the first."""
-    return len({value.dims for value in values}) <= 1
