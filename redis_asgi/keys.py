@@ -7,7 +7,8 @@ Layout of the package's own keys, after the user's ``REDIS_KEY_PREFIX``::
     rate_limit:{203.0.113.7}:default:m60:1      the log of one moving-window policy, in the same slot
     embedding:{context_id}                      one vector of `EmbeddingCache`; no braces in the real key
     embedding_input:v1:<sha256>                 one vector of the middleware
-    embedding_lease:v1:<sha256>                 that the app itself answered a credential
+    embedding_lease:v1:<sha256>                 that the app itself answered such a request of a credential
+    embedding_denied:v1:<sha256>                when the app last did not know a credential
     embedding_epoch:v1:<sha256>                 8 random bytes; vectors that carry others are misses
 
 The braces of ``rate_limit`` are Redis Cluster's hash tag: all keys of a partition live in one slot.
@@ -108,8 +109,13 @@ def embedding_input_prefix(prefix: str) -> bytes:
 
 
 def embedding_lease_key(prefix: str, parts: Iterable[bytes], *, secret: str | None = None) -> bytes:
-    """The key of the record that an app answered a credential itself."""
+    """The key of the record that an app answered such a request of a credential itself."""
     return f"{prefix}embedding_lease:v1:{cache_digest(parts, secret=secret).hexdigest()}".encode()
+
+
+def embedding_denied_key(prefix: str, parts: Iterable[bytes], *, secret: str | None = None) -> bytes:
+    """The key of the record that an app did not know a credential."""
+    return f"{prefix}embedding_denied:v1:{cache_digest(parts, secret=secret).hexdigest()}".encode()
 
 
 def embedding_epoch_key(prefix: str, namespace: str, model: str, *, secret: str | None = None) -> bytes:

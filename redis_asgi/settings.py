@@ -159,9 +159,18 @@ _File = Annotated[str, AfterValidator(_readable)]
 
 def _header_names(value: tuple[str, ...]) -> tuple[str, ...]:
     for name in value:
-        if not _TOKEN.fullmatch(name):
-            raise ValueError(f"{name!r} is not a header name")
+        if not _TOKEN.fullmatch(name) or "*" in name[:-1] or name == "*":
+            raise ValueError(f"{redact(name)} is not a header name, nor the beginning of some and a *")
     return tuple(name.lower() for name in value)
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether two header names, each perhaps the beginning of some and a ``*``, can stand for the same one."""
+    if name.endswith("*") and other.endswith("*"):
+        return name[:-1].startswith(other[:-1]) or other[:-1].startswith(name[:-1])
+    if name.endswith("*"):
+        return other.startswith(name[:-1])
+    return name.startswith(other[:-1]) if other.endswith("*") else name == other
 
 
 def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -170,6 +179,20 @@ def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
         if not re.fullmatch(r"[a-z0-9_]+", name) or (colon and not path.startswith("/")):
             raise ValueError("not a list of NAME or NAME:/path")
     return value
+
+
+# Who asks, wherever clients, gateways and meshes put that.
+_CREDENTIAL_HEADERS = """
+authorization proxy-authorization api-key apikey x-api-key x-goog-api-key x-litellm-api-key ocp-apim-subscription-key
+x-auth-token x-amz-security-token x-forwarded-authorization x-forwarded-access-token x-forwarded-user x-forwarded-email
+cf-access-jwt-assertion x-goog-iap-jwt-assertion cookie x-forwarded-client-cert client-cert client-cert-chain
+x-forwarded-tls-client-cert x-forwarded-tls-client-cert-info x-client-cert x-ssl-client-cert ssl-client-cert
+x-ssl-client-verify x-ssl-client-s-dn x-arr-clientcert x-amzn-mtls-clientcert* x-amzn-oidc-* x-ms-client-principal*
+x-ms-token-* x-goog-authenticated-user-* x-serverless-authorization cf-access-client-id cf-access-client-secret
+cf-access-authenticated-user-email x-auth-request-* x-forwarded-groups x-forwarded-preferred-username x-access-token
+x-consumer-* x-credential-identifier l5d-client-id x-portkey-api-key helicone-auth remote-user x-remote-user
+x-authenticated-user* x-session-token x-csrf-token
+"""
 
 
 class Settings(BaseSettings):
@@ -240,11 +263,18 @@ class Settings(BaseSettings):
         300.0, examples=[300, "off"]
     )
     EMBEDDING_CACHE_CREDENTIAL_HEADERS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
-        ("authorization", "api-key", "x-api-key", "cookie"), examples=["authorization,x-api-key"]
+        tuple(_CREDENTIAL_HEADERS.split()), examples=["authorization,x-api-key,x-auth-request-*"]
     )
-    EMBEDDING_CACHE_VARY: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
-        ("openai-organization", "openai-project", "x-litellm-tags"), examples=["openai-organization,x-tenant"]
+    EMBEDDING_CACHE_KEYED_HEADERS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
+        (), examples=["user-agent,baggage"]
     )
+    EMBEDDING_CACHE_IGNORED_HEADERS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
+        (), examples=["x-session,x-pod-*"]
+    )
+    EMBEDDING_CACHE_IGNORED_FIELDS: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("user", "request_id", "priority"), examples=["user,rid,metadata.trace_id"]
+    )
+    EMBEDDING_CACHE_BODY_SECONDS: float = Field(30.0, gt=0, le=3600, allow_inf_nan=False, examples=[30])
     EMBEDDING_CACHE_USAGE: CacheUsage = Field("original", examples=["original"])
     EMBEDDING_CACHE_DTYPE: CacheDType = Field("float32", examples=["float32"])
     EMBEDDING_CACHE_L1_BYTES: int = Field(64 * 1024 * 1024, ge=0, examples=[67108864])
@@ -295,7 +325,19 @@ class Settings(BaseSettings):
             raise ValueError(f"REDIS_URL={redact(url)}: REDIS_CLUSTER needs TCP. Try redis://localhost:6379.")
         if self.REDIS_CLUSTER and url.startswith("redis") and parse_url(url).get("db"):
             raise ValueError(f"REDIS_URL={redact(url)}: Redis Cluster has only database 0. Try it without.")
+        self._check_ignored_headers()
         return self
+
+    def _check_ignored_headers(self) -> None:
+        """What is ignored opens no door and parts no tenants, so a credential cannot be."""
+        never = (*self.EMBEDDING_CACHE_CREDENTIAL_HEADERS, "content-type", *self.EMBEDDING_CACHE_KEYED_HEADERS)
+        for name in self.EMBEDDING_CACHE_IGNORED_HEADERS:
+            other = next((other for other in never if _overlap(name, other)), None)
+            if other is not None:
+                raise ValueError(
+                    f"EMBEDDING_CACHE_IGNORED_HEADERS={name!r} would ignore {other!r}, which says who asks or what. "
+                    "Try x-pod, or take it out of EMBEDDING_CACHE_CREDENTIAL_HEADERS or _KEYED_HEADERS first."
+                )
 
     @property
     def is_memory(self) -> bool:
@@ -332,7 +374,9 @@ _LISTS = (
     "RATE_LIMIT_EXEMPT_PATHS",
     "EMBEDDING_CACHE_ROUTES",
     "EMBEDDING_CACHE_CREDENTIAL_HEADERS",
-    "EMBEDDING_CACHE_VARY",
+    "EMBEDDING_CACHE_KEYED_HEADERS",
+    "EMBEDDING_CACHE_IGNORED_HEADERS",
+    "EMBEDDING_CACHE_IGNORED_FIELDS",
 )
 
 

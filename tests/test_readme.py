@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import redis
 from annotated_types import Ge, Gt, Le
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from starlette.responses import PlainTextResponse
@@ -277,6 +277,7 @@ async def test_embedding_keys_are_those_shown(settings: Settings, redis_client: 
     await EmbeddingCache(settings=settings).set_embedding("doc-1", [0.5] * 1536)
     async with embedding_client(settings) as client:
         await client.post("/v1/embeddings", json={"model": "m", "input": "a text"})
+        await client.post("/v1/embeddings", json={"model": "m", "input": "a text"}, headers={"x-api-key": "unknown"})
 
     left: Any = redis_client.keys()
     keys = {re.sub(r"[0-9a-f]{64}", "<sha256>", key.decode()): key for key in left}
@@ -308,6 +309,8 @@ def embedding_client(settings: Settings) -> httpx.AsyncClient:
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> dict[str, Any]:
+        if "x-api-key" in request.headers:
+            raise HTTPException(401)
         body = await request.json()
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         data = [{"object": "embedding", "index": i, "embedding": [0.5] * 1536} for i in range(len(texts))]

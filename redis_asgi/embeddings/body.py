@@ -1,5 +1,6 @@
 """Reading a request's body without taking it from the app: what was read can be replayed, to the byte."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,25 +16,36 @@ class Body:
     Attributes:
         messages: As they came, small ones put together.
         content: The whole body; ``None`` when it was not read to its end.
+        coming: The next message, which did not come in time.
     """
 
     messages: Sequence[Message]
     content: bytes | None
+    coming: "asyncio.Task[Message] | None" = None
 
     def replay(self, receive: Receive) -> Receive:
         """A ``receive`` that gives what was read, then what *receive* gives."""
         messages = iter(self.messages)
+        coming = self.coming
 
         async def replayed() -> Message:
+            nonlocal coming
             for message in messages:
+                return message
+            if coming is not None:
+                # Shielded: an app that stops waiting for it may ask again.
+                message = await asyncio.shield(coming)
+                coming = None
                 return message
             return await receive()
 
         return replayed
 
 
-async def read_body(receive: Receive, limit: int, budget: Budget) -> tuple[Body, int]:
-    """Read up to *limit* bytes; stops at a disconnect and where *budget* ends.
+async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float) -> tuple[Body, int]:
+    """Read up to *limit* bytes in up to *seconds*; stops at a disconnect and where *budget* ends.
+
+    Who sends a little and then waits holds memory that others need; nothing is held before the first bytes are there.
 
     Returns:
         What was read, and how many bytes of *budget* it holds.
@@ -41,9 +53,20 @@ async def read_body(receive: Receive, limit: int, budget: Budget) -> tuple[Body,
     messages: list[Message] = []
     chunks: list[bytes] = []
     held = 0
+    deadline: float | None = None
+    coming: asyncio.Task[Message] | None = None
     try:
         while True:
-            message = await receive()
+            if deadline is None:
+                message = await receive()
+                deadline = asyncio.get_running_loop().time() + seconds
+            else:
+                coming = asyncio.ensure_future(_next(receive))
+                # Not a time-out around it: a message that comes while it is cancelled could be lost.
+                await asyncio.wait({coming}, timeout=deadline - asyncio.get_running_loop().time())
+                if not coming.done():
+                    return Body(messages, None, coming), held
+                message, coming = coming.result(), None
             chunk = message.get("body", b"")
             if message["type"] != "http.request" or held + len(chunk) > limit or not budget.take(len(chunk)):
                 return Body([*messages, message], None), held
@@ -58,5 +81,11 @@ async def read_body(receive: Receive, limit: int, budget: Budget) -> tuple[Body,
                 return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
     except BaseException:
         # Cancelled, or stopped by what stands outside of us.
+        if coming is not None and not coming.cancel() and not coming.cancelled():
+            coming.exception()  # seen: the cancellation came first
         budget.give(held)
         raise
+
+
+async def _next(receive: Receive) -> Message:
+    return await receive()

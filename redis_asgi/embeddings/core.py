@@ -5,44 +5,38 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 
 from ..connection import RedisManager
-from ..keys import (
-    Digest,
-    cache_digest,
-    embedding_epoch_key,
-    embedding_input_key,
-    embedding_input_prefix,
-    embedding_lease_key,
-    length_prefixed,
-)
 from ..settings import Settings
 from .codec import NO_EPOCH, Flag, Value
 from .counts import Counts
-from .http_caching import Fields, RawHeaders, Storable, by_name, storable
-from .lease import Denials, Lease, encode_lease
+from .headers import HeaderClass
+from .identity import Identities, Identity
+from .lease import MODEL_SECONDS, Denials, Lease, encode_denied, encode_lease
 from .local import LocalVectors
+from .misfits import Misfits
+from .novelty import Novelty, scalars
 from .pace import Pace
 from .single_flight import Flights, Landing
 from .store import VectorStore, Write, vectors_of
 from .sub_call import process_budget
-from .wire import Batch, Input, WireFormat
+from .wire import Batch
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
 PartitionBy = Callable[[HTTPConnection], "str | Awaitable[str | None] | None"]
 
-_LAYOUT = b"1"  # of what is hashed; a new one never reads an old one's vectors
 _CAPPED = int(Flag.CAPPED)
 _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
 _CLAIM_TTL = 600.0  # seconds; whoever names models that the app does not have fills Redis no longer
 _EPOCH_BYTES = 8
+_LAST = 0.1  # of a lease, in which one request asks the app early
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +50,10 @@ class Options:
     partition_by: PartitionBy | None
     settings: Settings
 
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Where a request's records are.
-
-    Attributes:
-        scope: The digest that input keys begin with.
-        lease_name: The lease's key.
-        epoch_name: The epoch's key.
-    """
-
-    scope: Digest
-    lease_name: bytes
-    epoch_name: bytes
+    @property
+    def lease_seconds(self) -> float:
+        """For how long a full hit is answered after the app was asked; 0 = never."""
+        return min(self.ttl if self.lease is None else self.lease, MODEL_SECONDS)
 
 
 class Core:
@@ -85,16 +69,20 @@ class Core:
         self.monotonic: Callable[[], float] = time.monotonic
         self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, self._now)
         self.budget = process_budget()
+        self.identities = Identities(
+            settings,
+            namespace=options.namespace,
+            share=options.share,
+            partitioned=options.partition_by is not None,
+            trusting=options.lease is None,
+        )
         self.denials = Denials()
+        self.misfits = Misfits()
         self.counts = Counts()
+        self._novelty = Novelty()
+        self._lease_seconds = options.lease_seconds
         self._ttl = options.ttl
         self._ttl_spread = options.ttl * settings.EMBEDDING_CACHE_TTL_JITTER / 0xFFFFFFFF
-        self._secret = settings.key_secret
-        self._prefix = settings.REDIS_KEY_PREFIX
-        self._input_prefix = embedding_input_prefix(self._prefix)
-        self._credentials = tuple(name.encode() for name in settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS)
-        self._vary = tuple(name.encode() for name in settings.EMBEDDING_CACHE_VARY)
-        self.keyed = frozenset(settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS + settings.EMBEDDING_CACHE_VARY)
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
 
@@ -122,40 +110,16 @@ class Core:
             self._said.add(event)
             logger.warning(event, extra=details)
 
-    # Names.
-
-    def identify(self, scope: Scope, fields: Fields, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
-        """The keys of a request; whatever may change a vector is in, so the unknown can only cause a miss."""
-        namespace = self.options.namespace
-        # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
-        path = scope["path"].encode("utf-8", "surrogatepass")
-        raw_path = (scope.get("raw_path") or path).partition(b"?")[0]
-        where = length_prefixed((wire.name.encode(), path, raw_path, scope.get("query_string", b"")))
-        credential = length_prefixed(_flat(fields, self._credentials))
-        if partition is not None:
-            owner = (b"partition", partition.encode("utf-8", "surrogatepass"))
-        elif self.options.share:
-            owner = (b"share", b"")
-        else:
-            owner = (b"credential", credential)
-        varied = length_prefixed(_flat(fields, self._vary))
-        digest = cache_digest(
-            (_LAYOUT, namespace.encode(), *owner, where, varied, batch.model.encode(), batch.scope),
-            secret=self._secret,
+    def is_defeated_by(self, identity: Identity, batch: Batch) -> bool:
+        """Whether something in the key is new in every request, so that nothing that is stored is found again."""
+        again = identity.marks is not None
+        if identity.marks is None:
+            fields = scalars(batch.fields, self.settings.EMBEDDING_CACHE_IGNORED_FIELDS)
+            identity.marks = self._novelty.marks(identity.told.keyed, fields)
+        headers = self.identities.headers
+        return self._novelty.defeats(
+            identity.marks, again=again, is_credential=lambda name: headers.class_of(name) is HeaderClass.CREDENTIAL
         )
-        origin = length_prefixed(fields.get(b"origin", ()))
-        who = b"" if self.options.lease is None else credential
-        lease_parts = (_LAYOUT, namespace.encode(), who, where, batch.model.encode(), origin)
-        return Identity(
-            digest,
-            embedding_lease_key(self._prefix, lease_parts, secret=self._secret),
-            embedding_epoch_key(self._prefix, namespace, batch.model, secret=self._secret),
-        )
-
-    def input_names(self, identity: Identity, items: Iterable[Input]) -> list[bytes]:
-        """The keys of the vectors of *items*."""
-        prefix, scope = self._input_prefix, identity.scope
-        return [embedding_input_key(prefix, scope, item.kind, item.canonical) for item in items]
 
     # Time to live.
 
@@ -187,12 +151,40 @@ class Core:
                 last[value.born] = suffix
         return min(min(now, born) + self.ttl_of(suffix) for born, suffix in last.items())
 
-    def lease_left(self, lease: Lease | None) -> float:
+    # Leases.
+
+    def lease_left(self, identity: Identity, lease: Lease | None) -> float:
         """Seconds for which *lease* lets a full hit through; 0 or less = not."""
-        if lease is None:
+        if lease is None or self.is_denied(identity, lease.asked_at):
             return 0.0
-        duration = self.options.ttl if self.options.lease is None else self.options.lease
-        return lease.remaining(duration, self.wall())
+        return lease.remaining(self._lease_seconds, self.wall())
+
+    def ends_soon(self, left: float) -> bool:
+        """Whether a lease of which *left* seconds are left is in its last tenth."""
+        return left < self._lease_seconds * _LAST
+
+    def is_denied(self, identity: Identity, asked_at: float) -> bool:
+        """Whether the app has refused this caller since he asked at *asked_at*, as far as this process knows."""
+        return self.denials.since((identity.lease_name, identity.denied_name), asked_at)
+
+    async def deny(self, identity: Identity, status: int) -> None:
+        """The app has refused this caller (401, 403): no full hit for him until the app answers him again.
+
+        A 401 says that it does not know him, so that no lease of his stands, whatever it was for.
+        """
+        now = self.wall()
+        names = [identity.lease_name]
+        self.local.grant(identity.epoch_name, identity.lease_name, None)
+        if status == 401 and self.options.lease is not None:
+            names.append(identity.denied_name)
+        for name in names:
+            self.denials.note(name, now)
+        if self.options.lease == 0:
+            return
+        await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
+        if len(names) > 1 and self.options.lease:
+            record = Write(identity.denied_name, encode_denied(now), self.options.lease)
+            await self.store.write([record], self.settings.EMBEDDING_CACHE_TIMEOUT)
 
     # Epochs.
 
@@ -215,18 +207,12 @@ class Core:
 
     # Writing.
 
-    def may_store(self, headers: RawHeaders) -> Storable:
-        """Whether an answer with *headers* may be stored."""
-        return storable(by_name(headers), self.keyed)
-
     async def keep(self, identity: Identity, landing: Landing, asked_at: float, epoch: bytes) -> None:
         """Write an answer's vectors and its lease; in Redis, and in this process. Nothing without an epoch."""
-        if landing.refusal is not None:
-            self.counts.rejected(landing.refusal)
-            if landing.refusal == "response-no-store":
-                self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
+        if landing.rule.refusal is not None:
+            self._say_not_kept(landing)
             return
-        if epoch == NO_EPOCH:
+        if epoch == NO_EPOCH or landing.is_stray:
             return
         if not self.options.namespace:
             self.say_once(
@@ -235,7 +221,7 @@ class Core:
                 "Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
             )
         now = self.wall()
-        cap = self.may_store(landing.reply.headers).max_age
+        cap = landing.rule.max_age
         vectors: list[Write] = []
         pace = Pace()
         for name, value in landing.values.items():
@@ -245,40 +231,38 @@ class Core:
                 self.local.put(name, value)
             if pace.due:
                 await pace.rest()
-        lease = self._lease_write(identity, landing.lease, asked_at)
+        lease = self._lease_write(identity, landing, asked_at)
         if lease:
             self.local.grant(identity.epoch_name, identity.lease_name, landing.lease)
         renewal = Write(identity.epoch_name, b"", self._epoch_ttl, "renew")
         began = time.perf_counter()
         done = await self.store.write([renewal, *lease, *vectors])
         self.counts.store_seconds.observe(time.perf_counter() - began)
-        if lease and self.denials.since(identity.lease_name, asked_at):
+        if lease and self.is_denied(identity, asked_at):
             # Refused meanwhile, and deleted perhaps before it was there.
             await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
         # The lease is the first that counts, the vectors are the last written.
         kept = vectors[: max(0, done.count - len(lease))]
         self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))
 
-    def _lease_write(self, identity: Identity, lease: Lease, asked_at: float) -> list[Write]:
-        duration = self.options.ttl if self.options.lease is None else self.options.lease
-        record = encode_lease(lease) if duration > 0 else None
-        if record is None or self.denials.since(identity.lease_name, asked_at):
+    def _lease_write(self, identity: Identity, landing: Landing, asked_at: float) -> list[Write]:
+        if self._lease_seconds <= 0 or not landing.repeatable or self.is_denied(identity, asked_at):
             return []
-        return [Write(identity.lease_name, record, duration)]
+        record = encode_lease(identity.lease_name, landing.lease)
+        return [Write(identity.lease_name, record, self._lease_seconds)] if record is not None else []
 
-    async def deny(self, identity: Identity) -> None:
-        """The app has refused this credential: no full hit for it until the app answers it again."""
-        self.denials.note(identity.lease_name, self.wall())
-        self.local.grant(identity.epoch_name, identity.lease_name, None)
-        await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
-
-
-def _flat(fields: Fields, names: Iterable[bytes]) -> list[bytes]:
-    flat: list[bytes] = []
-    for name in names:
-        values = fields.get(name, ())
-        flat += (b"%d" % len(values), *values)
-    return flat
+    def _say_not_kept(self, landing: Landing) -> None:
+        refusal = landing.rule.refusal or ""
+        self.counts.rejected(refusal)
+        if refusal == "response-no-store":
+            self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
+        elif refusal == "vary":
+            name = landing.rule.varies_by
+            self.say_once(
+                "redis_asgi.embedding_response_varies",
+                header=name,
+                fix=f"Its Vary names a header that is not in the key. Put {name} into EMBEDDING_CACHE_KEYED_HEADERS.",
+            )
 
 
 def new_epoch() -> bytes:

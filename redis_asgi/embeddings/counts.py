@@ -1,14 +1,14 @@
 """What the cache adds to the process's telemetry, its children bound once; no label carries a text or a key."""
 
 from time import monotonic
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import Failure
 from ..telemetry import telemetry
 from ..tracing import annotate_span
 
 Result = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
-Rejection = Literal["response-no-store", "vary", "not-understood", "status"]
+Rejection = Literal["response-no-store", "vary", "not-understood", "status", "unique-header", "integers"]
 
 _RESULTS: tuple[Result, ...] = ("hit", "miss", "partial", "bypass", "stale", "error")
 # The tokens of `Cache-Status`; "partition" is what a partition_by let pass, and "other" a wire format's own word.
@@ -17,6 +17,7 @@ _BYPASSES = (
     "busy",
     "encoding",
     "integers",
+    "item-lists",
     "late-chunking",
     "multi-vector",
     "no-store",
@@ -28,9 +29,10 @@ _BYPASSES = (
     "replayed",
     "response-no-store",
     "too-large",
+    "unique-header",
     "vary",
 )
-_REJECTIONS: tuple[Rejection, ...] = ("response-no-store", "vary", "not-understood", "status")
+_REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 
 
 class Items:

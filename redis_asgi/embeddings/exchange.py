@@ -6,7 +6,7 @@ before the app has been asked ends in `_bypass`: the app gets the original bytes
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -16,16 +16,17 @@ from ..errors import Failure
 from . import http_caching as http
 from .body import Body, read_body
 from .codec import NO_EPOCH, Value
-from .core import Core, Identity
-from .counts import Counted, Result
+from .core import Core
+from .counts import Result
+from .identity import Identity, mark_of
 from .landing import Asked, read_reply
 from .lease import Lease, shortest
 from .lookup import Found, look_up
+from .outcome import Outcome
 from .pace import Pace
 from .reading import head_refusal, partition_of, split
-from .result import EmbeddingCacheResult
 from .routes import Matched
-from .sending import send_joined, send_not_cached, with_status
+from .sending import send_joined, send_not_cached
 from .single_flight import Flight, Landing
 from .sub_call import Reply, SubCall
 from .tokens import count_all, reported
@@ -34,6 +35,7 @@ from .waiting import Waiting
 from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
+_REFUSALS = (401, 403)
 _SUCCESS = 2  # hundred and something
 _NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 
@@ -47,38 +49,33 @@ class Exchange:
         self._matched = matched
         self._scope = scope
         self._receive = receive
-        self._send = send
         self._headers: http.RawHeaders = scope["headers"]
         self._fields = http.by_name(self._headers)
         self._wanted = http.wanted(self._fields)
+        self._outcome = Outcome(core.counts, scope, send, status=core.settings.EMBEDDING_CACHE_STATUS)
         self._body = Body((), None)
         self._batch: Batch
-        self._identity: Identity | None = None
+        self._identity: Identity
+        self._is_known = False  # the line above is there
         self._found = Found()
         self._slots: list[bytes] = []  # one key per input sent
         self._inputs: dict[bytes, Input] = {}  # different inputs by key, in the order sent
         self._values: dict[bytes, Value] = {}
-        self._hits = 0
-        self._collapsed = 0
-        self._billed = 0  # tokens the app counted for this request
+        self._refusal: str | None = None  # why nothing is written, whatever the app answers
         self._forced = False  # something is forwarded only because there is no lease
+        self._early = False  # the same, although there is one still
         self._waiting = Waiting()
         self._pace = Pace()
         self._own: list[Flight] = []
+        self._found_bytes = 0  # of the vectors that were stored
         self._replayed: Flight | None = None
-        self._counted = Counted(core.counts)
-        self._looked_up = False  # and the request is answered with what was found
-        self._found_bytes = 0
 
     async def run(self) -> None:
         """Answer the request, and count it."""
         try:
             await self._run()
         finally:
-            if self._looked_up:
-                misses = len(self._inputs) - self._hits - self._collapsed
-                self._core.counts.items.add(self._hits, misses, self._collapsed)
-            self._counted.end()
+            self._outcome.end()
 
     async def _run(self) -> None:
         core = self._core
@@ -90,11 +87,10 @@ class Exchange:
         if partition_by is not None:
             partition = await partition_of(self._scope, partition_by)
             if partition is None:
-                self._counted.turns_out("bypass", "partition")
-                await core.app(self._scope, self._receive, self._send)
+                await self._bypass("partition")
                 return
-        limit = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
-        self._body, held = await read_body(self._receive, limit, core.budget)
+        limit, seconds = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, core.settings.EMBEDDING_CACHE_BODY_SECONDS
+        self._body, held = await read_body(self._receive, limit, core.budget, seconds)
         try:
             await self._run_with_body(partition)
         finally:
@@ -107,77 +103,75 @@ class Exchange:
             await self._bypass(batch.detail)
             return
         self._batch = batch
+        core = self._core
         try:
-            self._identity = self._core.identify(self._scope, self._fields, self._wire, batch, partition)
+            told = core.identities.headers.read(self._fields)
+            self._identity = core.identities.identify(self._scope, told, self._wire, batch, partition)
             await self._name_inputs(self._identity)
         except Exception as error:
             self._say_broken("split", error)
             await self._bypass("not-understood")
             return
+        self._is_known = True
         if not self._wanted.store:
             await self._bypass("no-store")
             return
-        found = await look_up(self._core, self._identity, self._inputs, self._wanted, batch.encodings, self._pace)
+        if core.is_defeated_by(self._identity, batch):
+            self._refusal = "unique-header"
+        found = await look_up(core, self._identity, self._inputs, self._wanted, batch.encodings, self._pace)
         if isinstance(found, Failure):
             await self._bypass("redis-down")
             return
         self._found, self._values = found, found.values
-        self._looked_up = True
-        self._found_bytes = sum([len(value.raw) for value in found.values.values()])
-        some_missing = len(self._values) < len(self._inputs)
-        missing = [name for name in self._inputs if name not in self._values] if some_missing else []
-        self._hits = len(self._inputs) - len(missing)
+        self._outcome.looked_up = True
+        self._found_bytes = sum([len(value.raw) for value in (found.values or found.provisional).values()])
+        missing = self._missing()
+        left = core.lease_left(self._identity, found.lease) if not missing else 0.0
         if not self._fits():
-            await self._start_over(self._identity)
-        elif not missing and self._core.lease_left(self._found.lease) > 0:
+            await self._start_over()
+        elif left > 0 and not self._asks_early(left):
             await self._answer_hit()
         elif self._wanted.only_if_cached:
-            self._looked_up = False
-            self._counted.turns_out("miss")
-            await send_not_cached(self._send)
+            send = self._outcome.says("miss", http.status(detail="only-if-cached"))
+            self._outcome.looked_up = False
+            await send_not_cached(send)
         else:
-            await self._forward(self._identity, missing)
+            await self._forward(missing)
 
     async def _name_inputs(self, identity: Identity) -> None:
         pace = self._pace
         for start in range(0, len(self._batch.inputs), _NAMES_AT_ONCE):
             items = self._batch.inputs[start : start + _NAMES_AT_ONCE]
-            names = self._core.input_names(identity, items)
+            names = self._core.identities.input_names(identity, items)
             self._slots += names
             self._inputs.update(zip(names, items, strict=True))
             if pace.due:
                 await pace.rest()
 
+    def _missing(self) -> list[bytes]:
+        """The keys of inputs that nothing at hand will do for."""
+        values, provisional = self._values, self._found.provisional
+        if len(values) == len(self._inputs):
+            return []
+        return [name for name in self._inputs if name not in values and name not in provisional]
+
     def _fits(self) -> bool:
         """Whether all vectors at hand are of one length."""
         return len({value.dims for value in self._values.values()}) <= 1
 
+    def _asks_early(self, left: float) -> bool:
+        """Whether this request asks the app before the lease, of which *left* seconds are left, ends for all."""
+        self._early = self._core.ends_soon(left) and not self._wanted.only_if_cached and self._renewal() is None
+        return self._early
+
     # Asking the app.
 
-    async def _forward(self, identity: Identity, missing: list[bytes]) -> None:
+    async def _forward(self, missing: list[bytes]) -> None:
         """Join what is under way, forward the rest, and answer with all of it."""
-        joined = self._join(missing)
-        own = [name for name in missing if name not in joined]
-        # With another max-age, or without no-cache, they may be stored after all.
-        filling = self._wanted.lookup and self._wanted.max_age is None and bool(own)
-        if not own and self._must_ask(identity, joined):
-            names = list(self._inputs)
-            own = [names[shortest([len(self._inputs[name].canonical) for name in names])]]
-            joined.pop(own[0], None)
-            self._forced = not missing
-        self._collapsed = len(joined)
-        self._note("partial" if self._hits else "miss", misses=len(own))
-        self._counted.turns_out("stale" if self._forced else "partial" if self._hits else "miss")
-        flight = self._begin(identity, own, shared=True, filling=filling) if own else None
-        if own and flight is None:
-            await self._bypass("not-understood")
-            return
-        for other in set(joined.values()):
-            self._waiting.wait_for(other)
         self._waiting.watch(self._receive)
         cancelled = True
         try:
-            await self._answer_with(identity, flight, joined)
+            await self._ask(missing)
             cancelled = False
         finally:
             for flown in self._own:
@@ -187,8 +181,54 @@ class Exchange:
             if mine.task is not None:
                 await asyncio.shield(mine.task)
             if mine.call.error is not None and mine is not self._replayed and not mine.call.cancelled:
-                self._counted.turns_out("error")
+                self._outcome.fails()
                 raise mine.call.error
+
+    async def _ask(self, missing: list[bytes]) -> None:
+        if missing or self._found.provisional:
+            core, scope = self._core, self._identity.scope_name
+            if self._wanted.lookup and core.misfits.remembers(scope, core.monotonic()):
+                await self._answer_whole("not-understood")
+                return
+        if not missing and self._found.lease is None and await self._is_let_in():
+            missing = self._missing()
+            if not missing:
+                await self._answer_collapsed()
+                return
+        joined = self._join(missing)
+        own = [name for name in missing if name not in joined]
+        # With another max-age, or without no-cache, they may be stored after all.
+        filling = self._wanted.lookup and self._wanted.max_age is None and bool(own)
+        if not own and self._must_ask(joined):
+            names = list(self._inputs)
+            own = [names[shortest([len(self._inputs[name].canonical) for name in names])]]
+            joined.pop(own[0], None)
+            self._found.provisional.pop(own[0], None)
+            self._forced = not missing
+        self._note(own, joined)
+        flight = self._begin(own, shared=True, filling=filling) if own else None
+        if own and flight is None:
+            await self._bypass("not-understood")
+            return
+        for other in set(joined.values()):
+            self._waiting.wait_for(other)
+        await self._answer_with(flight, joined)
+
+    async def _is_let_in(self) -> bool:
+        """Wait for a call under way that asks for the same caller; whether it has brought the lease."""
+        flight = self._renewal()
+        if self._core.options.lease == 0 or flight is None or self._was_refused_since(flight):
+            return False
+        self._waiting.wait_for(flight)
+        landing = await asyncio.shield(flight.landed)
+        if landing is None or not landing.repeatable or self._was_refused_since(flight):
+            return False
+        self._found.believe(landing.lease)
+        return True
+
+    def _renewal(self) -> Flight | None:
+        found = self._found
+        return self._core.flights.renewal(self._identity.lease_name, found.epoch, found.asked_at)
 
     def _join(self, missing: Sequence[bytes]) -> dict[bytes, Flight]:
         if not self._wanted.lookup:
@@ -201,19 +241,20 @@ class Exchange:
                 joined[name] = flight
         return joined
 
-    def _must_ask(self, identity: Identity, joined: dict[bytes, Flight]) -> bool:
+    def _must_ask(self, joined: dict[bytes, Flight]) -> bool:
         """Whether the app itself has to see this caller although others bring all that is missing."""
         if not joined or self._core.options.lease == 0:
             return True
+        name = self._identity.lease_name
         # Whom the app has refused since then, it has to see again.
-        name, denials = identity.lease_name, self._core.denials
-        same_caller = any(f.lease_name == name and not denials.since(name, f.asked_at) for f in joined.values())
-        return not same_caller and self._core.lease_left(self._found.lease) <= 0
+        same = any(other.lease_name == name and not self._was_refused_since(other) for other in joined.values())
+        return not same and self._core.lease_left(self._identity, self._found.lease) <= 0
 
-    def _begin(
-        self, identity: Identity, names: Sequence[bytes], *, shared: bool, filling: bool = False
-    ) -> Flight | None:
-        core = self._core
+    def _was_refused_since(self, flight: Flight) -> bool:
+        return self._core.is_denied(self._identity, flight.asked_at)
+
+    def _begin(self, names: Sequence[bytes], *, shared: bool, filling: bool = False) -> Flight | None:
+        core, identity, epoch = self._core, self._identity, self._found.epoch
         inputs = {name: self._inputs[name] for name in names}
         body: object
         try:
@@ -223,13 +264,16 @@ class Exchange:
         if not isinstance(body, bytes):
             self._say_broken("shrink", body)
             return None
-        scope = {**self._scope, "headers": http.for_sub_request(self._headers, len(body))}
+        headers = http.for_sub_request(self._headers, len(body))
         limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
-        call = SubCall(core.app, scope, body, limit=limit, budget=core.budget)
+        call = SubCall(core.app, self._scope, headers, body, limit=limit, budget=core.budget)
         asked_at, began = core.wall(), perf_counter()
-        flight = Flight(names, identity.lease_name, self._found.epoch, call, asked_at, filling=filling)
+        flight = Flight(names, identity.lease_name, epoch, call, asked_at, filling=filling)
         half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
-        asked = Asked(self._wire, self._batch, inputs, self._found.epoch, half, core.keyed)
+        is_in_key = core.identities.headers.is_in_key
+        lease = self._found.lease
+        model = lease.model if lease is not None else None
+        asked = Asked(self._wire, self._batch, inputs, epoch, model, asked_at, half, is_in_key, self._refusal)
         call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))
 
         async def read(reply: Reply) -> Landing | None:
@@ -245,13 +289,13 @@ class Exchange:
 
     # Answering.
 
-    async def _answer_with(self, identity: Identity, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
+    async def _answer_with(self, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
         landing: Landing | None = None
         lease = self._found.lease
         if flight is not None:
             landing = await self._landing_of(flight)
             if landing is None:
-                await self._relay(identity, flight)
+                await self._relay(flight)
                 return
         leftover: list[bytes] = []
         for name, other in joined.items():
@@ -260,81 +304,162 @@ class Exchange:
                 leftover.append(name)
                 continue
             self._values[name] = brought.values[name]
-            if other.lease_name == identity.lease_name:
+            if other.lease_name == self._identity.lease_name:
                 lease = brought.lease
         if leftover:
             if self._waiting.gone:
                 return
             # An error is always the app's answer to the request that gets it: ask, and join nobody.
-            self._collapsed -= len(leftover)
-            flight = self._begin(identity, leftover, shared=False)
+            flight = self._begin(leftover, shared=False)
             if flight is None:
                 await self._bypass("not-understood")
                 return
+            asked = [name for mine in self._own for name in mine.names]
+            self._note(asked, [name for name in joined if name not in leftover])
             landing = await self._landing_of(flight)
             if landing is None:
-                await self._relay(identity, flight)
+                await self._relay(flight)
                 return
-        if not self._fits():
-            await self._start_over(identity)
-        elif landing is not None and flight is not None:
+        if not await self._agree(landing.lease if landing is not None else lease):
+            return
+        if landing is not None and flight is not None:
             await self._answer_merged(flight, landing)
         elif lease is not None:
-            await self._answer_from(lease, self._member(None))
+            await self._answer_from(lease, "partial" if self._outcome.hits else "miss", self._member(None))
+
+    async def _agree(self, lease: Lease | None) -> bool:
+        """Whether all vectors at hand are of the model that the newest answer named; if not, the request is answered.
+
+        Of what is provisional the vectors of that model count. All others are asked for anew, in one call with the
+        rest, so that no answer holds vectors of two models.
+        """
+        found = self._found
+        if lease is not None:
+            mark = mark_of(found.epoch, lease.model)
+            at_hand = (*self._values.values(), *found.provisional.values())
+            if {value.epoch for value in at_hand} - {mark}:
+                self._say_model(lease.model)
+                self._strike()
+                await self._answer_whole("replayed")
+                return False
+            self._values |= found.provisional
+            found.provisional = {}
+        if not self._fits():
+            await self._start_over()
+            return False
+        return True
 
     async def _landing_of(self, flight: Flight) -> Landing | None:
         landing = await asyncio.shield(flight.outcome)
         if landing is not None:
             self._values.update(landing.values)
-            self._billed += landing.tokens or 0
+            self._outcome.billed += landing.tokens or 0
         return landing
 
-    async def _relay(self, identity: Identity, flight: Flight) -> None:
+    async def _answer_whole(self, detail: str) -> None:
+        """Ask for all inputs in one call, and answer with its answer alone; *detail* where the cache cannot do that."""
+        self._values, self._found.provisional, self._found_bytes = {}, {}, 0
+        self._forced = self._early = False
+        names = list(self._inputs)
+        self._note(names, ())
+        # An input that was sent twice would be asked for once, and the app does not like that.
+        flight = self._begin(names, shared=False) if names == self._slots else None
+        if flight is None:
+            await self._bypass(detail)
+            return
+        landing = await self._landing_of(flight)
+        if landing is None:
+            await self._relay(flight)
+        else:
+            await self._answer_merged(flight, landing)
+
+    async def _relay(self, flight: Flight) -> None:
         """Pass on an answer that was not understood, or put the original request to the app instead."""
         status = flight.call.status
+        outcome = self._outcome
+        if self._early and (status is None or status >= 500) and not self._waiting.gone:
+            # It was asked before it had to be.
+            await self._give_up(flight)
+            await self._answer_hit()
+            return
         if status is None:  # the app has raised, or not answered; `_forward` raises again
             if not self._waiting.gone:
-                self._counted.turns_out("error")
+                outcome.fails()
             return
-        if status in (401, 403):
-            await self._core.deny(identity)
+        if status in _REFUSALS:
+            await self._core.deny(self._identity, status)
         understandable = status // 100 == _SUCCESS
         self._core.counts.rejected("not-understood" if understandable else "status")
         if self._is_shrunken(flight) and (understandable or status in _OF_THE_WHOLE_REQUEST):
             await self._replay(flight)
             return
-        self._note("bypass" if understandable else "miss", misses=len(flight.names))
-        self._counted.turns_out(*(("bypass", "not-understood") if understandable else ("error",)))
-        member = http.status("fwd=bypass", detail="not-understood") if understandable else self._member(None)
-        await flight.call.relay(self._with_status(member))
+        if understandable:
+            send = outcome.bypasses("not-understood")
+        else:
+            send = outcome.says("miss", self._member(None), error=True)
+        await flight.call.relay(send)
 
-    async def _replay(self, flight: Flight) -> None:
+    async def _give_up(self, flight: Flight) -> None:
         await flight.call.give_up()
         self._replayed = flight
+
+    async def _replay(self, flight: Flight) -> None:
+        self._strike()
+        await self._give_up(flight)
         await self._bypass("replayed")
+
+    def _strike(self) -> None:
+        """A call more than without the cache: after two of them in a minute, requests of this scope go out whole."""
+        core = self._core
+        if core.misfits.strike(self._identity.scope_name, core.monotonic()):
+            core.say_once(
+                "redis_asgi.embedding_answers_not_understood",
+                wire_format=self._wire.name,
+                fix="The app does not answer a smaller request as it answers the whole one. For a minute at a time "
+                "its requests with a miss go out whole. See what it answers to fewer inputs.",
+            )
 
     def _is_shrunken(self, flight: Flight) -> bool:
         """Whether the sub-request is not, input by input, what the client sent."""
         return list(flight.names) != self._slots
 
-    async def _start_over(self, identity: Identity) -> None:
+    async def _start_over(self) -> None:
         """Vectors of several lengths for one scope: the model behind the name has changed."""
         self._core.say_once(
             "redis_asgi.embedding_lengths_differ",
             model=self._batch.model[:80],
             fix="Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
         )
-        await self._core.renew_epoch(identity)
+        await self._core.renew_epoch(self._identity)
         await self._bypass("replayed")
+
+    def _say_model(self, model: str) -> None:
+        self._core.say_once(
+            "redis_asgi.embedding_model_changed",
+            requested=self._batch.model[:80],
+            before=self._found.lease.model[:80] if self._found.lease is not None else None,
+            now=model[:80],
+            fix="The app answers with different models under one name; their vectors are kept apart.",
+        )
 
     async def _answer_hit(self) -> None:
         now = self._core.wall()
         end = self._core.first_end(self._values, now)
         ttl = (f"ttl={max(0, int(end - now))}",) if end is not None else ()
+        self._outcome.hits, self._outcome.misses = len(self._inputs), 0
         if self._found.lease is not None:
-            await self._answer_from(self._found.lease, http.status("hit", *ttl))
+            await self._answer_from(self._found.lease, "hit", http.status("hit", *ttl))
 
-    async def _answer_from(self, lease: Lease, member: str) -> None:
+    async def _answer_collapsed(self) -> None:
+        """Answer with what was stored, as another request has just brought the lease."""
+        self._outcome.hits, self._outcome.misses = len(self._inputs), 0
+        if not self._fits():
+            await self._start_over()
+        elif self._found.lease is not None:
+            member = http.status("fwd=stale", "detail=lease", "collapsed")
+            await self._answer_from(self._found.lease, "stale", member)
+
+    async def _answer_from(self, lease: Lease, result: Result, member: str) -> None:
         """Answer without a call of our own: with what the app said last time to this caller."""
         fresh = Fresh(int(self._core.wall()), os.urandom(16).hex())
         tokens, counted = count_all(self._slots, self._values, self._inputs)
@@ -342,38 +467,37 @@ class Exchange:
         if pieces is None:
             await self._bypass("not-understood")
             return
-        outcome: Result = "hit" if not self._collapsed else "partial" if self._hits else "miss"
-        self._note(outcome, tokens=tokens)
-        self._serve(outcome, counted)
-        await send_joined(self._with_status(member), lease.headers, pieces, self._pace)
+        self._outcome.tokens = tokens
+        send = self._outcome.says(result, member)
+        self._outcome.served(self._found_bytes, counted)
+        await send_joined(send, lease.status, lease.headers, pieces, self._pace)
 
     async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
-        member = self._member(landing)
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         tokens, _ = count_all(self._slots, self._values, self._inputs)
         pieces: list[bytes] | None = None
         if half or self._is_shrunken(flight):
-            pieces = await self._pieces(landing.frame, landing.encodings, tokens, None)
+            pieces = await self._pieces(landing.lease.frame, landing.encodings, tokens, None)
             if pieces is None and self._is_shrunken(flight):
                 await self._replay(flight)
                 return
-        outcome: Result = "partial" if self._hits else "miss"
-        self._note(outcome, misses=len(landing.values), tokens=tokens)
-        if self._wanted.lookup and not self._hits and landing.refusal is not None:
-            self._counted.turns_out("bypass", landing.refusal)
+            self._core.misfits.clear(self._identity.scope_name)
+        outcome = self._outcome
+        outcome.hits = len(self._inputs) - outcome.misses - outcome.collapsed
+        outcome.tokens = tokens
+        member = self._member(landing)
+        refusal = landing.rule.refusal
+        if self._wanted.lookup and not outcome.hits and refusal is not None:
+            send = outcome.says("bypass", member, reason=refusal)
         else:
+            send = outcome.says("stale" if self._forced else "partial" if outcome.hits else "miss", member)
             saved = sum(self._values[name].tokens for name in self._slots if name not in landing.values)
-            self._serve("stale" if self._forced else outcome, saved)
+            outcome.served(self._found_bytes, saved)
         if pieces is None:
             # Nothing was added, so the app's own words will do.
-            await flight.call.relay(self._with_status(member))
+            await flight.call.relay(send)
             return
-        await send_joined(self._with_status(member), landing.reply.headers, pieces, self._pace)
-
-    def _serve(self, result: Result, saved_tokens: int) -> None:
-        """Count an answer that the app did not compute, or not all of it."""
-        self._counted.turns_out(result)
-        self._counted.served(self._found_bytes, saved_tokens)
+        await send_joined(send, landing.reply.status, landing.reply.headers, pieces, self._pace)
 
     @property
     def _may_store(self) -> bool:
@@ -381,26 +505,34 @@ class Exchange:
 
     def _member(self, landing: Landing | None) -> str:
         """Our member of ``Cache-Status``; *landing*: our own sub-request's, if understood."""
+        outcome = self._outcome
         stored: tuple[str, ...] = ()
-        if landing is not None and landing.refusal is None and self._may_store:
+        refusal = landing.rule.refusal if landing is not None else None
+        if landing is not None and refusal is None and not landing.is_stray and self._may_store:
             stored = ("stored",)
-        misses = len(self._inputs) - self._hits - self._collapsed
         if self._forced:
             return http.status("fwd=stale", "detail=lease", *stored)
         if not self._wanted.lookup:
             return http.status("fwd=request", *stored)
-        if self._hits:
-            collapsed = f" collapsed={self._collapsed}" if self._collapsed else ""
-            return http.status("fwd=partial", *stored, detail=f"hit={self._hits} miss={misses}{collapsed}")
-        if landing is not None and landing.refusal is not None:
-            return http.status("fwd=bypass", detail=landing.refusal)
-        return http.status("fwd=miss", *stored, *(("collapsed",) if self._collapsed else ()))
+        if outcome.hits:
+            collapsed = f" collapsed={outcome.collapsed}" if outcome.collapsed else ""
+            return http.status("fwd=partial", *stored, detail=f"hit={outcome.hits} miss={outcome.misses}{collapsed}")
+        if refusal is not None:
+            return http.status("fwd=bypass", detail=refusal)
+        return http.status("fwd=miss", *stored, *(("collapsed",) if outcome.collapsed else ()))
+
+    def _note(self, own: Collection[bytes], joined: Collection[bytes]) -> None:
+        """Say, before the app is asked for *own*, what is found and what others bring."""
+        outcome = self._outcome
+        outcome.misses, outcome.collapsed = len(own), len(joined)
+        outcome.hits = len(self._inputs) - len(own) - len(joined)
+        outcome.note("partial" if outcome.hits else "miss")
 
     async def _pieces(
         self, frame: dict[str, Any], encodings: Sequence[Encoding], tokens: int, fresh: Fresh | None
     ) -> list[bytes] | None:
         """The answer's body; ``None`` when the wire format fails."""
-        usage = reported(tokens, self._billed, self._core.settings.EMBEDDING_CACHE_USAGE)
+        usage = reported(tokens, self._outcome.billed, self._core.settings.EMBEDDING_CACHE_USAGE)
         texts = await self._texts(encodings)
         pieces: object
         try:
@@ -431,21 +563,17 @@ class Exchange:
 
     async def _bypass(self, detail: str) -> None:
         """Let the app answer the original request, to the byte."""
-        self._looked_up = False
-        self._counted.turns_out("bypass", detail)
+        send = self._outcome.bypasses(detail)
         if self._wanted.only_if_cached and detail in ("no-store", "redis-down", "replayed"):
-            await send_not_cached(self._send)
+            await send_not_cached(send)
             return
         await self._waiting.stop_watching()
         if self._waiting.gone:
             return  # the app would compute for nobody, and a server may say only once that its client has gone
-        self._note("bypass")
-        send = self._with_status(http.status("fwd=bypass", detail=detail))
-        identity = self._identity
 
         async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in (401, 403) and identity is not None:
-                await self._core.deny(identity)
+            if self._is_known and message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+                await self._core.deny(self._identity, message["status"])
             await send(message)
 
         await self._core.app(self._scope, self._body.replay(self._receive), watched)
@@ -454,11 +582,3 @@ class Exchange:
         """A wire format may be the user's, and its mistake is no error of the app."""
         name, got = self._wire.name, type(result).__name__
         self._core.say_once("redis_asgi.embedding_wire_format_fails", wire_format=name, step=step, got=got)
-
-    def _with_status(self, member: str) -> Send:
-        return with_status(self._send, member) if self._core.settings.EMBEDDING_CACHE_STATUS else self._send
-
-    def _note(self, outcome: Any, *, misses: int = 0, tokens: int = 0) -> None:
-        collapsed = self._collapsed
-        result = EmbeddingCacheResult(outcome, self._hits, misses, collapsed, tokens, self._billed)
-        self._scope["state"]["embedding_cache_result"] = result

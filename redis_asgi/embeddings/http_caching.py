@@ -3,7 +3,7 @@
 RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
@@ -34,10 +34,23 @@ _OF_THE_BODY = frozenset(
         b"transfer-encoding",
     }
 )
-# Headers of an answer that a full hit replays, besides access-control-*.
-_REPLAYED = frozenset({b"content-type", b"vary"})
+# Headers of an answer that a full hit replays, besides access-control-*: what it is, and what keeps a browser safe.
+_REPLAYED = frozenset(
+    {
+        b"content-security-policy",
+        b"content-type",
+        b"permissions-policy",
+        b"referrer-policy",
+        b"strict-transport-security",
+        b"vary",
+        b"x-content-type-options",
+        b"x-frame-options",
+    }
+)
+_SHOWN = 80  # characters of a name that the app chose, in a log
 _MAX_DIGITS = 11  # three thousand years; more are no more
-_VARY_ALLOWED = frozenset({"accept", "accept-encoding", "origin"})
+# We answer the one ourselves, and the other chooses the lease.
+_VARY_ALLOWED = frozenset({b"accept-encoding", b"origin"})
 
 
 def by_name(headers: RawHeaders) -> Fields:
@@ -85,13 +98,16 @@ def wanted(fields: Fields) -> Wanted:
     """Read a request's ``Cache-Control``."""
     asked = directives(fields)
     if not asked:
-        return _ANYTHING
+        # What HTTP/1.0 had for it counts where there is nothing else (RFC 9111, 5.4).
+        old = b"pragma" in fields and any(b"no-cache" in value.lower() for value in fields[b"pragma"])
+        return _ANYTHING if not old else _ANEW
     max_age = seconds(asked.get("max-age"))
     store = "no-store" not in asked
     return Wanted(store and "no-cache" not in asked and max_age != 0, store, "only-if-cached" in asked, max_age)
 
 
 _ANYTHING = Wanted()
+_ANEW = Wanted(lookup=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +117,16 @@ class Storable:
     Attributes:
         refusal: Why not: a ``detail`` of ``Cache-Status``; ``None`` = it may.
         max_age: Seconds at most; ``None`` = the TTL of the settings.
+        varies_by: The request header that ``Vary`` names and the key lacks.
     """
 
     refusal: str | None = None
     max_age: int | None = None
+    varies_by: str = ""
 
 
-def storable(fields: Fields, keyed: Collection[str]) -> Storable:
-    """Read an answer's ``Cache-Control`` and ``Vary``; *keyed*: the request headers in the key."""
+def storable(fields: Fields, is_in_key: Callable[[bytes], bool]) -> Storable:
+    """Read an answer's ``Cache-Control`` and ``Vary``; *is_in_key*: whether a request header is in the key."""
     said = directives(fields)
     stated = said["s-maxage"] if "s-maxage" in said else said.get("max-age")
     max_age = seconds(stated)
@@ -116,9 +134,9 @@ def storable(fields: Fields, keyed: Collection[str]) -> Storable:
     if (stated is not None and not max_age) or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
         return Storable("response-no-store")
     for value in fields.get(b"vary", ()):
-        names = {name.strip().lower() for name in value.decode("latin-1").split(",")} - {""}
-        if not names <= _VARY_ALLOWED.union(keyed):
-            return Storable("vary")
+        for name in map(bytes.strip, value.lower().split(b",")):
+            if name and name not in _VARY_ALLOWED and (name == b"*" or not is_in_key(name)):
+                return Storable("vary", varies_by=name.decode("latin-1")[:_SHOWN])
     return Storable(None, max_age)
 
 
@@ -136,6 +154,11 @@ def is_json(fields: Fields) -> bool:
     charsets = [p.partition("=")[2].strip(' "') for p in parameters if p.strip().startswith("charset=")]
     kind = kind.strip()
     return (kind == "application/json" or kind.endswith("+json")) and all(c in ("utf-8", "utf8") for c in charsets)
+
+
+def media_type(value: bytes) -> bytes:
+    """A content type less its parameters."""
+    return value.partition(b";")[0].strip().lower()
 
 
 def is_encoded(fields: Fields) -> bool:

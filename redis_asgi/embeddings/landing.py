@@ -1,13 +1,14 @@
 """Reading an app's answer: every vector checked, placed, and made ready for the store."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import orjson
 
 from .codec import Flag, Value, encode
-from .http_caching import by_name, replayed, storable
+from .http_caching import Storable, by_name, replayed, storable
+from .identity import mark_of
 from .lease import Lease
 from .pace import Pace
 from .piecewise import Skeleton, in_turns, parse_whole, take_apart
@@ -29,16 +30,22 @@ class Asked:
         batch: The original request.
         inputs: What was forwarded, by key.
         epoch: What the lookup saw.
+        model: What the caller's living lease names; ``None`` without one.
+        asked_at: Unix seconds.
         half: Whether float16 is stored.
-        keyed: Request headers that are in the keys.
+        is_in_key: Whether a request header is in the keys.
+        refusal: Why the answer is not stored, whatever it says; ``None`` = nothing is against it.
     """
 
     wire: WireFormat
     batch: Batch
     inputs: Mapping[bytes, Input]
     epoch: bytes
+    model: str | None
+    asked_at: float
     half: bool
-    keyed: frozenset[str]
+    is_in_key: Callable[[bytes], bool]
+    refusal: str | None
 
 
 async def read_reply(asked: Asked, reply: Reply, now: float) -> Landing | None:
@@ -75,7 +82,11 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
     pace = Pace()
     inputs = list(asked.inputs.values())
     tokens = apportion(answer.tokens, inputs)
-    rule = storable(by_name(reply.headers), asked.keyed)
+    rule = storable(by_name(reply.headers), asked.is_in_key)
+    if rule.refusal is None and asked.refusal is not None:
+        rule = Storable(asked.refusal)
+    mark = mark_of(asked.epoch, answer.model)
+    is_stray = asked.model is not None and answer.model != asked.model
     encodings = tuple(answer.values)
     values: dict[bytes, Value] = {}
     dims = 0
@@ -101,15 +112,15 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
         values[name] = encode(
             parsed.numbers,
             born=now,
-            epoch=asked.epoch,
+            epoch=mark,
             tokens=count.tokens if count is not None else None,
             flags=flags,
             texts=texts,
         )
         if pace.due:
             await pace.rest()
-    lease = Lease(now, tuple(replayed(reply.headers)), answer.frame)
-    return Landing(values, encodings, lease, answer.frame, reply, answer.tokens, rule.refusal)
+    lease = Lease(asked.asked_at, now, reply.status, answer.model, tuple(replayed(reply.headers)), answer.frame)
+    return Landing(values, encodings, lease, mark, reply, answer.tokens, rule, answer.repeatable, is_stray)
 
 
 def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: dict[str, bytes]) -> Parsed | None:

@@ -7,9 +7,10 @@ from time import perf_counter
 
 from ..errors import Failure
 from .codec import NO_EPOCH, Value, decode_finite
-from .core import Core, Identity, as_epoch
+from .core import Core, as_epoch
 from .http_caching import Wanted
-from .lease import Lease, decode_lease
+from .identity import Identity, mark_of
+from .lease import Lease, decode_denied, decode_lease
 from .pace import Pace
 from .single_flight import Flight
 from .vectors import Encoding, text_of
@@ -23,8 +24,9 @@ class Found:
 
     Attributes:
         epoch: The model's; `NO_EPOCH` when Redis has none and takes none, so that nothing can be stored.
-        lease: The caller's; ``None`` when there is none.
-        values: Vectors by key.
+        lease: The caller's; ``None`` when none is alive.
+        values: Vectors by key, of the model that the lease names.
+        provisional: Without a lease: vectors by key, of whatever model; the app's next answer says which count.
         flights: Those that were not asked for because somebody was computing them; he may have landed by now.
         asked_at: When the others were asked for, on the loop's clock.
     """
@@ -32,8 +34,16 @@ class Found:
     epoch: bytes = NO_EPOCH
     lease: Lease | None = None
     values: dict[bytes, Value] = field(default_factory=dict)
+    provisional: dict[bytes, Value] = field(default_factory=dict)
     flights: dict[bytes, Flight] = field(default_factory=dict)
     asked_at: float = 0.0
+
+    def believe(self, lease: Lease) -> None:
+        """Take *lease* for the caller's: of what is provisional, the vectors of its model count, no others."""
+        mark = mark_of(self.epoch, lease.model)
+        self.lease = lease
+        self.values |= {name: value for name, value in self.provisional.items() if value.epoch == mark}
+        self.provisional = {}
 
 
 async def look_up(
@@ -47,9 +57,9 @@ async def look_up(
     """Find vectors, epoch and lease of one request."""
     local = _in_process(core, names, wanted) if wanted.lookup and core.local.on else {}
     seen = core.local.seen(identity.epoch_name, identity.lease_name)
-    if seen is not None and len(local) == len(names) and core.lease_left(seen.lease) > 0:
-        current = all(value.epoch == seen.epoch for value in local.values())
-        if current:
+    if seen is not None and len(local) == len(names) and core.lease_left(identity, seen.lease) > 0:
+        mark = mark_of(seen.epoch, seen.lease.model) if seen.lease is not None else NO_EPOCH
+        if all(value.epoch == mark for value in local.values()):
             return Found(seen.epoch, lease=seen.lease, values=local)
     # What a flight brings anyway is not asked for, unless waiting for it will not do.
     flights = core.flights
@@ -60,12 +70,13 @@ async def look_up(
     began = perf_counter()
     flights.looking += 1
     try:
-        reply = await core.store.lookup([identity.epoch_name, identity.lease_name, *ask], deadline)
+        records = [identity.epoch_name, identity.lease_name, identity.denied_name]
+        reply = await core.store.lookup([*records, *ask], deadline)
         took = perf_counter() - began
         core.counts.lookup_seconds.observe(took)
         if isinstance(reply, Failure):
             return reply
-        found = _start(core, identity, reply[0], reply[1], asked_at)
+        found = _start(core, identity, reply[: len(records)], asked_at)
         if found.epoch == NO_EPOCH and not wanted.only_if_cached:
             # Before anything is computed, so that everyone who computes for this model has the same.
             found.epoch = await core.claim_epoch(identity.epoch_name, deadline - took)
@@ -73,12 +84,8 @@ async def look_up(
         flights.looking -= 1
     pace.begin()
     found.flights, found.asked_at = carried, on_loop
-    for name, value in local.items():
-        if value.epoch == found.epoch:
-            found.values[name] = value
-        else:
-            core.local.drop(name)
-    await _take(core, found, ask, reply[2:], wanted, encodings, pace)
+    await _take(core, found, ask, reply[len(records) :], wanted, encodings, pace)
+    _sort(core, found, local)
     return found
 
 
@@ -93,14 +100,18 @@ def _in_process(core: Core, names: Collection[bytes], wanted: Wanted) -> dict[by
     return local
 
 
-def _start(core: Core, identity: Identity, epoch: bytes | None, lease: bytes | None, asked_at: float) -> Found:
-    found = Found(lease=decode_lease(lease))
-    # A refusal that Redis did not hear of, or that overtook this reply.
-    if found.lease is not None and core.denials.since(identity.lease_name, found.lease.answered_at):
-        found.lease = None
-    found.epoch = as_epoch(epoch)
+def _start(core: Core, identity: Identity, records: Sequence[bytes | None], asked_at: float) -> Found:
+    epoch, raw, denied = records
+    lease = decode_lease(identity.lease_name, raw)
+    denied_at = decode_denied(denied)
+    if lease is not None and denied_at is not None and denied_at >= lease.asked_at:
+        lease = None
+    found = Found(as_epoch(epoch))
     if found.epoch != NO_EPOCH:
-        core.local.note(identity.epoch_name, identity.lease_name, found.epoch, found.lease, asked_at)
+        core.local.note(identity.epoch_name, identity.lease_name, found.epoch, lease, asked_at)
+    # Also not after a refusal that Redis did not hear of, or that overtook this reply.
+    if core.lease_left(identity, lease) > 0:
+        found.lease = lease
     return found
 
 
@@ -113,12 +124,18 @@ async def _take(
     encodings: Sequence[Encoding],
     pace: Pace,
 ) -> None:
-    now, keeps = core.wall(), core.local.on
-    epoch, values, oldest = found.epoch, found.values, _oldest(wanted, now)
+    now = core.wall()
+    oldest = _oldest(wanted, now)
+    if found.epoch == NO_EPOCH:
+        return
+    lease = found.lease
+    mark = mark_of(found.epoch, lease.model) if lease is not None else None
+    values = found.provisional if mark is None else found.values
+    keeps = core.local.on and mark is not None
     for start in range(0, len(names), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)
         for name, value in zip(names[chunk], decode_finite(raws[chunk]), strict=True):
-            if value is None or value.epoch != epoch or epoch == NO_EPOCH or value.born < oldest:
+            if value is None or value.born < oldest or (mark is not None and value.epoch != mark):
                 continue
             values[name] = value
             if keeps:
@@ -130,6 +147,21 @@ async def _take(
                     await pace.rest()
         if pace.due:
             await pace.rest()
+
+
+def _sort(core: Core, found: Found, local: dict[bytes, Value]) -> None:
+    """Put what this process had to what Redis has, by the model that the lease names."""
+    if found.epoch == NO_EPOCH:
+        return
+    if found.lease is None:
+        found.provisional |= local
+        return
+    mark = mark_of(found.epoch, found.lease.model)
+    for name, value in local.items():
+        if value.epoch == mark:
+            found.values[name] = value
+        else:
+            core.local.drop(name)
 
 
 def _oldest(wanted: Wanted, now: float) -> float:

@@ -112,17 +112,22 @@ class EmbeddingCacheMiddleware:
                 await manager.let_go()
 
         async def noting(message: Message) -> None:
-            nonlocal held
-            if message["type"] == "lifespan.startup.complete" and self._is_ours:
-                held = self._core.manager
-                held.hold()
-            elif message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
                 # The server may end the loop as soon as it hears so.
                 await ended()
             await send(message)
 
+        async def holding() -> Message:
+            nonlocal held
+            message = await receive()
+            # Before the app's own start, which may end with the only other user of the client.
+            if message["type"] == "lifespan.startup" and self._is_ours and held is None:
+                held = self._core.manager
+                held.hold()
+            return message
+
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, holding, noting)
         finally:
             await ended()
 

@@ -53,10 +53,10 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     """Cut a request into inputs, or say why not; hostile input raises nothing."""
     settings = core.settings
     if body.content is None:
-        if body.messages[-1]["type"] != "http.request":
+        if body.coming is None and body.messages[-1]["type"] != "http.request":
             return Uncacheable("not-understood")  # the client has gone
         held = sum(len(message.get("body", b"")) for message in body.messages)
-        too_large = held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
+        too_large = body.coming is None and held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
         return Uncacheable("too-large" if too_large else "busy")
     try:
         fields = await parse_request(body.content, _LISTS_PER_INPUT * settings.EMBEDDING_CACHE_MAX_INPUTS, pace)

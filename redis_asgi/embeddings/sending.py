@@ -1,7 +1,7 @@
-"""Answers on their way out: with our member of ``Cache-Status``, in messages of moderate size."""
+"""Answers of ours on their way out, in messages of moderate size."""
 
 import orjson
-from starlette.types import Message, Send
+from starlette.types import Send
 
 from .http_caching import RawHeaders, with_body
 from .pace import Pace
@@ -10,22 +10,10 @@ _CHUNK = 256 * 1024  # bytes per body message
 _IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
 
 
-def with_status(send: Send, member: str) -> Send:
-    """A ``send`` that appends *member* to the answer's ``Cache-Status``."""
-
-    async def sent(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = [*message.get("headers", ()), (b"cache-status", member.encode())]
-            message = {**message, "headers": headers}
-        await send(message)
-
-    return sent
-
-
-async def send_joined(send: Send, headers: RawHeaders, pieces: list[bytes], pace: Pace) -> None:
-    """Send a 200 whose body is *pieces*, joined only so far that no copy stops the loop for long; takes them out."""
+async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list[bytes], pace: Pace) -> None:
+    """Send an answer whose body is *pieces*, joined so far that no copy stops the loop for long; takes them out."""
     length = sum(map(len, pieces))
-    await send({"type": "http.response.start", "status": 200, "headers": with_body(headers, length)})
+    await send({"type": "http.response.start", "status": status, "headers": with_body(headers, length)})
     if length <= _IN_ONE:
         await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": False})
         return

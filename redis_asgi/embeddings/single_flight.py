@@ -9,9 +9,9 @@ asks the app itself.
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .codec import Value
+from .http_caching import Storable
 from .lease import Lease
 from .sub_call import Reply, SubCall
 from .vectors import Encoding
@@ -27,19 +27,24 @@ class Landing:
         values: Vectors by key.
         encodings: The representations the app used.
         lease: What a full hit may repeat of it.
-        frame: What the wire format puts around its vectors.
+        mark: Of the epoch and the model that it names, see `mark_of`.
         reply: The answer itself.
         tokens: What the app counted for it; ``None`` when it does not say.
-        refusal: Why it is not stored, nor given to anybody else; ``None`` = it is.
+        rule: Whether it is stored, and given to others.
+        repeatable: Whether a full hit may repeat what stands around its vectors.
+        is_stray: Whether it names another model than the caller's living lease, as a fallback's does: it answers
+            whoever waits for it, and is not kept.
     """
 
     values: Mapping[bytes, Value]
     encodings: tuple[Encoding, ...]
     lease: Lease
-    frame: dict[str, Any]
+    mark: bytes
     reply: Reply
     tokens: int | None
-    refusal: str | None
+    rule: Storable
+    repeatable: bool
+    is_stray: bool
 
 
 class Flight:
@@ -113,7 +118,7 @@ class Flight:
         if self.outcome.done():
             return
         self.outcome.set_result(landing)
-        self.landed.set_result(landing if landing is not None and landing.refusal is None else None)
+        self.landed.set_result(landing if landing is not None and landing.rule.refusal is None else None)
         if landing is None:
             # It may still be on its way to whoever began it, and is nobody else's to end.
             self._waiting &= {self._owner}
@@ -135,6 +140,7 @@ class Flights:
     def __init__(self, remembered: float) -> None:
         self._remembered = remembered
         self._by_name: dict[bytes, Flight] = {}
+        self._renewals: dict[bytes, Flight] = {}
         self._landed: dict[bytes, tuple[Flight, float]] = {}
         self.looking = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,6 +157,15 @@ class Flights:
         flown = [(name, flight) for name in names if (flight := self._by_name.get(name)) is not None]
         return {name: flight for name, flight in flown if flight.filling and flight.small_enough(len(names))}
 
+    def renewal(self, lease_name: bytes, epoch: bytes, asked_at: float) -> Flight | None:
+        """The call whose answer brings this lease, or has since *asked_at* (the loop's clock).
+
+        Only one that somebody with nothing else to ask may wait for.
+        """
+        landed, landed_at = self._landed.get(lease_name, (None, 0.0))
+        flight = self._renewals.get(lease_name) or (landed if landed_at >= asked_at else None)
+        return flight if flight is not None and flight.joinable(epoch, 1) else None
+
     def begin(
         self,
         flight: Flight,
@@ -163,6 +178,8 @@ class Flights:
         if shared:
             for name in flight.names:
                 self._by_name[name] = flight
+            if flight.small_enough(1):
+                self._renewals.setdefault(flight.lease_name, flight)
         app = flight.call.begin()
         task = asyncio.get_running_loop().create_task(self._fly(flight, app, read, write))
         flight.task = task
@@ -177,6 +194,10 @@ class Flights:
     def _end(self, flight: Flight) -> None:
         loop = asyncio.get_running_loop()
         remember = self.looking > 0 and flight.landed.result() is not None
+        if self._renewals.get(flight.lease_name) is flight:
+            del self._renewals[flight.lease_name]
+            if remember:
+                self._landed[flight.lease_name] = flight, loop.time()
         for name in flight.names:
             if self._by_name.get(name) is flight:
                 del self._by_name[name]
@@ -186,7 +207,7 @@ class Flights:
             loop.call_later(self._remembered, self._forget, flight)
 
     def _forget(self, flight: Flight) -> None:
-        for name in flight.names:
+        for name in (*flight.names, flight.lease_name):
             if self._landed.get(name, (None, 0.0))[0] is flight:
                 del self._landed[name]
 

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Scope, Send
 
 from .http_caching import RawHeaders, by_name, is_encoded, is_json
 
+ANSWERS = (200, 201)  # other statuses of success say something else than that this is all of it
 _BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
 
@@ -22,6 +23,9 @@ _UNREADABLE_EXTENSIONS = frozenset(
         "http.response.zerocopysend",
     }
 )
+
+
+_OF_A_ROUTE = frozenset({"endpoint", "path_params", "route"})
 
 
 class Budget:
@@ -53,13 +57,15 @@ def process_budget() -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete 200 answer in JSON.
+    """A complete answer in JSON.
 
     Attributes:
+        status: 200 or 201.
         headers: As the app sent them.
         body: Not compressed.
     """
 
+    status: int
     headers: RawHeaders
     body: bytes
 
@@ -73,7 +79,9 @@ class SubCall:
 
     Args:
         app: The wrapped app.
-        scope: The request's scope with the headers of *body*.
+        scope: The request's scope. The app gets a copy; what it sets there while it answers, such as its ``route``,
+            is put into the original, where what stands outside looks for it.
+        headers: For *body*.
         body: What the app reads.
         limit: Bytes of an answer that are held back at most; a larger one can only be relayed.
         budget: What all calls may hold together.
@@ -85,11 +93,14 @@ class SubCall:
         cancelled: Whether we ended it, as nobody waited any more; what it raised is then nobody's.
     """
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: bytes, *, limit: int, budget: Budget) -> None:
+    def __init__(
+        self, app: ASGIApp, scope: Scope, headers: RawHeaders, body: bytes, *, limit: int, budget: Budget
+    ) -> None:
         extensions = scope.get("extensions") or {}
         kept = {name: value for name, value in extensions.items() if name not in _UNREADABLE_EXTENSIONS}
         self._app = app
-        self._scope = {**scope, "extensions": kept}
+        self._outer = scope
+        self._scope = {**scope, "extensions": kept, "headers": headers}
         self._body: bytes | None = body
         self._limit = limit
         self._budget = budget
@@ -171,7 +182,17 @@ class SubCall:
             if not isinstance(error, Exception):
                 raise
 
+    def _show(self) -> None:
+        """Let what stands outside see what the app has set in its scope.
+
+        Not what it routes by: the request may have to be put to it once more.
+        """
+        for name, value in self._scope.items():
+            if name not in self._outer or name in _OF_A_ROUTE:
+                self._outer[name] = value
+
     def _end(self, _task: "asyncio.Task[None]") -> None:
+        self._show()
         # Not in `_run`: a task that is cancelled before its first step runs none of its code.
         if not self.reply.done():
             self.reply.set_result(None)
@@ -197,6 +218,7 @@ class SubCall:
         if message["type"] == "http.response.start":
             # An app may pass headers that can be read only once.
             self.start = {**message, "headers": [*message.get("headers", ())]}
+            self._show()
             self._kept.append(self.start)
             if not _promising(self.start):
                 await self._flow()
@@ -225,7 +247,7 @@ class SubCall:
         bodies = [m.get("body", b"") for m in self._kept if m["type"] == "http.response.body"]
         whole = bytes(bodies[0]) if len(bodies) == 1 else b"".join(bodies)
         if not self.reply.done():
-            self.reply.set_result(Reply(self.headers, whole) if self.start is not None else None)
+            self.reply.set_result(Reply(self.start["status"], self.headers, whole) if self.start is not None else None)
         self._hung_up.set()
 
     async def _flow(self) -> None:
@@ -245,4 +267,4 @@ class SubCall:
 
 def _promising(start: Message) -> bool:
     fields = by_name(start.get("headers", ()))
-    return start["status"] == 200 and is_json(fields) and not is_encoded(fields)
+    return start["status"] in ANSWERS and is_json(fields) and not is_encoded(fields)

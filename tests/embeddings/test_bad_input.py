@@ -304,7 +304,8 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
     request = asyncio.ensure_future(drive(app, scope, receive))
     while reads[0] < 2:
         await asyncio.sleep(0)
-    request.cancel()
+    if how != "refused":
+        request.cancel()
     with pytest.raises(OverflowError if how == "refused" else asyncio.CancelledError):
         await request
     assert before == app._core.budget._left
@@ -575,8 +576,8 @@ async def test_memory_stays_flat_over_many_different_requests(redis_url: str) ->
                 headers = {"authorization": f"key {n}", "origin": f"https://{n}"}
                 await c.post("/v1/embeddings", json={"model": f"m{n}", "input": [f"{n}"]}, headers=headers)
 
-    await some(0)
     tracemalloc.start()
+    await some(0)
     before, _ = tracemalloc.get_traced_memory()
     await some(1000)
     after, _ = tracemalloc.get_traced_memory()

@@ -1,17 +1,15 @@
 """Keys: whatever may change a vector is in them, and nothing can be mistaken for something else."""
 
-import itertools
 from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.core import Core, Options
+from redis_asgi.embeddings.headers import HeaderClass, Headers
 from redis_asgi.embeddings.http_caching import by_name
+from redis_asgi.embeddings.identity import Identities, Identity
 from redis_asgi.embeddings.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
 from redis_asgi.settings import Settings
@@ -19,36 +17,37 @@ from redis_asgi.settings import Settings
 SETTINGS = Settings(REDIS_URL="memory://")
 
 
-async def no_app(_scope: Scope, _receive: Receive, _send: Send) -> None:
-    """Never called."""
+def make(settings: Settings = SETTINGS, **options: Any) -> Identities:
+    """The identities of a middleware."""
+    usual: dict[str, Any] = {"namespace": "", "share": False, "partitioned": False, "trusting": False}
+    return Identities(settings, **(usual | options))
 
 
-def make_core(settings: Settings = SETTINGS, *, namespace: str = "", share: bool = False) -> Core:
-    """The core of a middleware."""
-    options = Options(3600, namespace, share, 300.0, None, settings)
-    return Core(no_app, RedisManager(settings), options)
+IDENTITIES = make()
 
 
-CORE = make_core()
-
-
-def key_of(
-    fields: Any,
+def identity_of(
+    fields: Any = None,
     *,
     wire: str = "openai",
-    path: str = "/v1/embeddings",
-    raw_path: bytes | None = None,
-    query: bytes = b"",
     headers: tuple[tuple[bytes, bytes], ...] = (),
     partition: str | None = None,
-    core: Core = CORE,
-) -> bytes:
-    """The key of the only input of a request."""
-    scope = {"path": path, "raw_path": raw_path, "query_string": query}
-    batch = WIRE_FORMATS[wire].split(orjson.loads(orjson.dumps(fields)), None)
+    identities: Identities = IDENTITIES,
+    **scope: Any,
+) -> tuple[Identity, bytes]:
+    """The identity of a request, and the key of its first input."""
+    scope = {"path": "/v1/embeddings", "raw_path": None, "query_string": b"", "scheme": "http"} | scope
+    parsed = orjson.loads(orjson.dumps(fields or {"model": "m", "input": "q"}))
+    batch = WIRE_FORMATS[wire].split(parsed, None)
     assert isinstance(batch, Batch), batch
-    identity = core.identify(scope, by_name(headers), WIRE_FORMATS[wire], batch, partition)
-    return core.input_names(identity, batch.inputs)[0]
+    told = identities.headers.read(by_name(headers))
+    identity = identities.identify(scope, told, WIRE_FORMATS[wire], batch, partition)
+    return identity, identities.input_names(identity, batch.inputs)[0]
+
+
+def key_of(fields: Any = None, **request: Any) -> bytes:
+    """The key of the only input of a request."""
+    return identity_of(fields, **request)[1]
 
 
 TRICKY = ["m", "m:x", "x", '"', "m\0", "m\0x", "a,b", "{", "é", "e\u0301", " m", "M", "1", "[1]"]
@@ -66,7 +65,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("path", {"path": path}) for path in ("/embeddings", "/v1/embeddings/", "/v1")),
     *(("rewritten path", {"path": path, "raw_path": b"/sent"}) for path in ("/v1/embeddings", "/embeddings")),
     ("raw path", {"raw_path": b"/v1/%65mbeddings"}),
-    *(("query", {"query": query}) for query in (b"a=1", b"a=2", b"a=1&a=2")),
+    *(("query", {"query_string": query}) for query in (b"a=1", b"a=2", b"a=1&a=2")),
     ("format", {"wire": "ollama"}),
     *(
         ("header", {"headers": headers})
@@ -81,12 +80,21 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             ((b"openai-organization", b"o"),),
             ((b"openai-project", b"o"),),
             ((b"x-litellm-tags", b"o"),),
+            ((b"host", b"a.example"),),
+            ((b"host", b"b.example"),),
+            ((b"x-base-url", b"a"),),
+            ((b"x-base-url", b"a"), (b"x-base-url", b"b")),
+            ((b"x-base-url", b"b"), (b"x-base-url", b"a")),
+            ((b"x-base-url", b"a, b"),),
+            ((b"accept-language", b"de"),),
+            ((b"content-type", b"application/json"),),
+            ((b"content-type", b"application/vnd.api+json"),),
         )
     ),
     *(("partition", {"partition": text}) for text in ("", "a", "b", "Bearer a", "\ud800")),
-    *(("namespace", {"core": make_core(namespace=text)}) for text in ("a", "b")),
-    ("share", {"core": make_core(share=True)}),
-    ("secret", {"core": make_core(Settings(REDIS_URL="memory://", REDIS_KEY_SECRET="s"))}),
+    *(("namespace", {"identities": make(namespace=text)}) for text in ("a", "b")),
+    ("share", {"identities": make(share=True)}),
+    ("secret", {"identities": make(Settings(REDIS_URL="memory://", REDIS_KEY_SECRET="s"))}),
 ]
 
 
@@ -117,7 +125,7 @@ def test_no_delimiter_trick_moves_a_boundary(requests: list[tuple[str, str, str,
     keys = {
         key_of(
             {"model": model, "input": text, "task": task},
-            query=query,
+            query_string=query,
             headers=((b"openai-project", project.encode()),),
         )
         for model, text, task, project, query in requests
@@ -138,28 +146,139 @@ def test_what_cannot_change_a_vector_is_not_in_the_key() -> None:
 
 
 def test_keys_have_the_documented_names() -> None:
-    """``{prefix}embedding_input:v1:<sha256>``, and the same for leases and epochs."""
-    core = make_core(Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="app:"))
-    batch = WIRE_FORMATS["openai"].split({"model": "m", "input": "q"}, None)
-    assert isinstance(batch, Batch)
-    identity = core.identify({"path": "/"}, {}, WIRE_FORMATS["openai"], batch, None)
-    names = [core.input_names(identity, batch.inputs)[0], identity.lease_name, identity.epoch_name]
-    for kind, name in zip(("input", "lease", "epoch"), names, strict=True):
+    """``{prefix}embedding_input:v1:<sha256>``, and the same for leases, epochs and refusals."""
+    identity, name = identity_of(identities=make(Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="app:")))
+    names = [name, identity.lease_name, identity.epoch_name, identity.denied_name]
+    for kind, name in zip(("input", "lease", "epoch", "denied"), names, strict=True):
         assert name.startswith(f"app:embedding_{kind}:v1:".encode())
         assert 64 == len(name.rpartition(b":")[2])
 
 
-def test_leases_are_per_credential_path_model_and_origin_also_where_vectors_are_shared() -> None:
-    """Under ``share`` and ``partition_by`` the lease stays with the credential."""
-    core = make_core(share=True)
-    wire = WIRE_FORMATS["openai"]
-    names = set()
-    for model, path, key, origin in itertools.product("ab", "/x", (b"1", b"2"), (b"o1", b"o2")):
-        batch = wire.split({"model": model, "input": "q"}, None)
-        assert isinstance(batch, Batch)
-        headers = [(b"authorization", key), (b"origin", origin)]
-        names.add(core.identify({"path": path}, by_name(headers), wire, batch, None).lease_name)
-    assert 2 * 2 * 2 * 2 == len(names)
+DOORS: list[dict[str, Any]] = [
+    {},
+    {"fields": {"model": "m", "input": "q", "adapter": "private"}},
+    {"path": "/embeddings"},
+    {"partition": "t"},
+    {"scheme": "https"},
+    {"client": ("192.0.2.1", 5)},
+    {"client": ("192.0.2.2", 5)},
+    {"extensions": {"tls": {"client_cert_name": "CN=a"}}},
+    {"extensions": {"tls": {"client_cert_name": "CN=b"}}},
+    {"extensions": {"tls": {"client_cert_chain": ["PEM"]}}},
+    *(
+        {"headers": ((name, value),)}
+        for name in (
+            b"authorization",
+            b"x-litellm-api-key",
+            b"x-goog-api-key",
+            b"ocp-apim-subscription-key",
+            b"x-forwarded-authorization",
+            b"apikey",
+            b"x-auth-request-email",
+            b"x-gateway-of-our-own",
+            b"origin",
+            b"referer",
+            b"user-agent",
+            b"accept",
+            b"x-forwarded-proto",
+            b"x-forwarded-for",
+            b"cf-connecting-ip",
+            b"host",
+            b"openai-organization",
+        )
+        for value in (b"1", b"2")
+    ),
+]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_lease_opens_only_what_the_app_has_seen(share: bool) -> None:
+    """Requests that differ in anything that may open a door have leases of their own, shared vectors or not."""
+    identities = make(share=share)
+    names = [identity_of(**door, identities=identities)[0].lease_name for door in DOORS]
+    assert len(names) == len(set(names))
+
+
+def test_an_address_is_somebody_only_where_no_credential_is() -> None:
+    """Beside a credential header the way to the service changes no lease; the port of an address never does."""
+    key = (b"authorization", b"k")
+    one = identity_of(headers=(key, (b"x-forwarded-for", b"192.0.2.1")), client=("192.0.2.9", 1))[0]
+    other = identity_of(headers=(key, (b"x-forwarded-for", b"192.0.2.2")), client=("192.0.2.8", 1))[0]
+    assert one.lease_name == other.lease_name
+    ports = [
+        identity_of(headers=((b"x-forwarded-for", value),), client=("192.0.2.9", port))[0].lease_name
+        for port, value in enumerate((b"192.0.2.1:5, 10.0.0.1", b"192.0.2.1:6, 10.0.0.1:7", b"192.0.2.1, 10.0.0.1"))
+    ]
+    assert 1 == len(set(ports))
+
+
+def test_inside_the_apps_own_authentication_a_lease_names_no_caller() -> None:
+    """``LEASE=off``: credentials and addresses are left out, what chooses the frame is not."""
+    identities = make(share=True, trusting=True)
+
+    def lease(**request: Any) -> bytes:
+        return identity_of(identities=identities, **request)[0].lease_name
+
+    assert lease() == lease(headers=((b"authorization", b"k"),)) == lease(client=("192.0.2.1", 1))
+    assert lease() != lease(headers=((b"origin", b"https://a"),))
+
+
+def test_a_credential_that_the_app_does_not_know_has_one_record_for_all_its_scopes() -> None:
+    """The record of a 401 is named by the caller alone."""
+    key = ((b"authorization", b"k"),)
+    names = {
+        identity_of(headers=key)[0].denied_name,
+        identity_of({"model": "other", "input": "q"}, headers=key, path="/embeddings")[0].denied_name,
+    }
+    assert 1 == len(names)
+    assert identity_of()[0].denied_name not in names
+
+
+HARMLESS = (
+    b"traceparent", b"baggage", b"sentry-trace", b"x-request-id", b"x-my-own-request-id", b"x-acme-trace-id",
+    b"x-stainless-arch", b"x-fern-platform", b"x-amzn-trace-id", b"content-length", b"accept-encoding", b"connection",
+    b"via", b"cf-ray", b"cloudfront-viewer-country", b"sec-ch-ua", b"cache-control",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_headers_are_in_neither_key_nor_lease(name: bytes) -> None:
+    """What differs in every request and chooses nothing costs no miss."""
+    plain, other = identity_of(), identity_of(headers=((name, b"9f3a"),))
+    assert (plain[0].lease_name, plain[1]) == (other[0].lease_name, other[1])
+
+
+@pytest.mark.parametrize("name", [b"host", b"cookie", b"x-forwarded-host", b"x-litellm-session-id", b"x-ms-date"])
+def test_headers_that_may_choose_are_in_the_key(name: bytes) -> None:
+    """Never harmless: what routes, and what is on no list."""
+    assert key_of() != key_of(headers=((name, b"9f3a"),))
+
+
+TOKEN = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_", min_size=1, max_size=20)
+
+
+@given(TOKEN, st.booleans())
+def test_an_unlisted_header_is_in_the_key(name: str, share: bool) -> None:
+    """Whatever stands in no group parts the keys; only what a group or a setting names does not."""
+    headers = Headers(SETTINGS, shared=share)
+    raw = name.encode()
+    kind = headers.class_of(raw)
+    identities = make(share=share)
+    parts = key_of(identities=identities) != key_of(headers=((raw, b"v"),), identities=identities)
+    assert parts == (kind is HeaderClass.KEY or (kind is HeaderClass.CREDENTIAL and not share))
+
+
+def test_the_order_of_names_does_not_count_that_of_values_does() -> None:
+    """Proxies order headers as they like; the values of one name are a list."""
+    a, b = (b"x-a", b"1"), (b"x-b", b"2")
+    assert key_of(headers=(a, b)) == key_of(headers=(b, a))
+    assert key_of(headers=((b"x-a", b"1"), (b"x-a", b"2"))) != key_of(headers=((b"x-a", b"2"), (b"x-a", b"1")))
+
+
+def test_no_credential_is_in_a_repr() -> None:
+    """What names a caller is nowhere to be read."""
+    identity, _ = identity_of(headers=((b"authorization", b"hunter2"),))
+    assert "hunter2" not in repr(identity) + repr(identity.told)
 
 
 @pytest.mark.parametrize(

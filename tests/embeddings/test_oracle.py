@@ -258,8 +258,8 @@ async def _other_type(send: Send, answer: Any, _raw: bytes) -> None:
     await respond(send, orjson.dumps(answer), 200, (b"content-type", b"text/plain"))
 
 
-async def _created(send: Send, answer: Any, _raw: bytes) -> None:
-    await respond(send, orjson.dumps(answer), 201)
+async def _accepted(send: Send, answer: Any, _raw: bytes) -> None:
+    await respond(send, orjson.dumps(answer), 202)
 
 
 async def _too_long(send: Send, _answer: Any, raw: bytes) -> None:
@@ -299,7 +299,7 @@ MISBEHAVIOURS = [
     _compressed,
     _just_null,
     _other_type,
-    _created,
+    _accepted,
     _too_long,
     _unprocessable,
     _busy,

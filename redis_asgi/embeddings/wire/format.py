@@ -79,11 +79,15 @@ class Answer:
         values: The vectors as they stand in the JSON, unparsed, by representation and in the inputs' order.
         frame: Everything else, as JSON values; `WireFormat.render` puts it around vectors again.
         tokens: What the app counted for the whole request; ``None`` when it does not say.
+        model: The model it names; empty when it names none.
+        repeatable: Whether the frame says nothing of this one request, such as a warning about a text.
     """
 
     values: Mapping[Encoding, Sequence[object]]
     frame: dict[str, Any]
     tokens: int | None = None
+    model: str = ""
+    repeatable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,12 @@ def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
     """The model as requested: in the body, else in the path; ``None`` when there is none."""
     model = fields.get("model", path_model)
     return model if isinstance(model, str) and model else None
+
+
+def named_model(document: Mapping[str, Any]) -> str:
+    """The model that an answer names; empty when it names none."""
+    model = document.get("model")
+    return model if isinstance(model, str) else ""
 
 
 def scope_of(fields: Mapping[str, Any], leave_out: Collection[str]) -> bytes:

@@ -17,6 +17,7 @@ from .format import (
     count,
     held,
     members,
+    named_model,
     read_inputs,
     read_model,
     refusal_of,
@@ -79,7 +80,8 @@ class OpenAI:
             tokens = tokens if tokens is not None else count(usage.get("total_tokens"))
         # Which representation it is, the values themselves say: some servers ignore encoding_format.
         encoding = Encoding.BASE64 if isinstance(values[0], str) and values[0][:1] != "\0" else Encoding.FLOAT
-        return Answer({encoding: values}, {"fields": fields, "usage": usage, "item": extra or {}}, tokens)
+        frame = {"fields": fields, "usage": usage, "item": extra or {}}
+        return Answer({encoding: values}, frame, tokens, named_model(document))
 
     def render(
         self,

@@ -1,0 +1,94 @@
+"""What one request turns out to be, said in one place: to the header, the state, the metrics and the span at once."""
+
+from typing import Literal
+
+from starlette.types import Message, Scope, Send
+
+from . import http_caching as http
+from .counts import Counted, Counts, Result
+from .result import EmbeddingCacheResult
+
+
+class Outcome:
+    """One request's; whoever answers it says here what the answer is, and sends by what he gets.
+
+    Args:
+        counts: Of the middleware.
+        scope: Whose state tells the app and what stands outside.
+        send: The server's.
+        status: Whether ``Cache-Status`` is sent.
+
+    Attributes:
+        hits: Different inputs found.
+        misses: Different inputs that the app computes for this request.
+        collapsed: Different inputs that others were computing.
+        tokens: What the app would have counted; 0 until that is known.
+        billed: What it counted for this request.
+        looked_up: Whether the answer is made of what a lookup found, or did not find.
+    """
+
+    def __init__(self, counts: Counts, scope: Scope, send: Send, *, status: bool) -> None:
+        self._counts = counts
+        self._counted = Counted(counts)
+        self._scope = scope
+        self._send = send
+        self._status = status
+        self.hits = self.misses = self.collapsed = self.tokens = self.billed = 0
+        self.looked_up = False
+
+    def says(self, result: Result, member: str, *, reason: str = "", error: bool = False) -> Send:
+        """Say that the request is a *result*; gives the ``send`` of its answer, with *member* in ``Cache-Status``.
+
+        Args:
+            result: For the metrics; a ``stale`` one is a hit or a miss for the app.
+            member: See `http_caching.status`.
+            reason: The token of a bypass.
+            error: Whether the answer is none that was asked for: the metrics count it as an error.
+        """
+        self.note(result)
+        self._counted.turns_out("error" if error else result, reason)
+        return _with_status(self._send, member) if self._status else self._send
+
+    def bypasses(self, detail: str) -> Send:
+        """Say that the app answers the original request, for the reason *detail*."""
+        self.looked_up = False
+        self.hits = self.misses = self.collapsed = 0
+        return self.says("bypass", http.status("fwd=bypass", detail=detail), reason=detail)
+
+    def fails(self) -> None:
+        """Say that there is no answer."""
+        self._counted.turns_out("error")
+
+    def note(self, result: Result) -> None:
+        """Tell the app, and what stands outside, how the request looks; it counts as that if nothing else is said."""
+        self._counted.turns_out(result)
+        outcome: Literal["hit", "miss", "partial", "bypass"]
+        if result in ("hit", "miss", "partial", "bypass"):
+            outcome = result
+        else:
+            outcome = "miss" if not self.hits else "partial" if self.misses else "hit"
+        self._scope["state"]["embedding_cache_result"] = EmbeddingCacheResult(
+            outcome, self.hits, self.misses, self.collapsed, self.tokens, self.billed
+        )
+
+    def served(self, size: int, saved_tokens: int) -> None:
+        """Count the bytes of stored vectors that go out, and tokens that the app need not count."""
+        self._counted.served(size, saved_tokens)
+
+    def end(self) -> None:
+        """Count the request."""
+        if self.looked_up:
+            self._counts.items.add(self.hits, self.misses, self.collapsed)
+        self._counted.end()
+
+
+def _with_status(send: Send, member: str) -> Send:
+    """A ``send`` that appends *member* to the answer's ``Cache-Status``."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (b"cache-status", member.encode())]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return sent
