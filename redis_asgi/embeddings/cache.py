@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..connection import RedisArgument
 from ..errors import ConfigurationError, Failure
-from ..keys import embedding_key
+from ..keys import embedding_key, id_mark
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
 from .computing import Changes, Computation, raisable
@@ -102,11 +102,12 @@ class EmbeddingCache:
         pace = Pace()
         for start in range(0, len(ids), _IDS_PER_LOOKUP):
             chunk = ids[start : start + _IDS_PER_LOOKUP]
-            raws = await vectors_of(self._manager).lookup([self._key(name) for name in chunk], self._timeout)
+            keys = [self._key(name) for name in chunk]
+            raws = await vectors_of(self._manager).lookup(keys, self._timeout)
             if isinstance(raws, Failure):
                 break
-            for name, raw in zip(chunk, raws, strict=True):
-                vector = decode_vector(raw)
+            for name, key, raw in zip(chunk, keys, raws, strict=True):
+                vector = decode_vector(raw, id_mark(key))
                 if vector is not None:
                     found[name] = vector
                 if pace.due:
@@ -239,9 +240,8 @@ class EmbeddingCache:
             half = single.astype("<f2") if self._half else None
         if not np.isfinite(single).all():
             raise ValueError(f"The embedding of {context_id!r} is not finite as float32. Pass finite numbers.")
-        if half is not None and np.isfinite(half).all():
-            return encode(half, born=time.time())
-        return encode(single, born=time.time())
+        kept = half if half is not None and np.isfinite(half).all() else single
+        return encode(kept, born=time.time(), own=id_mark(self._key(context_id)))
 
     async def _write(self, ids: Sequence[str], values: Sequence[Value], ttl: float) -> int:
         writes = [Write(self._key(name), value.raw, ttl) for name, value in zip(ids, values, strict=True)]

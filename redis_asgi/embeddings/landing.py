@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from ..keys import key_mark
 from .codec import Flag, Value, encode
 from .http_caching import by_name, replayed, storable
 from .lease import Lease
@@ -101,6 +102,7 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
         values[name] = encode(
             parsed.numbers,
             born=now,
+            own=key_mark(name),
             epoch=asked.epoch,
             tokens=count.tokens if count is not None else None,
             flags=flags,
