@@ -41,6 +41,8 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             if transport is not None:
                 size = min(_READ_BYTES, _READ_BYTES_PER_WORD * sum(map(len, commands)))
                 return await _straight(connection, transport, packed, size)
+            if not isinstance(pool, Turnstile):
+                await aside.freshen(connection)  # a user's pool may not have looked
             return await _through_redis_py(connection, packed)
     finally:
         # Out of the deadline's reach: a release that is cut short would lose the connection.
@@ -113,6 +115,9 @@ async def _through_redis_py(connection: AbstractConnection, packed: Sequence[byt
     try:
         await connection.send_packed_command(packed)
         return [await _reply(connection) for _ in packed]
+    except BaseException:
+        await aside.hang_up(connection)
+        raise
     finally:
         connection.socket_timeout = timeout
 
