@@ -6,6 +6,7 @@ a lookup's time. A lookup has its deadline and fails open, so it needs none of t
 
 import asyncio
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import hiredis
@@ -23,14 +24,57 @@ _READ_BYTES = 256 * 1024
 _READ_BYTES_PER_WORD = 8 * 1024
 
 
+class OddReply(ResponseError):
+    """A reply that its command cannot have: nothing that follows it on that connection can be believed either."""
+
+
+_VALUES = frozenset((bytes, NoneType))
+
+
+def checked(commands: Sequence[Command], replies: list[Any]) -> list[Any]:
+    """*replies*, if each is one that its command can have; the only place that looks.
+
+    Raises:
+        OddReply: For any other. An error reply fits every command, and every value of an ``MGET``: a proxy answers so
+            for a key whose server it cannot reach.
+    """
+    for command, reply in zip(commands, replies, strict=True):
+        if not _fits(command, reply):
+            raise OddReply(f"{command[0]!r} was answered by {type(reply).__name__}")
+    return replies
+
+
+def _fits(command: Command, reply: Any) -> bool:
+    if isinstance(reply, Exception):
+        return True
+    match command[0]:
+        case "MGET":
+            return isinstance(reply, list) and len(reply) == len(command) - 1 and _are_values(reply)
+        case "GET":
+            return type(reply) in _VALUES
+        case "SET":
+            # True: redis-py's word for it, after it has followed a slot to another node.
+            return reply in (b"OK", True) or (reply is None and command[-1] == "NX")
+        case "DEL" | "EXPIRE":
+            return isinstance(reply, int)
+    return True
+
+
+def _are_values(found: list[Any]) -> bool:
+    return _VALUES.issuperset(map(type, found)) or all(
+        type(value) in _VALUES or isinstance(value, Exception) for value in found
+    )
+
+
 async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
     """Send *commands* together and read their replies, undecoded; an error reply is a value among them.
 
-    Whatever ends it early, a cancellation or the deadline of *within* seconds, drops the connection, so that nobody
-    else reads what was meant for us.
+    Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another shape, drops the
+    connection, so that nobody else reads what was meant for us.
 
     Raises:
-        Exception: What redis-py does when there is no connection or no reply; `TimeoutError` at the deadline.
+        Exception: What redis-py does when there is no connection or no reply; `TimeoutError` at the deadline;
+            `OddReply`.
     """
     connection: AbstractConnection | None = None
     try:
@@ -40,10 +84,10 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             transport = aside.transport_of(connection) if isinstance(pool, Turnstile) else None
             if transport is not None:
                 size = min(_READ_BYTES, _READ_BYTES_PER_WORD * sum(map(len, commands)))
-                return await _straight(connection, transport, packed, size)
+                return await _straight(connection, transport, commands, packed, size)
             if not isinstance(pool, Turnstile):
                 await aside.freshen(connection)  # a user's pool may not have looked
-            return await _through_redis_py(connection, packed)
+            return await _through_redis_py(connection, commands, packed)
     finally:
         # Out of the deadline's reach: a release that is cut short would lose the connection.
         if connection is not None:
@@ -51,12 +95,16 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
 
 
 async def _straight(
-    connection: AbstractConnection, transport: asyncio.Transport, packed: Sequence[bytes], size: int
+    connection: AbstractConnection,
+    transport: asyncio.Transport,
+    commands: Sequence[Command],
+    packed: Sequence[bytes],
+    size: int,
 ) -> list[Any]:
     replies = _Replies(transport, len(packed), size)
     try:
         transport.write(b"".join(packed))
-        return await replies.all
+        return checked(commands, await replies.all)
     except BaseException:
         replies.give_back()
         await aside.hang_up(connection)
@@ -109,12 +157,14 @@ class _Replies(asyncio.BufferedProtocol):
             self.all.set_exception(exc if exc is not None else ConnectionError("closed by the server"))
 
 
-async def _through_redis_py(connection: AbstractConnection, packed: Sequence[bytes]) -> list[Any]:
+async def _through_redis_py(
+    connection: AbstractConnection, commands: Sequence[Command], packed: Sequence[bytes]
+) -> list[Any]:
     # Ours is the only clock: no task and no timer per command.
     timeout, connection.socket_timeout = connection.socket_timeout, None
     try:
         await connection.send_packed_command(packed)
-        return [await _reply(connection) for _ in packed]
+        return checked(commands, [await _reply(connection) for _ in packed])
     except BaseException:
         await aside.hang_up(connection)
         raise

@@ -21,7 +21,7 @@ from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..errors import Failure, classify, classify_reply
 from ..settings import Settings
 from .counts import Commands
-from .leased import Command, run
+from .leased import Command, checked, run
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
@@ -210,7 +210,7 @@ async def _pipelined(cluster: aioredis.RedisCluster, commands: Sequence[Command]
     for command in commands:
         # A client of the user's may decode its replies, and a vector is no text.
         pipeline.execute_command(*command, NEVER_DECODE=[])
-    return await pipeline.execute(raise_on_error=False)
+    return checked(commands, await pipeline.execute(raise_on_error=False))
 
 
 def _values(reply: Any) -> Sequence[bytes | None]:
