@@ -11,8 +11,9 @@ from typing import Any
 
 import hiredis
 import numpy as np
+from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError, TryAgainError
 
 from .. import aside
 from ..client import Turnstile
@@ -92,6 +93,33 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
         # Out of the deadline's reach: a release that is cut short would lose the connection.
         if connection is not None:
             await pool.release(connection)
+
+
+async def run_on_node(cluster: RedisCluster, node: str, commands: Sequence[Command]) -> list[Any]:
+    """`run` on one node of a cluster, by its name; what has moved to another one is asked for there.
+
+    Not by redis-py's pipeline, which waits for all nodes when one of them hangs. The deadline is the caller's.
+    """
+    there = cluster.get_node(node_name=node)
+    if there is None:
+        raise RedisClusterException("the cluster has no such node any more")
+    connection = there.acquire_connection()
+    try:
+        if connection.should_reconnect():  # type: ignore[no-untyped-call]  # theirs
+            await aside.hang_up(connection)
+        await aside.freshen(connection)
+        packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
+        replies = await _through_redis_py(connection, commands, packed)
+    finally:
+        there.release(connection)
+    for at, reply in enumerate(replies):
+        if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
+            try:
+                # A client of the user's may decode its replies, and a vector is no text.
+                replies[at] = await cluster.execute_command(*commands[at], NEVER_DECODE=[])
+            except RedisError as error:
+                replies[at] = error
+    return checked(commands, replies)
 
 
 async def _straight(

@@ -171,7 +171,7 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
         # Connections are open, and the model is new.
         await c.post("/v1/embeddings", json={"model": "other", "input": ["a"]})
     spy.bodies.clear()
-    monkeypatch.setattr("redis_asgi.embeddings.store.run", harmed)
+    monkeypatch.setattr("redis_asgi.embeddings.server.run", harmed)
     body = orjson.dumps({"model": "m", "input": ["a", "b"]})
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 import pytest
@@ -23,8 +23,10 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def answering(said: bytes) -> AsyncIterator[str]:
     """The URL of a server that greets well and answers every other command with *said*."""
+    talks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talks.add(cast("asyncio.Task[None]", asyncio.current_task()))
         commands = hiredis.Reader()
         while sent := await reader.read(65536):
             commands.feed(sent)
@@ -37,6 +39,8 @@ async def answering(said: bytes) -> AsyncIterator[str]:
         yield f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     finally:
         listener.close()
+        if talks:
+            await asyncio.wait(talks, timeout=5)
 
 
 OPERATIONS: dict[str, Callable[[VectorStore], Awaitable[Any]]] = {
@@ -49,7 +53,7 @@ OPERATIONS: dict[str, Callable[[VectorStore], Awaitable[Any]]] = {
 FAILED = {"lookup": Failure.REPLY, "claim": None} | dict.fromkeys(("write", "renew", "delete"), Done(0, Failure.REPLY))
 ODD = {
     "an integer": (b":42\r\n", {"delete", "renew"}),
-    "a status": (b"+OK\r\n", {"write"}),
+    "a status": (b"+OK\r\n", {"write", "claim"}),
     "no list": (b"*-1\r\n", set[str]()),
     "an empty list": (b"*0\r\n", set[str]()),
     "a short list": (b"*1\r\n$1\r\na\r\n", set[str]()),
