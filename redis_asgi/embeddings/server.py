@@ -1,7 +1,7 @@
 """Vectors, leases and epochs on one Redis server, or on one node of a cluster.
 
-A lookup is one pipeline of ``MGET`` in chunks, or of ``GET`` on a cluster; a write pipelines of ``SET`` with a TTL. No
-call raises what Redis does, and none waits longer than its deadline.
+A lookup is one pipeline of ``MGET`` in chunks, of one key each where keys may not go together, or of ``GET`` on a
+cluster; a write pipelines of ``SET`` with a TTL. No call raises what Redis does; none waits longer than its deadline.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from ..client import Client
 from ..connection import RedisManager
-from ..errors import Failure, classify, classify_reply
+from ..errors import Failure, classify, classify_reply, is_crossslot
 from .counts import Commands
 from .leased import Command, run, run_on_node
 from .records import UNKNOWN, WRITE_TIMEOUT, Done, Write
@@ -37,6 +37,7 @@ class RedisVectors:
     """
 
     def __init__(self, manager: RedisManager, client: Client, node: str = "") -> None:
+        self._manager = manager
         self._client = client
         self._node = node
         self._breaker = manager.breaker(node)
@@ -54,7 +55,13 @@ class RedisVectors:
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
             return self._breaker.reason
-        replies = await self._execute(self._reads(names), within, op="lookup")
+        deadline = time.monotonic() + within
+        reads = self._reads(names)
+        replies = await self._execute(reads, within, op="lookup")
+        if len(reads) < len(names) and not isinstance(replies, Failure) and any(map(is_crossslot, replies)):
+            # A fact about the server, not about its health.
+            self._manager.found_slots()
+            replies = await self._execute(self._reads(names), deadline - time.monotonic(), op="lookup")
         if isinstance(replies, Failure):
             return replies
         found: list[bytes | None] = []
@@ -73,7 +80,8 @@ class RedisVectors:
         if self._node:
             # A cluster has no MGET across slots.
             return [("GET", name) for name in names]
-        return [("MGET", *names[start : start + MGET_KEYS]) for start in range(0, len(names), MGET_KEYS)]
+        most = 1 if self._manager.keys_apart else MGET_KEYS
+        return [("MGET", *names[start : start + most]) for start in range(0, len(names), most)]
 
     async def claim(self, write: Write, within: float) -> bytes | None:
         if not self.writable or within <= 0 or not self._breaker.admits():

@@ -14,6 +14,7 @@ from redis_asgi.connection import RedisManager, resolve_manager
 from redis_asgi.embeddings.store import Done, VectorStore, Write, vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.servers import ExternalServer, Server
 from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
 
@@ -92,3 +93,49 @@ async def test_odd_replies_never_reach_a_client(shape: str) -> None:
         assert [[1.0]] == (await cache.get_or_compute(["a"], lambda _: [[1.0]])).tolist()
         assert await cache.get_embedding("a") is None
         await manager.close()
+
+
+async def test_a_server_that_enforces_slots_has_its_keys_apart(
+    slots_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refused lookup is sent once more in time; the breaker hears nothing, and the log says it once."""
+    manager = RedisManager(settings_of(slots_server.url))
+    spy = Spy()
+    async with client(EmbeddingCacheMiddleware(server(spy), redis=manager)) as c:
+        assert "redis-asgi; fwd=miss; stored" == cache_status(await ask(c, "a", "b"))
+        for _ in range(30):
+            assert "redis-asgi; hit" in cache_status(await ask(c, "a", "b"))
+    assert 1 == spy.calls
+    assert "closed" == manager.breaker_state
+    assert manager.keys_apart
+    assert ["redis_asgi.slots_enforced"] == [r.message for r in caplog.records if r.name == "redis_asgi.connection"]
+    rejected = slots_server.client().info("commandstats")["cmdstat_mget"]["rejected_calls"]
+    assert 1 == rejected
+    cache = EmbeddingCache(manager)
+    assert 300 == await cache.set_many({str(number): [float(number)] for number in range(300)})
+    assert 300 == len(await cache.get_many([str(number) for number in range(300)]))
+    assert 300 == await cache.delete_many([str(number) for number in range(300)])
+    await manager.close()
+
+
+async def test_a_users_client_of_such_a_server_learns_the_same(slots_server: Server) -> None:
+    """redis-py strips the word that says it."""
+    theirs = aioredis.Redis.from_url(slots_server.url)
+    manager = resolve_manager(theirs, Settings())[0]
+    assert [None, None] == await vectors_of(manager).lookup([b"a", b"b"], 5)
+    assert manager.keys_apart
+    assert "closed" == manager.breaker_state
+    await theirs.aclose()
+
+
+@pytest.mark.parametrize("batch", ["auto", "key"])
+async def test_keys_go_together_unless_told_otherwise(redis_server: ExternalServer, batch: str) -> None:
+    """One command for up to 256 keys, or one for each in the same trip."""
+    manager = RedisManager(settings_of(redis_server.url, REDIS_BATCH=batch))
+    store = vectors_of(manager)
+    names = [b"k%d" % number for number in range(300)]
+    await store.write([Write(name, name, 60) for name in names])
+    before = redis_server.calls("mget")
+    assert [*names, None] == await store.lookup([*names, b"absent"], 5)
+    assert {"auto": 2, "key": 301}[batch] == redis_server.calls("mget") - before
+    await manager.close()
