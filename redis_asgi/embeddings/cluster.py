@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import redis.asyncio as aioredis
 
 from ..connection import RedisManager
 from ..errors import Failure, classify
+from .leased import Command
+from .owed import Owed, Told
 from .records import UNKNOWN, WRITE_TIMEOUT, Done, Write
-from .server import RedisVectors
+from .server import RedisVectors, revocation
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,6 +28,7 @@ class ClusterVectors:
         self._client = client
         self._nodes: dict[str, RedisVectors] = {}
         self._opening: asyncio.Task[Failure | None] | None = None
+        self._owed = Owed(lambda commands: self._tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
     @property
     def writable(self) -> bool:
@@ -33,6 +36,7 @@ class ClusterVectors:
 
     async def aclose(self) -> None:
         """End what is under way."""
+        await self._owed.aclose()
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait({self._opening})
@@ -66,6 +70,27 @@ class ClusterVectors:
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
         return _sum(await self._at_each(names, _same, within, RedisVectors.delete))
+
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+        commands = revocation(names, notes)
+        failed, failure = await self._tell(commands, within)
+        self._owed.add(failed)
+        return Done(len(commands) - len(failed), failure)
+
+    async def _tell(self, commands: Sequence[Command], within: float) -> Told:
+        answers = await self._at_each(commands, _key_of, within, RedisVectors.tell)
+        if isinstance(answers, Failure):
+            return commands, answers
+        failed: list[Command] = []
+        first: Failure | None = None
+        for places, answer in answers:
+            if isinstance(answer, Failure):
+                failed += [commands[place] for place in places]
+                first = first or answer
+            else:
+                failed += answer[0]
+                first = first or answer[1]
+        return failed, first
 
     async def _at_each(
         self,
@@ -145,6 +170,10 @@ def _same(name: bytes) -> bytes:
 
 def _name_of(write: Write) -> bytes:
     return write.name
+
+
+def _key_of(command: Command) -> bytes:
+    return cast("bytes", command[1])
 
 
 def _sum(answers: list[tuple[list[int], Done | Failure]] | Failure) -> Done:

@@ -65,6 +65,13 @@ class MemoryVectors:
         with self._lock:
             return Done(sum(self._get(name) is not None and self._drop(name) for name in names))
 
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+        with self._lock:
+            for name in names:
+                self._drop(name)
+            self._write(notes)
+            return Done(len(names) + len(notes))
+
     def _get(self, name: bytes) -> bytes | None:
         kept = self._values.get(name)
         if kept is None:

@@ -64,3 +64,9 @@ class VectorStore(Protocol):
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
         """Forget *names*."""
+
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+        """Forget *names* and keep *notes*; what fails is done as soon as Redis answers again.
+
+        At most 10,000 of them wait for that, the oldest go first, and all with the process.
+        """

@@ -18,6 +18,7 @@ from ..connection import RedisManager
 from ..errors import Failure, classify, classify_reply, is_crossslot
 from .counts import Commands
 from .leased import Command, run, run_on_node
+from .owed import Owed, Told
 from .records import UNKNOWN, WRITE_TIMEOUT, Done, Write
 
 logger = logging.getLogger("redis_asgi.embeddings")
@@ -44,13 +45,15 @@ class RedisVectors:
         self._turns = asyncio.Semaphore(manager.settings.REDIS_POOL_SIZE)
         self._no_writes_until = 0.0
         self._commands = Commands()
+        self._owed = Owed(lambda commands: self.tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
     @property
     def writable(self) -> bool:
         return self._breaker.state == "closed" and time.monotonic() >= self._no_writes_until
 
     async def aclose(self) -> None:
-        """Nothing is under way between calls."""
+        """End what is under way."""
+        await self._owed.aclose()
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
@@ -73,7 +76,7 @@ class RedisVectors:
             else:
                 self._failed(failure)
                 return failure
-        self._worked()
+        self._breaker.worked()
         return found
 
     def _reads(self, names: Sequence[bytes]) -> list[Command]:
@@ -94,7 +97,7 @@ class RedisVectors:
             if isinstance(reply, Exception):
                 self._failed(_classify(reply), write=True)
                 return None
-        self._worked()
+        self._breaker.worked()
         return _values(replies[-1])[0]
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
@@ -116,24 +119,40 @@ class RedisVectors:
             if failure is not None:
                 self._failed(failure, write=True)
                 return Done(count, failure)
-            self._worked()
+            self._breaker.worked()
         return Done(count)
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
-        if not self._breaker.admits():
-            return Done(0, self._breaker.reason)
-        replies = await self._execute([("DEL", name) for name in names], within, op="store")
-        if isinstance(replies, Failure):
-            return Done(0, replies)
-        failures = [_classify(reply) for reply in replies if isinstance(reply, Exception)]
-        if failures:
-            self._failed(failures[0])
-        else:
-            self._worked()
-        return Done(sum(reply for reply in replies if isinstance(reply, int)), failures[0] if failures else None)
+        replies, failure = await self._order([("DEL", name) for name in names], within)
+        return Done(sum(reply for reply in replies if isinstance(reply, int)), failure)
 
-    def _worked(self) -> None:
-        self._breaker.worked()
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+        commands = revocation(names, notes)
+        failed, failure = await self.tell(commands, within)
+        self._owed.add(failed)
+        return Done(len(commands) - len(failed), failure)
+
+    async def tell(self, commands: Sequence[Command], within: float) -> Told:
+        """Send *commands*, each on its own: those that failed, and why the first did."""
+        replies, failure = await self._order(commands, within)
+        if not replies:
+            return commands, failure
+        pairs = zip(commands, replies, strict=True)
+        return [command for command, reply in pairs if isinstance(reply, Exception)], failure
+
+    async def _order(self, commands: Sequence[Command], within: float) -> tuple[list[Any], Failure | None]:
+        """The replies, none when there is no answer at all, and the first failure among them."""
+        if not self._breaker.admits():
+            return [], self._breaker.reason
+        replies = await self._execute(commands, within, op="store", write=True)
+        if isinstance(replies, Failure):
+            return [], replies
+        failure = next((_classify(reply) for reply in replies if isinstance(reply, Exception)), None)
+        if failure is not None:
+            self._failed(failure, write=True)
+        else:
+            self._breaker.worked()
+        return replies, failure
 
     def _failed(self, failure: Failure, *, write: bool = False) -> None:
         if not write or failure is not Failure.OOM:
@@ -171,6 +190,11 @@ class RedisVectors:
             failure = classify(error)
             self._failed(failure, write=write)
             return failure
+
+
+def revocation(names: Sequence[bytes], notes: Sequence[Write]) -> list[Command]:
+    """The commands that forget *names* and keep *notes*."""
+    return [*(("DEL", name) for name in names), *map(_command, notes)]
 
 
 def _values(reply: Any) -> "list[bytes | None]":
