@@ -2,7 +2,7 @@
 
 redis-py ends a TLS connection by a goodbye whose answer it awaits for up to 30 s, in the background: with a server that
 hangs, one socket for each question. Here a connection is dropped at once, whatever state it is in; `hang_up` does so
-with a pool's, too.
+with a pool's, too, and `freshen` sees to it that nothing is left in it.
 """
 
 import asyncio
@@ -60,6 +60,24 @@ async def receive(connection: AbstractConnection) -> Any:
         Exception: What redis-py does, error replies included; `hang_up` is left to the caller.
     """
     return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+
+
+async def freshen(connection: AbstractConnection) -> None:
+    """Make a pooled connection fit for the next command: connected, and with nothing left to read.
+
+    What waits there is nobody's, and would be taken for the answer to whatever is asked next, so the connection is
+    dropped. redis-py leaves that look out when maintenance notifications are on, as they are by default.
+
+    Raises:
+        Exception: What redis-py does when it cannot connect.
+    """
+    transport = transport_of(connection)
+    # One that was reset while it was idle would be noticed by the next command only.
+    reset = transport is not None and transport.is_closing()
+    if connection.is_connected and (reset or await connection.can_read()):
+        await hang_up(connection)
+    if not connection.is_connected:
+        await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
 
 
 async def hang_up(connection: AbstractConnection) -> None:

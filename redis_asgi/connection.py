@@ -135,6 +135,8 @@ class RedisManager:
 
     Attributes:
         fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
+        keys_apart: Whether each command may name keys of one slot only, although the client is of no cluster: since
+            ``REDIS_BATCH`` says so, or since `found_slots`.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -145,6 +147,7 @@ class RedisManager:
         self._inherited: list[object] = []
         self._unreachable: tuple[float, OSError] | None = None
         self.fails_closed = False
+        self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
 
@@ -257,6 +260,20 @@ class RedisManager:
             breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client))
             opened.breakers[node] = breaker
         return breaker
+
+    def found_slots(self) -> None:
+        """Note that the server has refused keys of several slots in one command; from here on none gets such a one."""
+        if self.keys_apart:
+            return
+        self.keys_apart = True
+        logger.warning(
+            "redis_asgi.slots_enforced",
+            extra={
+                "code": "slots_enforced",
+                "fix": "The server refuses keys of several slots in one command, so each goes in one of its own. Set "
+                "REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
+            },
+        )
 
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""

@@ -106,6 +106,14 @@ def classify_reply(text: str) -> Failure:
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 
 
+def is_crossslot(reply: object) -> bool:
+    """Whether *reply* refuses keys of several slots in one command, of which nothing has run."""
+    # redis-py strips the first word.
+    return isinstance(reply, redis_exceptions.ClusterCrossSlotError) or (
+        isinstance(reply, Exception) and str(reply).lstrip("-").startswith("CROSSSLOT")
+    )
+
+
 def classify(exc: BaseException) -> Failure:
     """Sort what a Redis client raised into a `Failure`; anything unknown counts as `Failure.CONNECTION`.
 

@@ -17,6 +17,7 @@ The braces of ``rate_limit`` are Redis Cluster's hash tag: all keys of a partiti
 import base64
 import hashlib
 import hmac
+from binascii import unhexlify
 from collections.abc import Iterable
 from typing import Protocol, Self
 
@@ -101,6 +102,24 @@ def embedding_input_key(prefix: bytes, scope: Digest, kind: bytes, canonical: by
     # The kind is one byte, so nothing before or after the length can be mistaken for something else.
     state.update(kind + len(canonical).to_bytes(8, "little") + canonical)
     return prefix + state.hexdigest().encode()
+
+
+def key_mark(name: bytes, size: int = 8) -> bytes:
+    """The last *size* bytes of the digest that *name* ends with, for its value to say whose it is.
+
+    Only of a key that ends with a digest (an input's, a lease's, an epoch's); of one by id it is `id_mark`.
+    """
+    return unhexlify(name[-2 * size :])
+
+
+def key_marks(names: Iterable[bytes]) -> list[bytes]:
+    """`key_mark` of each, 8 bytes; in one go, as a hit of many inputs needs them all."""
+    return [unhexlify(name[-16:]) for name in names]
+
+
+def id_mark(name: bytes, size: int = 8) -> bytes:
+    """*size* bytes of BLAKE2b over the key *name*, the user's prefix included, for its value to say whose it is."""
+    return hashlib.blake2b(name, digest_size=size).digest()
 
 
 def embedding_input_prefix(prefix: str) -> bytes:

@@ -30,7 +30,7 @@ CLIENT_BYTES = 120  # MEMORY USAGE of one client's hash with one policy
 POLICY_BYTES = 40  # of each further policy in it
 KEYSPACE_BYTES = 77  # what a key with a TTL costs beside that: its places in two hash tables
 _VECTOR_OVERHEAD = 136  # key, entry and object of one input's vector
-_VECTOR_HEADER = 24 + 10  # of our value, and of the string that holds it
+_VECTOR_HEADER = 32 + 10  # of our value, and of the string that holds it
 _LOG_OVERHEAD = 184  # key, entry and list of a moving window
 _STAMP_BYTES = 10  # of one unit in it
 

@@ -225,6 +225,7 @@ class Settings(BaseSettings):
     )
     REDIS_SENTINEL_MASTER: str | None = Field(None, min_length=1, examples=["mymaster"])
     REDIS_CLUSTER: bool = Field(False, examples=["true"])
+    REDIS_BATCH: Literal["auto", "key"] = Field("auto", examples=["key"])
     REDIS_KEY_PREFIX: Annotated[str, AfterValidator(_key_prefix)] = Field("", max_length=200, examples=["myapp:"])
     REDIS_KEY_SECRET: SecretStr | None = Field(None, min_length=1, examples=["(a random string)"])
 

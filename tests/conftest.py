@@ -107,6 +107,14 @@ def private_server(server_binary: str) -> Iterator[StartServer]:
 
 
 @pytest.fixture
+def slots_server(private_server: StartServer) -> Server:
+    """What looks like one server and refuses keys of several slots in one command."""
+    server = private_server("--cluster-enabled", "yes")
+    server.own_all_slots()
+    return server
+
+
+@pytest.fixture
 def replica(private_server: StartServer) -> Server:
     """A read-only replica whose primary is up and in step."""
     primary = private_server()

@@ -15,7 +15,7 @@ from redis.crc import key_slot
 from starlette.exceptions import HTTPException
 
 from redis_asgi import ConfigurationError, RateLimitExceeded, RedisASGIError
-from redis_asgi.errors import Failure, classify, classify_reply
+from redis_asgi.errors import Failure, classify, classify_reply, is_crossslot
 
 from .conftest import StartServer
 from .kit.processes import run_python
@@ -304,3 +304,18 @@ def test_failures_are_labels() -> None:
     expected = "timeout connection auth permission readonly loading busy oom cluster pool wrong_loop reply"
 
     assert expected.split() == [str(failure) for failure in Failure]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (exceptions.ClusterCrossSlotError("Keys in request don't hash to the same slot"), True),
+        (Exception("CROSSSLOT Keys in request don't hash to the same slot"), True),
+        (exceptions.ResponseError("MOVED 1 127.0.0.1:1"), False),
+        (b"CROSSSLOT", False),
+        (None, False),
+    ],
+)
+def test_a_refusal_of_keys_of_several_slots_is_told_apart(reply: object, expected: bool) -> None:
+    """As redis-py raises it, and as hiredis gives it; a value is none."""
+    assert expected is is_crossslot(reply)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from redis_asgi import KeyManagement
-from redis_asgi.keys import digest, partition_key
+from redis_asgi.keys import digest, embedding_key, embedding_lease_key, id_mark, key_mark, key_marks, partition_key
 
 PREFIXES = st.text(min_size=1).filter(lambda text: ":" not in text)
 
@@ -89,3 +89,15 @@ def test_partition_key_has_one_hash_tag() -> None:
 
     assert key == b"myapp:rate_limit:{203.0.113.7}"
     assert key_slot(key) == key_slot(b"203.0.113.7") == key_slot(key + b":default:m60:1")
+
+
+def test_a_mark_is_a_keys_own() -> None:
+    """Of a key that ends with a digest its last bytes, of one by id a digest of the whole; in the size asked for."""
+    name = embedding_lease_key("p:", (b"a",))
+    assert bytes.fromhex(name[-32:].decode()) == key_mark(name, 16)
+    assert key_mark(name) == key_mark(name, 16)[8:]
+    assert [key_mark(name), key_mark(name)] == key_marks([name, name])
+    ids = [embedding_key(prefix, name) for prefix in ("", "p:") for name in ("a", "b")]
+    assert [8, 8, 8, 8] == [len(id_mark(name)) for name in ids]
+    assert 4 == len({id_mark(name) for name in ids})
+    assert 16 == len(id_mark(ids[0], 16))

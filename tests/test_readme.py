@@ -345,7 +345,7 @@ def test_memory_is_what_is_shown(redis_client: redis.Redis) -> None:
         dims, *shown = (first_number(cell) for cell in cells)
         for size, dtype in zip(shown, ("<f2", "<f4", "<f8"), strict=True):
             key = "embedding_input:v1:" + "0" * 64
-            redis_client.set(key, encode(np.ones(dims, dtype=dtype), born=0.0).raw, ex=60)
+            redis_client.set(key, encode(np.ones(dims, dtype=dtype), born=0.0, own=bytes(8)).raw, ex=60)
             assert (redis_client.memory_usage(key) or 0) == pytest.approx(size, rel=0.1)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..connection import RedisArgument
 from ..errors import ConfigurationError, Failure
-from ..keys import embedding_key
+from ..keys import embedding_key, id_mark
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
 from .computing import Changes, Computation, raisable
@@ -102,11 +102,12 @@ class EmbeddingCache:
         pace = Pace()
         for start in range(0, len(ids), _IDS_PER_LOOKUP):
             chunk = ids[start : start + _IDS_PER_LOOKUP]
-            raws = await vectors_of(self._manager).lookup([self._key(name) for name in chunk], self._timeout)
+            keys = [self._key(name) for name in chunk]
+            raws = await vectors_of(self._manager).lookup(keys, self._timeout)
             if isinstance(raws, Failure):
                 break
-            for name, raw in zip(chunk, raws, strict=True):
-                vector = decode_vector(raw)
+            for name, key, raw in zip(chunk, keys, raws, strict=True):
+                vector = decode_vector(raw, id_mark(key))
                 if vector is not None:
                     found[name] = vector
                 if pace.due:
@@ -155,21 +156,29 @@ class EmbeddingCache:
         computing = self._computing.setdefault(asyncio.get_running_loop(), {})
         # Claimed before anything is looked up, so that no answer of Redis can be older than a finished
         # computation.
-        claimed = [name for name in dict.fromkeys(ids) if name not in computing]
-        mine = Computation(claimed)
+        mine = Computation([name for name in dict.fromkeys(ids) if name not in computing], computing)
         self._changes.begin(mine)
-        computing.update(dict.fromkeys(claimed, mine))
         waits = {name: computing[name] for name in ids}
-        if claimed:
-            # After all else, as an eager task may have ended when it is there.
-            mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute, computing))
-        self._items.add(collapsed=len(waits) - len(claimed))
-        found: dict[str, Float32Array] = {}
-        for computation in dict.fromkeys(waits.values()):
-            vectors = await computation.result()
-            found.update({name: vectors[name] for name, other in waits.items() if other is computation})
-        if mine.task is not None:
-            await asyncio.shield(mine.task)
+        needed = tuple(dict.fromkeys(waits.values()))
+        # For all of them from here on, not only for the one that is awaited first.
+        for computation in needed:
+            computation.join()
+        try:
+            if mine.ids:
+                # After all else, as an eager task may have ended when it is there.
+                mine.task = asyncio.get_running_loop().create_task(self._find_or_compute(mine, compute))
+                mine.task.add_done_callback(lambda _: self._end(mine))
+            self._items.add(collapsed=len(waits) - len(mine.ids))
+            # Without a shield: a cancelled future would look like our own cancellation.
+            done, _ = await asyncio.wait([it.vectors for it in needed], return_when=asyncio.FIRST_EXCEPTION)
+            for vectors in done:
+                vectors.result()  # raises what one of them did
+            found = {name: computation.vectors.result()[name] for name, computation in waits.items()}
+            if mine.task is not None:
+                await asyncio.wait({mine.task})
+        finally:
+            for computation in needed:
+                computation.leave()
         lengths = {len(vector) for vector in found.values()}
         if len(lengths) > 1:
             raise ValueError(
@@ -177,25 +186,31 @@ class EmbeddingCache:
             )
         return np.stack([found[name] for name in ids])
 
-    async def _find_or_compute(self, mine: Computation, compute: Compute, computing: dict[str, Computation]) -> None:
+    async def _find_or_compute(self, mine: Computation, compute: Compute) -> None:
         try:
             found = await self.get_many(mine.ids)
             missing = [name for name in mine.ids if name not in found]
             values = self._computed(missing, await _call(compute, list(missing))) if missing else {}
+            if mine.given_up:
+                return  # a compute that goes on when it is cancelled: somebody else may have begun anew
             mine.vectors.set_result(found | {name: value.float32 for name, value in values.items()})
             # Whoever has set or deleted an id meanwhile knows better.
             mine.writing = True
             kept = [name for name in missing if name not in mine.superseded]
             await self._write(kept, [values[name] for name in kept], self._ttl)
-        except asyncio.CancelledError:
-            mine.vectors.cancel()
+        except asyncio.CancelledError as error:
+            mine.fail(error)
             raise
         except BaseException as error:
             mine.fail(error)  # one that ends the loop does so where it is raised again
         finally:
-            for name in mine.ids:
-                del computing[name]
-            self._changes.end(mine)
+            self._end(mine)
+
+    def _end(self, mine: Computation) -> None:
+        # Twice, as a task that is cancelled before its first step runs nothing of its own.
+        mine.fail(asyncio.CancelledError())
+        mine.step_down()
+        self._changes.end(mine)
 
     def _computed(self, ids: Sequence[str], computed: Any) -> dict[str, Value]:
         vectors = list(computed)
@@ -225,9 +240,8 @@ class EmbeddingCache:
             half = single.astype("<f2") if self._half else None
         if not np.isfinite(single).all():
             raise ValueError(f"The embedding of {context_id!r} is not finite as float32. Pass finite numbers.")
-        if half is not None and np.isfinite(half).all():
-            return encode(half, born=time.time())
-        return encode(single, born=time.time())
+        kept = half if half is not None and np.isfinite(half).all() else single
+        return encode(kept, born=time.time(), own=id_mark(self._key(context_id)))
 
     async def _write(self, ids: Sequence[str], values: Sequence[Value], ttl: float) -> int:
         writes = [Write(self._key(name), value.raw, ttl) for name, value in zip(ids, values, strict=True)]

@@ -1,19 +1,20 @@
-"""How a vector is kept: a 24-byte header and the raw little-endian numbers. Never pickle.
+"""How a vector is kept: a 32-byte header and the raw little-endian numbers. Never pickle.
 
 ::
 
-    0   magic and version   45 31 c0 7f
+    0   magic and version   45 31 c0 80
     4   dtype               1 float32, 2 float64, 3 float16
     5   flags               1 tokens known, 2 tokens exact, 4 shortest, 8 capped
     6   dims                u16
     8   tokens              u32, what the app counted for this input
     12  born                u32, Unix seconds
     16  epoch               8 bytes, those of the model when the vector was asked for
-    24  dims numbers
+    24  own                 8 bytes of its own key's digest: under another key it is no value
+    32  dims numbers
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import cast
@@ -21,12 +22,11 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC = b"\x45\x31\xc0\x7f"
+MAGIC = b"\x45\x31\xc0\x80"
 NO_EPOCH = bytes(8)
-_MAGIC_BYTES = len(MAGIC)
-HEADER_BYTES = 24
+HEADER_BYTES = 32
 MAX_DIMS = 0xFFFF
-_HEADER = struct.Struct("<4sBBHII8s")
+_HEADER = struct.Struct("<4sBBHII8s8s")
 _U32 = 0xFFFFFFFF
 
 Float32Array = NDArray[np.float32]
@@ -102,6 +102,7 @@ def encode(
     numbers: Numbers,
     *,
     born: float,
+    own: bytes,
     epoch: bytes = NO_EPOCH,
     tokens: int | None = None,
     flags: int = 0,
@@ -112,6 +113,7 @@ def encode(
     Args:
         numbers: Finite numbers; the caller has looked.
         born: Unix seconds.
+        own: 8 bytes that say which key it is for.
         epoch: 8 bytes.
         tokens: The app's count for this input; ``None`` = unknown.
         flags: `Flag` bits; those about tokens are set here.
@@ -123,27 +125,27 @@ def encode(
     flags |= 0 if tokens is None else Flag.TOKENS_KNOWN
     count, seconds = min(tokens or 0, _U32), min(max(int(born), 0), _U32)
     dims = little.shape[0]
-    header = _HEADER.pack(MAGIC, dtype, int(flags), dims, count, seconds, epoch)
+    header = _HEADER.pack(MAGIC, dtype, int(flags), dims, count, seconds, epoch, own)
     raw = header + little.tobytes()
     return Value(raw, dtype, int(flags), dims, count, seconds, epoch, None, texts if texts is not None else {})
 
 
-def decode(raw: object) -> Value | None:
-    """Read a value of ours; ``None`` for anything else: absent, truncated, foreign, of another version.
+def decode(raw: object, own: bytes) -> Value | None:
+    """Read a value of ours; ``None`` for anything else: absent, truncated, foreign, of another version or key.
 
     Does not look whether the numbers are finite: `decode_finite` does, for many at once.
     """
     if not isinstance(raw, bytes) or len(raw) <= HEADER_BYTES:
         return None
-    magic, dtype, flags, dims, tokens, born, epoch = _HEADER.unpack_from(raw)
-    if magic != MAGIC or len(raw) != HEADER_BYTES + dims * _ITEMSIZE.get(dtype, 0):
+    magic, dtype, flags, dims, tokens, born, epoch, owner = _HEADER.unpack_from(raw)
+    if magic != MAGIC or owner != own or len(raw) != HEADER_BYTES + dims * _ITEMSIZE.get(dtype, 0):
         return None
     return Value(raw, dtype, flags, dims, tokens, born, epoch, None, {})
 
 
-def decode_finite(raws: Sequence[object]) -> list[Value | None]:
+def decode_finite(raws: Sequence[object], owns: Iterable[bytes]) -> list[Value | None]:
     """`decode` each; also ``None`` for a value with a number that is NaN or infinite."""
-    values = [decode(raw) for raw in raws]
+    values = [decode(raw, own) for raw, own in zip(raws, owns, strict=True)]
     if _all_finite([value for value in values if value is not None]):
         return values
     return [value if value is not None and _all_finite([value]) else None for value in values]
@@ -158,15 +160,13 @@ def _all_finite(values: Sequence[Value]) -> bool:
     # In one piece, a look at all numbers costs a third of what it does one by one.
     dtype = _NUMPY[first.dtype]
     words = np.frombuffer(b"".join([value.raw for value in values]), dtype=dtype)
-    # Read as a float32, the magic is a NaN: when it is the only one of each value, no number is one.
-    if dtype.itemsize == _MAGIC_BYTES and np.count_nonzero(np.isfinite(words)) == len(words) - len(values):
-        return True
-    return bool(np.isfinite(words.reshape(len(values), -1)[:, HEADER_BYTES // dtype.itemsize :]).all())
+    # The headers, whatever they are when read as numbers, are looked at too: cheaper than leaving them out.
+    return bool(np.isfinite(words).reshape(len(values), -1)[:, HEADER_BYTES // dtype.itemsize :].all())
 
 
-def decode_vector(raw: object) -> Float32Array | None:
+def decode_vector(raw: object, own: bytes) -> Float32Array | None:
     """Read a vector kept by id, shape ``(d,)``: a value of ours, or bare little-endian float32 numbers."""
-    value = decode(raw)
+    value = decode(raw, own)
     if value is not None:
         with np.errstate(over="ignore"):
             found = value.float32

@@ -11,25 +11,37 @@ from .codec import Float32Array
 
 
 class Computation:
-    """Ids that one task looks up and computes for everybody who waits."""
+    """Ids that one task looks up and computes for everybody who waits.
 
-    def __init__(self, ids: Sequence[str]) -> None:
+    Args:
+        ids: What it is to find.
+        under_way: Where callers find it by id; it takes its place there at once, and leaves it with whoever is the last
+            to wait, so that nobody joins what is being given up.
+    """
+
+    def __init__(self, ids: Sequence[str], under_way: dict[str, "Computation"]) -> None:
         self.ids = tuple(ids)
         self.superseded: set[str] = set()  # ids of which somebody else knows better
         self.writing = False
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.task: asyncio.Task[None] | None = None
         self.vectors: asyncio.Future[dict[str, Float32Array]] = asyncio.get_running_loop().create_future()
+        self.given_up = False
+        self._under_way = under_way
         self._waiting = 0
+        under_way.update(dict.fromkeys(self.ids, self))
 
-    async def result(self) -> dict[str, Float32Array]:
-        """The vectors by id; when the last one to wait is cancelled, so is the computation."""
+    def join(self) -> None:
+        """Note one more who waits."""
         self._waiting += 1
-        try:
-            return await asyncio.shield(self.vectors)
-        finally:
-            self._waiting -= 1
-            if self._waiting == 0 and not self.vectors.done() and self.task is not None:
+
+    def leave(self) -> None:
+        """Note one less; when that was the last and there are no vectors yet, nobody joins any more and it ends."""
+        self._waiting -= 1
+        if self._waiting == 0 and not self.vectors.done():
+            self.given_up = True
+            self.step_down()
+            if self.task is not None:
                 self.task.cancel()
 
     def fail(self, error: BaseException) -> None:
@@ -37,6 +49,12 @@ class Computation:
         if not self.vectors.done():
             self.vectors.set_exception(raisable(error))
             self.vectors.exception()  # seen, also when nobody waits any more
+
+    def step_down(self) -> None:
+        """Be found no longer; ids that another one has taken over stay his."""
+        for name in self.ids:
+            if self._under_way.get(name) is self:
+                del self._under_way[name]
 
 
 class Changes:
@@ -56,13 +74,15 @@ class Changes:
                     computation.superseded.add(name)
 
     def end(self, computation: Computation) -> None:
-        """Let go of *computation*, and of who waits for it."""
+        """Let go of *computation*, and of who waits for it; once is enough."""
         with self._lock:
+            if computation.ended.done():
+                return
             for name in computation.ids:
                 self._computing[name].remove(computation)
                 if not self._computing[name]:
                     del self._computing[name]
-        computation.ended.set_result(None)
+            computation.ended.set_result(None)
 
     def changing(self, ids: Iterable[str], by: int) -> None:
         """Note that so many more or fewer are changing each of *ids*."""
@@ -84,5 +104,13 @@ class Changes:
 
 
 def raisable(error: BaseException) -> BaseException:
-    """What a future can raise in place of *error*: with a `StopIteration` it would never be done."""
-    return RuntimeError("compute raised StopIteration") if isinstance(error, StopIteration) else error
+    """What a future can raise in place of *error*.
+
+    With a `StopIteration` it would never be done, and a `CancelledError` would tell callers whom nobody has cancelled
+    that somebody had.
+    """
+    if isinstance(error, StopIteration | asyncio.CancelledError):
+        raised = RuntimeError(f"compute raised {type(error).__name__}. Ask again.")
+        raised.__cause__ = error
+        return raised
+    return error

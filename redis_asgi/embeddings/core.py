@@ -172,19 +172,15 @@ class Core:
 
         A 401 says that it does not know him, so that no lease of his stands, whatever it was for.
         """
-        now = self.wall()
-        names = [identity.lease_name]
+        now, lease = self.wall(), self.options.lease
         self.local.grant(identity.epoch_name, identity.lease_name, None)
-        if status == 401 and self.options.lease is not None:
-            names.append(identity.denied_name)
-        for name in names:
-            self.denials.note(name, now)
-        if self.options.lease == 0:
-            return
-        await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
-        if len(names) > 1 and self.options.lease:
-            record = Write(identity.denied_name, encode_denied(now), self.options.lease)
-            await self.store.write([record], self.settings.EMBEDDING_CACHE_TIMEOUT)
+        self.denials.note(identity.lease_name, now)
+        notes = []
+        if status == 401 and lease:
+            self.denials.note(identity.denied_name, now)
+            notes.append(Write(identity.denied_name, encode_denied(now), lease))
+        if lease != 0:
+            await self.store.revoke([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT, notes)
 
     # Epochs.
 
@@ -240,7 +236,7 @@ class Core:
         self.counts.store_seconds.observe(time.perf_counter() - began)
         if lease and self.is_denied(identity, asked_at):
             # Refused meanwhile, and deleted perhaps before it was there.
-            await self.store.delete([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
+            await self.store.revoke([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT)
         # The lease is the first that counts, the vectors are the last written.
         kept = vectors[: max(0, done.count - len(lease))]
         self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from ..keys import key_mark
 from .codec import Flag, Value, encode
 from .http_caching import Storable, by_name, replayed, storable
 from .identity import mark_of
@@ -112,6 +113,7 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
         values[name] = encode(
             parsed.numbers,
             born=now,
+            own=key_mark(name),
             epoch=mark,
             tokens=count.tokens if count is not None else None,
             flags=flags,

@@ -6,12 +6,14 @@ a lookup's time. A lookup has its deadline and fails open, so it needs none of t
 
 import asyncio
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import hiredis
 import numpy as np
+from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError, TryAgainError
 
 from .. import aside
 from ..client import Turnstile
@@ -23,14 +25,57 @@ _READ_BYTES = 256 * 1024
 _READ_BYTES_PER_WORD = 8 * 1024
 
 
+class OddReply(ResponseError):
+    """A reply that its command cannot have: nothing that follows it on that connection can be believed either."""
+
+
+_VALUES = frozenset((bytes, NoneType))
+
+
+def checked(commands: Sequence[Command], replies: list[Any]) -> list[Any]:
+    """*replies*, if each is one that its command can have; the only place that looks.
+
+    Raises:
+        OddReply: For any other. An error reply fits every command, and every value of an ``MGET``: a proxy answers so
+            for a key whose server it cannot reach.
+    """
+    for command, reply in zip(commands, replies, strict=True):
+        if not _fits(command, reply):
+            raise OddReply(f"{command[0]!r} was answered by {type(reply).__name__}")
+    return replies
+
+
+def _fits(command: Command, reply: Any) -> bool:
+    if isinstance(reply, Exception):
+        return True
+    match command[0]:
+        case "MGET":
+            return isinstance(reply, list) and len(reply) == len(command) - 1 and _are_values(reply)
+        case "GET":
+            return type(reply) in _VALUES
+        case "SET":
+            # True: redis-py's word for it, after it has followed a slot to another node.
+            return reply in (b"OK", True) or (reply is None and command[-1] == "NX")
+        case "DEL" | "EXPIRE":
+            return isinstance(reply, int)
+    return True
+
+
+def _are_values(found: list[Any]) -> bool:
+    return _VALUES.issuperset(map(type, found)) or all(
+        type(value) in _VALUES or isinstance(value, Exception) for value in found
+    )
+
+
 async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
     """Send *commands* together and read their replies, undecoded; an error reply is a value among them.
 
-    Whatever ends it early, a cancellation or the deadline of *within* seconds, drops the connection, so that nobody
-    else reads what was meant for us.
+    Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another shape, drops the
+    connection, so that nobody else reads what was meant for us.
 
     Raises:
-        Exception: What redis-py does when there is no connection or no reply; `TimeoutError` at the deadline.
+        Exception: What redis-py does when there is no connection or no reply; `TimeoutError` at the deadline;
+            `OddReply`.
     """
     connection: AbstractConnection | None = None
     try:
@@ -40,21 +85,54 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             transport = aside.transport_of(connection) if isinstance(pool, Turnstile) else None
             if transport is not None:
                 size = min(_READ_BYTES, _READ_BYTES_PER_WORD * sum(map(len, commands)))
-                return await _straight(connection, transport, packed, size)
-            return await _through_redis_py(connection, packed)
+                return await _straight(connection, transport, commands, packed, size)
+            if not isinstance(pool, Turnstile):
+                await aside.freshen(connection)  # a user's pool may not have looked
+            return await _through_redis_py(connection, commands, packed)
     finally:
         # Out of the deadline's reach: a release that is cut short would lose the connection.
         if connection is not None:
             await pool.release(connection)
 
 
+async def run_on_node(cluster: RedisCluster, node: str, commands: Sequence[Command]) -> list[Any]:
+    """`run` on one node of a cluster, by its name; what has moved to another one is asked for there.
+
+    Not by redis-py's pipeline, which waits for all nodes when one of them hangs. The deadline is the caller's.
+    """
+    there = cluster.get_node(node_name=node)
+    if there is None:
+        raise RedisClusterException("the cluster has no such node any more")
+    connection = there.acquire_connection()
+    try:
+        if connection.should_reconnect():  # type: ignore[no-untyped-call]  # theirs
+            await aside.hang_up(connection)
+        await aside.freshen(connection)
+        packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
+        replies = await _through_redis_py(connection, commands, packed)
+    finally:
+        there.release(connection)
+    for at, reply in enumerate(replies):
+        if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
+            try:
+                # A client of the user's may decode its replies, and a vector is no text.
+                replies[at] = await cluster.execute_command(*commands[at], NEVER_DECODE=[])
+            except RedisError as error:
+                replies[at] = error
+    return checked(commands, replies)
+
+
 async def _straight(
-    connection: AbstractConnection, transport: asyncio.Transport, packed: Sequence[bytes], size: int
+    connection: AbstractConnection,
+    transport: asyncio.Transport,
+    commands: Sequence[Command],
+    packed: Sequence[bytes],
+    size: int,
 ) -> list[Any]:
     replies = _Replies(transport, len(packed), size)
     try:
         transport.write(b"".join(packed))
-        return await replies.all
+        return checked(commands, await replies.all)
     except BaseException:
         replies.give_back()
         await aside.hang_up(connection)
@@ -107,12 +185,17 @@ class _Replies(asyncio.BufferedProtocol):
             self.all.set_exception(exc if exc is not None else ConnectionError("closed by the server"))
 
 
-async def _through_redis_py(connection: AbstractConnection, packed: Sequence[bytes]) -> list[Any]:
+async def _through_redis_py(
+    connection: AbstractConnection, commands: Sequence[Command], packed: Sequence[bytes]
+) -> list[Any]:
     # Ours is the only clock: no task and no timer per command.
     timeout, connection.socket_timeout = connection.socket_timeout, None
     try:
         await connection.send_packed_command(packed)
-        return [await _reply(connection) for _ in packed]
+        return checked(commands, [await _reply(connection) for _ in packed])
+    except BaseException:
+        await aside.hang_up(connection)
+        raise
     finally:
         connection.socket_timeout = timeout
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from ..errors import Failure
+from ..keys import key_marks
 from .codec import NO_EPOCH, Value, decode_finite
 from .core import Core, as_epoch
 from .http_caching import Wanted
@@ -134,7 +135,8 @@ async def _take(
     keeps = core.local.on and mark is not None
     for start in range(0, len(names), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)
-        for name, value in zip(names[chunk], decode_finite(raws[chunk]), strict=True):
+        read = decode_finite(raws[chunk], key_marks(names[chunk]))
+        for name, value in zip(names[chunk], read, strict=True):
             if value is None or value.born < oldest or (mark is not None and value.epoch != mark):
                 continue
             values[name] = value

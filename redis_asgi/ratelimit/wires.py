@@ -15,6 +15,7 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import NoScriptError
 
+from .. import aside
 from ..errors import Failure, classify
 from ..telemetry import telemetry
 from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
@@ -162,6 +163,7 @@ class PoolWire(TaskWire):
         # The batcher's timer is the only clock: no task and no timer per command.
         timeout, connection.socket_timeout = connection.socket_timeout, None
         try:
+            await aside.freshen(connection)
             batch = self.take(batcher)
             if batch is None:
                 return None

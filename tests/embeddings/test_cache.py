@@ -73,12 +73,25 @@ async def test_a_bare_float32_value_is_read(redis_url: str) -> None:
     assert ["old"] == list(await cache.get_many(["old", "odd", "hash"]))
 
 
+async def test_a_value_under_another_key_is_a_miss(redis_url: str, redis_client: sync_redis.Redis) -> None:
+    """Whatever mixed them up, a reply out of step or an operator's copy: nobody gets another id's vector."""
+    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url))
+    await cache.set_many({"a": [1.0], "b": [2.0]})
+    redis_client.copy("embedding:a", "embedding:b", replace=True)
+    redis_client.copy("embedding:a", "other:embedding:a")
+    assert {"a": [1.0]} == {name: vector.tolist() for name, vector in (await cache.get_many(["a", "b"])).items()}
+    other = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX="other:"))
+    assert {} == await other.get_many(["a"])
+    assert [[3.0]] == (await cache.get_or_compute(["b"], lambda _: [[3.0]])).tolist()
+    assert [3.0] == (await cache.get_many(["b"]))["b"].tolist()
+
+
 async def test_float16_halves_the_memory(redis_url: str) -> None:
     """What does not fit is kept as float32."""
     cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url), dtype="float16")
     await cache.set_many({"a": [0.5] * 100, "b": [1e6] * 100})
     store = sync_redis.Redis.from_url(redis_url)
-    assert [224, 424] == [store.strlen(f"embedding:{name}") for name in "ab"]
+    assert [232, 432] == [store.strlen(f"embedding:{name}") for name in "ab"]
     store.close()
     assert [0.5, 1e6] == [float(v[0]) for v in (await cache.get_many("ab"[i] for i in (0, 1))).values()]
 
@@ -385,7 +398,7 @@ async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkey
 async def test_a_change_waits_no_longer_than_a_write_takes(redis_url: str) -> None:
     """A loop that was closed amid a write, or left behind by a fork, never ends it."""
     cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.05))
-    left = Computation(["a"])
+    left = Computation(["a"], {})
     cache._changes.begin(left)
     left.writing = True
     async with asyncio.timeout(2):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from redis_asgi.embeddings.codec import HEADER_BYTES, MAGIC, Flag, Value, decode, decode_finite, decode_vector, encode
 
+OWN = bytes(range(1, 9))
+
 FLOAT32 = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
 FLOAT64 = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
 FLOAT16 = st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=50)
@@ -28,8 +30,8 @@ FLOAT16 = st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), m
 )
 def test_decoding_gives_back_what_was_encoded(numbers: np.ndarray, epoch: bytes, tokens: int | None, born: int) -> None:
     """Bit for bit, in any of the three precisions, with everything the header says."""
-    value = encode(numbers, born=born, epoch=epoch, tokens=tokens, flags=Flag.SHORTEST)
-    read = decode(value.raw)
+    value = encode(numbers, born=born, own=OWN, epoch=epoch, tokens=tokens, flags=Flag.SHORTEST)
+    read = decode(value.raw, OWN)
     assert isinstance(read, Value)
     assert value == read
     assert numbers.tobytes() == read.numbers.astype(numbers.dtype).tobytes()
@@ -38,20 +40,20 @@ def test_decoding_gives_back_what_was_encoded(numbers: np.ndarray, epoch: bytes,
     assert HEADER_BYTES + numbers.nbytes == len(value.raw)
 
 
-@given(st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda rest: MAGIC + rest)))
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda rest: MAGIC + rest[:20] + OWN + rest[20:])))
 def test_no_bytes_make_decoding_raise(raw: bytes) -> None:
     """Anything at all is a value whose length fits its header, or none; both readers."""
-    value = decode(raw)
+    value = decode(raw, OWN)
     if value is not None:
         assert raw == value.raw
         assert value.dims == value.numbers.shape[0] <= len(raw)
-    vector = decode_vector(raw)
+    vector = decode_vector(raw, OWN)
     if vector is not None:
         assert np.isfinite(vector).all()
         assert vector.nbytes <= 2 * len(raw)
 
 
-GOOD = encode(np.array([1.0, 2.0], "<f4"), born=1).raw
+GOOD = encode(np.array([1.0, 2.0], "<f4"), born=1, own=OWN).raw
 
 
 @pytest.mark.parametrize(
@@ -63,32 +65,33 @@ GOOD = encode(np.array([1.0, 2.0], "<f4"), born=1).raw
         pytest.param(GOOD[:-1], id="truncated"),
         pytest.param(GOOD + b"\0", id="too long"),
         pytest.param(b"E2" + GOOD[2:], id="foreign magic"),
-        pytest.param(GOOD[:3] + b"\x80" + GOOD[4:], id="other version"),
+        pytest.param(GOOD[:3] + b"\x7f" + GOOD[4:], id="other version"),
         pytest.param(GOOD[:4] + b"\x07" + GOOD[5:], id="unknown dtype"),
         pytest.param(GOOD[:6] + struct.pack("<H", 3) + GOOD[8:], id="wrong dims"),
-        pytest.param(MAGIC + bytes(20), id="no dims"),
+        pytest.param(GOOD[:24] + b"\0" + GOOD[25:], id="another key's"),
+        pytest.param(MAGIC + bytes(20) + OWN, id="no dims"),
     ],
 )
 def test_what_is_not_a_value_of_ours_is_a_miss(raw: object) -> None:
     """Corrupt, truncated, foreign and other-version values are not read, by id neither."""
-    assert decode(raw) is None
+    assert decode(raw, OWN) is None
     if raw != b"E2" + GOOD[2:]:
-        assert decode_vector(raw) is None
+        assert decode_vector(raw, OWN) is None
 
 
 def test_bare_float32_is_a_vector_by_id_only() -> None:
     """A value without a header is read as float32 numbers where a service keeps its own ids."""
     raw = np.array([1.5, -2.0], "<f4").tobytes()
-    assert decode(raw) is None
-    assert [1.5, -2.0] == decode_vector(raw).tolist()  # type: ignore[union-attr]  # it is one
+    assert decode(raw, OWN) is None
+    assert [1.5, -2.0] == decode_vector(raw, OWN).tolist()  # type: ignore[union-attr]  # it is one
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_a_miss(number: float) -> None:
     """A corrupt vector is never served, with a header or without."""
     numbers = np.array([1.0, number], "<f4")
-    assert decode_vector(encode(numbers, born=1).raw) is None
-    assert decode_vector(numbers.tobytes()) is None
+    assert decode_vector(encode(numbers, born=1, own=OWN).raw, OWN) is None
+    assert decode_vector(numbers.tobytes(), OWN) is None
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
@@ -97,12 +100,12 @@ def test_numbers_that_are_not_finite_are_a_miss(number: float) -> None:
 def test_only_the_values_that_are_not_finite_are_misses(dtype: str, epoch: bytes, bad: float) -> None:
     """Whatever stands in their headers, of one shape or of several, and however large the others' numbers."""
     largest = np.finfo(dtype).max
-    good = [encode(np.full(6, n, dtype), born=n, epoch=epoch).raw for n in (0, 1)]
-    good.append(encode(np.full(6, largest, dtype), born=1, epoch=epoch).raw)
+    good = [encode(np.full(6, n, dtype), born=n, own=OWN, epoch=epoch).raw for n in (0, 1)]
+    good.append(encode(np.full(6, largest, dtype), born=1, own=OWN, epoch=epoch).raw)
     numbers = np.ones(6, dtype)
     numbers[3] = bad
-    broken = encode(numbers, born=1, epoch=epoch).raw
-    other = encode(np.ones(5, dtype), born=1, epoch=epoch).raw
+    broken = encode(numbers, born=1, own=OWN, epoch=epoch).raw
+    other = encode(np.ones(5, dtype), born=1, own=OWN, epoch=epoch).raw
 
     for raws, expected in (
         (good, [1, 1, 1]),
@@ -110,4 +113,4 @@ def test_only_the_values_that_are_not_finite_are_misses(dtype: str, epoch: bytes
         ([broken, broken], [0, 0]),
         ([other, broken, None, b"x"], [1, 0, 0, 0]),
     ):
-        assert [bool(n) for n in expected] == [value is not None for value in decode_finite(raws)]
+        assert [bool(n) for n in expected] == [value is not None for value in decode_finite(raws, [OWN] * len(raws))]

@@ -26,7 +26,7 @@ from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
 
-VALUE_BYTES = 24 + 4 * DIMS
+VALUE_BYTES = 32 + 4 * DIMS
 
 
 @pytest.fixture

@@ -53,6 +53,19 @@ async def test_without_redis_the_app_answers(caplog: pytest.LogCaptureFixture) -
     assert 1 == sum(r.message == "redis_asgi.redis_unavailable" for r in caplog.records)
 
 
+async def test_vectors_under_one_anothers_keys_are_misses(redis_url: str, redis_client: sync_redis.Redis) -> None:
+    """Whatever mixed them up, they are computed anew, and the others are hits as before."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(redis_url))
+    async with client(app) as c:
+        await ask(c, "a", "b", "c")
+        first, second, _ = redis_client.keys("embedding_input:*")
+        redis_client.rename(first, "aside")
+        redis_client.rename(second, first)
+        redis_client.rename("aside", second)
+        assert 'redis-asgi; fwd=partial; stored; detail="hit=1 miss=2"' == cache_status(await ask(c, "a", "b", "c"))
+        assert "hit" in cache_status(await ask(c, "a", "b", "c"))
+
+
 async def test_a_hung_redis_costs_one_deadline_and_soon_nothing(own_server: Server) -> None:
     """SIGSTOP: no request waits longer than the deadline, after five failures none waits; then all is well again."""
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
@@ -158,7 +171,7 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
         # Connections are open, and the model is new.
         await c.post("/v1/embeddings", json={"model": "other", "input": ["a"]})
     spy.bodies.clear()
-    monkeypatch.setattr("redis_asgi.embeddings.store.run", harmed)
+    monkeypatch.setattr("redis_asgi.embeddings.server.run", harmed)
     body = orjson.dumps({"model": "m", "input": ["a", "b"]})
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}

@@ -10,12 +10,13 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
+from redis_asgi import aside
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.leased import run
 from redis_asgi.settings import Settings
 
 from ..kit.proxy import FaultProxy
-from ..kit.servers import Server
+from ..kit.servers import ExternalServer, Server
 
 pytestmark = pytest.mark.anyio
 
@@ -159,3 +160,24 @@ async def test_a_connection_that_was_reset_while_idle_is_replaced(private_server
             await proxy.set("pass")
             await asyncio.sleep(0.01)
         await manager.close()
+
+
+@pytest.mark.parametrize("left", ["a reply", "half a reply", "reset"])
+async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dropped(
+    redis_server: ExternalServer, left: str
+) -> None:
+    """Whoever left it there, what waits is never taken for the answer to the next command."""
+    client = aioredis.Redis.from_url(redis_server.url, max_connections=1)
+    pool = client.connection_pool
+    await run(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
+    connection = await pool.get_connection()
+    if left == "a reply":
+        await connection.send_command("GET", "a")
+        await asyncio.sleep(0.02)
+    elif left == "half a reply":
+        connection._parser._stream.feed_data(b"$4\r\nof")
+    else:
+        cast("Any", aside.transport_of(connection)).abort()
+    await pool.release(connection)
+    assert [[b"of b"]] * 2 == [await run(pool, [("GET", "b")], 5) for _ in range(2)]
+    await client.aclose()

@@ -29,7 +29,7 @@ def often() -> Iterator[None]:
 
 def kept() -> Value:
     """A value that does not expire."""
-    value = encode(np.ones(8, "<f4"), born=1)
+    value = encode(np.ones(8, "<f4"), born=1, own=bytes(8))
     value.expires_at = 1e12
     return value
 

@@ -98,7 +98,7 @@ async def test_values_in_redis_are_small_and_end(settings: Settings, redis_url: 
     assert all(3600 * 0.9 - 2 <= store.ttl(key) <= 3600 for key in inputs)
     assert 1 < len({store.ttl(key) for key in inputs})
     assert all(store.ttl(key) > 0 for key in keys)
-    assert {24 + 4 * 1536} == {store.strlen(key) for key in inputs}
+    assert {32 + 4 * 1536} == {store.strlen(key) for key in inputs}
     assert all((store.memory_usage(key) or 0) <= 7.5 * 1024 for key in inputs)
     store.close()
 

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.store import WRITE_TIMEOUT, Done, MemoryVectors, RedisVectors, Write
+from redis_asgi.embeddings.records import WRITE_TIMEOUT
+from redis_asgi.embeddings.store import Done, MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings

@@ -29,7 +29,7 @@ def test_floats_are_rendered_as_the_numbers_that_were_read(numbers: list[float])
     """Whatever the app printed, a hit parses to the same numbers, and base64 is their float32."""
     parsed = read_floats(numbers)
     assert parsed is not None
-    value = encode(parsed.numbers, born=0, flags=parsed.flags)
+    value = encode(parsed.numbers, born=0, own=bytes(8), flags=parsed.flags)
     assert numbers == json.loads(render(value, Encoding.FLOAT))
     with np.errstate(over="ignore"):
         expected = np.array(numbers, dtype="<f8").astype("<f4").tobytes()
@@ -42,7 +42,7 @@ def test_base64_is_rendered_as_the_bytes_that_were_read(numbers: list[float]) ->
     raw = np.array(numbers, "<f4").tobytes()
     parsed = read_base64(base64.b64encode(raw).decode())
     assert parsed is not None
-    value = encode(parsed.numbers, born=0, flags=parsed.flags)
+    value = encode(parsed.numbers, born=0, own=bytes(8), flags=parsed.flags)
     assert raw == base64.b64decode(orjson.loads(render(value, Encoding.BASE64)))
     assert raw == np.array(orjson.loads(render(value, Encoding.FLOAT)), "<f4").tobytes()
 
@@ -78,7 +78,7 @@ def test_what_is_not_base64_of_float32_is_not_read(text: object) -> None:
 def test_what_is_kept_takes_no_more_than_its_length() -> None:
     """What the in-process layer counts is what it holds; the same for token arrays, which wait for the app."""
     numbers = np.random.default_rng(1).standard_normal(1536).astype("<f4")
-    values = [encode(numbers, born=1, flags=Flag.SHORTEST) for _ in range(50)]
+    values = [encode(numbers, born=1, own=bytes(8), flags=Flag.SHORTEST) for _ in range(50)]
     tokens = [99_999] * 700
     tracemalloc.start()
     made = [text_of(value, encoding, keep=True) for encoding in Encoding for value in values]

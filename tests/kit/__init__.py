@@ -5,7 +5,7 @@ Servers (``servers``): real ones, on loopback, never persisted, ended by process
     ``Server.start(binary, *args)``  a process of our own: ``url host port pid``, ``client()`` (to look
                                      from outside, synchronous), ``command(...)``, ``connections()``,
                                      ``calls(command)``, ``add_user(name, *rules)``, ``log()``;
-                                     ``flush() stop() kill() pause() resume() restart()``
+                                     ``flush() stop() kill() pause() resume() restart() own_all_slots()``
     ``ExternalServer(url)``          the one of ``REDIS_ASGI_TEST_URL``: what looks and flushes, no more
     ``Cluster.start(binary)``        three primaries joined by our own code: ``url nodes``, ``node_of(key)``,
                                      ``move_slot(slot, to)``, ``wait() flush() stop()``
@@ -25,8 +25,8 @@ Processes (``processes``)
     ``run_python(code)``             a script under ``-W error -X dev`` with a clean environment
 
 Fixtures: ``server_binary redis_server redis_url redis_client settings manager cluster certificates tls_server
-stranger_server`` are shared and flushed; ``private_server`` (a factory), ``private_cluster``, ``replica`` and
-``sentinels`` are a test's own, to be stopped, paused or reconfigured at will.
+stranger_server`` are shared and flushed; ``private_server`` (a factory), ``private_cluster``, ``replica``,
+``slots_server`` and ``sentinels`` are a test's own, to be stopped, paused or reconfigured at will.
 Async tests are marked ``pytest.mark.anyio``. Variables of the developer's shell never reach a test.
 ``REDIS_ASGI_TEST_URL`` is a server for the shared tests, ``REDIS_ASGI_TEST_SERVER`` a binary to prefer;
 with ``CI`` or ``REDIS_ASGI_REQUIRE_SERVER=1`` a missing server fails.

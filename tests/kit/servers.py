@@ -218,6 +218,11 @@ class Server(ExternalServer):
         """Set an ACL user: ``add_user("app", ">secret", "~*", "+get")``."""
         self.command("ACL", "SETUSER", name, "reset", "on", *rules)
 
+    def own_all_slots(self) -> None:
+        """Be a cluster of one node, if started with ``--cluster-enabled yes``: it refuses keys of several slots."""
+        self.command("CLUSTER", "ADDSLOTS", *range(SLOTS))
+        wait_until(lambda: _info(self.command("CLUSTER", "INFO"))["cluster_state"] == "ok", "cluster of one is ok")
+
     def pause(self) -> None:
         """SIGSTOP: connections are accepted by the kernel and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)

@@ -10,6 +10,8 @@ import httpx
 import pytest
 import redis
 import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
@@ -395,3 +397,17 @@ async def test_http_client_sees_exact_numbers(redis_server: ExternalServer) -> N
 
     assert 20 == sum(response.status_code == 200 for response in responses)
     assert 30 == sum(response.status_code == 429 for response in responses)
+
+
+async def test_a_reply_left_on_a_users_connection_decides_nothing(redis_server: ExternalServer) -> None:
+    """The connection is dropped, and the check is decided by Redis over a new one."""
+    client = aioredis.Redis.from_url(redis_server.url, max_connections=1, retry=Retry(NoBackoff(), 0))
+    limiter = RateLimiter(client)
+    assert "redis" == (await limiter.consume("a", "2/minute")).source
+    connection = await client.connection_pool.get_connection()
+    await connection.send_command("PING")
+    await asyncio.sleep(0.02)
+    await client.connection_pool.release(connection)
+    decisions = [await limiter.consume("a", "2/minute") for _ in range(2)]
+    assert [("redis", True), ("redis", False)] == [(each.source, each.allowed) for each in decisions]
+    await client.aclose()
