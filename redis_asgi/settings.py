@@ -164,6 +164,13 @@ def _header_names(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.lower() for name in value)
 
 
+def _field_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not all(name.split(".")):
+            raise ValueError(f"{name!r} is not a body field, dotted where it is inside of another")
+    return value
+
+
 def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
     for route in value:
         name, colon, path = route.partition(":")
@@ -244,6 +251,10 @@ class Settings(BaseSettings):
     )
     EMBEDDING_CACHE_VARY: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
         ("openai-organization", "openai-project", "x-litellm-tags"), examples=["openai-organization,x-tenant"]
+    )
+    EMBEDDING_CACHE_REQUEST_LISTS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_field_names)] = Field(
+        ("tags", "metadata.tags", "fallbacks", "models", "stop", "guardrails", "provider.order", "embedding_types"),
+        examples=["tags,metadata.tags,fallbacks"],
     )
     EMBEDDING_CACHE_USAGE: CacheUsage = Field("original", examples=["original"])
     EMBEDDING_CACHE_DTYPE: CacheDType = Field("float32", examples=["float32"])
@@ -333,6 +344,7 @@ _LISTS = (
     "EMBEDDING_CACHE_ROUTES",
     "EMBEDDING_CACHE_CREDENTIAL_HEADERS",
     "EMBEDDING_CACHE_VARY",
+    "EMBEDDING_CACHE_REQUEST_LISTS",
 )
 
 

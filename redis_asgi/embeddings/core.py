@@ -43,6 +43,7 @@ _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
 _CLAIM_TTL = 600.0  # seconds; whoever names models that the app does not have fills Redis no longer
 _EPOCH_BYTES = 8
+_MAX_SAID = 64  # warnings about what clients name
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Core:
         self._vary = tuple(name.encode() for name in settings.EMBEDDING_CACHE_VARY)
         self.keyed = frozenset(settings.EMBEDDING_CACHE_CREDENTIAL_HEADERS + settings.EMBEDDING_CACHE_VARY)
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
 
     def _now(self) -> float:
         # Looked up at each call, so that a test can set another clock.
@@ -116,11 +117,12 @@ class Core:
             flights = self._flights[loop] = Flights(self.settings.EMBEDDING_CACHE_TIMEOUT)
         return flights
 
-    def say_once(self, event: str, **details: object) -> None:
-        """Log a warning the first time only."""
-        if event not in self._said:
-            self._said.add(event)
-            logger.warning(event, extra=details)
+    def say_once(self, event: str, *, about: str = "", **details: object) -> None:
+        """Log a warning the first time only; *about*: for each of these, the first `_MAX_SAID` of all."""
+        said = (event, about)
+        if said not in self._said and (not about or len(self._said) < _MAX_SAID):
+            self._said.add(said)
+            logger.warning(event, extra={"about": about, **details} if about else details)
 
     # Names.
 

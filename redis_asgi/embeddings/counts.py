@@ -17,6 +17,7 @@ _BYPASSES = (
     "busy",
     "encoding",
     "integers",
+    "item-lists",
     "late-chunking",
     "multi-vector",
     "no-store",

@@ -9,6 +9,7 @@ from starlette.types import Scope
 
 from ..settings import Settings
 from . import http_caching as http
+from .beside import names_of, refusal_beside
 from .body import Body
 from .core import Core, PartitionBy
 from .pace import Pace
@@ -18,7 +19,7 @@ from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
 _LISTS_PER_INPUT = 4
-_BEYOND_INTEGERS = 2.0**63
+_SHOWN = 80  # characters of a name that a client chose
 
 
 def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
@@ -69,7 +70,10 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     try:
         batch = matched.wire.split(fields, matched.path_model)
         if isinstance(batch, Batch):
-            return _refused(batch, len(body.content), settings) or batch
+            refusal = _refused(batch, len(body.content), settings)
+            if refusal is not None and refusal.field:
+                _say_item_lists(core, refusal.field)
+            return refusal or batch
         if isinstance(batch, Uncacheable):
             return batch
         failure = f"{type(batch).__name__} from split"
@@ -84,28 +88,24 @@ def _refused(batch: Batch, size: int, settings: Settings) -> Uncacheable | None:
     if len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
         return Uncacheable("too-large")
     # Nothing to embed is not ours to answer.
-    understood = batch.inputs and batch.encodings and not _was_rounded(batch.fields)
-    return None if understood else Uncacheable("not-understood")
+    if not (batch.inputs and batch.encodings):
+        return Uncacheable("not-understood")
+    return refusal_beside(batch, names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS))
+
+
+def _say_item_lists(core: Core, field: str) -> None:
+    core.say_once(
+        "redis_asgi.embedding_item_lists",
+        about=field[:_SHOWN],
+        fix="It is as long as the inputs, and may belong to them one by one, so such requests pass through. "
+        "If it belongs to the whole request, add it to EMBEDDING_CACHE_REQUEST_LISTS.",
+    )
 
 
 def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:
     """Whether some field lists more texts, arrays or objects than a batch may have; before each is looked at."""
     lists = (value for value in fields.values() if isinstance(value, list))
     return any(len(value) > limit and type(value[0]) in (str, list, dict) for value in lists)
-
-
-def _was_rounded(fields: Mapping[str, object]) -> bool:
-    """Whether a number may have lost digits: an integer beyond 64 bits is read as a float, and forwarded as one."""
-    values = list(fields.values())
-    while values:
-        value = values.pop()
-        if isinstance(value, float) and abs(value) >= _BEYOND_INTEGERS:
-            return True
-        if isinstance(value, list):
-            values += value
-        elif isinstance(value, dict):
-            values += value.values()
-    return False
 
 
 def _holds_much(batch: Batch, size: int) -> bool:

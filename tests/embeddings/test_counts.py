@@ -131,6 +131,7 @@ TOKENS: dict[str, dict[str, Any]] = {
     "body-header": {"json": ask("a"), "headers": {"content-digest": "x"}},
     "no-store": {"json": ask("a"), "headers": {"cache-control": "no-store"}},
     "too-large": {"json": ask("a", "b", "c")},
+    "item-lists": {"json": ask("a", "b", instructions=["x", "y"])},
     "not-understood": {"json": {"input": "a"}},
 }
 

@@ -25,6 +25,7 @@ from .format import (
     vector_list,
 )
 
+_REPRESENTED = frozenset({"embedding_types"})
 _OTHER_INPUTS = ("images", "inputs")
 
 
@@ -60,8 +61,8 @@ class Cohere:
         if any(item.kind != b"s" for item in inputs[0]):
             return Uncacheable("not-understood")
         encodings = tuple(Encoding(kind) for kind in dict.fromkeys(kinds or ("float",)))
-        scope = scope_of(fields, ("texts", "embedding_types"))
-        return Batch(model, *inputs, held(fields, "texts"), "texts", scope, encodings)
+        scope = scope_of(fields, ("texts", *_REPRESENTED))
+        return Batch(model, *inputs, held(fields, "texts"), "texts", scope, encodings, _REPRESENTED)
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""

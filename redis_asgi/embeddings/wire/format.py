@@ -53,6 +53,7 @@ class Batch:
         input_field: Their name in *fields*.
         scope: Canonical JSON of all that may change a vector, except the inputs.
         encodings: The representations asked for.
+        represented: Names of the fields that say so; a list among them is about the whole request.
     """
 
     model: str
@@ -62,13 +63,20 @@ class Batch:
     input_field: str
     scope: bytes
     encodings: tuple[Encoding, ...] = (Encoding.FLOAT,)
+    represented: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Uncacheable:
-    """Why a request passes through: the ``detail`` of its ``Cache-Status``."""
+    """Why a request passes through.
+
+    Attributes:
+        detail: That of its ``Cache-Status``.
+        field: The body field that it is for, dotted, for the log; a client chose the name.
+    """
 
     detail: str
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
