@@ -252,6 +252,9 @@ class Settings(BaseSettings):
     EMBEDDING_CACHE_VARY: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
         ("openai-organization", "openai-project", "x-litellm-tags"), examples=["openai-organization,x-tenant"]
     )
+    EMBEDDING_CACHE_IGNORED_FIELDS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_field_names)] = Field(
+        ("user", "request_id", "priority"), examples=["user,request_id,priority,metadata.trace_id"]
+    )
     EMBEDDING_CACHE_REQUEST_LISTS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_field_names)] = Field(
         ("tags", "metadata.tags", "fallbacks", "models", "stop", "guardrails", "provider.order", "embedding_types"),
         examples=["tags,metadata.tags,fallbacks"],
@@ -344,6 +347,7 @@ _LISTS = (
     "EMBEDDING_CACHE_ROUTES",
     "EMBEDDING_CACHE_CREDENTIAL_HEADERS",
     "EMBEDDING_CACHE_VARY",
+    "EMBEDDING_CACHE_IGNORED_FIELDS",
     "EMBEDDING_CACHE_REQUEST_LISTS",
 )
 

@@ -3,9 +3,11 @@
 Names of fields in settings are dotted (``metadata.tags``), and name all that is below. Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
+
+import orjson
 
 from .wire import Batch, Uncacheable
 
@@ -16,6 +18,7 @@ _OPEN = (list, dict)
 # Names by their first part; ``None`` = this field, whatever is in it.
 Names = Mapping[str, "Names | None"]
 _NONE: Names = {}
+_CANONICAL = orjson.OPT_SORT_KEYS
 
 
 @lru_cache(maxsize=16)
@@ -30,6 +33,41 @@ def names_of(dotted: tuple[str, ...]) -> Names:
         if at is not None:
             at[last] = None
     return tree
+
+
+def scope_of(batch: Batch, ignored: Names) -> bytes:
+    """Canonical JSON of all that may change a vector, except the inputs: every field that is not known better."""
+    kept = _without(batch.fields, ignored)
+    for name in (batch.input_field, *batch.represented):
+        kept.pop(name, None)
+    return orjson.dumps(kept, option=_CANONICAL)
+
+
+def _without(fields: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in fields.items():
+        below = names.get(name, _NONE)
+        if below is not None:
+            kept[name] = _without(value, below) if below and type(value) is dict else value
+    return kept
+
+
+def scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | float]]:
+    """The texts and numbers of *batch* that are in its scope, in objects of objects, by dotted name."""
+    level: list[tuple[str, Mapping[str, Any], Names]] = [("", batch.fields, ignored)]
+    own = {batch.input_field, *batch.represented}
+    while level:
+        below: list[tuple[str, Mapping[str, Any], Names]] = []
+        for above, fields, names in level:
+            for name, value in fields.items():
+                known = names.get(name, _NONE)
+                if known is None or (not above and name in own):
+                    continue
+                if type(value) in (str, int, float):
+                    yield above + name, value
+                elif type(value) is dict:
+                    below.append((f"{above}{name}.", value, known))
+        level = below
 
 
 def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:

@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from ..settings import Settings
 from . import http_caching as http
-from .beside import names_of, refusal_beside
+from .beside import names_of, refusal_beside, scope_of
 from .body import Body
 from .core import Core, PartitionBy
 from .pace import Pace
@@ -73,6 +73,8 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
             refusal = _refused(batch, len(body.content), settings)
             if refusal is not None and refusal.field:
                 _say_item_lists(core, refusal.field)
+            if refusal is None:
+                batch.scope = scope_of(batch, names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS))
             return refusal or batch
         if isinstance(batch, Uncacheable):
             return batch

@@ -485,7 +485,6 @@ MISTAKES: dict[str, tuple[str, Any]] = {
     "no representation": ("split", replaced(encodings=())),
     "inputs are texts": ("split", replaced(inputs=("a", "b"))),
     "no model": ("split", replaced(model=None)),
-    "a scope that is text": ("split", replaced(scope="x")),
     "shrink raises": ("shrink", raising),
     "shrink gives text": ("shrink", lambda step, *arguments: step(*arguments).decode()),
     "read raises": ("read", raising),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.beside import names_of, refusal_beside
+from redis_asgi.embeddings.beside import names_of, refusal_beside, scalars, scope_of
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch, Uncacheable
 from redis_asgi.settings import Settings
@@ -118,6 +118,71 @@ def test_nothing_else_is_refused(value: Any) -> None:
         return depth > 8 or long or any(found(item, depth + 1) for item in items)
 
     assert found(value, 1) == (beside({"x": value}, ["a", "b", "c"], names_of(())) is not None)
+
+
+IGNORED = names_of(("user", "metadata.trace_id", "a.b.c"))
+
+
+def scope_with(**more: Any) -> bytes:
+    """The scope of a request with *more* fields."""
+    return scope_of(batch_of({"model": "m", "input": "x", **more}), IGNORED)
+
+
+@pytest.mark.parametrize(
+    ("more", "same"),
+    [
+        ({"user": "u"}, {}),
+        ({"user": {"id": 1}}, {}),
+        ({"metadata": {"trace_id": "1", "tags": ["a"]}}, {"metadata": {"tags": ["a"], "trace_id": "2"}}),
+        ({"a": {"b": {"c": 1, "d": 2}}}, {"a": {"b": {"d": 2}}}),
+        ({"encoding_format": "base64"}, {}),
+    ],
+)
+def test_ignored_fields_are_not_in_the_scope(more: dict[str, Any], same: dict[str, Any]) -> None:
+    """Whatever is in them; what stands beside them in an object still is."""
+    assert scope_with(**more) == scope_with(**same)
+
+
+@pytest.mark.parametrize(
+    ("more", "other"),
+    [
+        ({"metadata": {"trace_id": "1"}}, {}),
+        ({"metadata": {"tags": ["a"]}}, {"metadata": {"tags": ["b"]}}),
+        ({"metadata": "1"}, {"metadata": "2"}),
+        ({"metadata": [{"trace_id": "1"}]}, {"metadata": [{"trace_id": "2"}]}),
+        ({"metadata.trace_id": "1"}, {}),
+        ({"trace_id": "1"}, {}),
+        ({"x": {"user": "1"}}, {"x": {"user": "2"}}),
+        ({"dimensions": 8}, {"dimensions": 8.0}),
+    ],
+)
+def test_everything_else_is_in_the_scope(more: dict[str, Any], other: dict[str, Any]) -> None:
+    """A name is only ignored where it was named, in objects of that path."""
+    assert scope_with(**more) != scope_with(**other)
+
+
+def test_scalars_of_the_scope_are_found_by_dotted_name() -> None:
+    """Those that may be new in every request: texts and numbers, not the inputs, nor what is ignored."""
+    more = {"user": "u", "encoding_format": "float", "n": 1, "metadata": {"trace_id": "1", "id": "2", "x": {"y": 0.5}}}
+    batch = batch_of({"model": "m", "input": "x", "list": ["a"], "none": None, "flag": True, **more})
+    found = {"model": "m", "n": 1, "metadata.id": "2", "metadata.x.y": 0.5}
+    assert found == dict(scalars(batch, IGNORED))
+
+
+@pytest.mark.anyio
+async def test_ignored_fields_are_forwarded(redis_url: str) -> None:
+    """They make no miss, and the app still sees them."""
+    spy = Spy()
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_IGNORED_FIELDS="rid, metadata.trace_id")
+    async with client(EmbeddingCacheMiddleware(server(spy), settings=settings)) as c:
+        for number in range(3):
+            body = {"model": "m", "input": ["a"], "rid": f"{number}", "metadata": {"trace_id": number, "team": "x"}}
+            said = cache_status(await c.post("/v1/embeddings", json=body))
+        other = await c.post("/v1/embeddings", json={"model": "m", "input": ["a"], "user": "u"})
+    assert "; hit" in said
+    assert "fwd=miss" in cache_status(other)
+    first = orjson.loads(spy.bodies[0])
+    assert ("0", {"trace_id": 0, "team": "x"}) == (first["rid"], first["metadata"])
 
 
 def test_names_of_a_setting_are_a_tree() -> None:

@@ -20,7 +20,6 @@ from .format import (
     read_inputs,
     read_model,
     refusal_of,
-    scope_of,
     shrink,
     vector_list,
 )
@@ -61,8 +60,7 @@ class Cohere:
         if any(item.kind != b"s" for item in inputs[0]):
             return Uncacheable("not-understood")
         encodings = tuple(Encoding(kind) for kind in dict.fromkeys(kinds or ("float",)))
-        scope = scope_of(fields, ("texts", *_REPRESENTED))
-        return Batch(model, *inputs, held(fields, "texts"), "texts", scope, encodings, _REPRESENTED)
+        return Batch(model, *inputs, held(fields, "texts"), "texts", encodings, _REPRESENTED)
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""

@@ -3,10 +3,10 @@
 To add one, write a class with the names of `WireFormat` and give an instance to
 ``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
 knows of ASGI: it cuts a request into inputs, puts a smaller request together, finds the vectors in an
-answer, and writes an answer. `read_inputs` and `scope_of` do the parts that are alike everywhere.
+answer, and writes an answer. `read_inputs` and `read_model` do the parts that are alike everywhere.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +14,6 @@ import orjson
 
 from ..vectors import Encoding, trimmed
 
-# The only body fields that never change a vector, whatever the server.
-IGNORED_FIELDS = frozenset({"user", "request_id", "priority"})
 _LATE_CHUNKING = ("late_chunking",)
 _OF_INTEGERS = b"0123456789-,"
 _OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
@@ -41,9 +39,9 @@ class Input:
         return orjson.dumps(self.canonical.decode()) if self.kind == b"s" else self.canonical
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """A request that can be answered input by input.
+    """A request that can be answered input by input. Not frozen only because its reader adds the scope.
 
     Attributes:
         model: As requested; names the epoch and the lease.
@@ -51,9 +49,9 @@ class Batch:
         bare: Whether the one input was not in a list.
         fields: The body, in the order sent, with ``None`` where the inputs were.
         input_field: Their name in *fields*.
-        scope: Canonical JSON of all that may change a vector, except the inputs.
         encodings: The representations asked for.
-        represented: Names of the fields that say so; a list among them is about the whole request.
+        represented: Names of the fields that say so; they are in no key, and a list in them is of the whole request.
+        scope: Canonical JSON of all that may change a vector, except the inputs; a format leaves it empty.
     """
 
     model: str
@@ -61,9 +59,9 @@ class Batch:
     bare: bool
     fields: Mapping[str, Any]
     input_field: str
-    scope: bytes
     encodings: tuple[Encoding, ...] = (Encoding.FLOAT,)
     represented: frozenset[str] = frozenset()
+    scope: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +188,6 @@ def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
     """The model as requested: in the body, else in the path; ``None`` when there is none."""
     model = fields.get("model", path_model)
     return model if isinstance(model, str) and model else None
-
-
-def scope_of(fields: Mapping[str, Any], leave_out: Collection[str]) -> bytes:
-    """Canonical JSON of *fields* without *leave_out* and those that never change a vector."""
-    kept = {name: value for name, value in fields.items() if name not in leave_out and name not in IGNORED_FIELDS}
-    return orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:

@@ -18,7 +18,6 @@ from .format import (
     read_inputs,
     read_model,
     refusal_of,
-    scope_of,
     shrink,
     vector_list,
 )
@@ -35,7 +34,7 @@ def _split(fields: dict[str, Any], path_model: str | None, input_field: str) -> 
         return Uncacheable("not-understood")
     if any(item.kind != b"s" for item in inputs[0]):
         return Uncacheable("not-understood")
-    return Batch(model, *inputs, held(fields, input_field), input_field, scope_of(fields, (input_field,)))
+    return Batch(model, *inputs, held(fields, input_field), input_field)
 
 
 def _unloads(keep_alive: object) -> bool:

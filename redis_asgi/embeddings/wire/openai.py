@@ -20,11 +20,10 @@ from .format import (
     read_inputs,
     read_model,
     refusal_of,
-    scope_of,
     shrink,
 )
 
-_RENDERED = ("input", "encoding_format")
+_REPRESENTED = frozenset({"encoding_format"})
 _NATIVE = (None, "little", "native")
 # What else an item may say; anything more may be about its own input, and another's hit would repeat it.
 _OF_EVERY_ITEM = frozenset({"object", "encoding_format"})
@@ -44,8 +43,7 @@ class OpenAI:
         if model is None or inputs is None:
             return Uncacheable("not-understood")
         encoding = Encoding(fields.get("encoding_format") or "float")
-        scope = scope_of(fields, _RENDERED)
-        return Batch(model, *inputs, held(fields, "input"), "input", scope, (encoding,))
+        return Batch(model, *inputs, held(fields, "input"), "input", (encoding,), _REPRESENTED)
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""
