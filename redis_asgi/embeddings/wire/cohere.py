@@ -17,11 +17,13 @@ from .format import (
     count,
     held,
     members,
+    model_of,
     read_inputs,
     read_model,
     refusal_of,
     shrink,
     vector_list,
+    warns,
 )
 
 _REPRESENTED = frozenset({"embedding_types"})
@@ -89,7 +91,8 @@ class Cohere:
             return None
         if echoed is not None:
             document["texts"] = []
-        return Answer(values, document, count(_billed(document).get("input_tokens")))
+        tokens = count(_billed(document).get("input_tokens"))
+        return Answer(values, document, tokens, model_of(document), not warns(document))
 
     def render(
         self,

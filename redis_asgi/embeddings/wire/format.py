@@ -15,6 +15,7 @@ import orjson
 from ..vectors import Encoding, trimmed
 
 _LATE_CHUNKING = ("late_chunking",)
+_WARNINGS = ("warnings", "warning")
 _OF_INTEGERS = b"0123456789-,"
 _OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
 
@@ -85,11 +86,15 @@ class Answer:
         values: The vectors as they stand in the JSON, unparsed, by representation and in the inputs' order.
         frame: Everything else, as JSON values; `WireFormat.render` puts it around vectors again.
         tokens: What the app counted for the whole request; ``None`` when it does not say.
+        model: The one that it names as its own; empty when it names none.
+        repeatable: Whether the frame may be put around vectors of another request; not when it warns of this one.
     """
 
     values: Mapping[Encoding, Sequence[object]]
     frame: dict[str, Any]
     tokens: int | None = None
+    model: str = ""
+    repeatable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,19 @@ def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
     """The model as requested: in the body, else in the path; ``None`` when there is none."""
     model = fields.get("model", path_model)
     return model if isinstance(model, str) and model else None
+
+
+def model_of(document: Mapping[str, Any]) -> str:
+    """The model that an answer names; empty when it names none."""
+    model = document.get("model")
+    return model if isinstance(model, str) else ""
+
+
+def warns(document: Mapping[str, Any]) -> bool:
+    """Whether an answer says something of its own request beyond vectors and counts."""
+    meta = document.get("meta")
+    places = (document, meta) if isinstance(meta, dict) else (document,)
+    return any(place.get(name) for place in places for name in _WARNINGS)
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:

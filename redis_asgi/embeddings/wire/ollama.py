@@ -15,11 +15,13 @@ from .format import (
     count,
     held,
     members,
+    model_of,
     read_inputs,
     read_model,
     refusal_of,
     shrink,
     vector_list,
+    warns,
 )
 
 _NOT_ZERO = frozenset("123456789")
@@ -62,7 +64,8 @@ class Ollama:
         values = vector_list(document.pop("embeddings", None), len(inputs)) if isinstance(document, dict) else None
         if values is None or not isinstance(document, dict):
             return None
-        return Answer({Encoding.FLOAT: values}, document, count(document.get("prompt_eval_count")))
+        tokens = count(document.get("prompt_eval_count"))
+        return Answer({Encoding.FLOAT: values}, document, tokens, model_of(document), not warns(document))
 
     def render(
         self,
@@ -97,7 +100,9 @@ class OllamaPrompt:
     def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
         """See `WireFormat.read`."""
         value = document.pop("embedding", None) if isinstance(document, dict) else None
-        return Answer({Encoding.FLOAT: [value]}, document) if isinstance(document, dict) and value else None
+        if not value or not isinstance(document, dict):
+            return None
+        return Answer({Encoding.FLOAT: [value]}, document, None, model_of(document), not warns(document))
 
     def render(
         self,

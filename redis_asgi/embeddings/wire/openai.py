@@ -17,10 +17,12 @@ from .format import (
     count,
     held,
     members,
+    model_of,
     read_inputs,
     read_model,
     refusal_of,
     shrink,
+    warns,
 )
 
 _REPRESENTED = frozenset({"encoding_format"})
@@ -77,7 +79,8 @@ class OpenAI:
             tokens = tokens if tokens is not None else count(usage.get("total_tokens"))
         # Which representation it is, the values themselves say: some servers ignore encoding_format.
         encoding = Encoding.BASE64 if isinstance(values[0], str) and values[0][:1] != "\0" else Encoding.FLOAT
-        return Answer({encoding: values}, {"fields": fields, "usage": usage, "item": extra or {}}, tokens)
+        frame = {"fields": fields, "usage": usage, "item": extra or {}}
+        return Answer({encoding: values}, frame, tokens, model_of(document), not warns(document))
 
     def render(
         self,
