@@ -81,7 +81,7 @@ CLOSED_SETS: dict[tuple[str, str], tuple[str, ...]] = {
     ("cache_requests", "result"): ("hit", "miss", "partial", "bypass", "stale", "error"),
     ("cache_bypass", "reason"): BYPASSES,
     ("cache_items", "result"): ("hit", "miss", "collapsed"),
-    ("cache_rejected", "reason"): ("response-no-store", "vary", "not-understood", "status"),
+    ("cache_rejected", "reason"): ("response-no-store", "vary", "integers", "not-understood", "status"),
     ("redis_commands", "op"): ("check", "settle", "lookup", "store", "ping"),
     ("redis_commands", "outcome"): ("ok", *FAILURES),
     ("redis_command_duration_seconds", "op"): ("check", "settle", "lookup", "store", "ping"),

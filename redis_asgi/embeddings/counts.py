@@ -8,7 +8,7 @@ from ..telemetry import telemetry
 from ..tracing import annotate_span
 
 Result = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
-Rejection = Literal["response-no-store", "vary", "not-understood", "status"]
+Rejection = Literal["response-no-store", "vary", "integers", "not-understood", "status"]
 
 _RESULTS: tuple[Result, ...] = ("hit", "miss", "partial", "bypass", "stale", "error")
 # The tokens of `Cache-Status`; "partition" is what a partition_by let pass, and "other" a wire format's own word.
@@ -31,7 +31,7 @@ _BYPASSES = (
     "too-large",
     "vary",
 )
-_REJECTIONS: tuple[Rejection, ...] = ("response-no-store", "vary", "not-understood", "status")
+_REJECTIONS: tuple[Rejection, ...] = ("response-no-store", "vary", "integers", "not-understood", "status")
 
 
 class Items:

@@ -348,6 +348,10 @@ class Exchange:
         await send_joined(self._with_status(member), lease.headers, pieces, self._pace)
 
     async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
+        if self._hits and landing.refusal == "integers":
+            # What was found is of another time: of the one kind nothing is stored.
+            await self._replay(flight)
+            return
         member = self._member(landing)
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         tokens, _ = count_all(self._slots, self._values, self._inputs)

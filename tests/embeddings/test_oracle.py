@@ -192,6 +192,65 @@ async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: 
     assert (0, 5) == expected
 
 
+def quantised(body: dict[str, Any], items: list[Any], spy: Spy) -> Any:
+    """A server that prints int8 whatever it is asked for; long vectors, so that they are read one at a time."""
+    answer = FORMATS["openai"][2](body, items, spy)
+    for item in answer["data"]:
+        item["embedding"] = [round(x * 40) for x in item["embedding"]]
+    return answer
+
+
+@pytest.mark.parametrize("dims", [6, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+async def test_integers_are_relayed_and_not_stored(dims: int, dtype: str, redis_url: str) -> None:
+    """Also around a duplicate they stay the integers that they were, and a stored float stands beside none."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE=dtype)
+    quantises, seen = [True], Spy(dims=dims)
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        build = quantised if quantises[0] else FORMATS["openai"][2]
+        seen.seen.append(body["input"])
+        await respond(send, orjson.dumps(build(body, listed(body["input"]), Spy(dims=dims))))
+
+    def right(*items: str) -> list[Any]:
+        answer: list[Any] = quantised({"model": "m"}, list(items), Spy(dims=dims))["data"]
+        return answer
+
+    async with client(EmbeddingCacheMiddleware(app, settings=settings)) as c:
+
+        async def ask(*items: str) -> httpx.Response:
+            return await c.post("/v1/embeddings", json={"model": "m", "input": items})
+
+        for items in (["a", "b"], ["a", "b"], ["a", "b", "a"]):
+            answer = await ask(*items)
+            assert "redis-asgi; fwd=bypass; detail=integers" == cache_status(answer)
+            assert repr(right(*items)) == repr(answer.json()["data"])
+        quantises[0] = False
+        await ask("a")
+        quantises[0] = True
+        answer = await ask("a", "b")
+    assert repr(right("a", "b")) == repr(answer.json()["data"])
+    assert [["a", "b"], ["a", "b"], ["a", "b"], ["a"], ["b"], ["a", "b"]] == seen.seen
+
+
+@pytest.mark.parametrize("dims", [6, 300])
+async def test_integers_among_floats_are_stored(dims: int, any_settings: Settings) -> None:
+    """A vector of ones beside one of floats, and whole numbers in that, come back numerically the same."""
+    vectors = {"ones": [0, 1] * (dims // 2), "some": [1, 0.5] * (dims // 2)}
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        items = orjson.loads(await read(receive))["input"]
+        data = [{"index": index, "embedding": vectors[item]} for index, item in enumerate(items)]
+        await respond(send, orjson.dumps({"data": data}))
+
+    async with client(EmbeddingCacheMiddleware(app, settings=any_settings)) as c:
+        body = {"model": "m", "input": ["ones", "some"]}
+        cold, warm = [await c.post("/v1/embeddings", json=body) for _ in range(2)]
+    assert "; hit" in cache_status(warm)
+    assert cold.json() == warm.json()
+
+
 # An app that misbehaves.
 
 Misbehave = Callable[[Send, Any, bytes], Awaitable[None]]
