@@ -20,10 +20,12 @@ from .format import (
     model_of,
     read_inputs,
     read_model,
+    recounted,
     refusal_of,
     shrink,
     vector_list,
     warns,
+    without_warnings,
 )
 
 _REPRESENTED = frozenset({"embedding_types"})
@@ -103,7 +105,7 @@ class Cohere:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame)
+        fields = without_warnings(frame, usage)
         by_type = self._by_type(batch)
         if "response_type" in fields:
             fields["response_type"] = "embeddings_by_type" if by_type else "embeddings_floats"
@@ -131,10 +133,12 @@ def _billed(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _meta(meta: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
-    changed = dict(meta)
-    units = changed.get("billed_units")
-    if usage.tokens is not None and isinstance(units, dict) and count(units.get("input_tokens")) is not None:
-        changed["billed_units"] = {**units, "input_tokens": usage.tokens}
+    changed = recounted(meta, (), usage)
+    if "api_version" in meta:
+        changed["api_version"] = meta["api_version"]
+    units = meta.get("billed_units")
+    if isinstance(units, dict):
+        changed["billed_units"] = recounted(units, ("input_tokens",), usage)
     if usage.cached is not None:
         changed["cached_tokens"] = usage.cached
     return changed

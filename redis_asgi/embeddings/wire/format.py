@@ -6,7 +6,7 @@ knows of ASGI: it cuts a request into inputs, puts a smaller request together, f
 answer, and writes an answer. `read_inputs` and `read_model` do the parts that are alike everywhere.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,7 +102,7 @@ class Usage:
     """What to report.
 
     Attributes:
-        tokens: The count; ``None`` = leave the frame's.
+        tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what it says.
         cached: How many more tokens the cache answered; ``None`` = do not say.
     """
 
@@ -206,6 +206,29 @@ def warns(document: Mapping[str, Any]) -> bool:
     meta = document.get("meta")
     places = (document, meta) if isinstance(meta, dict) else (document,)
     return any(place.get(name) for place in places for name in _WARNINGS)
+
+
+def without_warnings(fields: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    """*fields* of an answer for a request that may be another than its own."""
+    if usage.tokens is None:
+        return dict(fields)
+    return {name: value for name, value in fields.items() if name not in _WARNINGS}
+
+
+def recounted(said: Mapping[str, Any], names: Collection[str], usage: Usage) -> dict[str, Any]:
+    """The counts that an answer *said*, *names* of them made anew for another request.
+
+    What else it says was about its own (cost, images, details), and left out, but for what it says nothing of.
+    """
+    if usage.tokens is None:
+        return dict(said)
+    kept: dict[str, Any] = {}
+    for name, value in said.items():
+        if name in names and count(value) is not None:
+            kept[name] = usage.tokens
+        elif value is None or (name == "completion_tokens" and value == 0):
+            kept[name] = value
+    return kept
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:

@@ -22,6 +22,7 @@ from .format import (
     shrink,
     vector_list,
     warns,
+    without_warnings,
 )
 
 _NOT_ZERO = frozenset("123456789")
@@ -44,6 +45,15 @@ def _unloads(keep_alive: object) -> bool:
     if isinstance(keep_alive, str):
         return not set(keep_alive) & _NOT_ZERO
     return isinstance(keep_alive, int | float) and 0 <= keep_alive < 1
+
+
+def _of_any_request(frame: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    """*frame* without what was measured of one request."""
+    kept = without_warnings(frame, usage)
+    if usage.tokens is not None:
+        for name in [name for name in kept if name.endswith("_duration")]:
+            del kept[name]
+    return kept
 
 
 class Ollama:
@@ -76,7 +86,7 @@ class Ollama:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame)
+        fields = _of_any_request(frame, usage)
         if usage.tokens is not None and count(fields.get("prompt_eval_count")) is not None:
             fields["prompt_eval_count"] = usage.tokens
         before = (piece + b"," for piece in members(fields))
@@ -114,4 +124,5 @@ class OllamaPrompt:
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         [text] = vectors[Encoding.FLOAT]
-        return [b"{", *(piece + b"," for piece in members(frame)), b'"embedding":', text, b"}"]
+        before = (piece + b"," for piece in members(_of_any_request(frame, usage)))
+        return [b"{", *before, b'"embedding":', text, b"}"]

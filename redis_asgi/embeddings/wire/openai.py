@@ -20,9 +20,11 @@ from .format import (
     model_of,
     read_inputs,
     read_model,
+    recounted,
     refusal_of,
     shrink,
     warns,
+    without_warnings,
 )
 
 _REPRESENTED = frozenset({"encoding_format"})
@@ -91,7 +93,7 @@ class OpenAI:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame["fields"])
+        fields = without_warnings(frame["fields"], usage)
         if fresh is not None:
             if "created" in fields:
                 fields["created"] = fresh.created
@@ -138,11 +140,8 @@ def _before_vectors(extra: bytes, n: int) -> list[bytes]:
     return [b"[" + (pattern % 0)[2:], *(pattern % index for index in range(1, n))]
 
 
-def _usage(reported: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
-    changed = dict(reported)
-    if usage.tokens is not None:
-        counted = (name for name in ("prompt_tokens", "total_tokens") if count(changed.get(name)) is not None)
-        changed |= dict.fromkeys(counted, usage.tokens)
+def _usage(said: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    changed = recounted(said, ("prompt_tokens", "total_tokens"), usage)
     if usage.cached is not None:
         details = changed.get("prompt_tokens_details")
         changed["prompt_tokens_details"] = {
