@@ -15,7 +15,8 @@ from .core import Core, PartitionBy
 from .pace import Pace
 from .piecewise import parse_request
 from .routes import Matched
-from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
+from .wire import ANY_CONTENT_TYPE, Batch, Input, Uncacheable
+from .wire.content import is_inline, names_media
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
 _LISTS_PER_INPUT = 4
@@ -92,7 +93,16 @@ def _refused(batch: Batch, size: int, settings: Settings) -> Uncacheable | None:
     # Nothing to embed is not ours to answer.
     if not (batch.inputs and batch.encodings):
         return Uncacheable("not-understood")
+    if names_media(batch.fields) and not all(_is_content(item) for item in batch.inputs):
+        return Uncacheable("not-understood")
     return refusal_beside(batch, names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS))
+
+
+def _is_content(item: Input) -> bool:
+    """Whether an input of a request about images, audio or video is the content, and no name of it."""
+    if item.kind == b"s":
+        return is_inline(item.canonical.decode())
+    return not item.canonical.startswith(b'{"text"')
 
 
 def _say_item_lists(core: Core, field: str) -> None:

@@ -53,13 +53,18 @@ def key_of(
     return core.input_names(identity, batch.inputs)[0]
 
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1Pe"
 TRICKY = ["m", "m:x", "x", '"', "m\0", "m\0x", "a,b", "{", "é", "e\u0301", " m", "M", "1", "[1]"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("text", {"fields": {"model": "m", "input": text}}) for text in TRICKY),
     *(("model", {"fields": {"model": text, "input": "q"}}) for text in TRICKY),
     *(("tokens", {"fields": {"model": "m", "input": tokens}}) for tokens in ([1], [1, 1], [11], [2])),
     ("object", {"fields": {"model": "m", "input": [{"text": "m"}]}}),
-    *(("object", {"fields": {"model": "m", "input": [{"image": m}]}}) for m in ("m", "iVB/+w==", "data:image/png;,m")),
+    *(
+        ("object", {"fields": {"model": "m", "input": [{kind: image}]}})
+        for kind in ("image", "bytes")
+        for image in (PNG + "AAAA", PNG + "AAAB", f"data:image/png;base64,{PNG}", "data:image/png;,m")
+    ),
     *(
         ("field", {"fields": {"model": "m", "input": "q", name: value}})
         for name in ("dimensions", "input_type", "task", "prompt", "cache_salt", "anything")

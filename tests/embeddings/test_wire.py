@@ -1,11 +1,14 @@
 """Wire formats by themselves: what they read in requests and answers."""
 
+import base64
+import textwrap
 from typing import Any
 
 import orjson
 import pytest
 
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Answer, Batch
+from redis_asgi.embeddings.wire.content import is_inline, names_media
 
 from .servers import FORMATS, Spy
 
@@ -62,3 +65,65 @@ def test_what_an_answer_warns_of_is_not_to_be_repeated(name: str, more: dict[str
     answer = answer_to(batch_of(name), name, more)
     assert answer is not None
     assert repeatable == answer.repeatable
+
+
+IMAGES: dict[str, bytes] = {
+    "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1",
+    "JPEG of a camera": b"\xff\xd8\xff\xe1\x12\x34Exif\0\0",
+    "JPEG without a header": b"\xff\xd8\xff\xdb\0\x43",
+    "GIF": b"GIF89a\1\0\1\0",
+    "WebP": b"RIFF\x24\0\0\0WEBPVP8 ",
+    "BMP": b"BM\x3a\0\0\0\0\0\0\0\x36\0\0\0",
+    "TIFF": b"II*\0\x08\0\0\0",
+    "TIFF, big endian": b"MM\0*\0\0\0\x08",
+    "AVIF": b"\0\0\0\x20ftypavif",
+    "HEIC": b"\0\0\0\x18ftypheic",
+    "JPEG XL": b"\0\0\0\x0cJXL \r\n\x87\n",
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_base64_of_a_known_image_is_inline(name: str) -> None:
+    """Also with lines, or in the alphabet of URLs; of the same bytes behind others, or cut short, it is not."""
+    image = IMAGES[name] + bytes(range(256)) * 4
+    text = base64.b64encode(image).decode()
+    assert is_inline(text)
+    assert is_inline(textwrap.fill(text, 20))
+    assert is_inline(base64.urlsafe_b64encode(image).decode())
+    assert not is_inline(base64.b64encode(b"x" + image).decode())
+    assert not is_inline(text[:16])
+    assert not is_inline(text + ".png")
+
+
+PATH = "images/of/a/cat/on/a/mat/in/the/sun"
+NAMES = ["", "cat", "images/cat", "/uploads/8c1f", f"/world/{PATH}", f"BM/{PATH}", "blob-42", "YWJj", "A" * 100, "é"]
+
+
+@pytest.mark.parametrize("content", [*NAMES, "https://x/y.png", "file:///cat"])
+def test_names_of_content_are_not_inline(content: str) -> None:
+    """Paths and ids are of letters and slashes, as base64 is."""
+    assert not is_inline(content)
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "DATA:,x"])
+def test_a_data_url_is_inline(url: str) -> None:
+    """Whatever is in it, it is there."""
+    assert is_inline(url)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"modality": "image"}, True),
+        ({"modalities": ["text", "VIDEO"]}, True),
+        ({"media_type": "audio/wav"}, True),
+        ({"input_type": "image_url"}, True),
+        ({"modality": "text", "input_type": "search_query"}, False),
+        ({"modalities": [1, None], "modality": {"image": 1}}, False),
+        ({"task": "image"}, False),
+    ],
+)
+def test_a_body_may_say_that_its_strings_are_media(fields: dict[str, Any], named: bool) -> None:
+    """By any of the names that servers have for it."""
+    assert named == names_media(fields)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import orjson
 
 from ..vectors import Encoding, trimmed
+from .content import is_inline
 
 _LATE_CHUNKING = ("late_chunking",)
 _WARNINGS = ("warnings", "warning")
 _OF_INTEGERS = b"0123456789-,"
-_OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
 
 
 @dataclass(slots=True)
@@ -180,13 +180,8 @@ def _read_input(item: object) -> Input | None:
     if isinstance(item, dict) and len(item) == 1:
         [(name, content)] = item.items()
         if name in ("text", "image", "bytes") and isinstance(content, str) and content:
-            return Input(b"j", orjson.dumps(item)) if name == "text" or _is_inline(content) else None
+            return Input(b"j", orjson.dumps(item)) if name == "text" or is_inline(content) else None
     return None
-
-
-def _is_inline(content: str) -> bool:
-    """Whether it is the content itself: what a URL or a path points to may change while its text does not."""
-    return content[:5].lower() == "data:" or not content.encode().translate(None, _OF_BASE64)
 
 
 def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
