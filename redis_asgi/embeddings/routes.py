@@ -20,7 +20,7 @@ class Matched:
 
 
 class Routes:
-    """Paths, exact or with ``{model}`` segments, each with its wire format."""
+    """Paths, exact or with a ``{model}`` that spans slashes, each with its wire format."""
 
     def __init__(self, paths: Mapping[str, WireFormat]) -> None:
         self._exact = {path: Matched(wire, None) for path, wire in paths.items() if _MODEL not in path}
@@ -82,4 +82,5 @@ def _checked(wire: WireFormat, path: str) -> WireFormat:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile("(?P<model>[^/]+)".join(map(re.escape, path.split(_MODEL))))
+    # Names of models have slashes: "azure/ada", "BAAI/bge-m3".
+    return re.compile("(?P<model>.+)".join(map(re.escape, path.split(_MODEL))), re.DOTALL)

@@ -132,7 +132,7 @@ TOKENS: dict[str, dict[str, Any]] = {
     "no-store": {"json": ask("a"), "headers": {"cache-control": "no-store"}},
     "too-large": {"json": ask("a", "b", "c")},
     "item-lists": {"json": ask("a", "b", instructions=["x", "y"])},
-    "not-understood": {"json": {"input": "a"}},
+    "not-understood": {"json": {"model": "m"}},
 }
 
 

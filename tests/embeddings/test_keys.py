@@ -174,17 +174,22 @@ def test_leases_are_per_credential_path_model_and_origin_also_where_vectors_are_
     [
         ("/v1/embeddings", "", None),
         ("/proxy/v1/embeddings", "/proxy", None),
+        ("/v3/embeddings", "", None),
         ("/openai/deployments/ada/embeddings", "", "ada"),
+        ("/openai/deployments/azure/ada/embeddings", "", "azure/ada"),
+        ("/engines/a\nb/embeddings", "", "a\nb"),
     ],
 )
 def test_routes_match_the_whole_path_or_the_path_less_its_root(path: str, root: str, model: str | None) -> None:
-    """A mounted app is found, and ``{model}`` is one segment."""
+    """A mounted app is found, and ``{model}`` spans slashes."""
     matched = read_routes(None, ("openai",)).match({"path": path, "root_path": root})
     assert matched is not None
     assert model == matched.path_model
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings/", "/x/v1/embeddings", "/openai/deployments/a/b/embeddings", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings/", "/x/v1/embeddings", "/openai/deployments//embeddings/x", "/engines//embeddings", "/"]
+)
 def test_other_paths_are_not_embedding_endpoints(path: str) -> None:
     """Matching is exact."""
     assert read_routes(None, ("openai",)).match({"path": path, "root_path": ""}) is None

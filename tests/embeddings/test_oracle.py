@@ -313,6 +313,41 @@ async def test_integers_among_floats_are_stored(dims: int, any_settings: Setting
     assert cold.json() == warm.json()
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_an_empty_text_among_others_is_the_apps_to_refuse(refuses: bool, settings: Settings) -> None:
+    """One that takes it has it cached as any text; one that does not is heard, and the others are still stored."""
+    build = FORMATS["openai"][2]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        if refuses and "" in body["input"]:
+            await respond(send, b'{"error":"input %d"}' % body["input"].index(""), 400)
+            return
+        await respond(send, orjson.dumps(build(body, body["input"], Spy())))
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    async with client(app) as bare, client(cached) as through:
+        for texts in (["a", ""], ["a", "b"], ["a", "b", ""], [""], ["", "b"], ["", "b"]):
+            body = {"model": "m", "input": texts}
+            expected, actual = [await c.post("/v1/embeddings", json=body) for c in (bare, through)]
+            assert expected.status_code == actual.status_code
+            assert expected.json().get("data") == actual.json().get("data")
+            assert expected.json().get("error") == actual.json().get("error")
+    assert refuses != ("; hit" in cache_status(actual))
+
+
+async def test_a_request_without_a_model_is_cached(any_settings: Settings) -> None:
+    """It shares nothing with one that names a model."""
+    spy = Spy()
+    async with client(EmbeddingCacheMiddleware(server(spy), settings=any_settings)) as c:
+        for body in ({"input": ["a"]}, {"input": ["a"], "model": "m"}):
+            cold, warm = [await c.post("/v1/embeddings", json=body) for _ in range(2)]
+            assert "fwd=miss" in cache_status(cold)
+            assert "; hit" in cache_status(warm)
+            assert cold.json() == warm.json()
+    assert 2 == spy.calls
+
+
 # An app that misbehaves.
 
 Misbehave = Callable[[Send, Any, bytes], Awaitable[None]]

@@ -67,6 +67,55 @@ def test_what_an_answer_warns_of_is_not_to_be_repeated(name: str, more: dict[str
     assert repeatable == answer.repeatable
 
 
+@pytest.mark.parametrize(
+    ("indexes", "order"),
+    [
+        ([0, 1, 2], "abc"),
+        ([2, 0, 1], "bca"),
+        ([None, 1, 2], "abc"),
+        ([None, None, None], "abc"),
+        ([2, None, 0], "cba"),
+        ([None, 0, 1], None),
+        ([1, None, 2], None),
+        ([1, 1, 2], None),
+        ([0, 1, 3], None),
+        ([0, 1, "2"], None),
+        ([0, 1, True], None),
+    ],
+)
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_missing_index_is_the_position(indexes: list[Any], order: str | None, absent: bool) -> None:
+    """Unless another item has that index: then nobody knows which vector is whose."""
+    batch = batch_of("openai", ("a", "b", "c"))
+    data = [
+        {"embedding": letter, **({} if index is None and absent else {"index": index})}
+        for index, letter in zip(indexes, "abc", strict=True)
+    ]
+    answer = WIRE_FORMATS["openai"].read(batch, batch.inputs, {"data": data})
+    assert (None if answer is None else next(iter(answer.values.values()))) == (None if order is None else [*order])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "tei"])
+@pytest.mark.parametrize(
+    ("fields", "path_model", "model"),
+    [
+        ({}, None, ""),
+        ({"model": None}, None, ""),
+        ({}, "ada", "ada"),
+        ({"model": "m"}, "ada", "m"),
+        ({"model": 5}, None, None),
+        ({"model": 5}, "ada", None),
+    ],
+)
+def test_a_missing_model_is_the_empty_one(
+    name: str, fields: dict[str, Any], path_model: str | None, model: str | None
+) -> None:
+    """Many servers have only one; what is no text is not understood."""
+    items = "a" if name == "ollama_prompt" else ["a"]
+    batch = WIRE_FORMATS[name].split({FORMATS[name][1]: items, **fields}, path_model)
+    assert model == (batch.model if isinstance(batch, Batch) else None)
+
+
 IMAGES: dict[str, bytes] = {
     "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
     "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1",

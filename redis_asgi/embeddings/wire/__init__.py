@@ -30,6 +30,7 @@ DEFAULT_PATHS: Mapping[str, Mapping[str, WireFormat]] = {
         (
             "/v1/embeddings",
             "/embeddings",
+            "/v3/embeddings",
             "/openai/deployments/{model}/embeddings",
             "/engines/{model}/embeddings",
             "/v1/engines/{model}/embeddings",

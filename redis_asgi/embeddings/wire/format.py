@@ -146,17 +146,19 @@ class WireFormat(Protocol):
 
 
 def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
-    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list."""
+    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list.
+
+    An empty text is one in a list; by itself it is nothing to embed (to Ollama: a model to load).
+    """
     if isinstance(value, str):
-        one = _read_input(value)
-        return ((one,), True) if one else None
+        return ((Input(b"s", value.encode()),), True) if value else None
     if not isinstance(value, list) or not value:
         return None
     if type(value[0]) is int:
         one = _read_input(value)
         return ((one,), True) if one else None
     kind = type(value[0])
-    if kind is str and all(type(item) is str and item for item in value):
+    if kind is str and all(type(item) is str for item in value):
         # The usual case in one step.
         return tuple([Input(b"s", text.encode()) for text in value]), False
     inputs: list[Input] = []
@@ -169,8 +171,6 @@ def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
 
 
 def _read_input(item: object) -> Input | None:
-    if isinstance(item, str):
-        return Input(b"s", item.encode()) if item else None
     if isinstance(item, list):
         text = orjson.dumps(item)
         # Anything but integers has other characters; a list of a thousand is looked at in one step.
@@ -185,9 +185,10 @@ def _read_input(item: object) -> Input | None:
 
 
 def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
-    """The model as requested: in the body, else in the path; ``None`` when there is none."""
-    model = fields.get("model", path_model)
-    return model if isinstance(model, str) and model else None
+    """The model as requested, in the body, else in the path, else the empty one; ``None`` when it is no text."""
+    model = fields.get("model")
+    model = (path_model or "") if model is None else model
+    return model if isinstance(model, str) else None
 
 
 def model_of(document: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ class OpenAI:
         return shrink(batch, inputs)
 
     def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
-        """See `WireFormat.read`; vectors are placed by their ``index``, never by position."""
+        """See `WireFormat.read`; vectors are placed by their ``index``, by position only where none is given."""
         if not isinstance(document, dict):
             return None
         items = document.get("data")
@@ -62,10 +62,12 @@ class OpenAI:
             return None
         values: list[object] = [None] * len(items)
         extra: dict[str, Any] | None = None
-        for item in items:
+        for at, item in enumerate(items):
             if not isinstance(item, dict):
                 return None
             index, value = item.pop("index", None), item.pop("embedding", None)
+            # Gemini's leaves 0 out. Where that is not its place, another has it: twice one index is no answer.
+            index = at if index is None else index
             if type(index) is not int or not 0 <= index < len(items) or values[index] is not None:
                 return None
             # One frame has to fit every item.
