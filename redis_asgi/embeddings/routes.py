@@ -62,6 +62,8 @@ def read_routes(routes: Mapping[str, WireFormat | str] | None, names: Iterable[s
     for entry in names:
         name, colon, path = entry.partition(":")
         wire = _named(name, "EMBEDDING_CACHE_ROUTES")
+        if not colon and name not in DEFAULT_PATHS:
+            raise ConfigurationError(f"EMBEDDING_CACHE_ROUTES={name!r} has no usual path. Try {name}:/embed.")
         paths |= {path: wire} if colon else DEFAULT_PATHS[name]
     return Routes(paths)
 

@@ -14,6 +14,7 @@ from .format import (
 )
 from .ollama import Ollama, OllamaPrompt
 from .openai import OpenAI
+from .simple import Simple
 from .tei import TEI
 
 _OPENAI = OpenAI()
@@ -22,9 +23,10 @@ _COHERE, _COHERE_V1 = Cohere("cohere", typed=True), Cohere("cohere_v1", typed=Fa
 _TEI = TEI()
 
 WIRE_FORMATS: Mapping[str, WireFormat] = {
-    wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI)
+    wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI, Simple())
 }
 
+# Whoever writes a service by hand chooses its path, so `simple` has none here.
 DEFAULT_PATHS: Mapping[str, Mapping[str, WireFormat]] = {
     "openai": dict.fromkeys(
         (
@@ -55,6 +57,7 @@ __all__ = [
     "Batch",
     "Fresh",
     "Input",
+    "Simple",
     "Uncacheable",
     "Usage",
     "WireFormat",

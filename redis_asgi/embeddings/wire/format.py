@@ -123,7 +123,7 @@ class WireFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """Part of every key; ``[a-z0-9_]+``."""
+        """Part of every key: two formats that read the same answers differently have two names."""
 
     def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
         """Cut a parsed body into inputs; *path_model* is what ``{model}`` of the route matched."""
