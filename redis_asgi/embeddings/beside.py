@@ -9,11 +9,11 @@ from typing import Any
 
 import orjson
 
-from .wire import Batch, Uncacheable
+from .wire import Batch, TokenArray, Uncacheable
 
 _MAX_DEPTH = 8  # of lists and objects; nothing deeper is looked at, so nothing deeper is cached
 _BEYOND_INTEGERS = 2.0**63
-_OPEN = (list, dict)
+_OPEN = (dict, list, TokenArray)
 
 # Names by their first part; ``None`` = this field, whatever is in it.
 Names = Mapping[str, "Names | None"]
@@ -110,4 +110,4 @@ def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:
 
 
 def _is_listed(value: list[Any] | dict[str, Any]) -> bool:
-    return type(value) is list or all(name.isdecimal() for name in value)
+    return not isinstance(value, dict) or all(name.isdecimal() for name in value)

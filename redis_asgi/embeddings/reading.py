@@ -13,13 +13,12 @@ from .beside import names_of, refusal_beside, scope_of
 from .body import Body
 from .core import Core, PartitionBy
 from .pace import Pace
-from .piecewise import parse_request
+from .piecewise import TooManyValues, parse_request
 from .routes import Matched
 from .wire import ANY_CONTENT_TYPE, Batch, Input, Uncacheable
 from .wire.content import is_inline, names_media
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
-_LISTS_PER_INPUT = 4
 _SHOWN = 80  # characters of a name that a client chose
 
 
@@ -61,11 +60,15 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
         too_large = held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
         return Uncacheable("too-large" if too_large else "busy")
     try:
-        fields = await parse_request(body.content, _LISTS_PER_INPUT * settings.EMBEDDING_CACHE_MAX_INPUTS, pace)
+        fields = await parse_request(body.content, settings.EMBEDDING_CACHE_MAX_INPUTS, pace)
     except orjson.JSONDecodeError:
         return Uncacheable("not-json")
+    except TooManyValues:
+        return Uncacheable("too-large")
     if not isinstance(fields, dict):
         return Uncacheable("not-understood")
+    if pace.due:
+        await pace.rest()
     if _has_too_many(fields, settings.EMBEDDING_CACHE_MAX_INPUTS):
         return Uncacheable("too-large")
     try:
@@ -117,7 +120,7 @@ def _say_item_lists(core: Core, field: str) -> None:
 def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:
     """Whether some field lists more texts, arrays or objects than a batch may have; before each is looked at."""
     lists = (value for value in fields.values() if isinstance(value, list))
-    return any(len(value) > limit and type(value[0]) in (str, list, dict) for value in lists)
+    return any(len(value) > limit and isinstance(value[0], str | list | dict) for value in lists)
 
 
 def _holds_much(batch: Batch, size: int) -> bool:

@@ -185,6 +185,17 @@ async def test_ignored_fields_are_forwarded(redis_url: str) -> None:
     assert ("0", {"trace_id": 0, "team": "x"}) == (first["rid"], first["metadata"])
 
 
+@pytest.mark.anyio
+async def test_long_arrays_are_looked_at_like_others(any_settings: Settings) -> None:
+    """One that is read by itself, as token arrays are, may belong to the inputs as well."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=any_settings)
+    texts = [f"{number} " * 40 for number in range(500)]
+    async with client(app) as c:
+        for beside in (list(range(1000, 1500)), [list(range(1000, 1500)), "x"]):
+            said = await c.post("/v1/embeddings", json={"model": "m", "input": texts, "offsets": beside})
+            assert "redis-asgi; fwd=bypass; detail=item-lists" == cache_status(said)
+
+
 def test_names_of_a_setting_are_a_tree() -> None:
     """The wider of two names holds, in either order."""
     assert {"a": None, "b": {"c": {"d": None}}} == names_of(("a", "b.c.d"))

@@ -7,8 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from redis_asgi.embeddings.wire import WIRE_FORMATS, Answer, Batch
+from redis_asgi.embeddings.wire import WIRE_FORMATS, Answer, Batch, TokenArray
 from redis_asgi.embeddings.wire.content import is_inline, names_media
+from redis_asgi.embeddings.wire.format import read_inputs
 
 from .servers import FORMATS, Spy
 
@@ -93,6 +94,25 @@ def test_a_missing_index_is_the_position(indexes: list[Any], order: str | None, 
     ]
     answer = WIRE_FORMATS["openai"].read(batch, batch.inputs, {"data": data})
     assert (None if answer is None else next(iter(answer.values.values()))) == (None if order is None else [*order])
+
+
+def test_token_arrays_are_of_one_kind_however_they_were_parsed() -> None:
+    """Long ones are read by themselves, short ones with the rest of the body."""
+    long = TokenArray.of([1, 2, 3])
+    assert isinstance(long, TokenArray)
+    for arrays in ([long, [4]], [[4], long]):
+        read = read_inputs(arrays)
+        assert read is not None
+        assert {(b"t", b"[1,2,3]", 3), (b"t", b"[4]", 1)} == {(i.kind, i.canonical, i.tokens) for i in read[0]}
+    assert (b"[1,2,3]", True) == ((one := read_inputs(long)) and one[0][0].canonical, one and one[1])
+    assert read_inputs([long, "a"]) is None
+
+
+@pytest.mark.parametrize("items", [[], [True], [1, 0.5], [1, None], [1, "2"], [1, [2]]], ids=repr)
+def test_other_lists_are_no_token_arrays(items: list[Any]) -> None:
+    """All of its items are integers, and there are some."""
+    assert not isinstance(TokenArray.of(items), TokenArray)
+    assert read_inputs([items]) is None
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "tei"])

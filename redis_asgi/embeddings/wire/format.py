@@ -40,6 +40,29 @@ class Input:
         return orjson.dumps(self.canonical.decode()) if self.kind == b"s" else self.canonical
 
 
+class TokenArray(list[int]):
+    """A token array of a request.
+
+    Attributes:
+        canonical: Its JSON.
+    """
+
+    canonical: bytes
+
+    @classmethod
+    def of(cls, items: list[Any]) -> "TokenArray | list[Any]":
+        """*items* as one; as they are if they are not integers."""
+        if not items or type(items[0]) is not int:
+            return items
+        text = orjson.dumps(items)
+        # Anything but integers has other characters; a list of a thousand is looked at in one step.
+        if text[1:-1].translate(None, _OF_INTEGERS):
+            return items
+        tokens = cls(items)
+        tokens.canonical = trimmed(text)
+        return tokens
+
+
 @dataclass(slots=True)
 class Batch:
     """A request that can be answered input by input. Not frozen only because its reader adds the scope.
@@ -157,26 +180,27 @@ def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
     if type(value[0]) is int:
         one = _read_input(value)
         return ((one,), True) if one else None
-    kind = type(value[0])
+    kind = _kind(value[0])
     if kind is str and all(type(item) is str for item in value):
         # The usual case in one step.
         return tuple([Input(b"s", text.encode()) for text in value]), False
     inputs: list[Input] = []
     for item in value:
-        read = _read_input(item) if type(item) is kind else None
+        read = _read_input(item) if _kind(item) is kind else None
         if read is None:
             return None
         inputs.append(read)
     return tuple(inputs), False
 
 
+def _kind(item: object) -> type:
+    return list if isinstance(item, TokenArray) else type(item)
+
+
 def _read_input(item: object) -> Input | None:
     if isinstance(item, list):
-        text = orjson.dumps(item)
-        # Anything but integers has other characters; a list of a thousand is looked at in one step.
-        if not item or text[1:-1].translate(None, _OF_INTEGERS):
-            return None
-        return Input(b"t", trimmed(text), len(item))
+        tokens = item if isinstance(item, TokenArray) else TokenArray.of(item)
+        return Input(b"t", tokens.canonical, len(tokens)) if tokens and isinstance(tokens, TokenArray) else None
     if isinstance(item, dict) and len(item) == 1:
         [(name, content)] = item.items()
         if name in ("text", "image", "bytes") and isinstance(content, str) and content:
