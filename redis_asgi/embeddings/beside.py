@@ -4,7 +4,6 @@ Names of fields in settings are dotted (``metadata.tags``), and name all that is
 """
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -21,7 +20,6 @@ _NONE: Names = {}
 _CANONICAL = orjson.OPT_SORT_KEYS
 
 
-@lru_cache(maxsize=16)
 def names_of(dotted: tuple[str, ...]) -> Names:
     """*dotted* names of a setting, as a tree."""
     tree: dict[str, Any] = {}
@@ -84,6 +82,8 @@ def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:
         for name, value in batch.fields.items()
         if type(value) in _OPEN or type(value) is float
     ]
+    if not level:
+        return None
     for _ in range(_MAX_DEPTH):
         below: list[tuple[str, Any, Names | None]] = []
         for name, value, known in level:

@@ -22,6 +22,7 @@ from ..keys import (
     length_prefixed,
 )
 from ..settings import Settings
+from .beside import names_of
 from .codec import NO_EPOCH, Flag, Value
 from .counts import Counts
 from .http_caching import Fields, RawHeaders, Storable, by_name, storable
@@ -86,6 +87,8 @@ class Core:
         self.monotonic: Callable[[], float] = time.monotonic
         self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, self._now)
         self.budget = process_budget()
+        self.ignored = names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS)
+        self.request_lists = names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS)
         self.denials = Denials()
         self.counts = Counts()
         self._ttl = options.ttl

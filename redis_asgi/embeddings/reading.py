@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from ..settings import Settings
 from . import http_caching as http
-from .beside import names_of, refusal_beside, scope_of
+from .beside import refusal_beside, scope_of
 from .body import Body
 from .core import Core, PartitionBy
 from .pace import Pace
@@ -74,11 +74,11 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     try:
         batch = matched.wire.split(fields, matched.path_model)
         if isinstance(batch, Batch):
-            refusal = _refused(batch, len(body.content), settings)
+            refusal = _refused(core, batch, len(body.content))
             if refusal is not None and refusal.field:
                 _say_item_lists(core, refusal.field)
             if refusal is None:
-                batch.scope = scope_of(batch, names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS))
+                batch.scope = scope_of(batch, core.ignored)
             return refusal or batch
         if isinstance(batch, Uncacheable):
             return batch
@@ -90,15 +90,15 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     return Uncacheable("not-understood")
 
 
-def _refused(batch: Batch, size: int, settings: Settings) -> Uncacheable | None:
-    if len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
+def _refused(core: Core, batch: Batch, size: int) -> Uncacheable | None:
+    if len(batch.inputs) > core.settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
         return Uncacheable("too-large")
     # Nothing to embed is not ours to answer.
     if not (batch.inputs and batch.encodings):
         return Uncacheable("not-understood")
     if names_media(batch.fields) and not all(_is_content(item) for item in batch.inputs):
         return Uncacheable("not-understood")
-    return refusal_beside(batch, names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS))
+    return refusal_beside(batch, core.request_lists)
 
 
 def _is_content(item: Input) -> bool:

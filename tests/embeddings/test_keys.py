@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.beside import names_of, scope_of
+from redis_asgi.embeddings.beside import scope_of
 from redis_asgi.embeddings.core import Core, Options
 from redis_asgi.embeddings.http_caching import by_name
 from redis_asgi.embeddings.routes import read_routes
@@ -48,7 +48,7 @@ def key_of(
     scope = {"path": path, "raw_path": raw_path, "query_string": query}
     batch = WIRE_FORMATS[wire].split(orjson.loads(orjson.dumps(fields)), None)
     assert isinstance(batch, Batch), batch
-    batch.scope = scope_of(batch, names_of(core.settings.EMBEDDING_CACHE_IGNORED_FIELDS))
+    batch.scope = scope_of(batch, core.ignored)
     identity = core.identify(scope, by_name(headers), WIRE_FORMATS[wire], batch, partition)
     return core.input_names(identity, batch.inputs)[0]
 
