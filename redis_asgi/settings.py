@@ -173,6 +173,13 @@ def _overlap(name: str, other: str) -> bool:
     return name.startswith(other[:-1]) if other.endswith("*") else name == other
 
 
+def _field_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not all(name.split(".")):
+            raise ValueError(f"{name!r} is not a body field, dotted where it is inside of another")
+    return value
+
+
 def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
     for route in value:
         name, colon, path = route.partition(":")
@@ -272,8 +279,12 @@ class Settings(BaseSettings):
     EMBEDDING_CACHE_IGNORED_HEADERS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_header_names)] = Field(
         (), examples=["x-session,x-pod-*"]
     )
-    EMBEDDING_CACHE_IGNORED_FIELDS: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("user", "request_id", "priority"), examples=["user,rid,metadata.trace_id"]
+    EMBEDDING_CACHE_IGNORED_FIELDS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_field_names)] = Field(
+        ("user", "request_id", "priority"), examples=["user,request_id,priority,metadata.trace_id"]
+    )
+    EMBEDDING_CACHE_REQUEST_LISTS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_field_names)] = Field(
+        ("tags", "metadata.tags", "fallbacks", "models", "stop", "guardrails", "provider.order", "embedding_types"),
+        examples=["tags,metadata.tags,fallbacks"],
     )
     EMBEDDING_CACHE_BODY_SECONDS: float = Field(30.0, gt=0, le=3600, allow_inf_nan=False, examples=[30])
     EMBEDDING_CACHE_USAGE: CacheUsage = Field("original", examples=["original"])
@@ -378,6 +389,7 @@ _LISTS = (
     "EMBEDDING_CACHE_KEYED_HEADERS",
     "EMBEDDING_CACHE_IGNORED_HEADERS",
     "EMBEDDING_CACHE_IGNORED_FIELDS",
+    "EMBEDDING_CACHE_REQUEST_LISTS",
 )
 
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from ..connection import RedisManager
 from ..settings import Settings
+from .beside import names_of, scalars
 from .codec import NO_EPOCH, Flag, Value
 from .counts import Counts
 from .headers import HeaderClass
@@ -20,7 +21,7 @@ from .identity import Identities, Identity
 from .lease import MODEL_SECONDS, Denials, Lease, encode_denied, encode_lease
 from .local import LocalVectors
 from .misfits import Misfits
-from .novelty import Novelty, scalars
+from .novelty import Novelty
 from .pace import Pace
 from .single_flight import Flights, Landing
 from .store import VectorStore, Write, vectors_of
@@ -37,6 +38,7 @@ _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors mi
 _CLAIM_TTL = 600.0  # seconds; whoever names models that the app does not have fills Redis no longer
 _EPOCH_BYTES = 8
 _LAST = 0.1  # of a lease, in which one request asks the app early
+_MAX_SAID = 64  # warnings about what clients name
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Core:
             partitioned=options.partition_by is not None,
             trusting=options.lease is None,
         )
+        self.ignored = names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS)
+        self.request_lists = names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS)
         self.denials = Denials()
         self.misfits = Misfits()
         self.counts = Counts()
@@ -84,7 +88,7 @@ class Core:
         self._ttl = options.ttl
         self._ttl_spread = options.ttl * settings.EMBEDDING_CACHE_TTL_JITTER / 0xFFFFFFFF
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
 
     def _now(self) -> float:
         # Looked up at each call, so that a test can set another clock.
@@ -104,18 +108,18 @@ class Core:
             flights = self._flights[loop] = Flights(self.settings.EMBEDDING_CACHE_TIMEOUT)
         return flights
 
-    def say_once(self, event: str, **details: object) -> None:
-        """Log a warning the first time only."""
-        if event not in self._said:
-            self._said.add(event)
-            logger.warning(event, extra=details)
+    def say_once(self, event: str, *, about: str = "", **details: object) -> None:
+        """Log a warning the first time only; *about*: for each of these, the first `_MAX_SAID` of all."""
+        said = (event, about)
+        if said not in self._said and (not about or len(self._said) < _MAX_SAID):
+            self._said.add(said)
+            logger.warning(event, extra={"about": about, **details} if about else details)
 
     def is_defeated_by(self, identity: Identity, batch: Batch) -> bool:
         """Whether something in the key is new in every request, so that nothing that is stored is found again."""
         again = identity.marks is not None
         if identity.marks is None:
-            fields = scalars(batch.fields, self.settings.EMBEDDING_CACHE_IGNORED_FIELDS)
-            identity.marks = self._novelty.marks(identity.told.keyed, fields)
+            identity.marks = self._novelty.marks(identity.told.keyed, scalars(batch, self.ignored))
         headers = self.identities.headers
         return self._novelty.defeats(
             identity.marks, again=again, is_credential=lambda name: headers.class_of(name) is HeaderClass.CREDENTIAL

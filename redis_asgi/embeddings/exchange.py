@@ -32,7 +32,7 @@ from .sub_call import Reply, SubCall
 from .tokens import count_all, reported
 from .vectors import Encoding, text_of
 from .waiting import Waiting
-from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable
+from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable, Usage
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _REFUSALS = (401, 403)
@@ -463,7 +463,8 @@ class Exchange:
         """Answer without a call of our own: with what the app said last time to this caller."""
         fresh = Fresh(int(self._core.wall()), os.urandom(16).hex())
         tokens, counted = count_all(self._slots, self._values, self._inputs)
-        pieces = await self._pieces(lease.frame, self._batch.encodings, tokens, fresh)
+        usage = reported(tokens, self._outcome.billed, self._core.settings.EMBEDDING_CACHE_USAGE)
+        pieces = await self._pieces(lease.frame, self._batch.encodings, usage, fresh)
         if pieces is None:
             await self._bypass("not-understood")
             return
@@ -473,11 +474,18 @@ class Exchange:
         await send_joined(send, lease.status, lease.headers, pieces, self._pace)
 
     async def _answer_merged(self, flight: Flight, landing: Landing) -> None:
+        if self._outcome.hits and landing.rule.refusal == "integers":
+            # What was found is of another time: of the one kind nothing is stored.
+            await self._replay(flight)
+            return
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         tokens, _ = count_all(self._slots, self._values, self._inputs)
         pieces: list[bytes] | None = None
         if half or self._is_shrunken(flight):
-            pieces = await self._pieces(landing.lease.frame, landing.encodings, tokens, None)
+            mode = self._core.settings.EMBEDDING_CACHE_USAGE
+            usage = reported(tokens, self._outcome.billed, mode, counted=landing.tokens)
+            usage = usage if self._is_shrunken(flight) else Usage()
+            pieces = await self._pieces(landing.lease.frame, landing.encodings, usage, None)
             if pieces is None and self._is_shrunken(flight):
                 await self._replay(flight)
                 return
@@ -529,10 +537,9 @@ class Exchange:
         outcome.note("partial" if outcome.hits else "miss")
 
     async def _pieces(
-        self, frame: dict[str, Any], encodings: Sequence[Encoding], tokens: int, fresh: Fresh | None
+        self, frame: dict[str, Any], encodings: Sequence[Encoding], usage: Usage, fresh: Fresh | None
     ) -> list[bytes] | None:
         """The answer's body; ``None`` when the wire format fails."""
-        usage = reported(tokens, self._outcome.billed, self._core.settings.EMBEDDING_CACHE_USAGE)
         texts = await self._texts(encodings)
         pieces: object
         try:

@@ -91,6 +91,8 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
     encodings = tuple(answer.values)
     values: dict[bytes, Value] = {}
     dims = 0
+    # One vector may be of zeros and ones by chance; where all are, they are quantised.
+    integers = True
     if any(len(listed) != len(inputs) for listed in answer.values.values()):
         return None
     for at, name in enumerate(asked.inputs):
@@ -105,7 +107,8 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
             parsed = read if parsed is None or encoding is Encoding.FLOAT else parsed
         if parsed is None:
             return None
-        if asked.half:
+        integers = integers and parsed.integers
+        if asked.half and not parsed.integers:
             parsed, texts = narrowed(parsed), {}
         count = tokens[at] if tokens is not None else None
         flags = parsed.flags | (Flag.TOKENS_EXACT if count is not None and count.exact else 0)
@@ -121,6 +124,8 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
         )
         if pace.due:
             await pace.rest()
+    if integers and rule.refusal is None:
+        rule = Storable("integers")
     lease = Lease(asked.asked_at, now, reply.status, answer.model, tuple(replayed(reply.headers)), answer.frame)
     return Landing(values, encodings, lease, mark, reply, answer.tokens, rule, answer.repeatable, is_stray)
 
@@ -133,7 +138,10 @@ def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: d
         return read
     span = skeleton.spans.get(value) if isinstance(value, str) else None
     if span is None:
-        return read_floats(value)
+        read = read_floats(value)
+        if read is not None and read.integers:
+            texts[encoding] = orjson.dumps(value)  # not stored, and relayed as they are
+        return read
     try:
         read = read_floats(orjson.loads(span))
     except orjson.JSONDecodeError:

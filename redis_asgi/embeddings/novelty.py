@@ -9,8 +9,7 @@ import logging
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
@@ -32,10 +31,10 @@ class Novelty:
         self._streaks: OrderedDict[str, int] = OrderedDict()
         self._said: set[str] = set()
 
-    def marks(self, headers: Iterable[tuple[bytes, bytes]], fields: Mapping[str, object]) -> Marks:
+    def marks(self, headers: Iterable[tuple[bytes, bytes]], fields: Iterable[tuple[str, object]]) -> Marks:
         """Digests of what stands in the key: header values, and scalar body fields by their dotted names."""
         named = [(_HEADER + name.decode("latin-1"), value) for name, value in headers]
-        named += [(_FIELD + name, repr(value).encode("utf-8", "replace")) for name, value in fields.items()]
+        named += [(_FIELD + name, repr(value).encode("utf-8", "replace")) for name, value in fields]
         return tuple((name, self._digest(name, value)) for name, value in named)
 
     def defeats(self, marks: Marks, *, again: bool, is_credential: Callable[[bytes], bool]) -> bool:
@@ -87,21 +86,3 @@ class Novelty:
                 f"EMBEDDING_CACHE_IGNORED_{'HEADERS' if kind == 'header' else 'FIELDS'}."
             )
         logger.warning("redis_asgi.embedding_cache_defeated", extra={kind: shown, "fix": fix})
-
-
-def scalars(fields: Mapping[str, Any], ignored: Iterable[str], depth: int = 8) -> dict[str, object]:
-    """The scalar members of *fields* by their dotted names, less those *ignored*."""
-    found: dict[str, object] = {}
-    out = frozenset(ignored)
-    levels: list[tuple[str, Mapping[str, Any], int]] = [("", fields, depth)]
-    while levels:
-        before, members, left = levels.pop()
-        for name, value in members.items():
-            dotted = before + name
-            if dotted in out:
-                continue
-            if isinstance(value, dict) and left > 1:
-                levels.append((f"{dotted}.", value, left - 1))
-            elif isinstance(value, str | int | float) and not isinstance(value, bool):
-                found[dotted] = value
-    return found

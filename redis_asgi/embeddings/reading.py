@@ -9,16 +9,17 @@ from starlette.types import Scope
 
 from ..settings import Settings
 from . import http_caching as http
+from .beside import refusal_beside, scope_of
 from .body import Body
 from .core import Core, PartitionBy
 from .pace import Pace
-from .piecewise import parse_request
+from .piecewise import TooManyValues, parse_request
 from .routes import Matched
-from .wire import ANY_CONTENT_TYPE, Batch, Uncacheable
+from .wire import ANY_CONTENT_TYPE, Batch, Input, Uncacheable
+from .wire.content import is_inline, names_media
 
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
-_LISTS_PER_INPUT = 4
-_BEYOND_INTEGERS = 2.0**63
+_SHOWN = 80  # characters of a name that a client chose
 
 
 def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
@@ -59,17 +60,26 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
         too_large = body.coming is None and held > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
         return Uncacheable("too-large" if too_large else "busy")
     try:
-        fields = await parse_request(body.content, _LISTS_PER_INPUT * settings.EMBEDDING_CACHE_MAX_INPUTS, pace)
+        fields = await parse_request(body.content, settings.EMBEDDING_CACHE_MAX_INPUTS, pace)
     except orjson.JSONDecodeError:
         return Uncacheable("not-json")
+    except TooManyValues:
+        return Uncacheable("too-large")
     if not isinstance(fields, dict):
         return Uncacheable("not-understood")
+    if pace.due:
+        await pace.rest()
     if _has_too_many(fields, settings.EMBEDDING_CACHE_MAX_INPUTS):
         return Uncacheable("too-large")
     try:
         batch = matched.wire.split(fields, matched.path_model)
         if isinstance(batch, Batch):
-            return _refused(batch, len(body.content), settings) or batch
+            refusal = _refused(core, batch, len(body.content))
+            if refusal is not None and refusal.field:
+                _say_item_lists(core, refusal.field)
+            if refusal is None:
+                batch.scope = scope_of(batch, core.ignored)
+            return refusal or batch
         if isinstance(batch, Uncacheable):
             return batch
         failure = f"{type(batch).__name__} from split"
@@ -80,32 +90,37 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     return Uncacheable("not-understood")
 
 
-def _refused(batch: Batch, size: int, settings: Settings) -> Uncacheable | None:
-    if len(batch.inputs) > settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
+def _refused(core: Core, batch: Batch, size: int) -> Uncacheable | None:
+    if len(batch.inputs) > core.settings.EMBEDDING_CACHE_MAX_INPUTS or _holds_much(batch, size):
         return Uncacheable("too-large")
     # Nothing to embed is not ours to answer.
-    understood = batch.inputs and batch.encodings and not _was_rounded(batch.fields)
-    return None if understood else Uncacheable("not-understood")
+    if not (batch.inputs and batch.encodings):
+        return Uncacheable("not-understood")
+    if names_media(batch.fields) and not all(_is_content(item) for item in batch.inputs):
+        return Uncacheable("not-understood")
+    return refusal_beside(batch, core.request_lists)
+
+
+def _is_content(item: Input) -> bool:
+    """Whether an input of a request about images, audio or video is the content, and no name of it."""
+    if item.kind == b"s":
+        return is_inline(item.canonical.decode())
+    return not item.canonical.startswith(b'{"text"')
+
+
+def _say_item_lists(core: Core, field: str) -> None:
+    core.say_once(
+        "redis_asgi.embedding_item_lists",
+        about=field[:_SHOWN],
+        fix="It is as long as the inputs, and may belong to them one by one, so such requests pass through. "
+        "If it belongs to the whole request, add it to EMBEDDING_CACHE_REQUEST_LISTS.",
+    )
 
 
 def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:
     """Whether some field lists more texts, arrays or objects than a batch may have; before each is looked at."""
     lists = (value for value in fields.values() if isinstance(value, list))
-    return any(len(value) > limit and type(value[0]) in (str, list, dict) for value in lists)
-
-
-def _was_rounded(fields: Mapping[str, object]) -> bool:
-    """Whether a number may have lost digits: an integer beyond 64 bits is read as a float, and forwarded as one."""
-    values = list(fields.values())
-    while values:
-        value = values.pop()
-        if isinstance(value, float) and abs(value) >= _BEYOND_INTEGERS:
-            return True
-        if isinstance(value, list):
-            values += value
-        elif isinstance(value, dict):
-            values += value.values()
-    return False
+    return any(len(value) > limit and isinstance(value[0], str | list | dict) for value in lists)
 
 
 def _holds_much(batch: Batch, size: int) -> bool:

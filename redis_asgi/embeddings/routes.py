@@ -20,7 +20,7 @@ class Matched:
 
 
 class Routes:
-    """Paths, exact or with ``{model}`` segments, each with its wire format."""
+    """Paths, exact or with a ``{model}`` that spans slashes, each with its wire format."""
 
     def __init__(self, paths: Mapping[str, WireFormat]) -> None:
         self._exact = {path: Matched(wire, None) for path, wire in paths.items() if _MODEL not in path}
@@ -62,6 +62,8 @@ def read_routes(routes: Mapping[str, WireFormat | str] | None, names: Iterable[s
     for entry in names:
         name, colon, path = entry.partition(":")
         wire = _named(name, "EMBEDDING_CACHE_ROUTES")
+        if not colon and name not in DEFAULT_PATHS:
+            raise ConfigurationError(f"EMBEDDING_CACHE_ROUTES={name!r} has no usual path. Try {name}:/embed.")
         paths |= {path: wire} if colon else DEFAULT_PATHS[name]
     return Routes(paths)
 
@@ -82,4 +84,5 @@ def _checked(wire: WireFormat, path: str) -> WireFormat:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile("(?P<model>[^/]+)".join(map(re.escape, path.split(_MODEL))))
+    # Names of models have slashes: "azure/ada", "BAAI/bge-m3".
+    return re.compile("(?P<model>.+)".join(map(re.escape, path.split(_MODEL))), re.DOTALL)

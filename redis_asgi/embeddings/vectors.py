@@ -45,10 +45,12 @@ class Parsed:
     Attributes:
         numbers: Shape ``(d,)``, float32, or float64 where float32 would lose something.
         flags: `Flag.SHORTEST` or 0.
+        integers: Whether every number was printed without ``.`` and exponent.
     """
 
     numbers: Numbers
     flags: int
+    integers: bool = False
 
 
 def read_floats(numbers: object) -> Parsed | None:
@@ -63,13 +65,14 @@ def read_floats(numbers: object) -> Parsed | None:
     wide = np.array(numbers, dtype="<f8")
     if not np.isfinite(wide).all():
         return None
+    integers = float not in kinds
     with np.errstate(over="ignore"):
         narrow = wide.astype("<f4")
     if np.array_equal(narrow.astype("<f8"), wide):
-        return Parsed(narrow, 0)
+        return Parsed(narrow, 0, integers)
     if np.isfinite(narrow).all() and orjson.loads(orjson.dumps(narrow, option=_NUMPY)) == numbers:
-        return Parsed(narrow, Flag.SHORTEST)
-    return Parsed(wide, 0)
+        return Parsed(narrow, Flag.SHORTEST, integers)
+    return Parsed(wide, 0, integers)
 
 
 def read_base64(text: object) -> Parsed | None:

@@ -131,7 +131,8 @@ TOKENS: dict[str, dict[str, Any]] = {
     "body-header": {"json": ask("a"), "headers": {"content-digest": "x"}},
     "no-store": {"json": ask("a"), "headers": {"cache-control": "no-store"}},
     "too-large": {"json": ask("a", "b", "c")},
-    "not-understood": {"json": {"input": "a"}},
+    "item-lists": {"json": ask("a", "b", instructions=["x", "y"])},
+    "not-understood": {"json": {"model": "m"}},
 }
 
 

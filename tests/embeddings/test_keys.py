@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redis_asgi.embeddings.beside import names_of, scope_of
 from redis_asgi.embeddings.headers import HeaderClass, Headers
 from redis_asgi.embeddings.http_caching import by_name
 from redis_asgi.embeddings.identity import Identities, Identity
@@ -40,6 +41,7 @@ def identity_of(
     parsed = orjson.loads(orjson.dumps(fields or {"model": "m", "input": "q"}))
     batch = WIRE_FORMATS[wire].split(parsed, None)
     assert isinstance(batch, Batch), batch
+    batch.scope = scope_of(batch, names_of(SETTINGS.EMBEDDING_CACHE_IGNORED_FIELDS))
     told = identities.headers.read(by_name(headers))
     identity = identities.identify(scope, told, WIRE_FORMATS[wire], batch, partition)
     return identity, identities.input_names(identity, batch.inputs)[0]
@@ -50,13 +52,18 @@ def key_of(fields: Any = None, **request: Any) -> bytes:
     return identity_of(fields, **request)[1]
 
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1Pe"
 TRICKY = ["m", "m:x", "x", '"', "m\0", "m\0x", "a,b", "{", "é", "e\u0301", " m", "M", "1", "[1]"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("text", {"fields": {"model": "m", "input": text}}) for text in TRICKY),
     *(("model", {"fields": {"model": text, "input": "q"}}) for text in TRICKY),
     *(("tokens", {"fields": {"model": "m", "input": tokens}}) for tokens in ([1], [1, 1], [11], [2])),
     ("object", {"fields": {"model": "m", "input": [{"text": "m"}]}}),
-    *(("object", {"fields": {"model": "m", "input": [{"image": m}]}}) for m in ("m", "iVB/+w==", "data:image/png;,m")),
+    *(
+        ("object", {"fields": {"model": "m", "input": [{kind: image}]}})
+        for kind in ("image", "bytes")
+        for image in (PNG + "AAAA", PNG + "AAAB", f"data:image/png;base64,{PNG}", "data:image/png;,m")
+    ),
     *(
         ("field", {"fields": {"model": "m", "input": "q", name: value}})
         for name in ("dimensions", "input_type", "task", "prompt", "cache_salt", "anything")
@@ -286,17 +293,22 @@ def test_no_credential_is_in_a_repr() -> None:
     [
         ("/v1/embeddings", "", None),
         ("/proxy/v1/embeddings", "/proxy", None),
+        ("/v3/embeddings", "", None),
         ("/openai/deployments/ada/embeddings", "", "ada"),
+        ("/openai/deployments/azure/ada/embeddings", "", "azure/ada"),
+        ("/engines/a\nb/embeddings", "", "a\nb"),
     ],
 )
 def test_routes_match_the_whole_path_or_the_path_less_its_root(path: str, root: str, model: str | None) -> None:
-    """A mounted app is found, and ``{model}`` is one segment."""
+    """A mounted app is found, and ``{model}`` spans slashes."""
     matched = read_routes(None, ("openai",)).match({"path": path, "root_path": root})
     assert matched is not None
     assert model == matched.path_model
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings/", "/x/v1/embeddings", "/openai/deployments/a/b/embeddings", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings/", "/x/v1/embeddings", "/openai/deployments//embeddings/x", "/engines//embeddings", "/"]
+)
 def test_other_paths_are_not_embedding_endpoints(path: str) -> None:
     """Matching is exact."""
     assert read_routes(None, ("openai",)).match({"path": path, "root_path": ""}) is None

@@ -87,6 +87,17 @@ async def test_a_single_text_and_a_list_of_it_are_one_input(any_settings: Settin
     assert b'{"model":"m","input":"a"}' == spy.bodies[0]
 
 
+async def test_images_inside_of_a_request_are_cached(any_settings: Settings) -> None:
+    """As objects, and as the strings of a request that says that they are images."""
+    spy, url = Spy(), "data:image/png;base64,iVBORw0KGgo="
+    app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
+    async with client(app) as c:
+        for fields in (body({"image": url}), body({"bytes": url}), body(url, modality="image")):
+            last = [await c.post("/v1/embeddings", json=fields) for _ in range(2)][1]
+            assert "; hit" in cache_status(last)
+    assert 3 == spy.calls
+
+
 async def test_values_in_redis_are_small_and_end(settings: Settings, redis_url: str) -> None:
     """Every key has a TTL within the jitter; a vector is its header and its numbers."""
     app = EmbeddingCacheMiddleware(server(Spy(dims=1536)), settings=settings)

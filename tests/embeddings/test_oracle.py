@@ -65,6 +65,7 @@ def tokens_in(name: str, answer: Any) -> Any:
     if name == "openai":
         return answer.pop("usage")
     if name == "ollama":
+        answer.pop("total_duration", None)  # of one request, so only an answer of the app's own has it
         return answer.pop("prompt_eval_count")
     return answer["meta"]["billed_units"].pop("input_tokens") if name.startswith("cohere") else None
 
@@ -157,7 +158,7 @@ async def test_usage_over_a_whole_stored_batch_is_what_the_app_counted(any_setti
     ("name", "said"),
     [
         ("openai", {"usage": None}),
-        ("openai", {"usage": {"prompt_tokens": None, "total_tokens": -1}}),
+        ("openai", {"usage": {"prompt_tokens": None, "total_tokens": 7, "completion_tokens": 0}}),
         ("openai", {"usage": {"prompt_tokens": 7.0, "total_tokens": 7.0}}),
         ("ollama", {"prompt_eval_count": None}),
         ("cohere", {"meta": {"billed_units": {"input_tokens": 7.0}}}),
@@ -165,7 +166,7 @@ async def test_usage_over_a_whole_stored_batch_is_what_the_app_counted(any_setti
     ],
 )
 async def test_whatever_an_app_says_of_tokens_a_hit_says_too(name: str, said: dict[str, Any], redis_url: str) -> None:
-    """Floats are counts as well; what is no count is left as it is."""
+    """Floats are counts as well; where it says nothing, nothing is said."""
     path, inputs, build = FORMATS[name]
 
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,7 +177,68 @@ async def test_whatever_an_app_says_of_tokens_a_hit_says_too(name: str, said: di
         cold, warm = [await c.post(path, json={"model": "m", inputs: ["some text"]}) for _ in range(2)]
     assert "hit" in cache_status(warm)
     assert said == {field: warm.json()[field] for field in said}
-    assert cold.json() == warm.json() | ({"id": cold.json()["id"]} if name == "cohere" else {})
+    own = {"cohere": {"id": cold.json().get("id")}, "ollama": {"total_duration": 7}}
+    assert cold.json() == warm.json() | own.get(name, {})
+
+
+MORE = {"usage": {"prompt_tokens": 5, "total_tokens": 5, "cost": 0.1, "prompt_tokens_details": {"image_count": 1}}}
+META = {"meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 5, "images": 1}, "cached_tokens": 3}}
+OF_ONE_REQUEST: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "openai": (MORE, {"usage": {"prompt_tokens": 5, "total_tokens": 5}}),
+    "ollama": ({"prompt_eval_count": 5, "load_duration": 9}, {"prompt_eval_count": 5}),
+    "cohere": (META, {"meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 5}}}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("mode", ["original", "billed"])
+@pytest.mark.parametrize("name", OF_ONE_REQUEST)
+async def test_what_was_said_of_one_request_is_said_of_no_other(
+    name: str, mode: str, dtype: str, redis_url: str
+) -> None:
+    """Costs, images, details and durations are in the app's own answer, and in none that was put together.
+
+    What is `billed` for a part of a request is what the app has said of that part.
+    """
+    path, inputs, build = FORMATS[name]
+    said, repeated = OF_ONE_REQUEST[name]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        await respond(send, orjson.dumps(build(body, body[inputs], Spy()) | said))
+
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_USAGE=mode, EMBEDDING_CACHE_DTYPE=dtype)
+    async with client(EmbeddingCacheMiddleware(app, settings=settings)) as c:
+        bodies = [{"model": "m", inputs: items} for items in (["a"], ["a"], ["a", "b"])]
+        cold, warm, partial = [(await c.post(path, json=body)).json() for body in bodies]
+    assert said == {field: cold[field] for field in said}
+    if mode == "original":
+        twice = orjson.loads(orjson.dumps(repeated).replace(b":5", b":10"))
+        for expected, answer in ((repeated, warm), (twice, partial)):
+            assert expected == {field: answer[field] for field in said if field in answer}
+    elif name == "openai":
+        assert {"prompt_tokens": 0, "total_tokens": 0, "prompt_tokens_details": {"cached_tokens": 5}} == warm["usage"]
+        assert {**said["usage"], "prompt_tokens_details": {"image_count": 1, "cached_tokens": 5}} == partial["usage"]
+    elif name == "cohere":
+        assert ({"input_tokens": 0}, 5) == (warm["meta"]["billed_units"], warm["meta"]["cached_tokens"])
+        assert {"input_tokens": 5, "images": 1} == partial["meta"]["billed_units"]
+
+
+async def test_warnings_are_of_their_own_request(settings: Settings) -> None:
+    """Neither a hit nor a partial answer repeats them."""
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        answer = FORMATS["cohere"][2](body, body["texts"], Spy())
+        if "long" in body["texts"]:
+            answer["meta"]["warnings"] = answer["warnings"] = ["input 0 was truncated"]
+        await respond(send, orjson.dumps(answer))
+
+    async with client(EmbeddingCacheMiddleware(app, settings=settings)) as c:
+        for texts in (["a"], ["long", "a"], ["long", "a", "long"], ["long"], ["a"]):
+            answer = (await c.post("/v2/embed", json={"model": "m", "texts": texts})).json()
+            assert "warnings" not in answer
+            assert "warnings" not in answer["meta"]
 
 
 async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: str) -> None:
@@ -190,6 +252,100 @@ async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: 
             expected = {1: (2, 0), 2: (3, 2)}[len(items)] if details.get("cached_tokens") != 5 else (0, 5)
             assert expected == (answer["total_tokens"], details.get("cached_tokens", 0))
     assert (0, 5) == expected
+
+
+def quantised(body: dict[str, Any], items: list[Any], spy: Spy) -> Any:
+    """A server that prints int8 whatever it is asked for; long vectors, so that they are read one at a time."""
+    answer = FORMATS["openai"][2](body, items, spy)
+    for item in answer["data"]:
+        item["embedding"] = [round(x * 40) for x in item["embedding"]]
+    return answer
+
+
+@pytest.mark.parametrize("dims", [6, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+async def test_integers_are_relayed_and_not_stored(dims: int, dtype: str, redis_url: str) -> None:
+    """Also around a duplicate they stay the integers that they were, and a stored float stands beside none."""
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE=dtype)
+    quantises, seen = [True], Spy(dims=dims)
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        build = quantised if quantises[0] else FORMATS["openai"][2]
+        seen.seen.append(body["input"])
+        await respond(send, orjson.dumps(build(body, listed(body["input"]), Spy(dims=dims))))
+
+    def right(*items: str) -> list[Any]:
+        answer: list[Any] = quantised({"model": "m"}, list(items), Spy(dims=dims))["data"]
+        return answer
+
+    async with client(EmbeddingCacheMiddleware(app, settings=settings)) as c:
+
+        async def ask(*items: str) -> httpx.Response:
+            return await c.post("/v1/embeddings", json={"model": "m", "input": items})
+
+        for items in (["a", "b"], ["a", "b"], ["a", "b", "a"]):
+            answer = await ask(*items)
+            assert "redis-asgi; fwd=bypass; detail=integers" == cache_status(answer)
+            assert repr(right(*items)) == repr(answer.json()["data"])
+        quantises[0] = False
+        await ask("a")
+        quantises[0] = True
+        answer = await ask("a", "b")
+    assert repr(right("a", "b")) == repr(answer.json()["data"])
+    assert [["a", "b"], ["a", "b"], ["a", "b"], ["a"], ["b"], ["a", "b"]] == seen.seen
+
+
+@pytest.mark.parametrize("dims", [6, 300])
+async def test_integers_among_floats_are_stored(dims: int, any_settings: Settings) -> None:
+    """A vector of ones beside one of floats, and whole numbers in that, come back numerically the same."""
+    vectors = {"ones": [0, 1] * (dims // 2), "some": [1, 0.5] * (dims // 2)}
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        items = orjson.loads(await read(receive))["input"]
+        data = [{"index": index, "embedding": vectors[item]} for index, item in enumerate(items)]
+        await respond(send, orjson.dumps({"data": data}))
+
+    async with client(EmbeddingCacheMiddleware(app, settings=any_settings)) as c:
+        body = {"model": "m", "input": ["ones", "some"]}
+        cold, warm = [await c.post("/v1/embeddings", json=body) for _ in range(2)]
+    assert "; hit" in cache_status(warm)
+    assert cold.json() == warm.json()
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_an_empty_text_among_others_is_the_apps_to_refuse(refuses: bool, settings: Settings) -> None:
+    """One that takes it has it cached as any text; one that does not is heard, and the others are still stored."""
+    build = FORMATS["openai"][2]
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        if refuses and "" in body["input"]:
+            await respond(send, b'{"error":"input %d"}' % body["input"].index(""), 400)
+            return
+        await respond(send, orjson.dumps(build(body, body["input"], Spy())))
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    async with client(app) as bare, client(cached) as through:
+        for texts in (["a", ""], ["a", "b"], ["a", "b", ""], [""], ["", "b"], ["", "b"]):
+            body = {"model": "m", "input": texts}
+            expected, actual = [await c.post("/v1/embeddings", json=body) for c in (bare, through)]
+            assert expected.status_code == actual.status_code
+            assert expected.json().get("data") == actual.json().get("data")
+            assert expected.json().get("error") == actual.json().get("error")
+    assert refuses != ("; hit" in cache_status(actual))
+
+
+async def test_a_request_without_a_model_is_cached(any_settings: Settings) -> None:
+    """It shares nothing with one that names a model."""
+    spy = Spy()
+    async with client(EmbeddingCacheMiddleware(server(spy), settings=any_settings)) as c:
+        for body in ({"input": ["a"]}, {"input": ["a"], "model": "m"}):
+            cold, warm = [await c.post("/v1/embeddings", json=body) for _ in range(2)]
+            assert "fwd=miss" in cache_status(cold)
+            assert "; hit" in cache_status(warm)
+            assert cold.json() == warm.json()
+    assert 2 == spy.calls
 
 
 # An app that misbehaves.

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Generator
 from itertools import count
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from redis_asgi.embeddings import pace, piecewise
 from redis_asgi.embeddings.pace import Pace
-from redis_asgi.embeddings.piecewise import Skeleton, parse_request, parse_whole, take_apart
+from redis_asgi.embeddings.piecewise import (
+    Most,
+    TooManyValues,
+    is_within,
+    parse_request,
+    parse_whole,
+    take_apart,
+)
 
 LONG = list(range(1000, 1100))  # as JSON longer than what is left where it is
 DOCUMENTS = st.recursive(
@@ -26,13 +33,17 @@ DOCUMENTS = st.recursive(
 )
 
 
-def finished(work: Generator[None, None, Skeleton | None]) -> Skeleton | None:
+Result = TypeVar("Result")
+
+
+def finished(work: Generator[None, None, Result]) -> Result:
     """What *work* returns in the end."""
     while True:
         try:
             next(work)
         except StopIteration as end:
-            return cast("Skeleton | None", end.value)
+            result: Result = end.value
+            return result
 
 
 @given(
@@ -66,14 +77,16 @@ def test_long_arrays_are_parsed_one_at_a_time() -> None:
     assert [numbers] * 3 == [orjson.loads(span) for span in skeleton.spans.values()]
 
 
-def parsed(body: bytes, most_lists: int = 1000) -> object:
+def parsed(body: bytes, inputs: int = 1000) -> object:
     """What a request's parser makes of *body*; what it raises is a value, too."""
 
     async def parse() -> object:
         try:
-            return await parse_request(body, most_lists, Pace())
+            return await parse_request(body, inputs, Pace())
         except orjson.JSONDecodeError:
             return "no JSON"
+        except TooManyValues:
+            return "too many"
 
     return asyncio.run(parse())
 
@@ -127,7 +140,7 @@ def test_tricks(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_token_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop gets turns in between; a body of more lists than inputs are allowed is not worth the search."""
+    """The loop gets turns in between, and lists of another kind are not worth the search."""
     ticks = count()
     monkeypatch.setattr(pace, "perf_counter", lambda: next(ticks) * 0.001)
     rests = 0
@@ -144,5 +157,103 @@ def test_token_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     assert {"model": "m", "input": [LONG] * 200} == parsed(body)
     assert rests > 100
     rests = 0
-    assert {"model": "m", "input": [LONG] * 200} == parsed(body, 3)
-    assert rests < 3
+    monkeypatch.setattr(piecewise, "_LISTS_BESIDE", 100)
+    assert "too many" == parsed(body.replace(b"[1000", b"[[], 1000"), 3)
+    assert rests < 10
+
+
+@given(
+    DOCUMENTS,
+    st.integers(1, 7),
+    st.tuples(*[st.integers(0, 12)] * 3),
+    st.booleans(),
+)
+@example({'"': '\\"', "\\": "[\\\\", "a": ["\\", '"']}, 2, (2, 3, 3), False)
+def test_values_are_counted_outside_of_strings(
+    document: object, at_once: int, most: tuple[int, int, int], escaped: bool
+) -> None:
+    """Whatever quotes, escapes and brackets are in them, and wherever the body is cut to be looked at."""
+    body = json.dumps(document, ensure_ascii=escaped).encode()
+    lists = strings = values = 0
+
+    def count(value: object) -> None:
+        nonlocal lists, strings, values
+        if isinstance(value, str):
+            strings += 1
+        if isinstance(value, list | dict):
+            lists += 1
+            values += max(0, len(value) - 1)
+            for item in value:
+                count(item)
+        if isinstance(value, dict):
+            for item in value.values():
+                count(item)
+
+    count(document)
+    before, piecewise._AT_ONCE = piecewise._AT_ONCE, at_once + 1
+    try:
+        within = finished(is_within(body, Most(*most)))
+    finally:
+        piecewise._AT_ONCE = before
+    assert (lists <= most[0] and strings <= most[1] and values <= most[2]) == within
+
+
+MEBI = 1024 * 1024
+
+
+def many(item: bytes, size: int = MEBI) -> bytes:
+    """Items of a JSON array of about *size* bytes."""
+    return b",".join([item] * (size // (len(item) + 1)))
+
+
+HOSTILE: dict[str, bytes] = {
+    "lists": b'{"input":[%b]}' % many(b"[]"),
+    "nested lists": b'{"input":[%b]}' % many(b"[[[]]]"),
+    "deep lists": b'{"input":%b' % (b"[" * MEBI),
+    "objects": b'{"input":"a","x":[%b]}' % many(b'{"":0}'),
+    "names": b"{%b}" % b",".join(b'"n%d":0' % number for number in range(MEBI // 10)),
+    "texts": b'{"input":[%b]}' % many(b'""'),
+    "numbers": b'{"input":[%b]}' % many(b"1"),
+    "numbers in short arrays": b'{"input":[%b]}' % many(b"[%b]" % many(b"1", 200)),
+    "arrays in a place of no inputs": b'{"x":{"y":[%b]}}' % many(b"[%b]" % many(b"1", 4000)),
+    "lists and the escape of a placeholder": b'{"x":"\\u0000","input":[%b]}' % many(b"[]"),
+    "lists and an escaped quote": b'{"x":"\\"","input":[%b]}' % many(b"[]"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_body_of_too_many_values_is_not_parsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are: nothing long is given to the parser, which would hold up the loop."""
+    given: list[int] = []
+
+    class Counted:
+        JSONDecodeError = orjson.JSONDecodeError
+
+        @staticmethod
+        def loads(text: bytes) -> Any:
+            given.append(len(text))
+            return orjson.loads(text)
+
+    monkeypatch.setattr(piecewise, "orjson", Counted)
+    assert "too many" == parsed(HOSTILE[name], 100)
+    assert max(given, default=0) <= 64 * 1024
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input": ['a[]{},"\\' * 1000] * 100},
+        {"input": ['"' * 5000, "\\" * 5001, "[" * 90_000, "é" * 9000]},
+        {"input": [LONG * 5] * 100},
+        {"input": [[1, 2, 3]] * 50 + [LONG] * 150},
+        {"input": [{"text": "x" * 700}] * 100},
+        {"input": ["x" * 90_000], "metadata": {f"n{number}": [number] for number in range(2000)}},
+        {"input": ["x" * 90_000], "user": "\0"},
+    ],
+    ids=["texts of code", "of quotes and brackets", "token arrays", "of two lengths", "objects", "metadata", "a zero"],
+)
+def test_a_large_request_of_honest_inputs_is_parsed(fields: dict[str, Any]) -> None:
+    """What is in texts is no list, and token arrays may be long."""
+    body = json.dumps(fields).encode()
+    assert len(body) > piecewise._MIN_REQUEST
+    assert fields == parsed(body, 200)

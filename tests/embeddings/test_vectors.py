@@ -36,6 +36,17 @@ def test_floats_are_rendered_as_the_numbers_that_were_read(numbers: list[float])
     assert expected == base64.b64decode(json.loads(render(value, Encoding.BASE64)))
 
 
+@pytest.mark.parametrize(
+    ("text", "integers"),
+    [("[1,0,-3]", True), ("[1,0.0,-3]", False), ("[1,2e0]", False), ("[0,0,0]", True), ("[-0.0]", False)],
+)
+def test_integers_are_told_from_floats(text: str, integers: bool) -> None:
+    """One number with a dot or an exponent makes a vector of floats."""
+    parsed = read_floats(orjson.loads(text))
+    assert parsed is not None
+    assert integers == parsed.integers
+
+
 @given(FLOATS32)
 def test_base64_is_rendered_as_the_bytes_that_were_read(numbers: list[float]) -> None:
     """Exact as base64, and the same float32 numbers as floats."""

@@ -8,12 +8,14 @@ from .format import (
     Batch,
     Fresh,
     Input,
+    TokenArray,
     Uncacheable,
     Usage,
     WireFormat,
 )
 from .ollama import Ollama, OllamaPrompt
 from .openai import OpenAI
+from .simple import Simple
 from .tei import TEI
 
 _OPENAI = OpenAI()
@@ -22,14 +24,16 @@ _COHERE, _COHERE_V1 = Cohere("cohere", typed=True), Cohere("cohere_v1", typed=Fa
 _TEI = TEI()
 
 WIRE_FORMATS: Mapping[str, WireFormat] = {
-    wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI)
+    wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI, Simple())
 }
 
+# Whoever writes a service by hand chooses its path, so `simple` has none here.
 DEFAULT_PATHS: Mapping[str, Mapping[str, WireFormat]] = {
     "openai": dict.fromkeys(
         (
             "/v1/embeddings",
             "/embeddings",
+            "/v3/embeddings",
             "/openai/deployments/{model}/embeddings",
             "/engines/{model}/embeddings",
             "/v1/engines/{model}/embeddings",
@@ -54,6 +58,8 @@ __all__ = [
     "Batch",
     "Fresh",
     "Input",
+    "Simple",
+    "TokenArray",
     "Uncacheable",
     "Usage",
     "WireFormat",

@@ -17,14 +17,18 @@ from .format import (
     count,
     held,
     members,
+    model_of,
     read_inputs,
     read_model,
+    recounted,
     refusal_of,
-    scope_of,
     shrink,
     vector_list,
+    warns,
+    without_warnings,
 )
 
+_REPRESENTED = frozenset({"embedding_types"})
 _OTHER_INPUTS = ("images", "inputs")
 
 
@@ -60,8 +64,7 @@ class Cohere:
         if any(item.kind != b"s" for item in inputs[0]):
             return Uncacheable("not-understood")
         encodings = tuple(Encoding(kind) for kind in dict.fromkeys(kinds or ("float",)))
-        scope = scope_of(fields, ("texts", "embedding_types"))
-        return Batch(model, *inputs, held(fields, "texts"), "texts", scope, encodings)
+        return Batch(model, *inputs, held(fields, "texts"), "texts", encodings, _REPRESENTED)
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""
@@ -90,7 +93,8 @@ class Cohere:
             return None
         if echoed is not None:
             document["texts"] = []
-        return Answer(values, document, count(_billed(document).get("input_tokens")))
+        tokens = count(_billed(document).get("input_tokens"))
+        return Answer(values, document, tokens, model_of(document), not warns(document))
 
     def render(
         self,
@@ -101,7 +105,7 @@ class Cohere:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame)
+        fields = without_warnings(frame, usage)
         by_type = self._by_type(batch)
         if "response_type" in fields:
             fields["response_type"] = "embeddings_by_type" if by_type else "embeddings_floats"
@@ -129,10 +133,12 @@ def _billed(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _meta(meta: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
-    changed = dict(meta)
-    units = changed.get("billed_units")
-    if usage.tokens is not None and isinstance(units, dict) and count(units.get("input_tokens")) is not None:
-        changed["billed_units"] = {**units, "input_tokens": usage.tokens}
+    changed = recounted(meta, (), usage)
+    if "api_version" in meta:
+        changed["api_version"] = meta["api_version"]
+    units = meta.get("billed_units")
+    if isinstance(units, dict):
+        changed["billed_units"] = recounted(units, ("input_tokens",), usage)
     if usage.cached is not None:
         changed["cached_tokens"] = usage.cached
     return changed

@@ -3,7 +3,7 @@
 To add one, write a class with the names of `WireFormat` and give an instance to
 ``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
 knows of ASGI: it cuts a request into inputs, puts a smaller request together, finds the vectors in an
-answer, and writes an answer. `read_inputs` and `scope_of` do the parts that are alike everywhere.
+answer, and writes an answer. `read_inputs` and `read_model` do the parts that are alike everywhere.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import orjson
 
 from ..vectors import Encoding, trimmed
+from .content import is_inline
 
-# The only body fields that never change a vector, whatever the server.
-IGNORED_FIELDS = frozenset({"user", "request_id", "priority"})
 _LATE_CHUNKING = ("late_chunking",)
+_WARNINGS = ("warnings", "warning")
 _OF_INTEGERS = b"0123456789-,"
-_OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
 
 
 @dataclass(slots=True)
@@ -41,9 +40,32 @@ class Input:
         return orjson.dumps(self.canonical.decode()) if self.kind == b"s" else self.canonical
 
 
-@dataclass(frozen=True, slots=True)
+class TokenArray(list[int]):
+    """A token array of a request.
+
+    Attributes:
+        canonical: Its JSON.
+    """
+
+    canonical: bytes
+
+    @classmethod
+    def of(cls, items: list[Any]) -> "TokenArray | list[Any]":
+        """*items* as one; as they are if they are not integers."""
+        if not items or type(items[0]) is not int:
+            return items
+        text = orjson.dumps(items)
+        # Anything but integers has other characters; a list of a thousand is looked at in one step.
+        if text[1:-1].translate(None, _OF_INTEGERS):
+            return items
+        tokens = cls(items)
+        tokens.canonical = trimmed(text)
+        return tokens
+
+
+@dataclass(slots=True)
 class Batch:
-    """A request that can be answered input by input.
+    """A request that can be answered input by input. Not frozen only because its reader adds the scope.
 
     Attributes:
         model: As requested; names the epoch and the lease.
@@ -51,8 +73,9 @@ class Batch:
         bare: Whether the one input was not in a list.
         fields: The body, in the order sent, with ``None`` where the inputs were.
         input_field: Their name in *fields*.
-        scope: Canonical JSON of all that may change a vector, except the inputs.
         encodings: The representations asked for.
+        represented: Names of the fields that say so; they are in no key, and a list in them is of the whole request.
+        scope: Canonical JSON of all that may change a vector, except the inputs; a format leaves it empty.
     """
 
     model: str
@@ -60,15 +83,22 @@ class Batch:
     bare: bool
     fields: Mapping[str, Any]
     input_field: str
-    scope: bytes
     encodings: tuple[Encoding, ...] = (Encoding.FLOAT,)
+    represented: frozenset[str] = frozenset()
+    scope: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Uncacheable:
-    """Why a request passes through: the ``detail`` of its ``Cache-Status``."""
+    """Why a request passes through.
+
+    Attributes:
+        detail: That of its ``Cache-Status``.
+        field: The body field that it is for, dotted, for the log; a client chose the name.
+    """
 
     detail: str
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +109,8 @@ class Answer:
         values: The vectors as they stand in the JSON, unparsed, by representation and in the inputs' order.
         frame: Everything else, as JSON values; `WireFormat.render` puts it around vectors again.
         tokens: What the app counted for the whole request; ``None`` when it does not say.
-        model: The model it names; empty when it names none.
-        repeatable: Whether the frame says nothing of this one request, such as a warning about a text.
+        model: The one that it names as its own; empty when it names none.
+        repeatable: Whether the frame may be put around vectors of another request; not when it warns of this one.
     """
 
     values: Mapping[Encoding, Sequence[object]]
@@ -95,7 +125,7 @@ class Usage:
     """What to report.
 
     Attributes:
-        tokens: The count; ``None`` = leave the frame's.
+        tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what it says.
         cached: How many more tokens the cache answered; ``None`` = do not say.
     """
 
@@ -116,7 +146,7 @@ class WireFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """Part of every key; ``[a-z0-9_]+``."""
+        """Part of every key: two formats that read the same answers differently have two names."""
 
     def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
         """Cut a parsed body into inputs; *path_model* is what ``{model}`` of the route matched."""
@@ -139,65 +169,86 @@ class WireFormat(Protocol):
 
 
 def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
-    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list."""
+    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list.
+
+    An empty text is one in a list; by itself it is nothing to embed (to Ollama: a model to load).
+    """
     if isinstance(value, str):
-        one = _read_input(value)
-        return ((one,), True) if one else None
+        return ((Input(b"s", value.encode()),), True) if value else None
     if not isinstance(value, list) or not value:
         return None
     if type(value[0]) is int:
         one = _read_input(value)
         return ((one,), True) if one else None
-    kind = type(value[0])
-    if kind is str and all(type(item) is str and item for item in value):
+    kind = _kind(value[0])
+    if kind is str and all(type(item) is str for item in value):
         # The usual case in one step.
         return tuple([Input(b"s", text.encode()) for text in value]), False
     inputs: list[Input] = []
     for item in value:
-        read = _read_input(item) if type(item) is kind else None
+        read = _read_input(item) if _kind(item) is kind else None
         if read is None:
             return None
         inputs.append(read)
     return tuple(inputs), False
 
 
+def _kind(item: object) -> type:
+    return list if isinstance(item, TokenArray) else type(item)
+
+
 def _read_input(item: object) -> Input | None:
-    if isinstance(item, str):
-        return Input(b"s", item.encode()) if item else None
     if isinstance(item, list):
-        text = orjson.dumps(item)
-        # Anything but integers has other characters; a list of a thousand is looked at in one step.
-        if not item or text[1:-1].translate(None, _OF_INTEGERS):
-            return None
-        return Input(b"t", trimmed(text), len(item))
+        tokens = item if isinstance(item, TokenArray) else TokenArray.of(item)
+        return Input(b"t", tokens.canonical, len(tokens)) if tokens and isinstance(tokens, TokenArray) else None
     if isinstance(item, dict) and len(item) == 1:
         [(name, content)] = item.items()
         if name in ("text", "image", "bytes") and isinstance(content, str) and content:
-            return Input(b"j", orjson.dumps(item)) if name == "text" or _is_inline(content) else None
+            return Input(b"j", orjson.dumps(item)) if name == "text" or is_inline(content) else None
     return None
 
 
-def _is_inline(content: str) -> bool:
-    """Whether it is the content itself: what a URL or a path points to may change while its text does not."""
-    return content[:5].lower() == "data:" or not content.encode().translate(None, _OF_BASE64)
-
-
 def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
-    """The model as requested: in the body, else in the path; ``None`` when there is none."""
-    model = fields.get("model", path_model)
-    return model if isinstance(model, str) and model else None
+    """The model as requested, in the body, else in the path, else the empty one; ``None`` when it is no text."""
+    model = fields.get("model")
+    model = (path_model or "") if model is None else model
+    return model if isinstance(model, str) else None
 
 
-def named_model(document: Mapping[str, Any]) -> str:
+def model_of(document: Mapping[str, Any]) -> str:
     """The model that an answer names; empty when it names none."""
     model = document.get("model")
     return model if isinstance(model, str) else ""
 
 
-def scope_of(fields: Mapping[str, Any], leave_out: Collection[str]) -> bytes:
-    """Canonical JSON of *fields* without *leave_out* and those that never change a vector."""
-    kept = {name: value for name, value in fields.items() if name not in leave_out and name not in IGNORED_FIELDS}
-    return orjson.dumps(kept, option=orjson.OPT_SORT_KEYS)
+def warns(document: Mapping[str, Any]) -> bool:
+    """Whether an answer says something of its own request beyond vectors and counts."""
+    meta = document.get("meta")
+    places = (document, meta) if isinstance(meta, dict) else (document,)
+    return any(place.get(name) for place in places for name in _WARNINGS)
+
+
+def without_warnings(fields: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    """*fields* of an answer for a request that may be another than its own."""
+    if usage.tokens is None:
+        return dict(fields)
+    return {name: value for name, value in fields.items() if name not in _WARNINGS}
+
+
+def recounted(said: Mapping[str, Any], names: Collection[str], usage: Usage) -> dict[str, Any]:
+    """The counts that an answer *said*, *names* of them made anew for another request.
+
+    What else it says was about its own (cost, images, details), and left out, but for what it says nothing of.
+    """
+    if usage.tokens is None:
+        return dict(said)
+    kept: dict[str, Any] = {}
+    for name, value in said.items():
+        if name in names and count(value) is not None:
+            kept[name] = usage.tokens
+        elif value is None or (name == "completion_tokens" and value == 0):
+            kept[name] = value
+    return kept
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:

@@ -15,12 +15,14 @@ from .format import (
     count,
     held,
     members,
+    model_of,
     read_inputs,
     read_model,
     refusal_of,
-    scope_of,
     shrink,
     vector_list,
+    warns,
+    without_warnings,
 )
 
 _NOT_ZERO = frozenset("123456789")
@@ -35,7 +37,7 @@ def _split(fields: dict[str, Any], path_model: str | None, input_field: str) -> 
         return Uncacheable("not-understood")
     if any(item.kind != b"s" for item in inputs[0]):
         return Uncacheable("not-understood")
-    return Batch(model, *inputs, held(fields, input_field), input_field, scope_of(fields, (input_field,)))
+    return Batch(model, *inputs, held(fields, input_field), input_field)
 
 
 def _unloads(keep_alive: object) -> bool:
@@ -43,6 +45,15 @@ def _unloads(keep_alive: object) -> bool:
     if isinstance(keep_alive, str):
         return not set(keep_alive) & _NOT_ZERO
     return isinstance(keep_alive, int | float) and 0 <= keep_alive < 1
+
+
+def _of_any_request(frame: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    """*frame* without what was measured of one request."""
+    kept = without_warnings(frame, usage)
+    if usage.tokens is not None:
+        for name in [name for name in kept if name.endswith("_duration")]:
+            del kept[name]
+    return kept
 
 
 class Ollama:
@@ -63,7 +74,8 @@ class Ollama:
         values = vector_list(document.pop("embeddings", None), len(inputs)) if isinstance(document, dict) else None
         if values is None or not isinstance(document, dict):
             return None
-        return Answer({Encoding.FLOAT: values}, document, count(document.get("prompt_eval_count")))
+        tokens = count(document.get("prompt_eval_count"))
+        return Answer({Encoding.FLOAT: values}, document, tokens, model_of(document), not warns(document))
 
     def render(
         self,
@@ -74,7 +86,7 @@ class Ollama:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame)
+        fields = _of_any_request(frame, usage)
         if usage.tokens is not None and count(fields.get("prompt_eval_count")) is not None:
             fields["prompt_eval_count"] = usage.tokens
         before = (piece + b"," for piece in members(fields))
@@ -98,7 +110,9 @@ class OllamaPrompt:
     def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
         """See `WireFormat.read`."""
         value = document.pop("embedding", None) if isinstance(document, dict) else None
-        return Answer({Encoding.FLOAT: [value]}, document) if isinstance(document, dict) and value else None
+        if not value or not isinstance(document, dict):
+            return None
+        return Answer({Encoding.FLOAT: [value]}, document, None, model_of(document), not warns(document))
 
     def render(
         self,
@@ -110,4 +124,5 @@ class OllamaPrompt:
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         [text] = vectors[Encoding.FLOAT]
-        return [b"{", *(piece + b"," for piece in members(frame)), b'"embedding":', text, b"}"]
+        before = (piece + b"," for piece in members(_of_any_request(frame, usage)))
+        return [b"{", *before, b'"embedding":', text, b"}"]

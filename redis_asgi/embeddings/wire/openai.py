@@ -17,15 +17,17 @@ from .format import (
     count,
     held,
     members,
-    named_model,
+    model_of,
     read_inputs,
     read_model,
+    recounted,
     refusal_of,
-    scope_of,
     shrink,
+    warns,
+    without_warnings,
 )
 
-_RENDERED = ("input", "encoding_format")
+_REPRESENTED = frozenset({"encoding_format"})
 _NATIVE = (None, "little", "native")
 # What else an item may say; anything more may be about its own input, and another's hit would repeat it.
 _OF_EVERY_ITEM = frozenset({"object", "encoding_format"})
@@ -45,15 +47,14 @@ class OpenAI:
         if model is None or inputs is None:
             return Uncacheable("not-understood")
         encoding = Encoding(fields.get("encoding_format") or "float")
-        scope = scope_of(fields, _RENDERED)
-        return Batch(model, *inputs, held(fields, "input"), "input", scope, (encoding,))
+        return Batch(model, *inputs, held(fields, "input"), "input", (encoding,), _REPRESENTED)
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""
         return shrink(batch, inputs)
 
     def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
-        """See `WireFormat.read`; vectors are placed by their ``index``, never by position."""
+        """See `WireFormat.read`; vectors are placed by their ``index``, by position only where none is given."""
         if not isinstance(document, dict):
             return None
         items = document.get("data")
@@ -61,10 +62,12 @@ class OpenAI:
             return None
         values: list[object] = [None] * len(items)
         extra: dict[str, Any] | None = None
-        for item in items:
+        for at, item in enumerate(items):
             if not isinstance(item, dict):
                 return None
             index, value = item.pop("index", None), item.pop("embedding", None)
+            # Gemini's leaves 0 out. Where that is not its place, another has it: twice one index is no answer.
+            index = at if index is None else index
             if type(index) is not int or not 0 <= index < len(items) or values[index] is not None:
                 return None
             # One frame has to fit every item.
@@ -81,7 +84,7 @@ class OpenAI:
         # Which representation it is, the values themselves say: some servers ignore encoding_format.
         encoding = Encoding.BASE64 if isinstance(values[0], str) and values[0][:1] != "\0" else Encoding.FLOAT
         frame = {"fields": fields, "usage": usage, "item": extra or {}}
-        return Answer({encoding: values}, frame, tokens, named_model(document))
+        return Answer({encoding: values}, frame, tokens, model_of(document), not warns(document))
 
     def render(
         self,
@@ -92,7 +95,7 @@ class OpenAI:
         fresh: Fresh | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
-        fields = dict(frame["fields"])
+        fields = without_warnings(frame["fields"], usage)
         if fresh is not None:
             if "created" in fields:
                 fields["created"] = fresh.created
@@ -139,11 +142,8 @@ def _before_vectors(extra: bytes, n: int) -> list[bytes]:
     return [b"[" + (pattern % 0)[2:], *(pattern % index for index in range(1, n))]
 
 
-def _usage(reported: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
-    changed = dict(reported)
-    if usage.tokens is not None:
-        counted = (name for name in ("prompt_tokens", "total_tokens") if count(changed.get(name)) is not None)
-        changed |= dict.fromkeys(counted, usage.tokens)
+def _usage(said: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
+    changed = recounted(said, ("prompt_tokens", "total_tokens"), usage)
     if usage.cached is not None:
         details = changed.get("prompt_tokens_details")
         changed["prompt_tokens_details"] = {

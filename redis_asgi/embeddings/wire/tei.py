@@ -15,7 +15,6 @@ from .format import (
     held,
     read_inputs,
     refusal_of,
-    scope_of,
     shrink,
     vector_list,
 )
@@ -34,8 +33,7 @@ class TEI:
         inputs = read_inputs(fields.get("inputs"))
         if inputs is None or any(item.kind == b"j" for item in inputs[0]):
             return Uncacheable("not-understood")
-        scope = scope_of(fields, ("inputs",))
-        return Batch(path_model or "", *inputs, held(fields, "inputs"), "inputs", scope)
+        return Batch(path_model or "", *inputs, held(fields, "inputs"), "inputs")
 
     def shrink(self, batch: Batch, inputs: Sequence[Input]) -> bytes:
         """See `WireFormat.shrink`."""
