@@ -25,13 +25,13 @@ class Body:
 
     def replay(self, receive: Receive) -> Receive:
         """A ``receive`` that gives what was read, then what *receive* gives."""
-        messages = iter(self.messages)
+        messages = [*reversed(self.messages)]
         coming = self.coming
 
         async def replayed() -> Message:
             nonlocal coming
-            for message in messages:
-                return message
+            if messages:
+                return messages.pop()  # and is let go
             if coming is not None:
                 # Shielded: an app that stops waiting for it may ask again.
                 message = await asyncio.shield(coming)

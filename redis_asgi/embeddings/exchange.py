@@ -91,6 +91,10 @@ class Exchange:
                 return
         limit, seconds = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, core.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, core.budget, seconds)
+        if self._body.content is None:
+            # It goes to the app as it comes, and may take as long as the client likes.
+            core.budget.give(held)
+            held = 0
         try:
             await self._run_with_body(partition)
         finally:
@@ -583,7 +587,8 @@ class Exchange:
                 await self._core.deny(self._identity, message["status"])
             await send(message)
 
-        await self._core.app(self._scope, self._body.replay(self._receive), watched)
+        receive, self._body = self._body.replay(self._receive), Body((), None)
+        await self._core.app(self._scope, receive, watched)
 
     def _say_broken(self, step: str, result: object) -> None:
         """A wire format may be the user's, and its mistake is no error of the app."""

@@ -71,6 +71,8 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
         await pace.rest()
     if _has_too_many(fields, settings.EMBEDDING_CACHE_MAX_INPUTS):
         return Uncacheable("too-large")
+    if _wants_no_cache(fields.get("cache")):
+        return Uncacheable("no-store")
     try:
         batch = matched.wire.split(fields, matched.path_model)
         if isinstance(batch, Batch):
@@ -88,6 +90,11 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
     core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
     return Uncacheable("not-understood")
+
+
+def _wants_no_cache(cache: object) -> bool:
+    """Whether a body says, as LiteLLM's may, what a request's ``Cache-Control`` says elsewhere."""
+    return isinstance(cache, dict) and any(cache.get(name) for name in ("no-cache", "no-store"))
 
 
 def _refused(core: Core, batch: Batch, size: int) -> Uncacheable | None:

@@ -426,6 +426,55 @@ async def test_an_answer_in_tiny_pieces_takes_little_more_than_its_bytes(underst
     assert held[0] < 2 * len(response.content)
 
 
+async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Settings) -> None:
+    """After ``BODY_SECONDS`` the app gets what came and what comes, to the byte; others may use the memory."""
+    seen: list[bytes] = []
+    late = settings.model_copy(update={"EMBEDDING_CACHE_BODY_SECONDS": 0.01})
+    app = EmbeddingCacheMiddleware(echo(seen), settings=late)
+    body = orjson.dumps({"model": "m", "input": ["x" * 10_000]})
+    pieces = [body[at : at + 4_000] for at in range(0, len(body), 4_000)]
+    go = asyncio.Event()
+    left = iter(pieces)
+    before = app._core.budget._left
+
+    async def receive() -> Message:
+        piece = next(left)
+        if piece is pieces[1]:
+            await go.wait()
+        return {"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]}
+
+    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
+    request = asyncio.ensure_future(drive(app, scope, receive))
+    while "embedding_cache_result" not in scope.get("state", {}):
+        await asyncio.sleep(0.001)
+    assert before == app._core.budget._left
+    go.set()
+    [start, *_] = await request
+    assert [body] == seen
+    assert b"redis-asgi; fwd=bypass; detail=busy" == dict(start["headers"])[b"cache-status"]
+
+
+async def test_a_late_body_whose_client_goes_ends_with_it(settings: Settings) -> None:
+    """The message that was waited for is the disconnect, and the app hears of it."""
+    late = settings.model_copy(update={"EMBEDDING_CACHE_BODY_SECONDS": 0.01})
+    heard: list[str] = []
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            heard.append(message["type"])
+        heard.append("http.disconnect")
+
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
+    request = asyncio.ensure_future(drive(EmbeddingCacheMiddleware(app, settings=late), scope, messages.get))
+    while not heard:
+        await asyncio.sleep(0.001)
+    messages.put_nowait({"type": "http.disconnect"})
+    assert [] == await request
+    assert ["http.request", "http.disconnect"] == heard
+
+
 async def test_a_full_budget_lets_requests_pass(settings: Settings) -> None:
     """When the process holds 256 MiB of bodies, by whichever middleware, more are not read."""
     seen: list[bytes] = []

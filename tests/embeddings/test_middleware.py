@@ -413,6 +413,10 @@ async def test_request_directives(any_settings: Settings) -> None:
     assert (200, "fwd=miss; stored", 1) == await say("max-age=50", "a")
     assert 0 == (await say("max-age=50", "a"))[2]
     assert 0 == (await say("max-age=nonsense", "a"))[2]
+    app._core.wall = time.time
+    old = await ask(app, "a", pragma="no-cache")
+    assert "redis-asgi; fwd=request; stored" == cache_status(old)
+    assert "; hit" in cache_status(await ask(app, "a", **{"pragma": "no-cache", "cache-control": "max-age=60"}))
 
 
 async def test_vectors_of_two_lengths_are_no_full_hit(settings: Settings) -> None:
@@ -689,6 +693,134 @@ async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings)
     await app({"type": "lifespan", "state": {}}, receive, send)
     assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == [kind for kind, _ in sent]
     assert [True, False] == [is_open for _, is_open in sent]
+
+
+async def test_the_shared_client_is_held_before_the_app_starts(settings: Settings) -> None:
+    """An app whose start uses the client, and whose other user ends meanwhile, keeps it."""
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert "lifespan.startup" == (await receive())["type"]
+        await manager.initialize_pool()
+        manager.hold()
+        await manager.let_go()
+        seen.append(manager.pool is not None)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    manager = cached._core.manager
+    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(events)
+
+    async def send(message: Any) -> None:
+        seen.append(manager.pool is not None)
+
+    await cached({"type": "lifespan", "state": {}}, receive, send)
+    assert [True, True, False] == seen
+
+
+async def test_what_the_app_sets_in_its_scope_is_seen_outside(settings: Settings) -> None:
+    """A middleware around the cache finds the route, as without it, when the answer starts and afterwards."""
+    seen: list[tuple[str, Any]] = []
+
+    async def embeddings(request: Request) -> JSONResponse:
+        body = await request.json()
+        return JSONResponse(FORMATS["openai"][2](body, body["input"], Spy()))
+
+    inner = Starlette(routes=[Mount("/{team}", routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])])
+    cached = EmbeddingCacheMiddleware(inner, settings=settings, routes={"/one/v1/embeddings": "openai"})
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch(message: Any) -> None:
+            seen.append((message["type"], scope.get("path_params")))
+            await send(message)
+
+        before = {name: scope[name] for name in ("path", "root_path", "headers")}
+        await cached(scope, receive, watch)
+        seen.append(("after", scope.get("endpoint") is embeddings))
+        assert before == {name: scope[name] for name in before}
+
+    await ask(outside, "a", path="/one/v1/embeddings")
+    assert ("http.response.start", {"team": "one"}) == seen[0]
+    assert ("after", True) == seen[-1]
+
+
+async def test_a_replay_is_routed_as_the_first_call_was(settings: Settings) -> None:
+    """What a mount has set for the smaller request does not lead the whole one elsewhere."""
+    calls = []
+
+    async def embeddings(request: Request) -> JSONResponse:
+        body = await request.json()
+        calls.append(body["input"])
+        if len(body["input"]) < 2:
+            return JSONResponse({"error": "two"}, 422)
+        return JSONResponse(FORMATS["openai"][2](body, body["input"], Spy()))
+
+    inner = Starlette(routes=[Mount("/a", routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])])
+    cached = EmbeddingCacheMiddleware(inner, settings=settings, routes={"/a/v1/embeddings": "openai"})
+    answer = await ask(cached, "x", "x", path="/a/v1/embeddings")
+    assert 200 == answer.status_code
+    assert [["x"], ["x", "x"]] == calls
+
+
+async def test_a_header_that_the_app_varies_by_is_named(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says which, and the setting that puts it into the key lets the answer be stored."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())
+        await respond(send, orjson.dumps(answer), 200, (b"vary", b"Origin, Accept"))
+
+    for _ in range(2):
+        assert "detail=vary" in cache_status(await ask(EmbeddingCacheMiddleware(app, settings=settings), "a"))
+    line = next(r.__dict__ for r in caplog.records if r.msg == "redis_asgi.embedding_response_varies")
+    assert ("accept", True) == (line["header"], "EMBEDDING_CACHE_KEYED_HEADERS" in line["fix"])
+    keyed = settings.model_copy(update={"EMBEDDING_CACHE_KEYED_HEADERS": ("accept",)})
+    assert "stored" in cache_status(await ask(EmbeddingCacheMiddleware(app, settings=keyed), "a"))
+
+
+@pytest.mark.parametrize("share", [True, False])
+async def test_vary_by_a_credential_is_stored_only_where_it_parts_the_keys(share: bool, settings: Settings) -> None:
+    """Under ``share`` one caller's answer would be another's."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())
+        await respond(send, orjson.dumps(answer), 200, (b"vary", b"Authorization"))
+
+    said = cache_status(await ask(EmbeddingCacheMiddleware(app, share=share, settings=settings), "a"))
+    assert ("detail=vary" if share else "stored") in said
+
+
+async def test_every_answer_says_what_the_cache_did(settings: Settings) -> None:
+    """The header and the state are there for a partition of nobody and for a 504, too."""
+    app = EmbeddingCacheMiddleware(server(Spy()), settings=settings, partition_by=lambda c: c.headers.get("x-tenant"))
+    for headers, said in (
+        ({}, "redis-asgi; fwd=bypass; detail=partition"),
+        ({"x-tenant": "t", "cache-control": "only-if-cached"}, "redis-asgi; detail=only-if-cached"),
+        ({"x-tenant": "t"}, "redis-asgi; fwd=miss; stored"),
+    ):
+        states: list[Any] = []
+
+        async def outside(scope: Scope, receive: Receive, send: Send, states: list[Any] = states) -> None:
+            await app(scope, receive, send)
+            states.append(scope["state"]["embedding_cache_result"].outcome)
+
+        response = await ask(outside, "a", **headers)
+        assert [said] == response.headers.get_list("cache-status")
+        assert ["bypass" if "partition" in said else "miss"] == states
+
+
+async def test_a_body_may_ask_for_no_cache(settings: Settings) -> None:
+    """LiteLLM's ``{"cache": {"no-cache": true}}`` is heeded: the app answers each time."""
+    spy = Spy()
+    async with client(EmbeddingCacheMiddleware(server(spy), settings=settings)) as c:
+        for _ in range(2):
+            response = await c.post("/v1/embeddings", json=body("a", cache={"no-cache": True}))
+            assert "redis-asgi; fwd=bypass; detail=no-store" == cache_status(response)
+    assert 2 == spy.calls
 
 
 async def test_a_computation_that_does_not_end_holds_up_no_shutdown(

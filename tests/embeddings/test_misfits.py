@@ -1,0 +1,107 @@
+"""Apps that do not understand smaller requests: the cache costs two calls a minute more, and full hits go on."""
+
+from typing import Any
+
+import orjson
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.misfits import Misfits
+from redis_asgi.settings import Settings
+
+from .servers import Spy, cache_status, client, listed, openai, read, respond
+
+pytestmark = pytest.mark.anyio
+
+
+class Odd:
+    """An app with an answer that nobody understands, or a refusal, while it is `odd`."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.odd = True
+        self.calls: list[list[Any]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        items = listed(orjson.loads(await read(receive))["input"])
+        self.calls.append(items)
+        answer = openai({"model": "m"}, items, Spy())
+        status = 200
+        if self.odd and self.how == "extra":
+            for item in answer["data"]:
+                item["tokens"] = 3
+        elif self.odd and self.how == "accepted":
+            status = 202
+        elif self.odd and self.how == "small" and len(items) < 3:
+            status, answer = 422, {"error": "at least three"}
+        await respond(send, orjson.dumps(answer), status)
+
+
+async def ask(c: Any, *items: str) -> Any:
+    """One request."""
+    return await c.post("/v1/embeddings", json={"model": "m", "input": list(items)})
+
+
+@pytest.mark.parametrize("how", ["extra", "accepted", "small"])
+async def test_duplicates_cost_two_calls_a_minute_more(
+    how: str, any_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five batches with a duplicate are seven calls, not ten; after a minute it is tried again, twice."""
+    app, now = Odd(how), [1000.0]
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    cached._core.monotonic = lambda: now[0]
+    async with client(cached) as c, client(app) as bare:
+        expected = (await ask(bare, "a", "b", "a")).content
+        app.calls.clear()
+        answers = [await ask(c, "a", "b", "a") for _ in range(5)]
+        assert {expected} == {answer.content for answer in answers}
+        assert 7 == len(app.calls)
+        assert "redis-asgi; fwd=bypass; detail=not-understood" == cache_status(answers[-1])
+        now[0] += 61
+        for _ in range(5):
+            await ask(c, "a", "b", "a")
+        assert 7 + 7 == len(app.calls)
+    assert 1 == sum(r.msg == "redis_asgi.embedding_answers_not_understood" for r in caplog.records)
+
+
+async def test_full_hits_go_on_and_whole_requests_are_stored(any_settings: Settings) -> None:
+    """What is remembered concerns requests that miss something; a whole one without a duplicate can still be stored."""
+    app = Odd("small")
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    async with client(cached) as c:
+        await ask(c, "a", "b", "c")
+        for number in range(2):
+            assert 200 == (await ask(c, "a", "b", f"d{number}")).status_code
+        assert 5 == len(app.calls)
+        assert cache_status(await ask(c, "a", "b", "c")).startswith("redis-asgi; hit")
+        assert "redis-asgi; fwd=miss; stored" == cache_status(await ask(c, "a", "b", "e"))
+        assert ["a", "b", "e"] == app.calls[-1]
+        assert cache_status(await ask(c, "e", "b", "a")).startswith("redis-asgi; hit")
+        assert 6 == len(app.calls)
+
+
+async def test_an_understood_answer_in_between_is_forgiving(any_settings: Settings) -> None:
+    """Only two in a row are remembered."""
+    app = Odd("extra")
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    async with client(cached) as c:
+        for text in "abc":
+            app.odd = True
+            await ask(c, text, text)
+            app.odd = False
+            await ask(c, text, text)
+    assert 3 * 3 == len(app.calls)
+
+
+def test_scopes_are_bounded() -> None:
+    """A thousand are remembered, the oldest goes first."""
+    misfits = Misfits()
+    for number in range(1_001):
+        assert not misfits.strike(b"%d" % number, 0.0)
+        assert misfits.strike(b"%d" % number, 0.0)
+    assert not misfits.remembers(b"0", 1.0)
+    assert misfits.remembers(b"1000", 59.0)
+    assert not misfits.remembers(b"1000", 60.0)
+    misfits.clear(b"1000")
+    assert not misfits.remembers(b"1000", 1.0)
