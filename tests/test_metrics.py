@@ -69,7 +69,12 @@ KEYS = ["hits", "misses", "hit_rate", "memory_used", "peak_memory", "clients", "
 FAILURES = tuple(failure.value for failure in Failure)
 BYPASSES: tuple[str, ...] = ("late-chunking", "multi-vector", "encoding", "not-json", "body-header", "no-store")
 BYPASSES += ("response-no-store", "vary", "integers", "too-large", "busy", "redis-down", "not-understood", "replayed")
-BYPASSES += ("item-lists", "partition", "other")  # a partition_by said None; a word of a wire format that is not ours
+BYPASSES += (
+    "item-lists",
+    "unique-header",
+    "partition",
+    "other",
+)  # a partition_by said None; a word of a wire format that is not ours
 # Every value that a label may have; the names of policies come from the code of the app.
 CLOSED_SETS: dict[tuple[str, str], tuple[str, ...]] = {
     ("ratelimit_requests", "outcome"): ("allowed", "refused", "exempt", "unavailable"),
@@ -81,7 +86,14 @@ CLOSED_SETS: dict[tuple[str, str], tuple[str, ...]] = {
     ("cache_requests", "result"): ("hit", "miss", "partial", "bypass", "stale", "error"),
     ("cache_bypass", "reason"): BYPASSES,
     ("cache_items", "result"): ("hit", "miss", "collapsed"),
-    ("cache_rejected", "reason"): ("response-no-store", "vary", "integers", "not-understood", "status"),
+    ("cache_rejected", "reason"): (
+        "response-no-store",
+        "vary",
+        "integers",
+        "unique-header",
+        "not-understood",
+        "status",
+    ),
     ("redis_commands", "op"): ("check", "settle", "lookup", "store", "ping"),
     ("redis_commands", "outcome"): ("ok", *FAILURES),
     ("redis_command_duration_seconds", "op"): ("check", "settle", "lookup", "store", "ping"),

@@ -4,6 +4,7 @@ Names of fields in settings are dotted (``metadata.tags``), and name all that is
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ import orjson
 from .wire import Batch, TokenArray, Uncacheable
 
 _MAX_DEPTH = 8  # of lists and objects; nothing deeper is looked at, so nothing deeper is cached
+_MAX_SCALARS = 64  # each is hashed at every request
 _BEYOND_INTEGERS = 2.0**63
 _OPEN = (dict, list, TokenArray)
 
@@ -51,7 +53,11 @@ def _without(fields: Mapping[str, Any], names: Names) -> dict[str, Any]:
 
 
 def scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | float]]:
-    """The texts and numbers of *batch* that are in its scope, in objects of objects, by dotted name."""
+    """The texts and numbers of *batch* that are in its scope, in objects of objects, by dotted name; the first 64."""
+    return islice(_scalars(batch, ignored), _MAX_SCALARS)
+
+
+def _scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | float]]:
     level: list[tuple[str, Mapping[str, Any], Names]] = [("", batch.fields, ignored)]
     own = {batch.input_field, *batch.represented}
     while level:

@@ -16,7 +16,7 @@ from .piecewise import Skeleton, in_turns, parse_whole, take_apart
 from .single_flight import Landing
 from .sub_call import Reply
 from .tokens import apportion
-from .vectors import Encoding, Parsed, narrowed, read_base64, read_floats
+from .vectors import Encoding, Parsed, narrowed, read_base64, read_floats, trimmed
 from .wire import Answer, Batch, Input, WireFormat
 
 logger = logging.getLogger("redis_asgi.embeddings")
@@ -140,7 +140,7 @@ def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: d
     if span is None:
         read = read_floats(value)
         if read is not None and read.integers:
-            texts[encoding] = orjson.dumps(value)  # not stored, and relayed as they are
+            texts[encoding] = trimmed(orjson.dumps(value))  # not stored, and relayed as they are
         return read
     try:
         read = read_floats(orjson.loads(span))

@@ -187,13 +187,15 @@ async def parse_request(body: bytes, inputs: int, pace: Pace) -> object:
         orjson.JSONDecodeError: It is not JSON.
         TooManyValues: It holds more than such a request.
     """
+    if len(body) < _MIN_COUNTED:
+        return orjson.loads(body)
     most = Most.of(inputs)
     # With no such escape in the body, no text of it equals a placeholder.
     if len(body) >= _MIN_REQUEST and _PLACEHOLDER not in body:
         skeleton = await in_turns(take_apart(body, most), pace)
         if skeleton is not None and await _put_back(skeleton, pace):
             return skeleton.document
-    if len(body) >= _MIN_COUNTED and not await in_turns(is_within(body, most), pace):
+    if not await in_turns(is_within(body, most), pace):
         raise TooManyValues
     return orjson.loads(body)
 

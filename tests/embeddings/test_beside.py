@@ -169,6 +169,12 @@ def test_scalars_of_the_scope_are_found_by_dotted_name() -> None:
     assert found == dict(scalars(batch, IGNORED))
 
 
+def test_a_body_of_many_scalars_is_not_gone_through() -> None:
+    """A client may send tens of thousands; the first ones are enough to see what changes."""
+    batch = batch_of({"model": "m", "input": "x", **{f"n{number}": number for number in range(1000)}})
+    assert ["model", *(f"n{number}" for number in range(63))] == [name for name, _ in scalars(batch, IGNORED)]
+
+
 @pytest.mark.anyio
 async def test_ignored_fields_are_forwarded(redis_url: str) -> None:
     """They make no miss, and the app still sees them."""

@@ -108,6 +108,13 @@ def test_token_arrays_are_of_one_kind_however_they_were_parsed() -> None:
     assert read_inputs([long, "a"]) is None
 
 
+def test_empty_lists_of_other_inputs_are_none() -> None:
+    """Cohere's clients may send all three names; a list with something in it is no text."""
+    fields = {"model": "m", "texts": ["a"], "images": [], "inputs": None}
+    assert isinstance(WIRE_FORMATS["cohere"].split(fields, None), Batch)
+    assert not isinstance(WIRE_FORMATS["cohere"].split({**fields, "inputs": [{}]}, None), Batch)
+
+
 @pytest.mark.parametrize("items", [[], [True], [1, 0.5], [1, None], [1, "2"], [1, [2]]], ids=repr)
 def test_other_lists_are_no_token_arrays(items: list[Any]) -> None:
     """All of its items are integers, and there are some."""

@@ -59,7 +59,7 @@ class Cohere:
             read_model(fields, path_model),
             read_inputs(texts) if isinstance(texts, list) else None,
         )
-        if model is None or inputs is None or any(fields.get(name) is not None for name in _OTHER_INPUTS):
+        if model is None or inputs is None or any(fields.get(name) for name in _OTHER_INPUTS):
             return Uncacheable("not-understood")
         if any(item.kind != b"s" for item in inputs[0]):
             return Uncacheable("not-understood")
