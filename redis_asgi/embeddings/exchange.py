@@ -130,7 +130,7 @@ class Exchange:
         self._outcome.looked_up = True
         self._found_bytes = sum([len(value.raw) for value in (found.values or found.provisional).values()])
         missing = self._missing()
-        left = core.lease_left(self._identity, found.lease) if not missing else 0.0
+        left = found.lease_left if not missing else 0.0
         if not self._fits():
             await self._start_over()
         elif left > 0 and not self._asks_early(left):
@@ -252,7 +252,7 @@ class Exchange:
         name = self._identity.lease_name
         # Whom the app has refused since then, it has to see again.
         same = any(other.lease_name == name and not self._was_refused_since(other) for other in joined.values())
-        return not same and self._core.lease_left(self._identity, self._found.lease) <= 0
+        return not same and self._found.lease is None
 
     def _was_refused_since(self, flight: Flight) -> bool:
         return self._core.is_denied(self._identity, flight.asked_at)

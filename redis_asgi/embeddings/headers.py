@@ -129,12 +129,20 @@ class Headers:
         self._ignored = _Names(settings.EMBEDDING_CACHE_IGNORED_HEADERS)
         self._shared = shared
         # Per instance, so that they die with it.
-        self._class_of = lru_cache(maxsize=_MAX_CLASSIFIED)(self._classify)
+        self._classes: dict[bytes, HeaderClass] = {}
         self._memorised = lru_cache(maxsize=_MAX_MEMORISED)(self._read)
 
     def class_of(self, name: bytes) -> HeaderClass:
         """Where the header *name* (lower case) counts."""
-        return self._class_of(name) if len(name) <= _LONGEST_NAME else HeaderClass.KEY
+        kind = self._classes.get(name)
+        if kind is not None:
+            return kind
+        if len(name) > _LONGEST_NAME:
+            return HeaderClass.KEY
+        if len(self._classes) >= _MAX_CLASSIFIED:
+            self._classes.clear()  # somebody makes names up; the usual ones are back at once
+        kind = self._classes[name] = self._classify(name)
+        return kind
 
     def is_in_key(self, name: bytes) -> bool:
         """Whether two requests that differ in the header *name* never share a vector."""
@@ -150,8 +158,9 @@ class Headers:
         """Read the headers of one request."""
         kept: list[tuple[bytes, tuple[bytes, ...]]] = []
         size = 0
+        known = self._classes
         for name, values in fields.items():
-            if self.class_of(name) is not HeaderClass.NEITHER:
+            if (known.get(name) or self.class_of(name)) is not _NEITHER_CLASS:
                 kept.append((name, tuple(values)))
                 size += len(name) + sum(map(len, values))
         return self._memorised(tuple(kept)) if size <= _MEMORISED_BYTES else self._read(tuple(kept))
@@ -201,6 +210,7 @@ _GROUPS = (
     (HeaderClass.ADDRESS, _Names(_ADDRESSES.split())),
     (HeaderClass.NEITHER, _Names(" ".join(_NEITHER).split())),
 )
+_NEITHER_CLASS = HeaderClass.NEITHER  # an enum's attribute costs as much as a call
 _LONGEST_NAME = 256  # bytes; what is longer is not kept in a cache
 
 

@@ -131,7 +131,8 @@ class Denials:
 
     def since(self, names: Sequence[bytes], moment: float) -> bool:
         """Whether there was one under any of *names* at *moment* (Unix seconds) or later."""
-        return any(self._denied_at.get(name, -1.0) >= moment for name in names)
+        denied_at = self._denied_at
+        return bool(denied_at) and any(denied_at.get(name, -1.0) >= moment for name in names)
 
 
 def encode_denied(at: float) -> bytes:

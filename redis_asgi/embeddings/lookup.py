@@ -26,6 +26,7 @@ class Found:
     Attributes:
         epoch: The model's; `NO_EPOCH` when Redis has none and takes none, so that nothing can be stored.
         lease: The caller's; ``None`` when none is alive.
+        lease_left: Seconds for which it lets full hits through.
         values: Vectors by key, of the model that the lease names.
         provisional: Without a lease: vectors by key, of whatever model; the app's next answer says which count.
         flights: Those that were not asked for because somebody was computing them; he may have landed by now.
@@ -34,6 +35,7 @@ class Found:
 
     epoch: bytes = NO_EPOCH
     lease: Lease | None = None
+    lease_left: float = 0.0
     values: dict[bytes, Value] = field(default_factory=dict)
     provisional: dict[bytes, Value] = field(default_factory=dict)
     flights: dict[bytes, Flight] = field(default_factory=dict)
@@ -58,10 +60,10 @@ async def look_up(
     """Find vectors, epoch and lease of one request."""
     local = _in_process(core, names, wanted) if wanted.lookup and core.local.on else {}
     seen = core.local.seen(identity.epoch_name, identity.lease_name)
-    if seen is not None and len(local) == len(names) and core.lease_left(identity, seen.lease) > 0:
-        mark = mark_of(seen.epoch, seen.lease.model) if seen.lease is not None else NO_EPOCH
-        if all(value.epoch == mark for value in local.values()):
-            return Found(seen.epoch, lease=seen.lease, values=local)
+    if seen is not None and seen.lease is not None and len(local) == len(names):
+        left, mark = core.lease_left(identity, seen.lease), mark_of(seen.epoch, seen.lease.model)
+        if left > 0 and {value.epoch for value in local.values()} == {mark}:
+            return Found(seen.epoch, seen.lease, left, local)
     # What a flight brings anyway is not asked for, unless waiting for it will not do.
     flights = core.flights
     carried = flights.carrying(names) if wanted.lookup and not wanted.only_if_cached else {}
@@ -111,8 +113,9 @@ def _start(core: Core, identity: Identity, records: Sequence[bytes | None], aske
     if found.epoch != NO_EPOCH:
         core.local.note(identity.epoch_name, identity.lease_name, found.epoch, lease, asked_at)
     # Also not after a refusal that Redis did not hear of, or that overtook this reply.
-    if core.lease_left(identity, lease) > 0:
-        found.lease = lease
+    left = core.lease_left(identity, lease)
+    if left > 0:
+        found.lease, found.lease_left = lease, left
     return found
 
 

@@ -45,8 +45,8 @@ class Outcome:
             reason: The token of a bypass.
             error: Whether the answer is none that was asked for: the metrics count it as an error.
         """
-        self.note(result)
         self._counted.turns_out("error" if error else result, reason)
+        self._show(result)
         return _with_status(self._send, member) if self._status else self._send
 
     def bypasses(self, detail: str) -> Send:
@@ -60,8 +60,11 @@ class Outcome:
         self._counted.turns_out("error")
 
     def note(self, result: Result) -> None:
-        """Tell the app, and what stands outside, how the request looks; it counts as that if nothing else is said."""
+        """Say how the request looks before it is answered; it counts as that if nothing else is said."""
         self._counted.turns_out(result)
+        self._show(result)
+
+    def _show(self, result: Result) -> None:
         outcome: Literal["hit", "miss", "partial", "bypass"]
         if result in ("hit", "miss", "partial", "bypass"):
             outcome = result
