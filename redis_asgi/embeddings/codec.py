@@ -157,11 +157,10 @@ def _all_finite(values: Sequence[Value]) -> bool:
     first = values[0]
     if len({value.dims for value in values}) > 1 or len({value.dtype for value in values}) > 1:
         return all(_all_finite([value]) for value in values)
-    # In one piece, a look at all numbers costs a third of what it does one by one.
-    dtype = _NUMPY[first.dtype]
-    words = np.frombuffer(b"".join([value.raw for value in values]), dtype=dtype)
-    # The headers, whatever they are when read as numbers, are looked at too: cheaper than leaving them out.
-    return bool(np.isfinite(words).reshape(len(values), -1)[:, HEADER_BYTES // dtype.itemsize :].all())
+    # In one piece, a look at all numbers costs a third of what it does one by one; counting is the quickest look.
+    numbers = b"".join([memoryview(value.raw)[HEADER_BYTES:] for value in values])
+    words = np.frombuffer(numbers, dtype=_NUMPY[first.dtype])
+    return bool(np.count_nonzero(np.isfinite(words)) == len(words))
 
 
 def decode_vector(raw: object, own: bytes) -> Float32Array | None:
