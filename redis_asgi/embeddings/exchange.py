@@ -28,7 +28,7 @@ from .reading import head_refusal, partition_of, split
 from .routes import Matched
 from .sending import send_joined, send_not_cached
 from .single_flight import Flight, Landing
-from .sub_call import Reply, SubCall
+from .sub_call import Reply, SubCall, inflated
 from .tokens import count_all, reported
 from .vectors import Encoding, text_of
 from .waiting import Waiting
@@ -268,12 +268,14 @@ class Exchange:
         if not isinstance(body, bytes):
             self._say_broken("shrink", body)
             return None
-        headers = http.for_sub_request(self._headers, len(body))
+        half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
+        # An answer that is passed on as it is may be compressed for its client.
+        gzip = names == self._slots and not half and http.accepts_gzip(self._headers)
+        headers = http.for_sub_request(self._headers, len(body), gzip=gzip)
         limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
         call = SubCall(core.app, self._scope, headers, body, limit=limit, budget=core.budget)
         asked_at, began = core.wall(), perf_counter()
         flight = Flight(names, identity.lease_name, epoch, call, asked_at, filling=filling)
-        half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
         is_in_key = core.identities.headers.is_in_key
         lease = self._found.lease
         model = lease.model if lease is not None else None
@@ -281,7 +283,12 @@ class Exchange:
         call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))
 
         async def read(reply: Reply) -> Landing | None:
-            return await read_reply(asked, reply, core.wall())
+            now = core.wall()
+            body, held = await inflated(reply, limit, core.budget, Pace())
+            try:
+                return await read_reply(asked, reply, body, now) if body is not None else None
+            finally:
+                core.budget.give(held)
 
         async def write(landing: Landing) -> None:
             await core.keep(identity, landing, asked_at, flight.epoch)

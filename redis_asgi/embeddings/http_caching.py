@@ -184,11 +184,27 @@ def with_body(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
     return [*kept, (b"content-length", b"%d" % length)]
 
 
-def for_sub_request(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
-    """A request's headers for a body of ours, whose answer we mean to read: not compressed."""
+def is_gzip(fields: Fields) -> bool:
+    """Whether the body is compressed with gzip, and in no other way."""
+    return [value.strip().lower() for value in fields.get(b"content-encoding", ())] in ([b"gzip"], [b"x-gzip"])
+
+
+def accepts_gzip(headers: RawHeaders) -> bool:
+    """Whether ``Accept-Encoding`` names gzip; where it only may be meant, an answer that is not compressed will do."""
+    for name, value in headers:
+        if name.lower() == b"accept-encoding":
+            for coding in value.lower().split(b","):
+                kind, _, weight = coding.partition(b";")
+                if kind.strip() == b"gzip":
+                    return weight.replace(b" ", b"").strip(b"0.") != b"q="
+    return False
+
+
+def for_sub_request(headers: RawHeaders, length: int, *, gzip: bool = False) -> list[tuple[bytes, bytes]]:
+    """A request's headers for a body of ours, whose answer we mean to read: not compressed, or by *gzip*."""
     dropped = (b"content-length", b"transfer-encoding", b"expect", b"accept-encoding", b"trailer")
     kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-    return [*kept, (b"accept-encoding", b"identity"), (b"content-length", b"%d" % length)]
+    return [*kept, (b"accept-encoding", b"gzip" if gzip else b"identity"), (b"content-length", b"%d" % length)]
 
 
 def replayed(headers: RawHeaders) -> list[tuple[bytes, bytes]]:

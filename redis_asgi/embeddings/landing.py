@@ -49,20 +49,20 @@ class Asked:
     refusal: str | None
 
 
-async def read_reply(asked: Asked, reply: Reply, now: float) -> Landing | None:
-    """Read *reply*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
+async def read_reply(asked: Asked, reply: Reply, body: bytes, now: float) -> Landing | None:
+    """Read *reply* with its *body*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
     try:
-        return await _read(asked, reply, now)
+        return await _read(asked, reply, body, now)
     except Exception:
         # Fails open: a wire format may be the user's, and an answer it cannot read is relayed as it is.
         logger.exception("redis_asgi.embedding_answer_unreadable", extra={"wire_format": asked.wire.name})
         return None
 
 
-async def _read(asked: Asked, reply: Reply, now: float) -> Landing | None:
+async def _read(asked: Asked, reply: Reply, body: bytes, now: float) -> Landing | None:
     inputs = list(asked.inputs.values())
     for parse in (take_apart, parse_whole):
-        skeleton = await in_turns(parse(reply.body), Pace())
+        skeleton = await in_turns(parse(body), Pace())
         if skeleton is None:
             continue
         answer = asked.wire.read(asked.batch, inputs, skeleton.document)

@@ -2,14 +2,17 @@
 
 import asyncio
 import threading
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 from starlette.types import ASGIApp, Message, Scope, Send
 
-from .http_caching import RawHeaders, by_name, is_encoded, is_json
+from .http_caching import RawHeaders, by_name, is_encoded, is_gzip, is_json
+from .pace import Pace
 
 ANSWERS = (200, 201)  # other statuses of success say something else than that this is all of it
+_INFLATED_AT_ONCE = 256 * 1024  # bytes between two looks at the clock
 _BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
 
@@ -62,7 +65,7 @@ class Reply:
     Attributes:
         status: 200 or 201.
         headers: As the app sent them.
-        body: Not compressed.
+        body: As the app sent it; compressed only where that was asked for.
     """
 
     status: int
@@ -102,6 +105,7 @@ class SubCall:
         self._outer = scope
         self._scope = {**scope, "extensions": kept, "headers": headers}
         self._body: bytes | None = body
+        self._gzip = (b"accept-encoding", b"gzip") in headers
         self._limit = limit
         self._budget = budget
         loop = asyncio.get_running_loop()
@@ -182,6 +186,11 @@ class SubCall:
             if not isinstance(error, Exception):
                 raise
 
+    def _promising(self, start: Message) -> bool:
+        fields = by_name(start.get("headers", ()))
+        readable = not is_encoded(fields) or (self._gzip and is_gzip(fields))
+        return start["status"] in ANSWERS and is_json(fields) and readable
+
     def _show(self) -> None:
         """Let what stands outside see what the app has set in its scope.
 
@@ -220,7 +229,7 @@ class SubCall:
             self.start = {**message, "headers": [*message.get("headers", ())]}
             self._show()
             self._kept.append(self.start)
-            if not _promising(self.start):
+            if not self._promising(self.start):
                 await self._flow()
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
@@ -265,6 +274,29 @@ class SubCall:
             self._kept, self._drained = [], True
 
 
-def _promising(start: Message) -> bool:
-    fields = by_name(start.get("headers", ()))
-    return start["status"] in ANSWERS and is_json(fields) and not is_encoded(fields)
+async def inflated(reply: Reply, limit: int, budget: Budget, pace: Pace) -> tuple[bytes | None, int]:
+    """The body of *reply*, not compressed, and how many bytes of *budget* it holds.
+
+    ``None`` when it is not the gzip that it says, or more than *limit* bytes.
+    """
+    if not is_encoded(by_name(reply.headers)):
+        return reply.body, 0
+    inflating = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    pieces: list[bytes] = []
+    held, left = 0, reply.body
+    try:
+        while left and not inflating.eof:
+            piece = inflating.decompress(left, _INFLATED_AT_ONCE)
+            left = inflating.unconsumed_tail
+            if held + len(piece) > limit or not budget.take(len(piece)):
+                return None, held
+            held += len(piece)
+            pieces.append(piece)
+            if pace.due:
+                await pace.rest()
+    except zlib.error:
+        return None, held
+    except BaseException:
+        budget.give(held)
+        raise
+    return (b"".join(pieces) if inflating.eof and not inflating.unused_data else None), held

@@ -1,6 +1,7 @@
 """What a request through the middleware gets: headers, directives, credentials, tenants, flushes."""
 
 import asyncio
+import gzip
 import time
 from typing import Any
 
@@ -821,6 +822,60 @@ async def test_a_body_may_ask_for_no_cache(settings: Settings) -> None:
             response = await c.post("/v1/embeddings", json=body("a", cache={"no-cache": True}))
             assert "redis-asgi; fwd=bypass; detail=no-store" == cache_status(response)
     assert 2 == spy.calls
+
+
+@pytest.mark.parametrize("accepts", ["gzip", "br, gzip;q=0.5", "gzip;q=0", "br", "*", ""])
+async def test_a_compressed_miss_stays_compressed_and_is_stored(accepts: str, any_settings: Settings) -> None:
+    """What compresses inside of the cache does so for a client that asks for it, as without the cache."""
+    bare = GZipMiddleware(server(Spy()), minimum_size=1)
+    cached = EmbeddingCacheMiddleware(bare, settings=any_settings)
+    expected = await ask(bare, "a", "b", **{"accept-encoding": accepts})
+    cold = await ask(cached, "a", "b", **{"accept-encoding": accepts})
+    assert "redis-asgi; fwd=miss; stored" == cache_status(cold)
+    if accepts not in ("*", "gzip;q=0"):  # Starlette looks for the word alone
+        assert expected.headers.get("content-encoding") == cold.headers.get("content-encoding")
+    assert expected.json() == cold.json()
+    warm = await ask(cached, "a", "b", **{"accept-encoding": accepts})
+    assert "; hit" in cache_status(warm)
+    assert (expected.json(), None) == (warm.json(), warm.headers.get("content-encoding"))
+    partial = await ask(cached, "a", "c", **{"accept-encoding": accepts})
+    assert "fwd=partial" in cache_status(partial)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-9], lambda b: b + b"more", lambda b: b"{}", lambda b: b""])
+async def test_an_answer_that_is_not_the_gzip_it_says_is_passed_on(spoil: Any, settings: Settings) -> None:
+    """To the byte, and nothing of it is stored."""
+    answer = orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy()))
+    sent = spoil(gzip.compress(answer))
+    seen: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, sent, 200, (b"content-encoding", b"gzip"))
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watch(message: Any) -> None:
+            seen.append(message.get("body", b""))
+            await send({**message, "headers": []} if message["type"] == "http.response.start" else message)
+
+        await EmbeddingCacheMiddleware(app, settings=settings)(scope, receive, watch)
+
+    await ask(outside, "a", **{"accept-encoding": "gzip"})
+    assert sent == b"".join(seen)
+
+
+async def test_a_compressed_answer_that_is_too_large_is_passed_on(settings: Settings) -> None:
+    """A megabyte of zeros in a thousand bytes takes no more memory than one that is not compressed may."""
+    body = gzip.compress(b" " * 1_000_000 + orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, body, 200, (b"content-encoding", b"gzip"))
+
+    small = settings.model_copy(update={"EMBEDDING_CACHE_MAX_RESPONSE_BYTES": 500_000})
+    cached = EmbeddingCacheMiddleware(app, settings=small)
+    before = cached._core.budget._left
+    said = await ask(cached, "a", **{"accept-encoding": "gzip"})
+    assert "redis-asgi; fwd=bypass; detail=not-understood" == cache_status(said)
+    assert before == cached._core.budget._left
 
 
 async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
