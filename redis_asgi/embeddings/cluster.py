@@ -37,9 +37,10 @@ class ClusterVectors:
     async def aclose(self) -> None:
         """End what is under way."""
         await self._owed.aclose()
-        if self._opening is not None:
+        while self._opening is not None and not self._opening.done():
+            # More than once: a connection that is made in that moment swallows it, and then waits for its greeting.
             self._opening.cancel()
-            await asyncio.wait({self._opening})
+            await asyncio.wait({self._opening}, timeout=0.05)
         for node in self._nodes.values():
             await node.aclose()
 
@@ -146,8 +147,11 @@ class ClusterVectors:
             if not breaker.admits():
                 return breaker.reason
             self._opening = asyncio.get_running_loop().create_task(self._open())
-        done, _ = await asyncio.wait({self._opening}, timeout=within)
-        failure = self._opening.result() if done else Failure.TIMEOUT
+        opening = self._opening
+        await asyncio.wait({opening}, timeout=within)
+        if opening.cancelled():
+            return Failure.CONNECTION  # closed meanwhile, by whom this caller need not hear
+        failure = opening.result() if opening.done() else Failure.TIMEOUT
         if failure is None:
             breaker.worked()
         else:

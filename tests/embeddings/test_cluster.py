@@ -143,6 +143,29 @@ async def test_without_a_slot_table_nobody_waits_longer_than_he_may(
             await asyncio.sleep(0.05)
 
 
+async def test_closing_while_the_slot_table_is_read_cancels_nobody_else() -> None:
+    """Whoever waits for it is told that there is none."""
+    reached, left = asyncio.Event(), asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.set()
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        left.set()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    manager = RedisManager(settings_of(url, REDIS_CLUSTER=True))
+    lookup = asyncio.ensure_future(vectors_of(manager).lookup([b"a"], 10))
+    await reached.wait()
+    await manager.close()
+    assert Failure.CONNECTION == await lookup
+    async with asyncio.timeout(5):
+        await left.wait()
+    listener.close()
+
+
 @pytest.mark.parametrize("whose", ["ours", "the user's"])
 async def test_a_slot_that_moves_is_followed(cluster: Cluster, whose: str) -> None:
     """A key that another node serves now is read, written and deleted there."""
