@@ -13,6 +13,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
+from . import aside
 from .errors import Failure, classify
 from .telemetry import telemetry
 
@@ -121,11 +122,7 @@ class Breaker:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await aside.end(self._tasks)
 
     def _count(self, failure: Failure, times: int = 1) -> None:
         self._failures += times

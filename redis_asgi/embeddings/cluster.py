@@ -6,6 +6,7 @@ from typing import TypeVar, cast
 
 import redis.asyncio as aioredis
 
+from .. import aside
 from ..connection import RedisManager
 from ..errors import Failure, classify
 from .leased import Command
@@ -37,10 +38,8 @@ class ClusterVectors:
     async def aclose(self) -> None:
         """End what is under way."""
         await self._owed.aclose()
-        while self._opening is not None and not self._opening.done():
-            # More than once: a connection that is made in that moment swallows it, and then waits for its greeting.
-            self._opening.cancel()
-            await asyncio.wait({self._opening}, timeout=0.05)
+        if self._opening is not None:
+            await aside.end([self._opening])
         for node in self._nodes.values():
             await node.aclose()
 
