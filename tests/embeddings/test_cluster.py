@@ -111,6 +111,27 @@ async def test_a_node_is_not_written_to_right_after_it_has_not_answered(
             await asyncio.sleep(0.05)
 
 
+async def test_the_log_says_which_node_is_lost_and_back(
+    private_cluster: Cluster, manager: RedisManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line for each, however many commands met it."""
+    store = vectors_of(manager)
+    names = await filled(private_cluster, store)
+    lost = private_cluster.nodes[2]
+    every = [name for each in names.values() for name in each]
+    lost.pause()
+    for _ in range(10):
+        await store.lookup(every, 0.05)
+    lost.resume()
+    async with asyncio.timeout(10):
+        while "redis_asgi.redis_back" not in caplog.messages:
+            await store.lookup(every, 0.2)
+            await asyncio.sleep(0.05)
+    told = [(record.message, record.__dict__["node"]) for record in caplog.records]
+    node = f"{lost.host}:{lost.port}"
+    assert [("redis_asgi.redis_unavailable", node), ("redis_asgi.redis_back", node)] == told
+
+
 async def test_all_nodes_gone_is_a_failure(private_cluster: Cluster, manager: RedisManager) -> None:
     """As one server that is gone is."""
     store = vectors_of(manager)
