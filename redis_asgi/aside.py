@@ -7,13 +7,15 @@ with a pool's, too, and `freshen` sees to it that nothing is left in it.
 
 import asyncio
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+_CANCEL_AGAIN = 0.05  # seconds
 
 
 async def connect(connection: AbstractConnection) -> None:
@@ -85,6 +87,19 @@ async def hang_up(connection: AbstractConnection) -> None:
     _abort(transport_of(connection))
     with suppress(Exception):
         await connection.disconnect(nowait=True)
+
+
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel *tasks* and wait until they have ended.
+
+    Again and again: asyncio's ``open_connection`` swallows a cancellation that comes in the moment in which the
+    connection is made, and who connects in a loop would go on for ever.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN)
 
 
 def info_fields(reply: object) -> Iterator[tuple[str, str]]:

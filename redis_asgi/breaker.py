@@ -13,6 +13,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
 
+from . import aside
 from .errors import Failure, classify
 from .telemetry import telemetry
 
@@ -46,17 +47,24 @@ class Breaker:
     Args:
         probe: Asks the server for a sign of life over a connection of its own, and raises when there is none.
         drop_connections: Closes connections that may lead to the wrong server now.
+        node: Of a cluster, whose lines in the log then say so.
 
     Attributes:
         state: Whether commands go through.
         reason: Why it is not closed; the last reason of all while it is.
     """
 
-    def __init__(self, probe: Callable[[], Awaitable[None]], drop_connections: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        probe: Callable[[], Awaitable[None]],
+        drop_connections: Callable[[], Awaitable[None]],
+        node: str = "",
+    ) -> None:
         self.state: BreakerState = "closed"
         self.reason = Failure.CONNECTION
         self._probe = probe
         self._drop_connections = drop_connections
+        self._whose = {"node": node} if node else {}
         self._loop = asyncio.get_running_loop()
         self._failures = 0  # in a row
         self._recent = 0
@@ -87,7 +95,7 @@ class Breaker:
             self._recent = self._recent << 1 & _REMEMBERED
         if self._lost and self.state == "closed" and self._loop.time() - self._last_trouble >= _SETTLED:
             self._lost = False
-            logger.warning("redis_asgi.redis_back")
+            logger.warning("redis_asgi.redis_back", extra=self._whose)
 
     def failed(self, failure: Failure, *, vectors: bool = False) -> None:
         """Note that a command was not answered, or with an error.
@@ -102,12 +110,12 @@ class Breaker:
         if failure in (Failure.POOL, Failure.REPLY):
             if now - self._last_line >= _QUIET:
                 self._last_line = now
-                logger.warning("redis_asgi.command_failed", extra={"reason": failure.value})
+                logger.warning("redis_asgi.command_failed", extra={"reason": failure.value} | self._whose)
             return
         self._last_trouble = now
         if not self._lost:
             self._lost = True
-            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value} | self._whose)
         if failure in _OF_THE_CONNECTIONS:
             self._start(self._drop_connections())
         if failure in _NOT_COUNTED or self.state == "open":
@@ -121,11 +129,7 @@ class Breaker:
 
     async def aclose(self) -> None:
         """End what is under way."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await aside.end(self._tasks)
 
     def _count(self, failure: Failure, times: int = 1) -> None:
         self._failures += times

@@ -257,7 +257,7 @@ class RedisManager:
         breaker = opened.breakers.get(node)
         if breaker is None:
             client = opened.client
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client))
+            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node)
             opened.breakers[node] = breaker
         return breaker
 

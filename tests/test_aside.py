@@ -13,6 +13,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import Settings
+from redis_asgi.aside import end
 from redis_asgi.checkup import Checkup
 from redis_asgi.client import build_client, ping
 
@@ -90,3 +91,31 @@ async def test_hung_tls_server_keeps_no_socket(
         assert 3 == len(taken) - had
         assert 3 == open_files() - before  # the server's ends
         await client.aclose()
+
+
+async def test_a_task_that_swallows_a_cancellation_is_ended_all_the_same() -> None:
+    """As one does that is cancelled in the moment in which its connection is made."""
+    accepted = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set()
+        await reader.read()
+        writer.close()
+
+    async def probing() -> None:
+        while True:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                writer.close()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    task = asyncio.create_task(probing())
+    await accepted.wait()
+    async with asyncio.timeout(5):
+        await end([task])
+    assert task.cancelled()
+    await end([task])
+    listener.close()

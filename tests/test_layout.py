@@ -76,7 +76,7 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "errors", "notation", "settings", "telemetry", "tracing", "keys", "scope", "sub_app", "breaker", "aside", "client",
+    "errors", "notation", "settings", "telemetry", "tracing", "keys", "scope", "sub_app", "aside", "breaker", "client",
     "connection",
 )  # fmt: skip
 

@@ -189,6 +189,8 @@ class EmbeddingCache:
     async def _find_or_compute(self, mine: Computation, compute: Compute) -> None:
         try:
             found = await self.get_many(mine.ids)
+            if mine.given_up:
+                return  # a connection that is made in the moment of a cancellation swallows it
             missing = [name for name in mine.ids if name not in found]
             values = self._computed(missing, await _call(compute, list(missing))) if missing else {}
             if mine.given_up:

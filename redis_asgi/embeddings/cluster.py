@@ -6,6 +6,7 @@ from typing import TypeVar, cast
 
 import redis.asyncio as aioredis
 
+from .. import aside
 from ..connection import RedisManager
 from ..errors import Failure, classify
 from .leased import Command
@@ -38,8 +39,7 @@ class ClusterVectors:
         """End what is under way."""
         await self._owed.aclose()
         if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait({self._opening})
+            await aside.end([self._opening])
         for node in self._nodes.values():
             await node.aclose()
 
@@ -146,8 +146,11 @@ class ClusterVectors:
             if not breaker.admits():
                 return breaker.reason
             self._opening = asyncio.get_running_loop().create_task(self._open())
-        done, _ = await asyncio.wait({self._opening}, timeout=within)
-        failure = self._opening.result() if done else Failure.TIMEOUT
+        opening = self._opening
+        await asyncio.wait({opening}, timeout=within)
+        if opening.cancelled():
+            return Failure.CONNECTION  # closed meanwhile, by whom this caller need not hear
+        failure = opening.result() if opening.done() else Failure.TIMEOUT
         if failure is None:
             breaker.worked()
         else:

@@ -79,8 +79,9 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
     """
     connection: AbstractConnection | None = None
     try:
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(within) as clock:
             connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # a decorator of redis-py's
+            _see_to_be_in_time(clock)
             packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
             transport = aside.transport_of(connection) if isinstance(pool, Turnstile) else None
             if transport is not None:
@@ -95,10 +96,22 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             await pool.release(connection)
 
 
-async def run_on_node(cluster: RedisCluster, node: str, commands: Sequence[Command]) -> list[Any]:
+def _see_to_be_in_time(clock: asyncio.Timeout) -> None:
+    # A connection that is made in the moment of the deadline swallows it, and there is no other clock.
+    until = clock.when()
+    if until is not None and asyncio.get_running_loop().time() >= until:
+        raise TimeoutError
+
+
+async def run_on_node(
+    cluster: RedisCluster, node: str, commands: Sequence[Command], clock: asyncio.Timeout
+) -> list[Any]:
     """`run` on one node of a cluster, by its name; what has moved to another one is asked for there.
 
-    Not by redis-py's pipeline, which waits for all nodes when one of them hangs. The deadline is the caller's.
+    Not by redis-py's pipeline, which waits for all nodes when one of them hangs.
+
+    Args:
+        clock: The deadline that the caller has set.
     """
     there = cluster.get_node(node_name=node)
     if there is None:
@@ -108,6 +121,7 @@ async def run_on_node(cluster: RedisCluster, node: str, commands: Sequence[Comma
         if connection.should_reconnect():  # type: ignore[no-untyped-call]  # theirs
             await aside.hang_up(connection)
         await aside.freshen(connection)
+        _see_to_be_in_time(clock)
         packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
         replies = await _through_redis_py(connection, commands, packed)
     finally:

@@ -4,6 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
+from .. import aside
 from ..errors import Failure
 from .leased import Command
 
@@ -46,8 +47,7 @@ class Owed:
     async def aclose(self) -> None:
         """Give up."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await aside.end([self._task])
 
     async def _repeat(self) -> None:
         failure: Failure | None = None

@@ -181,8 +181,8 @@ class RedisVectors:
     async def _send(self, commands: Sequence[Command], within: float, *, write: bool) -> list[Any] | Failure:
         try:
             if isinstance(self._client, aioredis.RedisCluster):
-                async with asyncio.timeout(within), self._turns:
-                    return await run_on_node(self._client, self._node, commands)
+                async with asyncio.timeout(within) as clock, self._turns:
+                    return await run_on_node(self._client, self._node, commands, clock)
             return await run(self._client.connection_pool, commands, within)
         except Exception as error:
             # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a

@@ -111,6 +111,27 @@ async def test_a_node_is_not_written_to_right_after_it_has_not_answered(
             await asyncio.sleep(0.05)
 
 
+async def test_the_log_says_which_node_is_lost_and_back(
+    private_cluster: Cluster, manager: RedisManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line for each, however many commands met it."""
+    store = vectors_of(manager)
+    names = await filled(private_cluster, store)
+    lost = private_cluster.nodes[2]
+    every = [name for each in names.values() for name in each]
+    lost.pause()
+    for _ in range(10):
+        await store.lookup(every, 0.05)
+    lost.resume()
+    async with asyncio.timeout(10):
+        while "redis_asgi.redis_back" not in caplog.messages:
+            await store.lookup(every, 0.2)
+            await asyncio.sleep(0.05)
+    told = [(record.message, record.__dict__["node"]) for record in caplog.records]
+    node = f"{lost.host}:{lost.port}"
+    assert [("redis_asgi.redis_unavailable", node), ("redis_asgi.redis_back", node)] == told
+
+
 async def test_all_nodes_gone_is_a_failure(private_cluster: Cluster, manager: RedisManager) -> None:
     """As one server that is gone is."""
     store = vectors_of(manager)
@@ -141,6 +162,29 @@ async def test_without_a_slot_table_nobody_waits_longer_than_he_may(
     async with asyncio.timeout(5):
         while await store.lookup([b"a"], 1) != [None]:
             await asyncio.sleep(0.05)
+
+
+async def test_closing_while_the_slot_table_is_read_cancels_nobody_else() -> None:
+    """Whoever waits for it is told that there is none."""
+    reached, left = asyncio.Event(), asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.set()
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        left.set()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    manager = RedisManager(settings_of(url, REDIS_CLUSTER=True))
+    lookup = asyncio.ensure_future(vectors_of(manager).lookup([b"a"], 10))
+    await reached.wait()
+    await manager.close()
+    assert Failure.CONNECTION == await lookup
+    async with asyncio.timeout(5):
+        await left.wait()
+    listener.close()
 
 
 @pytest.mark.parametrize("whose", ["ours", "the user's"])

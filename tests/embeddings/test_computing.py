@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from redis_asgi import EmbeddingCache
 from redis_asgi.connection import RedisManager
+from redis_asgi.embeddings.store import MemoryVectors
 from redis_asgi.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -147,6 +149,28 @@ async def test_a_compute_that_is_not_stopped_by_its_cancellation_keeps_nothing(m
     await settled()
     kept = await cache.get_embedding("a")
     assert [2.0] == (None if kept is None else kept.tolist())
+    assert ([], {}) == left_over(cache)
+
+
+async def test_nothing_is_computed_for_nobody(manager: RedisManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when a lookup goes on after its cancellation, as a connection just made does."""
+    cache, asked = EmbeddingCache(manager), list[str]()
+
+    async def stubborn(_self: MemoryVectors, names: list[bytes], _within: float) -> list[bytes | None]:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return [None] * len(names)
+
+    async def compute(ids: list[str]) -> list[list[float]]:
+        asked.extend(ids)
+        return vectors(ids)
+
+    monkeypatch.setattr(MemoryVectors, "lookup", stubborn)
+    caller = asyncio.ensure_future(cache.get_or_compute(["a"], compute))
+    await settled()
+    caller.cancel()
+    await settled()
+    assert [] == asked
     assert ([], {}) == left_over(cache)
 
 

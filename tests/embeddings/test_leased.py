@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import hiredis
@@ -181,3 +182,25 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     await pool.release(connection)
     assert [[b"of b"]] * 2 == [await run(pool, [("GET", "b")], 5) for _ in range(2)]
     await client.aclose()
+
+
+async def test_a_deadline_that_a_connection_swallows_ends_the_trip_all_the_same(
+    redis_server: ExternalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that is made in that very moment: nothing is sent, and the connection stays good."""
+    manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
+    pool = await pool_of(manager)
+    get = pool.get_connection
+
+    async def slowly() -> Any:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return await get()
+
+    monkeypatch.setattr(pool, "get_connection", slowly)
+    with pytest.raises(TimeoutError):
+        await run(pool, [("SET", "late", "1")], 0.01)
+    monkeypatch.undo()
+    assert [None] == await run(pool, [("GET", "late")], 5)
+    assert 0 == redis_server.calls("set")
+    await manager.close()

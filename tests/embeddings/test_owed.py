@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 import redis as sync_redis
+from starlette.types import Receive, Scope, Send
 
-from redis_asgi import Settings
+from redis_asgi import EmbeddingCacheMiddleware, Settings
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings import owed as module
 from redis_asgi.embeddings.leased import Command
@@ -15,6 +16,7 @@ from redis_asgi.embeddings.store import Done, Write, vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.servers import Cluster, ExternalServer, Server
+from .servers import Spy, cache_status, client, respond, server
 from .test_faults import settings_of
 
 pytestmark = pytest.mark.anyio
@@ -176,3 +178,40 @@ async def test_a_shared_server_is_left_in_peace(redis_server: ExternalServer) ->
     assert Done(1) == await vectors_of(manager).revoke([b"a"], 1)
     assert before == len(asyncio.all_tasks())
     await manager.close()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refusal_while_redis_is_away_reaches_other_processes(own_server: Server, status: int) -> None:
+    """Whose lease is in Redis is asked again by everyone soon after Redis is back; others stay let in."""
+    allowed = {"alice", "bob"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if dict(scope["headers"])[b"authorization"].decode() in allowed:
+            await embeddings(scope, receive, send)
+        else:
+            await respond(send, b"{}", status)
+
+    embeddings = server(Spy())
+    managers = [RedisManager(settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.1)) for _ in range(2)]
+    workers = [client(EmbeddingCacheMiddleware(app, namespace="n", redis=manager)) for manager in managers]
+
+    async def ask(worker: int, who: str, item: str = "text") -> tuple[int, str]:
+        body = {"model": "m", "input": [item]}
+        response = await workers[worker].post("/v1/embeddings", json=body, headers={"authorization": who})
+        return response.status_code, cache_status(response)
+
+    for who in ("alice", "bob"):
+        await ask(0, who)
+        assert "hit" in (await ask(1, who))[1]
+    allowed.remove("alice")
+    own_server.pause()
+    assert status == (await ask(0, "alice", "new"))[0]
+    own_server.resume()
+    async with asyncio.timeout(10):
+        while "hit" not in (await ask(1, "bob"))[1] or (await ask(1, "alice"))[0] == 200:
+            await asyncio.sleep(0.01)
+    assert status == (await ask(1, "alice"))[0]
+    assert "hit" in (await ask(1, "bob"))[1]
+    for worker, manager in zip(workers, managers, strict=True):
+        await worker.aclose()
+        await manager.close()
