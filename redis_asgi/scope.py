@@ -1,73 +1,20 @@
-"""What is read from an ASGI scope: the route path, the client's address behind proxies, a buffered body."""
+"""What is read from an ASGI scope: header fields, the client's address behind proxies, a buffered body."""
 
 import ipaddress
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
-from .errors import ConfigurationError
-from .settings import Network, Settings
+from .forwarded import LISTS, only_entry
+from .networks import UNIX, Address, Network, unmapped
+from .settings import Settings
 
 # Longer than any address with a zone; what is longer is not looked at and never kept in a cache.
 _LONGEST_ADDRESS = 64
-_FORWARDED_FOR = re.compile(r'(?:^|;)\s*for\s*=\s*(?:"([^"]*)"|([^;\s]*))\s*(?:;|$)', re.IGNORECASE)
-
-
-def route_path(scope: Scope) -> str:
-    """The decoded path below ``root_path``, by Starlette's own rule; one trailing slash is ignored."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        path = path[len(root) :]
-    return path.removesuffix("/")
-
-
-@dataclass(frozen=True, slots=True)
-class PathPattern:
-    """A path where ``*`` is any run of characters, ``/`` included; ``/api/*`` also matches ``/api``.
-
-    Matching takes time in proportion to the path, whatever the pattern: no regular expression is involved.
-    """
-
-    pattern: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern.startswith(("/", "*")):
-            raise ConfigurationError(f"paths={self.pattern!r} does not start with '/' or '*'. Try '/api/*'.")
-
-    def matches(self, path: str) -> bool:
-        """Whether *path*, as `route_path` gives it, is covered."""
-        if self.pattern.endswith("/*") and self._covers(self.pattern[:-2], path):
-            return True
-        pattern = self.pattern.removesuffix("/")
-        return self._covers(pattern, path)
-
-    @staticmethod
-    def _covers(pattern: str, path: str) -> bool:
-        head, *middle = pattern.split("*")
-        if not middle:
-            return path == pattern
-        tail = middle.pop()
-        if len(path) < len(head) + len(tail) or not (path.startswith(head) and path.endswith(tail)):
-            return False
-        at, end = len(head), len(path) - len(tail)
-        for part in middle:
-            found = path.find(part, at, end)
-            if found < 0:
-                return False
-            at = found + len(part)
-        return True
-
-
-def path_patterns(paths: str | Iterable[str] | None) -> tuple[PathPattern, ...]:
-    """One pattern or several as a tuple of `PathPattern`."""
-    return tuple(PathPattern(path) for path in ([paths] if isinstance(paths, str) else paths or ()))
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -84,21 +31,20 @@ def is_preflight(scope: Scope) -> bool:
 
 
 @lru_cache(maxsize=16_384)
-def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _parse_address(text: str) -> Address | None:
     try:
-        address = ipaddress.ip_address(text.partition("%")[0])
+        return unmapped(ipaddress.ip_address(text.partition("%")[0]))
     except ValueError:
         return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_address(text: str) -> Address | None:
     """Read an address as it stands in a forwarding header: with or without port, brackets or zone.
 
-    ``::ffff:1.2.3.4`` is ``1.2.3.4``. ``None`` for anything else, ``unknown`` and ``_hidden`` included.
+    ``::ffff:1.2.3.4`` and ``64:ff9b::1.2.3.4`` are ``1.2.3.4``. ``None`` for anything else, ``unknown`` and
+    ``_hidden`` included.
     """
-    text = text.strip()
+    text = text.strip(" \t")
     if not text or len(text) > _LONGEST_ADDRESS:
         return None
     if text.startswith("["):
@@ -127,10 +73,12 @@ class Addressing:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._trusted: Sequence[Network] = tuple(map(ipaddress.ip_network, settings.RATE_LIMIT_TRUSTED_PROXIES))
+        trusted = settings.RATE_LIMIT_TRUSTED_PROXIES
+        self._trusted: Sequence[Network] = tuple(ipaddress.ip_network(each) for each in trusted if each != UNIX)
+        self._trusts_unix = UNIX in trusted
         self.header = settings.RATE_LIMIT_FORWARDED_HEADER.encode()
         self._prefix = settings.RATE_LIMIT_IPV6_PREFIX
-        self._entries: Callable[[bytes], list[str]] = _forwarded if self.header == b"forwarded" else _x_forwarded_for
+        self._entries: Callable[[list[bytes]], Iterator[str]] = LISTS.get(self.header, only_entry)
         # Per instance, so that the cache dies with it.
         self._is_trusted = lru_cache(maxsize=16_384)(self._is_trusted_uncached)
         self._shared_by = lru_cache(maxsize=16_384)(self._shared_by_uncached)
@@ -140,12 +88,16 @@ class Addressing:
 
         The peer's address, unless the peer is trusted: then the believed header is walked from the right, over all
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
-        walk at the last trusted one. ``None`` when the server gives no peer (a unix socket).
+        walk at the last trusted one; empty ones are not there. ``None`` when there is no address to be had (a unix
+        socket that is not trusted, or whose proxy names nobody).
         """
         peer = scope.get("client")
         host = peer[0] if peer else None
         if not host:
-            return None
+            if not self._trusts_unix:
+                return None
+            host = self._walk(scope, "")
+            return self._shared_by(host) if host else None
         if len(host) > _LONGEST_ADDRESS:
             return str(host)
         if self._trusted and self._is_trusted(host):
@@ -155,18 +107,19 @@ class Addressing:
     def trusts_peer(self, scope: Scope) -> bool:
         """Whether the forwarding header of this request is believed."""
         host = peer_host(scope)
-        return bool(host and self._trusted and len(host) <= _LONGEST_ADDRESS and self._is_trusted(host))
+        if not host:
+            return self._trusts_unix
+        return bool(self._trusted and len(host) <= _LONGEST_ADDRESS and self._is_trusted(host))
 
     def _walk(self, scope: Scope, peer: str) -> str:
         client = peer
-        for line in reversed(header_values(scope, self.header)):
-            for entry in reversed(self._entries(line)):
-                address = parse_address(entry)
-                if address is None:
-                    return client
-                client = str(address)
-                if not self._is_trusted(client):
-                    return client
+        for entry in self._entries(header_values(scope, self.header)):
+            address = parse_address(entry)
+            if address is None:
+                return client
+            client = str(address)
+            if not self._is_trusted(client):
+                return client
         return client
 
     def _is_trusted_uncached(self, host: str) -> bool:
@@ -189,34 +142,6 @@ def is_plain_address(client: str) -> bool:
     except ValueError:
         return False
     return client == str(read)
-
-
-def _x_forwarded_for(line: bytes) -> list[str]:
-    return line.decode("latin-1").split(",")
-
-
-def _forwarded(line: bytes) -> list[str]:
-    """The ``for`` of every element (RFC 7239); an element without one gives an entry that is no address."""
-    text = line.decode("latin-1")
-    if text.count('"') % 2:
-        # A client's open quote would swallow the element that the proxy has put behind it.
-        return [""]
-    found = []
-    for element in _split_outside_quotes(text):
-        match = _FORWARDED_FOR.search(element)
-        found.append((match[1] or match[2] or "") if match else "")
-    return found
-
-
-def _split_outside_quotes(text: str) -> list[str]:
-    parts, start, quoted = [], 0, False
-    for i, char in enumerate(text):
-        if char == '"':
-            quoted = not quoted
-        elif char == "," and not quoted:
-            parts.append(text[start:i])
-            start = i + 1
-    return [*parts, text[start:]]
 
 
 class UnreadableBody(Exception):

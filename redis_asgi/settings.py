@@ -1,7 +1,6 @@
 """Environment variables in, one validated and frozen `Settings` out: the only reader of the environment."""
 
 import difflib
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from redis.asyncio.connection import parse_url
 
 from .errors import ConfigurationError
+from .networks import read_network
 from .notation import MAX_QUOTA, MAX_WINDOW, Limit, read_limits
+from .paths import pattern_problem
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 StrategyName = Literal["fixed-window", "sliding-window-counter", "moving-window", "gcra"]
 OnRedisError = Literal["local", "open", "closed"]
 HeaderStyle = Literal["ietf", "legacy", "both", "none"]
@@ -133,18 +133,20 @@ def _partition(value: str) -> str:
 
 
 def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
-    for text in value:
-        try:
-            ipaddress.ip_network(text)
-        except ValueError as error:
-            raise ValueError(f"{text!r} is not an address or CIDR ({error})") from None
-    return value
+    return tuple(map(read_network, value))
+
+
+def _header_name(value: str) -> str:
+    if not _TOKEN.fullmatch(value):
+        raise ValueError("not a header name")
+    return value.lower()
 
 
 def _paths(value: tuple[str, ...]) -> tuple[str, ...]:
     for path in value:
-        if not path.startswith(("/", "*")):
-            raise ValueError(f"{path!r} does not start with '/' or '*'")
+        problem = pattern_problem(path)
+        if problem:
+            raise ValueError(f"{path!r} {problem}")
     return value
 
 
@@ -245,7 +247,7 @@ class Settings(BaseSettings):
     RATE_LIMIT_TRUSTED_PROXIES: Annotated[tuple[str, ...], NoDecode, AfterValidator(_networks)] = Field(
         (), examples=["10.0.0.0/8,192.0.2.7"]
     )
-    RATE_LIMIT_FORWARDED_HEADER: Literal["x-forwarded-for", "forwarded"] = Field(
+    RATE_LIMIT_FORWARDED_HEADER: Annotated[str, AfterValidator(_header_name)] = Field(
         "x-forwarded-for", examples=["x-forwarded-for"]
     )
     RATE_LIMIT_IPV6_PREFIX: int = Field(64, ge=1, le=128, examples=[64])

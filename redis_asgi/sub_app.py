@@ -1,6 +1,6 @@
 """`SubApp`: the base of what is mounted beside an app, such as its health checks: read-only, small and quiet."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from .errors import ConfigurationError
-from .scope import route_path
+from .paths import route_path
 
 Authorize: TypeAlias = Callable[[HTTPConnection], bool | Awaitable[bool]]
 
@@ -48,7 +48,7 @@ class SubApp:
     """An ASGI app of a few read-only pages, to be mounted in another or served by itself.
 
     GET and HEAD, else 405; an unknown path is 404; a WebSocket is closed before it is accepted; a server's lifespan
-    is answered. `RateLimitMiddleware` does not count requests to its instances.
+    is answered. `RateLimitMiddleware` does not count requests for the pages of its instances.
 
     Args:
         pages: The path below the mount, without a final slash (``""`` is the root), to what answers there.
@@ -70,6 +70,11 @@ class SubApp:
         self._authorize = authorize
         self._open_pages = open_pages
 
+    @property
+    def pages(self) -> Sequence[str]:
+        """The paths that answer below the mount, without a final slash; empty for the root."""
+        return tuple(self._pages)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
@@ -79,7 +84,7 @@ class SubApp:
             await _send(await self._answer(scope), scope, send)
 
     async def _answer(self, scope: Scope) -> Answer:
-        path = route_path(scope)
+        path = route_path(scope).removesuffix("/")
         page = self._pages.get(path)
         if page is None:
             return _problem(404, "Not Found")

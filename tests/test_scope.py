@@ -1,31 +1,26 @@
-"""What is read from a scope: paths, addresses, bodies."""
+"""What is read from a scope: addresses, bodies."""
 
 import asyncio
 import ipaddress
 import json
-import re
 import tracemalloc
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette._utils import get_route_path
 from starlette.types import Message, Receive, Scope
 
-from redis_asgi import ConfigurationError, Settings
+from redis_asgi import Settings
 from redis_asgi.scope import (
     Addressing,
     BufferedRequest,
-    PathPattern,
     UnreadableBody,
     header_values,
     is_plain_address,
     is_preflight,
     parse_address,
-    path_patterns,
-    route_path,
 )
 
 
@@ -45,137 +40,6 @@ def http(
         "client": None if client is None else (client, 1234),
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
     }
-
-
-# Paths
-
-
-@pytest.mark.parametrize(
-    ("path", "root_path", "expected"),
-    [
-        pytest.param("/api/x", "", "/api/x", id="no root"),
-        pytest.param("/root/api/x", "/root", "/api/x", id="below the root"),
-        pytest.param("/root", "/root", "", id="the root itself"),
-        pytest.param("/root/", "/root", "", id="the root with a slash"),
-        pytest.param("/rooted/x", "/root", "/rooted/x", id="only the same letters"),
-        pytest.param("/api/x", "/root", "/api/x", id="server that strips the root"),
-        pytest.param("/api/x/", "", "/api/x", id="one trailing slash"),
-        pytest.param("/api/x//", "", "/api/x/", id="two trailing slashes"),
-        pytest.param("/", "", "", id="top"),
-        pytest.param("/ü/%2F", "", "/ü/%2F", id="already decoded"),
-    ],
-)
-def test_route_path(path: str, root_path: str, expected: str) -> None:
-    """The path below ``root_path``, without one trailing slash."""
-    assert expected == route_path(http(path=path, root_path=root_path))
-
-
-@given(path=st.from_regex(r"/[a/]{0,6}", fullmatch=True), root=st.from_regex(r"(/a{1,3}){0,2}", fullmatch=True))
-def test_route_path_follows_starlette(path: str, root: str) -> None:
-    """But for the trailing slash the rule is the framework's own."""
-    scope = http(path=path, root_path=root)
-
-    assert get_route_path(scope).removesuffix("/") == route_path(scope)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "path", "expected"),
-    [
-        ("/api", "/api", True),
-        ("/api", "/api/x", False),
-        ("/api", "/apis", False),
-        ("/api", "/API", False),
-        ("/api/", "/api", True),
-        ("/api/*", "/api/x", True),
-        ("/api/*", "/api/x/y", True),
-        ("/api/*", "/api", True),
-        ("/api/*", "/apis", False),
-        ("/api*", "/apis/x", True),
-        ("/*/items", "/a/items", True),
-        ("/*/items", "/a/b/items", True),
-        ("/*/items", "/items", False),
-        ("/*/items", "/a/items/x", False),
-        ("*", "", True),
-        ("*", "/anything", True),
-        ("/*", "", True),
-        ("/*", "/anything", True),
-        ("/", "", True),
-        ("/", "/x", False),
-        ("*.json", "/x/y.json", True),
-        ("*.json", "/x/y.jsonl", False),
-        ("/a*b*c", "/abc", True),
-        ("/a*b*c", "/acb", False),
-        ("/a*a", "/a", False),
-        ("/ab*ba", "/aba", False),
-        ("/a**b", "/axb", True),
-        ("/v?/x", "/v1/x", False),
-        ("/v[12]/x", "/v1/x", False),
-        ("/a.c", "/abc", False),
-        ("/a.c", "/a.c", True),
-        ("/a*c", "/a\nc", True),
-        ("/{id}", "/7", False),
-    ],
-)
-def test_path_pattern(pattern: str, path: str, expected: bool) -> None:
-    """``*`` is any run of characters, ``/*`` at the end also nothing at all, and nothing else is special."""
-    assert expected is PathPattern(pattern).matches(path)
-
-
-def _oracle(pattern: str, path: str) -> bool:
-    def covers(text: str) -> bool:
-        return re.fullmatch(".*".join(map(re.escape, text.split("*"))), path, re.DOTALL) is not None
-
-    whole = pattern.removesuffix("/")
-    return covers(whole) or (pattern.endswith("/*") and covers(pattern[:-2]))
-
-
-@given(
-    pattern=st.from_regex(r"[/*][ab/*]{0,8}", fullmatch=True),
-    path=st.from_regex(r"(/[ab/]{0,8})?", fullmatch=True),
-)
-def test_path_pattern_agrees_with_a_regular_expression(pattern: str, path: str) -> None:
-    """Whatever the pattern, the answer is that of the obvious regular expression."""
-    assert _oracle(pattern, path) is PathPattern(pattern).matches(path)
-
-
-class CountingPath(str):
-    """A path that counts where it is searched from."""
-
-    __slots__ = ("searched",)
-
-    searched: list[tuple[int, int]]
-
-    def find(self, sub: str, start: SupportsIndex | None = None, end: SupportsIndex | None = None, /) -> int:
-        found = super().find(sub, start, end)
-        self.searched.append((int(start or 0), found if found >= 0 else len(self)))
-        return found
-
-
-def test_hostile_pattern_walks_the_path_once() -> None:
-    """Where a regular expression would try every split, each part is looked for once, and never back."""
-    path = CountingPath("/" + "a" * 5000)
-    path.searched = []
-    pattern = PathPattern("/" + "*a" * 200 + "*b*c")
-
-    assert not pattern.matches(path)
-    starts = [start for start, _ in path.searched]
-    assert len(starts) <= 202
-    assert sorted(starts) == starts
-    assert all(found <= start + 1 for start, found in path.searched[:-1])
-
-
-@pytest.mark.parametrize("pattern", ["", "api", " /api", "http://x/api"])
-def test_pattern_that_could_match_nothing_is_refused(pattern: str) -> None:
-    """A pattern starts like a path or with a star."""
-    with pytest.raises(ConfigurationError, match=r"Try '/api/\*'"):
-        PathPattern(pattern)
-
-
-def test_patterns_come_alone_or_in_numbers() -> None:
-    """One pattern, several, or none."""
-    assert path_patterns("/a") == (PathPattern("/a"),)
-    assert path_patterns(["/a", "/b"]) == (PathPattern("/a"), PathPattern("/b"))
-    assert path_patterns(None) == ()
 
 
 def test_header_values_keep_their_order() -> None:
@@ -285,7 +149,11 @@ PROXIES = "10.0.0.0/8,192.0.2.1,2001:db8:ffff::/48"
         pytest.param("192.0.2.1", ["198.51.100.7, junk, 10.0.0.1"], "10.0.0.1", id="junk further left"),
         pytest.param("192.0.2.1", ["junk, 198.51.100.7"], "198.51.100.7", id="junk left of the client"),
         pytest.param("192.0.2.1", [""], "192.0.2.1", id="empty header"),
-        pytest.param("192.0.2.1", ["198.51.100.7,"], "192.0.2.1", id="empty entry"),
+        pytest.param("192.0.2.1", ["198.51.100.7,"], "198.51.100.7", id="empty entry"),
+        pytest.param("192.0.2.1", [",, 198.51.100.7\t,,10.0.0.1 , "], "198.51.100.7", id="empty entries"),
+        pytest.param("192.0.2.1", ["198.51.100.7", "", " , "], "198.51.100.7", id="empty lines"),
+        pytest.param("192.0.2.1", ["64:ff9b::198.51.100.7"], "198.51.100.7", id="translated client"),
+        pytest.param("64:ff9b::c000:201", ["198.51.100.7"], "198.51.100.7", id="translated proxy"),
         pytest.param("192.0.2.1", ["unknown"], "192.0.2.1", id="unknown"),
         pytest.param("192.0.2.1", ["198.51.100.7:5555"], "198.51.100.7", id="with a port"),
         pytest.param("192.0.2.1", ["[2001:db8:1:2::3]:5555"], "2001:db8:1:2::/64", id="IPv6 with a port"),
@@ -298,6 +166,7 @@ PROXIES = "10.0.0.0/8,192.0.2.1,2001:db8:ffff::/48"
         pytest.param("h" * 300, ["198.51.100.7"], "h" * 300, id="long name as peer"),
         pytest.param("", ["198.51.100.7"], None, id="empty peer"),
         pytest.param(None, ["198.51.100.7"], None, id="unix socket"),
+        pytest.param("64:ff9b::198.51.100.7", [], "198.51.100.7", id="translated peer"),
     ],
 )
 def test_client_behind_proxies(peer: str | None, lines: Sequence[str], expected: str | None) -> None:
@@ -312,6 +181,61 @@ def test_spoofed_header_without_trust_changes_nothing(header: str) -> None:
 
     assert addressing().client(scope) == "203.0.113.9"
     assert not addressing().trusts_peer(scope)
+
+
+@pytest.mark.parametrize("peer", [None, "", ["", 0]])
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["198.51.100.7"], "198.51.100.7"),
+        (["6.6.6.6, 198.51.100.7, 10.0.0.1"], "198.51.100.7"),
+        (["10.0.0.1"], "10.0.0.1"),
+        (["2001:db8:1:2::3"], "2001:db8:1:2::/64"),
+        ([], None),
+        (["unknown"], None),
+    ],
+)
+def test_proxy_on_a_unix_socket(peer: Any, lines: Sequence[str], expected: str | None) -> None:
+    """With ``unix`` among the trusted, a peer without an address is a proxy; what it does not say, nobody knows."""
+    scope = {**http(None, xff(*lines)), "client": (peer, 0) if peer == "" else peer}
+
+    assert expected == addressing("unix,10.0.0.0/8").client(scope)
+    assert addressing("unix").trusts_peer(scope)
+    assert addressing("10.0.0.0/8").client(scope) is None
+    assert not addressing("10.0.0.0/8").trusts_peer(scope)
+
+
+@pytest.mark.parametrize("peer", ["unix", "unix:", "testclient", "203.0.113.9"])
+def test_a_peer_with_a_name_is_on_no_unix_socket(peer: str) -> None:
+    """A server may have taken the name from a header."""
+    assert peer == addressing("unix").client(http(peer, xff("6.6.6.6")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        pytest.param(["198.51.100.7"], "198.51.100.7", id="one"),
+        pytest.param([" 198.51.100.7\t"], "198.51.100.7", id="blanks"),
+        pytest.param(["2001:db8:1:2::3"], "2001:db8:1:2::/64", id="IPv6"),
+        pytest.param(["::ffff:198.51.100.7"], "198.51.100.7", id="IPv4-mapped"),
+        pytest.param(["10.0.0.9"], "10.0.0.9", id="a proxy's own"),
+        pytest.param([], "192.0.2.1", id="none"),
+        pytest.param([""], "192.0.2.1", id="empty"),
+        pytest.param(["unknown"], "192.0.2.1", id="no address"),
+        pytest.param(["6.6.6.6, 198.51.100.7"], "192.0.2.1", id="a list"),
+        pytest.param(["198.51.100.7,"], "192.0.2.1", id="a list of one"),
+        pytest.param(["6.6.6.6", "198.51.100.7"], "192.0.2.1", id="two lines"),
+        pytest.param(["198.51.100.7", "198.51.100.7"], "192.0.2.1", id="two equal lines"),
+        pytest.param(["198.51.100.7", ""], "192.0.2.1", id="an empty line beside it"),
+    ],
+)
+@pytest.mark.parametrize("header", ["x-real-ip", "CF-Connecting-IP", "True-Client-IP", "fly-client-ip"])
+def test_header_with_one_address(header: str, lines: Sequence[str], expected: str) -> None:
+    """Exactly one line with one address, from a trusted peer; anything more was put there by somebody else."""
+    scope = http("192.0.2.1", [(header.lower(), line) for line in lines])
+
+    assert expected == addressing(PROXIES, header).client(scope)
+    assert addressing(PROXIES, header).client({**scope, "client": ("203.0.113.9", 1)}) == "203.0.113.9"
 
 
 def test_only_the_chosen_header_is_read() -> None:
@@ -342,12 +266,27 @@ def test_only_the_chosen_header_is_read() -> None:
         pytest.param(["for=6.6.6.6, proto=https"], "192.0.2.1", id="element without for"),
         pytest.param(["for="], "192.0.2.1", id="empty for"),
         pytest.param(["xfor=6.6.6.6"], "192.0.2.1", id="another parameter"),
-        pytest.param(["for=6.6.6.6, "], "192.0.2.1", id="empty element"),
+        pytest.param(["for=198.51.100.7, "], "198.51.100.7", id="empty element"),
+        pytest.param([", ,for=198.51.100.7,,", "", " "], "198.51.100.7", id="empty elements and lines"),
+        pytest.param([";;for=198.51.100.7;;"], "198.51.100.7", id="empty parameters"),
         pytest.param([""], "192.0.2.1", id="empty header"),
-        pytest.param(['x="a;for=6.6.6.6;y=, for=198.51.100.7'], "192.0.2.1", id="open quote before the proxy's"),
-        pytest.param(['x="a;for=6.6.6.6;y=, for="[2001:db8::1]"'], "192.0.2.1", id="open quote before a quoted one"),
-        pytest.param(['x="\\";for=6.6.6.6;y=", for=198.51.100.7'], "192.0.2.1", id="escaped quote"),
+        pytest.param(['x="a;for=6.6.6.6;y=, for=198.51.100.7'], "198.51.100.7", id="open quote before the proxy's"),
+        pytest.param(
+            ['x="a;for=6.6.6.6;y=, for="[2001:db8::1]"'], "2001:db8::/64", id="open quote before a quoted one"
+        ),
+        pytest.param(['x="\\";for=6.6.6.6;y=", for=198.51.100.7'], "198.51.100.7", id="escaped quote"),
         pytest.param(['x="\\", for=198.51.100.7'], "198.51.100.7", id="escaped quote that evens out"),
+        pytest.param(['for=198.51.100.7;host="a;for=6.6.6.6;b"'], "198.51.100.7", id="semicolon within quotes"),
+        pytest.param(['for=198.51.100.7;host="a\\", for=6.6.6.6"'], "198.51.100.7", id="escaped quote within quotes"),
+        pytest.param(['for=198.51.100.7;host="a\\\\"'], "198.51.100.7", id="escaped backslash before the end"),
+        pytest.param(['for=198.51.100.7;host="a", for=6.6.6.6"'], "192.0.2.1", id="open quote of the proxy's"),
+        pytest.param(['for="198.51\\.100.7"'], "198.51.100.7", id="quoted pair"),
+        pytest.param(["for=6.6.6.6;for=198.51.100.7"], "192.0.2.1", id="for twice"),
+        pytest.param(['for="";for=198.51.100.7'], "192.0.2.1", id="for twice, empty"),
+        pytest.param(["for=198.51.100.7 6.6.6.6"], "192.0.2.1", id="blank within"),
+        pytest.param(["for=198.51.100.7;x"], "192.0.2.1", id="parameter without a value"),
+        pytest.param(["for"], "192.0.2.1", id="name alone"),
+        pytest.param(['"for=198.51.100.7"'], "192.0.2.1", id="all in quotes"),
     ],
 )
 def test_forwarded_header(lines: Sequence[str], expected: str) -> None:

@@ -86,9 +86,10 @@ async def partition_of(client: str, by: str | None, settings: Settings) -> Parti
     if by == "ip":
         return await _partition_of_address(client, settings)
     if kind == "header" and name:
-        by = f"header:{by_header(name).name}"
-        # As Starlette reads a field: bytes as Latin-1, without blanks around them.
-        client = os.fsencode(client).decode("latin-1").strip()
+        header = by_header(name)
+        by = f"header:{header.name}"
+        # As it comes in a field: bytes as Latin-1.
+        client = header.fold(os.fsencode(client).decode("latin-1"))
     elif by not in ("user", "custom"):
         raise ConfigurationError(f"--by={by!r} is not ip, header:NAME, user or custom. Try --by header:x-api-key.")
     return make_partition(by, client, prefix=settings.REDIS_KEY_PREFIX, secret=settings.key_secret)

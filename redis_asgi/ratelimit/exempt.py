@@ -1,67 +1,56 @@
-"""Which requests are never counted: paths, what a callable says, and the package's own sub-apps wherever they hang."""
+"""Which requests are never counted: paths, what a callable says, and the pages of the package's own sub-apps."""
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
 from typing import TypeAlias
 
 from starlette.requests import HTTPConnection
-from starlette.routing import Mount
-from starlette.types import ASGIApp, Scope
+from starlette.types import Scope
 
-from ..scope import PathPattern, path_patterns, route_path
+from ..paths import path_patterns
 from ..settings import Settings
-from ..sub_app import SubApp
+from .routing import Routing
 
 Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
-
-_DEEPEST = 64  # apps within apps; a wrapper that holds itself must not hold us
 
 
 class Exemptions:
     """What one middleware leaves alone.
 
+    Of the package's own sub-apps that is exactly the pages that they answer, and of the user's patterns what they cover
+    however the path is spelled: a request is served uncounted only if that is what every router would say.
+
     Args:
-        app: The wrapped app, whose mounts are walked at the first request.
+        routing: The routers of the wrapped app.
         exempt: Path patterns, or a callable that is given the connection.
     """
 
-    def __init__(self, app: ASGIApp, exempt: Exempt | None, settings: Settings) -> None:
-        self._app = app
+    def __init__(self, routing: Routing, exempt: Exempt | None, settings: Settings) -> None:
+        self._routing = routing
         self._paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS)
         self._says_so = exempt if callable(exempt) else None
         if not callable(exempt):
             self._paths += path_patterns(exempt)
-        self._has_walked = False
+        self._has_looked = False
         self.any = True
 
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""
-        if not self._has_walked:
-            self._has_walked = True
-            self._paths += tuple(PathPattern(f"{path}/*") for path in sub_app_paths(self._app))
-            self.any = bool(self._paths or self._says_so)
-        if self._paths:
-            path = route_path(scope)
-            if any(pattern.matches(path) for pattern in self._paths):
-                return True
+        if not self._has_looked:
+            self._has_looked = True
+            self.any = bool(self._paths or self._says_so or self._routing.has_pages)
+        if self._routing.is_page(scope) or (self._paths and self._is_exempt_path(scope)):
+            return True
         if self._says_so is None:
             return False
         said = self._says_so(HTTPConnection(scope))
         return bool(await said if isawaitable(said) else said)
 
-
-def sub_app_paths(app: object, prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """Where the package's own sub-apps are mounted below *app*, through the middlewares and routers on the way.
-
-    Only mounts are looked at, and only for what hangs at their end; a prefix with a parameter or a ``*`` is left out.
-    """
-    for _ in range(_DEEPEST):
-        if isinstance(app, SubApp):
-            yield prefix
-            return
-        if isinstance(routes := getattr(app, "routes", None), list):
-            for route in routes if depth < _DEEPEST else ():
-                if isinstance(route, Mount) and not set(route.path) & set("{*"):
-                    yield from sub_app_paths(route.app, prefix + route.path, depth + 1)
-            return
-        app = getattr(app, "app", None)
+    def _is_exempt_path(self, scope: Scope) -> bool:
+        path = self._routing.path(scope)
+        if not any(pattern.matches(path) for pattern in self._paths):
+            return False
+        spelled = self._routing.spell(path, scope)
+        return bool(spelled) and all(
+            any(pattern.matches(each) or pattern.covers((each,)) for pattern in self._paths) for each in spelled
+        )

@@ -32,14 +32,16 @@ class Linter:
         self.looks -= 1
         host = peer_host(scope)
         if not host:
-            self._say(
-                "no_client_address",
-                "The server gives no client address, as on a unix socket, so all clients share one counter. Let the "
-                "proxy overwrite its forwarding header and the server apply it, or partition by something else.",
-            )
+            if self._addressing.client(scope) is None:
+                self._say(
+                    "no_client_address",
+                    "The server gives no client address, as on a unix socket, so all clients share one counter. If a "
+                    "proxy is at its other end, set RATE_LIMIT_TRUSTED_PROXIES=unix, and the proxy to overwrite its "
+                    "forwarding header; or partition by something else.",
+                )
             return
         for name, value in scope["headers"]:
-            if name in _FORWARDING and not self._addressing.trusts_peer(scope):
+            if (name in _FORWARDING or name == self._addressing.header) and not self._addressing.trusts_peer(scope):
                 # Silent when the server has applied the header: the peer is then one of its addresses.
                 if host.encode("utf-8", "replace") not in value:
                     self._say(

@@ -21,10 +21,11 @@ from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
 from .lint import Linter
-from .partition import LONGEST_CACHED, MissingIdentity, PartitionBy
+from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
 from .request import RuleCheck
 from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
+from .routing import Routing
 from .rules import Limits, Rule, check_choice, compile_rules, same_identity
 
 
@@ -46,7 +47,7 @@ class RateLimitMiddleware:
         on_redis_error: When Redis does not answer: ``local``, ``open`` or ``closed``; ``None`` =
             ``RATE_LIMIT_ON_REDIS_ERROR``.
         exempt: Path patterns that are never counted, or a callable that says so; in addition to
-            ``RATE_LIMIT_EXEMPT_PATHS`` and to the package's own sub-apps (health, metrics) mounted in *app*.
+            ``RATE_LIMIT_EXEMPT_PATHS`` and to the pages of the package's own sub-apps (health, metrics) in *app*.
         on_exceeded: Given the connection and the `Decision`, may return another response than the 429.
         headers: ``ietf``, ``legacy``, ``both`` or ``none``; ``None`` = ``RATE_LIMIT_HEADERS``.
         redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
@@ -92,7 +93,8 @@ class RateLimitMiddleware:
         self._counts = self._engine.counts
         if any(rule.on_redis_error == "closed" for rule in self._rules):
             self._manager.fails_closed = True
-        self._exemptions = Exemptions(app, exempt, settings)
+        self._routing = Routing(app)
+        self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None and not callable(on_exceeded):
             raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
         self._on_exceeded = on_exceeded
@@ -109,6 +111,8 @@ class RateLimitMiddleware:
         if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        # For `client_ip` in every callable from here on, those of the app included.
+        scope[ADDRESSING] = self._addressing
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
             return
@@ -122,7 +126,9 @@ class RateLimitMiddleware:
                 asked = self._engine.ask(charges)
                 verdict: Verdict | None = asked if isinstance(asked, Verdict) else await asked.future
             else:
-                check = RuleCheck(self._rules, self._engine, self._linter, self._body_cap, scope, receive, outer)
+                check = RuleCheck(
+                    self._rules, self._routing, self._engine, self._linter, self._body_cap, scope, receive, outer
+                )
                 verdict, receive = await check.decide(), check.receive
         except MissingIdentity as missing:
             self._counts.request("refused", "none")

@@ -1,5 +1,6 @@
 """Who shares a counter: the ready ``partition_by`` callables, and how any of them becomes a `Partition`."""
 
+import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from inspect import isawaitable
@@ -15,10 +16,14 @@ from .policy import Partition, make_partition
 
 PartitionBy: TypeAlias = Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 
-# Set while a user's own callable runs, so that `client_ip` inside it believes the same proxies.
+# Whom a request comes from is asked in one way: the middleware's (without one, the first per-route limit's), by every
+# callable of the user's, by the limits of routes below and by the app itself.
 ADDRESSING = "redis_asgi.addressing"
 # The one partition of all clients whose server gives no address (a unix socket).
 UNKNOWN = "unknown"
+# Their values begin with a scheme, whose case and blanks say nothing (RFC 9110, 11.1).
+_CREDENTIALS = frozenset(("authorization", "proxy-authorization"))
+_BLANKS = re.compile(r"[ \t]+")
 # Longer identities are hashed each time: a cache must not hold a megabyte per entry.
 LONGEST_CACHED = 256
 
@@ -46,7 +51,8 @@ class by_header:  # noqa: N801 - reads as a function where it is used
     A header that nothing verifies is an identity the client chooses: whoever sends a new value for every
     request is never limited. Put the middleware inside the one that checks the key, or add a second rule by
     `client_ip`. A request without the header, or with an empty one, is counted by
-    ``RATE_LIMIT_MISSING_IDENTITY``.
+    ``RATE_LIMIT_MISSING_IDENTITY``. Spaces and tabs around the value do not matter, and of ``Authorization`` and
+    ``Proxy-Authorization`` neither the scheme's case nor the blanks behind it; everything else is another identity.
 
     Raises:
         ConfigurationError: If *name* is not a header name.
@@ -57,18 +63,26 @@ class by_header:  # noqa: N801 - reads as a function where it is used
             raise ConfigurationError(f"by_header({name!r}): not a header name. Try by_header('x-api-key').")
         self.name = name.lower()
         self._raw = self.name.encode()
+        self._has_scheme = self.name in _CREDENTIALS
 
     def __call__(self, conn: HTTPConnection) -> str | None:
         return self.read(conn.scope)
 
     def read(self, scope: Scope) -> str | None:
-        """The first field line's value, as Starlette reads it; ``None`` when absent or empty."""
+        """The identity in the first field line, the one that Starlette reads; ``None`` when absent or empty."""
         raw = self._raw
         for name, value in scope["headers"]:
             if name == raw:
-                text: str = value.decode("latin-1")
-                return text.strip() or None
+                return self.fold(value.decode("latin-1")) or None
         return None
+
+    def fold(self, value: str) -> str:
+        """The identity that a field *value* names, however it is spelled: ``BEARER   x`` as ``bearer x``."""
+        value = value.strip(" \t")
+        if not self._has_scheme:
+            return value
+        scheme, *rest = _BLANKS.split(value, 1)
+        return f"{scheme.lower()} {rest[0]}" if rest else value  # a key without a scheme is as it is
 
 
 def by_user(conn: HTTPConnection) -> str | None:
@@ -142,13 +156,13 @@ class Partitioner:
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.
         """
+        addressing: Addressing = scope.setdefault(ADDRESSING, self._addressing)
         if self.by_address:
-            return self.of_address(self._addressing.client(scope))
+            return self.of_address(addressing.client(scope))
         by = self._by
         if isinstance(by, by_header):
             value = by.read(scope)
         else:
-            scope[ADDRESSING] = self._addressing
             said = by(HTTPConnection(scope))
             value = await said if isawaitable(said) else said
             if value is not None and not isinstance(value, str):
@@ -159,7 +173,7 @@ class Partitioner:
             return None
         if self._missing == "refuse":
             raise MissingIdentity(self.kind)
-        return self.of_address(self._addressing.client(scope)) if self._missing == "ip" else self._of_value("")
+        return self.of_address(addressing.client(scope)) if self._missing == "ip" else self._of_value("")
 
     def of_identity(self, identity: str) -> Partition:
         """The partition of what `read` gave."""

@@ -7,11 +7,12 @@ from inspect import isawaitable
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope
 
-from ..scope import BufferedRequest, UnreadableBody, route_path
+from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine, Verdict
 from .ledger import RequestDecision
 from .lint import Linter
 from .policy import Charge, Charges, PolicySet
+from .routing import Routing
 from .rules import CompiledRule, check_cost
 
 
@@ -19,6 +20,7 @@ class RuleCheck:
     """One request on its way through the rules.
 
     Args:
+        routing: The routers of the wrapped app, for what they may take the path for.
         body_cap: The most a cost callable may read of the body, in bytes.
         outer: What an outer instance has put this request to already.
 
@@ -26,11 +28,12 @@ class RuleCheck:
         receive: What the app is to receive from: with a body that was read ahead in front.
     """
 
-    __slots__ = ("_body_cap", "_engine", "_linter", "_outer", "_rules", "_scope", "receive")
+    __slots__ = ("_body_cap", "_engine", "_linter", "_outer", "_routing", "_rules", "_scope", "receive")
 
     def __init__(
         self,
         rules: Sequence[CompiledRule],
+        routing: Routing,
         engine: Engine,
         linter: Linter,
         body_cap: int,
@@ -39,6 +42,7 @@ class RuleCheck:
         outer: RequestDecision | None,
     ) -> None:
         self._rules = rules
+        self._routing = routing
         self._engine = engine
         self._linter = linter
         self._body_cap = body_cap
@@ -52,10 +56,10 @@ class RuleCheck:
         Raises:
             MissingIdentity: A rule's identity is missing and the setting says to refuse.
         """
-        path = route_path(self._scope)
+        spelled = self._routing.spellings(self._scope)
         asked: list[tuple[CompiledRule, Charge]] = []
         for rule in self._rules:
-            if rule.covers(self._scope, path):
+            if rule.covers(self._scope, spelled):
                 charge = await self._charge(rule)
                 if charge is not None and self._outer is not None:
                     charge = self._left_over(charge, self._outer)

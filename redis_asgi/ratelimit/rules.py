@@ -13,9 +13,10 @@ from starlette.types import Scope
 
 from ..errors import ConfigurationError
 from ..notation import parse_limits
-from ..scope import Addressing, PathPattern, is_preflight, path_patterns
+from ..paths import PathPattern, Spellings, path_patterns
+from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
-from .partition import PartitionBy, Partitioner
+from .partition import ADDRESSING, PartitionBy, Partitioner
 from .policy import Charge, Partition, Policy, PolicySet
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -91,7 +92,9 @@ class Rule:
             for "not limited".
         name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
             (``default``).
-        paths: Patterns where ``*`` is any run of characters; ``None`` = every path.
+        paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
+            spelling of such a path an app may serve it, see `redis_asgi.paths`.
+        case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
         methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight. ``GET`` covers HEAD;
             ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
         partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
@@ -120,6 +123,7 @@ class Rule:
     on_redis_error: OnRedisError | None = None
     shadow: bool = False
     count_if: CountIf | None = None
+    case_sensitive: bool = True
 
     def __post_init__(self) -> None:  # noqa: C901 - one check per field
         if self.name is not None:
@@ -143,9 +147,11 @@ class Rule:
                 check_cost(self.cost)
             except ValueError as error:
                 raise ConfigurationError(f"{error} Try 1.") from None
+        if not isinstance(self.case_sensitive, bool):
+            raise ConfigurationError(f"case_sensitive={self.case_sensitive!r} is not True or False.")
         if self.paths is not None:
             paths = _several("paths", self.paths, "'/api/*'")
-            path_patterns(paths)
+            path_patterns(paths, case_sensitive=self.case_sensitive)
             object.__setattr__(self, "paths", paths)
         if self.methods is not None:
             methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
@@ -186,10 +192,11 @@ class CompiledRule:
         self.count_if = rule.count_if
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
         self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
+        self._addressing = addressing
         self._limits = rule.limits
         self._strategy: StrategyName = rule.strategy or strategy
         self._shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
-        self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths)
+        self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.everywhere = not self._paths and self._methods is None
         self._has_warned = False
@@ -212,6 +219,7 @@ class CompiledRule:
         """A request's policies under this rule, asked of the user where they are dynamic; ``None``: not limited."""
         if self.policies is not None or isinstance(self._limits, str):
             return self.policies
+        conn.scope.setdefault(ADDRESSING, self._addressing)
         said = self._limits(conn)
         notation = await said if inspect.isawaitable(said) else said
         return None if notation is None else self.read(notation)
@@ -229,17 +237,23 @@ class CompiledRule:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
 
-    def covers(self, scope: Scope, path: str) -> bool:
-        """Whether a request to *path* (see `redis_asgi.scope.route_path`) is this rule's business."""
+    def covers(self, scope: Scope, spelled: Spellings) -> bool:
+        """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
         if self.everywhere:
             return scope.get("method") != "OPTIONS" or not is_preflight(scope)
-        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
+        # Some servers pass a method on as it is written, and some frameworks do not care.
+        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
         if self._methods is None:
             if method == "OPTIONS" and is_preflight(scope):
                 return False
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
-        return not self._paths or any(pattern.matches(path) for pattern in self._paths)
+        if not self._paths:
+            return True
+        for pattern in self._paths:  # noqa: SIM110 - a generator would cost more than what it asks
+            if pattern.covers(spelled):
+                return True
+        return False
 
 
 def warns_of_small_quotas(policies: PolicySet) -> bool:

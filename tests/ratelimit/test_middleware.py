@@ -537,6 +537,20 @@ async def test_likely_misconfigurations_are_said_once(settings: Settings, caplog
     assert all(record.__dict__["fix"] for record in caplog.records)
 
 
+async def test_a_trusted_unix_socket_is_no_misconfiguration(caplog: pytest.LogCaptureFixture) -> None:
+    """Unless the proxy names nobody; a header of one's own choice from a stranger is told of too."""
+    settings = memory(RATE_LIMIT_TRUSTED_PROXIES="unix", RATE_LIMIT_FORWARDED_HEADER="x-real-ip")
+    app = RateLimitMiddleware(Spy(), "100/minute", settings=settings)
+    codes = []
+    for client, headers in ((None, [(b"x-real-ip", b"1.1.1.1")]), (None, []), (("2.2.2.2", 1), [(b"x-real-ip", b"1")])):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "redis_asgi"):
+            await drive(app, http_scope(client=client, headers=headers))
+        codes.append([record.__dict__["code"] for record in caplog.records])
+
+    assert [[], ["no_client_address"], ["forwarded_header_untrusted"]] == codes
+
+
 async def test_no_address_is_one_partition(settings: Settings) -> None:
     """Clients of a unix socket share one counter, which is nobody else's."""
     app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)

@@ -3,14 +3,29 @@
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 from starlette.authentication import BaseUser, SimpleUser, UnauthenticatedUser
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from starlette.types import Scope
 
-from redis_asgi import ConfigurationError, Settings, by_header, by_user, client_ip
+from redis_asgi import (
+    ConfigurationError,
+    RateLimitMiddleware,
+    RedisManager,
+    Rule,
+    Settings,
+    by_header,
+    by_user,
+    client_ip,
+    rate_limit,
+)
 from redis_asgi.ratelimit.partition import LONGEST_CACHED, MissingIdentity, Partitioner
 from redis_asgi.ratelimit.policy import Partition, make_partition
 from redis_asgi.scope import Addressing
+
+from .harness import drive, http_scope, memory
 
 pytestmark = pytest.mark.anyio
 ADDRESS = "203.0.113.7"
@@ -29,7 +44,7 @@ def request(*headers: tuple[str, str], client: Any = (ADDRESS, 50_000), user: An
 async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
     """The partition of that request."""
     settings = Settings(REDIS_URL="memory://", **values)
-    return await Partitioner(by, settings, Addressing(settings))(scope)
+    return await Partitioner(by, settings, Addressing(settings))(dict(scope))  # a request of its own
 
 
 @pytest.mark.parametrize(
@@ -92,6 +107,34 @@ async def test_first_field_line_counts() -> None:
     found = await partition(by_header("x-key"), request(("x-key", " a "), ("x-key", "b")))
 
     assert make_partition("header:x-key", "a") == found
+
+
+@pytest.mark.parametrize("name", ["Authorization", "proxy-authorization"])
+@pytest.mark.parametrize("value", ["Bearer K", "bearer K", "BEARER K", "bEaReR \t  K", "\tBearer\tK  "])
+async def test_credentials_have_one_spelling(name: str, value: str) -> None:
+    """A scheme's case and the blanks behind it say nothing: one key is one client."""
+    found = await partition(by_header(name), request((name.lower(), value)))
+
+    assert make_partition(f"header:{name.lower()}", "bearer K") == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "identity"),
+    [
+        pytest.param("authorization", "Bearer k", "bearer k", id="a key's case"),
+        pytest.param("authorization", "Sk-Key", "Sk-Key", id="a key without a scheme"),
+        pytest.param("authorization", "Bearer K  L", "bearer K  L", id="blanks within the key"),
+        pytest.param("authorization", "Bearer \xa0K", "bearer \xa0K", id="no blank"),
+        pytest.param("x-api-key", "Bearer  K", "Bearer  K", id="another header"),
+        pytest.param("x-api-key", "\t K \t", "K", id="blanks around"),
+        pytest.param("x-api-key", "\xa0K\x85\x1f", "\xa0K\x85\x1f", id="what only Python calls blank"),
+    ],
+)
+async def test_everything_else_is_another_identity(name: str, value: str, identity: str) -> None:
+    """Nobody shares a counter with somebody whose key differs."""
+    found = await partition(by_header(name), request((name, value)))
+
+    assert make_partition(f"header:{name}", identity) == found
 
 
 @pytest.mark.parametrize("value", ["\xff\x00", "a" * (LONGEST_CACHED + 1), "a" * 1_000_000, "{}"])
@@ -208,6 +251,94 @@ async def test_client_ip_inside_a_callable_believes_the_same_proxies() -> None:
     found = await partition(lambda conn: f"web:{client_ip(conn)}", scope, RATE_LIMIT_TRUSTED_PROXIES=(ADDRESS,))
 
     assert make_partition("custom", "web:198.51.100.9") == found
+
+
+BEHIND = {"RATE_LIMIT_TRUSTED_PROXIES": "10.0.0.0/8"}
+FORWARDED = [(b"x-forwarded-for", b"203.0.113.9")]
+
+
+async def _ask(app: Any, **changes: Any) -> int:
+    sent = await drive(app, http_scope(client=("10.0.0.5", 1), headers=FORWARDED, **changes))
+    status: int = sent[0]["status"]
+    return status
+
+
+async def test_every_callable_asks_the_same_proxies() -> None:
+    """Exemptions, limits, costs, partitions, refusals and the app: whom a request comes from is asked in one way."""
+    seen: dict[str, str | None] = {}
+
+    def see(name: str, result: Any) -> Any:
+        def said(conn: HTTPConnection, *_decision: Any) -> Any:
+            seen[name] = client_ip(conn)
+            return result
+
+        return said
+
+    async def home(request: Request) -> PlainTextResponse:
+        seen["app"] = client_ip(request)
+        return PlainTextResponse("home")
+
+    def build(*rules: Rule, **options: Any) -> RateLimitMiddleware:
+        settings = memory(**BEHIND, REDIS_KEY_PREFIX=f"{len(seen)}:")
+        app = Starlette(routes=[Route("/", home)])
+        return RateLimitMiddleware(app, rules=rules, settings=settings, redis=RedisManager(settings), **options)
+
+    assert 200 == await _ask(build(Rule("9/minute"), exempt=see("exempt", result=True)))
+    assert 200 == await _ask(build(Rule(see("limits", "9/minute"), partition_by=see("partition", "me"))))
+    assert 200 == await _ask(build(Rule("9/minute", cost=see("cost", 1))))
+    refusing = build(Rule("1/minute"), on_exceeded=see("exceeded", None))
+    assert [200, 429] == [await _ask(refusing), await _ask(refusing)]
+
+    names = {"exempt", "limits", "partition", "cost", "exceeded", "app"}
+    assert dict.fromkeys(names, "203.0.113.9") == seen
+
+
+@pytest.mark.parametrize("options", [{}, {"redis": "memory://"}, {"settings": memory(REDIS_KEY_PREFIX="own:")}])
+async def test_limits_of_routes_ask_the_middlewares_proxies(options: Any) -> None:
+    """Whatever Redis or settings they have of their own."""
+    seen = []
+
+    def tell(conn: HTTPConnection) -> str:
+        seen.append(client_ip(conn))
+        return "9/minute"
+
+    decided = []
+
+    @rate_limit(tell, **options)
+    async def home(request: Request) -> PlainTextResponse:
+        decided.append(client_ip(request))
+        return PlainTextResponse("home")
+
+    @rate_limit("1/minute", name="once", **options)
+    async def once(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("once")
+
+    app = Starlette(routes=[Route("/", home), Route("/once", once)])
+    settings = memory(**BEHIND)
+    limited = RateLimitMiddleware(app, rules=[Rule("9/minute", paths="/none")], settings=settings)
+
+    assert 200 == await _ask(limited)
+    assert (["203.0.113.9"], ["203.0.113.9"]) == (seen, decided)
+    assert [200, 429] == [await _ask(limited, path="/once") for _ in range(2)]
+    others = http_scope(client=("10.0.0.5", 1), headers=[(b"x-forwarded-for", b"198.51.100.1")], path="/once")
+    assert 200 == (await drive(limited, others))[0]["status"]
+
+
+async def test_the_limit_of_a_route_without_a_middleware_asks_its_own() -> None:
+    """Its settings say which proxies are believed, for its callables too."""
+    seen = []
+
+    def tell(conn: HTTPConnection) -> str:
+        seen.append(client_ip(conn))
+        return "9/minute"
+
+    @rate_limit(tell, settings=memory(**BEHIND))
+    async def home(request: Request) -> PlainTextResponse:
+        seen.append(client_ip(request))
+        return PlainTextResponse("home")
+
+    assert 200 == await _ask(Starlette(routes=[Route("/", home)]))
+    assert ["203.0.113.9"] * 2 == seen
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from redis_asgi import ConfigurationError, Rule, Settings, by_header, by_user, client_ip
+from redis_asgi.paths import spellings
 from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, make_policies, same_identity
-from redis_asgi.scope import Addressing, route_path
+from redis_asgi.scope import Addressing
 from redis_asgi.settings import StrategyName
 
 SETTINGS = Settings(REDIS_URL="memory://")
@@ -38,7 +39,7 @@ def request(method: str = "GET", path: str = "/", *, root: str = "", headers: An
 
 def covers(rule: Rule, scope: Scope) -> bool:
     """Whether *rule* is asked about that request."""
-    return compiled(rule).covers(scope, route_path(scope))
+    return compiled(rule).covers(scope, spellings(scope["path"], (scope["root_path"],) if scope["root_path"] else ()))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,30 @@ def test_methods_covered(methods: Any, asked: set[str], paths: str | None) -> No
 
 
 @pytest.mark.parametrize(
+    "path", ["/login\n", "//login", "/login//", "/login#x", "/x/../login", "http://x/login", "http:login", "*"]
+)
+def test_every_spelling_is_covered(path: str) -> None:
+    """What some router takes for the rule's path."""
+    assert covers(Rule("5/minute", paths="/login", methods="GET"), request(path=path))
+    assert not covers(Rule("5/minute", paths="/login", methods="POST"), request(path=path))
+
+
+def test_case_is_folded_when_told() -> None:
+    """For frameworks whose routers do not tell it."""
+    assert covers(Rule("5/minute", paths=["/Login", "/x"], case_sensitive=False), request(path="/LOGIN/"))
+    assert not covers(Rule("5/minute", paths=["/Login", "/x"]), request(path="/LOGIN/"))
+
+
+@pytest.mark.parametrize("method", ["post", "Post", "POST"])
+def test_methods_are_covered_in_any_case(method: str) -> None:
+    """Some servers pass them on as they are written, and some frameworks do not care."""
+    assert covers(Rule("5/minute", methods="POST"), request(method))
+    assert covers(Rule("5/minute", methods="POST", paths="/"), request(method))
+    assert not covers(Rule("5/minute", methods="GET"), request(method))
+    assert covers(Rule("5/minute", methods="GET"), request("head"))
+
+
+@pytest.mark.parametrize(
     ("root", "path", "expected"),
     [("/service", "/api", True), ("", "/api", True), ("/service", "/other", False), ("", "/service/api", False)],
 )
@@ -123,6 +148,8 @@ def test_patterns_are_below_root_path(root: str, path: str, expected: bool) -> N
         ({"paths": ["/a", "b"]}, "paths='b'"),
         ({"paths": ()}, "covers nothing"),
         ({"paths": 5}, "paths=5"),
+        ({"paths": "/items/{id}"}, r"paths='/items/\{id\}' .*: write /items/\*$"),
+        ({"case_sensitive": "no"}, "case_sensitive='no'"),
         ({"methods": "GET POST"}, "methods='GET POST'"),
         ({"methods": []}, "covers nothing"),
         ({"methods": 5}, "methods=5"),
