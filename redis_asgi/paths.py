@@ -1,7 +1,7 @@
 """What a request's path may be to an app: its spellings, and the patterns that cover or exempt them.
 
-A rule and the app's router must never disagree in the client's favour. Routers forgive: a final newline, slashes too
-many or too few, a fragment, whatever stands before the path. So a path is looked at in each spelling that some router
+A rule and the app's router must never disagree in the client's favour. Routers forgive: slashes too many or too few, a
+fragment, a final newline, whatever stands before the path. So a path is looked at in each spelling that some router
 takes it for, and a rule covers it if its pattern covers any of them, where an exemption has to cover them all.
 """
 
@@ -46,9 +46,12 @@ def spellings(path: str, roots: tuple[str, ...] = ()) -> Spellings:
     """*path* as it stands, and whatever else a router may take it for, in time linear in its length.
 
     In this order, the earlier ones kept where a later step loses something: the path of an absolute-form target; less
-    the fragment behind ``#``; less one final newline; less what stands up to and with each of *roots*; less final
-    slashes; slashes at the start as one; all runs of slashes as one; dots and backslashes as a file system reads them.
-    What does not begin like a path or a plain absolute-form target is read in too many ways to list: it has none.
+    the fragment behind ``#``; less what stands up to and with each of *roots*; less final slashes; slashes at the start
+    as one; all runs of slashes as one; dots and backslashes as a file system reads them.
+
+    None at all, since it is read in too many ways to list, has what does not begin like a path or a plain absolute-form
+    target, and what ends in a newline: a regular expression's ``$`` forgives that, and Starlette's mounts then cut the
+    path in the wrong place.
     """
     if _is_plain(path):
         below = [_below(path, root) for root in roots if root in path]
@@ -61,23 +64,24 @@ def _is_plain(path: str) -> bool:
     """Whether nothing in *path* could be read in another way, but for roots."""
     return (
         path[:1] == "/"
-        and path[-1] != "/"
+        and path[-1] not in "/\n"
         and "//" not in path
         and "/." not in path
         and "#" not in path
         and "\\" not in path
-        and "\n" not in path
     )
 
 
 def _spell(path: str, roots: tuple[str, ...]) -> Spellings:
     target = path or "/"
+    if target.endswith("\n"):
+        return ()
     if not target.startswith("/"):
         absolute = _ABSOLUTE.fullmatch(target)
         if absolute is None:
             return ()
         target = absolute["path"] or "/"
-    found = [each.removesuffix("\n") for each in ((target, target.partition("#")[0]) if "#" in target else (target,))]
+    found = [target, target.partition("#")[0]]
     found += [_below(each, root) for each in (path, *found) for root in roots if root in each]
     found = list(dict.fromkeys(each.rstrip("/") for each in found))
     further = ["/" + each.lstrip("/") for each in found if each.startswith("//")]

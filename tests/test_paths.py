@@ -58,9 +58,6 @@ def test_route_path_follows_starlette(path: str, root: str) -> None:
         pytest.param("", ["", ""], id="empty"),
         pytest.param("/login/", ["/login/", "/login"], id="final slash"),
         pytest.param("/login//", ["/login//", "/login"], id="final slashes"),
-        pytest.param("/login\n", ["/login\n", "/login"], id="final newline"),
-        pytest.param("/login\n\n", ["/login\n\n", "/login\n"], id="two newlines, of which nothing forgives both"),
-        pytest.param("/login/\n", ["/login/\n", "/login"], id="slash and newline"),
         pytest.param("//login", ["//login", "/login"], id="slashes at the start"),
         pytest.param("//a//b", ["//a//b", "/a//b", "/a/b"], id="runs of slashes, at the start alone too"),
         pytest.param("/login#x", ["/login#x", "/login"], id="fragment"),
@@ -87,10 +84,11 @@ def test_spellings(path: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     "path",
     ["login", "*", "x:80", "http:/login", "http:login", "http://u@x/login", "http://x/login;a", "http://x/lo\ngin",
-     "http://x?/login", " /login", "\n/login", "\\login", "ftp://x/login", "?/login", "#", "."],
+     "http://x?/login", " /login", "\n/login", "\\login", "ftp://x/login", "?/login",
+     "#", ".", "\n", "/\n", "/login\n", "/login\n\n", "http://x/login\n"],
 )  # fmt: skip
 def test_what_is_no_path_may_be_any(path: str) -> None:
-    """URL parsers read it in too many ways, so that every rule covers it and no exemption does."""
+    """It is read in too many ways, so that every rule covers it and no exemption does."""
     assert () == spellings(path)
     assert PathPattern("/somewhere/else").covers(spellings(path))
 
@@ -112,7 +110,7 @@ HOSTILE = ["/", "//", "/.", "/..", "\n", "#", "?", "/api", "api/", "a", "\\", "/
 def test_spellings_grow_with_the_path_only(piece: str, before: str) -> None:
     """However a path is put together, there are a few spellings, and none is longer than it."""
     for length in (1_000, 64_000):
-        path = (before + piece * length)[:length] + "/x//.\\#?\n"
+        path = (before + piece * length)[:length] + "/x//.\\#?"
         found = spellings(path, ("/api", "/own"))
 
         assert len(found) <= 32
@@ -182,10 +180,9 @@ def test_path_pattern(pattern: str, path: str, expected: bool) -> None:
         pytest.param("/", "", True, id="top"),
         pytest.param("//api//x", "/api/x", True, id="slashes of the pattern"),
         pytest.param("/files/*/download", "/files//download", True, id="star for nothing"),
-        pytest.param("/files/*/download", "//files//download\n", True, id="star for nothing, and more"),
+        pytest.param("/files/*/download", "//files//download#", True, id="star for nothing, and more"),
         pytest.param("/files/x/download", "/files//x//download", True, id="slashes of the path"),
         pytest.param("/login", "/login\n", True, id="newline"),
-        pytest.param("/login", "/login\n\n", False, id="newlines"),
         pytest.param("/login", "/logins", False, id="another path"),
     ],
 )
@@ -202,7 +199,7 @@ def test_what_is_forgiven(pattern: str, path: str, covered: bool) -> None:
         ("/LOGIN", "/login", True),
         ("/Straße/*", "/STRASSE/x", True),
         ("/K", "/\u212a", True),
-        ("/login", "/LOGIN\n", True),
+        ("/login", "/LOGIN#x", True),
         ("/login", "/LOGON", False),
     ],
 )

@@ -278,6 +278,9 @@ def test_only_the_chosen_header_is_read() -> None:
         pytest.param(['x="\\", for=198.51.100.7'], "198.51.100.7", id="escaped quote that evens out"),
         pytest.param(['for=198.51.100.7;host="a;for=6.6.6.6;b"'], "198.51.100.7", id="semicolon within quotes"),
         pytest.param(['for=198.51.100.7;host="a\\", for=6.6.6.6"'], "198.51.100.7", id="escaped quote within quotes"),
+        pytest.param(
+            ['for=6.6.6.6, for=198.51.100.7;host="a\\", for=6.6.6.6"'], "198.51.100.7", id="escaped quote, spoofed"
+        ),
         pytest.param(['for=198.51.100.7;host="a\\\\"'], "198.51.100.7", id="escaped backslash before the end"),
         pytest.param(['for=198.51.100.7;host="a", for=6.6.6.6"'], "192.0.2.1", id="open quote of the proxy's"),
         pytest.param(['for="198.51\\.100.7"'], "198.51.100.7", id="quoted pair"),
