@@ -301,14 +301,14 @@ def test_forwarded_header(lines: Sequence[str], expected: str) -> None:
 
 @given(spoofed=st.lists(st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=40), max_size=3))
 def test_nobody_can_choose_an_address_behind_a_proxy(spoofed: list[str]) -> None:
-    """Whatever a client writes, it is counted by its real address or, if it confuses the proxy's list, the proxy's."""
+    """Whatever a client writes, it is counted by its real address, which the proxy has written behind it."""
     # The proxy appends to the last line, as most do.
     own = [*spoofed[:-1], ", ".join([*spoofed[-1:], "198.51.100.7"])]
     assert addressing(PROXIES).client(http("192.0.2.1", xff(*own))) == "198.51.100.7"
 
     own = [*spoofed[:-1], ", ".join([*spoofed[-1:], "for=198.51.100.7"])]
     scope = http("192.0.2.1", [("forwarded", line) for line in own])
-    assert addressing(PROXIES, "forwarded").client(scope) in ("198.51.100.7", "192.0.2.1")
+    assert addressing(PROXIES, "forwarded").client(scope) == "198.51.100.7"
 
 
 FORGED = st.sampled_from(['"', "\\", ";", ",", "=", " ", "for=6.6.6.6", "for=", "6.6.6.6", "by=x", "a"])
@@ -319,7 +319,7 @@ def test_nobody_can_forge_a_forwarded_element(pieces: list[str], own: str) -> No
     """The same, aimed at the grammar: quotes, escapes and separators before what the proxy writes."""
     scope = http("192.0.2.1", [("forwarded", "".join(pieces) + ", " + own)])
 
-    assert addressing(PROXIES, "forwarded").client(scope) in ("198.51.100.7", "192.0.2.1")
+    assert addressing(PROXIES, "forwarded").client(scope) == "198.51.100.7"
 
 
 @pytest.mark.parametrize(

@@ -73,24 +73,24 @@ async def test_an_address_of_another_prefix_length(manager: RedisManager, redis_
         pytest.param("header:X-API-Key", "k3y", "k3y", id="plain"),
         pytest.param("header:x-api-key", " k3y ", "k3y", id="blanks around"),
         pytest.param("header:x-api-key", "schlüssel", "schlüssel", id="not ASCII"),
+        pytest.param("header:Authorization", "BEARER   k3y", "Bearer k3y", id="another spelling of a scheme"),
     ],
 )
 async def test_a_header_is_found(
     by: str, typed: str, sent: str, settings: Settings, manager: RedisManager, redis_client: redis.Redis
 ) -> None:
     """A header's value is read as the middleware reads it; its label never shows it."""
-    app = RateLimitMiddleware(
-        not_found, rules=[Rule("5/minute", partition_by=by_header("x-api-key"))], settings=settings
-    )
+    name = by.partition(":")[2].lower()
+    app = RateLimitMiddleware(not_found, rules=[Rule("5/minute", partition_by=by_header(name))], settings=settings)
     transport = httpx.ASGITransport(app, client=("192.0.2.1", 5000))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        await client.get("/", headers=[(b"x-api-key", sent.encode())])
+        await client.get("/", headers=[(name.encode(), sent.encode())])
     partition = await partition_of(typed, by, settings)
 
     assert [partition.key] == redis_client.keys()
-    assert partition.label.startswith("header:x-api-key:")
+    assert partition.label.startswith(f"header:{name}:")
     assert sent not in partition.label
-    assert len(partition.label) == len("header:x-api-key:") + 8
+    assert len(partition.label) == len(f"header:{name}:") + 8
 
 
 async def test_a_custom_identity_is_found(settings: Settings, redis_client: redis.Redis) -> None:
