@@ -233,4 +233,4 @@ def _unknown(state: PolicyState, *, used: int, reset: float | None) -> Standing:
 
 def _owed(raw: bytes | str | None) -> int:
     parts = _bytes(raw or b"").split()
-    return -int(-float(parts[1]) // 1) if len(parts) == 2 else 0
+    return -int(-float(parts[1]) // 1) if len(parts) == 3 else 0

@@ -26,6 +26,8 @@ VALUES_PER_COUNTER = 5
 Stored: TypeAlias = "tuple[float, ...] | Log"
 # Doubles near a quota differ from the exact number by less than this part of it.
 _EDGE = 1e-12
+# Less than this many units is what rounding leaves of nothing.
+_DUST = 1e-9
 
 
 class Counter:
@@ -162,20 +164,28 @@ class _SlidingWindowCounter(Counter):
 
 
 class _Gcra(Counter):
-    """Stored: time, what was owed then (units, fractional)."""
+    """Stored: time, what was owed then (units, fractional), the quota it was owed under.
+
+    So what is owed is a share of the quota: a changed quota scales it, and while it stays units are exact.
+    """
 
     __slots__ = ("owed",)
 
-    def load(self, stored: tuple[float, float] | None, now: float) -> None:
+    def load(self, stored: tuple[float, float, float] | None, now: float) -> None:
         self.owed = 0.0
         if stored is not None:
-            self.at = max(now, stored[0])
-            self.owed = max(0.0, stored[1] - (self.at - stored[0]) * self.quota / self.window)
+            at, owed, under = stored
+            self.at = max(now, at)
+            if under != self.quota:
+                owed = owed * self.quota / under
+            self.owed = max(0.0, owed - (self.at - at) * self.quota / self.window)
         # What may have drained since the charge is not given back, whatever was refunded meanwhile.
         self.receipt = self.at
         self._settle()
 
     def _settle(self) -> None:
+        if self.owed < max(_DUST, self.quota * _EDGE):
+            self.owed = 0.0
         self.free = math.floor(self.quota + self.quota * _EDGE - self.owed)
 
     def wait(self, cost: int, now: float) -> float:
@@ -200,7 +210,7 @@ class _Gcra(Counter):
         return math.ceil(self.owed * self.window / self.quota) + (self.at - now)
 
     def save(self) -> tuple[Stored, float]:
-        return (self.at, self.owed), self.at + math.ceil(self.owed * self.window / self.quota)
+        return (self.at, self.owed, self.quota), self.at + math.ceil(self.owed * self.window / self.quota)
 
 
 class Log:

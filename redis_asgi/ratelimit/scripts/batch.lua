@@ -20,7 +20,8 @@ local function parse(spec)
     end
     policies[#policies + 1] = {
       strategy = strategy, log = letter == 'm', quota = tonumber(quota), window = tonumber(window),
-      shadow = shadow == '1', field = field, edge = quota * 1e-12,
+      shadow = shadow == '1', field = field,
+      edge = quota * 1e-12, dust = max(1e-9, quota * 1e-12),
     }
   end
   parsed[spec] = policies

@@ -1,7 +1,10 @@
--- GCRA as a token bucket: what is owed drains at quota per window. Field: "at owed" (us, units; owed is fractional).
+-- GCRA as a token bucket: what is owed drains at quota per window.
+-- Field: "at owed quota" (us, units, units; owed is fractional). What is owed is a share of the quota it was owed under:
+-- kept as the two numbers, so that units stay exact while the quota does, and scaled when it has changed.
 -- The receipt is when it was charged: what may have drained since is not given back, whatever was refunded meanwhile.
 make.g = function()
   local function settle(s)
+    if s.owed < s.policy.dust then s.owed = 0 end
     s.free = floor(s.policy.quota + s.policy.edge - s.owed)
   end
 
@@ -9,10 +12,12 @@ make.g = function()
     load = function(s, raw, now)
       s.at, s.owed = now, 0
       if raw then
-        local stored, owed = parts(raw, '^(%d+) (%S+)$')
-        stored, owed = tonumber(stored), tonumber(owed)
+        local stored, owed, under = parts(raw, '^(%d+) (%S+) (%d+)$')
+        local quota = s.policy.quota
+        stored, owed, under = tonumber(stored), tonumber(owed), tonumber(under)
         s.at = max(now, stored)
-        s.owed = max(0, owed - (s.at - stored) * s.policy.quota / s.policy.window)
+        if under ~= quota then owed = owed * quota / under end
+        s.owed = max(0, owed - (s.at - stored) * quota / s.policy.window)
       end
       s.receipt_now = s.at
       settle(s)
@@ -38,7 +43,7 @@ make.g = function()
       return ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now)
     end,
     save = function(s, now)
-      return format('%.0f %.17g', s.at, s.owed),
+      return format('%.0f %.17g %d', s.at, s.owed, s.policy.quota),
         max(1, ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now))
     end,
   }
