@@ -2,11 +2,13 @@
 
 import ipaddress
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from functools import lru_cache
 from typing import Any
 
-from starlette.requests import Request
+from starlette.datastructures import FormData
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
 from .forwarded import LISTS, only_entry
@@ -145,18 +147,25 @@ def is_plain_address(client: str) -> bool:
 
 
 class UnreadableBody(Exception):
-    """A body over the cap, cut short, or not the JSON that was asked for; never leaves the package."""
+    """A body over the cap, cut short, or not the JSON or form that was asked for; never leaves the package."""
 
 
 class BufferedRequest(Request):
     """A request whose body may be read ahead of the app: bounded here, and replayed byte for byte to the app.
 
+    A WebSocket handshake is a GET whose body is empty.
+
     Attributes:
-        unreadable: Whether it was over the cap, cut short, or not the JSON that was asked for.
+        unreadable: Whether it was over the cap, cut short, or not the JSON or form that was asked for.
     """
 
     def __init__(self, scope: Scope, receive: Receive, *, cap: int) -> None:
+        self._of_app = receive
         self._upstream = receive
+        self._is_handshake = scope["type"] == "websocket"
+        if self._is_handshake:
+            scope = {**scope, "type": "http", "method": "GET"}
+            self._upstream = _no_body
         self._cap = cap
         self._read = bytearray()
         self._started = False
@@ -164,6 +173,11 @@ class BufferedRequest(Request):
         self._disconnected: Message | None = None
         self.unreadable = False
         super().__init__(scope, self._next)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the client left while its body was read."""
+        return self._disconnected is not None
 
     async def _next(self) -> Message:
         message = await self._upstream()
@@ -200,10 +214,32 @@ class BufferedRequest(Request):
         except (ValueError, RecursionError):
             raise self._refuse() from None
 
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(super().stream()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except ClientDisconnect:
+            raise self._refuse() from None
+
+    async def _get_form(self, **bounds: Any) -> FormData:
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in _FORMS:
+            # Starlette reads an empty form then, and an empty one is cheap.
+            raise self._refuse()
+        # What the server raises while it is read is not the client's doing; all that the parser raises then is.
+        await self.body()
+        try:
+            return await super()._get_form(**bounds)
+        except AssertionError:  # the parser is not installed
+            raise
+        except Exception:
+            raise self._refuse() from None
+
     def replay(self) -> Receive:
         """A ``receive`` that gives what was read, as one message, and then what is still to come."""
-        if not self._started and self._disconnected is None:
-            return self._upstream
+        if self._is_handshake or (not self._started and self._disconnected is None):
+            return self._of_app
         pending: list[Message] = []
         if self._started:
             pending.append({"type": "http.request", "body": bytes(self._read), "more_body": self._more})
@@ -216,3 +252,10 @@ class BufferedRequest(Request):
             return pending.pop() if pending else await self._upstream()
 
         return receive
+
+
+_FORMS = frozenset(("multipart/form-data", "application/x-www-form-urlencoded"))
+
+
+async def _no_body() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}

@@ -513,6 +513,90 @@ async def test_what_is_not_json_is_unreadable(body: bytes) -> None:
     assert (body, "http.disconnect") == await everything(request.replay())
 
 
+FORM = [("content-type", "application/x-www-form-urlencoded")]
+MULTIPART = [("content-type", "multipart/form-data; boundary=x")]
+PART = b'--x\r\ncontent-disposition: form-data; name="f"; filename="f"\r\n\r\n%s\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "names"),
+    [
+        pytest.param(FORM, b"a=1&b=2", ["a", "b"], id="urlencoded"),
+        pytest.param(FORM, b"", [], id="empty"),
+        pytest.param(MULTIPART, PART % b"12345", ["f"], id="multipart"),
+    ],
+)
+async def test_form_is_read_and_replayed(headers: Any, body: bytes, names: list[str]) -> None:
+    """A form is parsed from the bounded body, and the app gets it as it came."""
+    receive, _ = chunks(body[:3], body[3:])
+    request = BufferedRequest(http(method="POST", headers=headers), receive, cap=1000)
+
+    async with request.form() as form:
+        assert names == sorted(form)
+    assert (body, "http.disconnect") == await everything(request.replay())
+    assert not request.unreadable
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        pytest.param(MULTIPART, b"--x\r\nbad\r\n", id="broken header"),
+        pytest.param(MULTIPART, b"hello", id="no part"),
+        pytest.param(MULTIPART, b"--x\r\n\r\n\r\n--x--\r\n", id="part without a name"),
+        pytest.param([("content-type", "multipart/form-data")], PART % b"1", id="no boundary"),
+        pytest.param([("content-type", 'multipart/form-data; boundary="')], PART % b"1", id="broken boundary"),
+        pytest.param(MULTIPART, PART % (b"1" * 1000), id="over the cap"),
+        pytest.param(FORM, b"a&" * 1001, id="too many fields"),
+        pytest.param(FORM, b"a=" + b"1" * 1000, id="urlencoded over the cap"),
+        pytest.param([("content-type", "text/plain")], b"a=1", id="no form"),
+        pytest.param([], b"a=1", id="no type"),
+        pytest.param([("content-type", "\xff\xfe")], b"a=1", id="no type that anybody knows"),
+    ],
+)
+async def test_what_is_no_form_is_unreadable(headers: Any, body: bytes) -> None:
+    """No body and no type of it makes the reader raise anything else, and the app still gets it."""
+    receive, _ = chunks(body)
+    cap = 2**20 if body.count(b"a&") else 1000
+    request = BufferedRequest(http(method="POST", headers=headers), receive, cap=cap)
+    with pytest.raises(UnreadableBody):
+        await request.form()
+
+    assert request.unreadable
+    assert (body, "http.disconnect") == await everything(request.replay())
+
+
+@pytest.mark.parametrize("read", ["body", "json", "form", "stream"])
+async def test_client_that_leaves_is_never_an_error_of_the_app(read: str) -> None:
+    """However a callable reads it, half a body is unreadable, and it is known that its client left."""
+    receive, _ = chunks(end={"type": "http.disconnect"})
+    request = BufferedRequest(http(method="POST", headers=FORM), receive, cap=100)
+
+    async def reading() -> None:
+        if read == "stream":
+            [chunk async for chunk in request.stream()]
+        else:
+            await getattr(request, read)()
+
+    with pytest.raises(UnreadableBody):
+        await reading()
+
+    assert (True, True) == (request.unreadable, request.is_abandoned)
+
+
+async def test_websocket_handshake_has_an_empty_body() -> None:
+    """It is a GET without a body to whoever reads it, and its own messages are left to the app."""
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    request = BufferedRequest({**http(), "type": "websocket", "query_string": b""}, receive, cap=100)
+
+    assert ("GET", b"", "/") == (request.method, await request.body(), request.url.path)
+    with pytest.raises(UnreadableBody):
+        await request.json()
+    assert request.replay() is receive
+
+
 async def test_error_of_the_server_passes_through() -> None:
     """What ``receive`` raises (another middleware's body limit, a cancelled task) is not ours to hide."""
 
@@ -524,6 +608,8 @@ async def test_error_of_the_server_passes_through() -> None:
 
     with pytest.raises(TooLarge):
         await BufferedRequest(POST, receive, cap=100).body()
+    with pytest.raises(TooLarge):
+        await BufferedRequest(http(method="POST", headers=FORM), receive, cap=100).form()
 
     async def cancelled() -> Message:
         raise asyncio.CancelledError

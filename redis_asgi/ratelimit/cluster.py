@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import redis.asyncio as aioredis
 
@@ -90,7 +91,7 @@ class ClusterBatcher:
         for part, reply in zip(parts, replies, strict=True):
             back = check.mode == "consume" and reply[0] and not admitted
             if back and not self.closed:
-                self._give_back(part, charged_receipts(reply))
+                self._give_back(part, reply)
             at = 1
             for charge in part.charges:
                 end = at + VALUES_PER_COUNTER * len(charge.policies)
@@ -99,7 +100,7 @@ class ClusterBatcher:
                 for i, policy in enumerate(charge.policies if back else ()):
                     fits, remaining = VALUES_PER_COUNTER * i, VALUES_PER_COUNTER * i + 1
                     if mine[fits]:
-                        mine[remaining] = min(policy.quota, mine[remaining] + charge.cost)
+                        mine[remaining] = min(policy.quota, mine[remaining] + charge.taken(mine[fits]))
         if failure is not None:
             resolve([check], failure)
             return
@@ -108,9 +109,14 @@ class ClusterBatcher:
             combined += numbers[id(charge)]
         resolve([check], combined)
 
-    def _give_back(self, part: Check, receipts: Sequence[int]) -> None:
-        """Refund what *part* was charged, and forget whom that refused meanwhile."""
-        refund = Check(self.loop, "refund", part.charges, part.timeout, receipts)
+    def _give_back(self, part: Check, reply: Reply) -> None:
+        """Refund what *part* was charged by *reply*, and forget whom that refused meanwhile."""
+        fits = iter(reply[1::VALUES_PER_COUNTER])
+        charges = []
+        for charge in part.charges:
+            taken = max(charge.taken(next(fits)) for _ in charge.policies)
+            charges.append(charge if charge.unread is None else replace(charge, cost=taken, unread=None))
+        refund = Check(self.loop, "refund", Charges(charges), part.timeout, charged_receipts(reply))
 
         def forget(_: asyncio.Future[Outcome]) -> None:
             self._refusals.forget(part.charges[0].partition.key, time.monotonic())

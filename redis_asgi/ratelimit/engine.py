@@ -21,9 +21,9 @@ from .counts import Counts
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
 from .headers import Fields, limit_fields, reply_fields
 from .local import LocalEngine
-from .policy import Charge, Charges, Partition, PolicySet, log_key
+from .policy import MICROSECONDS, Charge, Charges, Partition, PolicySet, log_key
 from .refusals import Refusal, RefusalMemory
-from .strategies import Mode, Reply, charged_receipts
+from .strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -112,6 +112,27 @@ class Verdict:
                 )
                 self._decision = refusal_of(states, states, self.source)
         return self._decision
+
+    @property
+    def taken(self) -> list[int]:
+        """The units that were charged, one per policy of the charges."""
+        if self.reply is None or not self.allowed:
+            return [0] * self.charges.counters
+        fits = iter(self.reply[1::VALUES_PER_COUNTER])
+        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies]
+
+    def show(self, back: Sequence[int]) -> None:
+        """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
+        reply = list(self.reply or ())
+        policies = [policy for charge in self.charges for policy in charge.policies]
+        for i, (policy, units) in enumerate(zip(policies, back, strict=True)):
+            remaining, reset, retry = (1 + VALUES_PER_COUNTER * i + n for n in (1, 2, 3))
+            if units:
+                reply[remaining] = min(policy.quota, reply[remaining] + units)
+                reply[retry] = 0
+                if policy.strategy == "gcra":
+                    reply[reset] = max(0, reply[reset] - units * policy.window * MICROSECONDS // policy.quota)
+        self.reply, self._decision, self._fields = reply, None, None
 
     @property
     def receipts(self) -> list[int]:

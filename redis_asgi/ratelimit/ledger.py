@@ -6,6 +6,7 @@ body byte.
 """
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -105,17 +106,43 @@ class Ledger:
         for verdict in self.verdicts:
             deltas: list[int] = []
             sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
-            receipts = iter(verdict.receipts)
+            taken = iter(verdict.taken)
             for charge in verdict.charges:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 for policy in charge.policies:
-                    charged = charge.cost if next(receipts, -1) >= 0 else 0
+                    charged = next(taken)
                     delta = sum(cost for cost, name in changes if name is None or name == policy.name)
                     # Nobody gets back more than was taken, however often they ask.
                     deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))
             if any(deltas):
-                self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]
-                verdict.engine.settle(verdict, deltas)
+                self.apply(verdict, deltas)
+
+    def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
+        """What to `apply` once the client has the start of an answer by which the app turns its request down.
+
+        All but one unit of what is held by bodies that nobody could read, unless their client has gone. The verdicts
+        say so already.
+        """
+        found = []
+        for verdict in self.verdicts:
+            if not verdict.charges.unread:
+                continue
+            taken, deltas = iter(verdict.taken), []
+            for charge in verdict.charges:
+                kept = charge.unread is None or charge.unread.is_abandoned
+                for _ in charge.policies:
+                    units = next(taken)
+                    deltas.append(0 if kept else min(0, charge.cost - units))
+            if any(deltas):
+                verdict.show([-delta for delta in deltas])
+                found.append((verdict, deltas))
+        return found
+
+    def apply(self, verdict: Verdict, deltas: Sequence[int]) -> None:
+        """Send *deltas* of what *verdict* charged, and remember that they were."""
+        sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
+        self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]
+        verdict.engine.settle(verdict, deltas)
 
 
 class RequestDecision(Decision):
@@ -162,6 +189,20 @@ class RequestDecision(Decision):
     def join(self, verdict: Verdict) -> None:
         """Add the verdict of a per-route limit or an inner middleware."""
         self.ledger.verdicts.append(verdict)
+        self._read_again()
+
+    def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
+        """See `Ledger.turned_down`."""
+        says = self.says
+        if isinstance(says, Verdict) and not says.charges.unread:
+            return []
+        found = self.ledger.turned_down()
+        if found:
+            self._read_again()
+        return found
+
+    def _read_again(self) -> None:
+        """Forget the fields that somebody has looked at."""
         for field in _FIELDS:
             with suppress(AttributeError):  # nobody has looked yet
                 object.__delattr__(self, field)

@@ -28,8 +28,9 @@ class _Held:
         self.stamps = 0
 
 
-# One counter of a request: what its policy says of its charge (itself, and whether it admits it), and where it is kept.
-_Asked: TypeAlias = tuple[Counter, Policy, Charge, bool, _Held | None]
+# One counter of a request: what its policy says of its charge (itself, the cost, whether it admits it), and where it is
+# kept.
+_Asked: TypeAlias = tuple[Counter, Policy, Charge, int, bool, _Held | None]
 
 
 class LocalEngine:
@@ -82,14 +83,17 @@ class LocalEngine:
         admitted = True
         for charge in charges:
             held = self._find(charge.partition.key)
+            counters = []
             for policy in charge.policies.policies:
                 share = policy if divisor == 1 else scaled(policy, divisor)
                 stored = held.counters.get(policy.field) if held is not None else None
-                counter = COUNTERS[policy.strategy](share, stored, at)
-                fits = charge.cost == 0 or charge.cost <= counter.free
+                counters.append(COUNTERS[policy.strategy](share, stored, at))
+            cost = charge.cost if charge.unread is None else _rest(charge, counters)
+            for counter, policy in zip(counters, charge.policies.policies, strict=True):
+                fits = (cost == 0 or cost <= counter.free) and policy.quota > 0
                 if not fits and not policy.shadow:
                     admitted = False
-                asked.append((counter, policy, charge, fits, held))
+                asked.append((counter, policy, charge, cost, fits, held))
         if mode in ("charge", "refund") or (mode == "consume" and admitted):
             self._change(mode, asked, receipts)
         if mode == "consume":
@@ -97,9 +101,11 @@ class LocalEngine:
                 self._touch(charge.partition.key, refused=not admitted)
             self._shrink(at)
         reply = [int(admitted)]
-        for counter, policy, charge, fits, _ in asked:
+        for counter, policy, charge, taken, fits, _ in asked:
             cost, free, quota = charge.cost, counter.free, counter.quota
-            if cost == 0 or cost <= free:
+            if quota == 0:
+                retry = -1.0
+            elif cost == 0 or cost <= free:
                 retry = 0.0
             elif cost > policy.quota:
                 retry = -1.0
@@ -109,12 +115,15 @@ class LocalEngine:
             else:
                 retry = counter.wait(cost, at)
             remaining = max(0.0, min(quota, free))
-            reply += (int(fits), int(remaining), int(counter.reset(at)), int(retry), int(counter.receipt))
+            reset = counter.reset(at) if quota > 0 else 0.0
+            said = int(fits) if charge.unread is None else taken * fits
+            reply += (said, int(remaining), int(reset), int(retry), int(counter.receipt))
         return reply
 
     def _change(self, mode: Mode, asked: Sequence[_Asked], receipts: Sequence[int]) -> None:
-        for i, (counter, policy, charge, fits, held) in enumerate(asked):
-            cost = charge.cost
+        for i, (counter, policy, charge, cost, fits, held) in enumerate(asked):
+            if policy.quota == 0:
+                continue
             if mode == "refund":
                 changes = receipts[i] >= 0 and cost > 0 and counter.refund(cost, float(receipts[i]))
             else:
@@ -188,6 +197,13 @@ class LocalEngine:
             if queue[oldest].expires > now:
                 self._evictions.inc()
             self._drop(oldest)
+
+
+def _rest(charge: Charge, counters: Sequence[Counter]) -> int:
+    """What remains of the least of its enforcing policies, at least 1; a shadow policy has no say in it."""
+    both = list(zip(counters, charge.policies.policies, strict=True))
+    free = [counter.free for counter, policy in both if not policy.shadow] or [counter.free for counter in counters]
+    return max(1, int(min(free)))
 
 
 @lru_cache(maxsize=4096)

@@ -250,8 +250,11 @@ class _Response:
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
+        back = None
         if kind in _STARTS:
             self.status = status = message.get("status", 101)
+            if 300 <= status < 500:
+                back = self.decision.turned_down()
             says = self.decision.says
             says.count()
             # The draft has no fields on redirects: their target is counted by itself.
@@ -259,11 +262,14 @@ class _Response:
                 message = headers.with_fields(message, says.fields(self._style))
         elif kind == "websocket.close" and self.status is None:
             self.status = 403  # what the server answers a handshake that is closed before accept
+            back = self.decision.turned_down()
         try:
             await self._send(message)
         except OSError:
             self._gone = True
             raise
+        for verdict, deltas in back or ():
+            self.decision.ledger.apply(verdict, deltas)
         if kind == "http.response.body" and not message.get("more_body", False):
             self.decision.settle(self.status)
 

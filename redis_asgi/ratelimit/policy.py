@@ -14,6 +14,8 @@ LAYOUT = 1
 _LETTERS: dict[str, str] = {"fixed-window": "f", "sliding-window-counter": "s", "moving-window": "m", "gcra": "g"}
 STRATEGIES: tuple[str, ...] = tuple(_LETTERS)
 MICROSECONDS = 1_000_000
+# The cost of a charge that takes whatever is left.
+WHAT_REMAINS = -1
 
 
 def bulk(value: bytes) -> bytes:
@@ -27,7 +29,7 @@ class Policy:
 
     Attributes:
         name: What ``RateLimit-Policy`` calls it; the counter belongs to this name.
-        quota: Units allowed per window, 1 to 10^9.
+        quota: Units allowed per window, up to 10^9; 0 refuses every request.
         window: Seconds, whole.
         shadow: Counted and reported, but never refuses.
         field: Its field in the partition's hash.
@@ -125,14 +127,29 @@ def make_partition(
     return Partition(kind, value, partition_key(prefix, tag), label)
 
 
+class Unread:
+    """A body whose cost nobody could read, while its request is under way.
+
+    Attributes:
+        is_abandoned: Whether the client has gone before the answer began.
+    """
+
+    __slots__ = ("is_abandoned",)
+
+    def __init__(self) -> None:
+        self.is_abandoned = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Charge:
     """The policies of one rule, applied to one partition, at one cost in units of their quota.
 
     Attributes:
+        cost: With *unread* what it costs at least, and in the end where the app turns it down.
         on_redis_error: What its rule wants when Redis does not answer.
         count_if: Given the response's status, whether the charge stays.
         label: What its policies are counted as, where their names are not known before the request.
+        unread: The body that could not be priced: it takes what remains of the smallest quota.
     """
 
     policies: PolicySet
@@ -141,6 +158,16 @@ class Charge:
     on_redis_error: OnRedisError = "local"
     count_if: Callable[[int], bool] | None = None
     label: str | None = None
+    unread: Unread | None = None
+
+    @property
+    def asked(self) -> int:
+        """The cost as the script is told it."""
+        return self.cost if self.unread is None else WHAT_REMAINS
+
+    def taken(self, fits: int) -> int:
+        """The units that a policy was charged which replied that it *fits*."""
+        return fits if self.unread is not None else self.cost if fits else 0
 
 
 class Charges(Sequence[Charge]):
@@ -158,6 +185,7 @@ class Charges(Sequence[Charge]):
         names: What each counter's decisions are counted as.
         enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         wait_and_see: Whether the response's status decides if they stay.
+        unread: Whether one of them holds what remains, for a body that could not be read.
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
@@ -172,6 +200,7 @@ class Charges(Sequence[Charge]):
         "known",
         "names",
         "terms",
+        "unread",
         "wait_and_see",
     )
 
@@ -184,7 +213,7 @@ class Charges(Sequence[Charge]):
             policies, partition = charge.policies, charge.partition
             keys.append(partition.wire)
             keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
-            terms += (policies.wire, bulk(b"%d" % charge.cost))
+            terms += (policies.wire, bulk(b"%d" % charge.asked))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
         self.keys = b"".join(keys)
@@ -194,6 +223,7 @@ class Charges(Sequence[Charge]):
         self.names = tuple(names)
         self.enforce = all(len(charge.policies.shown) == len(charge.policies.policies) for charge in each)
         self.wait_and_see = any(charge.count_if is not None for charge in each)
+        self.unread = any(charge.unread is not None for charge in each)
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.known: Any = None
 

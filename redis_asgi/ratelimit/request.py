@@ -5,13 +5,13 @@ from dataclasses import replace
 from inspect import isawaitable
 
 from starlette.requests import HTTPConnection
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine, Verdict
 from .ledger import RequestDecision
 from .lint import Linter
-from .policy import Charge, Charges, PolicySet
+from .policy import Charge, Charges, PolicySet, Unread
 from .routing import Routing
 from .rules import CompiledRule, check_cost
 
@@ -85,7 +85,7 @@ class RuleCheck:
         return rule.charge(policies, partition, rule.cost if isinstance(rule.cost, int) else 0)
 
     async def _priced(self, rule: CompiledRule, charge: Charge) -> Charge:
-        """*charge* at the cost the rule's callable says; what cannot be read costs the smallest quota."""
+        """*charge* at the cost the rule's callable says; what cannot be read takes what remains."""
         if isinstance(rule.cost, int):
             return charge
         request = BufferedRequest(self._scope, self.receive, cap=self._body_cap)
@@ -93,13 +93,17 @@ class RuleCheck:
             said = rule.cost(request)
             cost = check_cost(await said if isawaitable(said) else said)
         except UnreadableBody:
-            cost = 0
+            cost = 1
         finally:
             self.receive = request.replay()
-        if request.unreadable:
-            # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
-            cost = min(policy.quota for policy in charge.policies)
-        return replace(charge, cost=cost)
+            await request.close()  # the files of a form
+        if not request.unreadable:
+            return replace(charge, cost=cost)
+        # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
+        unread = Unread()
+        unread.is_abandoned = request.is_abandoned
+        self.receive = _watching(self.receive, unread)
+        return replace(charge, cost=1, unread=unread)
 
     def _left_over(self, charge: Charge, outer: RequestDecision) -> Charge | None:
         """*charge* without the policies that an outer instance has put this request to already."""
@@ -113,3 +117,15 @@ class RuleCheck:
             return charge
         self._linter.mounted_twice()
         return replace(charge, policies=PolicySet(fresh)) if fresh else None
+
+
+def _watching(receive: Receive, unread: Unread) -> Receive:
+    """*receive*, which notes in *unread* that the client has gone."""
+
+    async def watching() -> Message:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            unread.is_abandoned = True
+        return message
+
+    return watching

@@ -99,9 +99,11 @@ class Rule:
             ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
         partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
             request out of this rule.
-        cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()`` and ``json()``
-            are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges nothing; more than
-            the quota is refused for good. A body over the cap or not JSON costs the rule's smallest quota.
+        cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()``, ``json()`` and
+            ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges
+            nothing; more than the quota is refused for good. A body over the cap, or not the JSON or form that was
+            asked for, takes what remains of the rule's smallest quota, and all but one unit of that comes back when
+            the answer is a 3xx or 4xx.
         strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``; ``None`` = the
             middleware's. See ``redis_asgi.ratelimit.strategies``.
         on_redis_error: ``local``, ``open`` or ``closed``; ``None`` = the middleware's.

@@ -42,7 +42,7 @@ def _arguments(checks: Sequence[Check], clock: int | None) -> list[bytes | int]:
         for charge in check.charges:
             keys.append(charge.partition.key)
             keys += (log_key(charge.partition.key, field) for field in charge.policies.logs)
-            args += (charge.policies.spec, charge.cost)
+            args += (charge.policies.spec, charge.asked)
             args += islice(receipts, len(charge.policies))
     return [len(keys), *keys, *args]
 

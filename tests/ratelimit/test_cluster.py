@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from redis.crc import key_slot
 
 from redis_asgi import Decision, RateLimiter, RedisManager, Settings
 from redis_asgi.ratelimit.engine import Engine, Verdict
-from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, make_partition
+from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, Unread, make_partition
 from redis_asgi.settings import StrategyName
 
 from ..kit.servers import SLOTS, Cluster, Server
@@ -120,6 +121,26 @@ async def test_rules_in_two_slots_are_decided_together(cluster: Cluster, strateg
     assert [(True, [9, 1]), (True, [8, 0])] == [(verdict.allowed, remaining(verdict)) for verdict in verdicts]
     assert (False, ("rule-1",)) == (refused.allowed, refused.decision.violated)
     assert [8, 0] == remaining(await engine.decide(asked, "peek"))
+
+
+@every_strategy
+async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluster: Cluster, strategy: str) -> None:
+    """A body that nobody can read holds all of one rule, until it is known that the other refuses the request."""
+    engine = Engine(manager_of(cluster), timeout=5)
+    who = [make_partition("custom", clients_of(cluster, node, 1)[0]) for node in cluster.nodes[:2]]
+    asked = charges(*who, quotas=(10, 1), strategy=strategy)
+    unread = Charges((replace(asked[0], unread=Unread()), asked[1]))
+
+    first = await engine.decide(unread)
+    assert (True, [0, 0], [10, 1]) == (first.allowed, remaining(first), first.taken)
+    engine.settle(first, [-7, 0])
+    await asyncio.sleep(0.05)
+    assert [6] == remaining(await engine.decide(Charges(asked[:1])))
+    refused = await engine.decide(unread)
+    await asyncio.sleep(0.05)
+
+    assert (False, [6, 0]) == (refused.allowed, remaining(refused))
+    assert [6, 0] == remaining(await engine.decide(asked, "peek"))
 
 
 async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:

@@ -318,7 +318,7 @@ async def test_cost_from_the_body_is_replayed_to_the_app(settings: Settings) -> 
     ids=["cut", "bytes", "nested", "big"],
 )
 async def test_unreadable_body_is_never_the_cheap_one(settings: Settings, body: bytes) -> None:
-    """A body that is no JSON, or over the cap, costs the whole smallest quota, and the app receives it as it was."""
+    """A body that is no JSON, or over the cap, takes all that remains, and the app receives it as it was."""
 
     async def inputs(request: Request) -> int:
         return len((await request.json())["input"])
@@ -926,7 +926,7 @@ async def test_body_then_stream_inside_a_cost_callable(settings: Settings) -> No
 
 
 async def test_callable_that_forgives_a_big_body_does_not_make_it_cheap(settings: Settings) -> None:
-    """What cannot be read costs the smallest quota, whatever the callable made of the error."""
+    """What cannot be read takes all that remains, whatever the callable made of the error."""
 
     async def forgiving(request: Request) -> int:
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, cast
 
@@ -15,8 +15,17 @@ from redis.exceptions import NoScriptError
 
 from redis_asgi.ratelimit.batch import Check, distribute
 from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy, PolicySet, log_key
-from redis_asgi.ratelimit.strategies import Mode, Reply, charged_receipts
+from redis_asgi.ratelimit.policy import (
+    MICROSECONDS,
+    STRATEGIES,
+    Charge,
+    Charges,
+    Policy,
+    PolicySet,
+    Unread,
+    log_key,
+)
+from redis_asgi.ratelimit.strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
 from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, packed
 
 from ..conftest import StartServer
@@ -89,7 +98,7 @@ class Step:
 policies = st.builds(
     policy,
     st.sampled_from(STRATEGIES),
-    st.sampled_from([1, 2, 3, 7, 10, 100]),
+    st.sampled_from([0, 1, 2, 3, 7, 10, 100]),
     st.sampled_from([1, 2, 10, 60, 3600]),
     shadow=st.sampled_from([False, False, False, True]),
 )
@@ -133,12 +142,21 @@ def traces(draw: st.DrawFn) -> list[Step]:
             charges = tuple(
                 Charge(group, partition, draw(costs(min(p.quota for p in group)))) for group, partition in rules
             )
+            if mode != "charge" and draw(st.sampled_from([False, False, False, True])):
+                charges = (*charges[:-1], replace(charges[-1], cost=1, unread=Unread()))
         step = Step(now, mode, charges, receipts)
         step.expected = twin.decide(mode, charges, receipts=receipts, now=now)
         if mode == "consume" and step.expected[0]:
-            admitted.append((charges, charged_receipts(step.expected)))
+            admitted.append((as_taken(charges, step.expected), charged_receipts(step.expected)))
         steps.append(step)
     return steps
+
+
+def as_taken(charges: Sequence[Charge], reply: Reply) -> tuple[Charge, ...]:
+    """*charges* at what they were charged: what remained, where that is what they asked."""
+    fits = iter(reply[1::VALUES_PER_COUNTER])
+    taken = [max(charge.taken(next(fits)) for _ in charge.policies) for charge in charges]
+    return tuple(replace(charge, cost=cost, unread=None) for charge, cost in zip(charges, taken, strict=True))
 
 
 _MODES: list[Mode] = ["consume", "consume", "consume", "consume", "peek", "charge", "refund"]
@@ -413,3 +431,39 @@ def test_changed_quota_keeps_what_was_counted(script: Script) -> None:
         ]
 
         assert ([1, 2, 3, 12] if strategy == "gcra" else kept) == left, strategy
+
+
+@every_strategy
+def test_what_remains_is_taken_whole_and_admitted_while_anything_does(script: Script, strategy: str) -> None:
+    """The least that remains of a rule's enforcing policies, at least one unit; twin and script name what it was."""
+    small, large = policy(strategy, 5, 60, name="small"), policy(strategy, 50, 60, name="large")
+    watched = policy(strategy, 1, 60, name="watched", shadow=True)
+    rule = charge(small, watched, large)
+    story = [(rule, 2), (replace(rule, unread=Unread()), 1), (replace(rule, unread=Unread()), 1)]
+    twin, said = LocalEngine(), []
+
+    for asked, cost in story:
+        reply = script.decide("consume", [replace(asked, cost=cost)], now=EPOCH)
+        assert twin.decide("consume", [replace(asked, cost=cost)], now=EPOCH) == reply
+        said.append((reply[0], reply[1::VALUES_PER_COUNTER], reply[2::VALUES_PER_COUNTER]))
+
+    # The shadow does not fit two units, then not three, then not one of what remains: it has never been charged.
+    assert [(1, [1, 0, 1], [3, 1, 48]), (1, [3, 0, 3], [0, 1, 45]), (0, [0, 1, 1], [0, 1, 45])] == said
+
+
+@every_strategy
+def test_quota_of_nothing_refuses_everything_for_good(script: Script, strategy: str) -> None:
+    """Whatever was counted under another quota, and whatever it costs; nothing is written, nothing divided by zero."""
+    none, some = policy(strategy, 0), policy(strategy, 5)
+    script.decide("consume", [charge(some, cost=3)], now=EPOCH)
+    before = _dump(script.server)
+    modes: list[Mode] = ["consume", "peek", "charge", "refund"]
+
+    for mode in modes:
+        for cost in (0, 1, 5):
+            receipts = [EPOCH] if mode == "refund" else []
+            (found,) = numbers(script.decide(mode, [charge(none, cost=cost)], receipts=receipts, now=EPOCH))
+            assert (False, 0, 0, -1) == (found.fits, found.remaining, found.reset, found.retry)
+
+    assert before == _dump(script.server)
+    assert 2 == script.decide("peek", [charge(some)], now=EPOCH)[2]

@@ -3,10 +3,12 @@
 -- KEYS, per charge: the partition's hash, then the list of each moving window. All keys of a call share a slot on
 --   Redis Cluster, where a batch is one call per partition.
 -- ARGV[1] now (us); '' = Redis TIME. Then per request: mode (consume|peek|charge|refund), number of charges, and per
---   charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, cost (units), for a refund
---   also a receipt per policy, negative for one that was not charged.
--- Reply, flat, per request: 1 admitted | 0 refused, then per counter: 1|0 itself admits, remaining (units),
---   reset (us), until the same cost is admitted next (us, -1 = can never fit), receipt (us). One that failed: -1, message.
+--   charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, cost (units; -1 = what
+--   remains of the least of its enforcing policies, at least 1), for a refund also a receipt per policy, negative for one
+--   that was not charged. A quota of 0 refuses every cost, 0 included.
+-- Reply, flat, per request: 1 admitted | 0 refused, then per counter: 1|0 itself admits (at a cost of what remains: that),
+--   remaining (units), reset (us), until the same cost, or 1 of what remains, is admitted next (us, -1 = can never fit),
+--   receipt (us). One that failed: -1, message.
 
 local parsed = {}
 
@@ -82,20 +84,39 @@ local function write(counters, count, now)
   end
 end
 
+-- Give the counters of each charge that takes what remains their cost; a shadow policy has no say in it.
+local function price(counters, count)
+  local i = 1
+  while i <= count do
+    local part, last = counters[i].part, i
+    while last < count and counters[last + 1].part == part do last = last + 1 end
+    if part > 0 then
+      local least, watched
+      for j = i, last do
+        local s = counters[j]
+        if s.policy.shadow then watched = min(watched or s.free, s.free) else least = min(least or s.free, s.free) end
+      end
+      for j = i, last do counters[j].cost = max(1, least or watched) end
+    end
+    i = last + 1
+  end
+end
+
 local reply, size = {}, 0
 
-local function decide(mode, counters, count, now)
+local function decide(mode, counters, count, now, takes_rest)
   local admitted, changed = true, false
   read(counters, count, now)
+  if takes_rest then price(counters, count) end
   for i = 1, count do
     local s = counters[i]
-    s.ok = s.cost == 0 or s.cost <= s.free
+    s.ok = (s.cost == 0 or s.cost <= s.free) and s.policy.quota > 0
     if not s.ok and not s.policy.shadow then admitted = false end
   end
   if mode ~= 'peek' then
     for i = 1, count do
       local s = counters[i]
-      if s.cost > 0 then
+      if s.cost > 0 and s.policy.quota > 0 then
         local strategy = s.strategy
         if mode == 'refund' then s.dirty = s.receipt >= 0 and strategy.refund(s, s.cost, s.receipt)
         elseif mode == 'charge' or (admitted and s.ok) then
@@ -113,9 +134,14 @@ local function decide(mode, counters, count, now)
     local s = counters[i]
     local cost, free, quota = s.cost, s.free, s.policy.quota
     reply[n + 1] = s.ok and 1 or 0
+    if s.part > 0 then
+      if s.ok then reply[n + 1] = cost end
+      cost = 1
+    end
     reply[n + 2] = free < 0 and 0 or free > quota and quota or free
-    reply[n + 3] = s.strategy.reset(s, now)
-    if cost == 0 or cost <= free then reply[n + 4] = 0
+    reply[n + 3] = quota == 0 and 0 or s.strategy.reset(s, now)
+    if quota == 0 then reply[n + 4] = -1
+    elseif cost == 0 or cost <= free then reply[n + 4] = 0
     elseif cost > quota then reply[n + 4] = -1
     else reply[n + 4] = s.strategy.wait(s, cost, now) end
     reply[n + 5] = s.receipt_now
@@ -128,11 +154,12 @@ local now = ARGV[1] == '' and read_time() or tonumber(ARGV[1])
 local k, a, counters = 1, 2, {}
 while a <= #ARGV do
   local mode, charges = ARGV[a], tonumber(ARGV[a + 1])
-  local count = 0
+  local count, takes_rest = 0, false
   a = a + 2
-  for _ = 1, charges do
+  for part = 1, charges do
     local spec, cost, key = ARGV[a], tonumber(ARGV[a + 1]), KEYS[k]
     a, k = a + 2, k + 1
+    if cost < 0 then takes_rest = true else part = 0 end
     local policies = parsed[spec] or parse(spec)
     for i = 1, #policies do
       local policy = policies[i]
@@ -142,16 +169,16 @@ while a <= #ARGV do
         -- Made once for all requests of the batch, and at its full size: as dear as the rest of a decision.
         s = {
           policy = false, strategy = false, cost = 0, key = '', at = 0, free = 0, ok = false, receipt_now = 0,
-          dirty = false, start = 0, count = 0, opened = false,
+          part = 0, dirty = false, start = 0, count = 0, opened = false,
         }
         counters[count] = s
       end
-      s.policy, s.strategy, s.cost, s.key, s.dirty = policy, policy.strategy, cost, key, false
+      s.policy, s.strategy, s.cost, s.key, s.part, s.dirty = policy, policy.strategy, cost, key, part, false
       if policy.log then s.list = KEYS[k]; k = k + 1 end
       if mode == 'refund' then s.receipt = tonumber(ARGV[a]); a = a + 1 end
     end
   end
-  local fine, result = pcall(decide, mode, counters, count, now)
+  local fine, result = pcall(decide, mode, counters, count, now, takes_rest)
   if not fine then
     for i = size + 1, #reply do reply[i] = nil end
     reply[size + 1] = -1
