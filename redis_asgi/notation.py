@@ -29,11 +29,14 @@ class Limit:
         return f"{self.quota}/{self.window} seconds"
 
 
-def read_limits(notation: str) -> tuple[Limit, ...]:
+def read_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
     """Read *notation* into limits, in the order written.
 
+    Args:
+        least: The smallest quota; 0 where a quota may refuse everything.
+
     Raises:
-        ValueError: Says what is wrong: unknown notation, a quota outside 1 to 10^9, a window outside
+        ValueError: Says what is wrong: unknown notation, a quota outside *least* to 10^9, a window outside
             1 s to 366 days, or two limits with the same window.
     """
     if len(notation) > MAX_LENGTH:
@@ -46,8 +49,8 @@ def read_limits(notation: str) -> tuple[Limit, ...]:
         raise ValueError("not in the notation '<quota>/<window>', joined by ';'") from None
     found = tuple(Limit(item.amount, item.get_expiry()) for item in items)
     for limit in found:
-        if not 1 <= limit.quota <= MAX_QUOTA:
-            raise ValueError(f"the quota {limit.quota} is not between 1 and {MAX_QUOTA}")
+        if not least <= limit.quota <= MAX_QUOTA:
+            raise ValueError(f"the quota {limit.quota} is not between {least} and {MAX_QUOTA}")
         if not 1 <= limit.window <= MAX_WINDOW:
             raise ValueError(f"a window of {limit.window} s is longer than {MAX_WINDOW} s (366 days)")
     if len({limit.window for limit in found}) < len(found):
@@ -56,10 +59,10 @@ def read_limits(notation: str) -> tuple[Limit, ...]:
 
 
 @lru_cache(maxsize=1024)
-def parse_limits(notation: str) -> tuple[Limit, ...]:
+def parse_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
     """`read_limits` for arguments: cached, and a ``ConfigurationError`` that shows *notation*."""
     try:
-        return read_limits(notation)
+        return read_limits(notation, least=least)
     except ValueError as error:
         shown = notation if len(notation) <= 80 else notation[:77] + "..."
         example = "Try '100/minute' or '20/second; 1000/hour'."

@@ -32,8 +32,8 @@ from redis_asgi import (
 from redis_asgi.embeddings.codec import encode
 from redis_asgi.embeddings.wire import DEFAULT_PATHS
 from redis_asgi.ratelimit.local import LocalEngine
+from redis_asgi.ratelimit.policies import make_policies
 from redis_asgi.ratelimit.policy import Charge, make_partition
-from redis_asgi.ratelimit.rules import make_policies
 
 from .test_examples import serving
 

@@ -18,8 +18,9 @@ from ..ratelimit.cluster import make_batcher
 from ..ratelimit.decision import PolicyState, read_reply
 from ..ratelimit.engine import Engine
 from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
+from ..ratelimit.policies import MOVING_WINDOW_MAX, make_policies
 from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
-from ..ratelimit.rules import DEFAULT_NAME, MOVING_WINDOW_MAX, check_name, make_policies
+from ..ratelimit.rules import DEFAULT_NAME, check_name
 from ..ratelimit.strategies import Mode
 from ..scope import Addressing, parse_address
 from ..settings import Settings, StrategyName

@@ -77,7 +77,7 @@ def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now
         state = max(refusing, key=lambda s: math.inf if s.retry_after is None else s.retry_after)
         until = state.retry_after or state.reset
     else:
-        state = min(states, key=lambda s: s.remaining / s.quota)
+        state = min(states, key=lambda s: s.remaining / max(1, s.quota))
         until = state.reset
     return [
         (b"x-ratelimit-limit", str(state.quota).encode()),
@@ -136,6 +136,8 @@ def refusal_detail(decision: Decision) -> str:
     never = [state for state in refusing if state.retry_after is None]
     if never:
         state = min(never, key=lambda s: s.quota)
+        if state.quota == 0:
+            return "The quota is 0: no request is admitted."
         return f"The cost of this request is more than the quota of {state.quota} and can never fit."
     if not refusing:
         return "Rate limit exceeded."

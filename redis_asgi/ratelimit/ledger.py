@@ -6,7 +6,8 @@ body byte.
 """
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 from starlette.types import Scope
 
 from ..connection import RedisManager
+from ..errors import ConfigurationError
 from ..settings import HeaderStyle
 from .decision import Decision, merged
 from .engine import Engine, Verdict
 from .headers import Fields, limit_fields
-from .policy import Partition, Policy
+from .policy import Charge, Partition, Policy
 
 # Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
 _DECISION = "redis_asgi.rate_limit"
@@ -246,6 +248,38 @@ def decision_of(scope: Scope) -> RequestDecision | None:
     """What was decided about this very request so far; ``None`` also when its response has ended."""
     decision: RequestDecision | None = scope.get(_DECISION)
     return None if decision is None or decision.says.is_over else decision
+
+
+def is_over(scope: Scope) -> bool:
+    """Whether what was decided about a request in this scope is settled."""
+    decision: RequestDecision | None = scope.get(_DECISION)
+    return decision is not None and decision.says.is_over
+
+
+def check_names(decision: RequestDecision | None, charges: Iterable[Charge], *, but_by: Engine | None = None) -> None:
+    """Refuse two limits of one name on one request: they would share a counter, and look like one in the fields.
+
+    Args:
+        decision: What was decided about the request so far, by anybody but *but_by*.
+
+    Raises:
+        ConfigurationError: Names them.
+    """
+    before = decision.ledger.verdicts if decision is not None else ()
+    known = itertools.chain(*(verdict.charges for verdict in before if verdict.engine is not but_by), charges)
+    named: dict[str, Policy] = {}
+    for charge in known:
+        for policy in charge.policies:
+            other = named.setdefault(policy.name, policy)
+            if other is not policy and other != policy:
+                raise ConfigurationError(
+                    f"name={policy.name!r} stands for two limits on one request, {_written(other)} and "
+                    f"{_written(policy)}, which would share a counter. Give each its own name=."
+                )
+
+
+def _written(policy: Policy) -> str:
+    return f"{policy.quota}/{policy.window} s by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
 
 
 def keep_decision(scope: Scope, decision: RequestDecision) -> None:

@@ -7,8 +7,9 @@ from ..errors import ConfigurationError
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
+from .policies import make_policies, warns_of_small_quotas
 from .policy import Charge, Charges, Partition, make_partition
-from .rules import check_choice, check_cost, check_name, make_policies, warns_of_small_quotas
+from .rules import check_choice, check_cost, check_name
 from .strategies import Mode
 
 

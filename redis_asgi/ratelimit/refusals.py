@@ -51,7 +51,7 @@ class Refusal:
         """Remaining, reset and retry of a request of *cost*, counted down to *now*."""
         passed = int((now - self.at) * MICROSECONDS)
         reset = max(0, self.reset - passed)
-        if cost > self.policy.quota:
+        if cost > self.policy.quota or self.retry < 0:
             return self.remaining, reset, -1
         return self.remaining, reset, max(0, self.retry - passed)
 

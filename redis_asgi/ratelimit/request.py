@@ -9,7 +9,7 @@ from starlette.types import Message, Receive, Scope
 
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine, Verdict
-from .ledger import RequestDecision
+from .ledger import RequestDecision, check_names
 from .lint import Linter
 from .policy import Charge, Charges, PolicySet, Unread
 from .routing import Routing
@@ -76,12 +76,10 @@ class RuleCheck:
 
     async def _charge(self, rule: CompiledRule) -> Charge | None:
         """What a rule that has something to call asks of this request; a callable cost is found later."""
-        policies = await rule.policies_for(HTTPConnection(self._scope))
-        if policies is None:
+        found = await rule.ask(HTTPConnection(self._scope))
+        if found is None:
             return None
-        partition = await rule.partition(self._scope)
-        if partition is None:
-            return None
+        policies, partition = found
         return rule.charge(policies, partition, rule.cost if isinstance(rule.cost, int) else 0)
 
     async def _priced(self, rule: CompiledRule, charge: Charge) -> Charge:
@@ -108,6 +106,7 @@ class RuleCheck:
     def _left_over(self, charge: Charge, outer: RequestDecision) -> Charge | None:
         """*charge* without the policies that an outer instance has put this request to already."""
         # A request that the app sends itself through this very instance counts again.
+        check_names(outer, (charge,), but_by=self._engine)
         fresh = tuple(
             policy
             for policy in charge.policies

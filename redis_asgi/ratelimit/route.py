@@ -1,9 +1,9 @@
 """Limits on one endpoint: `RateLimit` as a FastAPI dependency, `rate_limit` as a decorator for Starlette."""
 
 import functools
+import itertools
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,20 +14,36 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
-from ..connection import RedisArgument, resolve_manager
-from ..keys import digest
+from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
+from .endpoints import calls_of, dependant_of, endpoint_name
 from .engine import Engine, Verdict
 from .exceeded import RateLimitExceeded
-from .ledger import STANDBY, Ledger, RequestDecision, Standby, decision_of, keep_decision
+from .ledger import (
+    STANDBY,
+    Ledger,
+    RequestDecision,
+    Standby,
+    check_names,
+    decision_of,
+    is_over,
+    keep_decision,
+)
 from .partition import MissingIdentity, PartitionBy
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import CompiledRule, Limits, Rule, check_cost
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Where a scope keeps the limits that its request was put to.
+_ASKED = "redis_asgi.route_limits"
+# Where a decorated endpoint keeps itself, what it decorates, and the limits in front.
+_STACK = "_redis_asgi_stack"
+# Routes that one dependency knows its neighbours of.
+_MOST_ROUTES = 4096
 
 
 class RateLimit:
@@ -37,10 +53,15 @@ class RateLimit:
     the middleware writes all of them in one header. Without the middleware it writes its own. Over quota it raises
     `RateLimitExceeded`, which answers by itself.
 
+    Limits on the app, its routers and the route that follow each other with no other dependency between are decided
+    together: all are charged, or none. One behind another dependency is decided when its turn has come; if it refuses,
+    what was charged before it stays charged.
+
     Args:
         limits: Notation, or a callable that returns it for a request (``None`` = not limited).
-        name: The counters' name; equal names share. ``None`` = the endpoint's ``module.qualname``: each endpoint has
-            its own counter, the same in every worker.
+        name: The counters' name; equal names share. ``None`` = the endpoint's ``module.qualname`` with
+            ``-<quota>-<window>s`` behind it: each endpoint has its own counter, the same in every worker, and limits
+            stacked on one endpoint are told apart.
         partition_by: Who shares a counter; ``None`` = ``RATE_LIMIT_PARTITION``.
         cost: Units a request consumes, or a callable that says so for a connection.
         strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
@@ -81,12 +102,13 @@ class RateLimit:
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
         self._compiled: WeakKeyDictionary[Engine, dict[str, CompiledRule]] = WeakKeyDictionary()
+        self._neighbours: dict[int, tuple[object, tuple[RateLimit, ...]]] = {}
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
-        decision = await self.check(conn, conn.scope.get("endpoint"))
+        decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))
         if decision is not None and decision.ledger.immediate:
-            for key, value in self.fields(decision).items():
+            for key, value in _fields(decision).items():
                 response.headers[key] = value
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
@@ -97,32 +119,39 @@ class RateLimit:
             HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
             WebSocketException: Instead of any of them, where a handshake cannot be answered.
         """
-        decision = decision_of(conn.scope)
-        engine = self._engine_for(conn.scope, decision)
-        rule = self._compile(engine, self._rule.name or endpoint_name(endpoint))
-        try:
-            charge = await self._charge(rule, conn)
-        except MissingIdentity as missing:
-            raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-        if charge is None:
-            return None
-        if decision is not None and all(
-            decision.ledger.has_asked(engine.manager, charge.partition, policy) for policy in charge.policies
-        ):
-            return decision
-        verdict = await engine.decide(Charges((charge,)))
-        if decision is None:
-            decision = self._begin(conn.scope, verdict)
-        else:
-            decision.join(verdict)
-        if not verdict.allowed:
-            raise _answerable(conn, self._refusal(decision, verdict, charge))
-        return decision
+        return await check_all((self,), conn, endpoint)
 
-    def fields(self, decision: RequestDecision) -> dict[str, str]:
-        """The header fields of everything decided about the request."""
-        fields = decision.ledger.fields(self._style(decision))
-        return {name.decode(): value.decode() for name, value in fields}
+    def _with_neighbours(self, scope: Scope) -> "Sequence[RateLimit]":
+        """This one, and those that FastAPI calls right behind it, with nothing between that they could depend on."""
+        dependant = dependant_of(scope)
+        if dependant is None:
+            return (self,)
+        known = self._neighbours.get(id(dependant))
+        if known is None:
+            if len(self._neighbours) >= _MOST_ROUTES:
+                self._neighbours.clear()
+            calls = list(calls_of(dependant))
+            found: dict[RateLimit, None] = {}
+            for call in calls[calls.index(self) :] if self in calls else ():
+                if not isinstance(call, RateLimit):
+                    break
+                found[call] = None
+            # The dependant is kept with them, so that its id stays its own.
+            known = self._neighbours[id(dependant)] = dependant, tuple(found) or (self,)
+        return known[1]
+
+    async def ask(self, conn: HTTPConnection, endpoint: object) -> tuple[Engine, Charge | None]:
+        """What a request to *endpoint* is to be charged, and who decides that; ``None``: this limit does not apply.
+
+        Raises:
+            MissingIdentity: The identity is missing and must not be.
+        """
+        engine = self._engine_for(conn.scope, decision_of(conn.scope))
+        return engine, await self._charge(self._compile(engine, self.name_at(endpoint)), conn)
+
+    def name_at(self, endpoint: object) -> str:
+        """What its rule is called in front of *endpoint*."""
+        return self._rule.name or endpoint_name(endpoint)
 
     def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
         if self._redis is None and self._settings is None:
@@ -137,17 +166,6 @@ class RateLimit:
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
 
-    def _begin(self, scope: Scope, verdict: Verdict) -> RequestDecision:
-        """The decision of a request about which a middleware has said nothing."""
-        standby: Standby | None = scope.get(STANDBY)
-        if standby is not None and standby.sees_end:
-            decision = standby.decision = RequestDecision(Ledger(verdict))
-        else:
-            decision = RequestDecision(Ledger(verdict, immediate=True))
-            decision.ledger.count()
-        keep_decision(scope, decision)
-        return decision
-
     def _compile(self, engine: Engine, name: str) -> CompiledRule:
         rules = self._compiled.setdefault(engine, {})
         rule = rules.get(name)
@@ -158,6 +176,7 @@ class RateLimit:
                 settings,
                 Addressing(settings),
                 name=name,
+                by_numbers=self._rule.name is None,
                 strategy=settings.RATE_LIMIT_STRATEGY,
                 on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
             )
@@ -165,28 +184,98 @@ class RateLimit:
         return rule
 
     async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
-        policies = await rule.policies_for(conn)
-        if policies is None:
+        found = await rule.ask(conn)
+        if found is None:
             return None
-        partition = await rule.partition(conn.scope)
-        if partition is None:
-            return None
+        policies, partition = found
         cost = self._cost(conn) if callable(self._cost) else self._cost
         return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
 
-    def _refusal(self, decision: RequestDecision, verdict: Verdict, charge: Charge) -> HTTPException:
-        refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
-        if not refusing:  # nobody could decide, and the limit fails closed
-            fields = headers.refusal_fields(verdict.decision)
-            detail = "The rate limit cannot be checked right now. Retry in 1 s."
-            return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
-        worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
-        return RateLimitExceeded(
-            charge.partition.label, worst.quota, worst.window, decision=decision, style=self._style(decision)
-        )
 
-    def _style(self, decision: RequestDecision) -> HeaderStyle:
-        return decision.ledger.verdicts[0].engine.style
+async def check_all(limits: "Sequence[RateLimit]", conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
+    """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
+    decision = decision_of(conn.scope)
+    asked = _asked(conn.scope)
+    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Charge]]] = {}
+    try:
+        for limit in limits:
+            this = limit, limit.name_at(endpoint)
+            if this in asked:
+                continue
+            asked.add(this)
+            engine, charge = await limit.ask(conn, endpoint)
+            if charge is None:
+                continue
+            _, beside = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
+            # The very same limit is charged once.
+            if not _is_known(charge, engine, decision, beside):
+                beside.append(charge)
+    except MissingIdentity as missing:
+        raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
+    check_names(decision, itertools.chain(*(charges for _, charges in groups.values())))
+    for engine, charges in groups.values():
+        if not charges:
+            continue
+        verdict = await engine.decide(Charges(charges))
+        if decision is None:
+            decision = _begin(conn.scope, verdict)
+        else:
+            decision.join(verdict)
+        if not verdict.allowed:
+            raise _answerable(conn, _refusal(decision, verdict))
+    return decision
+
+
+def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, beside: Iterable[Charge]) -> bool:
+    """Whether a request was put to all policies of *charge* already, or is to be *beside* it."""
+    same = [policy for other in beside if other.partition.key == charge.partition.key for policy in other.policies]
+    return all(
+        policy in same or (decision is not None and decision.ledger.has_asked(engine.manager, charge.partition, policy))
+        for policy in charge.policies
+    )
+
+
+def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
+    """The limits that a request was put to, perhaps before its turn had come to them, and by what name."""
+    kept = scope.get(_ASKED)
+    if kept is None or is_over(scope):
+        kept = scope[_ASKED] = set()
+    asked: set[tuple[RateLimit, str]] = kept
+    return asked
+
+
+def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
+    """The decision of a request about which a middleware has said nothing."""
+    standby: Standby | None = scope.get(STANDBY)
+    if standby is not None and standby.sees_end:
+        decision = standby.decision = RequestDecision(Ledger(verdict))
+    else:
+        decision = RequestDecision(Ledger(verdict, immediate=True))
+        decision.ledger.count()
+    keep_decision(scope, decision)
+    return decision
+
+
+def _refusal(decision: RequestDecision, verdict: Verdict) -> HTTPException:
+    refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
+    if not refusing:  # nobody could decide, and the limit fails closed
+        fields = headers.refusal_fields(verdict.decision)
+        detail = "The rate limit cannot be checked right now. Retry in 1 s."
+        return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
+    worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
+    whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
+    return RateLimitExceeded(
+        whose.partition.label, worst.quota, worst.window, decision=decision, style=_style(decision)
+    )
+
+
+def _fields(decision: RequestDecision) -> dict[str, str]:
+    """The header fields of everything decided about a request."""
+    return {name.decode(): value.decode() for name, value in decision.ledger.fields(_style(decision))}
+
+
+def _style(decision: RequestDecision) -> HeaderStyle:
+    return decision.ledger.verdicts[0].engine.style
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
@@ -205,52 +294,34 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
     limit = RateLimit(limits, **options)
 
     def decorate(endpoint: F) -> F:
-        @functools.wraps(endpoint)
-        async def limited(*args: Any, **kwargs: Any) -> Any:
-            conn = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, HTTPConnection)), None)
-            if conn is None:
-                raise RuntimeError(
-                    f"@rate_limit found no Request or WebSocket among the arguments of {endpoint_name(endpoint)}. "
-                    "Add a 'request: Request' parameter."
-                )
-            decision = await limit.check(conn, endpoint)
-            if iscoroutinefunction(endpoint):
-                result = await endpoint(*args, **kwargs)
-            else:
-                result = await run_in_threadpool(endpoint, *args, **kwargs)
-            if decision is not None and decision.ledger.immediate and isinstance(result, Response):
-                for key, value in limit.fields(decision).items():
-                    result.headers.setdefault(key, value)
-            return result
-
-        return limited  # type: ignore[return-value]  # wraps() keeps the signature
+        # One decorator right on another: both limits are decided together, in front of the endpoint itself.
+        of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
+        return _decorated(below, (limit, *stacked)) if of is endpoint else _decorated(endpoint, (limit,))
 
     return decorate
 
 
-_names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+def _decorated(endpoint: F, limits: tuple[RateLimit, ...]) -> F:
+    """*endpoint* behind *limits*."""
 
+    @functools.wraps(endpoint)
+    async def limited(*args: Any, **kwargs: Any) -> Any:
+        conn = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, HTTPConnection)), None)
+        if conn is None:
+            raise RuntimeError(
+                f"@rate_limit found no Request or WebSocket among the arguments of {endpoint_name(endpoint)}. "
+                "Add a 'request: Request' parameter."
+            )
+        decision = await check_all(limits, conn, endpoint)
+        if iscoroutinefunction(endpoint):
+            result = await endpoint(*args, **kwargs)
+        else:
+            result = await run_in_threadpool(endpoint, *args, **kwargs)
+        if decision is not None and decision.ledger.immediate and isinstance(result, Response):
+            for key, value in _fields(decision).items():
+                result.headers.setdefault(key, value)
+        return result
 
-def endpoint_name(endpoint: object) -> str:
-    """An endpoint's ``module.qualname`` as a rule's name: letters that do not fit become ``_``, a long one is cut.
-
-    What is cut or replaced stands in a digest at the end, so that different endpoints never share a counter.
-    """
-    while isinstance(endpoint, functools.partial):
-        endpoint = endpoint.func
-    try:
-        name = _names.get(endpoint)
-        if name is None:
-            name = _names[endpoint] = _fit_name(endpoint)
-    except TypeError:  # neither hashable nor weakly referenced
-        return _fit_name(endpoint)
-    return name
-
-
-def _fit_name(endpoint: object) -> str:
-    named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
-    full = f"{named.__module__}.{named.__qualname__}"
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", full)
-    if name == full and len(name) <= 40:
-        return name
-    return f"{name[-31:]}-{digest(full)[:8]}".replace("_-", "-").lstrip(".")
+    # Whose it is stands with it: another decorator may copy it to a function of its own.
+    setattr(limited, _STACK, (limited, endpoint, limits))
+    return limited  # type: ignore[return-value]  # wraps() keeps the signature

@@ -1,32 +1,29 @@
 """Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
 
 import inspect
-import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
 from typing import TypeAlias, cast, get_args
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
-from ..notation import parse_limits
+from ..notation import Limit, parse_limits
 from ..paths import PathPattern, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
+from .last import LastLimits
 from .partition import ADDRESSING, PartitionBy, Partitioner
-from .policy import Charge, Partition, Policy, PolicySet
-
-logger = logging.getLogger("redis_asgi.ratelimit")
+from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_small_quotas
+from .policy import Charge, Partition, PolicySet
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
 CountIf: TypeAlias = Callable[[int], bool]
 
 DEFAULT_NAME = "default"
-MOVING_WINDOW_MAX = 10_000
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _METHOD = re.compile(r"[A-Z]{1,20}")
 
@@ -63,33 +60,14 @@ def check_cost(cost: object) -> int:
     return cost
 
 
-@lru_cache(maxsize=4096)
-def make_policies(name: str, notation: str, strategy: StrategyName, shadow: bool = False) -> PolicySet:
-    """The policies of the rule *name*: of its name for one limit, ``name-<window>s`` each for several.
-
-    Raises:
-        ConfigurationError: For bad notation, or a moving window with a quota above 10,000.
-    """
-    limits = parse_limits(notation)
-    policies = []
-    for limit in limits:
-        if strategy == "moving-window" and limit.quota > MOVING_WINDOW_MAX:
-            raise ConfigurationError(
-                f"limits={notation!r}: moving-window keeps one stamp per unit, so its quota is at most "
-                f"{MOVING_WINDOW_MAX}. Try strategy='sliding-window-counter'."
-            )
-        full = name if len(limits) == 1 else f"{name}-{limit.window}s"
-        policies.append(Policy(full, limit.quota, limit.window, strategy, shadow))
-    return PolicySet(tuple(policies))
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Which requests are limited, by what, and how they are counted.
 
     Attributes:
         limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
-            for "not limited".
+            for "not limited". A callable's quota of 0 refuses the request; what nobody can read is logged once, and
+            answered by the partition's last readable limits, else by the default ones of the settings.
         name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
             (``default``).
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
@@ -145,10 +123,7 @@ class Rule:
         if inspect.iscoroutinefunction(self.count_if):
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
         if not callable(self.cost):
-            try:
-                check_cost(self.cost)
-            except ValueError as error:
-                raise ConfigurationError(f"{error} Try 1.") from None
+            _check_constant_cost(self.cost, self.limits)
         if not isinstance(self.case_sensitive, bool):
             raise ConfigurationError(f"case_sensitive={self.case_sensitive!r} is not True or False.")
         if self.paths is not None:
@@ -161,6 +136,20 @@ class Rule:
                 if not _METHOD.fullmatch(method):
                     raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try 'POST' or 'WEBSOCKET'.")
             object.__setattr__(self, "methods", methods)
+
+
+def _check_constant_cost(cost: int, limits: Limits) -> None:
+    try:
+        check_cost(cost)
+    except ValueError as error:
+        raise ConfigurationError(f"{error} Try 1.") from None
+    if isinstance(limits, str):
+        quota = min(limit.quota for limit in parse_limits(limits))
+        if cost > quota:
+            raise ConfigurationError(
+                f"cost={cost!r} is more than the quota of {quota} in limits={limits!r}: no request would ever be "
+                f"admitted. Try cost={quota} or less, or a larger quota."
+            )
 
 
 def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:
@@ -188,6 +177,7 @@ class CompiledRule:
         on_redis_error: OnRedisError,
         partition_by: PartitionBy | None = None,
         name: str = DEFAULT_NAME,
+        by_numbers: bool = False,
     ) -> None:
         self.name = rule.name or name
         self.cost = rule.cost
@@ -201,9 +191,12 @@ class CompiledRule:
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.everywhere = not self._paths and self._methods is None
+        self._by_numbers = by_numbers
         self._has_warned = False
         # Known at construction unless the limits are a callable.
-        self.policies = self.read(rule.limits) if isinstance(rule.limits, str) else None
+        self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
+        self._last = None if self.policies is not None else LastLimits(self.name, self._make_dynamic, self._default)
+        self._default_limits = settings.default_limits
         # Static limits and cost: the charge depends on the identity alone.
         self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
 
@@ -217,24 +210,44 @@ class CompiledRule:
         policies = cast("PolicySet", self.policies)
         return self.charge(policies, self.partition.of_identity(identity), cast("int", self.cost))
 
-    async def policies_for(self, conn: HTTPConnection) -> PolicySet | None:
-        """A request's policies under this rule, asked of the user where they are dynamic; ``None``: not limited."""
-        if self.policies is not None or isinstance(self._limits, str):
-            return self.policies
-        conn.scope.setdefault(ADDRESSING, self._addressing)
-        said = self._limits(conn)
-        notation = await said if inspect.isawaitable(said) else said
-        return None if notation is None else self.read(notation)
+    async def ask(self, conn: HTTPConnection) -> tuple[PolicySet, Partition] | None:
+        """A request's policies and partition under this rule, asked of the user where they are dynamic.
 
-    def read(self, notation: str) -> PolicySet:
-        """The policies that *notation* stands for under this rule; parsed through a bounded cache.
+        Returns:
+            ``None`` where the rule does not apply: "not limited", or nobody to count by.
 
         Raises:
-            TypeError: If a callable returned something else.
+            MissingIdentity: No identity, and the setting says to refuse.
         """
-        if not isinstance(notation, str):
-            raise TypeError(f"limits returned {type(notation).__name__}, not notation or None.")
-        policies = make_policies(self.name, notation, self._strategy, self._shadow)
+        policies, said = self.policies, None
+        if not isinstance(self._limits, str):
+            conn.scope.setdefault(ADDRESSING, self._addressing)
+            said = self._limits(conn)
+            said = await said if inspect.isawaitable(said) else said
+            if said is None:
+                return None
+        partition = await self.partition(conn.scope)
+        if partition is None:
+            return None
+        if self._last is not None:
+            policies = self._last.read(said, partition)
+        return cast("PolicySet", policies), partition
+
+    def _default(self) -> PolicySet:
+        """The default limits of the settings under this rule, as far as its strategy goes."""
+        limits = parse_limits(self._default_limits)
+        if self._strategy == "moving-window":
+            limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
+        return self._make("; ".join(map(str, limits)))
+
+    def _make_dynamic(self, notation: str) -> PolicySet:
+        return self._make(notation, least=0)
+
+    def _make(self, notation: str, *, least: int = 1) -> PolicySet:
+        """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
+        policies = make_policies(
+            self.name, notation, self._strategy, self._shadow, least=least, by_numbers=self._by_numbers
+        )
         if self._strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
@@ -258,22 +271,6 @@ class CompiledRule:
         return False
 
 
-def warns_of_small_quotas(policies: PolicySet) -> bool:
-    """Whether one of *policies*, all of `sliding-window-counter`, has a quota below 10; each that has is warned of."""
-    small = [policy for policy in policies if policy.quota < 10]
-    for policy in small:
-        logger.warning(
-            "redis_asgi.small_sliding_quota",
-            extra={
-                "code": "small_sliding_quota",
-                "policy": policy.name,
-                "fix": f"A client that used its quota of {policy.quota} waits up to "
-                f"{policy.window * (1 + 1 / policy.quota):g} s. Use moving-window or gcra for quotas below 10.",
-            },
-        )
-    return bool(small)
-
-
 def compile_rules(
     limits: Limits | None,
     rules: Iterable[Rule] | None,
@@ -294,6 +291,8 @@ def compile_rules(
     if on_redis_error is not None:
         check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
     written = list(rules or ())
+    if rules is not None and not written and limits is None:
+        raise ConfigurationError("rules=[] limits nothing. Try limits='100/minute', or leave both out for RATE_LIMITS.")
     for rule in written:
         if not isinstance(rule, Rule):
             raise ConfigurationError(f"rules holds {rule!r}, which is no Rule. Try rules=[Rule('100/minute')].")
@@ -334,6 +333,15 @@ def same_identity(rules: Sequence[CompiledRule]) -> Callable[[Scope], str | None
 
 def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
     seen: dict[str, str] = {}
+    dynamic = [rule.name for rule in rules if rule.policies is None]
+    for rule in rules:
+        for name in dynamic:
+            # What its callable says decides whether a policy is named so.
+            if re.fullmatch(rf"{re.escape(name)}-\d+s", rule.name):
+                raise ConfigurationError(
+                    f"name={rule.name!r} may be a policy of the rule {name!r} too, whose limits are a callable. "
+                    "Rename one."
+                )
     for rule in rules:
         for policy in rule.policies or ():
             other = seen.setdefault(policy.name, rule.name)

@@ -277,6 +277,54 @@ async def test_dynamic_limits(settings: Settings) -> None:
     assert [200] * 3 == await statuses(app, 3)
 
 
+@pytest.mark.parametrize("style", ["ietf", "legacy", "both", "none"])
+@pytest.mark.parametrize("store", ["memory", "redis"])
+async def test_quota_of_nothing_refuses_for_good(store: str, style: Any, request: pytest.FixtureRequest) -> None:
+    """A plan of ``0/minute`` is a 429 that names no time to come back, however it stands beside other limits."""
+    url = request.getfixturevalue("redis_url") if store == "redis" else "memory://"
+    mine = Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"z{store}{style}:")
+    plans = {"free": "2/minute", "blocked": "0/minute", "mixed": "9/minute; 0/hour"}
+    rules = [
+        Rule(lambda conn: plans[conn.headers.get("x-plan", "free")], name="plan"),
+        Rule("5/minute", name="fixed"),
+        Rule("9/minute", name="free", cost=0),
+    ]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=mine, headers=style)
+    async with client_of(app) as client:
+        refused = [await client.get("/", headers={"x-plan": plan}) for plan in ("blocked", "mixed", "blocked")]
+        free = [await client.get("/") for _ in range(3)]
+
+    assert [429] * 3 + [200, 200, 429] == [response.status_code for response in refused + free]
+    assert not any("retry-after" in response.headers for response in refused)
+    assert {"The quota is 0: no request is admitted."} == {response.json()["detail"] for response in refused}
+    if style in ("ietf", "both"):
+        assert '"plan";q=0;w=60' in refused[0].headers["ratelimit-policy"]
+        assert '"plan";r=0;t=60' in refused[0].headers["ratelimit"]
+
+
+async def test_shadow_of_a_quota_of_nothing_refuses_nobody(settings: Settings) -> None:
+    """It is counted as one that would have refused, and shown to nobody."""
+    app = RateLimitMiddleware(
+        Spy(), rules=[Rule(lambda _conn: "0/minute", shadow=True)], settings=settings, headers="both"
+    )
+
+    assert [200, 200] == await statuses(app, 2)
+
+
+async def test_plan_that_nobody_can_read_is_no_error_of_the_app(settings: Settings) -> None:
+    """A tenant's typo is answered by what it had before, else by the default limits: never a 500."""
+    said = {"a": "3/minute", "b": "100/minit"}
+    capped = settings.model_copy(update={"MAX_REQUESTS_PER_WINDOW": 2})
+    app = RateLimitMiddleware(
+        Spy(), lambda conn: said[conn.headers["x-key"]], partition_by=by_header("x-key"), settings=capped
+    )
+    first = await statuses(app, 1, headers={"x-key": "a"})
+    said["a"] = "3 per minit"
+
+    assert [200, 200, 200, 429] == first + await statuses(app, 3, headers={"x-key": "a"})
+    assert [200, 200, 429] == await statuses(app, 3, headers={"x-key": "b"})
+
+
 async def test_cost_zero_and_cost_too_big(settings: Settings) -> None:
     """Cost 0 is admitted and charges nothing; a cost above the quota is refused for good, without Retry-After."""
     costs = iter([0, 0, 6, 5])
@@ -822,12 +870,20 @@ async def _running(app: RateLimitMiddleware) -> AsyncIterator[None]:
 
 
 async def test_inner_limit_of_another_quota_is_enforced(settings: Settings) -> None:
-    """Only the very same limit is skipped: a tighter one inside, of the same name, still refuses."""
-    app = RateLimitMiddleware(
-        RateLimitMiddleware(Spy(), "2/minute", settings=settings), "100/minute", settings=settings
-    )
+    """Only the very same limit is skipped: a tighter one inside still refuses."""
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("2/minute", name="inner")], settings=settings)
+    app = RateLimitMiddleware(inner, "100/minute", settings=settings)
 
-    assert [200, 429] == await statuses(app, 2)
+    assert [200, 200, 429] == await statuses(app, 3)
+
+
+@pytest.mark.parametrize("inner", ["2/minute", "100/hour", lambda _conn: "2/minute"], ids=["quota", "window", "plan"])
+async def test_inner_limit_of_the_same_name_is_said_to_be_one_too_many(settings: Settings, inner: Any) -> None:
+    """At the first request: two limits of one name would share a counter, or at least look as if they did."""
+    app = RateLimitMiddleware(RateLimitMiddleware(Spy(), inner, settings=settings), "100/minute", settings=settings)
+
+    with pytest.raises(ConfigurationError, match=r"name='default' stands for two limits.*100/60 s"):
+        await statuses(app, 1)
 
 
 async def test_members_stand_in_the_order_of_the_rules(settings: Settings) -> None:

@@ -31,7 +31,7 @@ from redis_asgi import (
     by_header,
     rate_limit,
 )
-from redis_asgi.ratelimit.route import endpoint_name
+from redis_asgi.ratelimit.endpoints import endpoint_name
 from redis_asgi.telemetry import fresh_telemetry
 
 from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
@@ -429,7 +429,10 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Setti
         tasks.add_task(request.state.rate_limit.charge, 1)
         return "x"
 
-    app.get("/refused", dependencies=[Depends(limit), Depends(RateLimit("9/minute", cost=10))])(lambda: "x")
+    app.get(
+        "/refused",
+        dependencies=[Depends(limit), Depends(RateLimit("1/minute", cost=lambda _conn: 2, settings=settings))],
+    )(lambda: "x")
     app.get("/free")(lambda: "x")
     with fresh_telemetry() as counted:
         limited = RateLimitMiddleware(app, rules=[Rule("9/minute", paths="/other")], settings=settings)
@@ -449,8 +452,8 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Setti
 
     fields = [r.headers.get("ratelimit") for r in (response, free, not_found)]
     assert ['"r";r=8;t=60', None, '"r";r=5;t=60'] == fields
-    # The broken one gave its unit back, and the late one kept it.
-    assert (429, '"r";r=3;t=60') == (refused.status_code, refused.headers["ratelimit"].partition(", ")[0])
+    # The broken one gave its unit back, and the late one kept it; the refused one is charged nothing.
+    assert (429, '"r";r=4;t=60') == (refused.status_code, refused.headers["ratelimit"].partition(", ")[0])
     assert {"allowed": 4, "exempt": 1, "refused": 1} == counts
 
 

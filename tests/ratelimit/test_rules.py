@@ -1,5 +1,7 @@
 """Rules: what they cover, what they become, and what they refuse to be."""
 
+import asyncio
+import itertools
 import logging
 from typing import Any, cast
 
@@ -9,7 +11,8 @@ from starlette.types import Scope
 
 from redis_asgi import ConfigurationError, Rule, Settings, by_header, by_user, client_ip
 from redis_asgi.paths import spellings
-from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, make_policies, same_identity
+from redis_asgi.ratelimit.policies import make_policies
+from redis_asgi.ratelimit.rules import CompiledRule, check_cost, compile_rules, same_identity
 from redis_asgi.scope import Addressing
 from redis_asgi.settings import StrategyName
 
@@ -157,6 +160,9 @@ def test_patterns_are_below_root_path(root: str, path: str, expected: bool) -> N
         ({"cost": "1"}, "cost='1'"),
         ({"cost": True}, "cost=True"),
         ({"cost": 1.5}, "cost=1.5"),
+        ({"cost": 6}, "cost=6 is more than the quota of 5"),
+        ({"limits": "100/hour; 5/minute", "cost": 50}, "more than the quota of 5"),
+        ({"limits": "0/minute"}, "quota 0 is not between 1"),
         ({"strategy": "fast"}, "strategy='fast'"),
         ({"on_redis_error": "ignore"}, "on_redis_error='ignore'"),
         ({"partition_by": "ip"}, "partition_by='ip'"),
@@ -249,7 +255,10 @@ def test_dry_run_makes_every_policy_a_shadow(shadow: bool, dry_run: bool) -> Non
 
     assert rule.policies is not None
     assert [True, True] == [p.shadow for p in rule.policies]
-    assert [True] == [p.shadow for p in rule.read("7/minute")]
+    dynamic = compiled(Rule(lambda conn: "7/minute", shadow=shadow), settings)
+    found = asyncio.run(dynamic.ask(HTTPConnection(request())))
+    assert found is not None
+    assert [True] == [p.shadow for p in found[0]]
 
 
 @pytest.mark.anyio
@@ -265,27 +274,65 @@ async def test_limits_may_depend_on_the_request(*, is_async: bool) -> None:
 
     rule = compiled(Rule(later if is_async else limits, name="plan", strategy="gcra"))
     gold, free, none = [
-        await rule.policies_for(HTTPConnection(request(headers=[(b"x-plan", plan)])))
-        for plan in (b"gold", b"free", b"none")
+        await rule.ask(HTTPConnection(request(headers=[(b"x-plan", plan)]))) for plan in (b"gold", b"free", b"none")
     ]
 
     assert rule.policies is None
-    assert [("plan", 1000)] == [(p.name, p.quota) for p in gold or ()]
-    assert [("plan-60s", 5), ("plan-3600s", 20)] == [(p.name, p.quota) for p in free or ()]
+    assert gold is not None
+    assert free is not None
+    assert [("plan", 1000)] == [(p.name, p.quota) for p in gold[0]]
+    assert [("plan-60s", 5), ("plan-3600s", 20)] == [(p.name, p.quota) for p in free[0]]
     assert none is None
 
 
-@pytest.mark.parametrize("returned", [5, ["5/minute"], b"5/minute"])
-def test_callable_that_returns_no_notation_is_a_type_error(returned: Any) -> None:
-    """Never "not limited" by accident."""
-    with pytest.raises(TypeError, match="limits returned"):
-        compiled(Rule(lambda _conn: "5/minute")).read(returned)
+def plans(*said: Any, **options: Any) -> CompiledRule:
+    """A rule whose callable says one thing after the other; whose plan it is stands in a header."""
+    saying = iter(said)
+    return compiled(Rule(lambda _conn: next(saying), name="plan", partition_by=by_header("x-key"), **options))
 
 
-def test_bad_notation_from_a_callable_is_named() -> None:
-    """It reaches the app's error handling with the text that was returned."""
-    with pytest.raises(ConfigurationError, match="limits='often'"):
-        compiled(Rule(lambda _conn: "often")).read("often")
+async def quotas_of(rule: CompiledRule, keys: str) -> "list[list[int] | None]":
+    """The quotas that each client in turn is held to."""
+    found = [await rule.ask(HTTPConnection(request(headers=[(b"x-key", key.encode())]))) for key in keys]
+    return [[policy.quota for policy in one[0]] if one is not None else None for one in found]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "said",
+    ["often", "", "5/minute; 9/60 seconds", "5/0 minutes", "-1/minute", "9" * 5000, 5, ["5/minute"], b"5/minute", True],
+)
+async def test_limits_that_nobody_can_read_are_the_last_readable_ones(
+    said: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client's own, else the default ones, never another client's; said once, with the rule and why."""
+    rule = plans("7/minute", said, said, "8/minute; 9/hour", said, None, said, "0/minute", said)
+    with caplog.at_level(logging.WARNING, "redis_asgi"):
+        quotas = await quotas_of(rule, "aabaaaaaa")
+
+    assert [[7], [7], [100], [8, 9], [8, 9], None, [8, 9], [0], [0]] == quotas
+    assert [("limits_unreadable", "plan")] == [(r.__dict__["code"], r.__dict__["rule"]) for r in caplog.records]
+    assert len(caplog.records[0].__dict__["fix"]) < 500
+
+
+@pytest.mark.anyio
+async def test_readable_limits_of_many_clients_are_not_all_remembered() -> None:
+    """Ten thousand are; who changed them longest ago is forgotten, and then has the default ones."""
+    said = itertools.chain(itertools.repeat("7/minute", 10_001), itertools.repeat("", 2))
+    rule = compiled(Rule(lambda _conn: next(said), partition_by=by_header("x-key")))
+    keys = [str(i) for i in range(10_001)]
+    found = [await rule.ask(HTTPConnection(request(headers=[(b"x-key", key.encode())]))) for key in (*keys, "0", "1")]
+
+    assert [100, 7] == [policies.policies[0].quota for policies, _ in found[-2:] if policies]  # type: ignore[misc]
+
+
+@pytest.mark.anyio
+async def test_default_limits_fit_the_strategy() -> None:
+    """A moving window keeps a stamp per unit, so that of a large default quota it has as much as it can."""
+    settings = Settings(REDIS_URL="memory://", RATE_LIMITS="50000/minute; 9/hour")
+    rule = compiled(Rule(lambda _conn: "", strategy="moving-window"), settings)
+
+    assert [[10_000, 9]] == await quotas_of(rule, "a")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +343,7 @@ def test_bad_notation_from_a_callable_is_named() -> None:
         pytest.param(None, [Rule("5/minute")], ["default"], id="an only rule needs no name"),
         pytest.param(None, [Rule("5/minute", name="a"), Rule("5/minute", name="b")], ["a", "b"], id="rules"),
         pytest.param("5/minute", [Rule("5/minute", name="a")], ["default", "a"], id="limits and rules"),
-        pytest.param(None, [], [], id="no rules at all"),
+        pytest.param("5/minute", [], ["default"], id="limits and no rules"),
     ],
 )
 def test_limits_and_rules_replace_the_environment(limits: Any, rules: Any, names: list[str]) -> None:
@@ -330,6 +377,14 @@ def test_environment_decides_without_arguments() -> None:
             "policy 'a-60s'",
             id="a policy's name",
         ),
+        pytest.param(
+            None,
+            [Rule(lambda _conn: "1/minute; 2/hour", name="a"), Rule("5/minute", name="a-60s")],
+            "may be a policy of the rule 'a'",
+            id="what a callable may name",
+        ),
+        pytest.param(None, [], "limits nothing", id="no rules at all"),
+        pytest.param(None, iter(()), "limits nothing", id="no rules in an iterator"),
         pytest.param(None, ["5/minute"], "no Rule", id="not a rule"),
         pytest.param("10001/minute", [], "at most 10000", id="moving window too wide"),
     ],
@@ -374,7 +429,7 @@ async def test_small_quotas_of_dynamic_limits_are_warned_about_once(caplog: pyte
     rule = compiled(Rule(lambda conn: next(notations)), strategy="sliding-window-counter")
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         for _ in range(3):
-            await rule.policies_for(HTTPConnection(request()))
+            await rule.ask(HTTPConnection(request()))
 
     assert ["default"] == [record.__dict__["policy"] for record in caplog.records]
     assert "quota of 9 " in caplog.records[0].__dict__["fix"]

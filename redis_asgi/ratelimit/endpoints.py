@@ -1,0 +1,49 @@
+"""What is known of the endpoint that a request is on its way to: its name, and what FastAPI calls in front of it."""
+
+import functools
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+from starlette.types import Scope
+
+from .policies import fit_name
+
+_names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+
+
+def endpoint_name(endpoint: object) -> str:
+    """An endpoint's ``module.qualname`` as a rule's name, see `fit_name`."""
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func
+    try:
+        name = _names.get(endpoint)
+        if name is None:
+            name = _names[endpoint] = _fit_name(endpoint)
+    except TypeError:  # neither hashable nor weakly referenced
+        return _fit_name(endpoint)
+    return name
+
+
+def _fit_name(endpoint: object) -> str:
+    named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
+    return fit_name(f"{named.__module__}.{named.__qualname__}")
+
+
+def dependant_of(scope: Scope) -> object:
+    """What FastAPI solves for a request; ``None`` where it is not FastAPI's, or a test has put in something else."""
+    if getattr(scope.get("app"), "dependency_overrides", None):
+        return None
+    route = scope.get("route")
+    kept = scope.get("fastapi")
+    # A route of an included router has the dependencies of the routers around it here.
+    context = kept.get("effective_route_context") if isinstance(kept, dict) else None
+    if context is not None and getattr(context, "original_route", None) is route:
+        route = context
+    return getattr(route, "dependant", None)
+
+
+def calls_of(dependant: object) -> Iterator[object]:
+    """The dependencies below *dependant*, in the order in which FastAPI calls them."""
+    for below in getattr(dependant, "dependencies", ()):
+        yield from calls_of(below)
+        yield below.call
