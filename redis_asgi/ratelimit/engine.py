@@ -287,8 +287,12 @@ class Engine:
         self._forks = PROCESS.forks
         return batcher
 
-    async def reset(self, partition: Partition, name: str | None) -> bool:
-        """Forget a partition's counters, or those of one rule; whether there were any."""
+    async def reset(self, partition: Partition, name: str | None, *, on_request: bool = False) -> bool:
+        """Forget a partition's counters, or those of one rule; whether there were any.
+
+        Args:
+            on_request: Wait for Redis no longer than a check does.
+        """
         here = self._local.fields(partition.key)
         found = self._local.forget(partition.key, None if name is None else _of_rule(here, name))
         if not self.manager.has_redis:
@@ -297,7 +301,7 @@ class Engine:
             breaker = self.manager.breaker()
             if breaker.state == "open":
                 return False
-            async with asyncio.timeout(self.manager.settings.REDIS_TIMEOUT):
+            async with asyncio.timeout(self._timeout if on_request else self.manager.settings.REDIS_TIMEOUT):
                 return await self.reset_in_redis(partition, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.

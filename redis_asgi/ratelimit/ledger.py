@@ -119,6 +119,24 @@ class Ledger:
             if any(deltas):
                 self.apply(verdict, deltas)
 
+    async def reset(self, name: str) -> bool:
+        """See `RequestDecision.reset`."""
+        forgot = False
+        done: set[tuple[Engine, bytes]] = set()
+        for verdict in list(self.verdicts):
+            engine, taken = verdict.engine, verdict.taken
+            policies = [(charge.partition, policy) for charge in verdict.charges for policy in charge.policies]
+            for i, (partition, policy) in enumerate(policies):
+                if policy.name not in (name, f"{name}-{policy.window}s"):
+                    continue
+                if (engine, partition.key) not in done:
+                    done.add((engine, partition.key))
+                    forgot |= await engine.reset(partition, name, on_request=True)
+                if forgot:
+                    # Of what is forgotten nothing is given back.
+                    self._sent.setdefault(verdict, [0] * len(policies))[i] = -taken[i]
+        return forgot
+
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
         """What to `apply` once the client has the start of an answer by which the app turns its request down.
 
@@ -224,6 +242,21 @@ class RequestDecision(Decision):
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
+
+    async def reset(self, name: str) -> bool:
+        """Give the client its full quota back under *name*, such as after a login that succeeded.
+
+        Of what this request was charged nothing remains either. Other processes may refuse the client from memory for
+        up to a second more.
+
+        Args:
+            name: A rule's, or of a per-route limit its own; of several limits all are reset.
+
+        Returns:
+            Whether there was a counter to forget; ``False`` also when no limit of that name applies to this request, or
+            Redis does not answer within ``RATE_LIMIT_TIMEOUT``.
+        """
+        return await self.ledger.reset(name)
 
 
 class Standby:
