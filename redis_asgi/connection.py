@@ -30,6 +30,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client import Client, build_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
+from .event_loop import running_loop
 from .settings import Settings, redact
 from .telemetry import drop_notes, tell_notes
 
@@ -168,7 +169,7 @@ class RedisManager:
     def pool(self) -> ConnectionPool | None:
         """The running loop's connection pool; ``None`` outside a loop, when not open, or on a cluster."""
         try:
-            opened = self._opened.get(asyncio.get_running_loop())
+            opened = self._opened.get(running_loop())
         except RuntimeError:
             return None
         return getattr(opened.client, "connection_pool", None) if opened and self._forks == PROCESS.forks else None
@@ -180,7 +181,7 @@ class RedisManager:
         On a cluster each node has a breaker of its own, and the worst of them is told. ``closed`` when nothing is open.
         """
         try:
-            opened = self._opened.get(asyncio.get_running_loop())
+            opened = self._opened.get(running_loop())
         except RuntimeError:
             return "closed"
         states = {breaker.state for breaker in opened.breakers.values()} if opened else set()
@@ -222,7 +223,7 @@ class RedisManager:
         """Close what the running loop has open; idempotent, and the next use opens it again."""
         if self._forks != PROCESS.forks:
             self._forget_parent()
-        opened = self._opened.pop(asyncio.get_running_loop(), None)
+        opened = self._opened.pop(running_loop(), None)
         if opened is None:
             return
         if opened.until_loop_ends is None:
@@ -237,7 +238,7 @@ class RedisManager:
 
     async def let_go(self) -> None:
         """Count one user less; the last one closes."""
-        opened = self._opened.get(asyncio.get_running_loop())
+        opened = self._opened.get(running_loop())
         if opened is not None:
             opened.users -= 1
             if opened.users <= 0:
@@ -283,7 +284,7 @@ class RedisManager:
         return cast(T, self._shared[factory])
 
     def _open(self) -> _Opened:
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         if self._forks != PROCESS.forks:
             self._forget_parent()
         opened = self._opened.get(loop)

@@ -4,6 +4,7 @@ from typing import get_args
 
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
+from ..event_loop import running_loop
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
@@ -111,6 +112,7 @@ class RateLimiter:
         Returns:
             Whether there was a counter to forget; ``False`` also when Redis does not answer.
         """
+        running_loop()
         if name is not None:
             check_name(name)
         return await self._engine.reset(self._partition(client_id), name)
@@ -124,6 +126,7 @@ class RateLimiter:
         name: str,
         strategy: StrategyName | None,
     ) -> Decision:
+        running_loop()
         if strategy is not None:
             check_choice("strategy", strategy, get_args(StrategyName))
         if not isinstance(limits, str):

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
+from ..event_loop import running_loop
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
@@ -99,6 +100,7 @@ class RateLimitMiddleware:
             raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
         self._on_exceeded = on_exceeded
         self._linter = Linter(self._addressing)
+        self._has_loop = False
         # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
         self._identify = same_identity(self._rules)
         self._charges_of = lru_cache(maxsize=16_384)(self._plain_charges)
@@ -111,6 +113,9 @@ class RateLimitMiddleware:
         if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if not self._has_loop:
+            running_loop()
+            self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
         if self._exemptions.any and await self._exemptions.cover(scope):
@@ -207,6 +212,13 @@ class RateLimitMiddleware:
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
+        try:
+            running_loop()
+        except RuntimeError as error:
+            await receive()
+            # A server takes an app that only raises for one without a lifespan, and serves it.
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            raise
         holding = False
 
         async def starting() -> Message:

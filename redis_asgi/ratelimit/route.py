@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..event_loop import running_loop
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
@@ -194,6 +195,7 @@ class RateLimit:
 
 async def check_all(limits: "Sequence[RateLimit]", conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
     """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
+    running_loop()
     decision = decision_of(conn.scope)
     asked = _asked(conn.scope)
     groups: dict[tuple[RedisManager, int], tuple[Engine, list[Charge]]] = {}
