@@ -6,27 +6,25 @@ from weakref import WeakKeyDictionary
 
 from starlette.types import Scope
 
-from .policies import fit_name
-
 _names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 
 
 def endpoint_name(endpoint: object) -> str:
-    """An endpoint's ``module.qualname`` as a rule's name, see `fit_name`."""
+    """An endpoint's ``module.qualname``, the same in every worker."""
     while isinstance(endpoint, functools.partial):
         endpoint = endpoint.func
     try:
         name = _names.get(endpoint)
         if name is None:
-            name = _names[endpoint] = _fit_name(endpoint)
+            name = _names[endpoint] = _full_name(endpoint)
     except TypeError:  # neither hashable nor weakly referenced
-        return _fit_name(endpoint)
+        return _full_name(endpoint)
     return name
 
 
-def _fit_name(endpoint: object) -> str:
+def _full_name(endpoint: object) -> str:
     named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
-    return fit_name(f"{named.__module__}.{named.__qualname__}")
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def dependant_of(scope: Scope) -> object:

@@ -33,6 +33,7 @@ from .ledger import (
     keep_decision,
 )
 from .partition import MissingIdentity, PartitionBy
+from .policies import fit_name
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import CompiledRule, Limits, Rule, check_cost
@@ -176,8 +177,8 @@ class RateLimit:
                 self._rule,
                 settings,
                 Addressing(settings),
-                name=name,
-                by_numbers=self._rule.name is None,
+                name=fit_name(name),
+                numbered=name if self._rule.name is None else None,
                 strategy=settings.RATE_LIMIT_STRATEGY,
                 on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
             )

@@ -32,6 +32,7 @@ from redis_asgi import (
     rate_limit,
 )
 from redis_asgi.ratelimit.endpoints import endpoint_name
+from redis_asgi.ratelimit.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
 from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
@@ -350,8 +351,8 @@ def _long() -> None:
 def test_endpoint_names_fit_and_stay_apart() -> None:
     """A name that is too long or odd is cut and keeps a digest, so that two endpoints never share by accident."""
     _long.__qualname__ = "Very.Long.Qualified.Name.Of.An.Endpoint.That.Goes.On"
-    first = endpoint_name(functools.partial(_long))
-    names = {first, endpoint_name(lambda: None), endpoint_name(Rule), endpoint_name(RateLimit)}
+    endpoints: list[object] = [functools.partial(_long), lambda: None, Rule, RateLimit]
+    names = {fit_name(endpoint_name(endpoint)) for endpoint in endpoints}
 
     assert 4 == len(names)
     assert all(len(name) <= 40 for name in names)
