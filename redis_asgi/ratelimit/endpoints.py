@@ -29,15 +29,17 @@ def _full_name(endpoint: object) -> str:
 
 def dependant_of(scope: Scope) -> object:
     """What FastAPI solves for a request; ``None`` where it is not FastAPI's, or a test has put in something else."""
-    if getattr(scope.get("app"), "dependency_overrides", None):
-        return None
     route = scope.get("route")
     kept = scope.get("fastapi")
     # A route of an included router has the dependencies of the routers around it here.
     context = kept.get("effective_route_context") if isinstance(kept, dict) else None
     if context is not None and getattr(context, "original_route", None) is route:
         route = context
-    return getattr(route, "dependant", None)
+    dependant = getattr(route, "dependant", None)
+    overrides = getattr(scope.get("app"), "dependency_overrides", None)
+    if overrides and any(call in overrides for call in calls_of(dependant)):
+        return None
+    return dependant
 
 
 def calls_of(dependant: object) -> Iterator[object]:

@@ -36,13 +36,13 @@ def make_policies(
     shadow: bool = False,
     *,
     least: int = 1,
-    by_numbers: bool = False,
+    ending: str | None = None,
 ) -> PolicySet:
     """The policies of the rule *name*: of its name for one limit, ``name-<window>s`` each for several.
 
     Args:
         least: The smallest quota.
-        by_numbers: Name each ``name-<quota>-<window>s`` instead.
+        ending: What stands behind the name of each instead, with ``{quota}`` and ``{window}`` filled in.
 
     Raises:
         ConfigurationError: For bad notation, or a moving window with a quota above 10,000.
@@ -55,8 +55,8 @@ def make_policies(
                 f"limits={notation!r}: moving-window keeps one stamp per unit, so its quota is at most "
                 f"{MOVING_WINDOW_MAX}. Try strategy='sliding-window-counter'."
             )
-        if by_numbers:
-            full = fit_name(name, f"-{limit.quota}-{limit.window}s")
+        if ending is not None:
+            full = fit_name(name, ending.format(quota=limit.quota, window=limit.window))
         else:
             full = name if len(limits) == 1 else f"{name}-{limit.window}s"
         policies.append(Policy(full, limit.quota, limit.window, strategy, shadow))

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
@@ -62,7 +62,8 @@ class RateLimit:
     Args:
         limits: Notation, or a callable that returns it for a request (``None`` = not limited).
         name: The counters' name; equal names share. ``None`` = the endpoint's ``module.qualname`` with
-            ``-<quota>-<window>s`` behind it: each endpoint has its own counter, the same in every worker, and limits
+            ``-<quota>-<window>s`` behind it, or of a callable, whose quotas change, with its place among them:
+            ``-<window>s``, ``-2-<window>s``. Each endpoint has its own counter, the same in every worker, and limits
             stacked on one endpoint are told apart.
         partition_by: Who shares a counter; ``None`` = ``RATE_LIMIT_PARTITION``.
         cost: Units a request consumes, or a callable that says so for a connection.
@@ -103,8 +104,8 @@ class RateLimit:
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
-        self._compiled: WeakKeyDictionary[Engine, dict[str, CompiledRule]] = WeakKeyDictionary()
-        self._neighbours: dict[int, tuple[object, tuple[RateLimit, ...]]] = {}
+        self._compiled: WeakKeyDictionary[Engine, dict[tuple[str, int], CompiledRule]] = WeakKeyDictionary()
+        self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
@@ -121,35 +122,39 @@ class RateLimit:
             HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
             WebSocketException: Instead of any of them, where a handshake cannot be answered.
         """
-        return await check_all((self,), conn, endpoint)
+        return await check_all(((self, 0),), conn, endpoint)
 
-    def _with_neighbours(self, scope: Scope) -> "Sequence[RateLimit]":
+    def _with_neighbours(self, scope: Scope) -> "Sequence[Placed]":
         """This one, and those that FastAPI calls right behind it, with nothing between that they could depend on."""
         dependant = dependant_of(scope)
         if dependant is None:
-            return (self,)
+            return ((self, 0),)
         known = self._neighbours.get(id(dependant))
         if known is None:
             if len(self._neighbours) >= _MOST_ROUTES:
                 self._neighbours.clear()
             calls = list(calls_of(dependant))
-            found: dict[RateLimit, None] = {}
+            places = {limit: i for i, limit in enumerate(dict.fromkeys(c for c in calls if isinstance(c, RateLimit)))}
+            ours = {self: places.get(self, 0)}
             for call in calls[calls.index(self) :] if self in calls else ():
                 if not isinstance(call, RateLimit):
                     break
-                found[call] = None
+                ours[call] = places[call]
             # The dependant is kept with them, so that its id stays its own.
-            known = self._neighbours[id(dependant)] = dependant, tuple(found) or (self,)
+            known = self._neighbours[id(dependant)] = dependant, tuple(ours.items())
         return known[1]
 
-    async def ask(self, conn: HTTPConnection, endpoint: object) -> tuple[Engine, Charge | None]:
+    async def ask(self, conn: HTTPConnection, endpoint: object, place: int) -> tuple[Engine, Charge | None]:
         """What a request to *endpoint* is to be charged, and who decides that; ``None``: this limit does not apply.
+
+        Args:
+            place: Its place among the limits of the endpoint.
 
         Raises:
             MissingIdentity: The identity is missing and must not be.
         """
         engine = self._engine_for(conn.scope, decision_of(conn.scope))
-        return engine, await self._charge(self._compile(engine, self.name_at(endpoint)), conn)
+        return engine, await self._charge(self._compile(engine, self.name_at(endpoint), place), conn)
 
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
@@ -168,17 +173,19 @@ class RateLimit:
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
 
-    def _compile(self, engine: Engine, name: str) -> CompiledRule:
+    def _compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
         rules = self._compiled.setdefault(engine, {})
-        rule = rules.get(name)
+        rule = rules.get((name, place))
         if rule is None:
             settings = engine.settings
-            rule = rules[name] = CompiledRule(
+            # A counter whose quota a callable changes must stay the same one.
+            ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
+            rule = rules[name, place] = CompiledRule(
                 self._rule,
                 settings,
                 Addressing(settings),
                 name=fit_name(name),
-                numbered=name if self._rule.name is None else None,
+                named=(name, ending + "-{window}s") if self._rule.name is None else None,
                 strategy=settings.RATE_LIMIT_STRATEGY,
                 on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
             )
@@ -194,19 +201,23 @@ class RateLimit:
         return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
 
 
-async def check_all(limits: "Sequence[RateLimit]", conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
+# A limit, and its place among those of an endpoint.
+Placed: TypeAlias = tuple[RateLimit, int]
+
+
+async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
     """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
     running_loop()
     decision = decision_of(conn.scope)
     asked = _asked(conn.scope)
     groups: dict[tuple[RedisManager, int], tuple[Engine, list[Charge]]] = {}
     try:
-        for limit in limits:
+        for limit, place in limits:
             this = limit, limit.name_at(endpoint)
             if this in asked:
                 continue
             asked.add(this)
-            engine, charge = await limit.ask(conn, endpoint)
+            engine, charge = await limit.ask(conn, endpoint, place)
             if charge is None:
                 continue
             _, beside = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
@@ -299,12 +310,13 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
     def decorate(endpoint: F) -> F:
         # One decorator right on another: both limits are decided together, in front of the endpoint itself.
         of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
-        return _decorated(below, (limit, *stacked)) if of is endpoint else _decorated(endpoint, (limit,))
+        placed = limit, 1 + max((place for _, place in stacked), default=-1)
+        return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))
 
     return decorate
 
 
-def _decorated(endpoint: F, limits: tuple[RateLimit, ...]) -> F:
+def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
     """*endpoint* behind *limits*."""
 
     @functools.wraps(endpoint)

@@ -177,7 +177,7 @@ class CompiledRule:
         on_redis_error: OnRedisError,
         partition_by: PartitionBy | None = None,
         name: str = DEFAULT_NAME,
-        numbered: str | None = None,
+        named: tuple[str, str] | None = None,
     ) -> None:
         self.name = rule.name or name
         self.cost = rule.cost
@@ -191,8 +191,8 @@ class CompiledRule:
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.everywhere = not self._paths and self._methods is None
-        # What its policies are called with their numbers behind it, where that tells them apart.
-        self._numbered = numbered
+        # What its policies are called instead, and with which ending: see `make_policies`.
+        self._named = named or (self.name, None)
         self._has_warned = False
         # Known at construction unless the limits are a callable.
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
@@ -246,10 +246,8 @@ class CompiledRule:
 
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
-        numbered = self._numbered
-        policies = make_policies(
-            numbered or self.name, notation, self._strategy, self._shadow, least=least, by_numbers=numbered is not None
-        )
+        name, ending = self._named
+        policies = make_policies(name, notation, self._strategy, self._shadow, least=least, ending=ending)
         if self._strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies

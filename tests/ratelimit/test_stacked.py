@@ -61,7 +61,8 @@ def test_names_are_the_same_in_every_worker() -> None:
         "from redis_asgi.ratelimit.endpoints import endpoint_name as name\n"
         "from redis_asgi.ratelimit.policies import make_policies\n"
         "from redis_asgi import EmbeddingCacheMiddleware as a, RateLimit as b\n"
-        "made = [make_policies(name(one), '5/minute; 1000000/366 days', 'gcra', by_numbers=True) for one in (a, b)]\n"
+        "limits, ending = '5/minute; 1000000/366 days', '-{quota}-{window}s'\n"
+        "made = [make_policies(name(one), limits, 'gcra', ending=ending) for one in (a, b)]\n"
         "print([policy.name for policies in made for policy in policies])"
     )
     said = [
@@ -162,6 +163,24 @@ async def test_overridden_dependency_is_left_out(settings: Settings) -> None:
     assert [429] == await statuses(app, 1)
 
 
+async def test_overridden_neighbour_takes_its_own_limits_along(settings: Settings) -> None:
+    """What stands in for a dependency has not the limits of that one; an override elsewhere changes nothing."""
+
+    def login(_: Annotated[None, Depends(RateLimit("1/minute", settings=settings))]) -> None:
+        """Limited by itself."""
+
+    app = FastAPI(dependencies=[Depends(RateLimit("3/minute", settings=settings))])
+    app.get("/", dependencies=[Depends(login)])(lambda: "x")
+    app.dependency_overrides[login] = lambda: None
+    assert [200, 200] == await statuses(app, 2)
+
+    app.dependency_overrides = {statuses: lambda: None}
+    assert [200, 429, 429] == await statuses(app, 3)
+    app.dependency_overrides = {login: lambda: None}
+    # What was refused was charged to neither.
+    assert [429] == await statuses(app, 1)
+
+
 async def test_very_same_limit_is_charged_once(settings: Settings) -> None:
     """One object twice, in or out of FastAPI's cache, and two objects that say the same: one counter, one unit."""
     one, other = RateLimit("3/minute", settings=settings), RateLimit("3/minute", settings=settings)
@@ -218,6 +237,45 @@ async def test_each_is_asked_once(settings: Settings) -> None:
     assert ["a", "b", "a", "c", "a", "c"] == asked
 
 
+async def test_quota_that_changes_keeps_its_counter(settings: Settings) -> None:
+    """A callable's quota may be another one each time: what was used stays used."""
+    quotas = iter(range(12, 2, -1))
+    app = FastAPI(dependencies=[Depends(RateLimit(lambda _conn: f"{next(quotas)}/minute", settings=settings))])
+    app.get("/")(lambda: "x")
+
+    assert [200] * 6 + [429] * 4 == await statuses(app, 10)
+
+
+async def test_plans_stacked_are_told_apart_by_their_place(settings: Settings) -> None:
+    """Callables have no numbers to be named by: each has a counter of its own, whatever they say, equal or not."""
+
+    def plan(text: str) -> RateLimit:
+        return RateLimit(lambda _conn: text, settings=settings)
+
+    app = FastAPI(dependencies=[Depends(plan("9/minute"))])
+    app.get("/", dependencies=[Depends(plan("5/minute")), Security(lambda: None), Depends(plan("9/minute"))])(
+        lambda: "x"
+    )
+
+    @rate_limit(lambda _conn: "9/minute", settings=settings)
+    @counting
+    @rate_limit(lambda _conn: "9/minute", settings=settings)
+    @rate_limit(lambda _conn: "7/minute; 9/hour", settings=settings)
+    async def decorated(request: Request) -> Response:
+        return PlainTextResponse("x")
+
+    starlette = Starlette(routes=[Route("/", decorated)])
+    found = []
+    for one in (app, starlette):
+        async with client_of(one) as client:
+            found.append((await client.get("/")).headers["ratelimit"].split(", "))
+
+    assert [["r=8", "r=4", "r=8"], ["r=8", "r=8", "r=6", "r=8"]] == [
+        [member.split(";")[1] for member in members] for members in found
+    ]
+    assert [3, 4] == [len({member.split(";")[0] for member in members}) for members in found]
+
+
 async def test_limits_on_two_redis_are_decided_in_turn(settings: Settings) -> None:
     """What one server has charged stays charged when the other refuses; nothing is atomic over two."""
     elsewhere = memory(REDIS_KEY_PREFIX=f"k{next(_counter)}:")
@@ -242,6 +300,22 @@ async def test_websocket_routes_of_fastapi_are_stacked_too(settings: Settings) -
         await websocket.close()
 
     sent = [await drive(app, websocket_scope(), {"type": "websocket.connect"}) for _ in range(3)]
+
+    assert ["websocket.accept"] * 2 + ["websocket.close"] == [messages[0]["type"] for messages in sent]
+
+
+async def test_websocket_routes_of_included_routers_are_limited(settings: Settings) -> None:
+    """Whether or not its neighbours can be found there."""
+    router = APIRouter(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
+
+    @router.websocket("/", dependencies=[Depends(RateLimit("2/minute", settings=settings))])
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+
+    app = FastAPI(dependencies=[Depends(RateLimit("7/minute", settings=settings))])
+    app.include_router(router, prefix="/v1")
+    sent = [await drive(app, websocket_scope(path="/v1/"), {"type": "websocket.connect"}) for _ in range(3)]
 
     assert ["websocket.accept"] * 2 + ["websocket.close"] == [messages[0]["type"] for messages in sent]
 
