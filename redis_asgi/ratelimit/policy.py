@@ -160,11 +160,6 @@ class Charge:
     label: str | None = None
     unread: Unread | None = None
 
-    @property
-    def asked(self) -> int:
-        """The cost as the script is told it."""
-        return self.cost if self.unread is None else WHAT_REMAINS
-
     def taken(self, fits: int) -> int:
         """The units that a policy was charged which replied that it *fits*."""
         return fits if self.unread is not None else self.cost if fits else 0
@@ -209,11 +204,15 @@ class Charges(Sequence[Charge]):
         keys: list[bytes] = []
         terms: list[bytes] = []
         names: list[str] = []
+        unread = False
         for charge in each:
             policies, partition = charge.policies, charge.partition
             keys.append(partition.wire)
             keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
-            terms += (policies.wire, bulk(b"%d" % charge.asked))
+            cost = charge.cost
+            if charge.unread is not None:
+                unread, cost = True, WHAT_REMAINS
+            terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
         self.keys = b"".join(keys)
@@ -223,7 +222,7 @@ class Charges(Sequence[Charge]):
         self.names = tuple(names)
         self.enforce = all(len(charge.policies.shown) == len(charge.policies.policies) for charge in each)
         self.wait_and_see = any(charge.count_if is not None for charge in each)
-        self.unread = any(charge.unread is not None for charge in each)
+        self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.known: Any = None
 

@@ -19,7 +19,7 @@ from .. import aside
 from ..errors import Failure, classify
 from ..telemetry import telemetry
 from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
-from .policy import bulk, log_key
+from .policy import WHAT_REMAINS, bulk, log_key
 
 
 def _load_script() -> bytes:
@@ -42,7 +42,7 @@ def _arguments(checks: Sequence[Check], clock: int | None) -> list[bytes | int]:
         for charge in check.charges:
             keys.append(charge.partition.key)
             keys += (log_key(charge.partition.key, field) for field in charge.policies.logs)
-            args += (charge.policies.spec, charge.asked)
+            args += (charge.policies.spec, charge.cost if charge.unread is None else WHAT_REMAINS)
             args += islice(receipts, len(charge.policies))
     return [len(keys), *keys, *args]
 
