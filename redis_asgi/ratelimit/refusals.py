@@ -45,7 +45,12 @@ class Refusal:
 
     def answers(self, cost: int) -> bool:
         """Whether a request of *cost* is refused too, for as long as these numbers say."""
-        return cost == self.cost or (cost > self.cost and self.policy.strategy == "fixed-window")
+        if cost == self.cost:
+            return True
+        if self.policy.strategy != "fixed-window":
+            return False
+        # A fixed window ends for all at once: for dearer ones, and where nothing is left for every cost above 0.
+        return cost > self.cost or (cost > 0 and self.remaining == 0 and self.retry > 0)
 
     def numbers(self, cost: int, now: float) -> tuple[int, int, int]:
         """Remaining, reset and retry of a request of *cost*, counted down to *now*."""

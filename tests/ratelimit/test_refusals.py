@@ -53,6 +53,24 @@ def test_answers_what_is_refused_for_as_long(quota: Policy, expected: list[bool]
     assert expected == [bool(memory.find(Charges([charge(quota, cost=cost)]), 100.1)) for cost in (2, 3, 4)]
 
 
+@pytest.mark.parametrize(
+    ("quota", "used", "refused", "expected"),
+    [
+        pytest.param(WINDOW, 5, 3, [False, True, True, True], id="nothing left"),
+        pytest.param(QUOTA, 5, 3, [False, False, True, False], id="nothing left of a bucket"),
+        pytest.param(WINDOW, 4, 3, [False, False, True, True], id="a unit left"),
+        pytest.param(WINDOW, 5, 6, [False, False, False, False], id="nothing left for what never fits"),
+    ],
+)
+def test_nothing_left_answers_every_cost_above_nothing(
+    quota: Policy, used: int, refused: int, expected: list[bool]
+) -> None:
+    """Where a fixed window is used up; a bucket has a unit sooner than three, and what never fits names no time."""
+    memory = remembered(charge(quota, cost=refused), cost=used)
+
+    assert expected == [bool(memory.find(Charges([charge(quota, cost=cost)]), 100.1)) for cost in (0, 1, 3, 4)]
+
+
 def test_remembers_the_lowest_cost_refused() -> None:
     """A dearer refusal afterwards does not forget the cheaper one."""
     engine, memory = LocalEngine(), RefusalMemory()
