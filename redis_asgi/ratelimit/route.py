@@ -136,8 +136,9 @@ class RateLimit:
             calls = list(calls_of(dependant))
             places = {limit: i for i, limit in enumerate(dict.fromkeys(c for c in calls if isinstance(c, RateLimit)))}
             ours = {self: places.get(self, 0)}
-            for call in calls[calls.index(self) :] if self in calls else ():
-                if not isinstance(call, RateLimit):
+            for call in calls[calls.index(self) + 1 :] if self in calls else ():
+                # A subclass may have something to say before it is put to.
+                if not isinstance(call, RateLimit) or type(call).__call__ is not RateLimit.__call__:
                     break
                 ours[call] = places[call]
             # The dependant is kept with them, so that its id stays its own.

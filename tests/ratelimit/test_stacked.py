@@ -181,6 +181,24 @@ async def test_overridden_neighbour_takes_its_own_limits_along(settings: Setting
     assert [429] == await statuses(app, 1)
 
 
+class _ForGuests(RateLimit):
+    """A limit of somebody's that makes exceptions."""
+
+    async def __call__(self, conn: HTTPConnection, response: Response) -> None:
+        if "member" not in conn.query_params:
+            await super().__call__(conn, response)
+
+
+async def test_subclass_says_itself_whom_it_limits(settings: Settings) -> None:
+    """Its neighbours do not ask it before its turn has come."""
+    guests = _ForGuests("1/minute", settings=settings)
+    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings)), Depends(guests)])
+    app.get("/", dependencies=[Depends(RateLimit("8/minute", settings=settings))])(lambda: "x")
+
+    assert [200] * 3 == await statuses(app, 3, "/?member")
+    assert [200, 429] == await statuses(app, 2)
+
+
 async def test_very_same_limit_is_charged_once(settings: Settings) -> None:
     """One object twice, in or out of FastAPI's cache, and two objects that say the same: one counter, one unit."""
     one, other = RateLimit("3/minute", settings=settings), RateLimit("3/minute", settings=settings)
