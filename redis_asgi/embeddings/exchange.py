@@ -165,7 +165,12 @@ class Exchange:
 
     def _asks_early(self, left: float) -> bool:
         """Whether this request asks the app before the lease, of which *left* seconds are left, ends for all."""
-        self._early = self._core.ends_soon(left) and not self._wanted.only_if_cached and self._renewal() is None
+        self._early = (
+            self._core.ends_soon(left)
+            and not self._wanted.only_if_cached
+            and self._renewal() is None
+            and not self._goes_whole()
+        )
         return self._early
 
     # Asking the app.
@@ -189,11 +194,9 @@ class Exchange:
                 raise mine.call.error
 
     async def _ask(self, missing: list[bytes]) -> None:
-        if missing or self._found.provisional:
-            core, scope = self._core, self._identity.scope_name
-            if self._wanted.lookup and core.misfits.remembers(scope, core.monotonic()):
-                await self._answer_whole("not-understood")
-                return
+        if (missing or self._found.provisional) and self._goes_whole():
+            await self._answer_whole("not-understood")
+            return
         if not missing and self._found.lease is None and await self._is_let_in():
             missing = self._missing()
             if not missing:
@@ -350,12 +353,13 @@ class Exchange:
             at_hand = (*self._values.values(), *found.provisional.values())
             if {value.epoch for value in at_hand} - {mark}:
                 self._say_model(lease.model)
-                self._strike()
+                self._strike(lasting=True)
                 await self._answer_whole("replayed")
                 return False
             self._values |= found.provisional
             found.provisional = {}
         if not self._fits():
+            self._strike(lasting=True)
             await self._start_over()
             return False
         return True
@@ -419,10 +423,19 @@ class Exchange:
         await self._give_up(flight)
         await self._bypass("replayed")
 
-    def _strike(self) -> None:
+    @property
+    def _misfit(self) -> bytes:
+        """What `Misfits` knows such requests by."""
+        return b" ".join([self._identity.scope_name, *(encoding.encode() for encoding in self._batch.encodings)])
+
+    def _goes_whole(self) -> bool:
+        """Whether a smaller request would only be a call more."""
+        return self._core.misfits.remembers(self._misfit, self._core.monotonic())
+
+    def _strike(self, *, lasting: bool = False) -> None:
         """A call more than without the cache: after two of them in a minute, requests of this scope go out whole."""
         core = self._core
-        if core.misfits.strike(self._identity.scope_name, core.monotonic()):
+        if core.misfits.strike(self._misfit, core.monotonic(), lasting=lasting):
             core.say_once(
                 "redis_asgi.embedding_answers_not_understood",
                 wire_format=self._wire.name,
@@ -500,7 +513,8 @@ class Exchange:
             if pieces is None and self._is_shrunken(flight):
                 await self._replay(flight)
                 return
-            self._core.misfits.clear(self._identity.scope_name)
+            if self._is_shrunken(flight):
+                self._core.misfits.clear(self._misfit)
         outcome = self._outcome
         outcome.hits = len(self._inputs) - outcome.misses - outcome.collapsed
         outcome.tokens = tokens
