@@ -36,6 +36,7 @@ from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable, Usage
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _REFUSALS = (401, 403)
+_UNKNOWN_CALLER = 401
 _SUCCESS = 2  # hundred and something
 _NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 
@@ -604,12 +605,21 @@ class Exchange:
             return  # the app would compute for nobody, and a server may say only once that its client has gone
 
         async def watched(message: Message) -> None:
-            if self._is_known and message["type"] == "http.response.start" and message["status"] in _REFUSALS:
-                await self._core.deny(self._identity, message["status"])
+            if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+                await self._is_refused(message["status"])
             await send(message)
 
         receive, self._body = self._body.replay(self._receive), Body((), None)
         await self._core.app(self._scope, receive, watched)
+
+    async def _is_refused(self, status: int) -> None:
+        """The app has refused this request as it came: 401 or 403."""
+        core = self._core
+        if self._is_known:
+            await core.deny(self._identity, status)
+        elif status == _UNKNOWN_CALLER:
+            # Whatever he asked for.
+            await core.disown(core.identities.denied_name(self._scope, core.identities.headers.read(self._fields)))
 
     def _say_broken(self, step: str, result: object) -> None:
         """A wire format may be the user's, and its mistake is no error of the app."""
