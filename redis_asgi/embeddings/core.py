@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -176,15 +176,22 @@ class Core:
 
         A 401 says that it does not know him, so that no lease of his stands, whatever it was for.
         """
-        now, lease = self.wall(), self.options.lease
         self.local.grant(identity.epoch_name, identity.lease_name, None)
-        self.denials.note(identity.lease_name, now)
-        notes = []
-        if status == 401 and lease:
-            self.denials.note(identity.denied_name, now)
-            notes.append(Write(identity.denied_name, encode_denied(now), lease))
-        if lease != 0:
-            await self.store.revoke([identity.lease_name], self.settings.EMBEDDING_CACHE_TIMEOUT, notes)
+        self.denials.note(identity.lease_name, self.wall())
+        await self._revoke([identity.lease_name], identity.denied_name if status == 401 else None)
+
+    async def disown(self, denied_name: bytes) -> None:
+        """The app does not know a caller (401) who asked for what is not cached: no lease of his stands."""
+        await self._revoke([], denied_name)
+
+    async def _revoke(self, lease_names: Sequence[bytes], denied_name: bytes | None) -> None:
+        now, lease = self.wall(), self.options.lease
+        notes: list[Write] = []
+        if denied_name is not None and lease:
+            self.denials.note(denied_name, now)
+            notes.append(Write(denied_name, encode_denied(now), lease))
+        if lease != 0 and (lease_names or notes):
+            await self.store.revoke(lease_names, self.settings.EMBEDDING_CACHE_TIMEOUT, notes)
 
     # Epochs.
 

@@ -36,6 +36,7 @@ from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable, Usage
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _REFUSALS = (401, 403)
+_UNKNOWN_CALLER = 401
 _SUCCESS = 2  # hundred and something
 _NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 
@@ -165,7 +166,12 @@ class Exchange:
 
     def _asks_early(self, left: float) -> bool:
         """Whether this request asks the app before the lease, of which *left* seconds are left, ends for all."""
-        self._early = self._core.ends_soon(left) and not self._wanted.only_if_cached and self._renewal() is None
+        self._early = (
+            self._core.ends_soon(left)
+            and not self._wanted.only_if_cached
+            and self._renewal() is None
+            and not self._goes_whole()
+        )
         return self._early
 
     # Asking the app.
@@ -189,11 +195,9 @@ class Exchange:
                 raise mine.call.error
 
     async def _ask(self, missing: list[bytes]) -> None:
-        if missing or self._found.provisional:
-            core, scope = self._core, self._identity.scope_name
-            if self._wanted.lookup and core.misfits.remembers(scope, core.monotonic()):
-                await self._answer_whole("not-understood")
-                return
+        if (missing or self._found.provisional) and self._goes_whole():
+            await self._answer_whole("not-understood")
+            return
         if not missing and self._found.lease is None and await self._is_let_in():
             missing = self._missing()
             if not missing:
@@ -350,12 +354,13 @@ class Exchange:
             at_hand = (*self._values.values(), *found.provisional.values())
             if {value.epoch for value in at_hand} - {mark}:
                 self._say_model(lease.model)
-                self._strike()
+                self._strike(lasting=True)
                 await self._answer_whole("replayed")
                 return False
             self._values |= found.provisional
             found.provisional = {}
         if not self._fits():
+            self._strike(lasting=True)
             await self._start_over()
             return False
         return True
@@ -419,10 +424,19 @@ class Exchange:
         await self._give_up(flight)
         await self._bypass("replayed")
 
-    def _strike(self) -> None:
+    @property
+    def _misfit(self) -> bytes:
+        """What `Misfits` knows such requests by."""
+        return b" ".join([self._identity.scope_name, *(encoding.encode() for encoding in self._batch.encodings)])
+
+    def _goes_whole(self) -> bool:
+        """Whether a smaller request would only be a call more."""
+        return self._core.misfits.remembers(self._misfit, self._core.monotonic())
+
+    def _strike(self, *, lasting: bool = False) -> None:
         """A call more than without the cache: after two of them in a minute, requests of this scope go out whole."""
         core = self._core
-        if core.misfits.strike(self._identity.scope_name, core.monotonic()):
+        if core.misfits.strike(self._misfit, core.monotonic(), lasting=lasting):
             core.say_once(
                 "redis_asgi.embedding_answers_not_understood",
                 wire_format=self._wire.name,
@@ -500,7 +514,8 @@ class Exchange:
             if pieces is None and self._is_shrunken(flight):
                 await self._replay(flight)
                 return
-            self._core.misfits.clear(self._identity.scope_name)
+            if self._is_shrunken(flight):
+                self._core.misfits.clear(self._misfit)
         outcome = self._outcome
         outcome.hits = len(self._inputs) - outcome.misses - outcome.collapsed
         outcome.tokens = tokens
@@ -590,12 +605,21 @@ class Exchange:
             return  # the app would compute for nobody, and a server may say only once that its client has gone
 
         async def watched(message: Message) -> None:
-            if self._is_known and message["type"] == "http.response.start" and message["status"] in _REFUSALS:
-                await self._core.deny(self._identity, message["status"])
+            if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+                await self._is_refused(message["status"])
             await send(message)
 
         receive, self._body = self._body.replay(self._receive), Body((), None)
         await self._core.app(self._scope, receive, watched)
+
+    async def _is_refused(self, status: int) -> None:
+        """The app has refused this request as it came: 401 or 403."""
+        core = self._core
+        if self._is_known:
+            await core.deny(self._identity, status)
+        elif status == _UNKNOWN_CALLER:
+            # Whatever he asked for.
+            await core.disown(core.identities.denied_name(self._scope, core.identities.headers.read(self._fields)))
 
     def _say_broken(self, step: str, result: object) -> None:
         """A wire format may be the user's, and its mistake is no error of the app."""

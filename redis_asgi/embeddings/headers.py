@@ -82,6 +82,8 @@ _MEMORISED_BYTES = 8 * 1024  # of one set
 # App Gateway sends address:port, with another port for each connection.
 _PORT = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|\]):\d{1,5}")
 _CONTENT_TYPE = b"content-type"
+# What clients without a key and proxies without a certificate put into a credential header.
+_OF_NOBODY = frozenset((b"", b"bearer", b"basic", b"none", b"null", b"(null)", b"-"))
 
 
 class _Names:
@@ -103,8 +105,8 @@ class Told:
     Attributes:
         key: Headers of the class *key*, without credentials.
         credential: Credential headers.
-        lease: Headers of the class *lease*; without a credential header the address headers, too.
-        has_credential: Whether there is a credential header.
+        lease: Headers of the class *lease*; where no credential header says anything the address headers, too.
+        has_credential: Whether a credential header says anything.
         keyed: Name and value of each header in the key, credentials too when they are.
     """
 
@@ -171,10 +173,12 @@ class Headers:
         lease: list[bytes] = []
         addresses: list[bytes] = []
         keyed: list[tuple[bytes, bytes]] = []
+        has_credential = False
         for name, values in sorted(kept):
             kind = self.class_of(name)
             if kind is HeaderClass.CREDENTIAL:
                 credential += _flat(name, values)
+                has_credential = has_credential or not _OF_NOBODY.issuperset(value.strip().lower() for value in values)
             elif kind is HeaderClass.LEASE:
                 lease += _flat(name, values)
             elif kind is HeaderClass.ADDRESS:
@@ -186,10 +190,10 @@ class Headers:
                 key += _flat(name, values)
             if self.is_in_key(name):
                 keyed.append((name, b",".join(values)))
-        if not credential:
+        if not has_credential:
             lease += addresses
         return Told(
-            length_prefixed(key), length_prefixed(credential), length_prefixed(lease), bool(credential), tuple(keyed)
+            length_prefixed(key), length_prefixed(credential), length_prefixed(lease), has_credential, tuple(keyed)
         )
 
     def _classify(self, name: bytes) -> HeaderClass:

@@ -83,16 +83,17 @@ class Identities:
         path: str = scope["path"]
         raw_path: bytes | None = scope.get("raw_path")
         query: bytes = scope.get("query_string", b"")
-        client = scope.get("client")
-        address = client[0] if client and not told.has_credential else None
-        tls = _certificate(scope)
-        routed = (wire.name, path, raw_path, query)
+        address, tls = _address(scope, told), _certificate(scope)
+        root: str = scope.get("root_path", "")  # of a mount that leaves it out of the path
+        routed = (wire.name, root, path, raw_path, query)
         parts = (*routed, told, partition, batch.model, batch.scope, scope.get("scheme"), address, tls)
         known = self._memorised.get(parts)
         if known is not None:
             return known
         made = self._make(*parts)
-        size = sum(map(len, (path, query, batch.scope, partition or "", tls, told.key, told.credential, told.lease)))
+        size = sum(
+            map(len, (root, path, query, batch.scope, partition or "", tls, told.key, told.credential, told.lease))
+        )
         if size <= _MEMORISED_BYTES:
             self._memorised[parts] = made
             if len(self._memorised) > _MAX_MEMORISED:
@@ -100,6 +101,17 @@ class Identities:
                 with suppress(KeyError, RuntimeError):
                     del self._memorised[next(iter(self._memorised))]
         return made
+
+    def denied_name(self, scope: Scope, told: Told) -> bytes:
+        """The key of when the app last did not know the caller, whatever his request is."""
+        return self._denied_name(self._who(told, _address(scope, told), _certificate(scope)))
+
+    def _who(self, told: Told, address: str | None, tls: bytes) -> tuple[bytes, ...]:
+        # An address is somebody where nothing else is; inside the app's authentication nobody is asked who he is.
+        return (b"",) if self._trusting else (_caller(told, tls), _encoded(address or ""))
+
+    def _denied_name(self, who: tuple[bytes, ...]) -> bytes:
+        return embedding_denied_key(self._prefix, (_LAYOUT, self._namespace.encode(), *who), secret=self._secret)
 
     def input_names(self, identity: Identity, items: Iterable[Input]) -> list[bytes]:
         """The keys of the vectors of *items*."""
@@ -109,6 +121,7 @@ class Identities:
     def _make(
         self,
         wire: str,
+        root: str,
         path: str,
         raw_path: bytes | None,
         query: bytes,
@@ -122,25 +135,34 @@ class Identities:
     ) -> Identity:
         namespace, routed = self._namespace.encode(), _encoded(path)
         sent = (raw_path or routed).partition(b"?")[0]
-        caller = length_prefixed((told.credential, tls))
         if partition is not None:
             owner = (b"partition", _encoded(partition))
         elif self._share:
             owner = (b"share", b"")
         else:
-            owner = (b"credential", caller)
+            owner = (b"credential", _caller(told, tls))
         scope = cache_digest(
-            (_LAYOUT, namespace, *owner, wire.encode(), routed, sent, query, told.key, _encoded(model), body),
+            (
+                _LAYOUT,
+                namespace,
+                *owner,
+                wire.encode(),
+                _encoded(root),
+                routed,
+                sent,
+                query,
+                told.key,
+                _encoded(model),
+                body,
+            ),
             secret=self._secret,
         )
         name = scope.hexdigest().encode()
-        # An address is somebody where nothing else is; inside the app's authentication nobody is asked who he is.
-        who = (b"",) if self._trusting else (caller, _encoded(address or ""))
+        who = self._who(told, address, tls)
         doors = (told.lease, _encoded(scheme or ""))
         lease = embedding_lease_key(self._prefix, (_LAYOUT, name, *who, *doors), secret=self._secret)
-        denied = embedding_denied_key(self._prefix, (_LAYOUT, namespace, *who), secret=self._secret)
         epoch = embedding_epoch_key(self._prefix, self._namespace, model, secret=self._secret)
-        return Identity(scope, name, lease, epoch, denied, told)
+        return Identity(scope, name, lease, epoch, self._denied_name(who), told)
 
 
 @lru_cache(maxsize=1024)
@@ -151,6 +173,15 @@ def mark_of(epoch: bytes, model: str) -> bytes:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def _caller(told: Told, tls: bytes) -> bytes:
+    return length_prefixed((told.credential, tls))
+
+
+def _address(scope: Scope, told: Told) -> str | None:
+    client = scope.get("client")
+    return client[0] if client and not told.has_credential else None
 
 
 def _certificate(scope: Scope) -> bytes:

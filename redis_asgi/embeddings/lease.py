@@ -8,6 +8,7 @@ lease of the credential.
 
 import base64
 import binascii
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -136,8 +137,8 @@ class Denials:
 
 
 def encode_denied(at: float) -> bytes:
-    """The record of a refusal of *at*, Unix seconds."""
-    return b"%d" % round(at * 1000)
+    """The record of a refusal of *at*, Unix seconds; rounded up, as what was allowed just before is not any more."""
+    return b"%d" % math.ceil(at * 1000)
 
 
 def decode_denied(raw: object) -> float | None:

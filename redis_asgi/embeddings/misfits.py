@@ -11,29 +11,33 @@ _MAX_SCOPES = 1_000
 @dataclass(slots=True)
 class _Struck:
     strikes: int
+    lasting: int  # of them
     until: float
 
 
 class Misfits:
-    """What a call more than without the cache has taught: at most two of them a minute and scope. Bounded.
+    """What a call more than without the cache has taught: two of them, and for a minute there are no more. Bounded.
 
-    A *scope* is everything in the key but the item, so the caller's own unless callers share.
+    A *scope* is everything in the key but the item, so the caller's own unless callers share, and the representation
+    asked for, of which an app may refuse one.
     """
 
     def __init__(self) -> None:
         self._scopes: OrderedDict[bytes, _Struck] = OrderedDict()
 
-    def strike(self, scope: bytes, now: float) -> bool:
+    def strike(self, scope: bytes, now: float, *, lasting: bool = False) -> bool:
         """Note that an answer to a shrunken request was of no use; whether that is remembered from now on.
 
         Args:
             scope: Its name.
             now: Monotonic seconds.
+            lasting: Whether an understood answer says nothing against it, as where models take turns.
         """
         struck = self._scopes.pop(scope, None)
         if struck is None or struck.until <= now:
-            struck = _Struck(0, 0.0)
+            struck = _Struck(0, 0, 0.0)
         struck.strikes += 1
+        struck.lasting += lasting
         struck.until = now + _SECONDS
         self._scopes[scope] = struck
         if len(self._scopes) > _MAX_SCOPES:
@@ -42,7 +46,11 @@ class Misfits:
 
     def clear(self, scope: bytes) -> None:
         """Note that one was understood."""
-        if self._scopes:
+        struck = self._scopes.get(scope) if self._scopes else None
+        if struck is None:
+            return
+        struck.strikes = struck.lasting
+        if not struck.lasting:
             self._scopes.pop(scope, None)
 
     def remembers(self, scope: bytes, now: float) -> bool:

@@ -1,5 +1,6 @@
 """The model that an answer names: no answer holds vectors of two, and a fallback's do not stay."""
 
+import random
 import time
 from typing import Any
 
@@ -62,6 +63,33 @@ async def test_a_fallback_is_answered_alone_and_not_kept(any_settings: Settings)
         model, vectors, said = await ask(cached, text)
         assert ("primary", await alone("primary", text)) == (model, vectors)
         assert "stored" in said
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_an_alias_that_changes_at_random_costs_two_calls_a_minute_more(seed: int, any_settings: Settings) -> None:
+    """That the same model answers twice in between changes nothing."""
+    rng = random.Random(seed)
+    alias, now = Alias(*(rng.choice(("one", "two")) for _ in range(99))), [100.0]
+    cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
+    cached._core.monotonic = lambda: now[0]
+    for number in range(40):
+        texts = ("same", f"new {number}")
+        model, vectors, _ = await ask(cached, *texts)
+        assert await alone(model, *texts) == vectors
+    assert len(alias.calls) <= 40 + 2
+
+
+async def test_another_model_when_a_lease_is_renewed_early_costs_two_calls_more(any_settings: Settings) -> None:
+    """Its answers renew no lease of the former one, and so nobody goes on asking."""
+    alias, now = Alias("old"), [time.time()]
+    cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
+    cached._core.wall = lambda: now[0]
+    await ask(cached, "aa", "b")
+    alias.turns = ["new"]
+    now[0] += 280
+    for model in ("new", "new", "old", "old"):
+        assert (model, await alone(model, "aa", "b")) == (await ask(cached, "aa", "b"))[:2]
+    assert [["aa", "b"], *(2 * [["b"], ["aa", "b"]])] == alias.calls
 
 
 @pytest.mark.parametrize("lease", [None, "off"])

@@ -72,6 +72,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *(("path", {"path": path}) for path in ("/embeddings", "/v1/embeddings/", "/v1")),
     *(("rewritten path", {"path": path, "raw_path": b"/sent"}) for path in ("/v1/embeddings", "/embeddings")),
     ("raw path", {"raw_path": b"/v1/%65mbeddings"}),
+    *(("mount", {"root_path": root}) for root in ("/a", "/b")),
     *(("query", {"query_string": query}) for query in (b"a=1", b"a=2", b"a=1&a=2")),
     ("format", {"wire": "ollama"}),
     *(

@@ -72,6 +72,13 @@ def test_an_unreadable_refusal_is_one(raw: object, at: float | None) -> None:
     assert at == decode_denied(raw)
 
 
+def test_a_refusal_is_kept_as_no_earlier_than_it_was() -> None:
+    """What was allowed a moment before it is over in every worker."""
+    kept = decode_denied(encode_denied(5.0004))
+    assert kept is not None
+    assert kept >= 5.0004
+
+
 def behind(app: ASGIApp, may: Callable[[dict[bytes, bytes]], int]) -> ASGIApp:
     """*app* behind a door: *may* gives the status, 200 = come in."""
 
@@ -148,11 +155,65 @@ async def test_a_401_ends_every_lease_of_its_credential_in_every_worker(redis_ur
     assert "; hit" in cache_status(await ask(elsewhere, "a", authorization="k"))
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        *({"authorization": said} for said in ("", " ", "Bearer", "bearer ", "Basic")),
+        {"x_forwarded_user": "(null)"},
+    ],
+    ids=repr,
+)
+async def test_a_credential_header_that_says_nothing_is_nobody(headers: dict[str, str], any_settings: Settings) -> None:
+    """Where the app lets addresses in, another one is not let in by that."""
+    app = behind(server(Spy()), lambda sent: 200 if sent[b"x-forwarded-for"].startswith(b"10.") else 401)
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    for said in ("stored", "; hit"):
+        assert said in cache_status(await ask(cached, "a", x_forwarded_for="10.0.0.1", **headers))
+    assert 401 == (await ask(cached, "a", x_forwarded_for="192.0.2.1", **headers)).status_code
+
+
+NOT_CACHED: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"late_chunking": True}, {}),
+    ({"input": [["nested"]]}, {}),
+    ({"input": ["a", "b"], "lora_path": ["a", "b"]}, {}),
+    ({}, {"accept": "text/plain"}),
+    ({}, {"content-md5": "x"}),
+    ({}, {"cache-control": "no-store"}),
+    ({}, {"x-nobody": "1"}),
+]
+
+
+@pytest.mark.parametrize(("fields", "headers"), NOT_CACHED, ids=repr)
+async def test_a_401_counts_whatever_was_asked(
+    fields: dict[str, Any], headers: dict[str, str], any_settings: Settings
+) -> None:
+    """Also what passes through tells that the app does not know a caller any more."""
+    keys, now = {b"k"}, [time.time()]
+    app = behind(server(Spy()), lambda sent: 200 if sent[b"authorization"] in keys else 401)
+
+    def tenant(conn: HTTPConnection) -> str | None:
+        return None if "x-nobody" in conn.headers else "t"
+
+    cached = EmbeddingCacheMiddleware(app, partition_by=tenant, settings=any_settings)
+    cached._core.wall = lambda: now[0]
+    await ask(cached, "a", authorization="k")
+    assert "; hit" in cache_status(await ask(cached, "a", authorization="k"))
+    keys.clear()
+    now[0] += 1
+    async with client(cached, authorization="k", **headers) as c:
+        refused = await c.post("/v1/embeddings", json={"model": "m", "input": "a"} | fields)
+    assert (401, True) == (refused.status_code, "fwd=bypass" in cache_status(refused))
+    assert 401 == (await ask(cached, "a", authorization="k")).status_code
+
+
 async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Settings) -> None:
     """Who finds the lease being renewed waits for that; all get their own vectors."""
     spy, gate, now = Spy(), Gate(), [time.time()]
     gate.open.set()
-    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
+    # A lookup that takes longer passes through, as two hundred at once may on a busy machine.
+    settings = Settings(**any_settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_TIMEOUT=30)
+    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings)
     cached._core.wall = lambda: now[0]
     await Caller(cached, "a", "b").task
     now[0] += 301

@@ -1,5 +1,7 @@
 """Apps that do not understand smaller requests: the cache costs two calls a minute more, and full hits go on."""
 
+import random
+import time
 from typing import Any
 
 import orjson
@@ -21,10 +23,12 @@ class Odd:
     def __init__(self, how: str) -> None:
         self.how = how
         self.odd = True
+        self.rng = random.Random(1)
         self.calls: list[list[Any]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        items = listed(orjson.loads(await read(receive))["input"])
+        body = orjson.loads(await read(receive))
+        items = listed(body["input"])
         self.calls.append(items)
         answer = openai({"model": "m"}, items, Spy())
         status = 200
@@ -35,12 +39,16 @@ class Odd:
             status = 202
         elif self.odd and self.how == "small" and len(items) < 3:
             status, answer = 422, {"error": "at least three"}
+        elif self.how == "no base64" and body.get("encoding_format") == "base64":
+            status, answer = 400, {"error": "float only"}
+        elif self.how == "lengths":
+            answer = openai({"model": "m"}, items, Spy(dims=5 + self.rng.randrange(2)))
         await respond(send, orjson.dumps(answer), status)
 
 
-async def ask(c: Any, *items: str) -> Any:
+async def ask(c: Any, *items: str, **fields: str) -> Any:
     """One request."""
-    return await c.post("/v1/embeddings", json={"model": "m", "input": list(items)})
+    return await c.post("/v1/embeddings", json={"model": "m", "input": list(items), **fields})
 
 
 @pytest.mark.parametrize("how", ["extra", "accepted", "small"])
@@ -92,6 +100,80 @@ async def test_an_understood_answer_in_between_is_forgiving(any_settings: Settin
             app.odd = False
             await ask(c, text, text)
     assert 3 * 3 == len(app.calls)
+
+
+async def test_who_wants_no_stored_answer_costs_no_more_either(any_settings: Settings) -> None:
+    """With ``Cache-Control: no-cache`` batches with a duplicate go out whole as well."""
+    app = Odd("extra")
+    async with client(EmbeddingCacheMiddleware(app, settings=any_settings), **{"cache-control": "no-cache"}) as c:
+        for _ in range(6):
+            await ask(c, "a", "b", "a")
+    assert 6 + 2 == len(app.calls)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+async def test_an_answer_to_a_whole_request_forgives_nothing(dtype: Any, redis_url: str) -> None:
+    """Also where it is put together anew, as half the precision is kept."""
+    app = Odd("small")
+    settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE=dtype)
+    async with client(EmbeddingCacheMiddleware(app, settings=settings)) as c:
+        await ask(c, "a", "b", "c")
+        for number in range(6):
+            assert 200 == (await ask(c, "a", "b", f"d{number}")).status_code
+    assert 1 + 6 + 2 == len(app.calls)
+
+
+async def test_a_representation_that_is_refused_is_remembered_for_itself(any_settings: Settings) -> None:
+    """What the app answers in another one says nothing about it."""
+    app = Odd("no base64")
+    async with client(EmbeddingCacheMiddleware(app, settings=any_settings)) as c:
+        await ask(c, "same")
+        for number in range(6):
+            assert 200 == (await ask(c, "same", f"f{number}")).status_code
+            refused = await ask(c, "same", f"b{number}", encoding_format="base64")
+            assert (400, {"error": "float only"}) == (refused.status_code, refused.json())
+    assert 1 + 12 + 2 == len(app.calls)
+
+
+async def test_vectors_whose_length_alternates_cost_two_calls_a_minute_more(any_settings: Settings) -> None:
+    """An answer of the same length in between says nothing against it."""
+    app = Odd("lengths")
+    async with client(EmbeddingCacheMiddleware(app, settings=any_settings)) as c:
+        for number in range(30):
+            answer = (await ask(c, "same", f"new {number}")).json()
+            assert 1 == len({len(item["embedding"]) for item in answer["data"]})
+    assert 30 + 2 == len(app.calls)
+
+
+async def test_nobody_asks_early_where_one_input_alone_is_refused(any_settings: Settings) -> None:
+    """Hits go on until the lease ends, and what renews it then is a whole request."""
+    app, now = Odd("small"), [time.time()]
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    cached._core.wall = lambda: now[0]
+    async with client(cached) as c:
+        await ask(c, "a", "b", "c")
+        now[0] += 280
+        for _ in range(6):
+            assert 200 == (await ask(c, "a", "b", "c")).status_code
+        assert 1 + 2 * 2 == len(app.calls)
+        now[0] += 30
+        await ask(c, "a", "b", "c")
+        assert 1 + 2 * 2 + 1 == len(app.calls)
+        assert cache_status(await ask(c, "c", "b", "a")).startswith("redis-asgi; hit")
+
+
+def test_what_lasts_is_not_forgiven() -> None:
+    """An understood answer takes back the other strikes only."""
+    misfits = Misfits()
+    misfits.strike(b"s", 0.0, lasting=True)
+    misfits.clear(b"s")
+    assert misfits.strike(b"s", 1.0)
+    misfits.clear(b"s")
+    assert not misfits.remembers(b"s", 2.0)
+    assert misfits.strike(b"s", 3.0, lasting=True)
+    misfits.clear(b"s")
+    assert misfits.remembers(b"s", 4.0)
+    assert not misfits.remembers(b"s", 63.0)
 
 
 def test_scopes_are_bounded() -> None:
