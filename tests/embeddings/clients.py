@@ -10,9 +10,15 @@ import pytest
 
 def needed(module: str) -> Any:
     """The module *module*, else `missing`."""
-    if importlib.util.find_spec(module) is None:
-        missing(f"needs {module}, of the extra clients")
+    installed(module)
     return importlib.import_module(module)
+
+
+def installed(*modules: str) -> None:
+    """Go on where all of *modules* are there, which are not imported, else `missing`."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            missing(f"needs {module}, of the extra clients")
 
 
 def missing(what: str) -> NoReturn:
