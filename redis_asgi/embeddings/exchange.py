@@ -28,7 +28,7 @@ from .reading import head_refusal, partition_of, split
 from .routes import Matched
 from .sending import send_joined, send_not_cached
 from .single_flight import Flight, Landing
-from .sub_call import Reply, SubCall, inflated
+from .sub_call import Reply, SubCall, Untouched, inflated
 from .tokens import count_all, reported
 from .vectors import Encoding, text_of
 from .waiting import Waiting
@@ -58,6 +58,7 @@ class Exchange:
         self._batch: Batch
         self._identity: Identity
         self._is_known = False  # the line above is there
+        self._untouched: Untouched
         self._found = Found()
         self._slots: list[bytes] = []  # one key per input sent
         self._inputs: dict[bytes, Input] = {}  # different inputs by key, in the order sent
@@ -178,6 +179,7 @@ class Exchange:
 
     async def _forward(self, missing: list[bytes]) -> None:
         """Join what is under way, forward the rest, and answer with all of it."""
+        self._untouched = Untouched(self._scope)
         self._waiting.watch(self._receive)
         cancelled = True
         try:
@@ -277,7 +279,7 @@ class Exchange:
         gzip = names == self._slots and not half and http.accepts_gzip(self._headers)
         headers = http.for_sub_request(self._headers, len(body), gzip=gzip)
         limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
-        call = SubCall(core.app, self._scope, headers, body, limit=limit, budget=core.budget)
+        call = SubCall(core.app, self._untouched, headers, body, limit=limit, budget=core.budget)
         asked_at, began = core.wall(), perf_counter()
         flight = Flight(names, identity.lease_name, epoch, call, asked_at, filling=filling)
         is_in_key = core.identities.headers.is_in_key
@@ -605,12 +607,19 @@ class Exchange:
             return  # the app would compute for nobody, and a server may say only once that its client has gone
 
         async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope is not self._scope:
+                self._untouched.show(scope)
             if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
                 await self._is_refused(message["status"])
             await send(message)
 
         receive, self._body = self._body.replay(self._receive), Body((), None)
-        await self._core.app(self._scope, receive, watched)
+        scope = self._untouched.copy() if self._own else self._scope
+        try:
+            await self._core.app(scope, receive, watched)
+        finally:
+            if scope is not self._scope:
+                self._untouched.show(scope)
 
     async def _is_refused(self, status: int) -> None:
         """The app has refused this request as it came: 401 or 403."""

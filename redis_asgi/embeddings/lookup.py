@@ -83,11 +83,12 @@ async def look_up(
         if found.epoch == NO_EPOCH and not wanted.only_if_cached:
             # Before anything is computed, so that everyone who computes for this model has the same.
             found.epoch = await core.claim_epoch(identity.epoch_name, deadline - took)
+        pace.begin()
+        found.flights, found.asked_at = carried, on_loop
+        await _take(core, found, ask, reply[len(records) :], wanted, encodings, pace)
     finally:
+        # Only now: what lands while the reply is read would else be gone when it is looked for.
         flights.looking -= 1
-    pace.begin()
-    found.flights, found.asked_at = carried, on_loop
-    await _take(core, found, ask, reply[len(records) :], wanted, encodings, pace)
     _sort(core, found, local)
     return found
 

@@ -16,6 +16,9 @@ _INFLATED_AT_ONCE = 256 * 1024  # bytes between two looks at the clock
 _BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
 
+_RESULT = "embedding_cache_result"
+_OURS = frozenset({"extensions", "headers", "state", _RESULT})  # which are set for each call
+
 # Ways to answer that bypass the body messages we read.
 _UNREADABLE_EXTENSIONS = frozenset(
     {
@@ -26,9 +29,6 @@ _UNREADABLE_EXTENSIONS = frozenset(
         "http.response.zerocopysend",
     }
 )
-
-
-_OF_A_ROUTE = frozenset({"endpoint", "path_params", "route"})
 
 
 class Budget:
@@ -77,13 +77,40 @@ async def _nowhere(_message: Message) -> None:
     """Take a message nobody waits for."""
 
 
+class Untouched:
+    """A request's scope as it came, for each call of the app; what a call sets in it is not there for the next one.
+
+    An app keeps in its scope what it has read, and finds it again: a parsed body, say, which is another call's.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self._outside = scope
+        self._scope = dict(scope)
+        self._state = dict(scope["state"])
+
+    def copy(self) -> Scope:
+        """A scope for one call, with a state of its own, in which is what the cache has to say."""
+        state = self._outside["state"]
+        said = {_RESULT: state[_RESULT]} if _RESULT in state else {}
+        return {**self._scope, "state": self._state | said}
+
+    def show(self, inside: Scope) -> None:
+        """Let what stands outside see what a call has set in its copy *inside*, such as its ``route``."""
+        for mine, theirs, before in (
+            (self._outside, inside, self._scope),
+            (self._outside["state"], inside["state"], self._state),
+        ):
+            for name, value in theirs.items():
+                if name not in _OURS and before.get(name, self) is not value:
+                    mine[name] = value
+
+
 class SubCall:
     """The app's view: a request with our body, a ``receive`` that then waits, a ``send`` that works as usual.
 
     Args:
         app: The wrapped app.
-        scope: The request's scope. The app gets a copy; what it sets there while it answers, such as its ``route``,
-            is put into the original, where what stands outside looks for it.
+        scope: The request's, of which the app gets a copy.
         headers: For *body*.
         body: What the app reads.
         limit: Bytes of an answer that are held back at most; a larger one can only be relayed.
@@ -97,13 +124,21 @@ class SubCall:
     """
 
     def __init__(
-        self, app: ASGIApp, scope: Scope, headers: RawHeaders, body: bytes, *, limit: int, budget: Budget
+        self,
+        app: ASGIApp,
+        scope: "Untouched",
+        headers: RawHeaders,
+        body: bytes,
+        *,
+        limit: int,
+        budget: Budget,
     ) -> None:
-        extensions = scope.get("extensions") or {}
-        kept = {name: value for name, value in extensions.items() if name not in _UNREADABLE_EXTENSIONS}
         self._app = app
-        self._outer = scope
-        self._scope = {**scope, "extensions": kept, "headers": headers}
+        self._scope = scope.copy()
+        extensions = self._scope.get("extensions") or {}
+        kept = {name: value for name, value in extensions.items() if name not in _UNREADABLE_EXTENSIONS}
+        self._scope.update(extensions=kept, headers=headers)
+        self._untouched = scope
         self._body: bytes | None = body
         self._gzip = (b"accept-encoding", b"gzip") in headers
         self._limit = limit
@@ -191,17 +226,8 @@ class SubCall:
         readable = not is_encoded(fields) or (self._gzip and is_gzip(fields))
         return start["status"] in ANSWERS and is_json(fields) and readable
 
-    def _show(self) -> None:
-        """Let what stands outside see what the app has set in its scope.
-
-        Not what it routes by: the request may have to be put to it once more.
-        """
-        for name, value in self._scope.items():
-            if name not in self._outer or name in _OF_A_ROUTE:
-                self._outer[name] = value
-
     def _end(self, _task: "asyncio.Task[None]") -> None:
-        self._show()
+        self._untouched.show(self._scope)
         # Not in `_run`: a task that is cancelled before its first step runs none of its code.
         if not self.reply.done():
             self.reply.set_result(None)
@@ -227,7 +253,7 @@ class SubCall:
         if message["type"] == "http.response.start":
             # An app may pass headers that can be read only once.
             self.start = {**message, "headers": [*message.get("headers", ())]}
-            self._show()
+            self._untouched.show(self._scope)
             self._kept.append(self.start)
             if not self._promising(self.start):
                 await self._flow()

@@ -740,7 +740,7 @@ async def test_what_the_app_sets_in_its_scope_is_seen_outside(settings: Settings
             seen.append((message["type"], scope.get("path_params")))
             await send(message)
 
-        before = {name: scope[name] for name in ("path", "root_path", "headers")}
+        before = {name: scope[name] for name in ("path", "headers")}
         await cached(scope, receive, watch)
         seen.append(("after", scope.get("endpoint") is embeddings))
         assert before == {name: scope[name] for name in before}
@@ -748,6 +748,33 @@ async def test_what_the_app_sets_in_its_scope_is_seen_outside(settings: Settings
     await ask(outside, "a", path="/one/v1/embeddings")
     assert ("http.response.start", {"team": "one"}) == seen[0]
     assert ("after", True) == seen[-1]
+
+
+@pytest.mark.parametrize("where", ["scope", "state"])
+async def test_a_replay_finds_nothing_of_the_first_call(where: str, settings: Settings) -> None:
+    """An app that keeps a parsed body in its scope or state reads the one of the call that it answers."""
+    calls = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        kept = scope if where == "scope" else scope["state"]
+        if "parsed" not in kept:
+            kept["parsed"] = orjson.loads((await receive())["body"])
+        items = kept["parsed"]["input"]
+        calls.append(items)
+        answer = FORMATS["openai"][2]({"model": "m"}, items, Spy())
+        await respond(send, orjson.dumps(answer), 200 if len(items) > 1 else 422)
+
+    seen: list[Any] = []
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        await EmbeddingCacheMiddleware(app, settings=settings)(scope, receive, send)
+        seen.append((scope if where == "scope" else scope["state"])["parsed"]["input"])
+        seen.append(scope["state"]["embedding_cache_result"].outcome)
+
+    answer = await ask(outside, "x", "x")
+    assert (200, 2) == (answer.status_code, len(answer.json()["data"]))
+    assert [["x"], ["x", "x"]] == calls
+    assert [["x", "x"], "bypass"] == seen
 
 
 async def test_a_replay_is_routed_as_the_first_call_was(settings: Settings) -> None:

@@ -257,10 +257,11 @@ async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_set
             await respond(send, b"null")
 
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    flights = cached._core.flights
     leaders = Caller(cached, "one"), Caller(cached, "other")
-    await asyncio.sleep(0.02)
+    await until(lambda: len(flights._by_name) == 2)
     follower = Caller(cached, "one", "other")
-    await asyncio.sleep(0.02)
+    await until(lambda: {2} == {len(flight._waiting) for flight in flights._by_name.values()})
     other.set()
     await until(lambda: len(leaders[1].sent) == 2)
     follower.task.cancel()
@@ -730,6 +731,38 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
     assert 1 == spy.calls
     assert first.answer["data"] == second.answer["data"]
     assert "redis-asgi; fwd=miss; collapsed" == second.said
+
+
+async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors are in the process before their lease is in Redis: who comes in between asks the app nothing."""
+    spy, written, answered = Spy(), asyncio.Event(), asyncio.Event()
+    look_up, write = MemoryVectors.lookup, MemoryVectors.write
+    settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="lands-lease:")
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings)
+
+    async def write_slowly(store: MemoryVectors, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+        await written.wait()
+        return await write(store, writes, within)
+
+    async def look_up_slowly(store: MemoryVectors, names: list[bytes], within: float) -> "list[bytes | None] | Failure":
+        found = await look_up(store, names, within)
+        await answered.wait()
+        return found
+
+    monkeypatch.setattr(MemoryVectors, "write", write_slowly)
+    first = Caller(app, "a")
+    await until(lambda: bool(first.sent))
+    monkeypatch.setattr(MemoryVectors, "lookup", look_up_slowly)
+    second = Caller(app, "a")
+    await until(lambda: app._core.flights.looking == 1)
+    written.set()
+    await first.task
+    answered.set()
+    await second.task
+
+    assert 1 == spy.calls
+    assert first.answer["data"] == second.answer["data"]
+    assert "redis-asgi; fwd=stale; detail=lease; collapsed" == second.said
 
 
 async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:

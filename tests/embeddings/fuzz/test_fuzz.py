@@ -125,7 +125,6 @@ FOUND = {
 }
 
 
-@pytest.mark.xfail(reason="not mended", raises=Violation)
 @pytest.mark.parametrize("example", FOUND.values(), ids=FOUND)
 def test_what_was_found_stays_mended(example: Play, url: str) -> None:
     """Histories that once ended with an answer that the app alone would not have given."""
