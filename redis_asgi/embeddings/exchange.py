@@ -7,38 +7,38 @@ before the app has been asked ends in `_bypass`: the app gets the original bytes
 import asyncio
 import os
 from collections.abc import Collection, Sequence
-from time import perf_counter
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import Failure
 from . import http_caching as http
+from .asking import ask_app
 from .body import Body, read_body
 from .codec import NO_EPOCH, Value
 from .core import Core
 from .counts import Result
-from .identity import Identity, mark_of
-from .landing import Asked, read_reply
+from .identity import mark_of
 from .lease import Lease, shortest
 from .lookup import Found, look_up
 from .outcome import Outcome
 from .pace import Pace
+from .question import Question, question_of, say_broken
 from .reading import head_refusal, partition_of, split
+from .rendering import rendered
 from .routes import Matched
 from .sending import send_joined, send_not_cached
 from .single_flight import Flight, Landing
-from .sub_call import Reply, SubCall, Untouched, inflated
+from .sub_call import Untouched
 from .tokens import count_all, reported
-from .vectors import Encoding, text_of
+from .vectors import Encoding
 from .waiting import Waiting
-from .wire import WIRE_FORMATS, Batch, Fresh, Input, Uncacheable, Usage
+from .wire import Fresh, Uncacheable, Usage
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
 _REFUSALS = (401, 403)
 _UNKNOWN_CALLER = 401
 _SUCCESS = 2  # hundred and something
-_NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 
 
 class Exchange:
@@ -46,22 +46,17 @@ class Exchange:
 
     def __init__(self, core: Core, matched: Matched, scope: Scope, receive: Receive, send: Send) -> None:
         self._core = core
-        self._wire = matched.wire
         self._matched = matched
         self._scope = scope
         self._receive = receive
-        self._headers: http.RawHeaders = scope["headers"]
-        self._fields = http.by_name(self._headers)
+        self._fields = http.by_name(scope["headers"])
         self._wanted = http.wanted(self._fields)
         self._outcome = Outcome(core.counts, scope, send, status=core.settings.EMBEDDING_CACHE_STATUS)
         self._body = Body((), None)
-        self._batch: Batch
-        self._identity: Identity
+        self._question: Question
         self._is_known = False  # the line above is there
         self._untouched: Untouched
         self._found = Found()
-        self._slots: list[bytes] = []  # one key per input sent
-        self._inputs: dict[bytes, Input] = {}  # different inputs by key, in the order sent
         self._values: dict[bytes, Value] = {}
         self._refusal: str | None = None  # why nothing is written, whatever the app answers
         self._forced = False  # something is forwarded only because there is no lease
@@ -108,23 +103,22 @@ class Exchange:
         if isinstance(batch, Uncacheable):
             await self._bypass(batch.detail)
             return
-        self._batch = batch
-        core = self._core
+        core, wire = self._core, self._matched.wire
         try:
-            told = core.identities.headers.read(self._fields)
-            self._identity = core.identities.identify(self._scope, told, self._wire, batch, partition)
-            await self._name_inputs(self._identity)
+            self._question = await question_of(core, self._scope, self._fields, wire, batch, partition, self._pace)
         except Exception as error:
-            self._say_broken("split", error)
+            say_broken(core, wire, "split", error)
             await self._bypass("not-understood")
             return
         self._is_known = True
         if not self._wanted.store:
             await self._bypass("no-store")
             return
-        if core.is_defeated_by(self._identity, batch):
+        if core.is_defeated_by(self._question.identity, batch):
             self._refusal = "unique-header"
-        found = await look_up(core, self._identity, self._inputs, self._wanted, batch.encodings, self._pace)
+        found = await look_up(
+            core, self._question.identity, self._question.inputs, self._wanted, batch.encodings, self._pace
+        )
         if isinstance(found, Failure):
             await self._bypass("redis-down")
             return
@@ -144,22 +138,12 @@ class Exchange:
         else:
             await self._forward(missing)
 
-    async def _name_inputs(self, identity: Identity) -> None:
-        pace = self._pace
-        for start in range(0, len(self._batch.inputs), _NAMES_AT_ONCE):
-            items = self._batch.inputs[start : start + _NAMES_AT_ONCE]
-            names = self._core.identities.input_names(identity, items)
-            self._slots += names
-            self._inputs.update(zip(names, items, strict=True))
-            if pace.due:
-                await pace.rest()
-
     def _missing(self) -> list[bytes]:
         """The keys of inputs that nothing at hand will do for."""
         values, provisional = self._values, self._found.provisional
-        if len(values) == len(self._inputs):
+        if len(values) == len(self._question.inputs):
             return []
-        return [name for name in self._inputs if name not in values and name not in provisional]
+        return [name for name in self._question.inputs if name not in values and name not in provisional]
 
     def _fits(self) -> bool:
         """Whether all vectors at hand are of one length."""
@@ -210,8 +194,8 @@ class Exchange:
         # With another max-age, or without no-cache, they may be stored after all.
         filling = self._wanted.lookup and self._wanted.max_age is None and bool(own)
         if not own and self._must_ask(joined):
-            names = list(self._inputs)
-            own = [names[shortest([len(self._inputs[name].canonical) for name in names])]]
+            names = list(self._question.inputs)
+            own = [names[shortest([len(self._question.inputs[name].canonical) for name in names])]]
             joined.pop(own[0], None)
             self._found.provisional.pop(own[0], None)
             self._forced = not missing
@@ -238,7 +222,7 @@ class Exchange:
 
     def _renewal(self) -> Flight | None:
         found = self._found
-        return self._core.flights.renewal(self._identity.lease_name, found.epoch, found.asked_at)
+        return self._core.flights.renewal(self._question.identity.lease_name, found.epoch, found.asked_at)
 
     def _join(self, missing: Sequence[bytes]) -> dict[bytes, Flight]:
         if not self._wanted.lookup:
@@ -247,7 +231,7 @@ class Exchange:
         flights, asked_at = self._core.flights, self._found.asked_at
         for name in missing:
             flight = self._found.flights.get(name) or flights.find(name, asked_at)
-            if flight is not None and flight.joinable(self._found.epoch, len(self._inputs)):
+            if flight is not None and flight.joinable(self._found.epoch, len(self._question.inputs)):
                 joined[name] = flight
         return joined
 
@@ -255,53 +239,28 @@ class Exchange:
         """Whether the app itself has to see this caller although others bring all that is missing."""
         if not joined or self._core.options.lease == 0:
             return True
-        name = self._identity.lease_name
+        name = self._question.identity.lease_name
         # Whom the app has refused since then, it has to see again.
         same = any(other.lease_name == name and not self._was_refused_since(other) for other in joined.values())
         return not same and self._found.lease is None
 
     def _was_refused_since(self, flight: Flight) -> bool:
-        return self._core.is_denied(self._identity, flight.asked_at)
+        return self._core.is_denied(self._question.identity, flight.asked_at)
 
     def _begin(self, names: Sequence[bytes], *, shared: bool, filling: bool = False) -> Flight | None:
-        core, identity, epoch = self._core, self._identity, self._found.epoch
-        inputs = {name: self._inputs[name] for name in names}
-        body: object
-        try:
-            body = self._wire.shrink(self._batch, list(inputs.values()))
-        except Exception as error:
-            body = error
-        if not isinstance(body, bytes):
-            self._say_broken("shrink", body)
-            return None
-        half = core.settings.EMBEDDING_CACHE_DTYPE == "float16"
-        # An answer that is passed on as it is may be compressed for its client.
-        gzip = names == self._slots and not half and http.accepts_gzip(self._headers)
-        headers = http.for_sub_request(self._headers, len(body), gzip=gzip)
-        limit = core.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
-        call = SubCall(core.app, self._untouched, headers, body, limit=limit, budget=core.budget)
-        asked_at, began = core.wall(), perf_counter()
-        flight = Flight(names, identity.lease_name, epoch, call, asked_at, filling=filling)
-        is_in_key = core.identities.headers.is_in_key
-        lease = self._found.lease
-        model = lease.model if lease is not None else None
-        asked = Asked(self._wire, self._batch, inputs, epoch, model, asked_at, half, is_in_key, self._refusal)
-        call.reply.add_done_callback(lambda _: core.counts.origin_seconds.observe(perf_counter() - began))
-
-        async def read(reply: Reply) -> Landing | None:
-            now = core.wall()
-            body, held = await inflated(reply, limit, core.budget, Pace())
-            try:
-                return await read_reply(asked, reply, body, now) if body is not None else None
-            finally:
-                core.budget.give(held)
-
-        async def write(landing: Landing) -> None:
-            await core.keep(identity, landing, asked_at, flight.epoch)
-
-        self._own.append(flight)
-        self._waiting.wait_for(flight)
-        core.flights.begin(flight, read, write, shared=shared)
+        flight = ask_app(
+            self._core,
+            self._untouched,
+            self._question,
+            self._found,
+            names,
+            self._waiting,
+            refusal=self._refusal,
+            shared=shared,
+            filling=filling,
+        )
+        if flight is not None:
+            self._own.append(flight)
         return flight
 
     # Answering.
@@ -321,7 +280,7 @@ class Exchange:
                 leftover.append(name)
                 continue
             self._values[name] = brought.values[name]
-            if other.lease_name == self._identity.lease_name:
+            if other.lease_name == self._question.identity.lease_name:
                 lease = brought.lease
         if leftover:
             if self._waiting.gone:
@@ -378,10 +337,10 @@ class Exchange:
         """Ask for all inputs in one call, and answer with its answer alone; *detail* where the cache cannot do that."""
         self._values, self._found.provisional, self._found_bytes = {}, {}, 0
         self._forced = self._early = False
-        names = list(self._inputs)
+        names = list(self._question.inputs)
         self._note(names, ())
         # An input that was sent twice would be asked for once, and the app does not like that.
-        flight = self._begin(names, shared=False) if names == self._slots else None
+        flight = self._begin(names, shared=False) if names == self._question.slots else None
         if flight is None:
             await self._bypass(detail)
             return
@@ -405,7 +364,7 @@ class Exchange:
                 outcome.fails()
             return
         if status in _REFUSALS:
-            await self._core.deny(self._identity, status)
+            await self._core.deny(self._question.identity, status)
         understandable = status // 100 == _SUCCESS
         self._core.counts.rejected("not-understood" if understandable else "status")
         if self._is_shrunken(flight) and (understandable or status in _OF_THE_WHOLE_REQUEST):
@@ -429,7 +388,9 @@ class Exchange:
     @property
     def _misfit(self) -> bytes:
         """What `Misfits` knows such requests by."""
-        return b" ".join([self._identity.scope_name, *(encoding.encode() for encoding in self._batch.encodings)])
+        return b" ".join(
+            [self._question.identity.scope_name, *(encoding.encode() for encoding in self._question.batch.encodings)]
+        )
 
     def _goes_whole(self) -> bool:
         """Whether a smaller request would only be a call more."""
@@ -441,29 +402,29 @@ class Exchange:
         if core.misfits.strike(self._misfit, core.monotonic(), lasting=lasting):
             core.say_once(
                 "redis_asgi.embedding_answers_not_understood",
-                wire_format=self._wire.name,
+                wire_format=self._question.wire.name,
                 fix="The app does not answer a smaller request as it answers the whole one. For a minute at a time "
                 "its requests with a miss go out whole. See what it answers to fewer inputs.",
             )
 
     def _is_shrunken(self, flight: Flight) -> bool:
         """Whether the sub-request is not, input by input, what the client sent."""
-        return list(flight.names) != self._slots
+        return list(flight.names) != self._question.slots
 
     async def _start_over(self) -> None:
         """Vectors of several lengths for one scope: the model behind the name has changed."""
         self._core.say_once(
             "redis_asgi.embedding_lengths_differ",
-            model=self._batch.model[:80],
+            model=self._question.batch.model[:80],
             fix="Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
         )
-        await self._core.renew_epoch(self._identity)
+        await self._core.renew_epoch(self._question.identity)
         await self._bypass("replayed")
 
     def _say_model(self, model: str) -> None:
         self._core.say_once(
             "redis_asgi.embedding_model_changed",
-            requested=self._batch.model[:80],
+            requested=self._question.batch.model[:80],
             before=self._found.lease.model[:80] if self._found.lease is not None else None,
             now=model[:80],
             fix="The app answers with different models under one name; their vectors are kept apart.",
@@ -473,13 +434,13 @@ class Exchange:
         now = self._core.wall()
         end = self._core.first_end(self._values, now)
         ttl = (f"ttl={max(0, int(end - now))}",) if end is not None else ()
-        self._outcome.hits, self._outcome.misses = len(self._inputs), 0
+        self._outcome.hits, self._outcome.misses = len(self._question.inputs), 0
         if self._found.lease is not None:
             await self._answer_from(self._found.lease, "hit", http.status("hit", *ttl))
 
     async def _answer_collapsed(self) -> None:
         """Answer with what was stored, as another request has just brought the lease."""
-        self._outcome.hits, self._outcome.misses = len(self._inputs), 0
+        self._outcome.hits, self._outcome.misses = len(self._question.inputs), 0
         if not self._fits():
             await self._start_over()
         elif self._found.lease is not None:
@@ -489,9 +450,9 @@ class Exchange:
     async def _answer_from(self, lease: Lease, result: Result, member: str) -> None:
         """Answer without a call of our own: with what the app said last time to this caller."""
         fresh = Fresh(int(self._core.wall()), os.urandom(16).hex())
-        tokens, counted = count_all(self._slots, self._values, self._inputs)
+        tokens, counted = count_all(self._question.slots, self._values, self._question.inputs)
         usage = reported(tokens, self._outcome.billed, self._core.settings.EMBEDDING_CACHE_USAGE)
-        pieces = await self._pieces(lease.frame, self._batch.encodings, usage, fresh)
+        pieces = await self._pieces(lease.frame, self._question.batch.encodings, usage, fresh)
         if pieces is None:
             await self._bypass("not-understood")
             return
@@ -506,7 +467,7 @@ class Exchange:
             await self._replay(flight)
             return
         half = self._core.settings.EMBEDDING_CACHE_DTYPE == "float16"
-        tokens, _ = count_all(self._slots, self._values, self._inputs)
+        tokens, _ = count_all(self._question.slots, self._values, self._question.inputs)
         pieces: list[bytes] | None = None
         if half or self._is_shrunken(flight):
             mode = self._core.settings.EMBEDDING_CACHE_USAGE
@@ -519,7 +480,7 @@ class Exchange:
             if self._is_shrunken(flight):
                 self._core.misfits.clear(self._misfit)
         outcome = self._outcome
-        outcome.hits = len(self._inputs) - outcome.misses - outcome.collapsed
+        outcome.hits = len(self._question.inputs) - outcome.misses - outcome.collapsed
         outcome.tokens = tokens
         member = self._member(landing)
         refusal = landing.rule.refusal
@@ -527,7 +488,7 @@ class Exchange:
             send = outcome.says("bypass", member, reason=refusal)
         else:
             send = outcome.says("stale" if self._forced else "partial" if outcome.hits else "miss", member)
-            saved = sum(self._values[name].tokens for name in self._slots if name not in landing.values)
+            saved = sum(self._values[name].tokens for name in self._question.slots if name not in landing.values)
             outcome.served(self._found_bytes, saved)
         if pieces is None:
             # Nothing was added, so the app's own words will do.
@@ -561,40 +522,13 @@ class Exchange:
         """Say, before the app is asked for *own*, what is found and what others bring."""
         outcome = self._outcome
         outcome.misses, outcome.collapsed = len(own), len(joined)
-        outcome.hits = len(self._inputs) - len(own) - len(joined)
+        outcome.hits = len(self._question.inputs) - len(own) - len(joined)
         outcome.note("partial" if outcome.hits else "miss")
 
     async def _pieces(
         self, frame: dict[str, Any], encodings: Sequence[Encoding], usage: Usage, fresh: Fresh | None
     ) -> list[bytes] | None:
-        """The answer's body; ``None`` when the wire format fails."""
-        texts = await self._texts(encodings)
-        pieces: object
-        try:
-            pieces = self._wire.render(self._batch, frame, texts, usage, fresh)
-        except Exception as error:
-            pieces = error
-        # Looking at each piece is a thirtieth of a hit from the process, so ours are believed.
-        ours = WIRE_FORMATS.get(self._wire.name) is self._wire
-        if isinstance(pieces, list) and (ours or {*map(type, pieces)} == {bytes}):
-            return list(pieces)
-        self._say_broken("render", pieces)
-        return None
-
-    async def _texts(self, encodings: Sequence[Encoding]) -> dict[Encoding, list[bytes]]:
-        pace, keep = self._pace, self._core.local.on or len(self._slots) > len(self._inputs)
-        texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
-        for encoding, listed in texts.items():
-            for name in self._slots:
-                value = self._values[name]
-                text = value.texts.get(encoding)
-                if text is None:
-                    text = text_of(value, encoding, keep=keep)
-                    self._core.local.weigh(name, value)
-                    if pace.due:
-                        await pace.rest()
-                listed.append(text)
-        return texts
+        return await rendered(self._core, self._question, self._values, frame, encodings, usage, fresh, self._pace)
 
     async def _bypass(self, detail: str) -> None:
         """Let the app answer the original request, to the byte."""
@@ -625,12 +559,7 @@ class Exchange:
         """The app has refused this request as it came: 401 or 403."""
         core = self._core
         if self._is_known:
-            await core.deny(self._identity, status)
+            await core.deny(self._question.identity, status)
         elif status == _UNKNOWN_CALLER:
             # Whatever he asked for.
             await core.disown(core.identities.denied_name(self._scope, core.identities.headers.read(self._fields)))
-
-    def _say_broken(self, step: str, result: object) -> None:
-        """A wire format may be the user's, and its mistake is no error of the app."""
-        name, got = self._wire.name, type(result).__name__
-        self._core.say_once("redis_asgi.embedding_wire_format_fails", wire_format=name, step=step, got=got)

@@ -88,6 +88,12 @@ class Untouched:
         self._scope = dict(scope)
         self._state = dict(scope["state"])
 
+    @property
+    def headers(self) -> RawHeaders:
+        """As the client sent them."""
+        headers: RawHeaders = self._scope["headers"]
+        return headers
+
     def copy(self) -> Scope:
         """A scope for one call, with a state of its own, in which is what the cache has to say."""
         state = self._outside["state"]
