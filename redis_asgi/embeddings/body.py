@@ -81,10 +81,15 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
                 return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
     except BaseException:
         # Cancelled, or stopped by what stands outside of us.
-        if coming is not None and not coming.cancel() and not coming.cancelled():
-            coming.exception()  # seen: the cancellation came first
+        let_go(coming)
         budget.give(held)
         raise
+
+
+def let_go(coming: "asyncio.Task[Message] | None") -> None:
+    """Wait no more for a message that nobody will ask for; once it has come or failed, that is all."""
+    if coming is not None and not coming.cancel() and not coming.cancelled():
+        coming.exception()  # seen
 
 
 async def _next(receive: Receive) -> Message:

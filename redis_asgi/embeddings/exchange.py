@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ..errors import Failure
 from . import http_caching as http
 from .asking import ask_app
-from .body import Body, read_body
+from .body import Body, let_go, read_body
 from .codec import NO_EPOCH, Value
 from .core import Core
 from .counts import Result
@@ -88,6 +88,7 @@ class Exchange:
                 return
         limit, seconds = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, core.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, core.budget, seconds)
+        coming = self._body.coming
         if self._body.content is None:
             # It goes to the app as it comes, and may take as long as the client likes.
             core.budget.give(held)
@@ -95,6 +96,7 @@ class Exchange:
         try:
             await self._run_with_body(partition)
         finally:
+            let_go(coming)
             core.budget.give(held)
 
     async def _run_with_body(self, partition: str | None) -> None:

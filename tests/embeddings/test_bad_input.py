@@ -475,6 +475,37 @@ async def test_a_late_body_whose_client_goes_ends_with_it(settings: Settings) ->
     assert ["http.request", "http.disconnect"] == heard
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_late_body_that_nobody_reads_leaves_nothing_behind(fails: bool, settings: Settings) -> None:
+    """An app that answers without it ends the wait for the rest."""
+    late = settings.model_copy(update={"EMBEDDING_CACHE_BODY_SECONDS": 0.01})
+    first = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
+    broken = asyncio.Event()
+
+    async def receive() -> Message:
+        for message in first:
+            return message
+        await broken.wait()
+        raise OSError("the client has gone")
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        if fails:
+            broken.set()
+            await asyncio.sleep(0.01)
+        await respond(send, b"{}", 401)
+
+    before = asyncio.all_tasks()
+    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
+    [start, *_] = await drive(EmbeddingCacheMiddleware(app, settings=late), scope, receive)
+    assert 401 == start["status"]
+    await asyncio.sleep(0)
+    assert before == asyncio.all_tasks()
+    gc.collect()
+    assert [] == reported
+
+
 async def test_a_full_budget_lets_requests_pass(settings: Settings) -> None:
     """When the process holds 256 MiB of bodies, by whichever middleware, more are not read."""
     seen: list[bytes] = []
