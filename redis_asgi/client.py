@@ -210,8 +210,8 @@ def build_client(settings: Settings) -> Built:
     where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT}
 
     if settings.REDIS_CLUSTER:
-        # Four batches may be under way at once beside the callers that hold a turn.
-        common |= {"max_connections": settings.REDIS_POOL_SIZE + 4, "maint_notifications_config": quiet}
+        # Ten batches may be under way at once beside the callers that hold a turn.
+        common |= {"max_connections": settings.REDIS_POOL_SIZE + 10, "maint_notifications_config": quiet}
         common |= {"ssl": True, **tls} if encrypted else {}
         there = _read_url(url) if url else where
         there.pop("connection_class", None)  # "ssl" says it

@@ -5,6 +5,9 @@ that arrived in it. Under load the queue fills while Redis works, so that batche
 request fall. Many leave in two halves, so that the process has answers to work on while Redis decides the other half:
 without that all come to wait at once, and process and Redis take turns at being idle.
 
+Far from Redis nobody waits for the trip of others: a tenth of the deadline after the last batch was written the next
+one leaves, so that a check has nine tenths for a trip of its own, however many ask.
+
 The life of a check: `Batcher.submit` puts it in the queue. When a wire has a connection in hand it takes what waits as
 a `Batch` and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and
 never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters get values, never
@@ -24,7 +27,9 @@ from .strategies import VALUES_PER_COUNTER, Mode, Reply
 
 Outcome: TypeAlias = Reply | Failure
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
-MAX_IN_FLIGHT = 4
+# One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
+MAX_IN_FLIGHT = 10
+A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
 
 
@@ -65,6 +70,11 @@ class Check:
             except Exception as error:
                 # A defect of ours is its own request's, not its neighbours'.
                 self.future.set_exception(error)
+
+    @property
+    def left(self) -> float:
+        """Seconds that it had left for its trip when its batch was written."""
+        return self.deadline - self.written
 
     def waited(self) -> float:
         """Seconds since its arrival."""
@@ -124,9 +134,14 @@ class Batcher:
         self.breaker = breaker
         self._waiting: list[Check] = []
         self._waiting_counters = 0
+        self._hurry = math.inf  # the shortest timeout of those that wait, in seconds
         self._sent: set[Batch] = set()
+        self._renewed = -1  # after which good probe of the breaker's the connections were last made anew
+        self._written = 0.0  # the last of all batches, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = math.inf
+        self._departure: asyncio.TimerHandle | None = None
+        self._departs_at = math.inf
         counted = telemetry()
         self._note = counted.notes.count
         self._observe = counted.notes.observe
@@ -146,22 +161,29 @@ class Batcher:
             if not self.breaker.admits():
                 check.answer(self.breaker.reason)
                 return
-            # The trial must not wait for a connection of the outage, nor behind those who did.
-            self._wire.renew()
+            # The trial must not wait for a connection of the outage, nor behind those who did. One that is made since
+            # then is left to it: far away that takes longer than a trial waits.
+            if self._renewed != self.breaker.good_probes:
+                self._renewed = self.breaker.good_probes
+                self._wire.renew()
             self.loop.call_soon(self.start_if_due)
         waiting = self._waiting
         waiting.append(check)
         self._waiting_counters += check.charges.counters
         if check.deadline < self._armed_for:
             self._arm(check.deadline)
-        # Behind one that waits already there is nothing to do until the batch is full.
+        # Behind one that waits already, and is in no less of a hurry, there is nothing to do until the batch is full.
         if self._waiting_counters >= MAX_COUNTERS:
             self.start_if_due()
-        elif len(waiting) == 1 and self._wire.busy == 0:
-            self.loop.call_soon(self.start_if_due)
+        elif check.timeout < self._hurry:
+            self._hurry = check.timeout
+            if self._wire.busy == 0:
+                self.loop.call_soon(self.start_if_due)
+            else:
+                self.plan()
 
     def start_if_due(self) -> None:
-        """Send what waits, if nothing is under way or it fills a batch."""
+        """Send what waits, if nothing is under way or it fills a batch; else plan when."""
         if self.closed:
             self._fail_waiting(Failure.CONNECTION)
         elif self._waiting:
@@ -170,6 +192,31 @@ class Batcher:
                 self._wire.start(self)
                 if busy == 0 and many:
                     self._wire.start(self)
+            elif busy < MAX_IN_FLIGHT:
+                self.plan()
+
+    def plan(self, since: float | None = None) -> None:
+        """See to it that what waits leaves a tenth of its deadline after the last batch did.
+
+        Args:
+            since: Count from then instead, on the loop's clock.
+        """
+        due = (self._written if since is None else since) + self._hurry / MAX_IN_FLIGHT
+        # Nearly always there is one already: the last batch was written after it was planned, and `_depart` plans anew.
+        if due < self._departs_at:
+            if self._departure is not None:
+                self._departure.cancel()
+            self._departure, self._departs_at = self.loop.call_at(due, self._depart), due
+
+    def _depart(self) -> None:
+        self._departure, self._departs_at = None, math.inf
+        self._wire.read()
+        # One that is getting ready takes all that waits; with too many under way the next reply plans anew.
+        if self._waiting and len(self._sent) >= self._wire.busy < MAX_IN_FLIGHT:
+            if self.loop.time() >= self._written + self._hurry / MAX_IN_FLIGHT:
+                self._wire.start(self)
+            else:
+                self.plan()
 
     @property
     def waits(self) -> bool:
@@ -182,7 +229,7 @@ class Batcher:
         Half of it, when it is many and the first to be under way.
         """
         now = self.loop.time()
-        waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
+        waiting, self._waiting, self._waiting_counters, self._hurry = self._waiting, [], 0, math.inf
         most = len(waiting) // 2 if len(waiting) >= MANY and not self._sent else len(waiting)
         taken: list[Check] = []
         counters, patience = 0, 0.0
@@ -192,8 +239,7 @@ class Batcher:
             if check.future.done():
                 continue
             if taken and (len(taken) == most or counters + check.charges.counters > MAX_COUNTERS):
-                self._waiting = waiting[i:]
-                self._waiting_counters = sum(left.charges.counters for left in self._waiting)
+                self._wait_on(waiting[i:])
                 break
             check.written = now
             taken.append(check)
@@ -202,6 +248,7 @@ class Batcher:
         if not taken:
             return None
         batch = Batch(taken, now, now + 2 * patience)
+        self._written = now
         self._observe(self._size, len(taken))
         self._sent.add(batch)
         if batch.limit < self._armed_for:
@@ -229,6 +276,9 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self._armed_for = None, math.inf
+        if self._departure is not None:
+            self._departure.cancel()
+            self._departure, self._departs_at = None, math.inf
 
     def _tell(self, batch: Batch, failure: Failure | None) -> None:
         if batch.is_told or self.closed:
@@ -246,8 +296,15 @@ class Batcher:
             self.breaker.failed(failure)
 
     def _fail_waiting(self, failure: Failure) -> None:
-        waiting, self._waiting, self._waiting_counters = self._waiting, [], 0
+        waiting = self._waiting
+        self._wait_on([])
         resolve(waiting, failure)
+
+    def _wait_on(self, checks: list[Check]) -> None:
+        """Let just *checks* wait."""
+        self._waiting = checks
+        self._waiting_counters = sum(check.charges.counters for check in checks)
+        self._hurry = min((check.timeout for check in checks), default=math.inf)
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
@@ -260,17 +317,20 @@ class Batcher:
         self._timer, self._armed_for = None, math.inf
         self._wire.read()
         now = self.loop.time()
-        late, self._waiting = _split(self._waiting, now)
-        self._waiting_counters = sum(check.charges.counters for check in self._waiting)
-        if late and not self._sent:
+        late, rest = _split(self._waiting, now)
+        self._wait_on(rest)
+        # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+        if late and not self._sent and self.breaker.state == "closed":
             self.breaker.failed(self._wire.lacks())
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
             late, rest = _split(batch.checks, now)
-            if batch.limit <= now or any(not check.future.done() for check in late):
-                resolve(late, Failure.TIMEOUT)
+            late = still_waiting(late)
+            # Of one that waited for long before it was written, for a connection far away, only the limit tells.
+            if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
                 self._tell(batch, Failure.TIMEOUT)
+            resolve(late, Failure.TIMEOUT)
             deadlines += [check.deadline for check in rest if not check.future.done()]
             if batch.limit <= now:
                 self._wire.abort(batch)

@@ -80,7 +80,7 @@ class LocalEngine:
 
     def _decide(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int], divisor: int, at: float) -> Reply:
         asked: list[_Asked] = []
-        admitted = True
+        admitted, moved = True, False
         for charge in charges:
             held = self._find(charge.partition.key)
             counters = []
@@ -93,9 +93,10 @@ class LocalEngine:
                 fits = (cost == 0 or cost <= counter.free) and policy.quota > 0
                 if not fits and not policy.shadow:
                     admitted = False
+                moved = moved or counter.moved
                 asked.append((counter, policy, charge, cost, fits, held))
-        if mode in ("charge", "refund") or (mode == "consume" and admitted):
-            self._change(mode, asked, receipts)
+        if mode != "peek" and (admitted or moved or mode != "consume"):
+            self._change(mode, asked, receipts, admitted=admitted)
         if mode == "consume":
             for charge in charges:
                 self._touch(charge.partition.key, refused=not admitted)
@@ -120,16 +121,18 @@ class LocalEngine:
             reply += (said, int(remaining), int(reset), int(retry), int(counter.receipt))
         return reply
 
-    def _change(self, mode: Mode, asked: Sequence[_Asked], receipts: Sequence[int]) -> None:
+    def _change(self, mode: Mode, asked: Sequence[_Asked], receipts: Sequence[int], *, admitted: bool) -> None:
         for i, (counter, policy, charge, cost, fits, held) in enumerate(asked):
             if policy.quota == 0:
                 continue
+            changes = counter.moved
+            if changes:
+                counter.move()
             if mode == "refund":
-                changes = receipts[i] >= 0 and cost > 0 and counter.refund(cost, float(receipts[i]))
-            else:
-                changes = cost > 0 and (fits or mode == "charge")
-                if changes:
-                    counter.charge(cost)
+                changes |= receipts[i] >= 0 and cost > 0 and counter.refund(cost, float(receipts[i]))
+            elif cost > 0 and (mode == "charge" or (admitted and fits)):
+                counter.charge(cost)
+                changes = True
             if changes:
                 self._store(charge.partition.key, held, policy, counter)
 

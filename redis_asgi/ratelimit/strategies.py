@@ -34,9 +34,13 @@ class Counter:
     """One counter while a request is decided; a subclass is one strategy.
 
     Built from what is stored (``None`` when nothing is) without touching it; `save` gives what to store.
+
+    Attributes:
+        moved: Whether the stored time is in the future, which a clock that was set back leaves: it counts as now, what
+            was counted stays, and what was counted then is not given back. `move` and `save` make it so for good.
     """
 
-    __slots__ = ("at", "free", "quota", "receipt", "window")
+    __slots__ = ("at", "free", "moved", "quota", "receipt", "window")
 
     free: float
     receipt: float
@@ -45,11 +49,15 @@ class Counter:
         self.quota = float(policy.quota)
         self.window = float(policy.window * MICROSECONDS)
         self.at = now
+        self.moved = False
         self.load(stored, now)
 
     def load(self, stored: Any, now: float) -> None:
         """Read what is stored: `free` (the largest cost admitted at *now*, below 0 when in debt) and `receipt`."""
         raise NotImplementedError
+
+    def move(self) -> None:
+        """Before anything else changes, change what lies in the future; only where `save` does not."""
 
     def wait(self, cost: int, now: float) -> float:
         """Time from *now* (us) until a *cost* that does not fit now, but can, is admitted."""
@@ -79,8 +87,11 @@ class _FixedWindow(Counter):
 
     def load(self, stored: tuple[float, float] | None, now: float) -> None:
         self.start, self.count = now, 0.0
-        if stored is not None and now < stored[0] + self.window:
-            self.start, self.count = stored
+        if stored is not None:
+            if stored[0] > now:
+                self.count, self.moved = stored[1], True
+            elif now < stored[0] + self.window:
+                self.start, self.count = stored
         self.free = self.quota - self.count
         self.receipt = self.start
 
@@ -114,11 +125,11 @@ class _SlidingWindowCounter(Counter):
         index = float(math.floor(now / self.window))
         self.current = self.previous = 0.0
         if stored is not None:
-            if index < stored[0]:
-                index = stored[0]
-                self.at = index * self.window
             if index == stored[0]:
                 self.current, self.previous = stored[1], stored[2]
+            elif index < stored[0]:
+                # How far the older one had faded is not known: both in full, so that a step reopens nothing.
+                self.current, self.moved = stored[1] + stored[2], True
             elif index == stored[0] + 1:
                 self.previous = stored[1]
         self.index = index
@@ -130,13 +141,13 @@ class _SlidingWindowCounter(Counter):
         faded = self.previous * (self.window - self.elapsed) / self.window
         self.free = math.floor(self.quota + self.quota * _EDGE - (faded + self.current))
 
-    def wait(self, cost: int, now: float) -> float:
+    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - `elapsed` is of now
         left = self.window - self.elapsed
         if self.current + cost <= self.quota:
             left = left - self.window * (self.quota - self.current - cost) / self.previous
         else:
             left = left + max(0.0, self.window * (1 - (self.quota - cost) / self.current))
-        return math.ceil(left) + (self.at - now)
+        return math.ceil(left)
 
     def charge(self, cost: int) -> None:
         self.current = min(self.current + cost, 10 * self.quota)
@@ -153,8 +164,8 @@ class _SlidingWindowCounter(Counter):
         self._weigh()
         return True
 
-    def reset(self, now: float) -> float:
-        left = self.window - self.elapsed + (self.at - now)
+    def reset(self, now: float) -> float:  # noqa: ARG002 - `elapsed` is of now
+        left = self.window - self.elapsed
         if self.current > 0:
             return left + self.window
         return left if self.previous > 0 else 0.0
@@ -175,10 +186,12 @@ class _Gcra(Counter):
         self.owed = 0.0
         if stored is not None:
             at, owed, under = stored
-            self.at = max(now, at)
             if under != self.quota:
                 owed = owed * self.quota / under
-            self.owed = max(0.0, owed - (self.at - at) * self.quota / self.window)
+            if at > now:
+                self.owed, self.moved = owed, True
+            else:
+                self.owed = max(0.0, owed - (now - at) * self.quota / self.window)
         # What may have drained since the charge is not given back, whatever was refunded meanwhile.
         self.receipt = self.at
         self._settle()
@@ -188,15 +201,17 @@ class _Gcra(Counter):
             self.owed = 0.0
         self.free = math.floor(self.quota + self.quota * _EDGE - self.owed)
 
-    def wait(self, cost: int, now: float) -> float:
-        return math.ceil((self.owed + cost - self.quota) * self.window / self.quota) + (self.at - now)
+    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - what is owed is of now
+        return math.ceil((self.owed + cost - self.quota) * self.window / self.quota)
 
     def charge(self, cost: int) -> None:
         self.owed = min(self.owed + cost, 10 * self.quota)
         self._settle()
 
     def refund(self, cost: int, receipt: float) -> bool:
-        late = max(0.0, self.at - receipt)
+        if receipt > self.at:
+            return False  # of before the clock was set back
+        late = self.at - receipt
         back = min(self.owed, max(0.0, cost - late * self.quota / self.window))
         if back == 0:
             return False
@@ -204,10 +219,8 @@ class _Gcra(Counter):
         self._settle()
         return True
 
-    def reset(self, now: float) -> float:
-        if self.owed == 0:
-            return 0.0
-        return math.ceil(self.owed * self.window / self.quota) + (self.at - now)
+    def reset(self, now: float) -> float:  # noqa: ARG002 - what is owed is of now
+        return math.ceil(self.owed * self.window / self.quota)
 
     def save(self) -> tuple[Stored, float]:
         return (self.at, self.owed, self.quota), self.at + math.ceil(self.owed * self.window / self.quota)
@@ -230,7 +243,7 @@ class _MovingWindow(Counter):
 
     def load(self, stored: Log | None, now: float) -> None:
         self.log = stored if stored is not None else Log()
-        self.at = max(now, self.log.last)
+        self.moved = self.log.last > now
         self.cut = bisect_right(self.log.stamps, self.at - self.window)
         self.receipt = self.at
         self._settle()
@@ -239,8 +252,17 @@ class _MovingWindow(Counter):
         self.used = len(self.log.stamps) - self.cut
         self.free = self.quota - self.used
 
+    def _stamp(self, position: int) -> float:
+        return min(self.log.stamps[position], self.at)
+
+    def move(self) -> None:
+        stamps = self.log.stamps
+        kept = bisect_right(stamps, self.at)
+        stamps[kept:] = array("d", [self.at]) * (len(stamps) - kept)
+        self.log.last = self.at
+
     def wait(self, cost: int, now: float) -> float:
-        return self.log.stamps[self.cut + self.used + cost - int(self.quota) - 1] + self.window - now
+        return self._stamp(self.cut + self.used + cost - int(self.quota) - 1) + self.window - now
 
     def charge(self, cost: int) -> None:
         cost = max(0, min(cost, 10 * int(self.quota) - self.used))
@@ -263,7 +285,7 @@ class _MovingWindow(Counter):
         return True
 
     def reset(self, now: float) -> float:
-        return self.log.stamps[-1] + self.window - now if self.used else 0.0
+        return self._stamp(-1) + self.window - now if self.used else 0.0
 
     def save(self) -> tuple[Stored, float]:
         return self.log, self.log.last + self.window

@@ -133,19 +133,26 @@ class TaskWire:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         # Unless all goes well: cancelled at its limit.
         failure: Failure | None = Failure.TIMEOUT
+        denied = False
         try:
             failure = await self.run(batcher)
         except Exception as error:
             # RedisClusterException is no RedisError, and a slot table in flux raises KeyErrors and more.
             failure = classify(error)
-            if task not in self._batches and (failure is not Failure.POOL or self.busy == 1):
-                batcher.lost(failure)  # else a batch that has a connection takes what waits when it is back
+            if task not in self._batches:
+                # A batch that has a connection takes what waits when it is back.
+                denied = failure is Failure.POOL and self.busy > 1
+                if not denied:
+                    batcher.lost(failure)
         finally:
             self._tasks.discard(task)
             batch = self._batches.pop(task, None)
             if batch is not None:
                 batcher.done(batch, failure)
-            batcher.start_if_due()
+            if denied:
+                batcher.plan(batcher.loop.time())
+            else:
+                batcher.start_if_due()
 
 
 class PoolWire(TaskWire):

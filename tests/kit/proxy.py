@@ -55,7 +55,7 @@ class FaultProxy:
 
         Args:
             mode: One of those in the docstring of ``tests.kit``.
-            seconds: How long ``delay`` keeps every reply back.
+            seconds: How much later ``delay`` lets every reply arrive, whatever else is on the way.
             times: After so many replies dropped or cut all is well again; ``None`` = until the next `set`.
         """
         self._mode, self._seconds, self._times = mode, seconds, times
@@ -93,9 +93,11 @@ class FaultProxy:
             there, back = await asyncio.open_connection(*self._upstream)
             mine.append(back)
             self._writers.add(back)
+            on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
             pumps = [
                 asyncio.create_task(self._requests(reader, back)),
-                asyncio.create_task(self._replies(there, writer)),
+                asyncio.create_task(self._replies(there, on_the_way)),
+                asyncio.create_task(self._deliver(on_the_way, writer)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -122,7 +124,8 @@ class FaultProxy:
                 if self._mode != "blackhole":
                     await self._write(writer, data)
 
-    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _replies(self, reader: asyncio.StreamReader, on_the_way: "asyncio.Queue[tuple[float, bytes]]") -> None:
+        now = asyncio.get_running_loop().time
         with suppress(OSError):
             while data := await reader.read(65536):
                 mode = self._mode
@@ -132,10 +135,21 @@ class FaultProxy:
                         self._mode = "pass"
                 if mode == "cut_replies":
                     return
-                if mode == "delay":
-                    await asyncio.sleep(self._seconds)
                 if mode not in ("blackhole", "drop_replies"):
-                    await self._write(writer, data)
+                    on_the_way.put_nowait((now() + (self._seconds if mode == "delay" else 0.0), data))
+        on_the_way.put_nowait((now(), b""))
+        await asyncio.Event().wait()
+
+    async def _deliver(self, on_the_way: "asyncio.Queue[tuple[float, bytes]]", writer: asyncio.StreamWriter) -> None:
+        now = asyncio.get_running_loop().time
+        with suppress(OSError):
+            while True:
+                due, data = await on_the_way.get()
+                if due > now():
+                    await asyncio.sleep(due - now())
+                if not data:
+                    return
+                await self._write(writer, data)
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         pieces = [data[i : i + 1] for i in range(len(data))] if self._mode == "chunk" else [data]

@@ -13,8 +13,6 @@ from redis_asgi.settings import StrategyName
 
 # A time like today's: 16 digits, which is where careless arithmetic loses microseconds.
 EPOCH = 1_763_848_800_000_000
-# A stored start is as far behind a clock that stepped back as the tests ever step.
-BACK = 900_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,13 @@ assert set(_STRATEGY_NAMES) == set(STRATEGIES)
 def charge(*policies: Policy, cost: int = 1, who: str = "203.0.113.7") -> Charge:
     """One rule's charge."""
     return Charge(PolicySet(policies), client(who), cost)
+
+
+class Keeping(LocalEngine):
+    """One that sweeps nothing away, as Redis does: there no time passes while a test tells the time."""
+
+    def _shrink(self, now: float) -> None:
+        pass
 
 
 class Twin:
@@ -120,7 +125,13 @@ deltas = st.one_of(
     st.integers(0, 3_000_000),
     st.integers(0, 25_000_000),
 )
-deltas_and_back = st.one_of(deltas, deltas, st.integers(-BACK, 0))
+# Below 0 the clock is set back, and no time passes.
+steps_back = st.one_of(
+    st.sampled_from([-1, -999_999, -1_000_000, -10_000_000, -3_600_000_000]),
+    st.integers(-3_000_000, -1),
+    st.integers(-10 * 86_400_000_000, -1),
+)
+deltas_and_back = st.one_of(deltas, deltas, deltas, steps_back)
 
 
 def costs(quota: int, *, factor: int = 2) -> st.SearchStrategy[int]:

@@ -30,7 +30,7 @@ from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, pa
 
 from ..conftest import StartServer
 from ..kit.servers import ExternalServer
-from .histories import BACK, EPOCH, charge, client, costs, deltas_and_back, numbers, policy
+from .histories import EPOCH, Keeping, charge, client, costs, deltas_and_back, numbers, policy
 
 _fresh = count()
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -123,16 +123,15 @@ def traces(draw: st.DrawFn) -> list[Step]:
         for group, name in zip((named[:cut], named[cut:]), who, strict=True)
         if group
     ]
-    now = latest = EPOCH + draw(st.integers(0, 3_600_000_000))
-    twin = LocalEngine()
+    now = EPOCH + draw(st.integers(0, 3_600_000_000))
+    twin = Keeping()
     admitted: list[tuple[tuple[Charge, ...], list[int]]] = []
     steps: list[Step] = []
     # A window after a request, to the microsecond, is where two implementations part.
     edges = [p.window * MICROSECONDS + offset for p in named for offset in (-1, 0, 1)]
     steps_of_time = st.one_of(deltas_and_back, st.sampled_from(edges), st.just(0))
     for _ in range(draw(st.sampled_from([5, 15, 30]))):
-        now = max(now + draw(steps_of_time), latest - BACK)
-        latest = max(latest, now)
+        now += draw(steps_of_time)
         mode: Mode = draw(st.sampled_from(_MODES))
         receipts: list[int] = []
         if mode == "refund" and admitted:

@@ -50,18 +50,28 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, strategy: str) -> Case:
-    """Counters found in any state up to the present, whose quota was changed once or more."""
+    """Counters found in any state, of before the clock was set back too, whose quota was changed once or more."""
     window = draw(st.sampled_from([1, 2, 7, 60, 3600, 86_400, 366 * 86_400]))
     most = 10_000 if strategy == "moving-window" else 10**9
     quotas = st.one_of(st.sampled_from([1, 2, 3, 7, 10, 100, 9_999, most]), st.integers(1, most))
     width = window * MICROSECONDS
-    ages = st.one_of(st.sampled_from([0, 1, width // 2, width - 1, width, width + 1]), st.integers(0, 2 * width))
+    edges = [0, 1, width // 2, width - 1, width, width + 1]
+    ages = st.one_of(
+        st.sampled_from(edges),
+        st.integers(0, 2 * width),
+        st.sampled_from([-age for age in edges]),
+        st.integers(-(10**15), 0),
+    )
     counts = st.one_of(st.integers(0, 20), st.integers(0, 10**10))
     stored: tuple[float, ...]
     if strategy == "fixed-window":
         stored = (EPOCH - draw(ages), draw(counts))
     elif strategy == "sliding-window-counter":
-        stored = (EPOCH // width - draw(st.integers(0, 2)), draw(counts), draw(counts))
+        stored = (
+            EPOCH // width - draw(st.one_of(st.integers(-3, 2), st.integers(-(10**6), 2))),
+            draw(counts),
+            draw(counts),
+        )
     elif strategy == "moving-window":
         stored = tuple(sorted(EPOCH - age for age in draw(st.lists(ages, max_size=40))))
     else:
@@ -103,6 +113,24 @@ def store(server: redis.Redis, case: Case) -> None:
     server.hset(key, field.decode(), text)
 
 
+def kept(twin: Twin, case: Case) -> tuple[float, ...]:
+    """The numbers of the counter of *case* in *twin*; of a moving window its stamps."""
+    held = twin.engine._find(client(WHO).key)
+    assert held is not None
+    stored = held.counters[case.policy(case.quota).field]
+    return tuple(stored.stamps) if isinstance(stored, Log) else stored
+
+
+def kept_in_redis(server: redis.Redis, case: Case) -> tuple[float, ...]:
+    """The same in Redis."""
+    key, field = client(WHO).key, case.policy(case.quota).field
+    if case.strategy == "moving-window":
+        return tuple(map(float, server.lrange(log_key(key, field), 0, -1)))
+    raw = server.hget(key, field.decode())
+    assert raw is not None
+    return tuple(map(float, raw.split()))
+
+
 def longest(case: Case, owed: float) -> float:
     """The longest wait (us) that the strategy of *case* may tell; *owed* in quotas."""
     windows = {"sliding-window-counter": 2.0, "gcra": max(1.0, owed)}.get(case.strategy, 1.0)
@@ -111,11 +139,10 @@ def longest(case: Case, owed: float) -> float:
 
 def quotas_owed(twin: Twin, case: Case) -> float:
     """How many quotas the bucket of *case* owes; 0 for the other strategies."""
-    stored = twin.engine._admitted[client(WHO).key].counters[case.policy(case.quota).field]
     if case.strategy != "gcra":
         return 0.0
-    assert isinstance(stored, tuple)
-    return stored[1] / stored[2]
+    _, owed, under = kept(twin, case)
+    return owed / under
 
 
 @every_strategy
@@ -125,11 +152,13 @@ def test_wait_is_true_and_bounded_whatever_is_stored(strategy: str, data: st.Dat
     """At most a window (two for the counter; for a bucket its debt), admitted after it, and not before."""
     case = data.draw(cases(strategy))
     twin = found(case)
-    told = twin.peek(case.cost)
+    looked = twin.peek(case.cost)
+    (told,) = numbers(twin.ask("consume", case.cost))
     if told.fits:
-        assert 0 == told.retry
+        assert 0 == looked.retry
         return
 
+    assert looked == told
     assert 0 < told.retry <= longest(case, quotas_owed(twin, case))
     assert twin.peek(case.cost, at=EPOCH + told.retry).fits
     # Counts are told apart to 1e-12 of the quota and a rounding, and at the slowest one unit fades in a window.
@@ -145,6 +174,7 @@ def test_full_quota_is_back_after_reset_whatever_is_stored(strategy: str, data: 
     """And no later than the wait for the whole quota, which is the same thing."""
     case = data.draw(cases(strategy))
     twin = found(case)
+    twin.ask("consume", 0)
     told = twin.peek()
 
     assert case.quota == twin.peek(at=EPOCH + told.reset).remaining
@@ -169,6 +199,9 @@ def test_script_tells_what_the_twin_tells(
 
     (told,) = numbers(script.decide("peek", asked, now=EPOCH))
     assert twin.peek(case.cost) == told
+    if not told.fits:
+        assert twin.ask("consume", case.cost) == script.decide("consume", asked, now=EPOCH)
+    assert kept(twin, case) == kept_in_redis(script.server, case)
     later = EPOCH + max(0, told.retry)
     assert told.fits or numbers(script.decide("peek", asked, now=later))[0].fits
     assert twin.ask("consume", case.cost, at=later) == script.decide("consume", asked, now=later)

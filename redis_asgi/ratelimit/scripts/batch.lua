@@ -116,12 +116,19 @@ local function decide(mode, counters, count, now, takes_rest)
   if mode ~= 'peek' then
     for i = 1, count do
       local s = counters[i]
-      if s.cost > 0 and s.policy.quota > 0 then
+      if s.policy.quota > 0 then
         local strategy = s.strategy
-        if mode == 'refund' then s.dirty = s.receipt >= 0 and strategy.refund(s, s.cost, s.receipt)
-        elseif mode == 'charge' or (admitted and s.ok) then
-          strategy.charge(s, s.cost, now)
+        if s.moved then
+          -- By a refusal too: one who is refused for ever would else be refused until the clock is there again.
+          if strategy.move then strategy.move(s) end
           s.dirty = true
+        end
+        if s.cost > 0 then
+          if mode == 'refund' then s.dirty = s.receipt >= 0 and strategy.refund(s, s.cost, s.receipt) or s.dirty
+          elseif mode == 'charge' or (admitted and s.ok) then
+            strategy.charge(s, s.cost)
+            s.dirty = true
+          end
         end
         changed = changed or s.dirty
       end
@@ -169,11 +176,12 @@ while a <= #ARGV do
         -- Made once for all requests of the batch, and at its full size: as dear as the rest of a decision.
         s = {
           policy = false, strategy = false, cost = 0, key = '', at = 0, free = 0, ok = false, receipt_now = 0,
-          part = 0, dirty = false, start = 0, count = 0, opened = false,
+          part = 0, dirty = false, moved = false, start = 0, count = 0, opened = false,
         }
         counters[count] = s
       end
-      s.policy, s.strategy, s.cost, s.key, s.part, s.dirty = policy, policy.strategy, cost, key, part, false
+      s.policy, s.strategy, s.cost, s.key, s.part = policy, policy.strategy, cost, key, part
+      s.dirty, s.moved = false, false
       if policy.log then s.list = KEYS[k]; k = k + 1 end
       if mode == 'refund' then s.receipt = tonumber(ARGV[a]); a = a + 1 end
     end

@@ -1,5 +1,5 @@
 -- Fixed window, opened by a client's first request. Field: "start count" (us, units).
--- The stored start decides; the TTL only cleans up. A clock before the start is clamped to it.
+-- The stored start decides; the TTL only cleans up.
 make.f = function()
   return {
     load = function(s, raw, now)
@@ -8,7 +8,8 @@ make.f = function()
       if raw then
         local opened, count = parts(raw, '^(%d+) (%d+)$')
         local start = opened + 0
-        if now < start + W then s.start, s.count, s.opened = start, count + 0, opened end
+        if start > now then s.count, s.moved = count + 0, true
+        elseif now < start + W then s.start, s.count, s.opened = start, count + 0, opened end
       end
       s.free = s.policy.quota - s.count
       s.receipt_now = s.start

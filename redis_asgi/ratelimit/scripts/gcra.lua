@@ -15,22 +15,24 @@ make.g = function()
         local stored, owed, under = parts(raw, '^(%d+) (%S+) (%d+)$')
         local quota = s.policy.quota
         stored, owed, under = tonumber(stored), tonumber(owed), tonumber(under)
-        s.at = max(now, stored)
         if under ~= quota then owed = owed * quota / under end
-        s.owed = max(0, owed - (s.at - stored) * quota / s.policy.window)
+        if stored > now then s.owed, s.moved = owed, true
+        else s.owed = max(0, owed - (now - stored) * quota / s.policy.window) end
       end
-      s.receipt_now = s.at
+      s.receipt_now = now
       settle(s)
     end,
     wait = function(s, cost, now)
-      return ceil((s.owed + cost - s.policy.quota) * s.policy.window / s.policy.quota) + (s.at - now)
+      return ceil((s.owed + cost - s.policy.quota) * s.policy.window / s.policy.quota)
     end,
     charge = function(s, cost)
       s.owed = min(s.owed + cost, 10 * s.policy.quota)
       settle(s)
     end,
     refund = function(s, cost, receipt)
-      local late = max(0, s.at - receipt)
+      -- Of before the clock was set back.
+      if receipt > s.at then return false end
+      local late = s.at - receipt
       local back = min(s.owed, max(0, cost - late * s.policy.quota / s.policy.window))
       -- All drained already, and the key may be gone: nothing to write.
       if back == 0 then return false end
@@ -40,11 +42,11 @@ make.g = function()
     end,
     reset = function(s, now)
       if s.owed == 0 then return 0 end
-      return ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now)
+      return ceil(s.owed * s.policy.window / s.policy.quota)
     end,
     save = function(s, now)
       return format('%.0f %.17g %d', s.at, s.owed, s.policy.quota),
-        max(1, ceil(s.owed * s.policy.window / s.policy.quota) + (s.at - now))
+        max(1, ceil(s.owed * s.policy.window / s.policy.quota))
     end,
   }
 end

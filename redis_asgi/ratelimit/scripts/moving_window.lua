@@ -4,32 +4,57 @@ make.m = function()
   local TRIM, CHUNK = 1000, 1000
 
   local function stamp(s, position)
-    return tonumber(call('LINDEX', s.list, integer(position)))
+    return min(tonumber(call('LINDEX', s.list, integer(position))), s.at)
+  end
+
+  -- How many of the first stamps are no later than a time.
+  local function before(s, time, high)
+    local low = 0
+    while low < high do
+      local middle = floor((low + high) / 2)
+      if tonumber(call('LINDEX', s.list, integer(middle))) <= time then low = middle + 1 else high = middle end
+    end
+    return low
+  end
+
+  local function push(s, count)
+    local text = integer(s.at)
+    for first = 1, count, CHUNK do
+      local stamps = {}
+      for i = first, min(count, first + CHUNK - 1) do stamps[#stamps + 1] = text end
+      call('RPUSH', s.list, unpack(stamps))
+    end
+    expire(s.list, s.policy.window)
+    s.last = s.at
   end
 
   return {
     load = function(s, raw, now)
       s.last, s.stale = 0, not raw
       if raw then s.last = tonumber((parts(raw, '^(%d+)$'))) end
-      s.at = max(now, s.last)
+      s.at, s.moved = now, s.last > now
       -- A log whose field is gone belongs to counters that were reset.
       s.length = raw and call('LLEN', s.list) or 0
       local horizon = s.at - s.policy.window
-      local low, high = 0, s.length
-      if high > 0 and stamp(s, 0) > horizon then high = 0 end
-      while low < high do
-        local middle = floor((low + high) / 2)
-        if stamp(s, middle) <= horizon then low = middle + 1 else high = middle end
-      end
-      s.cut = low
-      s.used = s.length - low
+      s.cut = 0
+      if s.length > 0 and stamp(s, 0) <= horizon then s.cut = before(s, horizon, s.length) end
+      s.used = s.length - s.cut
       s.free = s.policy.quota - s.used
       s.receipt_now = s.at
     end,
     wait = function(s, cost, now)
       return stamp(s, s.cut + s.used + cost - s.policy.quota - 1) + s.policy.window - now
     end,
-    charge = function(s, cost, now)
+    -- Put as many stamps of now in the place of those of the future.
+    move = function(s)
+      local kept = before(s, s.at, s.length)
+      if kept < s.length then
+        if kept > 0 then call('LTRIM', s.list, 0, kept - 1) else call('UNLINK', s.list) end
+        push(s, s.length - kept)
+      end
+      s.last = s.at
+    end,
+    charge = function(s, cost)
       local policy = s.policy
       cost = max(0, min(cost, 10 * policy.quota - s.used))
       if s.stale then call('UNLINK', s.list) end
@@ -38,14 +63,7 @@ make.m = function()
         call('LTRIM', s.list, integer(trim), -1)
         s.cut = s.cut - trim
       end
-      local text = integer(s.at)
-      for first = 1, cost, CHUNK do
-        local stamps = {}
-        for i = first, min(cost, first + CHUNK - 1) do stamps[#stamps + 1] = text end
-        call('RPUSH', s.list, unpack(stamps))
-      end
-      expire(s.list, s.at + policy.window - now)
-      s.last = s.at
+      push(s, cost)
       s.used = s.used + cost
       s.free = policy.quota - s.used
     end,

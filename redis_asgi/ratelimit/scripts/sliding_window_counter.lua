@@ -10,15 +10,16 @@ make.s = function()
     load = function(s, raw, now)
       local W = s.policy.window
       local index = floor(now / W)
-      s.at, s.current, s.previous = now, 0, 0
+      s.current, s.previous = 0, 0
       if raw then
         local stored, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
         stored, current, previous = stored + 0, current + 0, previous + 0
-        if index < stored then index = stored; s.at = stored * W end
         if index == stored then s.current, s.previous = current, previous
+        -- How far the older one had faded is not known: both in full, so that a step reopens nothing.
+        elseif index < stored then s.current, s.moved = current + previous, true
         elseif index == stored + 1 then s.previous = current end
       end
-      s.index, s.elapsed = index, s.at - index * W
+      s.index, s.elapsed = index, now - index * W
       s.receipt_now = index * W
       weigh(s)
     end,
@@ -27,7 +28,7 @@ make.s = function()
       local wait = W - s.elapsed
       if s.current + cost <= L then wait = wait - W * (L - s.current - cost) / s.previous
       else wait = wait + max(0, W * (1 - (L - cost) / s.current)) end
-      return ceil(wait) + (s.at - now)
+      return ceil(wait)
     end,
     charge = function(s, cost)
       s.current = min(s.current + cost, 10 * s.policy.quota)
@@ -42,14 +43,14 @@ make.s = function()
       return true
     end,
     reset = function(s, now)
-      local left = s.policy.window - s.elapsed + (s.at - now)
+      local left = s.policy.window - s.elapsed
       if s.current > 0 then return left + s.policy.window end
       if s.previous > 0 then return left end
       return 0
     end,
     save = function(s, now)
       return integer(s.index) .. ' ' .. s.current .. ' ' .. s.previous,
-        2 * s.policy.window - s.elapsed + (s.at - now)
+        2 * s.policy.window - s.elapsed
     end,
   }
 end
