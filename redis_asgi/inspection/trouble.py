@@ -14,6 +14,7 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from ..connection import describe
 from ..errors import Failure, classify
+from ..names import names
 from ..settings import Settings
 from .rights import user_of
 
@@ -164,7 +165,9 @@ async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | No
     context.verify_mode = ssl.CERT_NONE
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
+            _, writer = await names().reach(
+                host, lambda address: asyncio.open_connection(address, port, ssl=context, server_hostname=host)
+            )
     except ssl.SSLError as error:
         return "tls" if "alert" in str(error).lower() else None
     except OSError:
@@ -180,7 +183,7 @@ async def _first_bytes(host: str, port: int) -> bytes:
     writer = None
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await names().reach(host, lambda address: asyncio.open_connection(address, port))
             writer.write(b"PING\r\n")
             return await reader.read(64)
     except OSError:
