@@ -22,7 +22,7 @@ from . import aside
 from .errors import ConfigurationError
 from .names import known_without_asking
 from .sentinels import Sentinels
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings
+from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address
 from .sockets import connection_class, master_connection_class
 from .telemetry import telemetry
 
@@ -205,10 +205,15 @@ def build_client(settings: Settings) -> Built:
         "maint_notifications_config": quiet,
     }
     if settings.REDIS_SENTINELS:
-        addresses = [(host, int(port)) for host, _, port in (a.rpartition(":") for a in settings.REDIS_SENTINELS)]
         kept = ("socket_timeout", "socket_connect_timeout", "protocol", "retry")
+        password = settings.REDIS_SENTINEL_PASSWORD
         to_sentinels = {name: common[name] for name in kept} | tls
-        sentinel = Sentinels(addresses, {**to_sentinels, "connection_class": connection_class(encrypted=encrypted)})
+        to_sentinels |= {
+            "username": settings.REDIS_SENTINEL_USERNAME,
+            "password": password.get_secret_value() if password else None,
+            "connection_class": connection_class(encrypted=encrypted),
+        }
+        sentinel = Sentinels([read_address(each) for each in settings.REDIS_SENTINELS], to_sentinels)
         master = sentinel.master_for(
             settings.REDIS_SENTINEL_MASTER or "",
             connection_pool_class=SentinelTurnstile,

@@ -1,15 +1,25 @@
 """Where the master is, asked of all sentinels at once."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 
 from . import aside
+from .errors import Failure, classify
+
+logger = logging.getLogger("redis_asgi.connection")
+
+Answer: TypeAlias = tuple[str, int] | Exception | None
+
+
+class SentinelRefusal(AuthenticationError):
+    """Every sentinel that answers refuses our login, or lets us not ask."""
 
 
 class Sentinels(Sentinel):
@@ -29,22 +39,52 @@ class Sentinels(Sentinel):
             aioredis.Redis.from_pool(ConnectionPool(host=host, port=port, **options)) for host, port in addresses
         ]
 
+        self._is_told = False  # whether the log has a line about their refusal
+
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        questions = [asyncio.create_task(_master_of(sentinel, service_name)) for sentinel in self.sentinels]
+        questions = [asyncio.create_task(master_of(sentinel, service_name)) for sentinel in self.sentinels]
+        others: list[Exception | None] = []
         try:
-            for answer in asyncio.as_completed(questions):
-                master = await answer
-                if master is not None:
-                    return master
+            for question in asyncio.as_completed(questions):
+                answer = await question
+                if isinstance(answer, tuple):
+                    self._is_told = False
+                    return answer
+                others.append(answer)
         finally:
-            for question in questions:
-                question.cancel()
+            for each in questions:
+                each.cancel()
             await asyncio.gather(*questions, return_exceptions=True)
+        # Unless one lets us in and knows no master, that we are refused is the reason.
+        refusals = [error for error in others if error is not None and is_refusal(error)]
+        if refusals and None not in others:
+            self._tell(refusals[0])
+            raise SentinelRefusal(f"The sentinels refuse us: {refusals[0]}") from refusals[0]
         raise MasterNotFoundError(f"No sentinel knows a master {service_name!r} that is up")
 
+    def _tell(self, refusal: Exception) -> None:
+        if self._is_told:
+            return
+        self._is_told = True
+        logger.error(
+            "redis_asgi.sentinels_refuse",
+            extra={
+                "code": "sentinels_refuse",
+                "reason": classify(refusal).value,
+                "fix": "The sentinels, not the master, refuse us. Set REDIS_SENTINEL_USERNAME and "
+                "REDIS_SENTINEL_PASSWORD to a user of theirs that may run SENTINEL MASTER; `redis-asgi check` says "
+                "more.",
+            },
+        )
 
-async def _master_of(sentinel: aioredis.Redis, name: str) -> tuple[str, int] | None:
-    """Where *sentinel* says the master is; ``None`` when it does not answer, or thinks that it is down."""
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a sentinel that raised *error* is there and does not let us ask."""
+    return classify(error) in (Failure.AUTH, Failure.PERMISSION)
+
+
+async def master_of(sentinel: aioredis.Redis, name: str) -> Answer:
+    """Where *sentinel* says the master is; ``None`` when it knows none that is up, else why it says nothing."""
     connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
     try:
         await aside.connect(connection)
@@ -55,7 +95,8 @@ async def _master_of(sentinel: aioredis.Redis, name: str) -> tuple[str, int] | N
         if b"master" not in flags or flags & {b"s_down", b"o_down"}:
             return None
         return said[b"ip"].decode(), int(said[b"port"])
-    except (RedisError, OSError):
-        return None
+    except (RedisError, OSError) as error:
+        # It knows no such name, or is no sentinel.
+        return None if classify(error) is Failure.REPLY else error
     finally:
         await aside.hang_up(connection)

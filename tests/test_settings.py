@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from redis_asgi import ConfigurationError, RedisASGIError, Settings
-from redis_asgi.settings import redact
+from redis_asgi.settings import read_address, redact
 
 SECRET = "s3cr3t-of-a-test"
 
@@ -35,6 +35,8 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("REDIS_RETRY_ATTEMPTS", "0", 0),
     ("REDIS_SSL", "true", True),
     ("REDIS_SENTINEL_MASTER", "mymaster", "mymaster"),
+    ("REDIS_SENTINEL_USERNAME", "app", "app"),
+    ("REDIS_SENTINEL_PASSWORD", SECRET, SecretStr(SECRET)),
     ("REDIS_CLUSTER", "1", True),
     ("REDIS_BATCH", "key", "key"),
     ("REDIS_KEY_PREFIX", "my app:".replace(" ", "-"), "my-app:"),
@@ -107,10 +109,24 @@ def test_certificate_file_is_read_from_the_environment(monkeypatch: pytest.Monke
 
 def test_sentinels_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sentinels come as host:port, IPv6 addresses too."""
-    monkeypatch.setenv("REDIS_SENTINELS", "a:26379, b:26380,::1:26379")
+    monkeypatch.setenv("REDIS_SENTINELS", "a:26379, b:26380,[::1]:26379")
     monkeypatch.setenv("REDIS_SENTINEL_MASTER", "mymaster")
 
-    assert ("a:26379", "b:26380", "::1:26379") == Settings().REDIS_SENTINELS
+    assert ("a:26379", "b:26380", "[::1]:26379") == Settings().REDIS_SENTINELS
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:26379", ("a", 26379)),
+        ("192.0.2.1:1", ("192.0.2.1", 1)),
+        ("[::1]:26379", ("::1", 26379)),
+        ("[2001:db8::1]:65535", ("2001:db8::1", 65535)),
+    ],
+)
+def test_address(text: str, expected: tuple[str, int]) -> None:
+    """A name or an address, and a port; brackets are around an IPv6 address and no part of it."""
+    assert expected == read_address(text)
 
 
 def test_every_setting_is_tested_here() -> None:
@@ -153,6 +169,13 @@ REFUSED: list[tuple[str, str]] = [
     ("REDIS_SENTINELS", "sentinel-1:0"),
     ("REDIS_SENTINELS", "sentinel-1:x"),
     ("REDIS_SENTINELS", ":26379"),
+    ("REDIS_SENTINELS", "::1:26379"),
+    ("REDIS_SENTINELS", "[::1]"),
+    ("REDIS_SENTINELS", "[a]:26379"),
+    ("REDIS_SENTINELS", "[]:26379"),
+    ("REDIS_SENTINELS", "redis://a:26379"),
+    ("REDIS_SENTINELS", "a b:26379"),
+    ("REDIS_SENTINELS", "a:²"),
     ("REDIS_SENTINEL_MASTER", ""),
     ("REDIS_CLUSTER", "3"),
     ("REDIS_BATCH", "slot"),
