@@ -20,7 +20,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from . import aside
 from .errors import ConfigurationError
-from .names import known_without_asking
+from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
 from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address
 from .sockets import connection_class, master_connection_class
@@ -115,23 +115,6 @@ class SentinelTurnstile(SentinelConnectionPool, Turnstile):
     """The same behind the pool that asks the sentinels where the master is."""
 
 
-class TurnstileCluster(aioredis.RedisCluster):
-    """A cluster client whose callers wait for one of ``REDIS_POOL_SIZE`` turns; its nodes' pools only raise."""
-
-    _turns: asyncio.Semaphore
-
-    def use(self, kind: type[AbstractConnection]) -> None:
-        """Connect to every node by connections of that *kind*."""
-        # The nodes yet to be found are made of it.
-        self.connection_kwargs["connection_class"] = kind
-        for node in self.nodes_manager.startup_nodes.values():
-            node.connection_class = kind  # type: ignore[assignment]  # one of its own
-
-    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        async with self._turns:
-            return await super().execute_command(*args, **kwargs)
-
-
 def _read_url(url: str) -> dict[str, Any]:
     """What *url* asks for, without what would undo the choices of `build_client`."""
     options = {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
@@ -186,17 +169,14 @@ def build_client(settings: Settings) -> Built:
     where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT}
 
     if settings.REDIS_CLUSTER:
-        # Four batches may be under way at once beside the callers that hold a turn.
-        common |= {"max_connections": settings.REDIS_POOL_SIZE + 4, "maint_notifications_config": quiet}
-        common |= {"ssl": encrypted, **tls}
-        there = _read_url(url) if url else where
-        there.pop("connection_class", None)  # "ssl" says it
-        # redis-py would look up this one name, and wait for it.
-        there["host"] = (known_without_asking(there.get("host", "localhost")) or (there["host"],))[0]
-        cluster = TurnstileCluster(**(common | there))
-        cluster._turns = asyncio.Semaphore(settings.REDIS_POOL_SIZE)
-        cluster.use(connection_class(encrypted=encrypted))
-        return Built(cluster)
+        # Ten batches may be under way at once beside the callers that hold a turn.
+        common |= {"max_connections": settings.REDIS_POOL_SIZE + 10, "maint_notifications_config": quiet}
+        common |= {"ssl": encrypted, **tls} | (_read_url(url) if url else where)
+        common.pop("connection_class", None)  # "kind" says it
+        one = (common.pop("host", "localhost"), int(common.pop("port", 6379)))
+        addresses = [read_address(each) for each in settings.REDIS_CLUSTER_NODES] or [one]
+        kind = connection_class(encrypted=encrypted)
+        return Built(TurnstileCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
 
     common |= {"db": settings.REDIS_DB}
     pool_options: dict[str, Any] = {
@@ -234,45 +214,35 @@ async def ping(client: Client, node: str = "") -> None:
     """Ask for a sign of life over a connection made for it, which shows that others can be made too.
 
     Args:
-        node: Of a cluster, the one that is meant; empty = all its primaries.
+        node: Of a cluster, the one that is meant; empty, or one that is no primary any more = any primary.
     """
     if isinstance(client, aioredis.RedisCluster):
         await _ping_cluster(client, node)
     else:
-        await _ping_over(client.connection_pool.make_connection())  # type: ignore[no-untyped-call]  # theirs
+        await ping_over(client.connection_pool.make_connection())  # type: ignore[no-untyped-call]  # theirs
 
 
 async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
     await client.initialize()
     node = client.get_node(node_name=name) if name else None
-    nodes = [node] if node is not None else client.get_primaries()
     try:
-        await asyncio.gather(*(_ping_over(node.connection_class(**node.connection_kwargs)) for node in nodes))
-    except (RedisError, OSError):
-        # Its slots may have moved to a replica.
-        await _learn_nodes(client)
+        if node is not None and node.server_type == "primary":
+            await ping_node(node)
+        else:
+            await first_to_answer(client.get_primaries())
+    except BaseException as error:
+        # Its slots may have moved to a replica, be it dead or silent until we are cancelled.
+        if isinstance(client, TurnstileCluster):
+            client.learn_soon()
+        elif isinstance(error, RedisError | OSError):
+            await learn_nodes(client)
         raise
-
-
-async def _learn_nodes(client: aioredis.RedisCluster) -> None:
-    # What it raises when no node answers, or when they disagree, is no RedisError.
-    with suppress(Exception):
-        await client.nodes_manager.initialize()
-
-
-async def _ping_over(connection: AbstractConnection) -> None:
-    try:
-        await aside.connect(connection)
-        await aside.send(connection, (b"PING",))
-        await aside.receive(connection)
-    finally:
-        await aside.hang_up(connection)
 
 
 async def drop_connections(client: Client) -> None:
     """Close what may be connected to a server that is not the one to write to any more; it is made anew when needed."""
     if isinstance(client, aioredis.RedisCluster):
-        await _learn_nodes(client)
+        await learn_nodes(client)
         return
     pool = client.connection_pool
     if isinstance(pool, Turnstile):

@@ -52,9 +52,7 @@ class Sentinels(Sentinel):
                     return answer
                 others.append(answer)
         finally:
-            for each in questions:
-                each.cancel()
-            await asyncio.gather(*questions, return_exceptions=True)
+            await aside.end(questions)
         # Unless one lets us in and knows no master, that we are refused is the reason.
         refusals = [error for error in others if error is not None and is_refusal(error)]
         if refusals and None not in others:

@@ -261,6 +261,9 @@ class Settings(BaseSettings):
     REDIS_SENTINEL_USERNAME: str | None = Field(None, examples=["app"])
     REDIS_SENTINEL_PASSWORD: SecretStr | None = Field(None, examples=["(the password)"])
     REDIS_CLUSTER: bool = Field(False, examples=["true"])
+    REDIS_CLUSTER_NODES: Annotated[tuple[str, ...], NoDecode, AfterValidator(_addresses)] = Field(
+        (), examples=["node-1:6379,node-2:6379"]
+    )
     REDIS_BATCH: Literal["auto", "key"] = Field("auto", examples=["key"])
     REDIS_KEY_PREFIX: Annotated[str, AfterValidator(_key_prefix)] = Field("", max_length=200, examples=["myapp:"])
     REDIS_KEY_SECRET: SecretStr | None = Field(None, min_length=1, examples=["(a random string)"])
@@ -360,6 +363,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REDIS_SENTINELS says where Redis is, and so does REDIS_URL={redact(url)}. Unset one of them."
             )
+        if self.REDIS_CLUSTER_NODES and not self.REDIS_CLUSTER:
+            raise ValueError("REDIS_CLUSTER_NODES needs REDIS_CLUSTER. Try REDIS_CLUSTER=true.")
+        if self.REDIS_CLUSTER_NODES and url and not self.is_memory:
+            raise ValueError(
+                f"REDIS_CLUSTER_NODES says where Redis is, and so does REDIS_URL={redact(url)}. Unset one of them."
+            )
         if self.REDIS_CLUSTER and self.REDIS_DB:
             raise ValueError(f"REDIS_DB={self.REDIS_DB}: Redis Cluster has only database 0. Unset REDIS_DB.")
         if self.REDIS_CLUSTER and url.startswith("unix:"):
@@ -406,6 +415,7 @@ NO_SERVER: Mapping[str, Any] = {
     "REDIS_SENTINEL_MASTER": None,
     "REDIS_SENTINEL_USERNAME": None,
     "REDIS_SENTINEL_PASSWORD": None,
+    "REDIS_CLUSTER_NODES": (),
 }
 
 
@@ -424,6 +434,7 @@ def _redact_url(url: str) -> str:
 
 _LISTS = (
     "REDIS_SENTINELS",
+    "REDIS_CLUSTER_NODES",
     "RATE_LIMIT_TRUSTED_PROXIES",
     "RATE_LIMIT_EXEMPT_PATHS",
     "EMBEDDING_CACHE_ROUTES",

@@ -191,7 +191,7 @@ async def test_figures_of_a_cluster_are_sums(cluster: Cluster) -> None:
     assert figures["memory_used"] == pytest.approx(memory, rel=0.2)
     assert 6 == gauges["server_keyspace_hits_total"]
     assert 1 == gauges["redis_up"]
-    assert 72 == gauges['redis_pool_connections{state="max"}']
+    assert 90 == gauges['redis_pool_connections{state="max"}']
 
 
 async def test_cluster_that_lost_a_node_gives_no_figures(private_cluster: Cluster) -> None:

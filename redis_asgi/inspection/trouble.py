@@ -170,7 +170,7 @@ def _is_encrypted(settings: Settings) -> bool:
 
 async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | None:
     """What the port speaks, or that it has no connection left; ``None`` where it does not say, or is no port."""
-    if settings.REDIS_SENTINELS:
+    if settings.REDIS_SENTINELS or settings.REDIS_CLUSTER_NODES:
         return None
     url = parse_url(settings.REDIS_URL.get_secret_value()) if settings.REDIS_URL else {}
     if "path" in url:
