@@ -96,10 +96,18 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
     connection is made, and who connects in a loop would go on for ever.
     """
     left = {task for task in tasks if not task.done()}
+    cancelled: asyncio.CancelledError | None = None
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN)
+        try:
+            _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN)
+        except asyncio.CancelledError as error:
+            # Who ends us has to wait, too: nobody else would cancel them again.
+            cancelled = error
+            left = {task for task in left if not task.done()}
+    if cancelled is not None:
+        raise cancelled
 
 
 def info_fields(reply: object) -> Iterator[tuple[str, str]]:

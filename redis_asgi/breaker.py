@@ -54,6 +54,7 @@ class Breaker:
         probe: Asks the server for a sign of life over a connection of its own, and raises when there is none.
         drop_connections: Closes connections that may lead to the wrong server now.
         node: Of a cluster, whose lines in the log then say so.
+        trial: Whether a command has to work, too, after a probe has; where none may come, the probe is enough.
 
     Attributes:
         state: Whether commands go through.
@@ -66,6 +67,8 @@ class Breaker:
         probe: Callable[[], Awaitable[None]],
         drop_connections: Callable[[], Awaitable[None]],
         node: str = "",
+        *,
+        trial: bool = True,
     ) -> None:
         self.state: BreakerState = "closed"
         self.reason = Failure.CONNECTION
@@ -73,6 +76,7 @@ class Breaker:
         self._probe = probe
         self._drop_connections = drop_connections
         self._whose = {"node": node} if node else {}
+        self._needs_trial = trial
         self._loop = asyncio.get_running_loop()
         self._failures = 0  # in a row
         self._recent = 0
@@ -81,6 +85,7 @@ class Breaker:
         self._lost = False
         self._last_trouble = 0.0
         self._last_line = -_QUIET
+        self._settling: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def admits(self) -> bool:
@@ -101,9 +106,8 @@ class Breaker:
         if self._recent:
             self._failures = 0
             self._recent = self._recent << 1 & _REMEMBERED
-        if self._lost and self.state == "closed" and self._loop.time() - self._last_trouble >= _SETTLED:
-            self._lost = False
-            logger.warning("redis_asgi.redis_back", extra=self._whose)
+        if self._lost and self._settling is None:
+            self._say_back()
 
     def failed(self, failure: Failure, *, vectors: bool = False) -> None:
         """Note that a command was not answered, or with an error.
@@ -137,7 +141,21 @@ class Breaker:
 
     async def aclose(self) -> None:
         """End what is under way."""
+        if self._settling is not None:
+            self._settling.cancel()
         await aside.end(self._tasks)
+
+    def _say_back(self) -> None:
+        """Once there was no trouble for long enough; whoever is asked next, if anybody."""
+        self._settling = None
+        if not self._lost or self.state != "closed":
+            return
+        left = self._last_trouble + _SETTLED - self._loop.time()
+        if left > 0:
+            self._settling = self._loop.call_later(left, self._say_back)
+            return
+        self._lost = False
+        logger.warning("redis_asgi.redis_back", extra=self._whose)
 
     def _count(self, failure: Failure, times: int = 1) -> None:
         self._failures += times
@@ -192,6 +210,8 @@ class Breaker:
                     self.good_probes += 1
                     self._trial_until = 0.0
                     self._change("half_open")
+                    if not self._needs_trial:
+                        self.worked()
                     return
                 if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
                     kept.discard(probe)

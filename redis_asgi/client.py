@@ -12,7 +12,7 @@ import redis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 from redis.exceptions import RedisError
@@ -20,7 +20,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from . import aside
 from .errors import ConfigurationError
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings
+from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
+from .sentinels import Sentinels
+from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address
+from .sockets import connection_class, master_connection_class
 from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -112,58 +115,12 @@ class SentinelTurnstile(SentinelConnectionPool, Turnstile):
     """The same behind the pool that asks the sentinels where the master is."""
 
 
-class Sentinels(Sentinel):
-    """Sentinels that are all asked at once: the first to know a master is believed, one that hangs is not waited for.
-
-    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, and again with every connection: with the
-    first of them on a host that is gone, no check and no probe would ever find the master in time.
-    """
-
-    async def discover_master(self, service_name: str) -> tuple[str, int]:
-        questions = [asyncio.create_task(_master_of(sentinel, service_name)) for sentinel in self.sentinels]
-        try:
-            for answer in asyncio.as_completed(questions):
-                master = await answer
-                if master is not None:
-                    return master
-        finally:
-            for question in questions:
-                question.cancel()
-            await asyncio.gather(*questions, return_exceptions=True)
-        raise MasterNotFoundError(f"No sentinel knows a master {service_name!r} that is up")
-
-
-async def _master_of(sentinel: aioredis.Redis, name: str) -> tuple[str, int] | None:
-    """Where *sentinel* says the master is; ``None`` when it does not answer, or thinks that it is down."""
-    connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
-    try:
-        await aside.connect(connection)
-        await aside.send(connection, (b"SENTINEL", b"MASTER", name.encode()))
-        reply = await aside.receive(connection)
-        said = dict(zip(reply[::2], reply[1::2], strict=True))
-        flags = set(said[b"flags"].split(b","))
-        if b"master" not in flags or flags & {b"s_down", b"o_down"}:
-            return None
-        return said[b"ip"].decode(), int(said[b"port"])
-    except (RedisError, OSError):
-        return None
-    finally:
-        await aside.hang_up(connection)
-
-
-class TurnstileCluster(aioredis.RedisCluster):
-    """A cluster client whose callers wait for one of ``REDIS_POOL_SIZE`` turns; its nodes' pools only raise."""
-
-    _turns: asyncio.Semaphore
-
-    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        async with self._turns:
-            return await super().execute_command(*args, **kwargs)
-
-
 def _read_url(url: str) -> dict[str, Any]:
     """What *url* asks for, without what would undo the choices of `build_client`."""
-    return {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
+    options = {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
+    if "path" not in options:
+        options["connection_class"] = connection_class(encrypted=options.get("connection_class") is SSLConnection)
+    return options
 
 
 def build_client(settings: Settings) -> Built:
@@ -192,12 +149,14 @@ def build_client(settings: Settings) -> Built:
     }
     quiet = MaintNotificationsConfig(enabled=False)
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
-    tls = {
-        "ssl_ca_certs": settings.REDIS_SSL_CA_CERTS,
-        "ssl_certfile": settings.REDIS_SSL_CERTFILE,
-        "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
-    }
     encrypted = settings.REDIS_SSL or url.startswith("rediss:")
+    tls: dict[str, Any] = {}
+    if encrypted:
+        tls = {
+            "ssl_ca_certs": settings.REDIS_SSL_CA_CERTS,
+            "ssl_certfile": settings.REDIS_SSL_CERTFILE,
+            "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
+        }
     if encrypted and "ssl_cert_reqs=none" in url.lower():
         logger.warning(
             "redis_asgi.tls_unverified",
@@ -212,12 +171,12 @@ def build_client(settings: Settings) -> Built:
     if settings.REDIS_CLUSTER:
         # Ten batches may be under way at once beside the callers that hold a turn.
         common |= {"max_connections": settings.REDIS_POOL_SIZE + 10, "maint_notifications_config": quiet}
-        common |= {"ssl": True, **tls} if encrypted else {}
-        there = _read_url(url) if url else where
-        there.pop("connection_class", None)  # "ssl" says it
-        cluster = TurnstileCluster(**(common | there))
-        cluster._turns = asyncio.Semaphore(settings.REDIS_POOL_SIZE)
-        return Built(cluster)
+        common |= {"ssl": encrypted, **tls} | (_read_url(url) if url else where)
+        common.pop("connection_class", None)  # "kind" says it
+        one = (common.pop("host", "localhost"), int(common.pop("port", 6379)))
+        addresses = [read_address(each) for each in settings.REDIS_CLUSTER_NODES] or [one]
+        kind = connection_class(encrypted=encrypted)
+        return Built(TurnstileCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
 
     common |= {"db": settings.REDIS_DB}
     pool_options: dict[str, Any] = {
@@ -226,70 +185,64 @@ def build_client(settings: Settings) -> Built:
         "maint_notifications_config": quiet,
     }
     if settings.REDIS_SENTINELS:
-        addresses = [(host, int(port)) for host, _, port in (a.rpartition(":") for a in settings.REDIS_SENTINELS)]
         kept = ("socket_timeout", "socket_connect_timeout", "protocol", "retry")
-        ssl_options: dict[str, Any] = {"ssl": True, **tls} if encrypted else {}
-        to_sentinels = {**{name: common[name] for name in kept}, **ssl_options}
-        sentinel = Sentinels(addresses, sentinel_kwargs=to_sentinels)  # type: ignore[no-untyped-call]  # theirs
+        password = settings.REDIS_SENTINEL_PASSWORD
+        to_sentinels = {name: common[name] for name in kept} | tls
+        to_sentinels |= {
+            "username": settings.REDIS_SENTINEL_USERNAME,
+            "password": password.get_secret_value() if password else None,
+            "connection_class": connection_class(encrypted=encrypted),
+        }
+        sentinel = Sentinels([read_address(each) for each in settings.REDIS_SENTINELS], to_sentinels)
         master = sentinel.master_for(
             settings.REDIS_SENTINEL_MASTER or "",
             connection_pool_class=SentinelTurnstile,
+            connection_class=master_connection_class(encrypted=encrypted),
             **common,
             **pool_options,
-            **ssl_options,
+            **tls,
         )
         return Built(master, tuple(sentinel.sentinels))
     if url:
-        options = common | pool_options | (tls if encrypted else {}) | _read_url(url)
+        options = common | pool_options | tls | _read_url(url)
         return Built(aioredis.Redis.from_pool(Turnstile(**options)))
-    if encrypted:
-        where |= {"connection_class": SSLConnection, **tls}
-    return Built(aioredis.Redis.from_pool(Turnstile(**where, **common, **pool_options)))
+    where["connection_class"] = connection_class(encrypted=encrypted)
+    return Built(aioredis.Redis.from_pool(Turnstile(**where, **common, **pool_options, **tls)))
 
 
 async def ping(client: Client, node: str = "") -> None:
     """Ask for a sign of life over a connection made for it, which shows that others can be made too.
 
     Args:
-        node: Of a cluster, the one that is meant; empty = all its primaries.
+        node: Of a cluster, the one that is meant; empty, or one that is no primary any more = any primary.
     """
     if isinstance(client, aioredis.RedisCluster):
         await _ping_cluster(client, node)
     else:
-        await _ping_over(client.connection_pool.make_connection())  # type: ignore[no-untyped-call]  # theirs
+        await ping_over(client.connection_pool.make_connection())  # type: ignore[no-untyped-call]  # theirs
 
 
 async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
     await client.initialize()
     node = client.get_node(node_name=name) if name else None
-    nodes = [node] if node is not None else client.get_primaries()
     try:
-        await asyncio.gather(*(_ping_over(node.connection_class(**node.connection_kwargs)) for node in nodes))
-    except (RedisError, OSError):
-        # Its slots may have moved to a replica.
-        await _learn_nodes(client)
+        if node is not None and node.server_type == "primary":
+            await ping_node(node)
+        else:
+            await first_to_answer(client.get_primaries())
+    except BaseException as error:
+        # Its slots may have moved to a replica, be it dead or silent until we are cancelled.
+        if isinstance(client, TurnstileCluster):
+            client.learn_soon()
+        elif isinstance(error, RedisError | OSError):
+            await learn_nodes(client)
         raise
-
-
-async def _learn_nodes(client: aioredis.RedisCluster) -> None:
-    # What it raises when no node answers, or when they disagree, is no RedisError.
-    with suppress(Exception):
-        await client.nodes_manager.initialize()
-
-
-async def _ping_over(connection: AbstractConnection) -> None:
-    try:
-        await aside.connect(connection)
-        await aside.send(connection, (b"PING",))
-        await aside.receive(connection)
-    finally:
-        await aside.hang_up(connection)
 
 
 async def drop_connections(client: Client) -> None:
     """Close what may be connected to a server that is not the one to write to any more; it is made anew when needed."""
     if isinstance(client, aioredis.RedisCluster):
-        await _learn_nodes(client)
+        await learn_nodes(client)
         return
     pool = client.connection_pool
     if isinstance(pool, Turnstile):

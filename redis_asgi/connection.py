@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
@@ -59,6 +59,15 @@ class _Opened:
     breakers: dict[str, Breaker] = field(default_factory=dict)
     until_loop_ends: AsyncGenerator[None, None] | None = None
     users: int = 0
+
+    def used_breakers(self) -> Iterator[Breaker]:
+        """Those of servers that commands go to; a node of a cluster may have left it, or be a replica now."""
+        for name, breaker in self.breakers.items():
+            if isinstance(self.client, aioredis.RedisCluster) and name:
+                node = self.client.get_node(node_name=name)
+                if node is None or node.server_type != "primary":
+                    continue
+            yield breaker
 
     async def aclose(self) -> None:
         parts, self.parts = list(self.parts.values()), {}
@@ -184,7 +193,7 @@ class RedisManager:
             opened = self._opened.get(running_loop())
         except RuntimeError:
             return "closed"
-        states = {breaker.state for breaker in opened.breakers.values()} if opened else set()
+        states = {breaker.state for breaker in opened.used_breakers()} if opened else set()
         return "open" if "open" in states else "half_open" if "half_open" in states else "closed"
 
     async def get_connection(self) -> Client:
@@ -253,12 +262,14 @@ class RedisManager:
         return cast(T, made)
 
     def breaker(self, node: str = "") -> Breaker:
-        """The breaker of this loop's client; on a cluster that of a node by its name, or of all primaries together."""
+        """The breaker of this loop's client; on a cluster that of a node by its name, or of its slot table."""
         opened = self._open()
         breaker = opened.breakers.get(node)
         if breaker is None:
             client = opened.client
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node)
+            # Once the slot table is read, commands go by the nodes' own.
+            trial = bool(node) or not isinstance(client, aioredis.RedisCluster)
+            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node, trial=trial)
             opened.breakers[node] = breaker
         return breaker
 
@@ -363,6 +374,8 @@ def describe(settings: Settings) -> str:
     """Where these settings point, without user or password."""
     if settings.REDIS_SENTINELS:
         return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
+    if settings.REDIS_CLUSTER_NODES:
+        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
     if settings.REDIS_URL:
         return redact(settings.REDIS_URL.get_secret_value())
     return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"

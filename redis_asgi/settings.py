@@ -1,6 +1,7 @@
 """Environment variables in, one validated and frozen `Settings` out: the only reader of the environment."""
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -106,11 +107,35 @@ def _url(value: SecretStr) -> SecretStr:
     return value
 
 
-def _sentinels(value: tuple[str, ...]) -> tuple[str, ...]:
+def read_address(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or, for an IPv6 address, ``[host]:port``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+        ipaddress.IPv6Address(host)
+    if (
+        not host
+        or re.search(r"[\s/@\[\]]", host)
+        or not re.fullmatch(r"[0-9]{1,5}", port)
+        or not 1 <= int(port) <= 65535
+    ):
+        raise ValueError("not host:port")
+    if ":" in host and not bracketed:
+        raise ValueError("an IPv6 address without brackets")
+    return host, int(port)
+
+
+def _addresses(value: tuple[str, ...]) -> tuple[str, ...]:
     for address in value:
-        host, colon, port = address.rpartition(":")
-        if not (colon and host and port.isdigit() and 1 <= int(port) <= 65535):
-            raise ValueError("not a list of host:port")
+        try:
+            read_address(address)
+        except ValueError:
+            raise ValueError("not a list of host:port, or [host]:port for an IPv6 address") from None
     return value
 
 
@@ -229,11 +254,16 @@ class Settings(BaseSettings):
     REDIS_SSL_CA_CERTS: _File | None = Field(None, examples=["/etc/ssl/certs/ca-certificates.crt"])
     REDIS_SSL_CERTFILE: _File | None = Field(None, examples=["/etc/redis/client.crt"])
     REDIS_SSL_KEYFILE: _File | None = Field(None, examples=["/etc/redis/client.key"])
-    REDIS_SENTINELS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_sentinels)] = Field(
+    REDIS_SENTINELS: Annotated[tuple[str, ...], NoDecode, AfterValidator(_addresses)] = Field(
         (), examples=["sentinel-1:26379,sentinel-2:26379"]
     )
     REDIS_SENTINEL_MASTER: str | None = Field(None, min_length=1, examples=["mymaster"])
+    REDIS_SENTINEL_USERNAME: str | None = Field(None, examples=["app"])
+    REDIS_SENTINEL_PASSWORD: SecretStr | None = Field(None, examples=["(the password)"])
     REDIS_CLUSTER: bool = Field(False, examples=["true"])
+    REDIS_CLUSTER_NODES: Annotated[tuple[str, ...], NoDecode, AfterValidator(_addresses)] = Field(
+        (), examples=["node-1:6379,node-2:6379"]
+    )
     REDIS_BATCH: Literal["auto", "key"] = Field("auto", examples=["key"])
     REDIS_KEY_PREFIX: Annotated[str, AfterValidator(_key_prefix)] = Field("", max_length=200, examples=["myapp:"])
     REDIS_KEY_SECRET: SecretStr | None = Field(None, min_length=1, examples=["(a random string)"])
@@ -333,6 +363,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REDIS_SENTINELS says where Redis is, and so does REDIS_URL={redact(url)}. Unset one of them."
             )
+        if self.REDIS_CLUSTER_NODES and not self.REDIS_CLUSTER:
+            raise ValueError("REDIS_CLUSTER_NODES needs REDIS_CLUSTER. Try REDIS_CLUSTER=true.")
+        if self.REDIS_CLUSTER_NODES and url and not self.is_memory:
+            raise ValueError(
+                f"REDIS_CLUSTER_NODES says where Redis is, and so does REDIS_URL={redact(url)}. Unset one of them."
+            )
         if self.REDIS_CLUSTER and self.REDIS_DB:
             raise ValueError(f"REDIS_DB={self.REDIS_DB}: Redis Cluster has only database 0. Unset REDIS_DB.")
         if self.REDIS_CLUSTER and url.startswith("unix:"):
@@ -369,6 +405,20 @@ class Settings(BaseSettings):
         return self.RATE_LIMITS or str(Limit(self.MAX_REQUESTS_PER_WINDOW, self.RATE_LIMIT_WINDOW))
 
 
+# Nothing that says where the shared server is, and none of its secrets: for settings of another one.
+NO_SERVER: Mapping[str, Any] = {
+    "REDIS_USERNAME": None,
+    "REDIS_PASSWORD": None,
+    "REDIS_DB": 0,
+    "REDIS_SSL": False,
+    "REDIS_SENTINELS": (),
+    "REDIS_SENTINEL_MASTER": None,
+    "REDIS_SENTINEL_USERNAME": None,
+    "REDIS_SENTINEL_PASSWORD": None,
+    "REDIS_CLUSTER_NODES": (),
+}
+
+
 def _redact_url(url: str) -> str:
     """The repr of a URL that could not be read, without what may be a password.
 
@@ -384,6 +434,7 @@ def _redact_url(url: str) -> str:
 
 _LISTS = (
     "REDIS_SENTINELS",
+    "REDIS_CLUSTER_NODES",
     "RATE_LIMIT_TRUSTED_PROXIES",
     "RATE_LIMIT_EXEMPT_PATHS",
     "EMBEDDING_CACHE_ROUTES",

@@ -218,6 +218,14 @@ def sentinels(server_binary: str) -> Iterator[SentinelTrio]:
 
 
 @pytest.fixture
+def locked_sentinels(server_binary: str) -> Iterator[SentinelTrio]:
+    """The five of `sentinels`, of which the sentinels ask for the password ``sentinel-secret``."""
+    trio = SentinelTrio.start(server_binary, password="sentinel-secret")
+    yield trio
+    trio.stop()
+
+
+@pytest.fixture
 def tls_cluster(certificates: Certificates) -> Iterator[Cluster]:
     """A cluster that speaks TLS only, to its clients and among its nodes."""
     arguments = (*certificates.server_arguments(certificates.server), "--tls-cluster", "yes")

@@ -474,7 +474,7 @@ async def test_memory_has_no_client() -> None:
         {"REDIS_PASSWORD": SECRET, "REDIS_USERNAME": SECRET, "REDIS_KEY_SECRET": SECRET},
         {"REDIS_URL": f"redis://app:{SECRET}@redis.test:6379/0"},
         {"REDIS_URL": f"redis://redis.test:6379/0?password={SECRET}"},
-        {"REDIS_PASSWORD": SECRET, "REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "mymaster"},
+        {"REDIS_SENTINEL_PASSWORD": SECRET, "REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "mymaster"},
     ],
     ids=["parts", "URL", "query", "sentinel"],
 )

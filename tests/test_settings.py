@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from redis_asgi import ConfigurationError, RedisASGIError, Settings
-from redis_asgi.settings import redact
+from redis_asgi.settings import read_address, redact
 
 SECRET = "s3cr3t-of-a-test"
 
@@ -35,6 +35,8 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("REDIS_RETRY_ATTEMPTS", "0", 0),
     ("REDIS_SSL", "true", True),
     ("REDIS_SENTINEL_MASTER", "mymaster", "mymaster"),
+    ("REDIS_SENTINEL_USERNAME", "app", "app"),
+    ("REDIS_SENTINEL_PASSWORD", SECRET, SecretStr(SECRET)),
     ("REDIS_CLUSTER", "1", True),
     ("REDIS_BATCH", "key", "key"),
     ("REDIS_KEY_PREFIX", "my app:".replace(" ", "-"), "my-app:"),
@@ -84,7 +86,7 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("EMBEDDING_CACHE_REDIS_URL", "redis://vectors:6379/1", SecretStr("redis://vectors:6379/1")),
 ]
 FILES = ("REDIS_SSL_CA_CERTS", "REDIS_SSL_CERTFILE", "REDIS_SSL_KEYFILE")
-NEED_COMPANY = ("REDIS_SENTINELS",)
+NEED_COMPANY = ("REDIS_SENTINELS", "REDIS_CLUSTER_NODES")
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), ACCEPTED, ids=[name for name, _, _ in ACCEPTED])
@@ -107,10 +109,32 @@ def test_certificate_file_is_read_from_the_environment(monkeypatch: pytest.Monke
 
 def test_sentinels_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sentinels come as host:port, IPv6 addresses too."""
-    monkeypatch.setenv("REDIS_SENTINELS", "a:26379, b:26380,::1:26379")
+    monkeypatch.setenv("REDIS_SENTINELS", "a:26379, b:26380,[::1]:26379")
     monkeypatch.setenv("REDIS_SENTINEL_MASTER", "mymaster")
 
-    assert ("a:26379", "b:26380", "::1:26379") == Settings().REDIS_SENTINELS
+    assert ("a:26379", "b:26380", "[::1]:26379") == Settings().REDIS_SENTINELS
+
+
+def test_cluster_nodes_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes come as sentinels do."""
+    monkeypatch.setenv("REDIS_CLUSTER_NODES", "a:6379, [::1]:6379")
+    monkeypatch.setenv("REDIS_CLUSTER", "true")
+
+    assert ("a:6379", "[::1]:6379") == Settings().REDIS_CLUSTER_NODES
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:26379", ("a", 26379)),
+        ("192.0.2.1:1", ("192.0.2.1", 1)),
+        ("[::1]:26379", ("::1", 26379)),
+        ("[2001:db8::1]:65535", ("2001:db8::1", 65535)),
+    ],
+)
+def test_address(text: str, expected: tuple[str, int]) -> None:
+    """A name or an address, and a port; brackets are around an IPv6 address and no part of it."""
+    assert expected == read_address(text)
 
 
 def test_every_setting_is_tested_here() -> None:
@@ -153,6 +177,15 @@ REFUSED: list[tuple[str, str]] = [
     ("REDIS_SENTINELS", "sentinel-1:0"),
     ("REDIS_SENTINELS", "sentinel-1:x"),
     ("REDIS_SENTINELS", ":26379"),
+    ("REDIS_SENTINELS", "::1:26379"),
+    ("REDIS_SENTINELS", "[::1]"),
+    ("REDIS_SENTINELS", "[a]:26379"),
+    ("REDIS_SENTINELS", "[]:26379"),
+    ("REDIS_SENTINELS", "redis://a:26379"),
+    ("REDIS_SENTINELS", "a b:26379"),
+    ("REDIS_SENTINELS", "a:²"),
+    ("REDIS_CLUSTER_NODES", "::1:6379"),
+    ("REDIS_CLUSTER_NODES", "node-1"),
     ("REDIS_SENTINEL_MASTER", ""),
     ("REDIS_CLUSTER", "3"),
     ("REDIS_BATCH", "slot"),
@@ -251,6 +284,8 @@ def test_the_example_of_every_setting_works(monkeypatch: pytest.MonkeyPatch, nam
     monkeypatch.setenv(name, str(examples[0]))
     if name == "REDIS_SENTINELS":
         monkeypatch.setenv("REDIS_SENTINEL_MASTER", "mymaster")
+    if name == "REDIS_CLUSTER_NODES":
+        monkeypatch.setenv("REDIS_CLUSTER", "true")
 
     assert getattr(Settings(), name) is not None
 
@@ -440,6 +475,16 @@ def test_empty_list_is_empty(monkeypatch: pytest.MonkeyPatch, text: str) -> None
             {"REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "m", "REDIS_CLUSTER": True},
             "REDIS_SENTINELS and REDIS_CLUSTER exclude each other. Unset one of them.",
             id="sentinels and cluster",
+        ),
+        pytest.param(
+            {"REDIS_CLUSTER_NODES": "a:1"},
+            "REDIS_CLUSTER_NODES needs REDIS_CLUSTER. Try REDIS_CLUSTER=true.",
+            id="nodes of no cluster",
+        ),
+        pytest.param(
+            {"REDIS_CLUSTER_NODES": "a:1", "REDIS_CLUSTER": True, "REDIS_URL": "redis://:hunter2@h"},
+            "REDIS_CLUSTER_NODES says where Redis is, and so does REDIS_URL='redis://***@h'. Unset one of them.",
+            id="nodes and a URL",
         ),
         pytest.param(
             {"REDIS_CLUSTER": True, "REDIS_DB": 1},

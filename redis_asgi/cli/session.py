@@ -13,7 +13,7 @@ from ..errors import ConfigurationError
 from ..inspection.servers import servers_of
 from ..inspection.trouble import TROUBLE, explain
 from ..maintenance import MaintenanceError
-from ..settings import Settings
+from ..settings import NO_SERVER, Settings
 from . import output
 
 T = TypeVar("T")
@@ -24,16 +24,7 @@ FAILED, MISUSED, WARNED, INTERRUPTED = 1, 2, 3, 130
 def settings_for(url: str | None, **more: Any) -> Settings:
     """The environment's settings, or those of another server: then nothing that says where the configured one is."""
     if url is not None:
-        more |= {
-            "REDIS_URL": url,
-            "REDIS_USERNAME": None,
-            "REDIS_PASSWORD": None,
-            "REDIS_DB": 0,
-            "REDIS_SSL": False,
-            "REDIS_SENTINELS": (),
-            "REDIS_SENTINEL_MASTER": None,
-            "EMBEDDING_CACHE_REDIS_URL": None,
-        }
+        more |= {**NO_SERVER, "REDIS_URL": url, "EMBEDDING_CACHE_REDIS_URL": None}
     return Settings(**more)
 
 

@@ -13,10 +13,11 @@ import hiredis
 import numpy as np
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError, TryAgainError
+from redis.exceptions import AskError, RedisError, ResponseError, TryAgainError
 
 from .. import aside
 from ..client import Turnstile
+from ..nodes import node_connection
 
 Command = tuple[bytes | str | int, ...]
 
@@ -108,24 +109,13 @@ async def run_on_node(
 ) -> list[Any]:
     """`run` on one node of a cluster, by its name; what has moved to another one is asked for there.
 
-    Not by redis-py's pipeline, which waits for all nodes when one of them hangs.
-
     Args:
         clock: The deadline that the caller has set.
     """
-    there = cluster.get_node(node_name=node)
-    if there is None:
-        raise RedisClusterException("the cluster has no such node any more")
-    connection = there.acquire_connection()
-    try:
-        if connection.should_reconnect():  # type: ignore[no-untyped-call]  # theirs
-            await aside.hang_up(connection)
-        await aside.freshen(connection)
+    async with node_connection(cluster, node) as connection:
         _see_to_be_in_time(clock)
         packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
         replies = await _through_redis_py(connection, commands, packed)
-    finally:
-        there.release(connection)
     for at, reply in enumerate(replies):
         if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
             try:

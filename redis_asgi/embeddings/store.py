@@ -1,12 +1,10 @@
 """Which store is behind a manager, and what others need to use one."""
 
-from typing import Any
-
 import redis.asyncio as aioredis
 
 from ..client import Client
 from ..connection import RedisArgument, RedisManager, resolve_manager
-from ..settings import Settings
+from ..settings import NO_SERVER, Settings
 from .cluster import ClusterVectors
 from .memory import MemoryVectors
 from .records import UNKNOWN, Done, VectorStore, Write
@@ -31,17 +29,8 @@ def resolve_vectors(redis: RedisArgument, settings: Settings | None) -> tuple[Re
         return resolve_manager(redis, settings)
     settings = settings if settings is not None else Settings()
     if settings.EMBEDDING_CACHE_REDIS_URL is not None:
-        # A server of its own: nothing that says where the shared one is, and none of its secrets, goes along.
-        elsewhere: dict[str, Any] = {
-            "REDIS_URL": settings.EMBEDDING_CACHE_REDIS_URL.get_secret_value(),
-            "REDIS_USERNAME": None,
-            "REDIS_PASSWORD": None,
-            "REDIS_DB": 0,
-            "REDIS_SSL": False,
-            "REDIS_SENTINELS": (),
-            "REDIS_SENTINEL_MASTER": None,
-            "REDIS_CLUSTER": False,
-        }
+        url = settings.EMBEDDING_CACHE_REDIS_URL.get_secret_value()
+        elsewhere = {**NO_SERVER, "REDIS_CLUSTER": False, "REDIS_URL": url}
         settings = Settings(**{**settings.model_dump(exclude_unset=True), **elsewhere})
     return resolve_manager(None, settings)
 

@@ -4,6 +4,7 @@
 A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary of a cluster.
 """
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +18,7 @@ from ..client import Client, build_client
 from ..connection import RedisManager, describe
 from ..errors import Failure, classify
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
+from ..sentinels import is_refusal, master_of
 from ..settings import Settings
 from .findings import (
     Finding,
@@ -33,7 +35,7 @@ from .findings import (
 from .quotas import ask, reset
 from .rights import probe_keys, rights_of, try_rights
 from .servers import Server, servers_of
-from .trouble import TROUBLE, explain
+from .trouble import TROUBLE, explain, explain_refusal
 
 OnStep = Callable[[str], None]
 
@@ -143,35 +145,34 @@ async def _sentinels(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         return
     on_step(f"{server.name}: asking the sentinels")
     built = build_client(settings)
-    answers: dict[str, str] = {}
-    silent: list[str] = []
-    for address, sentinel in zip(settings.REDIS_SENTINELS, built.sentinels, strict=True):
-        try:
-            words = ("SENTINEL GET-MASTER-ADDR-BY-NAME", settings.REDIS_SENTINEL_MASTER)
-            found = await sentinel.execute_command(*words)  # type: ignore[no-untyped-call]  # theirs
-            answers[address] = f"{found[0]}:{found[1]}" if found else ""
-        except TROUBLE:
-            silent.append(address)
-        finally:
-            await sentinel.aclose()
+    name = settings.REDIS_SENTINEL_MASTER or ""
+    asked = await asyncio.gather(*(master_of(sentinel, name) for sentinel in built.sentinels))
+    answers = dict(zip(settings.REDIS_SENTINELS, asked, strict=True))
     await built.client.aclose()
-    masters = {master for master in answers.values() if master}
-    name = settings.REDIS_SENTINEL_MASTER
-    if not answers:
-        text, fix = "none of the sentinels answers", "Check REDIS_SENTINELS, and that they run and may be reached."
-        yield Finding("sentinels", "fail", text, fix, server.name)
-    elif not masters:
-        text = f"the sentinels know no master {name!r}"
-        yield Finding("sentinels", "fail", text, "Set REDIS_SENTINEL_MASTER to the name they watch.", server.name)
+    masters = {"{}:{}".format(*answer) for answer in answers.values() if isinstance(answer, tuple)}
+    refusals = {each: error for each, error in answers.items() if isinstance(error, Exception) and is_refusal(error)}
+    trouble = next((explain_refusal(error, settings, f"sentinel {each}") for each, error in refusals.items()), None)
+    if masters and len(masters) == 1 and trouble is not None:
+        text = f"master {name!r} is known, but not by: {', '.join(refusals)}; {trouble.text}"
+        yield Finding("sentinels", "warn", text, trouble.fix, server.name)
     elif len(masters) > 1:
         text = f"the sentinels name different masters: {', '.join(sorted(masters))}"
         yield Finding("sentinels", "warn", text, "Wait for the failover to end and check again.", server.name)
-    elif silent or "" in answers.values():
-        deaf = ", ".join([*silent, *(address for address, master in answers.items() if not master)])
+    elif masters and any(not isinstance(answer, tuple) for answer in answers.values()):
+        deaf = ", ".join(address for address, answer in answers.items() if not isinstance(answer, tuple))
         text = f"master {name!r} is known, but not to: {deaf}"
         yield Finding("sentinels", "warn", text, "Start those sentinels: a failover needs most of them.", server.name)
-    else:
+    elif masters:
         yield Finding("sentinels", "ok", f"all {len(answers)} know the master {name!r}", server=server.name)
+    elif None in answers.values():
+        text = f"the sentinels know no master {name!r} that is up"
+        fix = "Set REDIS_SENTINEL_MASTER to the name they watch, and see whether it is up."
+        yield Finding("sentinels", "fail", text, fix, server.name)
+    elif trouble is not None:
+        yield Finding("sentinels", "fail", trouble.text, trouble.fix, server.name)
+    else:
+        text, fix = "none of the sentinels answers", "Check REDIS_SENTINELS, and that they run and may be reached."
+        yield Finding("sentinels", "fail", text, fix, server.name)
 
 
 async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnStep) -> AsyncIterator[Finding]:

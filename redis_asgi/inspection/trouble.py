@@ -14,6 +14,8 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from ..connection import describe
 from ..errors import Failure, classify
+from ..names import names
+from ..sentinels import SentinelRefusal
 from ..settings import Settings
 from .rights import user_of
 
@@ -35,6 +37,9 @@ async def explain(error: BaseException, settings: Settings) -> Trouble:
     """What *error*, raised by a client of *settings*, is about; may ask the port what it speaks."""
     # A cluster's client tells of its nodes' trouble in an error of its own.
     error = next((each for each in _chain(error) if classify(each) is not Failure.CLUSTER), error)
+    refusal = next((each for each in _chain(error) if isinstance(each, SentinelRefusal)), None)
+    if refusal is not None:
+        return explain_refusal(refusal.__cause__ or refusal, settings, "the sentinels")
     failure = classify(error)
     where = describe(settings)
     if failure in (Failure.CONNECTION, Failure.TIMEOUT):
@@ -43,6 +48,32 @@ async def explain(error: BaseException, settings: Settings) -> Trouble:
             return _bad_certificate(certificate, where)
         return await _unreachable(error, settings, where)
     return _refused(error, failure, settings, where)
+
+
+def explain_refusal(error: BaseException, settings: Settings, who: str) -> Trouble:
+    """What *error* is about, with which one or more sentinels, *who*, refuse us."""
+    denied = _denied(error)
+    if denied is None:
+        return _refused_login(error, who, "REDIS_SENTINEL_USERNAME", "REDIS_SENTINEL_PASSWORD")
+    fix = f"On each of them: ACL SETUSER {settings.REDIS_SENTINEL_USERNAME or 'default'} +sentinel|master."
+    return Trouble(f"{who} lets us in, but not run {denied}", fix)
+
+
+def _denied(error: BaseException) -> str | None:
+    """The command that an ACL does not allow us."""
+    found = re.search(r"run the '([^']+)' command", str(error), re.IGNORECASE)
+    return found[1] if found else None
+
+
+def _refused_login(error: BaseException, who: str, username: str, password: str, others: str = "") -> Trouble:
+    text = str(error).lower()
+    if "without any password" in text or "no password is set" in text:
+        return Trouble(f"{who} has no password, and we send one", f"Unset {password}.")
+    if "authentication required" in text or "noauth" in text:
+        return Trouble(
+            f"{who} wants a password, and we have none", f"Set {password}, and {username} for a user of an ACL."
+        )
+    return Trouble(f"{who} refuses the user name or the password", f"Check {username} and {password}{others}.")
 
 
 def _bad_certificate(error: ssl.SSLCertVerificationError, where: str) -> Trouble:
@@ -93,21 +124,13 @@ async def _unreachable(error: BaseException, settings: Settings, where: str) -> 
 def _refused(error: BaseException, failure: Failure, settings: Settings, where: str) -> Trouble:
     text = str(error).lower()
     if failure is Failure.AUTH:
-        if "without any password" in text or "no password is set" in text:
-            return Trouble(f"{where} has no password, and we send one", "Unset REDIS_PASSWORD.")
-        if "authentication required" in text or "noauth" in text:
-            fix = "Set REDIS_PASSWORD, and REDIS_USERNAME for a user of an ACL."
-            return Trouble(f"{where} wants a password, and we have none", fix)
-        fix = "Check REDIS_USERNAME and REDIS_PASSWORD, or those in REDIS_URL."
-        return Trouble(f"{where} refuses the user name or the password", fix)
+        return _refused_login(error, where, "REDIS_USERNAME", "REDIS_PASSWORD", ", or those in REDIS_URL")
     if "invalid database" in text or "db index" in text:
         return Trouble(f"{where} has no such database", "Set REDIS_DB to one below the server's `databases`.")
-    denied = re.search(r"run the '([^']+)' command", text)
+    denied = _denied(error)
     if failure is Failure.PERMISSION and denied:
-        fix = (
-            f"As an administrator: ACL SETUSER {user_of(settings)} +{denied[1]}. `redis-asgi acl` prints all it takes."
-        )
-        return Trouble(f"{where} lets us in, but not run {denied[1]}", fix)
+        fix = f"As an administrator: ACL SETUSER {user_of(settings)} +{denied}. `redis-asgi acl` prints all it takes."
+        return Trouble(f"{where} lets us in, but not run {denied}", fix)
     if "cluster" in text and ("not enabled" in text or "disabled" in text):
         return Trouble(f"{where} is no cluster", "Unset REDIS_CLUSTER.")
     covered = re.search(r"(\d+) of (\d+)", text)
@@ -147,7 +170,7 @@ def _is_encrypted(settings: Settings) -> bool:
 
 async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | None:
     """What the port speaks, or that it has no connection left; ``None`` where it does not say, or is no port."""
-    if settings.REDIS_SENTINELS:
+    if settings.REDIS_SENTINELS or settings.REDIS_CLUSTER_NODES:
         return None
     url = parse_url(settings.REDIS_URL.get_secret_value()) if settings.REDIS_URL else {}
     if "path" in url:
@@ -164,7 +187,9 @@ async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | No
     context.verify_mode = ssl.CERT_NONE
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
+            _, writer = await names().reach(
+                host, lambda address: asyncio.open_connection(address, port, ssl=context, server_hostname=host)
+            )
     except ssl.SSLError as error:
         return "tls" if "alert" in str(error).lower() else None
     except OSError:
@@ -180,7 +205,7 @@ async def _first_bytes(host: str, port: int) -> bytes:
     writer = None
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await names().reach(host, lambda address: asyncio.open_connection(address, port))
             writer.write(b"PING\r\n")
             return await reader.read(64)
     except OSError:

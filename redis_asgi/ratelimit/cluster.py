@@ -15,7 +15,7 @@ from .line import LineWire
 from .policy import Charge, Charges
 from .refusals import RefusalMemory
 from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
-from .wires import NodeWire, PoolWire, slot_key
+from .wires import NodeWire, PoolWire, TableWire, slot_key
 
 
 class ClusterBatcher:
@@ -69,17 +69,26 @@ class ClusterBatcher:
             await batcher.aclose()
 
     def _route(self, check: Check) -> None:
+        """Queue *check*, of one partition, at its node; where that is not known, until it is."""
+        if not self._submit(check):
+            self._batcher("").submit(check)
+
+    def _submit(self, check: Check) -> bool:
         try:
             node = self._client.get_node_from_key(slot_key(check).decode())
-            name = node.name if node is not None else ""
         except Exception:
-            # No slot table yet, or one with a hole: the batch reads it first.
-            name = ""
+            # No slot table yet, or one with a hole.
+            node = None
+        if node is not None:
+            self._batcher(node.name).submit(check)
+        return node is not None
+
+    def _batcher(self, name: str) -> Batcher:
         batcher = self._batchers.get(name)
         if batcher is None:
-            wire, breaker = NodeWire(self._client), self._manager.breaker(name)
-            batcher = self._batchers[name] = Batcher(wire, breaker, clock=self._clock)
-        batcher.submit(check)
+            wire = NodeWire(self._client, name) if name else TableWire(self._client, self._submit)
+            batcher = self._batchers[name] = Batcher(wire, self._manager.breaker(name), clock=self._clock)
+        return batcher
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
         check.written = min(part.written for part in parts)

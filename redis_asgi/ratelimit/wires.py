@@ -5,18 +5,19 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from itertools import groupby, islice
 from typing import Any, cast
 
 import redis.asyncio as aioredis
-from redis.asyncio.connection import ConnectionPool
-from redis.exceptions import NoScriptError
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import AskError, NoScriptError, ResponseError, TryAgainError
 
 from .. import aside
 from ..errors import Failure, classify
+from ..nodes import node_connection
 from ..telemetry import telemetry
 from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
 from .policy import WHAT_REMAINS, bulk, log_key
@@ -116,8 +117,7 @@ class TaskWire:
     async def aclose(self) -> None:
         tasks = list(self._tasks)
         self.renew()
-        if tasks:
-            await asyncio.wait(tasks)
+        await aside.end(tasks)
 
     async def run(self, batcher: Batcher) -> Failure | None:
         """Get ready, `take`, send and distribute; what went wrong with some."""
@@ -192,44 +192,100 @@ class PoolWire(TaskWire):
             await self._pool.release(connection)
 
 
-class NodeWire(TaskWire):
-    """One pipeline of a cluster client to one node; a script call must stay in one slot: one per partition."""
+class TableWire(TaskWire):
+    """Of a cluster whose slot table is not known yet, or has a hole: reads it, and hands what waits to the nodes.
 
-    def __init__(self, client: aioredis.RedisCluster) -> None:
+    Args:
+        route: Submits a check at its node; ``False`` where there is none.
+    """
+
+    def __init__(self, client: aioredis.RedisCluster, route: Callable[[Check], bool]) -> None:
         super().__init__()
         self._client = client
+        self._route = route
 
     async def run(self, batcher: Batcher) -> Failure | None:
         await self._client.initialize()
         batch = self.take(batcher)
         if batch is None:
             return None
-        checks = sorted(batch.checks, key=slot_key)
-        groups = [list(group) for _, group in groupby(checks, slot_key)]
-        replies = await self._call("EVALSHA", SCRIPT_SHA, groups, batcher.clock)
-        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        for i in unknown:
-            groups[i] = still_waiting(groups[i])
-        unknown = [i for i in unknown if groups[i]]
-        if unknown:
-            telemetry().redis_script_loads.inc(len(unknown))
-            again = await self._call("EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
-            for i, reply in zip(unknown, again, strict=True):
-                replies[i] = reply
+        for check in batch.checks:
+            check.written = 0.0
+        astray = [check for check in batch.checks if not self._route(check)]
+        batch.checks = astray
+        if astray:
+            return Failure.CLUSTER
+        batch.is_told = True  # nothing was sent
+        batcher.breaker.worked()
+        return None
+
+
+class NodeWire(TaskWire):
+    """One pipeline to one node of a cluster; a script call must stay in one slot: one per partition.
+
+    Args:
+        node: Its name.
+    """
+
+    def __init__(self, client: aioredis.RedisCluster, node: str) -> None:
+        super().__init__()
+        self._client = client
+        self._node = node
+
+    async def run(self, batcher: Batcher) -> Failure | None:
+        async with node_connection(self._client, self._node) as connection:
+            batch = self.take(batcher)
+            if batch is None:
+                return None
+            checks = sorted(batch.checks, key=slot_key)
+            groups = [list(group) for _, group in groupby(checks, slot_key)]
+            replies = await _pipeline(connection, b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
+            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            for i in unknown:
+                groups[i] = still_waiting(groups[i])
+            unknown = [i for i in unknown if groups[i]]
+            if unknown:
+                telemetry().redis_script_loads.inc(len(unknown))
+                again = await _pipeline(connection, b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
+                for i, reply in zip(unknown, again, strict=True):
+                    replies[i] = reply
         worst: Failure | None = None
         for group, reply in zip(groups, replies, strict=True):
-            failure = classify(reply) if isinstance(reply, Exception) else distribute(group, reply)
-            if isinstance(reply, Exception) and failure is not None:
+            moved = isinstance(reply, AskError | TryAgainError)  # a MovedError is an AskError
+            told = await self._follow(group, batcher.clock) if moved else reply
+            failure = classify(told) if isinstance(told, Exception) else distribute(group, told)
+            if isinstance(told, Exception) and failure is not None:
                 resolve(group, failure)
             if worst is None or worst is Failure.REPLY:
                 worst = failure
         return worst
 
-    async def _call(self, command: str, script: bytes, groups: Sequence[list[Check]], clock: int | None) -> list[Any]:
-        pipeline = self._client.pipeline()
-        for group in groups:
-            pipeline.execute_command(command, script, *_arguments(group, clock))
-        return list(await pipeline.execute(raise_on_error=False))
+    async def _follow(self, group: list[Check], clock: int | None) -> Any:
+        """The reply of the node that the partition of *group* has moved to; here nothing ran."""
+        arguments = _arguments(group, clock)
+        try:
+            try:
+                return await self._client.execute_command("EVALSHA", SCRIPT_SHA, *arguments)
+            except NoScriptError:
+                telemetry().redis_script_loads.inc()
+                return await self._client.execute_command("EVAL", SCRIPT, *arguments)
+        except Exception as error:
+            # A slot table in flux raises more than RedisErrors.
+            return error
+
+
+async def _pipeline(
+    connection: AbstractConnection, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None
+) -> list[Any]:
+    """The reply to each of *groups*, an error reply being one."""
+    await connection.send_packed_command(b"".join(packed(command, script, group, clock) for group in groups))
+    replies: list[Any] = []
+    for _ in groups:
+        try:
+            replies.append(await connection.read_response(disable_decoding=True))
+        except ResponseError as error:
+            replies.append(error)
+    return replies
 
 
 def slot_key(check: Check) -> bytes:

@@ -365,11 +365,14 @@ class SentinelTrio:
         self.sentinels = tuple(sentinels)
 
     @classmethod
-    def start(cls, binary: str, *arguments: str, tls: Sequence[str] = (), **options: Any) -> "SentinelTrio":
+    def start(
+        cls, binary: str, *arguments: str, tls: Sequence[str] = (), password: str = "", **options: Any
+    ) -> "SentinelTrio":
         """Start all five and wait until every sentinel knows the others and a healthy replica.
 
         Args:
             tls: Arguments for the sentinels.
+            password: Of the sentinels; the servers have none.
             options: As of `Server.start`.
         """
         running: list[Server] = []
@@ -378,6 +381,8 @@ class SentinelTrio:
             running.append(primary)
             replica = Server.start(binary, "--replicaof", primary.host, str(primary.port), *arguments, **options)
             running.append(replica)
+            if password:
+                options = {**options, "password": password}
             sentinels = [_SentinelServer(binary, **options) for _ in range(3)]
             more = list(zip(tls[::2], tls[1::2], strict=True))
             names = [secrets.token_hex(20) for _ in sentinels]
@@ -390,6 +395,7 @@ class SentinelTrio:
                     f"bind {sentinel.host}",
                     f"dir {sentinel.folder}",
                     f"sentinel myid {name}",
+                    *((f"requirepass {password}", f"sentinel sentinel-pass {password}") if password else ()),
                     f"sentinel monitor {cls.MASTER} {primary.host} {primary.port} 2",
                     f"sentinel down-after-milliseconds {cls.MASTER} 500",
                     f"sentinel failover-timeout {cls.MASTER} 3000",

@@ -217,6 +217,25 @@ async def test_client_of_the_user_is_used_as_it_is(cluster: Cluster, decodes: bo
         assert await client.ping()
 
 
+async def test_stray_reply_is_nobodys(cluster: Cluster) -> None:
+    """What is left unread in a node's connection is not taken for the answer to a check."""
+    manager = manager_of(cluster)
+    limiter = RateLimiter(manager, timeout=5)
+    client = await manager.get_connection()
+    assert isinstance(client, aioredis.RedisCluster)
+    assert 1 == (await limiter.consume("a", "2/hour")).policies[0].remaining
+    for node in client.get_primaries():
+        for connection in node._free:
+            await connection.send_command("PING")
+            async with asyncio.timeout(5):
+                while not await connection.can_read():
+                    await asyncio.sleep(0.001)
+
+    decision = await limiter.consume("a", "2/hour")
+    assert (True, "redis", 0) == (decision.allowed, decision.source, decision.policies[0].remaining)
+    await manager.close()
+
+
 async def ask_all(limiter: RateLimiter, names: Sequence[str]) -> tuple[list[Decision], float]:
     """The decisions about one request of each, and how long the slowest took."""
     slowest = 0.0
