@@ -15,6 +15,7 @@ Trouble with Redis during a request is no exception: it is a `Failure`, a value 
 """
 
 import asyncio
+import re
 from enum import StrEnum
 
 from redis import exceptions as redis_exceptions
@@ -65,8 +66,19 @@ _REPLY_CODES = {
     "ASK": Failure.CLUSTER,
 }
 
-# What an ACL forbids inside a script comes without NOPERM: in Redis 7.0, and in what came after it.
+# What a script may not do, or not there, comes without a word of its own.
 _DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
+_ELSEWHERE_IN_SCRIPT = tuple(
+    f"{who}ttempted to access a {what}"
+    for who in ("Lua script a", "Script a", "A")
+    for what in ("non local key", "slot not served")
+)
+
+# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice if nobody caught it,
+# and Lua's own error() does so on every version.
+_BEFORE_FIRST_WORD = re.compile(
+    r"(?:-|ERR |Error running script \(call to \w+\): |[@=]?(?:user_script|user_function|\[C\]): ?-?\d+: )*"
+)
 
 # Most specific first; redis-py makes AuthenticationError, BusyLoadingError and MaxConnectionsError ConnectionErrors.
 _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
@@ -98,10 +110,15 @@ _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
 
 
 def classify_reply(text: str) -> Failure:
-    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown."""
-    text = text.lstrip("-")
-    if text.removeprefix("ERR ").startswith(_DENIED_IN_SCRIPT):
+    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown.
+
+    A position in a script before it is read past.
+    """
+    text = _BEFORE_FIRST_WORD.sub("", text, count=1)
+    if text.startswith(_DENIED_IN_SCRIPT):
         return Failure.PERMISSION
+    if text.startswith(_ELSEWHERE_IN_SCRIPT):
+        return Failure.CLUSTER
     words = text.split(maxsplit=1)
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 

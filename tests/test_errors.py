@@ -22,7 +22,7 @@ from .kit.processes import run_python
 from .kit.proxy import FaultProxy, Mode
 from .kit.servers import Cluster, Server, free_port
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 
 def client_of(url: str, **options: Any) -> aioredis.Redis:
@@ -121,6 +121,56 @@ async def test_replica_is_readonly(replica: Server) -> None:
     async with client_of(replica.url) as client:
         assert await failure_of(client, "SET", "x", "1") is Failure.READONLY
         assert await failure_of(client, "EVAL", "return redis.call('SET', KEYS[1], 1)", 1, "x") is Failure.READONLY
+
+
+CAUGHT = "local fine, error = pcall(redis.call, {0}) return type(error) == 'table' and error.err or tostring(error)"
+RAISED = """
+local fine, error = pcall(function() local said = redis.pcall({0}) error(said.err) end)
+return type(error) == 'table' and error.err or tostring(error)
+"""
+ESCAPED = "\n\nreturn redis.call({0})"
+
+
+async def failure_in(client: aioredis.Redis, script: str) -> Failure:
+    """The failure that *script* answers, or ends in."""
+    execute: Any = client.execute_command
+    try:
+        said = await execute("EVAL", script, 1, "mine")
+    except Exception as error:  # what classify() is for
+        return classify(error)
+    return classify_reply(said.decode())
+
+
+@pytest.mark.parametrize("script", [CAUGHT, RAISED, ESCAPED], ids=["caught", "raised again", "escaped"])
+async def test_error_inside_a_script_is_read_past_its_position(any_server: StartServer, script: str) -> None:
+    """Whatever a version puts before what went wrong in a script, and however it gets out, it is of its own kind."""
+    server = any_server()
+    server.add_user("app", ">pw", "~mine", "+@all", "-hset")
+    write = script.format("'SET', 'mine', '1'")
+    async with client_of(server.url) as client, client_of(server.url, username="app", password="pw") as app:
+        assert await failure_in(app, script.format("'HSET', 'mine', 'a', 'b'")) is Failure.PERMISSION
+        assert await failure_in(app, script.format("'GET', 'other'")) is Failure.PERMISSION
+        await client.hset("hash", "a", "b")
+        assert await failure_in(client, script.format("'GET', 'hash'")) is Failure.REPLY
+        assert await failure_in(client, script.format("'NOSUCHCOMMAND'")) is Failure.REPLY
+        server.command("CONFIG", "SET", "maxmemory", "1")
+        assert await failure_in(client, write) is Failure.OOM
+        server.command("CONFIG", "SET", "maxmemory", "0")
+        server.command("CONFIG", "SET", "min-replicas-to-write", "1")
+        assert await failure_in(client, write) is Failure.READONLY
+        server.command("CONFIG", "SET", "min-replicas-to-write", "0")
+        server.command("REPLICAOF", "127.0.0.1", "1")
+        assert await failure_in(client, write) is Failure.READONLY
+
+
+@pytest.mark.parametrize("script", [CAUGHT, RAISED, ESCAPED], ids=["caught", "raised again", "escaped"])
+async def test_slot_of_another_inside_a_script_is_cluster(any_server: StartServer, script: str) -> None:
+    """A script that meets a key whose slot nobody serves is told so without a word like CLUSTERDOWN."""
+    server = any_server("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    server.own_all_slots()
+    server.command("CLUSTER", "DELSLOTS", key_slot(b"key"))
+    async with client_of(server.url) as client:
+        assert await failure_in(client, script.format("'GET', 'key'")) is Failure.CLUSTER
 
 
 async def test_full_server_is_oom(private_server: StartServer) -> None:

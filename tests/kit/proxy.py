@@ -50,6 +50,10 @@ class FaultProxy:
         self._hang_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Connect to another server from now on, as a name does after a failover; open connections stay."""
+        self._upstream = (host, port)
+
     async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None) -> None:
         """Behave like *mode* from now on, on open connections too.
 
