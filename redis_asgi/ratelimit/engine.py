@@ -206,8 +206,8 @@ class Engine:
         ):
             try:
                 batcher = self._batcher()
-            except OSError as error:
-                # The client cannot even be built: its host has no address.
+            except Exception as error:
+                # The client cannot even be built, such as for a host without an address.
                 return self._without_redis(charges, mode, classify(error))
         breaker = batcher.breaker
         if breaker is not None and breaker.state == "open":

@@ -427,6 +427,35 @@ async def test_client_that_cannot_be_built_falls_back(monkeypatch: pytest.Monkey
     assert [200, 200, 429] == [(await timed(app))[0] for _ in range(3)]
 
 
+@pytest.mark.parametrize("where", ["building", "connecting"])
+@pytest.mark.parametrize(("on", "expected"), [("local", [200, 200, 429]), ("open", [200] * 3), ("closed", [503] * 3)])
+async def test_a_defect_is_decided_as_without_redis(
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    on: Any,
+    expected: Any,
+) -> None:
+    """What no Redis causes, such as an odd version of redis-py, is no 500, no outage, and one line with a traceback."""
+    monkeypatch.setattr("redis_asgi.errors._said", set())
+
+    def raise_it(*_given: object, **_options: object) -> None:
+        raise TypeError("__init__() got an unexpected keyword argument 'maint_notifications_config'")
+
+    if where == "building":
+        monkeypatch.setattr("redis_asgi.connection.build_client", raise_it)
+    else:
+        monkeypatch.setattr("redis_asgi.client.Turnstile.make_connection", raise_it)
+    app = RateLimitMiddleware(Spy(), "2/minute", on_redis_error=on, redis=RedisManager(Settings(REDIS_URL=redis_url)))
+    statuses = [(await timed(app))[0] for _ in range(3)]
+    await app._manager.close()
+
+    assert expected == statuses
+    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert "unexpected keyword argument" in caplog.text
+
+
 async def test_shadow_and_dry_run_never_refuse_even_when_closed() -> None:
     """A rule that only watches has no say while Redis is gone either."""
     dry = Settings(REDIS_URL=CLOSED_PORT, RATE_LIMIT_DRY_RUN=True)
