@@ -76,8 +76,12 @@ def version_finding(info: Info) -> Finding:
     return Finding("version", "ok", f"{name} {text}")
 
 
-def role_findings(server: Server, info: Info) -> list[Finding]:
-    """Whether it takes writes, and is addressed as what it is."""
+def role_findings(server: Server, info: Info, *, is_whole: bool = False) -> list[Finding]:
+    """Whether it takes writes, and is addressed as what it is.
+
+    Args:
+        is_whole: Whether it holds all keys, though it may be a node of a cluster.
+    """
     found = []
     if info.get("role") == "slave":
         fix = "Point it at the primary, or set REDIS_SENTINELS and REDIS_SENTINEL_MASTER, which follow it."
@@ -85,8 +89,13 @@ def role_findings(server: Server, info: Info) -> list[Finding]:
     elif info:
         found.append(Finding("role", "ok", "primary"))
     if info.get("cluster_enabled") == 1 and not server.settings.REDIS_CLUSTER:
-        text = "a node of a cluster, addressed as if it were alone: most keys live elsewhere"
-        found.append(Finding("cluster", "fail", text, "Set REDIS_CLUSTER=true."))
+        fix = "Set REDIS_CLUSTER=true."
+        if is_whole:
+            text = "a cluster of one node, addressed as one server: nothing is found any more once it has a second"
+            found.append(Finding("cluster", "warn", text, fix))
+        else:
+            text = "a node of a cluster, addressed as if it were alone: most keys live elsewhere"
+            found.append(Finding("cluster", "fail", text, fix))
     return found
 
 
