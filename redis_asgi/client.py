@@ -20,7 +20,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from . import aside
 from .errors import ConfigurationError
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings
+from .settings import URL_OPTIONS_NOT_TAKEN, Settings, weakened_by
 from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -198,12 +198,13 @@ def build_client(settings: Settings) -> Built:
         "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
     }
     encrypted = settings.REDIS_SSL or url.startswith("rediss:")
-    if encrypted and "ssl_cert_reqs=none" in url.lower():
+    weakness = weakened_by(url)
+    if weakness is not None:
         logger.warning(
             "redis_asgi.tls_unverified",
             extra={
                 "code": "tls_unverified",
-                "fix": "REDIS_URL says ssl_cert_reqs=none, so anybody on the way can pose as Redis. Set "
+                "fix": f"REDIS_URL says {weakness}, so that somebody on the way can pose as Redis. Set "
                 "REDIS_SSL_CA_CERTS to the authority's certificate instead.",
             },
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import Failure
 from ..notation import parse_limits
-from ..settings import Settings
+from ..settings import Settings, weakened_by
 from .rights import DISPENSABLE, Missing, Rights, user_of
 from .servers import Server
 
@@ -53,12 +53,14 @@ def settings_finding(settings: Settings) -> Finding:
 def tls_findings(server: Server) -> list[Finding]:
     """Whether the way there is safe; nothing without TLS."""
     settings = server.settings
-    url = settings.REDIS_URL.get_secret_value().lower() if settings.REDIS_URL else ""
+    url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
     if not (settings.REDIS_SSL or url.startswith("rediss:")):
         return []
-    if "ssl_cert_reqs=none" in url or "ssl_check_hostname=false" in url:
+    weakness = weakened_by(url)
+    if weakness is not None:
         fix = "Take it out of the URL, and set REDIS_SSL_CA_CERTS to the authority's certificate."
-        return [Finding("tls", "warn", "the URL says not to verify the certificate", fix, server.name)]
+        text = f"the URL says not to verify all of the certificate ({weakness})"
+        return [Finding("tls", "warn", text, fix, server.name)]
     return [Finding("tls", "ok", "encrypted; certificate and host name verified", server=server.name)]
 
 
