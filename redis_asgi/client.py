@@ -145,8 +145,8 @@ async def _master_of(sentinel: aioredis.Redis, name: str) -> tuple[str, int] | N
         if b"master" not in flags or flags & {b"s_down", b"o_down"}:
             return None
         return said[b"ip"].decode(), int(said[b"port"])
-    except (RedisError, OSError):
-        return None
+    except (RedisError, OSError, LookupError, TypeError, ValueError):
+        return None  # what it says is odd, or nothing
     finally:
         await aside.hang_up(connection)
 
@@ -281,8 +281,7 @@ async def _learn_nodes(client: aioredis.RedisCluster) -> None:
 async def _ping_over(connection: AbstractConnection) -> None:
     try:
         await aside.connect(connection)
-        await aside.send(connection, (b"PING",))
-        await aside.receive(connection)
+        await aside.ping(connection)
     finally:
         await aside.hang_up(connection)
 

@@ -12,8 +12,9 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from redis_asgi import RateLimitMiddleware, RedisManager, Rule, Settings
+from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
+from redis_asgi.telemetry import telemetry
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server, ServerExited, wait_until
@@ -454,6 +455,57 @@ async def test_a_defect_is_decided_as_without_redis(
     assert expected == statuses
     assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
     assert "unexpected keyword argument" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+async def test_a_charge_that_redis_does_not_take_is_made_here(private_server: StartServer, state: str) -> None:
+    """What an admitted answer costs in the end is not lost with Redis, whether the breaker knows of it or not."""
+    server = private_server()
+    go = asyncio.Event()
+
+    async def tokens(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await go.wait()
+        scope["state"]["rate_limit"].charge(7)
+        await send({"type": "http.response.body", "body": b"x"})
+
+    app = RateLimitMiddleware(tokens, "10/hour", redis=RedisManager(Settings(REDIS_URL=server.url)))
+    manager = app._manager
+    answering = asyncio.create_task(drive(app, http_scope()))
+    while not server.command("KEYS", "*"):
+        await asyncio.sleep(0.01)
+    server.kill()
+    limiter = RateLimiter(manager)
+    while state == "open" and manager.breaker_state != "open":
+        await limiter.consume("other")
+    settled = telemetry().redis_commands.labels("settle", "connection")
+    before = settled._value.get()
+    go.set()
+    await answering
+    while settled._value.get() == before:
+        await asyncio.sleep(0.01)
+    go.set()
+    sent = await drive(app, http_scope())
+    await manager.close()
+
+    assert b'"default";r=2;t=3600' == header(sent[0], b"ratelimit")
+
+
+async def test_a_reset_that_is_answered_oddly_is_none() -> None:
+    """HKEYS answered by a number is an odd reply, and no defect."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(b":42\r\n" if b"HKEYS" in data else b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    limiter = RateLimiter(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    found = await limiter.reset("somebody")
+    await limiter._engine.manager.close()
+    listener.close()
+
+    assert found is False
 
 
 async def test_shadow_and_dry_run_never_refuse_even_when_closed() -> None:
