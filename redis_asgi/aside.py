@@ -15,6 +15,8 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from .errors import OddReply
+
 _CANCEL_AGAIN = 0.05  # seconds
 
 
@@ -62,6 +64,19 @@ async def receive(connection: AbstractConnection) -> Any:
         Exception: What redis-py does, error replies included; `hang_up` is left to the caller.
     """
     return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+
+
+async def ping(connection: AbstractConnection, *more: tuple[bytes, ...]) -> None:
+    """PING, with *more* in the same write, whose replies are left to the caller.
+
+    Raises:
+        OddReply: When what comes is no answer to a PING.
+        Exception: As of `receive`.
+    """
+    await send(connection, (b"PING",), *more)
+    said = await receive(connection)
+    if said != b"PONG":
+        raise OddReply(f"PING was answered by {type(said).__name__}")
 
 
 async def freshen(connection: AbstractConnection) -> None:

@@ -37,8 +37,9 @@ _TOO_MANY = 10
 _QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
 _SETTLED = 1.0  # seconds without trouble before an outage counts as over
 
-# Our own load, a full memory and odd replies say nothing about whether the server answers.
-_NOT_COUNTED = frozenset((Failure.POOL, Failure.OOM, Failure.REPLY))
+# Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
+_SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
+_NOT_COUNTED = _SAYS_NOTHING | {Failure.OOM}
 _ANSWERS = frozenset((Failure.OOM, Failure.REPLY))
 _AT_ONCE = frozenset((Failure.AUTH, Failure.PERMISSION))
 _OF_THE_CONNECTIONS = frozenset((Failure.READONLY, Failure.CLUSTER))
@@ -119,7 +120,7 @@ class Breaker:
         now = self._loop.time()
         if failure in _ANSWERS:
             self.worked()
-        if failure in (Failure.POOL, Failure.REPLY):
+        if failure in _SAYS_NOTHING:
             if now - self._last_line >= _QUIET:
                 self._last_line = now
                 logger.warning("redis_asgi.command_failed", extra={"reason": failure.value} | self._whose)

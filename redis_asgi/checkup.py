@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import NoneType
 from typing import Any, Literal, TypeAlias
 
 import redis.asyncio as aioredis
@@ -19,7 +20,7 @@ from redis.exceptions import ResponseError
 
 from . import aside
 from .client import Client
-from .errors import Failure, classify
+from .errors import Failure, OddReply, classify
 from .server_info import Health
 
 Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
@@ -106,8 +107,7 @@ class Checkup:
                 if not report.reused:
                     await aside.connect(connection)
                 started = time.monotonic()
-                await aside.send(connection, (b"PING",), *more)
-                await aside.receive(connection)
+                await aside.ping(connection, *more)
                 report.latency = time.monotonic() - started
                 await _read_more(connection, len(more), report)
         except BaseException as error:
@@ -115,7 +115,7 @@ class Checkup:
             if not isinstance(error, Exception):
                 raise
             # Once it has answered the PING, only what it says of itself is missing.
-            report.failure = classify(error) if report.latency is None else None
+            report.failure = classify(error) if report.latency is None or isinstance(error, OddReply) else None
         else:
             self._connections[address] = connection
         return report
@@ -161,17 +161,26 @@ class Checkup:
 
 
 async def _read_more(connection: AbstractConnection, count: int, report: _Report) -> None:
-    """The replies to INFO, CLUSTER INFO and CLUSTER SLOTS; one that is forbidden says nothing."""
+    """The replies to INFO, CLUSTER INFO and CLUSTER SLOTS; one that is forbidden says nothing.
+
+    Raises:
+        OddReply: When one is of another shape.
+    """
     replies: list[Any] = []
     for _ in range(count):
         try:
             replies.append(await aside.receive(connection))
         except ResponseError:
             replies.append(None)
+    if any(not isinstance(reply, bytes | NoneType) for reply in replies[:2]):
+        raise OddReply("INFO was answered by no text")
     report.about = dict(aside.info_fields(replies[0]))
     if count > 1:
         report.cluster = dict(aside.info_fields(replies[1]))
-        report.slots = _slots(replies[2], report.address[0])
+        try:
+            report.slots = _slots(replies[2], report.address[0])
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise OddReply("CLUSTER SLOTS was answered by no slots") from None
 
 
 def _slots(reply: object, asked: str) -> Mapping[Address, int] | None:

@@ -22,7 +22,7 @@ from . import aside
 from .errors import ConfigurationError
 from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address
+from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address, weakened_by
 from .sockets import connection_class, master_connection_class
 from .telemetry import telemetry
 
@@ -157,12 +157,13 @@ def build_client(settings: Settings) -> Built:
             "ssl_certfile": settings.REDIS_SSL_CERTFILE,
             "ssl_keyfile": settings.REDIS_SSL_KEYFILE,
         }
-    if encrypted and "ssl_cert_reqs=none" in url.lower():
+    weakness = weakened_by(url)
+    if weakness is not None:
         logger.warning(
             "redis_asgi.tls_unverified",
             extra={
                 "code": "tls_unverified",
-                "fix": "REDIS_URL says ssl_cert_reqs=none, so anybody on the way can pose as Redis. Set "
+                "fix": f"REDIS_URL says {weakness}, so that somebody on the way can pose as Redis. Set "
                 "REDIS_SSL_CA_CERTS to the authority's certificate instead.",
             },
         )

@@ -155,7 +155,7 @@ class RedisManager:
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
         self._shared: dict[object, object] = {}
         self._inherited: list[object] = []
-        self._unreachable: tuple[float, OSError] | None = None
+        self._unreachable: tuple[float, Exception] | None = None
         self.fails_closed = False
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
@@ -243,7 +243,9 @@ class RedisManager:
     def hold(self) -> None:
         """Count one more user in this loop (an app whose lifespan has started)."""
         if self.has_redis:
-            self._open().users += 1
+            # The app starts all the same when no client can be built; the log has said so.
+            with suppress(Exception):
+                self._open().users += 1
 
     async def let_go(self) -> None:
         """Count one user less; the last one closes."""
@@ -317,16 +319,17 @@ class RedisManager:
                 del self._opened[loop]
 
     def _connect_if_reachable(self) -> _Opened:
-        """`_connect`; what it raised (a cluster's host without an address) is raised again for a moment unasked."""
+        """`_connect`; what it raised (such as for a cluster's host without an address) is raised again for a moment."""
         if self._unreachable is not None:
             since, error = self._unreachable
             if time.monotonic() - since < PROBE_EVERY:
                 raise error
         try:
             opened = self._connect()
-        except OSError as error:
-            if self._unreachable is None:
-                logger.error("redis_asgi.redis_unavailable", extra={"reason": classify(error).value})
+        except Exception as error:
+            failure = classify(error)
+            if self._unreachable is None and failure is not Failure.DEFECT:
+                logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
             self._unreachable = (time.monotonic(), error)
             raise
         self._unreachable = None

@@ -15,10 +15,16 @@ Trouble with Redis during a request is no exception: it is a `Failure`, a value 
 """
 
 import asyncio
+import logging
+import re
+import traceback
 from enum import StrEnum
 
+import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
+
+logger = logging.getLogger("redis_asgi.connection")
 
 
 class RedisASGIError(Exception):
@@ -43,7 +49,12 @@ class Failure(StrEnum):
     CLUSTER = "cluster"  # slot not served, master unknown
     POOL = "pool"  # no free connection in time: our own load, not Redis
     WRONG_LOOP = "wrong_loop"  # the client belongs to another event loop
-    REPLY = "reply"  # an error reply of no other kind, such as WRONGTYPE, or a command that cannot be sent
+    REPLY = "reply"  # an error of no other kind, such as WRONGTYPE, no answer to what was asked, or nothing to send
+    DEFECT = "defect"  # no Redis causes it: a fault of ours, or of a library's version
+
+
+class OddReply(redis_exceptions.ResponseError):
+    """A reply that its command cannot have: nothing that follows it on that connection can be believed either."""
 
 
 # The first word of an error reply decides: errors raised inside a script arrive as plain ResponseErrors.
@@ -65,8 +76,19 @@ _REPLY_CODES = {
     "ASK": Failure.CLUSTER,
 }
 
-# What an ACL forbids inside a script comes without NOPERM: in Redis 7.0, and in what came after it.
+# What a script may not do, or not there, comes without a word of its own.
 _DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
+_ELSEWHERE_IN_SCRIPT = tuple(
+    f"{who}ttempted to access a {what}"
+    for who in ("Lua script a", "Script a", "A")
+    for what in ("non local key", "slot not served")
+)
+
+# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice if nobody caught it,
+# and Lua's own error() does so on every version.
+_BEFORE_FIRST_WORD = re.compile(
+    r"(?:-|ERR |Error running script \(call to \w+\): |[@=]?(?:user_script|user_function|\[C\]): ?-?\d+: )*"
+)
 
 # Most specific first; redis-py makes AuthenticationError, BusyLoadingError and MaxConnectionsError ConnectionErrors.
 _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
@@ -92,16 +114,32 @@ _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
     # Input that cannot be sent: it must not count as trouble of the server.
     (redis_exceptions.DataError, Failure.REPLY),
     (UnicodeError, Failure.REPLY),
+    (NotImplementedError, Failure.DEFECT),
+    (RecursionError, Failure.DEFECT),
     (RuntimeError, Failure.WRONG_LOOP),
     (OSError, Failure.CONNECTION),
+    (redis_exceptions.RedisError, Failure.CONNECTION),
+    (hiredis.HiredisError, Failure.CONNECTION),
+    (EOFError, Failure.CONNECTION),
+    # What redis-py's own code raises when a server answers nonsense, or a slot table is in flux.
+    (ValueError, Failure.CONNECTION),
+    (LookupError, Failure.CONNECTION),
 )
+
+_DEFECTS_SAID = 64
+_said: set[tuple[type[BaseException], str, int]] = set()
 
 
 def classify_reply(text: str) -> Failure:
-    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown."""
-    text = text.lstrip("-")
-    if text.removeprefix("ERR ").startswith(_DENIED_IN_SCRIPT):
+    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown.
+
+    A position in a script before it is read past.
+    """
+    text = _BEFORE_FIRST_WORD.sub("", text, count=1)
+    if text.startswith(_DENIED_IN_SCRIPT):
         return Failure.PERMISSION
+    if text.startswith(_ELSEWHERE_IN_SCRIPT):
+        return Failure.CLUSTER
     words = text.split(maxsplit=1)
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 
@@ -115,7 +153,7 @@ def is_crossslot(reply: object) -> bool:
 
 
 def classify(exc: BaseException) -> Failure:
-    """Sort what a Redis client raised into a `Failure`; anything unknown counts as `Failure.CONNECTION`.
+    """Sort what a Redis client raised into a `Failure`; what no Redis causes is a `Failure.DEFECT`, and logged once.
 
     redis-py 8.1 raises a wrong password, LOADING, an exhausted pool and an unknown sentinel master as
     subclasses of its ``ConnectionError``, BUSY and in-script errors as plain ``ResponseError``, an unserved
@@ -127,5 +165,27 @@ def classify(exc: BaseException) -> Failure:
             return by_text
     for kind, failure in _CLASSES:
         if isinstance(exc, kind):
+            if failure is Failure.DEFECT:
+                break
             return failure
-    return Failure.CONNECTION
+    _say_defect(exc)
+    return Failure.DEFECT
+
+
+def _say_defect(exc: BaseException) -> None:
+    """Log *exc* with its traceback, once for each place that it comes from."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    where = (type(exc), frames[-1].filename, frames[-1].lineno or 0) if frames else (type(exc), "", 0)
+    if where in _said or len(_said) >= _DEFECTS_SAID:
+        return
+    _said.add(where)
+    logger.error(
+        "redis_asgi.defect",
+        exc_info=exc,
+        extra={
+            "code": "defect",
+            "reason": Failure.DEFECT.value,
+            "fix": "No Redis causes this, and requests are decided as without Redis. Is redis-py of a version that the "
+            "package allows? If so, it is a bug of the package: report it with the traceback.",
+        },
+    )

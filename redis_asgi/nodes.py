@@ -150,8 +150,7 @@ async def ping_over(connection: AbstractConnection) -> None:
     """
     try:
         await aside.connect(connection)
-        await aside.send(connection, (b"PING",))
-        await aside.receive(connection)
+        await aside.ping(connection)
     finally:
         await aside.hang_up(connection)
 

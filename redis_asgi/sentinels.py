@@ -93,6 +93,8 @@ async def master_of(sentinel: aioredis.Redis, name: str) -> Answer:
         if b"master" not in flags or flags & {b"s_down", b"o_down"}:
             return None
         return said[b"ip"].decode(), int(said[b"port"])
+    except (LookupError, TypeError, ValueError):
+        return None  # what it says is odd
     except (RedisError, OSError) as error:
         # It knows no such name, or is no sentinel.
         return None if classify(error) is Failure.REPLY else error

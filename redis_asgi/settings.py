@@ -24,7 +24,15 @@ MissingIdentity = Literal["ip", "skip", "shared", "refuse"]
 CacheUsage = Literal["original", "billed"]
 CacheDType = Literal["float32", "float16"]
 
-_URL_SCHEMES = ("redis", "rediss", "unix", "memory")
+# What a URL may begin with, and what is understood by that.
+_URL_SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "unix": "unix",
+    "memory": "memory",
+    "valkey": "redis",
+    "valkeys": "rediss",
+}
 # Other programs with the same URL may want these; here they would undo what `connection` relies on.
 URL_OPTIONS_NOT_TAKEN = frozenset(
     [
@@ -92,19 +100,32 @@ def _url(value: SecretStr) -> SecretStr:
     except ValueError:
         raise ValueError("the port is not a number between 1 and 65535") from None
     if parts.scheme not in _URL_SCHEMES:
-        raise ValueError("not a redis://, rediss://, unix:// or memory:// URL")
+        raise ValueError("not a redis://, rediss://, valkey://, valkeys://, unix:// or memory:// URL")
     if port == 0:
         raise ValueError("the port is not a number between 1 and 65535")
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("a unix:// URL needs the path of a socket")
-    if parts.scheme in ("redis", "rediss") and not re.fullmatch(r"/?\d*", parts.path):
+    scheme = _URL_SCHEMES[parts.scheme]
+    if scheme in ("redis", "rediss") and not re.fullmatch(r"/?\d*", parts.path):
         raise ValueError("the path of the URL is not a database number")
     unknown = sorted(set(parse_qs(parts.query)) - _URL_OPTIONS)
     if unknown:
         raise ValueError(f"{unknown[0][:40]!r} is no option of a Redis URL")
-    if parts.scheme != "memory":
-        parse_url(url)  # a ValueError names the option whose value has a wrong type
-    return value
+    # One spelling of each for all who read it.
+    url = scheme + url.strip()[len(parts.scheme) :]
+    if scheme != "memory":
+        options = parse_url(url)  # a ValueError names the option whose value has a wrong type
+        if options.get("ssl_cert_reqs", "required") not in ("none", "optional", "required"):
+            raise ValueError("ssl_cert_reqs is not none, optional or required")
+    return SecretStr(url)
+
+
+def weakened_by(url: str) -> str | None:
+    """The option of a ``rediss://`` URL that gives up verifying who answers; ``None`` when it is verified."""
+    options = parse_url(url) if url.startswith("rediss:") else {}
+    if options.get("ssl_cert_reqs") == "none":
+        return "ssl_cert_reqs=none"
+    return None if options.get("ssl_check_hostname", True) else "ssl_check_hostname=false"
 
 
 def read_address(text: str) -> tuple[str, int]:

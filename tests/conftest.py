@@ -19,6 +19,7 @@ from .kit.servers import (
     Server,
     ServerExited,
     find_binaries,
+    version_of,
     wait_until,
 )
 
@@ -99,6 +100,24 @@ def private_server(server_binary: str) -> Iterator[StartServer]:
 
     def start(*arguments: str, unix: bool = False) -> Server:
         started.append(Server.start(server_binary, *arguments, unix=unix))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+# One that is asked for stands alone: whoever does so goes through them.
+_EACH = find_binaries()[: 1 if "REDIS_ASGI_TEST_SERVER" in os.environ else None]
+
+
+@pytest.fixture(params=_EACH, ids=version_of)
+def any_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
+    """`private_server` of each version that is found, in turn."""
+    started: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        started.append(Server.start(request.param, *arguments))
         return started[-1]
 
     yield start

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import hiredis
 import pytest
 import redis.asyncio as aioredis
 from redis import exceptions
@@ -15,19 +16,20 @@ from redis.crc import key_slot
 from starlette.exceptions import HTTPException
 
 from redis_asgi import ConfigurationError, RateLimitExceeded, RedisASGIError
-from redis_asgi.errors import Failure, classify, classify_reply, is_crossslot
+from redis_asgi.errors import Failure, OddReply, classify, classify_reply, is_crossslot
 
 from .conftest import StartServer
 from .kit.processes import run_python
 from .kit.proxy import FaultProxy, Mode
 from .kit.servers import Cluster, Server, free_port
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 
 def client_of(url: str, **options: Any) -> aioredis.Redis:
     """A client that neither retries nor waits."""
-    return aioredis.Redis.from_url(url, socket_timeout=0.3, protocol=2, retry=Retry(NoBackoff(), 0), **options)
+    options = {"socket_timeout": 0.3, **options}
+    return aioredis.Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **options)
 
 
 async def failure_of(client: aioredis.Redis, *command: str | int) -> Failure:
@@ -123,6 +125,56 @@ async def test_replica_is_readonly(replica: Server) -> None:
         assert await failure_of(client, "EVAL", "return redis.call('SET', KEYS[1], 1)", 1, "x") is Failure.READONLY
 
 
+CAUGHT = "local fine, error = pcall(redis.call, {0}) return type(error) == 'table' and error.err or tostring(error)"
+RAISED = """
+local fine, error = pcall(function() local said = redis.pcall({0}) error(said.err) end)
+return type(error) == 'table' and error.err or tostring(error)
+"""
+ESCAPED = "\n\nreturn redis.call({0})"
+
+
+async def failure_in(client: aioredis.Redis, script: str) -> Failure:
+    """The failure that *script* answers, or ends in."""
+    execute: Any = client.execute_command
+    try:
+        said = await execute("EVAL", script, 1, "mine")
+    except Exception as error:  # what classify() is for
+        return classify(error)
+    return classify_reply(said.decode())
+
+
+@pytest.mark.parametrize("script", [CAUGHT, RAISED, ESCAPED], ids=["caught", "raised again", "escaped"])
+async def test_error_inside_a_script_is_read_past_its_position(any_server: StartServer, script: str) -> None:
+    """Whatever a version puts before what went wrong in a script, and however it gets out, it is of its own kind."""
+    server = any_server()
+    server.add_user("app", ">pw", "~mine", "+@all", "-hset")
+    write = script.format("'SET', 'mine', '1'")
+    async with client_of(server.url) as client, client_of(server.url, username="app", password="pw") as app:
+        assert await failure_in(app, script.format("'HSET', 'mine', 'a', 'b'")) is Failure.PERMISSION
+        assert await failure_in(app, script.format("'GET', 'other'")) is Failure.PERMISSION
+        await client.hset("hash", "a", "b")
+        assert await failure_in(client, script.format("'GET', 'hash'")) is Failure.REPLY
+        assert await failure_in(client, script.format("'NOSUCHCOMMAND'")) is Failure.REPLY
+        server.command("CONFIG", "SET", "maxmemory", "1")
+        assert await failure_in(client, write) is Failure.OOM
+        server.command("CONFIG", "SET", "maxmemory", "0")
+        server.command("CONFIG", "SET", "min-replicas-to-write", "1")
+        assert await failure_in(client, write) is Failure.READONLY
+        server.command("CONFIG", "SET", "min-replicas-to-write", "0")
+        server.command("REPLICAOF", "127.0.0.1", "1")
+        assert await failure_in(client, write) is Failure.READONLY
+
+
+@pytest.mark.parametrize("script", [CAUGHT, RAISED, ESCAPED], ids=["caught", "raised again", "escaped"])
+async def test_slot_of_another_inside_a_script_is_cluster(any_server: StartServer, script: str) -> None:
+    """A script that meets a key whose slot nobody serves is told so without a word like CLUSTERDOWN."""
+    server = any_server("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    server.own_all_slots()
+    server.command("CLUSTER", "DELSLOTS", key_slot(b"key"))
+    async with client_of(server.url) as client:
+        assert await failure_in(client, script.format("'GET', 'key'")) is Failure.CLUSTER
+
+
 async def test_full_server_is_oom(private_server: StartServer) -> None:
     """Maxmemory reached with nothing to evict, plain and inside a script."""
     server = private_server("--maxmemory", "1")
@@ -164,7 +216,7 @@ async def test_what_cannot_be_sent_is_reply(redis_url: str) -> None:
 
 async def test_exhausted_pool_is_pool(redis_url: str) -> None:
     """redis-py's own pool raises when every connection is in use."""
-    async with client_of(redis_url, max_connections=1) as client:
+    async with client_of(redis_url, max_connections=1, socket_timeout=5) as client:
         waiting = asyncio.create_task(block(client))
         await asyncio.sleep(0.05)
         assert await failure_of(client, "PING") is Failure.POOL
@@ -285,12 +337,43 @@ async def test_error_line_as_redis_py_raises_it(line: str, expected: Failure) ->
         (RuntimeError("Event loop is closed"), Failure.WRONG_LOOP),
         (exceptions.InvalidResponse("x"), Failure.CONNECTION),
         (KeyError("x"), Failure.CONNECTION),
+        (ValueError("x"), Failure.CONNECTION),
+        (hiredis.ProtocolError("x"), Failure.CONNECTION),
+        (EOFError("x"), Failure.CONNECTION),
+        (OddReply("x"), Failure.REPLY),
+        (TypeError("x"), Failure.DEFECT),
+        (AttributeError("x"), Failure.DEFECT),
+        (NotImplementedError("x"), Failure.DEFECT),
+        (RecursionError("x"), Failure.DEFECT),
+        (Exception("x"), Failure.DEFECT),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_class_decides_where_there_is_no_reply(error: Exception, expected: Failure) -> None:
-    """The classes of redis-py, most specific first; what is unknown is connection trouble."""
+    """The classes of redis-py, most specific first; what is unknown is a defect."""
     assert expected is classify(error)
+
+
+def test_a_defect_is_logged_once_with_its_traceback(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that raises what no Redis causes is told once, however often it does."""
+    monkeypatch.setattr("redis_asgi.errors._said", set())
+
+    def one() -> None:
+        raise TypeError("takes no such argument")
+
+    def other() -> None:
+        raise AttributeError("has no such attribute")
+
+    for raise_it in (one, other, one, other):
+        with pytest.raises((TypeError, AttributeError)) as caught:
+            raise_it()
+        assert classify(caught.value) is Failure.DEFECT
+
+    assert ["redis_asgi.defect"] * 2 == [record.message for record in caplog.records]
+    assert "in one" in caplog.text
+    assert "has no such attribute" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", " ", "-", "busy", "BUSYKEY Target key name already exists", "LOADINGS"])
@@ -301,7 +384,7 @@ def test_only_the_whole_first_word_counts(text: str) -> None:
 
 def test_failures_are_labels() -> None:
     """Failures are the closed set that logs, health codes and metrics use."""
-    expected = "timeout connection auth permission readonly loading busy oom cluster pool wrong_loop reply"
+    expected = "timeout connection auth permission readonly loading busy oom cluster pool wrong_loop reply defect"
 
     assert expected.split() == [str(failure) for failure in Failure]
 

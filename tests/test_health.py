@@ -23,7 +23,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from redis_asgi import ConfigurationError, RateLimitMiddleware, RedisManager, Settings, check_redis_health, health_app
+from redis_asgi import (
+    ConfigurationError,
+    RateLimitMiddleware,
+    RedisManager,
+    RedisMetrics,
+    Settings,
+    check_redis_health,
+    health_app,
+)
 from redis_asgi.checkup import Checkup, _slots
 from redis_asgi.errors import Failure
 from redis_asgi.health import HealthApp, human_bytes
@@ -299,6 +307,40 @@ async def test_credentials(private_server: StartServer, credentials: str, error:
         checked = await check_redis_health(client)
 
     assert ("unhealthy", error) == (checked["status"], checked["error"])
+
+
+@pytest.mark.parametrize("said", [b":42", b"+OK", b"$-1", b"*-1", b"*0"])
+async def test_a_ping_answered_oddly(said: bytes) -> None:
+    """Whatever answers a PING with anything else than PONG is no Redis to rely on."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(said + b"\r\n" if b"PING" in data else b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    app = app_on(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    await assert_ill(app, "redis_reply")
+    await app_manager(app).close()
+    listener.close()
+
+
+async def test_info_answered_oddly() -> None:
+    """A PONG, and then a number where INFO belongs: degraded, with no figures made of it."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(b"+PONG\r\n:42\r\n" if b"PING" in data else b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
+    await assert_ill(health_app(redis=manager), "redis_reply")
+    figures = await RedisMetrics(manager).collect_metrics()
+    await manager.close()
+    listener.close()
+
+    assert {} == figures
 
 
 async def test_loading(private_server: StartServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from redis_asgi import ConfigurationError, RedisASGIError, Settings
-from redis_asgi.settings import read_address, redact
+from redis_asgi.settings import read_address, redact, weakened_by
 
 SECRET = "s3cr3t-of-a-test"
 
@@ -532,6 +532,52 @@ def test_memory_and_key_secret_are_known_by_name() -> None:
     """``memory://`` is recognised, and the key secret is given in the clear to who asks."""
     assert Settings(REDIS_URL="memory://").is_memory
     assert Settings(REDIS_KEY_SECRET=SECRET).key_secret == SECRET
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("valkey://host:1/2", "redis://host:1/2"),
+        ("valkeys://:pw@host", "rediss://:pw@host"),
+        ("VALKEYS://host", "rediss://host"),
+        ("REDISS://host", "rediss://host"),
+        ("Memory://", "memory://"),
+    ],
+)
+@pytest.mark.parametrize("name", ["REDIS_URL", "EMBEDDING_CACHE_REDIS_URL"])
+def test_schemes_have_one_spelling_inside(name: str, url: str, meant: str) -> None:
+    """Valkey's schemes are Redis's, and upper case is no other scheme: TLS is TLS for all who look."""
+    found = getattr(Settings(**{name: url}), name)
+
+    assert meant == found.get_secret_value()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", None),
+        ("?ssl_cert_reqs=required", None),
+        ("?ssl_cert_reqs=optional&ssl_check_hostname=true", None),
+        ("?ssl_cert_reqs=none", "ssl_cert_reqs=none"),
+        ("?ssl_cert_reqs=%6eone", "ssl_cert_reqs=none"),
+        ("?ssl_check_hostname=false", "ssl_check_hostname=false"),
+        ("?ssl_check_hostname=No", "ssl_check_hostname=false"),
+        ("?ssl_check_hostname=0", "ssl_check_hostname=false"),
+        ("?db=1&ssl%5Fcheck_hostname=F", "ssl_check_hostname=false"),
+    ],
+)
+def test_what_weakens_tls_is_read_as_the_client_reads_it(options: str, expected: str | None) -> None:
+    """Whatever the spelling of an option, what it does is what counts."""
+    url = Settings(REDIS_URL=f"valkeys://host{options}").REDIS_URL
+
+    assert url is not None
+    assert expected == weakened_by(url.get_secret_value())
+
+
+def test_unknown_demand_of_a_certificate_is_refused() -> None:
+    """What no connection could be made with is told at construction."""
+    with pytest.raises(ConfigurationError, match="ssl_cert_reqs is not none, optional or required"):
+        Settings(REDIS_URL="rediss://host?ssl_cert_reqs=NONE")
 
 
 def test_sentinels_and_a_url_contradict_each_other() -> None:

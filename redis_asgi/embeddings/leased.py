@@ -17,6 +17,7 @@ from redis.exceptions import AskError, RedisError, ResponseError, TryAgainError
 
 from .. import aside
 from ..client import Turnstile
+from ..errors import OddReply
 from ..nodes import node_connection
 
 Command = tuple[bytes | str | int, ...]
@@ -24,10 +25,6 @@ Command = tuple[bytes | str | int, ...]
 # Read from the socket at most in one go, and for each word of a command: memory that is fresh costs more than it holds.
 _READ_BYTES = 256 * 1024
 _READ_BYTES_PER_WORD = 8 * 1024
-
-
-class OddReply(ResponseError):
-    """A reply that its command cannot have: nothing that follows it on that connection can be believed either."""
 
 
 _VALUES = frozenset((bytes, NoneType))

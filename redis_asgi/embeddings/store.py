@@ -4,7 +4,9 @@ import redis.asyncio as aioredis
 
 from ..client import Client
 from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..errors import classify
 from ..settings import NO_SERVER, Settings
+from .absent import AbsentVectors
 from .cluster import ClusterVectors
 from .memory import MemoryVectors
 from .records import UNKNOWN, Done, VectorStore, Write
@@ -37,7 +39,13 @@ def resolve_vectors(redis: RedisArgument, settings: Settings | None) -> tuple[Re
 
 def vectors_of(manager: RedisManager) -> VectorStore:
     """The store behind *manager* in the running loop."""
-    return manager.part(_make_vectors) if manager.has_redis else manager.shared(MemoryVectors)
+    if not manager.has_redis:
+        return manager.shared(MemoryVectors)
+    try:
+        return manager.part(_make_vectors)
+    except Exception as error:
+        # No client can be built, such as for a cluster's host without an address.
+        return AbsentVectors(classify(error))
 
 
 def _make_vectors(manager: RedisManager, client: Client) -> RedisVectors | ClusterVectors:

@@ -14,12 +14,14 @@ from typing import Any
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
+from .. import aside
 from ..client import Client, build_client
 from ..connection import RedisManager, describe
 from ..errors import Failure, classify
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
 from ..settings import Settings
+from .batching import batch_finding
 from .findings import (
     Finding,
     Info,
@@ -66,6 +68,17 @@ class Node:
             return True
         node = self._client.get_node_from_key(key.decode())
         return node is not None and node.name == self._target.name
+
+    async def is_whole(self, info: Info) -> bool:
+        """Whether all slots are here: a cluster of one node, or no cluster at all."""
+        if info.get("cluster_enabled") != 1:
+            return True
+        try:
+            said = await self.run("CLUSTER INFO")
+        except RedisError:
+            return False
+        said = said if isinstance(said, dict) else dict(aside.info_fields(said))
+        return said.get("cluster_size") == "1" and said.get("cluster_slots_ok") == str(SLOTS)
 
     async def info(self) -> Info:
         """``INFO``; empty where it is forbidden."""
@@ -181,10 +194,16 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
     hash_key, list_key, vector_keys = probe_keys(server.settings.REDIS_KEY_PREFIX, node.holds)
     missing = await try_rights(node.run, rights, hash_key, list_key, vector_keys)
     info = await node.info()
-    found = [version_finding(info), *role_findings(server, info), *rights_findings(server, rights, missing, info)]
+    found = [
+        version_finding(info),
+        *role_findings(server, info, is_whole=await node.is_whole(info)),
+        *rights_findings(server, rights, missing, info),
+    ]
     on_step(f"{node.server}: script")
     if server.limits:
         found.append(await _script(manager, node))
+        batch = await batch_finding(node.run, server.settings)
+        found += [batch] if batch is not None else []
     on_step(f"{node.server}: latency")
     if not any(each.right == "+ping" for each in missing):
         found.append(await _latency(server, node))

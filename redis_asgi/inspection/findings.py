@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import Failure
 from ..notation import parse_limits
-from ..settings import Settings
+from ..settings import Settings, weakened_by
 from .rights import DISPENSABLE, Missing, Rights, user_of
 from .servers import Server
 
@@ -53,12 +53,14 @@ def settings_finding(settings: Settings) -> Finding:
 def tls_findings(server: Server) -> list[Finding]:
     """Whether the way there is safe; nothing without TLS."""
     settings = server.settings
-    url = settings.REDIS_URL.get_secret_value().lower() if settings.REDIS_URL else ""
+    url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
     if not (settings.REDIS_SSL or url.startswith("rediss:")):
         return []
-    if "ssl_cert_reqs=none" in url or "ssl_check_hostname=false" in url:
+    weakness = weakened_by(url)
+    if weakness is not None:
         fix = "Take it out of the URL, and set REDIS_SSL_CA_CERTS to the authority's certificate."
-        return [Finding("tls", "warn", "the URL says not to verify the certificate", fix, server.name)]
+        text = f"the URL says not to verify all of the certificate ({weakness})"
+        return [Finding("tls", "warn", text, fix, server.name)]
     return [Finding("tls", "ok", "encrypted; certificate and host name verified", server=server.name)]
 
 
@@ -76,8 +78,12 @@ def version_finding(info: Info) -> Finding:
     return Finding("version", "ok", f"{name} {text}")
 
 
-def role_findings(server: Server, info: Info) -> list[Finding]:
-    """Whether it takes writes, and is addressed as what it is."""
+def role_findings(server: Server, info: Info, *, is_whole: bool = False) -> list[Finding]:
+    """Whether it takes writes, and is addressed as what it is.
+
+    Args:
+        is_whole: Whether it holds all keys, though it may be a node of a cluster.
+    """
     found = []
     if info.get("role") == "slave":
         fix = "Point it at the primary, or set REDIS_SENTINELS and REDIS_SENTINEL_MASTER, which follow it."
@@ -85,8 +91,13 @@ def role_findings(server: Server, info: Info) -> list[Finding]:
     elif info:
         found.append(Finding("role", "ok", "primary"))
     if info.get("cluster_enabled") == 1 and not server.settings.REDIS_CLUSTER:
-        text = "a node of a cluster, addressed as if it were alone: most keys live elsewhere"
-        found.append(Finding("cluster", "fail", text, "Set REDIS_CLUSTER=true."))
+        fix = "Set REDIS_CLUSTER=true."
+        if is_whole:
+            text = "a cluster of one node, addressed as one server: nothing is found any more once it has a second"
+            found.append(Finding("cluster", "warn", text, fix))
+        else:
+            text = "a node of a cluster, addressed as if it were alone: most keys live elsewhere"
+            found.append(Finding("cluster", "fail", text, fix))
     return found
 
 

@@ -17,10 +17,11 @@ exceptions.
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any, Protocol, TypeAlias
 
 from ..breaker import Breaker
-from ..errors import Failure, classify_reply
+from ..errors import Failure, OddReply, classify_reply
 from ..telemetry import telemetry
 from .policy import Charges
 from .strategies import VALUES_PER_COUNTER, Mode, Reply
@@ -84,13 +85,29 @@ class Check:
 class Batch:
     """Checks that are sent together; from here on their command may run whatever happens."""
 
-    __slots__ = ("checks", "is_told", "limit", "written")
+    __slots__ = ("calls", "checks", "is_told", "limit", "worst", "written")
 
     def __init__(self, checks: list[Check], written: float, limit: float) -> None:
         self.checks = checks
         self.written = written  # on the loop's clock
         self.limit = limit  # when its connection is dropped
         self.is_told = False  # whether the breaker has heard how it went
+        self.calls = 1  # commands that are not answered yet
+        self.worst: Failure | None = None  # of those that are
+
+
+class Apart(Protocol):
+    """What is to be done about a server that refuses keys of several slots in one command."""
+
+    @property
+    def now(self) -> bool:
+        """Whether each command has the keys of one partition only."""
+
+    def found(self) -> None:
+        """Note that the server has refused such a command; from here on it gets none."""
+
+    def takes(self, check: Check) -> bool:
+        """Ask *check* in parts, if it has several partitions; whether that is so."""
 
 
 class Wire(Protocol):
@@ -124,9 +141,13 @@ class Batcher:
 
     Args:
         clock: The script's time in us, for tests; ``None`` = Redis's own.
+
+    Attributes:
+        apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
     """
 
     def __init__(self, wire: Wire, breaker: Breaker, *, clock: int | None = None) -> None:
+        self.apart: Apart | None = None
         self.loop = asyncio.get_running_loop()
         self.clock = clock
         self.closed = False
@@ -155,9 +176,13 @@ class Batcher:
         """Send what is taken from now on over *wire*."""
         self._wire = wire
 
-    def submit(self, check: Check) -> None:
-        """Queue *check*; its future resolves by its deadline, to a reply or a failure."""
-        if self.breaker.state != "closed":
+    def submit(self, check: Check, *, is_admitted: bool = False) -> None:
+        """Queue *check*; its future resolves by its deadline, to a reply or a failure.
+
+        Args:
+            is_admitted: Whether the breaker has been asked about it.
+        """
+        if self.breaker.state != "closed" and not is_admitted:
             if not self.breaker.admits():
                 check.answer(self.breaker.reason)
                 return
@@ -167,6 +192,8 @@ class Batcher:
                 self._renewed = self.breaker.good_probes
                 self._wire.renew()
             self.loop.call_soon(self.start_if_due)
+        if self.apart is not None and self.apart.now and self.apart.takes(check):
+            return
         waiting = self._waiting
         waiting.append(check)
         self._waiting_counters += check.charges.counters
@@ -262,6 +289,26 @@ class Batcher:
             resolve(batch.checks, failure)
         self._tell(batch, failure)
 
+    def again(self, batch: Batch) -> None:
+        """Ask once more what *batch* did, each partition by a command of its own: it was refused, and nothing ran.
+
+        That is a fact about the server, not about its health, so the breaker hears nothing.
+        """
+        self._sent.discard(batch)
+        batch.is_told = True
+        checks, batch.checks = still_waiting(batch.checks), []
+        if self.apart is not None:
+            self.apart.found()
+        for check in checks:
+            self.submit(check, is_admitted=True)
+
+    def groups(self, checks: list[Check]) -> list[list[Check]]:
+        """*checks* by what may go in one command: all of them, unless partitions are kept apart."""
+        if self.apart is None or not self.apart.now:
+            return [checks]
+        checks.sort(key=slot_key)
+        return [list(group) for _, group in groupby(checks, slot_key)]
+
     def lost(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
         self._commands.labels("check", failure.value).inc()
@@ -348,6 +395,21 @@ def _split(checks: Iterable[Check], now: float) -> tuple[list[Check], list[Check
     return late, rest
 
 
+def slot_key(check: Check) -> bytes:
+    """The key that says which slot, and so which node, a check of one partition belongs to."""
+    return check.charges[0].partition.key
+
+
+def spans_slots(checks: Iterable[Check]) -> bool:
+    """Whether a command for *checks* has keys of more than one partition."""
+    return len({charge.partition.key for check in checks for charge in check.charges}) > 1
+
+
+def graver(one: Failure | None, other: Failure | None) -> Failure | None:
+    """Of what went wrong with two commands of a batch, what is to be told of it: a `Failure.REPLY` says least."""
+    return other if one is None or (one is Failure.REPLY and other is not None) else one
+
+
 def still_waiting(checks: Iterable[Check]) -> list[Check]:
     """Those of *checks* that somebody waits for, or that nobody ever did: what is settled after a response."""
     return [check for check in checks if not check.future.done()]
@@ -366,8 +428,15 @@ def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
         Why some have no verdict, the gravest reason; ``None`` when all have one.
 
     Raises:
-        ValueError: If it is no reply to them; whoever has no outcome yet still waits then.
+        OddReply: If it is no reply to them; whoever has no outcome yet still waits then.
     """
+    try:
+        return _distribute(checks, reply)
+    except (TypeError, LookupError):
+        raise OddReply("The reply is not one to these checks.") from None
+
+
+def _distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
     at = 0
     worst: Failure | None = None
     for check in checks:
@@ -376,15 +445,15 @@ def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
             message = reply[at + 1]
             outcome = classify_reply(message.decode() if isinstance(message, bytes) else str(message))
             at += 2
-            if worst is None or worst is Failure.REPLY:
-                worst = outcome
+            worst = graver(worst, outcome)
         else:
             end = at + 1 + VALUES_PER_COUNTER * check.charges.counters
             outcome = reply[at:end]
             at = end
+            sum(outcome)  # of anything but numbers a TypeError
             if at > len(reply):
                 break
         check.answer(outcome)
     if at != len(reply):
-        raise ValueError("The reply is not one to these checks.")
+        raise LookupError
     return worst

@@ -13,8 +13,9 @@ from itertools import groupby
 from typing import Literal, cast
 
 from ..connection import PROCESS, RedisManager
-from ..errors import Failure, classify
+from ..errors import Failure, OddReply, classify
 from ..settings import HeaderStyle, OnRedisError, Settings
+from ..telemetry import telemetry
 from .batch import Batcher, Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
@@ -206,8 +207,8 @@ class Engine:
         ):
             try:
                 batcher = self._batcher()
-            except OSError as error:
-                # The client cannot even be built: its host has no address.
+            except Exception as error:
+                # The client cannot even be built, such as for a host without an address.
                 return self._without_redis(charges, mode, classify(error))
         breaker = batcher.breaker
         if breaker is not None and breaker.state == "open":
@@ -267,18 +268,36 @@ class Engine:
         if mode == "refund":
             done()
         if verdict.source != "redis":
-            divisor = self._divisor if self.manager.has_redis else 1
-            self._local.decide(mode, charges, receipts=receipts, divisor=divisor)
+            self._apply_here(mode, charges, receipts)
         else:
             # On a cluster each charge may live on another node.
             for _, same in groupby(charges, lambda charge: charge.partition.key):
                 mine = Charges(same)
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
-                batcher = self._batcher()
-                check = Check(batcher.loop, mode, mine, self._timeout, theirs)
+                try:
+                    batcher = self._batcher()
+                except Exception as error:
+                    self._settled(mode, mine, classify(error))
+                    continue
+                check = Check(batcher.loop, mode, mine, self._timeout, theirs, self._read_settled)
                 if mode == "refund":
                     check.future.add_done_callback(done)
                 batcher.submit(check)
+
+    def _read_settled(self, check: Check, outcome: Outcome) -> Outcome:
+        self._settled(check.mode, check.charges, outcome)
+        return outcome
+
+    def _settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
+        """Count what came of a charge or a refund; one that Redis did not take is made here, or dropped."""
+        failure = outcome.value if isinstance(outcome, Failure) else ""
+        telemetry().redis_commands.labels("settle", failure or "ok").inc()
+        if failure and mode == "charge":
+            self._apply_here("charge", charges, ())
+
+    def _apply_here(self, mode: Mode, charges: Charges, receipts: Sequence[int]) -> None:
+        divisor = self._divisor if self.manager.has_redis else 1
+        self._local.decide(mode, charges, receipts=receipts, divisor=divisor)
 
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
@@ -319,7 +338,10 @@ class Engine:
         """
         key = partition.key
         client = await self.manager.get_connection()
-        fields = [f if isinstance(f, bytes) else f.encode() for f in await client.execute_command("HKEYS", key)]
+        reply = await client.execute_command("HKEYS", key)
+        if not isinstance(reply, list):
+            raise OddReply(f"HKEYS was answered by {type(reply).__name__}")
+        fields = [f if isinstance(f, bytes) else f.encode() for f in reply]
         chosen = fields if name is None else _of_rule(fields, name)
         if not chosen:
             return False

@@ -15,9 +15,9 @@ from redis.asyncio.connection import AbstractConnection
 
 from .. import aside
 from ..client import Turnstile
-from ..errors import Failure, classify, classify_reply
+from ..errors import Failure, OddReply, classify, classify_reply, is_crossslot
 from ..telemetry import telemetry
-from .batch import Batch, Batcher, distribute, still_waiting
+from .batch import Batch, Batcher, Check, distribute, graver, resolve, spans_slots, still_waiting
 from .wires import SCRIPT, SCRIPT_SHA, PoolWire, packed
 
 
@@ -28,7 +28,10 @@ class Line(asyncio.Protocol):
         self, wire: "LineWire", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
     ) -> None:
         self.connection = connection
-        self.sent: deque[tuple[Batch, bool]] = deque()  # and whether with the script in full
+        # Each command: of which batch, for which of its checks, and whether with the script in full.
+        self.sent: deque[tuple[Batch, list[Check], bool]] = deque()
+        self.under_way = 0  # batches
+        self._why: Failure | None = None  # it was dropped
         self._wire = wire
         self._batcher = batcher
         self._transport = transport
@@ -44,8 +47,12 @@ class Line(asyncio.Protocol):
 
     def send(self, batch: Batch) -> None:
         """Write *batch*."""
-        self.sent.append((batch, False))
-        self._transport.write(packed(b"EVALSHA", SCRIPT_SHA, batch.checks, self._batcher.clock))
+        self.under_way += 1
+        groups = self._batcher.groups(batch.checks)
+        batch.calls = len(groups)
+        for group in groups:
+            self.sent.append((batch, group, False))
+            self._transport.write(packed(b"EVALSHA", SCRIPT_SHA, group, self._batcher.clock))
 
     def hang_up(self) -> None:
         """Drop the connection at once; what was sent is told so."""
@@ -61,7 +68,7 @@ class Line(asyncio.Protocol):
         unread.append(data)
         if len(unread) > 1:
             return
-        if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][0].checks) == 1:
+        if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][1]) == 1:
             self.read()
             return
         # Two turns of the loop later the requests that came in together with it are waiting. They leave in the next
@@ -84,7 +91,7 @@ class Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._wire.lost(self)
         self._give_out()
-        failure = classify(exc) if exc is not None else Failure.CONNECTION
+        failure = self._why or (classify(exc) if exc is not None else Failure.CONNECTION)
         while self.sent:
             self._batcher.done(self.sent.popleft()[0], failure)
         self._theirs.connection_lost(exc)
@@ -98,30 +105,45 @@ class Line(asyncio.Protocol):
                 self._replies.feed(data)
             while (reply := self._replies.gets()) is not False:
                 self._answer(reply)
-        except Exception:
+        except Exception as error:
+            self._why = classify(error)
             return False
         return True
 
     def _answer(self, reply: Any) -> None:
-        batch, in_full = self.sent[0]
+        if not self.sent:
+            raise OddReply("Nothing was asked.")
+        batch, checks, in_full = self.sent[0]
         if not isinstance(reply, hiredis.ReplyError):
-            failure = distribute(batch.checks, reply)
+            failure = distribute(checks, reply)
             self.sent.popleft()  # not before the reply has proved to be one, else nobody would fail it
-            self._batcher.done(batch, failure)
+            self._answered(batch, failure)
             return
         self.sent.popleft()
         if str(reply).startswith("NOSCRIPT") and not in_full:
             # Nothing ran, so sending it again cannot count twice.
-            checks = still_waiting(batch.checks)
+            checks = still_waiting(checks)
             if checks:
                 telemetry().redis_script_loads.inc()
-                self.sent.append((batch, True))
+                self.sent.append((batch, checks, True))
                 self._transport.write(packed(b"EVAL", SCRIPT, checks, self._batcher.clock))
-                batch.checks = checks
             else:
-                self._batcher.done(batch, None)
+                self._answered(batch, None)
+        elif is_crossslot(reply) and spans_slots(checks):
+            self.under_way -= 1
+            self._batcher.again(batch)
         else:
-            self._batcher.done(batch, classify_reply(str(reply)))
+            failure = classify_reply(str(reply))
+            resolve(checks, failure)
+            self._answered(batch, failure)
+
+    def _answered(self, batch: Batch, failure: Failure | None) -> None:
+        """Note how a command of *batch* went, and with the last one the batch."""
+        batch.calls -= 1
+        batch.worst = graver(batch.worst, failure)
+        if not batch.calls:
+            self.under_way -= 1
+            self._batcher.done(batch, batch.worst)
 
 
 class LineWire:
@@ -138,7 +160,7 @@ class LineWire:
     @property
     def busy(self) -> int:
         line = self._line
-        return (len(line.sent) if line is not None else 0) + (self._connecting is not None)
+        return (line.under_way if line is not None else 0) + (self._connecting is not None)
 
     def lacks(self) -> Failure:
         return Failure.POOL if self._pool.exhausted and self._line is None else Failure.TIMEOUT
@@ -161,7 +183,7 @@ class LineWire:
             self._line.read()
 
     def abort(self, batch: Batch) -> None:
-        if self._line is not None and any(sent is batch for sent, _ in self._line.sent):
+        if self._line is not None and any(call[0] is batch for call in self._line.sent):
             self._line.hang_up()
 
     def renew(self) -> None:

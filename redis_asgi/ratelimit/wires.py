@@ -16,10 +16,10 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import AskError, NoScriptError, ResponseError, TryAgainError
 
 from .. import aside
-from ..errors import Failure, classify
+from ..errors import Failure, OddReply, classify, is_crossslot
 from ..nodes import node_connection
 from ..telemetry import telemetry
-from .batch import Batch, Batcher, Check, distribute, resolve, still_waiting
+from .batch import Batch, Batcher, Check, distribute, graver, resolve, slot_key, spans_slots, still_waiting
 from .policy import WHAT_REMAINS, bulk, log_key
 
 
@@ -172,24 +172,76 @@ class PoolWire(TaskWire):
         try:
             await aside.freshen(connection)
             batch = self.take(batcher)
-            if batch is None:
-                return None
-            checks = batch.checks
-            try:
-                await connection.send_packed_command(packed(b"EVALSHA", SCRIPT_SHA, checks, batcher.clock))
-                reply = await connection.read_response(disable_decoding=True)
-            except NoScriptError:
-                # Nothing ran, so sending it again cannot count twice.
-                checks = still_waiting(checks)
-                if not checks:
-                    return None
-                telemetry().redis_script_loads.inc()
-                await connection.send_packed_command(packed(b"EVAL", SCRIPT, checks, batcher.clock))
-                reply = await connection.read_response(disable_decoding=True)
-            return distribute(checks, reply)
+            return None if batch is None else await self._ask(batcher, connection, batch)
+        except BaseException:
+            # Whatever comes there now is nobody's.
+            await aside.hang_up(connection)
+            raise
         finally:
             connection.socket_timeout = timeout
             await self._pool.release(connection)
+
+    async def _ask(self, batcher: Batcher, connection: AbstractConnection, batch: Batch) -> Failure | None:
+        groups = batcher.groups(batch.checks)
+        replies = await _call(connection, b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
+        if is_crossslot(replies[0]) and spans_slots(groups[0]):
+            batcher.again(batch)
+            return None
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        for i in unknown:
+            # Nothing ran, so sending it again cannot count twice.
+            groups[i] = still_waiting(groups[i])
+        unknown = [i for i in unknown if groups[i]]
+        if unknown:
+            telemetry().redis_script_loads.inc(len(unknown))
+            more = await _call(connection, b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
+            for i, reply in zip(unknown, more, strict=True):
+                replies[i] = reply
+            if is_crossslot(replies[0]) and spans_slots(groups[0]):
+                batcher.again(batch)
+                return None
+        return hand_out(groups, replies)
+
+
+async def _call(
+    connection: AbstractConnection, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None
+) -> list[Any]:
+    """A command for each of *groups* in one write, and its replies; error replies are among them."""
+    await connection.send_packed_command([packed(command, script, group, clock) for group in groups])
+    return [await _reply(connection) for _ in groups]
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response(disable_decoding=True)
+    except ResponseError as error:
+        return error
+
+
+def hand_out(groups: Sequence[list[Check]], replies: Sequence[Any]) -> Failure | None:
+    """Give each of *groups* what its reply says; why some have no verdict, the gravest reason.
+
+    Raises:
+        OddReply: When one is no reply to its group; the others are given theirs.
+    """
+    worst: Failure | None = None
+    odd: OddReply | None = None
+    for group, reply in zip(groups, replies, strict=True):
+        if isinstance(reply, NoScriptError) and not group:
+            continue
+        if isinstance(reply, Exception):
+            failure: Failure | None = classify(reply)
+        else:
+            try:
+                failure = distribute(group, reply)
+            except OddReply as error:
+                failure, odd = Failure.REPLY, error
+        if failure is not None:
+            resolve(group, failure)
+        worst = graver(worst, failure)
+    if odd is not None:
+        raise odd
+    return worst
 
 
 class TableWire(TaskWire):
@@ -249,16 +301,10 @@ class NodeWire(TaskWire):
                 again = await _pipeline(connection, b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
                 for i, reply in zip(unknown, again, strict=True):
                     replies[i] = reply
-        worst: Failure | None = None
-        for group, reply in zip(groups, replies, strict=True):
-            moved = isinstance(reply, AskError | TryAgainError)  # a MovedError is an AskError
-            told = await self._follow(group, batcher.clock) if moved else reply
-            failure = classify(told) if isinstance(told, Exception) else distribute(group, told)
-            if isinstance(told, Exception) and failure is not None:
-                resolve(group, failure)
-            if worst is None or worst is Failure.REPLY:
-                worst = failure
-        return worst
+        for i, reply in enumerate(replies):
+            if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
+                replies[i] = await self._follow(groups[i], batcher.clock)
+        return hand_out(groups, replies)
 
     async def _follow(self, group: list[Check], clock: int | None) -> Any:
         """The reply of the node that the partition of *group* has moved to; here nothing ran."""
@@ -286,8 +332,3 @@ async def _pipeline(
         except ResponseError as error:
             replies.append(error)
     return replies
-
-
-def slot_key(check: Check) -> bytes:
-    """The key that says which slot, and so which node, a check of one partition belongs to."""
-    return check.charges[0].partition.key

@@ -53,6 +53,27 @@ async def test_without_redis_the_app_answers(caplog: pytest.LogCaptureFixture) -
     assert 1 == sum(r.message == "redis_asgi.redis_unavailable" for r in caplog.records)
 
 
+@pytest.mark.parametrize("where", ["redis_asgi.connection.build_client", "redis_asgi.client.Turnstile.make_connection"])
+async def test_with_a_defect_the_app_answers(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """What no Redis causes is a bypass, and one line with a traceback."""
+    monkeypatch.setattr("redis_asgi.errors._said", set())
+
+    def raise_it(*_given: object, **_options: object) -> None:
+        raise TypeError("got an unexpected keyword argument")
+
+    monkeypatch.setattr(where, raise_it)
+    app = EmbeddingCacheMiddleware(server(Spy()), redis=RedisManager(settings_of(redis_url)))
+    async with client(app) as c:
+        for _ in range(3):
+            assert "redis-asgi; fwd=bypass; detail=redis-down" == cache_status(await ask(c, "a", "b"))
+    cache = EmbeddingCache(RedisManager(settings_of(redis_url)))
+
+    assert {} == await cache.get_many(["x"])
+    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+
+
 async def test_vectors_under_one_anothers_keys_are_misses(redis_url: str, redis_client: sync_redis.Redis) -> None:
     """Whatever mixed them up, they are computed anew, and the others are hits as before."""
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(redis_url))

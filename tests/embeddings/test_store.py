@@ -18,7 +18,7 @@ from ..kit.servers import ExternalServer, Server
 from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 
 @asynccontextmanager

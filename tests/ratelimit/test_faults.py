@@ -12,14 +12,15 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from redis_asgi import RateLimitMiddleware, RedisManager, Rule, Settings
+from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
+from redis_asgi.telemetry import telemetry
 
 from ..kit.proxy import FaultProxy
-from ..kit.servers import Server, wait_until
+from ..kit.servers import Server, ServerExited, wait_until
 from .harness import Spy, client_of, drive, header, http_scope
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 StartServer = Callable[..., Server]
 CLOSED_PORT = "redis://127.0.0.1:1"
@@ -184,9 +185,40 @@ async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(privat
     assert Failure.PERMISSION is app._manager.breaker().reason
 
 
+@pytest.mark.parametrize("right", ["evalsha", "time", "hset", "pexpire", "pttl"])
+async def test_right_that_is_missing_in_the_script_is_one_too(any_server: StartServer, right: str) -> None:
+    """On every version a right that only the script needs opens the breaker at once, for what it is."""
+    server = any_server()
+    server.command("ACL", "SETUSER", "default", f"-{right}")
+    app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
+    await timed(app)
+    await timed(app)
+    state, reason = app._manager.breaker_state, app._manager.breaker().reason
+    await app._manager.close()
+
+    assert ("open", Failure.PERMISSION) == (state, reason)
+
+
+async def test_failover_behind_a_name_is_followed_on_every_version(any_server: StartServer) -> None:
+    """The node the limiter is connected to becomes a replica: the next connection finds who took over."""
+    first, second = any_server(), any_server()
+    async with FaultProxy(first.host, first.port) as proxy:
+        app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=proxy.url))
+        await timed(app)
+        proxy.lead_to(second.host, second.port)
+        first.command("REPLICAOF", second.host, str(second.port))
+        deadline = asyncio.get_running_loop().time() + 5
+        while not second.client().exists("rate_limit:{192.0.2.9}") and asyncio.get_running_loop().time() < deadline:
+            await timed(app, client=("192.0.2.9", 1))
+            await asyncio.sleep(0.02)
+        await app._manager.close()
+
+    assert 1 == second.client().exists("rate_limit:{192.0.2.9}")
+
+
 async def test_busy_and_full_servers_fall_back(private_server: StartServer) -> None:
     """BUSY and maxclients: the limit is held here, and Redis is used again half a second after."""
-    server = private_server("--busy-reply-threshold", "1", "--maxclients", "40")
+    server = private_server("--lua-time-limit", "1", "--maxclients", "40")
     app = RateLimitMiddleware(Spy(), "3/minute", settings=Settings(REDIS_URL=server.url))
     await timed(app, client=("192.0.2.1", 1))
     blocker = aioredis.Redis.from_url(server.url, retry=Retry(NoBackoff(), 0))
@@ -220,7 +252,10 @@ async def test_busy_and_full_servers_fall_back(private_server: StartServer) -> N
 
 async def test_loading_server_falls_back(private_server: StartServer) -> None:
     """A server that still reads its data answers LOADING: the limit is held here, and Redis is used once it is up."""
-    server = private_server("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+    try:
+        server = private_server("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+    except ServerExited:
+        pytest.skip("Redis 6.2 cannot be slowed down so that it answers meanwhile")
     server.client().mset({f"other:{number}": "x" * 4096 for number in range(50)})
     server.command("CONFIG", "SET", "rdbcompression", "no")
     server.command("SAVE")
@@ -391,6 +426,86 @@ async def test_client_that_cannot_be_built_falls_back(monkeypatch: pytest.Monkey
     app = RateLimitMiddleware(Spy(), "2/minute", settings=Settings(REDIS_URL="redis://nowhere.invalid"))
 
     assert [200, 200, 429] == [(await timed(app))[0] for _ in range(3)]
+
+
+@pytest.mark.parametrize("where", ["building", "connecting"])
+@pytest.mark.parametrize(("on", "expected"), [("local", [200, 200, 429]), ("open", [200] * 3), ("closed", [503] * 3)])
+async def test_a_defect_is_decided_as_without_redis(
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    on: Any,
+    expected: Any,
+) -> None:
+    """What no Redis causes, such as an odd version of redis-py, is no 500, no outage, and one line with a traceback."""
+    monkeypatch.setattr("redis_asgi.errors._said", set())
+
+    def raise_it(*_given: object, **_options: object) -> None:
+        raise TypeError("__init__() got an unexpected keyword argument 'maint_notifications_config'")
+
+    if where == "building":
+        monkeypatch.setattr("redis_asgi.connection.build_client", raise_it)
+    else:
+        monkeypatch.setattr("redis_asgi.client.Turnstile.make_connection", raise_it)
+    app = RateLimitMiddleware(Spy(), "2/minute", on_redis_error=on, redis=RedisManager(Settings(REDIS_URL=redis_url)))
+    statuses = [(await timed(app))[0] for _ in range(3)]
+    await app._manager.close()
+
+    assert expected == statuses
+    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert "unexpected keyword argument" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+async def test_a_charge_that_redis_does_not_take_is_made_here(private_server: StartServer, state: str) -> None:
+    """What an admitted answer costs in the end is not lost with Redis, whether the breaker knows of it or not."""
+    server = private_server()
+    go = asyncio.Event()
+
+    async def tokens(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await go.wait()
+        scope["state"]["rate_limit"].charge(7)
+        await send({"type": "http.response.body", "body": b"x"})
+
+    app = RateLimitMiddleware(tokens, "10/hour", redis=RedisManager(Settings(REDIS_URL=server.url)))
+    manager = app._manager
+    answering = asyncio.create_task(drive(app, http_scope()))
+    while not server.command("KEYS", "*"):
+        await asyncio.sleep(0.01)
+    server.kill()
+    limiter = RateLimiter(manager)
+    while state == "open" and manager.breaker_state != "open":
+        await limiter.consume("other")
+    settled = telemetry().redis_commands.labels("settle", "connection")
+    before = settled._value.get()
+    go.set()
+    await answering
+    while settled._value.get() == before:
+        await asyncio.sleep(0.01)
+    go.set()
+    sent = await drive(app, http_scope())
+    await manager.close()
+
+    assert b'"default";r=2;t=3600' == header(sent[0], b"ratelimit")
+
+
+async def test_a_reset_that_is_answered_oddly_is_none() -> None:
+    """HKEYS answered by a number is an odd reply, and no defect."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(b":42\r\n" if b"HKEYS" in data else b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    limiter = RateLimiter(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    found = await limiter.reset("somebody")
+    await limiter._engine.manager.close()
+    listener.close()
+
+    assert found is False
 
 
 async def test_shadow_and_dry_run_never_refuse_even_when_closed() -> None:

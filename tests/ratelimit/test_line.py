@@ -129,11 +129,21 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
 
 
 @pytest.mark.parametrize(
-    "said",
-    [b"HTTP/1.1 400 Bad Request", b":1", b"$-1", b"*0", b"*1\r\n:1", b"*1\r\n:-1", b"*3" + b"\r\n:1" * 3],
-    ids=["no reply", "number", "nothing", "empty", "short", "no message", "another question's"],
+    ("said", "expected"),
+    [
+        pytest.param(b"HTTP/1.1 400 Bad Request", Failure.CONNECTION, id="no reply"),
+        pytest.param(b":1", Failure.REPLY, id="number"),
+        pytest.param(b"+OK", Failure.REPLY, id="status"),
+        pytest.param(b"$-1", Failure.REPLY, id="nothing"),
+        pytest.param(b"*-1", Failure.REPLY, id="no list"),
+        pytest.param(b"*0", Failure.REPLY, id="empty"),
+        pytest.param(b"*1\r\n:1", Failure.REPLY, id="short"),
+        pytest.param(b"*1\r\n:-1", Failure.REPLY, id="no message"),
+        pytest.param(b"*3" + b"\r\n:1" * 3, Failure.REPLY, id="another question's"),
+        pytest.param(b"*6" + b"\r\n:1" * 5 + b"\r\n+OK", Failure.REPLY, id="no numbers"),
+    ],
 )
-async def test_what_is_no_redis_is_hung_up_on(said: bytes) -> None:
+async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Failure) -> None:
     """What is no reply to it ends the connection, and the check fails at once; nothing is read out of step."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -144,7 +154,7 @@ async def test_what_is_no_redis_is_hung_up_on(said: bytes) -> None:
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
     async with asyncio.timeout(2):
-        assert Failure.CONNECTION is await ask(batcher_of(manager))
+        assert expected is await ask(batcher_of(manager))
     assert not batcher_of(manager)._sent
     await manager.close()
     listener.close()

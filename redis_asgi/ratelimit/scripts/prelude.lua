@@ -15,20 +15,23 @@ local function integer(x) return format('%.0f', x) end
 -- The parts of a stored field, as text: Lua's arithmetic reads numbers in text, comparison does not.
 local function parts(raw, pattern)
   local a, b, c = match(raw, pattern)
-  if not a then error('ERR not a counter of this package: ' .. string.sub(raw, 1, 40)) end
+  if not a then error('ERR not a counter of this package: ' .. string.sub(raw, 1, 40), 0) end
   return a, b, c
 end
 
 -- After a write, so that a server out of memory refuses the write itself. A second of slack for the clock of a replica
--- that takes over. Never shortens, and heals a key without a TTL; a new key that may have none does not stay.
+-- that takes over. Never shortens, and heals a key without a TTL; a new key that may have none does not stay, and where
+-- nobody may ask how long it has, it gets one all the same. Errors are raised without a position.
 local function expire(key, us)
   if us <= 0 then return end
   local needed = ceil(us / 1000) + 1000
-  local left = call('PTTL', key)
-  if left >= needed then return end
+  local left = redis.pcall('PTTL', key)
+  local denied = type(left) == 'table' and left.err
+  if denied then left = -1 elseif left >= needed then return end
   local said = redis.pcall('PEXPIRE', key, integer(needed))
   if type(said) == 'table' and said.err then
     if left < 0 then call('UNLINK', key) end
-    error(said.err)
+    error(said.err, 0)
   end
+  if denied then error(denied, 0) end
 end
