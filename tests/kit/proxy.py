@@ -6,7 +6,21 @@ import struct
 from contextlib import suppress
 from typing import Literal, Self
 
-Mode = Literal["pass", "delay", "drop_replies", "cut_replies", "reset", "blackhole", "refuse", "chunk"]
+import hiredis
+
+Mode = Literal[
+    "pass",
+    "delay",
+    "drop_replies",
+    "cut_replies",
+    "begun_replies",
+    "torn_replies",
+    "answer",
+    "reset",
+    "blackhole",
+    "refuse",
+    "chunk",
+]
 
 
 class FaultProxy:
@@ -22,6 +36,7 @@ class FaultProxy:
         self._mode: Mode = "pass"
         self._seconds = 0.0
         self._times: int | None = None
+        self._reply = b""
         self._port = 0
         self._listener: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -50,15 +65,16 @@ class FaultProxy:
         self._hang_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None) -> None:
+    async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None, reply: bytes = b"") -> None:
         """Behave like *mode* from now on, on open connections too.
 
         Args:
             mode: One of those in the docstring of ``tests.kit``.
             seconds: How long ``delay`` keeps every reply back.
             times: After so many replies dropped or cut all is well again; ``None`` = until the next `set`.
+            reply: What ``answer`` says to every command, of which the server hears nothing.
         """
-        self._mode, self._seconds, self._times = mode, seconds, times
+        self._mode, self._seconds, self._times, self._reply = mode, seconds, times, reply
         if mode == "refuse":
             await self._deafen()
         elif self._listener is None:
@@ -79,10 +95,13 @@ class FaultProxy:
         for writer in tuple(self._writers):
             _reset(writer)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio complains about a cancelled one of its.
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self.open += 1
         mine = [writer]
@@ -94,7 +113,7 @@ class FaultProxy:
             mine.append(back)
             self._writers.add(back)
             pumps = [
-                asyncio.create_task(self._requests(reader, back)),
+                asyncio.create_task(self._requests(reader, back, writer)),
                 asyncio.create_task(self._replies(there, writer)),
             ]
             try:
@@ -114,12 +133,19 @@ class FaultProxy:
                 with suppress(OSError):
                     await each.wait_closed()
             self.open -= 1
-            self._tasks.discard(task)
 
-    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: asyncio.StreamWriter
+    ) -> None:
+        commands = hiredis.Reader()
         with suppress(OSError):
             while data := await reader.read(65536):
-                if self._mode != "blackhole":
+                if self._mode == "answer":
+                    # As many as were asked for: one too few would be silence.
+                    commands.feed(data)
+                    while commands.gets() is not False:
+                        await self._write(client, self._reply)
+                elif self._mode != "blackhole":
                     await self._write(writer, data)
 
     async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -134,8 +160,13 @@ class FaultProxy:
                     return
                 if mode == "delay":
                     await asyncio.sleep(self._seconds)
+                if mode in ("begun_replies", "torn_replies"):
+                    data = data[:1]
                 if mode not in ("blackhole", "drop_replies"):
                     await self._write(writer, data)
+                if mode == "torn_replies":
+                    _reset(writer)
+                    return
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         pieces = [data[i : i + 1] for i in range(len(data))] if self._mode == "chunk" else [data]

@@ -1,0 +1,33 @@
+"""Fixtures of the laboratory."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ..kit.servers import Server
+from .story import Told, tell
+from .table import NOT_YET, ROWS, SECRET, USER
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `NOT_YET` names."""
+    left_out = []
+    for item in items:
+        name = getattr(item, "originalname", "")
+        row = getattr(getattr(item, "callspec", None), "params", {}).get("told")
+        if row is not None and name in NOT_YET.get(row, ()):
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def told(request: pytest.FixtureRequest, server_binary: str) -> Iterator[Told]:
+    """The story of one row, on a server of its own."""
+    row = ROWS[request.param]
+    server = Server.start(server_binary, "--user", USER, "on", f">{SECRET}", "~*", "&*", "+@all", *row.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        # A refused login is tried every five seconds, which test_breaker shows; here they pass sooner.
+        patch.setattr("redis_asgi.breaker._SLOW_PROBE_EVERY", 0.2)
+        yield tell(row, server)
+    server.stop()
