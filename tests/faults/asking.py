@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import orjson
@@ -12,6 +13,7 @@ from ..ratelimit.harness import http_scope
 from .service import numbers
 
 Header = tuple[bytes, bytes]
+_PORTS = count(1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Exchange:
 
 def limited(app: ASGIApp, mode: str, client: str) -> Exchange:
     """A request from the address *client* that the limit of *mode* covers."""
-    return Exchange(app, f"/{mode}", client=(client, 50_000))
+    return Exchange(app, f"/{mode}", client=(client, next(_PORTS)))
 
 
 def embedding(app: ASGIApp, credential: str, *texts: str) -> Exchange:

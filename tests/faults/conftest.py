@@ -6,7 +6,7 @@ import pytest
 
 from ..kit.servers import Server
 from .story import Told, tell
-from .table import NOT_YET, ROWS, SECRET, USER
+from .table import EVERY_TEST, NOT_YET, ROWS, SECRET, USER
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -15,10 +15,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         name = getattr(item, "originalname", "")
         row = getattr(getattr(item, "callspec", None), "params", {}).get("told")
-        if row is not None and name in NOT_YET.get(row, ()):
+        if row is not None and NOT_YET.get(row, frozenset()) & {name, *EVERY_TEST}:
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines to be printed when all tests have run."""
+    return request.config.stash.setdefault(_FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what was measured."""
+    lines = config.stash.get(_FIGURES, [])
+    if lines:
+        terminalreporter.section("figures of the laboratory")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="module", params=ROWS)
