@@ -112,8 +112,8 @@ def build(
 
     Args:
         quota: Units of each client per hour, on each of ``/local``, ``/open`` and ``/closed``.
-        sabotage: ``vectors`` shares what is not to be shared, ``counters`` counts one client as many: what an oracle
-            has to notice.
+        sabotage: With ``vectors`` in it what is not to be shared is, with ``counters`` one client counts as many:
+            what an oracle has to notice.
     """
     redis: dict[str, Any] = {"redis": manager, "settings": manager.settings}
     app: ASGIApp = Starlette(
@@ -129,8 +129,8 @@ def build(
             Mount("/status", status_app(**redis)),
         ]
     )
-    app = EmbeddingCacheMiddleware(app, share=sabotage == "vectors", **redis)
-    by = _by_connection if sabotage == "counters" else client_ip
+    app = EmbeddingCacheMiddleware(app, share="vectors" in sabotage, **redis)
+    by = _by_connection if "counters" in sabotage else client_ip
     rules = [
         Rule(f"{quota}/hour", name=mode, paths=f"/{mode}*", partition_by=by, on_redis_error=mode, strategy=strategy)
         for mode in MODES
