@@ -75,9 +75,11 @@ class Soak:
     async def _limit(self, ending: asyncio.Event) -> None:
         while not ending.is_set():
             # Redis forgets its counters when it is killed: a client is of one life, or of the time without one.
-            client = f"10.{5 + self._era // 256}.{self._era % 256}.{self.chance.randrange(_CLIENTS)}"
+            era = self._era
+            client = f"10.{5 + era // 256}.{era % 256}.{self.chance.randrange(_CLIENTS)}"
             response = await self._get("/local", client)
-            if response.status_code == 200:
+            # One that was under way at the turn may have been decided by either life.
+            if response.status_code == 200 and era == self._era:
                 self.admitted[client][response.headers["x-source"]] += 1
 
     async def _embed(self, ending: asyncio.Event) -> None:

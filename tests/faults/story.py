@@ -23,7 +23,7 @@ from ..kit.proxy import FaultProxy
 from ..kit.servers import Server, wait_until
 from .asking import Answer, Exchange, embedding, limited
 from .service import MODES, Endpoints, build
-from .table import DEADLINE, Row, Scene
+from .table import Row, Scene
 
 CREDENTIAL = "Bearer one"
 EARLY, ILL, LATE, LAST = (f"10.0.0.{number}" for number in range(1, 5))
@@ -74,12 +74,14 @@ class Phase:
         embeddings: With the texts that were asked for.
         pages: By path.
         worst: The latest a timer of the loop was, in seconds.
+        ping: The longest that a plain PING took beside it, in seconds, while Redis was well.
     """
 
     limited: dict[str, list[Answer]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     embeddings: list[tuple[tuple[str, ...], Answer]] = field(default_factory=list)
     pages: dict[str, Answer] = field(default_factory=dict)
     worst: float = 0.0
+    ping: float = 0.0
 
     @property
     def slowest(self) -> float:
@@ -119,6 +121,12 @@ class Told:
     log: list[tuple[str, str]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     records: list[str] = field(default_factory=list)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the machine stood still for so long that deadlines passed for its own sake."""
+        stood_still = max(max(phase.worst, phase.ping) for phase in (self.before, self.during, self.after))
+        return stood_still > self.row.deadline / 2
 
     def transitions(self, to: str) -> float:
         """How often the breaker came *to* a state before it was last looked at."""
@@ -172,8 +180,8 @@ class _Story:
             self.settings = Settings(
                 REDIS_URL=url,
                 REDIS_TIMEOUT=1,
-                RATE_LIMIT_TIMEOUT=DEADLINE,
-                EMBEDDING_CACHE_TIMEOUT=DEADLINE,
+                RATE_LIMIT_TIMEOUT=row.deadline,
+                EMBEDDING_CACHE_TIMEOUT=row.deadline,
                 EMBEDDING_CACHE_L1_BYTES=0,
                 EMBEDDING_CACHE_NAMESPACE="faults",
                 **row.settings,
@@ -200,10 +208,13 @@ class _Story:
         for _ in range(2):  # once to be stored, once to be found
             await self._embed(phase, *texts)
         self.control.worst()
+        beside = asyncio.create_task(self._ping_beside(phase))
         await self._burst(phase, client)
         await self._embed(phase, *texts)
         await self._look(phase)
         phase.worst = self.control.worst()
+        beside.cancel()
+        await asyncio.gather(beside, return_exceptions=True)
 
     async def _be_ill(self, scene: Scene) -> None:
         told, phase = self.told, self.told.during
@@ -253,6 +264,19 @@ class _Story:
         url = str(self.settings.REDIS_URL and self.settings.REDIS_URL.get_secret_value())
         async with aioredis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=5) as plain:
             await plain.ping()
+
+    async def _ping_beside(self, phase: Phase) -> None:
+        """What Redis itself, or the machine, keeps everybody waiting for."""
+        reader, writer = await asyncio.open_connection(self.server.host, self.server.port)
+        try:
+            while True:
+                began = time.perf_counter()
+                writer.write(b"PING\r\n")
+                await reader.readline()
+                phase.ping = max(phase.ping, time.perf_counter() - began)
+                await asyncio.sleep(0.002)
+        finally:
+            writer.close()
 
     async def _until_redis_decides(self) -> float:
         """How long that took, in seconds."""

@@ -60,6 +60,7 @@ class Row:
         url: With ``{address}`` of the proxy.
         before: Prepares the server.
         from_start: The app has never seen Redis well.
+        deadline: Seconds that a request waits for Redis.
     """
 
     inject: Step
@@ -77,6 +78,7 @@ class Row:
     url: str = f"redis://{USER}:{SECRET}@{{address}}"
     before: Step = nothing
     from_start: bool = False
+    deadline: float = DEADLINE
 
 
 def way(mode: Mode, **options: Any) -> Step:
@@ -225,8 +227,8 @@ ROWS: dict[str, Row] = {
     "black hole from the start": Row(way("blackhole"), well, reason="timeout", health="redis_timeout", from_start=True),
     "lost replies": Row(way("drop_replies"), well, reason="timeout", health="redis_timeout"),
     "too slow": Row(way("delay", seconds=3 * DEADLINE), well, reason="timeout", health="redis_timeout"),
-    "slow": _fine(way("delay", seconds=DEADLINE / 10), well),
-    "replies in single bytes": _fine(way("chunk"), well),
+    "slow": _fine(way("delay", seconds=DEADLINE / 10), well, deadline=10 * DEADLINE),
+    "replies in single bytes": _fine(way("chunk"), well, deadline=10 * DEADLINE),
     "a name without an address": Row(nothing, None, url=f"redis://{USER}:{SECRET}@nowhere.invalid", from_start=True),
     # the server
     "killed": Row(kill, start_again, keeps=False),

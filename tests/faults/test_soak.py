@@ -17,15 +17,16 @@ from .soak import QUOTA, Soak
 SEED = 20_261_129
 
 
-def soaked(start: StartServer, folder: Path, seconds: float, *, restart_every: float) -> Soak:
+def soaked(start: StartServer, folder: Path, seconds: float, figures: list[str], *, restart_every: float) -> Soak:
     """A soak of *seconds*, and the checks that hold for any."""
     server = start()
     with serving(server.url, folder, workers=1, quota=QUOTA) as served:
         soak = Soak(served.port, server, random.Random(SEED))
         asyncio.run(soak.run(seconds, restart_every=restart_every))
+    figures.append(f"soak of {seconds:.0f} s: {soak.figures()}")
 
-        assert [] == soak.wrong
-        assert set() == served.raised
+    assert [] == soak.wrong
+    assert set() == served.raised
     assert {} == soak.over()
     assert len(soak.recoveries) > 1
     assert 0 == soak.late, soak.figures()
@@ -36,15 +37,14 @@ def soaked(start: StartServer, folder: Path, seconds: float, *, restart_every: f
 
 def test_restarts(private_server: StartServer, tmp_path: Path, figures: list[str]) -> None:
     """A few, one after another."""
-    soak = soaked(private_server, tmp_path, 3.0, restart_every=0.5)
-    figures.append(f"soak: {soak.figures()}")
+    soaked(private_server, tmp_path, 3.0, figures, restart_every=0.5)
 
 
 @pytest.mark.slow
 def test_restarts_for_long(private_server: StartServer, tmp_path: Path, figures: list[str]) -> None:
     """One every few seconds; memory is flat."""
     seconds = float(os.environ.get("REDIS_ASGI_SOAK_SECONDS", "45"))
-    soak = soaked(private_server, tmp_path, seconds, restart_every=2.5)
-    figures.append(f"soak of {seconds:.0f} s: {soak.figures()}; memory grew by {soak.growth() - 1:.1%}")
+    soak = soaked(private_server, tmp_path, seconds, figures, restart_every=2.5)
+    figures.append(f"memory grew by {soak.growth() - 1:.1%}")
 
     assert soak.growth() < 1.1
