@@ -65,6 +65,13 @@ class Ledger:
         """Count one answer."""
         self.counts[mode, client].note(answer.status, answer.headers.get("x-source", ""))
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether every mode has seen Redis decide, and not decide."""
+        totals = {mode: self.total(mode) for mode in MODES}
+        without = (totals["local"].local, totals["open"].none, totals["closed"].unavailable)
+        return all(total.redis for total in totals.values()) and all(without)
+
     def total(self, mode: str) -> Count:
         """What all clients of *mode* were answered."""
         total = Count()
