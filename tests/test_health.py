@@ -343,59 +343,6 @@ async def test_info_answered_oddly() -> None:
     assert {} == figures
 
 
-async def test_loading(private_server: StartServer) -> None:
-    """A server that reads its dataset from disk."""
-    server = private_server("--key-load-delay", "50000", "--loading-process-events-interval-bytes", "1024")
-    for number in range(100):
-        server.client().set(f"key-{number}", "x" * 4096)
-    server.command("CONFIG", "SET", "rdbcompression", "no")
-    server.command("SAVE")
-    server.restart(wait=False)
-    app = app_on(server.url)
-
-    async with aioredis.Redis.from_url(server.url) as client:
-        while (await check_redis_health(client))["error"] != "redis_loading":
-            await asyncio.sleep(0.01)
-    await assert_ill(app, "redis_loading")
-
-
-async def test_busy(private_server: StartServer) -> None:
-    """Somebody's script blocks the server, which answers BUSY to a PING as well."""
-    server = private_server("--lua-time-limit", "10")
-    async with aioredis.Redis.from_url(server.url) as other:
-        endless: Any = other.execute_command
-        script = asyncio.create_task(endless("EVAL", "while true do end", 0))
-        await asyncio.sleep(0.1)
-        try:
-            await assert_ill(app_on(server.url), "redis_busy")
-        finally:
-            server.command("SCRIPT", "KILL")
-            await asyncio.gather(script, return_exceptions=True)
-
-
-async def test_replica_is_read_only(replica: Server) -> None:
-    """It answers, and takes no writes: degraded, and unhealthy where counters are required."""
-    await assert_ill(app_on(replica.url), "redis_readonly")
-    await assert_ill(app_on(replica.url, require_redis=True), "redis_readonly", status=503)
-    async with aioredis.Redis.from_url(replica.url) as client:
-        checked = await check_redis_health(client)
-
-    assert ("degraded", "redis_readonly", "standalone") == (checked["status"], checked["error"], checked["mode"])
-
-
-async def test_stopped_writes_are_read_only(private_server: StartServer) -> None:
-    """MISCONF: a snapshot has failed, so the server takes no writes and says so to a PING."""
-    server = private_server("--save", "3600 1")
-    server.folder.joinpath("dump.rdb").mkdir()
-    server.client().set("x", "1")
-    with suppress(Exception):
-        server.command("SAVE")
-    server.command("BGSAVE")
-    wait_until(lambda: server.client().info("persistence")["rdb_last_bgsave_status"] == "err", "a failed snapshot")
-
-    await assert_ill(app_on(server.url), "redis_readonly")
-
-
 async def test_too_many_clients(private_server: StartServer) -> None:
     """maxclients: a new connection is refused, while a check that has one goes on."""
     server = private_server("--maxclients", "3")

@@ -26,6 +26,8 @@ def _client(url: str) -> aioredis.Redis:
     [
         pytest.param("drop_replies", RedisTimeoutError, id="replies swallowed"),
         pytest.param("cut_replies", RedisConnectionError, id="connection closed instead of the reply"),
+        pytest.param("begun_replies", RedisTimeoutError, id="one byte of the reply"),
+        pytest.param("torn_replies", RedisConnectionError, id="one byte of the reply, then a reset"),
         pytest.param("reset", RedisConnectionError, id="reset"),
         pytest.param("blackhole", RedisTimeoutError, id="black hole"),
         pytest.param("refuse", RedisConnectionError, id="refused"),
@@ -46,6 +48,20 @@ async def test_fault_is_felt_and_passes(
         await proxy.set("pass")
 
         assert await client.ping()
+
+
+async def test_answer_is_told_once_for_each_command(private_server: StartServer) -> None:
+    """``answer`` gives as many replies as there are commands in what was written, and the server hears none."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy, _client(proxy.url) as client:
+        await client.ping()
+        await proxy.set("answer", reply=b":42\r\n")
+        pipeline = client.pipeline(transaction=False)
+        for _ in range(3):
+            pipeline.incr("counter")
+
+        assert [42] * 3 == await pipeline.execute()
+        assert server.client().get("counter") is None
 
 
 async def test_lost_reply_is_still_counted_by_the_server(private_server: StartServer) -> None:

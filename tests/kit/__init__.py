@@ -16,8 +16,10 @@ Certificates (``certificates``)
 Faults on the way (``proxy``)
     ``async with FaultProxy(host, port) as proxy``: TCP in between; ``proxy.url accepted open``;
     ``await proxy.set(mode)`` with ``pass``, ``delay`` (``seconds=``), ``drop_replies`` (swallow them),
-    ``cut_replies`` (close instead of a reply; both also ``times=1``, then well again), ``reset`` (RST),
-    ``blackhole`` (accept, swallow), ``refuse`` (closed port), ``chunk`` (one byte a write);
+    ``cut_replies`` (close instead of a reply; both also ``times=1``, then well again), ``begun_replies``
+    (one byte, then silence), ``torn_replies`` (one byte, then RST), ``answer`` (``reply=`` to every
+    command, unheard by the server), ``reset`` (RST), ``blackhole`` (accept, swallow), ``refuse`` (closed port),
+    ``chunk`` (one byte a write);
     ``proxy.lead_to(host, port)`` is another server for connections from then on
 A browser (``browser``)
     ``with Browser(binary) as it``   a real Chromium, headless: ``visit(url) run(script) screenshot(path)

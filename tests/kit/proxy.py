@@ -6,7 +6,21 @@ import struct
 from contextlib import suppress
 from typing import Literal, Self
 
-Mode = Literal["pass", "delay", "drop_replies", "cut_replies", "reset", "blackhole", "refuse", "chunk"]
+import hiredis
+
+Mode = Literal[
+    "pass",
+    "delay",
+    "drop_replies",
+    "cut_replies",
+    "begun_replies",
+    "torn_replies",
+    "answer",
+    "reset",
+    "blackhole",
+    "refuse",
+    "chunk",
+]
 
 
 class FaultProxy:
@@ -22,6 +36,7 @@ class FaultProxy:
         self._mode: Mode = "pass"
         self._seconds = 0.0
         self._times: int | None = None
+        self._reply = b""
         self._port = 0
         self._listener: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -54,15 +69,16 @@ class FaultProxy:
         """Connect to another server from now on, as a name does after a failover; open connections stay."""
         self._upstream = (host, port)
 
-    async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None) -> None:
+    async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None, reply: bytes = b"") -> None:
         """Behave like *mode* from now on, on open connections too.
 
         Args:
             mode: One of those in the docstring of ``tests.kit``.
             seconds: How much later ``delay`` lets every reply arrive, whatever else is on the way.
             times: After so many replies dropped or cut all is well again; ``None`` = until the next `set`.
+            reply: What ``answer`` says to every command, of which the server hears nothing.
         """
-        self._mode, self._seconds, self._times = mode, seconds, times
+        self._mode, self._seconds, self._times, self._reply = mode, seconds, times, reply
         if mode == "refuse":
             await self._deafen()
         elif self._listener is None:
@@ -83,10 +99,13 @@ class FaultProxy:
         for writer in tuple(self._writers):
             _reset(writer)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio complains about a cancelled one of its.
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self.open += 1
         mine = [writer]
@@ -99,8 +118,8 @@ class FaultProxy:
             self._writers.add(back)
             on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
             pumps = [
-                asyncio.create_task(self._requests(reader, back)),
-                asyncio.create_task(self._replies(there, on_the_way)),
+                asyncio.create_task(self._requests(reader, back, writer)),
+                asyncio.create_task(self._replies(there, on_the_way, writer)),
                 asyncio.create_task(self._deliver(on_the_way, writer)),
             ]
             try:
@@ -120,15 +139,27 @@ class FaultProxy:
                 with suppress(OSError):
                     await each.wait_closed()
             self.open -= 1
-            self._tasks.discard(task)
 
-    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: asyncio.StreamWriter
+    ) -> None:
+        commands = hiredis.Reader()
         with suppress(OSError):
             while data := await reader.read(65536):
-                if self._mode != "blackhole":
+                if self._mode == "answer":
+                    # As many as were asked for: one too few would be silence.
+                    commands.feed(data)
+                    while commands.gets() is not False:
+                        await self._write(client, self._reply)
+                elif self._mode != "blackhole":
                     await self._write(writer, data)
 
-    async def _replies(self, reader: asyncio.StreamReader, on_the_way: "asyncio.Queue[tuple[float, bytes]]") -> None:
+    async def _replies(
+        self,
+        reader: asyncio.StreamReader,
+        on_the_way: "asyncio.Queue[tuple[float, bytes]]",
+        writer: asyncio.StreamWriter,
+    ) -> None:
         now = asyncio.get_running_loop().time
         with suppress(OSError):
             while data := await reader.read(65536):
@@ -138,6 +169,12 @@ class FaultProxy:
                     if self._times <= 0:
                         self._mode = "pass"
                 if mode == "cut_replies":
+                    return
+                if mode in ("begun_replies", "torn_replies"):
+                    data = data[:1]
+                if mode == "torn_replies":
+                    await self._write(writer, data)
+                    _reset(writer)
                     return
                 if mode not in ("blackhole", "drop_replies"):
                     on_the_way.put_nowait((now() + (self._seconds if mode == "delay" else 0.0), data))

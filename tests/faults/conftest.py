@@ -1,0 +1,57 @@
+"""Fixtures of the laboratory."""
+
+import pytest
+
+from ..kit.servers import Server
+from .story import Told, tell
+from .table import EVERY_TEST, NOT_YET, ROWS, SECRET, USER
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `NOT_YET` names."""
+    left_out = []
+    for item in items:
+        name = getattr(item, "originalname", "")
+        row = getattr(getattr(item, "callspec", None), "params", {}).get("told")
+        if row is not None and NOT_YET.get(row, frozenset()) & {name, *EVERY_TEST}:
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+_TELLINGS = 3
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines to be printed when all tests have run."""
+    return request.config.stash.setdefault(_FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what was measured."""
+    lines = config.stash.get(_FIGURES, [])
+    if lines:
+        terminalreporter.section("figures of the laboratory")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def told(request: pytest.FixtureRequest, server_binary: str) -> Told:
+    """The story of one row, on a server of its own; told again if the machine stood still in it."""
+    row = ROWS[request.param]
+    arguments = ("--user", USER, "on", f">{SECRET}", "~*", "&*", "+@all", *row.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        # A refused login is tried every five seconds, which test_breaker shows; here they pass sooner.
+        patch.setattr("redis_asgi.breaker._SLOW_PROBE_EVERY", 0.2)
+        for _ in range(_TELLINGS):
+            server = Server.start(server_binary, *arguments)
+            try:
+                story = tell(row, server)
+            finally:
+                server.stop()
+            if not story.is_disturbed:
+                break
+    return story
