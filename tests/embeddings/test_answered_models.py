@@ -1,5 +1,6 @@
 """The model that an answer names: no answer holds vectors of two, and a fallback's do not stay."""
 
+import asyncio
 import random
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from .servers import Spy, cache_status, client, listed, openai, read, respond
+from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
 
@@ -108,6 +110,33 @@ async def test_a_model_is_believed_for_five_minutes(lease: Any, any_settings: Se
     model, vectors, said = await ask(cached, "aa", "b")
     assert ("new", await alone("new", "aa", "b")) == (model, vectors)
     assert said.startswith("redis-asgi; hit")
+
+
+async def test_who_waits_for_a_lease_gets_vectors_of_its_model(any_settings: Settings) -> None:
+    """What was stored of the former model does not count, although somebody else has asked."""
+    alias, gate, now = Alias("old"), Gate(), [time.time()]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await gate(scope)
+        await alias.app(scope, receive, send)
+
+    gate.open.set()
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    cached._core.wall = lambda: now[0]
+    await Caller(cached, "a", "b").task
+    alias.turns = ["new"]
+    now[0] += 400
+    gate.open.clear()
+    gate.reached.clear()
+    first = Caller(cached, "a")
+    await gate.reached.wait()
+    second = Caller(cached, "b")
+    await until(lambda: any(len(flight._waiting) == 2 for flight in cached._core.flights._by_name.values()))
+    gate.open.set()
+    await asyncio.gather(first.task, second.task)
+    for caller, text in ((first, "a"), (second, "b")):
+        assert await alone("new", text) == [item["embedding"] for item in caller.answer["data"]]
+    assert [["a", "b"], ["a"], ["b"]] == alias.calls
 
 
 async def test_without_a_lease_what_is_found_counts_if_the_model_is_the_same(any_settings: Settings) -> None:

@@ -230,6 +230,49 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
     assert 2 == spy.calls
 
 
+async def test_with_a_lease_of_zero_whoever_joins_asks_as_well(any_settings: Settings) -> None:
+    """The app sees every request, and one that it refuses meanwhile is not let in by the answer to another."""
+    gate, open_doors = Gate(), [True, False]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        may = open_doors.pop(0)
+        await gate(scope) if may else None
+        await (server(Spy())(scope, receive, send) if may else respond(send, b"{}", 403))
+
+    cached = EmbeddingCacheMiddleware(app, lease=0, settings=any_settings)
+    first = Caller(cached, "a", "bb")
+    await gate.reached.wait()
+    second = Caller(cached, "a", "bb")
+    await until(lambda: [] == open_doors)
+    gate.open.set()
+    await asyncio.gather(first.task, second.task)
+    assert (200, 403) == (first.status, second.status)
+
+
+async def test_an_answer_with_warnings_lets_in_nobody_who_waits_for_it(any_settings: Settings) -> None:
+    """It is about its own request, so each that waited asks the app."""
+    gate, calls = Gate(), [0]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = orjson.loads(await read(receive))
+        calls[0] += 1
+        await gate(scope)
+        answer = FORMATS["openai"][2](body, listed(body["input"]), Spy())
+        await respond(send, orjson.dumps(answer | {"warnings": [f"call {calls[0]}"]}))
+
+    gate.open.set()
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
+    await Caller(cached, "a").task
+    gate.open.clear()
+    callers = [Caller(cached, "a") for _ in range(3)]
+    await until(lambda: any(len(flight._waiting) == 3 for flight in cached._core.flights._by_name.values()))
+    gate.open.set()
+    await asyncio.gather(*(caller.task for caller in callers))
+    assert 3 * ["redis-asgi; fwd=stale; detail=lease; stored"] == [caller.said for caller in callers]
+    assert all("warnings" in caller.answer for caller in callers)
+    assert 4 == calls[0]
+
+
 async def test_a_lease_is_renewed_before_its_end_by_one(any_settings: Settings) -> None:
     """In its last tenth one request asks early and the others are hits."""
     spy, gate, now = Spy(), Gate(), [time.time()]
