@@ -9,6 +9,7 @@
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import Literal, TypeAlias
@@ -23,6 +24,9 @@ BreakerState: TypeAlias = Literal["closed", "half_open", "open"]
 
 PROBE_EVERY = 0.2  # seconds, give or take a fifth, so that workers do not probe in step
 PROBE_WITHIN = 0.2
+# Far away a connection and its greeting take longer than that, so one probe a second goes on while others are sent.
+_KEPT_EVERY = 1.0
+_KEPT_FOR = 5.0
 _SLOW_PROBE_EVERY = 5.0  # a refused login stays refused, and each one is a line in the server's ACL log
 _TRIAL_WITHIN = 1.0  # a trial that was never sent, since its request went away, does not keep others out for ever
 _IN_A_ROW = 5
@@ -52,6 +56,7 @@ class Breaker:
     Attributes:
         state: Whether commands go through.
         reason: Why it is not closed; the last reason of all while it is.
+        good_probes: How often a probe has half opened it; connections from before may be of the outage.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Breaker:
     ) -> None:
         self.state: BreakerState = "closed"
         self.reason = Failure.CONNECTION
+        self.good_probes = 0
         self._probe = probe
         self._drop_connections = drop_connections
         self._whose = {"node": node} if node else {}
@@ -152,10 +158,10 @@ class Breaker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _alive(self) -> Failure | None:
+    async def _alive(self, within: float) -> Failure | None:
         """What a probe found: ``None`` is a sign of life."""
         try:
-            async with asyncio.timeout(PROBE_WITHIN):
+            async with asyncio.timeout(within):
                 await self._probe()
         except Exception as error:
             # Whatever a client raises says that it could not ask.
@@ -163,18 +169,39 @@ class Breaker:
         return None
 
     async def _confirm(self, failure: Failure) -> None:
-        found = await self._alive()
+        found = await self._alive(PROBE_WITHIN)
         times, self._unconfirmed = self._unconfirmed, 0
         if found is not None and self.state != "open":
             self._count(failure if found in _NOT_COUNTED else found, times)
 
     async def _probing(self) -> None:
-        while self.state == "open":
-            every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
-            await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-            found = await self._alive()
-            if found is None:
-                self._trial_until = 0.0
-                self._change("half_open")
-            elif found not in _NOT_COUNTED:
-                self.reason = found
+        kept: set[asyncio.Task[Failure | None]] = set()
+        kept_at = -math.inf
+        try:
+            while self.state == "open":
+                every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
+                await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+                probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
+                kept.add(probe)
+                await asyncio.wait([probe], timeout=PROBE_WITHIN)
+                answers = [each.result() for each in kept if each.done()]
+                kept = {each for each in kept if not each.done()}
+                if None in answers:
+                    self.good_probes += 1
+                    self._trial_until = 0.0
+                    self._change("half_open")
+                    return
+                found = Failure.TIMEOUT if probe in kept else probe.result()
+                if found is not None and found not in _NOT_COUNTED:
+                    self.reason = found
+                if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
+                    kept.discard(probe)
+                    probe.cancel()
+                    await asyncio.wait([probe])
+                elif probe in kept:
+                    kept_at = self._loop.time()
+        finally:
+            for each in kept:
+                each.cancel()
+            if kept:
+                await asyncio.wait(kept)

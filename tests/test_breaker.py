@@ -207,6 +207,29 @@ async def test_a_hung_probe_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
     await breaker.aclose()
 
 
+async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes longer than its limit counts when it is answered, and few are under way at once meanwhile."""
+    monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
+    under_way, most = 0, 0
+
+    async def far() -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            await asyncio.sleep(0.2)
+        finally:
+            under_way -= 1
+
+    breaker = Breaker(far, FakeServer().drop)
+    for _ in range(5):
+        breaker.failed(Failure.TIMEOUT)
+    await until(lambda: breaker.state == "half_open")
+    assert [1, 2] == [breaker.good_probes, most]
+    await breaker.aclose()
+    assert 0 == under_way
+
+
 async def test_closing_ends_the_probe() -> None:
     """Nothing outlives `aclose`."""
     server = FakeServer()

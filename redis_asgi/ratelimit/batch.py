@@ -29,6 +29,7 @@ Outcome: TypeAlias = Reply | Failure
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 # One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
 MAX_IN_FLIGHT = 10
+A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
 
 
@@ -69,6 +70,11 @@ class Check:
             except Exception as error:
                 # A defect of ours is its own request's, not its neighbours'.
                 self.future.set_exception(error)
+
+    @property
+    def left(self) -> float:
+        """Seconds that it had left for its trip when its batch was written."""
+        return self.deadline - self.written
 
     def waited(self) -> float:
         """Seconds since its arrival."""
@@ -130,6 +136,7 @@ class Batcher:
         self._waiting_counters = 0
         self._hurry = math.inf  # the shortest timeout of those that wait, in seconds
         self._sent: set[Batch] = set()
+        self._renewed = -1  # after which good probe of the breaker's the connections were last made anew
         self._written = 0.0  # the last of all batches, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._armed_for = math.inf
@@ -154,8 +161,11 @@ class Batcher:
             if not self.breaker.admits():
                 check.answer(self.breaker.reason)
                 return
-            # The trial must not wait for a connection of the outage, nor behind those who did.
-            self._wire.renew()
+            # The trial must not wait for a connection of the outage, nor behind those who did. One that is made since
+            # then is left to it: far away that takes longer than a trial waits.
+            if self._renewed != self.breaker.good_probes:
+                self._renewed = self.breaker.good_probes
+                self._wire.renew()
             self.loop.call_soon(self.start_if_due)
         waiting = self._waiting
         waiting.append(check)
@@ -309,15 +319,18 @@ class Batcher:
         now = self.loop.time()
         late, rest = _split(self._waiting, now)
         self._wait_on(rest)
-        if late and not self._sent:
+        # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+        if late and not self._sent and self.breaker.state == "closed":
             self.breaker.failed(self._wire.lacks())
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
             late, rest = _split(batch.checks, now)
-            if batch.limit <= now or any(not check.future.done() for check in late):
-                resolve(late, Failure.TIMEOUT)
+            late = still_waiting(late)
+            # Of one that waited for long before it was written, for a connection far away, only the limit tells.
+            if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
                 self._tell(batch, Failure.TIMEOUT)
+            resolve(late, Failure.TIMEOUT)
             deadlines += [check.deadline for check in rest if not check.future.done()]
             if batch.limit <= now:
                 self._wire.abort(batch)

@@ -213,6 +213,41 @@ async def test_a_long_trip_is_still_decided_by_redis(private_server: Callable[..
         await manager.close()
 
 
+async def test_a_check_that_had_no_time_for_a_trip_tells_nothing() -> None:
+    """Late for having waited for a connection, it is no failure of the server, until its batch's own limit passes."""
+    wire = Hold(is_ready=False)
+    async with held(wire) as batcher:
+        check = submit(batcher, timeout=0.2)
+        await asyncio.sleep(0.1)
+        wire.preparing = 0
+        wire.is_ready = True
+        batcher.start_if_due()
+        assert Failure.TIMEOUT is await check.future
+        assert 0 == batcher.breaker._failures
+        async with asyncio.timeout(5):
+            while wire.under_way:
+                await asyncio.sleep(0.01)
+        assert 1 == batcher.breaker._failures
+
+
+async def test_redis_is_found_again_far_away(private_server: Callable[..., Server]) -> None:
+    """Where no connection can be made within a probe's limit, nor a trial's deadline, an outage ends all the same."""
+    server = private_server()
+    async with FaultProxy(server.host, server.port) as proxy:
+        manager = RedisManager(Settings(REDIS_URL=proxy.url))
+        limiter = RateLimiter(manager, timeout=0.3)
+        await limiter.consume("warm")
+        await proxy.set("refuse")
+        while (await limiter.consume("a")).source == "redis" or manager.breaker().admits():
+            pass
+        await proxy.set("delay", seconds=0.2)  # a greeting, and then a PING or a check
+        async with asyncio.timeout(20):
+            while (await limiter.consume("b", "1000/hour")).source != "redis":
+                await asyncio.sleep(0.05)
+        assert "closed" == manager.breaker_state
+        await manager.close()
+
+
 async def test_a_users_pool_of_one_is_not_asked_all_the_time(private_server: Callable[..., Server]) -> None:
     """Where the only connection of a given client is under way, it is asked for now and then, not every turn."""
     server = private_server()
