@@ -24,11 +24,9 @@ BreakerState: TypeAlias = Literal["closed", "half_open", "open"]
 
 PROBE_EVERY = 0.2  # seconds, give or take a fifth, so that workers do not probe in step
 PROBE_WITHIN = 0.2
-# Far away a connection and its greeting take longer than that, so a probe without an answer is kept this long,
-_PATIENCE = 5.0
-_KEPT_EVERY = (
-    1.0  # and one every so many seconds; the next ones are sent all the same: near by they are answered first.
-)
+# Far away a connection and its greeting take longer than that, so one probe a second goes on while others are sent.
+_KEPT_EVERY = 1.0
+_KEPT_FOR = 5.0
 _SLOW_PROBE_EVERY = 5.0  # a refused login stays refused, and each one is a line in the server's ACL log
 _TRIAL_WITHIN = 1.0  # a trial that was never sent, since its request went away, does not keep others out for ever
 _IN_A_ROW = 5
@@ -202,7 +200,7 @@ class Breaker:
             while self.state == "open":
                 every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
                 await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-                probe = asyncio.ensure_future(self._alive(_PATIENCE))
+                probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
                 kept.add(probe)
                 await asyncio.wait([probe], timeout=PROBE_WITHIN)
                 answers = [each.result() for each in kept if each.done()]
@@ -214,15 +212,15 @@ class Breaker:
                     if not self._needs_trial:
                         self.worked()
                     return
+                found = Failure.TIMEOUT if probe in kept else probe.result()
+                if found is not None and found not in _NOT_COUNTED:
+                    self.reason = found
                 if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
                     kept.discard(probe)
                     probe.cancel()
                     await asyncio.wait([probe])
                 elif probe in kept:
                     kept_at = self._loop.time()
-                found = Failure.TIMEOUT if not probe.done() or probe.cancelled() else probe.result()
-                if found is not None and found not in _NOT_COUNTED:
-                    self.reason = found
         finally:
             for each in kept:
                 each.cancel()

@@ -18,6 +18,7 @@ from .. import aside
 from ..client import Client, build_client
 from ..connection import RedisManager, describe
 from ..errors import Failure, classify
+from ..ratelimit.batch import A_TRIP
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
 from ..settings import Settings
@@ -261,7 +262,7 @@ async def _latency(server: Server, node: Node) -> Finding:
         fix = f"Move the app nearer to Redis, or raise {name}: most requests are decided without it."
         return Finding("latency", "fail", f"{text}, above {name} ({deadline:g} s)", fix)
     # A check that comes while others are under way waits a tenth of it before its own trip.
-    if p99 >= 0.8 * deadline:
+    if p99 >= A_TRIP * deadline:
         fix = f"Move the app nearer to Redis, look at its SLOWLOG, or raise {name}."
         return Finding("latency", "warn", f"{text}, near {name} ({deadline:g} s)", fix)
     return Finding("latency", "ok", text)

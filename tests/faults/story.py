@@ -328,7 +328,11 @@ class _Story:
 
     def _let_a_second_pass(self) -> None:
         """Without trouble: the outage is over."""
-        self.manager.breaker()._last_trouble -= 1.0
+        breaker = self.manager.breaker()
+        breaker._last_trouble -= 1.0
+        if breaker._settling is not None:
+            breaker._settling.cancel()
+            breaker._say_back()
 
 
 def samples(text: str) -> dict[str, dict[tuple[str, ...], float]]:
