@@ -200,9 +200,21 @@ def _health_of_server(report: _Report) -> Health:
     partial = False
     if failure is None and report.about.get("role") == "slave":
         failure = Failure.READONLY
-    if failure is Failure.READONLY:
+    if failure is None and _is_full(report):
+        failure = Failure.OOM
+    if failure in (Failure.READONLY, Failure.OOM):
         partial = True
     return _health([report], failure, partial=partial)
+
+
+def _is_full(report: _Report) -> bool:
+    """Whether the server refuses writes for want of memory, which a PING does not show."""
+    about = report.about
+    try:
+        used = int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))
+        return about["maxmemory_policy"] == "noeviction" and 0 < int(about["maxmemory"]) < used
+    except (KeyError, ValueError):
+        return False
 
 
 def _health_of_cluster(reports: Sequence[_Report]) -> Health:
@@ -218,6 +230,8 @@ def _health_of_cluster(reports: Sequence[_Report]) -> Health:
     if view.cluster.get("cluster_state") == "fail" or not primaries:
         return _health(primaries, Failure.CLUSTER)
     is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == _SLOTS
+    if is_whole and any(map(_is_full, primaries)):
+        return _health(primaries, Failure.OOM, partial=True)
     return _health(primaries, None if is_whole else Failure.CLUSTER, partial=not is_whole)
 
 

@@ -49,6 +49,9 @@ class Turnstile(ConnectionPool):
     A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
     and reports its own exhaustion as a plain ``ConnectionError``.
 
+    What goes through the client, the app's own commands, gets all connections but one: some of them may block for as
+    long as they like (``BLPOP``, a subscription), and limits and vectors, which `take` theirs, still find one.
+
     Attributes:
         on_shortage: Called when somebody has to wait; whoever keeps an idle connection at hand gives it back then.
     """
@@ -56,8 +59,16 @@ class Turnstile(ConnectionPool):
     def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._turns = asyncio.Semaphore(self.max_connections)
+        self._turns_of_clients = asyncio.Semaphore(max(1, self.max_connections - 1))
+        self._with_clients: set[AbstractConnection] = set()
         self._turn_timeout = turn_timeout
         self.on_shortage: Callable[[], None] | None = None
+        self._waiting_for_any = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits who would be helped by any connection."""
+        return self._waiting_for_any > 0
 
     @property
     def exhausted(self) -> bool:
@@ -65,7 +76,18 @@ class Turnstile(ConnectionPool):
         return self._turns.locked()
 
     async def get_connection(self, *_deprecated: Any, **_options: Any) -> AbstractConnection:
-        await self._take_turn()
+        await self._take_turn(self._turns_of_clients)
+        try:
+            connection = await self.take()
+        except BaseException:
+            self._turns_of_clients.release()
+            raise
+        self._with_clients.add(connection)
+        return connection
+
+    async def take(self) -> AbstractConnection:
+        """A connection for the package itself, the last one too."""
+        await self._take_turn(self._turns)
         try:
             connection: AbstractConnection = self.get_available_connection()  # type: ignore[no-untyped-call]  # theirs
         except BaseException:
@@ -83,20 +105,23 @@ class Turnstile(ConnectionPool):
             raise
         return connection
 
-    async def _take_turn(self) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()
+    async def _take_turn(self, turns: asyncio.Semaphore) -> None:
+        if not turns.locked():
+            await turns.acquire()
             return
-        if self.on_shortage is not None:
+        for_any = turns is self._turns
+        if for_any and self.on_shortage is not None:
             self.on_shortage()
         began = time.monotonic()
+        self._waiting_for_any += for_any
         try:
             async with asyncio.timeout(self._turn_timeout):
-                await self._turns.acquire()
+                await turns.acquire()
         except TimeoutError:
             message = f"No free connection within {self._turn_timeout} s"
             raise redis.exceptions.MaxConnectionsError(message) from None
         finally:
+            self._waiting_for_any -= for_any
             telemetry().redis_pool_wait.observe(time.monotonic() - began)
 
     async def release(self, connection: AbstractConnection) -> None:
@@ -104,6 +129,9 @@ class Turnstile(ConnectionPool):
             await super().release(connection)
         finally:
             self._turns.release()
+            if connection in self._with_clients:
+                self._with_clients.discard(connection)
+                self._turns_of_clients.release()
 
     def renew(self) -> None:
         """Connect anew what is in use now, once it comes back."""

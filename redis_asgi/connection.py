@@ -196,6 +196,16 @@ class RedisManager:
         states = {breaker.state for breaker in opened.used_breakers()} if opened else set()
         return "open" if "open" in states else "half_open" if "half_open" in states else "closed"
 
+    @property
+    def breaker_reason(self) -> Failure | None:
+        """Why this loop's client is left alone, or has been and is tried again; ``None`` when it is not."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return None
+        breakers = opened.breakers.values() if opened is not None else ()
+        return next((breaker.reason for breaker in breakers if breaker.state != "closed"), None)
+
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
 

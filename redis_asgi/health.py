@@ -94,7 +94,10 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    error = code_of(health.failure) or ("breaker_open" if breaker == "open" else None)
+    # A PING needs none of the rights that the limits need, so that it cannot show their lack.
+    denied = manager.breaker_reason is Failure.PERMISSION
+    failure = health.failure or (Failure.PERMISSION if denied else None)
+    error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
         status: Status = "healthy"
     elif required and not _serves_some(health):

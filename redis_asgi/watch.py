@@ -16,6 +16,7 @@ from .settings import Settings
 from .telemetry import telemetry
 
 _KEPT = 1.0  # seconds that a result is the answer
+_KEPT_REFUSAL = 5.0  # a refused login stays refused, and each one is a line in the server's log
 _GRACE = 0.05  # seconds after the deadline in which a check ends
 
 
@@ -30,9 +31,12 @@ class Watch:
         self._flight: asyncio.Task[Health] | None = None
 
     async def health(self) -> Health:
-        """A result that is no older than a second, within the deadline of one check."""
-        if self._last is not None and time.monotonic() - self._last_at < _KEPT:
-            return self._last
+        """A result that is no older than a second (a refused login: five), within the deadline of one check."""
+        last = self._last
+        if last is not None:
+            kept = _KEPT_REFUSAL if last.failure is Failure.AUTH else _KEPT
+            if time.monotonic() - self._last_at < kept:
+                return last
         if self._flight is None or self._flight.done():
             self._flight = asyncio.create_task(self._fly())
         # Not awaited itself: who goes away would take it along.

@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
-from redis_asgi.client import Client
+from redis_asgi.client import Client, Turnstile
 from redis_asgi.connection import resolve_manager
 from redis_asgi.errors import Failure, classify
 
@@ -113,17 +113,22 @@ async def test_the_21st_caller_waits_for_a_connection(private_server: StartServe
         while_waiting = len(server.connections())
 
         assert [None] * 21 == await asyncio.gather(*waiting)
-        assert while_waiting == 20
-        assert len(server.connections()) == 20
+        assert while_waiting == 19
+        assert len(server.connections()) == 19
 
 
 async def test_pool_size_is_the_bound(private_server: StartServer) -> None:
-    """``REDIS_POOL_SIZE`` is obeyed."""
+    """``REDIS_POOL_SIZE`` is obeyed: the app's commands have all but one, which is for limits."""
     server = private_server()
     async with managed(REDIS_URL=server.url, REDIS_POOL_SIZE=3) as manager:
         client = await manager.get_connection()
         await asyncio.gather(*(ask(client, "PING") for _ in range(50)))
+        assert len(server.connections()) == 2
 
+        async with all_connections(manager, 2):
+            pool = manager.pool
+            assert isinstance(pool, Turnstile)
+            await pool.release(await pool.take())
         assert len(server.connections()) == 3
 
 
@@ -144,7 +149,7 @@ async def test_waiting_for_a_connection_ends_at_the_deadline(redis_url: str) -> 
 
 async def test_cancelled_wait_gives_its_turn_back(redis_url: str) -> None:
     """Callers that give up while they wait leave every connection to the others."""
-    async with managed(REDIS_URL=redis_url, REDIS_POOL_SIZE=2) as manager:
+    async with managed(REDIS_URL=redis_url, REDIS_POOL_SIZE=3) as manager:
         client = await manager.get_connection()
         async with all_connections(manager, 2):
             waiting = [asyncio.create_task(ask(client, "PING")) for _ in range(10)]
@@ -160,7 +165,7 @@ async def test_cancelled_wait_gives_its_turn_back(redis_url: str) -> None:
 async def test_failed_connection_gives_its_turn_back(private_server: StartServer) -> None:
     """A connection that cannot be made takes nothing away from the pool."""
     server = private_server()
-    async with managed(REDIS_URL=server.url, REDIS_POOL_SIZE=2, REDIS_TIMEOUT=0.5) as manager:
+    async with managed(REDIS_URL=server.url, REDIS_POOL_SIZE=3, REDIS_TIMEOUT=0.5) as manager:
         client = await manager.get_connection()
         server.kill()
         for _ in range(5):
@@ -664,7 +669,7 @@ async def test_cancelled_commands_never_mix_up_replies(private_server: StartServ
 
     async with (
         FaultProxy(server.host, server.port) as proxy,
-        managed(REDIS_URL=proxy.url, REDIS_POOL_SIZE=4, REDIS_TIMEOUT=5) as manager,
+        managed(REDIS_URL=proxy.url, REDIS_POOL_SIZE=5, REDIS_TIMEOUT=5) as manager,
     ):
         client = await manager.get_connection()
         await proxy.set("delay", seconds=0.002)

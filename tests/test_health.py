@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 
 from redis_asgi import (
     ConfigurationError,
+    RateLimiter,
     RateLimitMiddleware,
     RedisManager,
     RedisMetrics,
@@ -343,6 +344,35 @@ async def test_info_answered_oddly() -> None:
     assert {} == figures
 
 
+@pytest.mark.parametrize("how", ["renamed", "forbidden"])
+async def test_a_missing_script_right_is_permission(private_server: StartServer, how: str) -> None:
+    """A PING is answered, and yet no limit can be counted there: it is said as what it is while that is known."""
+    server = private_server(*(("--rename-command", "EVALSHA", "") if how == "renamed" else ()))
+    if how == "forbidden":
+        server.command("ACL", "SETUSER", "default", "-evalsha")
+    app = app_on(server.url)
+    assert "healthy" == (await probe(app))[1]["status"]
+    await RateLimiter(app_manager(app)).consume("somebody")
+    await assert_ill(app, "redis_permission")
+
+
+async def test_a_refused_login_is_tried_every_five_seconds(private_server: StartServer) -> None:
+    """However often probes come, the server's log of refusals is not filled."""
+    server = private_server("--requirepass", "right")
+    app = app_on(server.url.replace("redis://", "redis://:wrong@"))
+    watch = app_manager(app).part(Watch)
+    await assert_ill(app, "redis_auth")
+    watch._last_at -= 4.9
+    await assert_ill(app, "redis_auth")
+    first = watch._flight
+    watch._last_at -= 0.2
+    await assert_ill(app, "redis_auth")
+
+    assert first is not watch._flight
+    assert first is not None
+    assert first.done()
+
+
 async def test_too_many_clients(private_server: StartServer) -> None:
     """maxclients: a new connection is refused, while a check that has one goes on."""
     server = private_server("--maxclients", "3")
@@ -394,11 +424,15 @@ async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certific
         assert 0 == proxy.open
 
 
-async def test_full_server_is_healthy(private_server: StartServer) -> None:
-    """OOM is no answer to a PING: what reads goes on, and the limits say themselves that they count locally."""
+async def test_full_server_is_degraded(private_server: StartServer) -> None:
+    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes on."""
     server = private_server("--maxmemory", "1")
+    app = app_on(server.url)
+    await assert_ill(app, "redis_oom")
 
-    assert (200, {"status": "healthy", "error": None}) == (await probe(app_on(server.url)))[:2]
+    server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    forget(app)
+    assert (200, {"status": "healthy", "error": None}) == (await probe(app))[:2]
 
 
 async def test_exhausted_pool_is_no_matter(redis_url: str) -> None:

@@ -78,7 +78,8 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
     connection: AbstractConnection | None = None
     try:
         async with asyncio.timeout(within) as clock:
-            connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # a decorator of redis-py's
+            ours = isinstance(pool, Turnstile)
+            connection = await (pool.take() if ours else pool.get_connection())  # type: ignore[no-untyped-call, attr-defined]  # a decorator of redis-py's
             _see_to_be_in_time(clock)
             packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
             transport = aside.transport_of(connection) if isinstance(pool, Turnstile) else None

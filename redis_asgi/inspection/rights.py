@@ -203,13 +203,13 @@ def _trials(
 def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> Missing | None:
     text = str(error)
     failure = classify(error)
+    if "unknown command" in text.lower():
+        return Missing(f"+{command}", Failure.REPLY, "unknown command")
     if failure is Failure.PERMISSION:
         if "permissions to access" in text.lower():
             key = str(words[3] if command == "eval" else words[1])
             return Missing(f"~{_pattern_of(key, rights)}", failure)
         return Missing(f"+{command}", failure)
-    if "unknown command" in text.lower():
-        return Missing(f"+{command}", Failure.REPLY, "unknown command")
     # NOSCRIPT, a wrong number of arguments, an expiry of 0: it was let through.
     return None if failure is Failure.REPLY else Missing("", failure, text[:80])
 

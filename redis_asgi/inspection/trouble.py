@@ -143,6 +143,9 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.CLUSTER:
         fix = "Check the address, that the nodes run, and CLUSTER INFO."
         return Trouble(f"the cluster of {where} does not answer", fix)
+    if "unknown command" in text:
+        fix = "Undo the rename-command of its configuration, or choose a server that has it."
+        return Trouble(f"{where} does not know a command that it takes", fix)
     answers = {
         Failure.PERMISSION: ("lets us in but not do this", "`redis-asgi acl --user NAME` prints the rights it takes."),
         Failure.READONLY: ("takes no writes", "Point it at the primary; if it is one, its log says why."),

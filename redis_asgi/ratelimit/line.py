@@ -203,7 +203,7 @@ class LineWire:
 
     def idle(self, line: Line) -> None:
         """All of *line* is answered: another caller of the pool who waits for a connection gets it."""
-        if self._pool.exhausted:
+        if self._pool.is_wanted:
             self._return(line)
 
     def lost(self, line: Line) -> None:
@@ -236,7 +236,7 @@ class LineWire:
     async def _connect(self, batcher: Batcher) -> None:
         me = asyncio.current_task()
         try:
-            connection = await self._pool.get_connection()
+            connection = await self._pool.take()
         except Exception as error:
             if self._connecting is me:
                 self._connecting = None

@@ -12,6 +12,7 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
 from redis_asgi import aside
+from redis_asgi.client import Turnstile
 from redis_asgi.connection import RedisManager
 from redis_asgi.embeddings.leased import run
 from redis_asgi.settings import Settings
@@ -190,14 +191,15 @@ async def test_a_deadline_that_a_connection_swallows_ends_the_trip_all_the_same(
     """As one does that is made in that very moment: nothing is sent, and the connection stays good."""
     manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
     pool = await pool_of(manager)
-    get = pool.get_connection
+    assert isinstance(pool, Turnstile)
+    get = pool.take
 
     async def slowly() -> Any:
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
         return await get()
 
-    monkeypatch.setattr(pool, "get_connection", slowly)
+    monkeypatch.setattr(pool, "take", slowly)
     with pytest.raises(TimeoutError):
         await run(pool, [("SET", "late", "1")], 0.01)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi.embeddings.leased import run
 from redis_asgi.errors import Failure
 from redis_asgi.ratelimit.batch import Batcher, Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
@@ -66,18 +67,31 @@ async def test_one_connection_serves_everybody_in_turn(private_server: StartServ
 
 
 async def test_idle_line_gives_way_to_whoever_waits(private_server: StartServer) -> None:
-    """An idle limiter does not keep the last connection from a caller who came later."""
+    """An idle limiter does not keep the only connection there is from a caller who came later."""
     server = private_server()
-    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=2, REDIS_TIMEOUT=1))
+    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=1, REDIS_TIMEOUT=1))
     client = await manager.get_connection()
     await ask(batcher_of(manager))
-    blocked = [asyncio.ensure_future(client.execute_command("BLPOP", "nothing", "0.5")) for _ in range(2)]
-    # Both at once: one after the other would do without the limiter's connection.
-    async with asyncio.timeout(0.4):
-        while server.client().info("clients")["blocked_clients"] < 2:
-            await asyncio.sleep(0.01)
-    assert [None, None] == await asyncio.gather(*blocked)
+    assert None is await asyncio.wait_for(client.execute_command("BLPOP", "nothing", "0.1"), 0.9)
     assert 98 == remaining(await ask(batcher_of(manager)))
+    await manager.close()
+
+
+async def test_blocking_commands_never_take_the_last_connection(private_server: StartServer) -> None:
+    """However many of the app's own block on the shared client, limits are decided in Redis meanwhile."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=3))
+    client = await manager.get_connection()
+    blocked = [asyncio.ensure_future(client.execute_command("BLPOP", "nothing", "0")) for _ in range(6)]
+    while server.client().info("clients")["blocked_clients"] < 2:
+        await asyncio.sleep(0.01)
+    assert [99, 98] == [remaining(await ask(batcher_of(manager))) for _ in range(2)]
+    assert manager.pool is not None
+    assert [None] == await run(manager.pool, [("GET", "nothing")], 5)
+    assert 2 == server.client().info("clients")["blocked_clients"]
+    for each in blocked:
+        each.cancel()
+    await asyncio.gather(*blocked, return_exceptions=True)
     await manager.close()
 
 
