@@ -38,7 +38,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
 
 
-@pytest.fixture(scope="module", params=ROWS)
+_ROWS = [pytest.param(name, marks=pytest.mark.slow) if row.slow else name for name, row in ROWS.items()]
+
+
+@pytest.fixture(scope="module", params=_ROWS)
 def told(request: pytest.FixtureRequest, server_binary: str) -> Told:
     """The story of one row, on a server of its own; told again if the machine stood still in it."""
     row = ROWS[request.param]

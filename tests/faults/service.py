@@ -45,13 +45,9 @@ class Endpoints:
     Args:
         reached: A file that gets a line ``address source`` for each limited request that came through, so that the
             work of several processes can be counted without Redis; ``None`` = none.
-
-    Attributes:
-        computed: The texts it was asked for.
     """
 
     def __init__(self, reached: Path | None = None) -> None:
-        self.computed: list[str] = []
         self._reached = -1 if reached is None else os.open(reached, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(self, connection: HTTPConnection) -> str:
@@ -79,7 +75,6 @@ class Endpoints:
     async def embed(self, request: Request) -> Response:
         body = orjson.loads(await request.body())
         texts = body["input"]
-        self.computed += texts
         credential = request.headers.get("authorization", "")
         data = [
             {"object": "embedding", "index": index, "embedding": numbers(text, credential)}

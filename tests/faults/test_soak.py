@@ -37,7 +37,7 @@ def soaked(start: StartServer, folder: Path, seconds: float, figures: list[str],
 
 def test_restarts(private_server: StartServer, tmp_path: Path, figures: list[str]) -> None:
     """A few, one after another."""
-    soaked(private_server, tmp_path, 3.0, figures, restart_every=0.5)
+    soaked(private_server, tmp_path, 1.5, figures, restart_every=0.4)
 
 
 @pytest.mark.slow
