@@ -23,7 +23,6 @@ Fault = tuple[Mode, float, int | None]
 # Momentary ones, of which the breaker does not open, and such as last; each may come while anything is under way.
 _BRIEF: tuple[Fault, ...] = (
     ("cut_replies", 0.0, 1),
-    ("drop_replies", 0.0, 1),
     ("reset", 0.0, None),
     ("torn_replies", 0.0, None),
     ("delay", 0.02, None),
@@ -46,6 +45,9 @@ async def disturb(proxy: FaultProxy, chance: random.Random) -> None:
         mode, seconds, times = chance.choice(_LASTING if lasts else _BRIEF)
         await proxy.set(mode, seconds=seconds, times=times)
         await asyncio.sleep(0.15 if lasts else 0.005)
+        if mode in ("drop_replies", "blackhole"):
+            # TCP loses nothing in the middle of a connection that lives: whoever lost something loses the connection.
+            await proxy.set("reset")
         await proxy.set("pass")
         await asyncio.sleep(chance.uniform(0.02, 0.06))
 
