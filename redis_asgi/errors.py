@@ -41,7 +41,7 @@ class Failure(StrEnum):
     TIMEOUT = "timeout"  # no answer within the deadline
     CONNECTION = "connection"  # refused, reset, closed, unresolvable, TLS
     AUTH = "auth"  # NOAUTH, WRONGPASS
-    PERMISSION = "permission"  # NOPERM: the ACL lacks a right, or the command was renamed away
+    PERMISSION = "permission"  # NOPERM: the ACL lacks a right
     READONLY = "readonly"  # a replica, or writes are stopped
     LOADING = "loading"  # the dataset is being read from disk
     BUSY = "busy"  # somebody's script blocks the server
@@ -78,8 +78,6 @@ _REPLY_CODES = {
 
 # What a script may not do, or not there, comes without a word of its own.
 _DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
-# All that is sent has been there since Redis 2.6: who does not know it has been told to deny it.
-_RENAMED = ("unknown command", "Unknown command called from script", "Unknown Redis command called from")
 _ELSEWHERE_IN_SCRIPT = tuple(
     f"{who}ttempted to access a {what}"
     for who in ("Lua script a", "Script a", "A")
@@ -138,7 +136,7 @@ def classify_reply(text: str) -> Failure:
     A position in a script before it is read past.
     """
     text = _BEFORE_FIRST_WORD.sub("", text, count=1)
-    if text.startswith(_DENIED_IN_SCRIPT) or text.startswith(_RENAMED):
+    if text.startswith(_DENIED_IN_SCRIPT):
         return Failure.PERMISSION
     if text.startswith(_ELSEWHERE_IN_SCRIPT):
         return Failure.CLUSTER

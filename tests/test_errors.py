@@ -154,7 +154,7 @@ async def test_error_inside_a_script_is_read_past_its_position(any_server: Start
         assert await failure_in(app, script.format("'GET', 'other'")) is Failure.PERMISSION
         await client.hset("hash", "a", "b")
         assert await failure_in(client, script.format("'GET', 'hash'")) is Failure.REPLY
-        assert await failure_in(client, script.format("'NOSUCHCOMMAND'")) is Failure.PERMISSION
+        assert await failure_in(client, script.format("'NOSUCHCOMMAND'")) is Failure.REPLY
         server.command("CONFIG", "SET", "maxmemory", "1")
         assert await failure_in(client, write) is Failure.OOM
         server.command("CONFIG", "SET", "maxmemory", "0")
@@ -198,11 +198,11 @@ async def test_somebodys_script_makes_it_busy(private_server: StartServer) -> No
 
 
 async def test_other_error_replies_are_reply(redis_url: str) -> None:
-    """WRONGTYPE, a wrong number of arguments, a database that is not there."""
+    """WRONGTYPE, an unknown command, a database that is not there."""
     async with client_of(redis_url) as client:
         await client.set("text", "x")
         assert await failure_of(client, "HGETALL", "text") is Failure.REPLY
-        assert await failure_of(client, "GET") is Failure.REPLY
+        assert await failure_of(client, "NOSUCHCOMMAND") is Failure.REPLY
     async with client_of(redis_url, db=9999) as client:
         assert await failure_of(client, "PING") is Failure.REPLY
 
@@ -311,7 +311,7 @@ async def answering(line: str) -> AsyncIterator[str]:
         ("-NOPERM this user has no permissions", Failure.PERMISSION),
         ("-ERR max number of clients reached", Failure.CONNECTION),
         ("-WRONGTYPE Operation against a key", Failure.REPLY),
-        ("-ERR unknown command", Failure.PERMISSION),
+        ("-ERR unknown command", Failure.REPLY),
     ],
     ids=lambda value: value.split()[0].lstrip("-") if isinstance(value, str) and value[:1] == "-" else None,
 )

@@ -344,12 +344,10 @@ async def test_info_answered_oddly() -> None:
     assert {} == figures
 
 
-@pytest.mark.parametrize("how", ["renamed", "forbidden"])
-async def test_a_missing_script_right_is_permission(private_server: StartServer, how: str) -> None:
+async def test_a_missing_script_right_is_permission(private_server: StartServer) -> None:
     """A PING is answered, and yet no limit can be counted there: it is said as what it is while that is known."""
-    server = private_server(*(("--rename-command", "EVALSHA", "") if how == "renamed" else ()))
-    if how == "forbidden":
-        server.command("ACL", "SETUSER", "default", "-evalsha")
+    server = private_server()
+    server.command("ACL", "SETUSER", "default", "-evalsha")
     app = app_on(server.url)
     assert "healthy" == (await probe(app))[1]["status"]
     await RateLimiter(app_manager(app)).consume("somebody")

@@ -64,15 +64,21 @@ class RedisVectors:
         if len(reads) < len(names) and not isinstance(replies, Failure) and any(map(is_crossslot, replies)):
             # A fact about the server, not about its health.
             self._manager.found_slots()
-            replies = await self._execute(self._reads(names), deadline - time.monotonic(), op="lookup")
+            reads = self._reads(names)
+            replies = await self._execute(reads, deadline - time.monotonic(), op="lookup")
         if isinstance(replies, Failure):
             return replies
+        if all(isinstance(reply, Exception) for reply in replies):
+            failure = _classify(replies[0])  # nothing at all is known
+            self._failed(failure)
+            return failure
         found: list[bytes | None] = []
-        for reply in replies:
+        for read, reply in zip(reads, replies, strict=True):
             if not isinstance(reply, Exception):
                 found += _values(reply)
             elif (failure := _classify(reply)) is Failure.REPLY:
-                found.append(UNKNOWN)  # such as WRONGTYPE, and that key's own
+                # Such as WRONGTYPE, and that key's own; or the command is not there, and nothing is known of any.
+                found += [UNKNOWN] * (len(read) - 1)
             else:
                 self._failed(failure)
                 return failure

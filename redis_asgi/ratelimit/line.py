@@ -54,8 +54,9 @@ class Line(asyncio.Protocol):
             self.sent.append((batch, group, False))
             self._transport.write(packed(b"EVALSHA", SCRIPT_SHA, group, self._batcher.clock))
 
-    def hang_up(self) -> None:
-        """Drop the connection at once; what was sent is told so."""
+    def hang_up(self, why: Failure | None = None) -> None:
+        """Drop the connection at once; what was sent is told so, or *why*."""
+        self._why = why or self._why
         self._wire.lost(self)
         self._transport.abort()
 
@@ -184,7 +185,7 @@ class LineWire:
 
     def abort(self, batch: Batch) -> None:
         if self._line is not None and any(call[0] is batch for call in self._line.sent):
-            self._line.hang_up()
+            self._line.hang_up(Failure.TIMEOUT)
 
     def renew(self) -> None:
         if self._connecting is not None:
