@@ -234,7 +234,7 @@ async def _script(manager: RedisManager, node: Node) -> Finding:
         await reset(manager, partition)
     if failure is not None:
         if failure is Failure.PERMISSION:
-            fix = "See the rights above: they count inside the script too."
+            fix = "Grant the rights above: they count inside the script too."
         elif failure is Failure.OOM:
             fix = "Raise maxmemory, or move vectors to a server of their own with EMBEDDING_CACHE_REDIS_URL."
         elif failure in (Failure.TIMEOUT, Failure.CONNECTION):
