@@ -78,6 +78,8 @@ _REPLY_CODES = {
 
 # What a script may not do, or not there, comes without a word of its own.
 _DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
+# Of somebody who is not logged in Redis takes no more than ten words, and none that is long.
+_NOT_LOGGED_IN = "Protocol error: unauthenticated"
 _ELSEWHERE_IN_SCRIPT = tuple(
     f"{who}ttempted to access a {what}"
     for who in ("Lua script a", "Script a", "A")
@@ -140,6 +142,8 @@ def classify_reply(text: str) -> Failure:
         return Failure.PERMISSION
     if text.startswith(_ELSEWHERE_IN_SCRIPT):
         return Failure.CLUSTER
+    if text.startswith(_NOT_LOGGED_IN):
+        return Failure.AUTH
     words = text.split(maxsplit=1)
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 

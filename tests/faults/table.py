@@ -378,8 +378,6 @@ ROWS: dict[str, Row] = {
 EVERY_TEST = frozenset(["*"])
 # What a row promises and the package does not keep yet: tests by row, left out until it does. To be empty.
 NOT_YET: dict[str, frozenset[str]] = {
-    # Asked by somebody who is not logged in, Redis takes more than ten words for a breach of its protocol.
-    "no password": frozenset(["test_counters_add_up", "test_log_has_one_line_per_transition"]),
     # Health asks with a PING, which is answered.
     "no EVALSHA": frozenset(["test_health_names_the_reason", "test_operators_pages_answer"]),
 }
