@@ -29,6 +29,7 @@ from .novelty import Marks
 from .wire import Batch, Input, WireFormat
 
 _LAYOUT = b"2"  # of what is hashed; a new one never reads an old one's vectors
+_HALF = 4  # bytes of a mark
 _MAX_MEMORISED = 256
 _MEMORISED_BYTES = 8 * 1024  # of what one is found by
 
@@ -167,8 +168,14 @@ class Identities:
 
 @lru_cache(maxsize=1024)
 def mark_of(epoch: bytes, model: str) -> bytes:
-    """The 8 bytes that a value carries: of the model's epoch, and of the model that its answer named."""
-    return hashlib.blake2b(epoch + _encoded(model), digest_size=len(epoch)).digest()
+    """The 8 bytes that a value carries: half of them of the epoch, half of it and the model that its answer named."""
+    return epoch_part(epoch) + hashlib.blake2b(epoch + _encoded(model), digest_size=_HALF).digest()
+
+
+@lru_cache(maxsize=256)
+def epoch_part(epoch: bytes) -> bytes:
+    """What the marks of all values of an epoch begin with, whatever model answered."""
+    return hashlib.blake2b(epoch, digest_size=_HALF).digest()
 
 
 def _encoded(text: str) -> bytes:

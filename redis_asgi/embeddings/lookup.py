@@ -10,7 +10,7 @@ from ..keys import key_marks
 from .codec import NO_EPOCH, Value, decode_finite
 from .core import Core, as_epoch
 from .http_caching import Wanted
-from .identity import Identity, mark_of
+from .identity import Identity, epoch_part, mark_of
 from .lease import Lease, decode_denied, decode_lease
 from .pace import Pace
 from .single_flight import Flight
@@ -136,12 +136,15 @@ async def _take(
     lease = found.lease
     mark = mark_of(found.epoch, lease.model) if lease is not None else None
     values = found.provisional if mark is None else found.values
+    part = epoch_part(found.epoch)
     keeps = core.local.on and mark is not None
     for start in range(0, len(names), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)
         read = decode_finite(raws[chunk], key_marks(names[chunk]))
         for name, value in zip(names[chunk], read, strict=True):
-            if value is None or value.born < oldest or (mark is not None and value.epoch != mark):
+            if value is None or value.born < oldest:
+                continue
+            if value.epoch != mark if mark is not None else not value.epoch.startswith(part):
                 continue
             values[name] = value
             if keeps:
@@ -160,7 +163,8 @@ def _sort(core: Core, found: Found, local: dict[bytes, Value]) -> None:
     if found.epoch == NO_EPOCH:
         return
     if found.lease is None:
-        found.provisional |= local
+        part = epoch_part(found.epoch)
+        found.provisional |= {name: value for name, value in local.items() if value.epoch.startswith(part)}
         return
     mark = mark_of(found.epoch, found.lease.model)
     for name, value in local.items():

@@ -10,6 +10,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from .servers import Spy, cache_status, client, listed, openai, read, respond
@@ -92,6 +93,21 @@ async def test_another_model_when_a_lease_is_renewed_early_costs_two_calls_more(
     for model in ("new", "new", "old", "old"):
         assert (model, await alone(model, "aa", "b")) == (await ask(cached, "aa", "b"))[:2]
     assert [["aa", "b"], *(2 * [["b"], ["aa", "b"]])] == alias.calls
+
+
+async def test_a_flush_is_no_change_of_model(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a lease what was flushed is missing, in the process as in Redis: one call, and no word of a model."""
+    alias, now = Alias("m"), [time.time()]
+    cached = EmbeddingCacheMiddleware(alias.app, settings=Settings(REDIS_URL=redis_url))
+    cached._core.wall = lambda: now[0]
+    for _ in range(2):
+        await ask(cached, "aa", "b")
+    now[0] += 400
+    cached._core.monotonic = lambda: now[0]
+    await flush_model("alias", redis=redis_url)
+    assert "redis-asgi; fwd=miss; stored" == (await ask(cached, "aa", "b"))[2]
+    assert 2 * [["aa", "b"]] == alias.calls
+    assert [] == [record for record in caplog.records if record.msg == "redis_asgi.embedding_model_changed"]
 
 
 @pytest.mark.parametrize("lease", [None, "off"])
