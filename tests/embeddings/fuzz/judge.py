@@ -211,7 +211,7 @@ class Judge:
             raise Violation(f"{story}: warns {warnings} for {expected.get('meta')}")
 
     def weigh(self, ask: Ask, worker: int, through: Through, calls: Sequence[Call]) -> None:
-        """Look at the *calls* that a request has cost: no more than alone, but for two a minute and scope.
+        """Look at the *calls* that a request has cost: no more than alone, but for two a minute, scope and encoding.
 
         Raises:
             Violation: When there were more, or more texts.
@@ -222,7 +222,9 @@ class Judge:
             raise Violation(f"{story}: {len(calls)} calls with {[call.items for call in calls]} texts")
         if "; hit" in through.said and self.config.lease == 0 and not calls:
             raise Violation(f"{story}: a hit where every request reaches the app")
-        times = self._extra.setdefault((worker, request.sides.vectors), [])
+        # An app may refuse one representation, so each has its two.
+        asked = (worker, request.sides.vectors, repr(ask.body.get("encoding_format", "float")))
+        times = self._extra.setdefault(asked, [])
         if "stored" in through.said:
             times.clear()  # understood, so that another two may be tried
         if len(calls) > 1:
