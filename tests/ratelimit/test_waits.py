@@ -134,7 +134,7 @@ def kept_in_redis(server: redis.Redis, case: Case) -> tuple[float, ...]:
 def longest(case: Case, owed: float) -> float:
     """The longest wait (us) that the strategy of *case* may tell; *owed* in quotas."""
     windows = {"sliding-window-counter": 2.0, "gcra": max(1.0, owed)}.get(case.strategy, 1.0)
-    return windows * case.window * MICROSECONDS + 1
+    return math.ceil(windows * case.window * MICROSECONDS) + 1
 
 
 def quotas_owed(twin: Twin, case: Case) -> float:
@@ -159,7 +159,7 @@ def test_wait_is_true_and_bounded_whatever_is_stored(strategy: str, data: st.Dat
         return
 
     assert looked == told
-    assert 0 < told.retry <= longest(case, quotas_owed(twin, case)) + 1  # a tick of rounding up
+    assert 0 < told.retry <= longest(case, quotas_owed(twin, case))
     assert twin.peek(case.cost, at=EPOCH + told.retry).fits
     # Counts are told apart to 1e-12 of the quota and a rounding, and at the slowest one unit fades in a window.
     grain = math.ceil(max(1e-9, 2e-12 * case.quota) * case.window * MICROSECONDS)
@@ -178,7 +178,7 @@ def test_full_quota_is_back_after_reset_whatever_is_stored(strategy: str, data: 
     told = twin.peek()
 
     assert case.quota == twin.peek(at=EPOCH + told.reset).remaining
-    assert told.reset <= longest(case, quotas_owed(twin, case)) + 1  # a tick of rounding up
+    assert told.reset <= longest(case, quotas_owed(twin, case))
 
 
 @every_strategy
