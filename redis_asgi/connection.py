@@ -26,6 +26,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from starlette.types import Scope
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client import Client, build_client, drop_connections, ping
@@ -454,6 +455,24 @@ def _checked_client(client: object) -> Client:
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
+
+
+# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
+# becomes a key of the scope itself.
+_MANAGERS = "redis_asgi.managers"
+
+
+def offer_manager(scope: Scope, manager: RedisManager) -> None:
+    """Tell the package's own sub-apps below that a middleware uses *manager*."""
+    outer = offered_managers(scope)
+    if manager not in outer:
+        scope[_MANAGERS] = (*outer, manager)
+
+
+def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
+    """The managers of the middlewares that a request has come through, the outermost first."""
+    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
+    return offered
 
 
 @overload

@@ -7,7 +7,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, RedisManager
+from ..connection import RedisArgument, RedisManager, offer_manager
 from ..errors import ConfigurationError
 from ..settings import Settings
 from .cache import EmbeddingCache
@@ -90,6 +90,7 @@ class EmbeddingCacheMiddleware:
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
+            offer_manager(scope, self._core.manager)
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:

@@ -11,7 +11,7 @@ from typing import get_args
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, resolve_manager
+from ..connection import RedisArgument, offer_manager, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..scope import Addressing
@@ -118,6 +118,7 @@ class RateLimitMiddleware:
             self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
+        offer_manager(scope, self._manager)
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
             return
