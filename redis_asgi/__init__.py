@@ -6,6 +6,9 @@
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 ``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
 ``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
+
+Public are the names in ``__all__`` here and in ``embeddings.wire``, ``errors``, ``maintenance`` and ``telemetry``;
+every other module, and every other name in these, may change in any release.
 """
 
 import importlib
@@ -17,6 +20,7 @@ from .keys import KeyManagement
 from .maintenance import calculate_memory_usage, configure_persistence
 from .ratelimit.decision import Decision, PolicyState
 from .ratelimit.exceeded import RateLimitExceeded
+from .ratelimit.ledger import RequestDecision
 from .ratelimit.limiter import RateLimiter
 from .ratelimit.middleware import RateLimitMiddleware
 from .ratelimit.partition import by_header, by_user, client_ip
@@ -28,12 +32,14 @@ if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
     from .health import check_redis_health, health_app
     from .metrics import RedisMetrics, metrics_app
+    from .ratelimit.current import CurrentLimit
     from .status import status_app
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigurationError",
+    "CurrentLimit",
     "Decision",
     "EmbeddingCache",
     "EmbeddingCacheMiddleware",
@@ -46,6 +52,7 @@ __all__ = [
     "RedisASGIError",
     "RedisManager",
     "RedisMetrics",
+    "RequestDecision",
     "Rule",
     "Settings",
     "by_header",
@@ -63,6 +70,7 @@ __all__ = [
 
 # Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.
 _LATE = {
+    "CurrentLimit": ".ratelimit.current",
     "EmbeddingCache": ".embeddings",
     "EmbeddingCacheMiddleware": ".embeddings",
     "RedisMetrics": ".metrics",
@@ -73,7 +81,13 @@ _LATE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(importlib.import_module(_LATE[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+    # A type checker that sees it takes every misspelled name for one that is loaded late.
+    def __getattr__(name: str) -> Any:
+        if name in _LATE:
+            return getattr(importlib.import_module(_LATE[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

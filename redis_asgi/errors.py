@@ -24,6 +24,13 @@ import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
 
+__all__ = [
+    "ConfigurationError",
+    "Failure",
+    "RedisASGIError",
+    "classify",
+]
+
 logger = logging.getLogger("redis_asgi.connection")
 
 

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
@@ -298,7 +298,20 @@ def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
 
 
-def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
+class RateLimitOptions(TypedDict, total=False):
+    """The options of `RateLimit`, for `rate_limit`."""
+
+    name: str | None
+    partition_by: PartitionBy | None
+    cost: int | Callable[[HTTPConnection], Any]
+    strategy: StrategyName | None
+    on_redis_error: OnRedisError | None
+    shadow: bool
+    redis: RedisArgument
+    settings: Settings | None
+
+
+def rate_limit(limits: Limits, **options: Unpack[RateLimitOptions]) -> Callable[[F], F]:
     """`RateLimit` as a decorator for Starlette endpoints: sync, async and WebSocket, functions and methods.
 
     It finds the request among the endpoint's arguments by its type. The options are those of `RateLimit`.
