@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from .connection import RedisManager, redis_operation
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
-from .maintenance import calculate_memory_usage, configure_persistence
 from .ratelimit.decision import Decision, PolicyState
 from .ratelimit.exceeded import RateLimitExceeded
 from .ratelimit.ledger import RequestDecision
@@ -31,6 +30,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
     from .health import check_redis_health, health_app
+    from .maintenance import calculate_memory_usage, configure_persistence
     from .metrics import RedisMetrics, metrics_app
     from .ratelimit.current import CurrentLimit
     from .status import status_app
@@ -74,7 +74,9 @@ _LATE = {
     "EmbeddingCache": ".embeddings",
     "EmbeddingCacheMiddleware": ".embeddings",
     "RedisMetrics": ".metrics",
+    "calculate_memory_usage": ".maintenance",
     "check_redis_health": ".health",
+    "configure_persistence": ".maintenance",
     "health_app": ".health",
     "metrics_app": ".metrics",
     "status_app": ".status",
