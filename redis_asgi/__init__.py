@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .maintenance import calculate_memory_usage, configure_persistence
     from .metrics import RedisMetrics, metrics_app
     from .ratelimit.current import CurrentLimit
+    from .ratelimit.openapi import document_limits, rate_limit_responses
     from .status import status_app
 
 __version__ = "0.1.0"
@@ -61,9 +62,11 @@ __all__ = [
     "check_redis_health",
     "client_ip",
     "configure_persistence",
+    "document_limits",
     "health_app",
     "metrics_app",
     "rate_limit",
+    "rate_limit_responses",
     "redis_operation",
     "status_app",
 ]
@@ -77,8 +80,10 @@ _LATE = {
     "calculate_memory_usage": ".maintenance",
     "check_redis_health": ".health",
     "configure_persistence": ".maintenance",
+    "document_limits": ".ratelimit.openapi",
     "health_app": ".health",
     "metrics_app": ".metrics",
+    "rate_limit_responses": ".ratelimit.openapi",
     "status_app": ".status",
 }
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..paths import path_patterns
+from ..paths import PathPattern, path_patterns
 from ..settings import Settings
 from .routing import Routing
 
@@ -33,6 +33,11 @@ class Exemptions:
             self._paths += path_patterns(exempt)
         self._has_looked = False
         self.any = True
+
+    @property
+    def paths(self) -> tuple[PathPattern, ...]:
+        """The patterns of the user's."""
+        return self._paths
 
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""

@@ -18,6 +18,7 @@ from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
 from . import headers
+from .coverage import Coverage
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
@@ -160,6 +161,10 @@ class RateLimitMiddleware:
             keep_decision(scope, RequestDecision(verdict))
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
+
+    def coverage(self) -> Coverage:
+        """What it may answer in place of the app; `document_limits` writes it down."""
+        return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""

@@ -150,6 +150,11 @@ class Partitioner:
         # Per instance, so that the cache dies with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
 
+    @property
+    def refuses(self) -> bool:
+        """Whether a request without the identity is refused."""
+        return self._missing == "refuse" and self.kind not in ("ip", "custom")
+
     async def __call__(self, scope: Scope) -> Partition | None:
         """The partition of a request; ``None``: its rule does not apply.
 

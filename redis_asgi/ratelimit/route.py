@@ -157,6 +157,24 @@ class RateLimit:
         engine = self._engine_for(conn.scope, decision_of(conn.scope))
         return engine, await self._charge(self._compile(engine, self.name_at(endpoint), place), conn)
 
+    def settings_under(self, settings: Settings | None) -> Settings:
+        """What it goes by below a middleware of *settings*; ``None`` = there is none."""
+        if settings is not None and self._redis is None and self._settings is None:
+            return settings
+        manager, _ = resolve_manager(self._redis, self._settings)
+        return self._settings or manager.settings
+
+    def statuses(self, settings: Settings | None) -> frozenset[int]:
+        """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
+        settings = self.settings_under(settings)
+        return CompiledRule(
+            self._rule,
+            settings,
+            Addressing(settings),
+            strategy=settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
+        ).statuses
+
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
@@ -328,6 +346,12 @@ def rate_limit(limits: Limits, **options: Unpack[RateLimitOptions]) -> Callable[
         return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))
 
     return decorate
+
+
+def limits_of(endpoint: object) -> tuple[RateLimit, ...]:
+    """The limits that `rate_limit` has put in front of *endpoint*."""
+    _, _, placed = getattr(endpoint, _STACK, (None, None, ()))
+    return tuple(limit for limit, _ in placed)
 
 
 def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:

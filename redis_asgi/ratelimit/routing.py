@@ -92,6 +92,17 @@ class Routing:
         )
 
 
+def inwards(app: object) -> Iterator[object]:
+    """*app* and what it wraps, up to the first that has routes."""
+    for _ in range(_DEEPEST):
+        if app is None:
+            return
+        yield app
+        if isinstance(app, SubApp) or _routes_of(app) is not None:
+            return
+        app = _inner(app)
+
+
 def _below(app: object, prefix: str | None = None, depth: int = 0) -> Iterator[tuple[str | None, object]]:
     """The apps at and below *app*, through middlewares, routers and mounts, with the mounts' path."""
     for _ in range(_DEEPEST):

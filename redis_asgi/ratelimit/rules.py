@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from ..errors import ConfigurationError
 from ..notation import Limit, parse_limits
-from ..paths import PathPattern, Spellings, path_patterns
+from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
@@ -251,6 +251,24 @@ class CompiledRule:
         if self._strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
+
+    @property
+    def statuses(self) -> frozenset[int]:
+        """What it may answer in place of the app."""
+        enforces = not self._shadow
+        found = {
+            429: enforces and self.cost != 0,
+            503: enforces and self.on_redis_error == "closed",
+            400: self.partition.refuses,
+        }
+        return frozenset(status for status, may in found.items() if may)
+
+    def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
+        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
+        methods = self._methods
+        if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
+            return False
+        return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
 
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
         """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""

@@ -16,7 +16,9 @@ from redis_asgi import (
     Rule,
     by_header,
     check_redis_health,
+    document_limits,
     health_app,
+    rate_limit_responses,
 )
 
 app = FastAPI(dependencies=[Depends(RateLimit("1000/hour", name="all"))])
@@ -29,7 +31,7 @@ app.add_middleware(
     exempt=["/health/*"],
 )
 app.mount("/health", health_app())
-archive = APIRouter(prefix="/archive")
+archive = APIRouter(prefix="/archive", responses=rate_limit_responses(fails_closed=True, needs_identity=True))
 login_limit = RateLimit("5/minute", partition_by=lambda conn: conn.headers.get("x-user"), cost=lambda conn: 1)
 
 
@@ -38,7 +40,7 @@ async def login(_limited: Annotated[None, Depends(login_limit)], limit: CurrentL
     return {"reset": await limit.reset("login")}
 
 
-@archive.get("/")
+@archive.get("/", responses=rate_limit_responses(headers="legacy"))
 async def read(limit: CurrentLimit, request: Request) -> dict[str, int]:
     limit.charge(3)
     same: RequestDecision = request.state.rate_limit
@@ -65,3 +67,4 @@ async def check(client: object) -> str:
 
 
 app.include_router(archive)
+document_limits(app)
