@@ -1,7 +1,6 @@
 """What a middleware may answer in place of the app, said to whoever documents the app."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from ..paths import PathPattern, PathTemplate
 from ..settings import HeaderStyle, Settings
@@ -34,8 +33,9 @@ class Coverage:
         return frozenset().union(*(rule.statuses for rule in self.rules if rule.may_cover(method, all_)))
 
 
-@runtime_checkable
-class Covering(Protocol):
-    """A middleware that limits what it wraps."""
+class Covering:
+    """The base of a middleware that limits what it wraps, for who must not import the middleware itself."""
 
-    def coverage(self) -> Coverage: ...
+    def coverage(self) -> Coverage:
+        """What it may answer in place of the app."""
+        raise NotImplementedError

@@ -18,7 +18,7 @@ from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
 from . import headers
-from .coverage import Coverage
+from .coverage import Coverage, Covering
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
@@ -31,7 +31,7 @@ from .routing import Routing
 from .rules import Limits, Rule, check_choice, compile_rules, same_identity
 
 
-class RateLimitMiddleware:
+class RateLimitMiddleware(Covering):
     """Refuses what is over quota, and tells every client how it stands.
 
     ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background tasks, WebSockets and
@@ -163,7 +163,7 @@ class RateLimitMiddleware:
             await self._refuse(verdict, scope, receive, send)
 
     def coverage(self) -> Coverage:
-        """What it may answer in place of the app; `document_limits` writes it down."""
+        """Its rules, and what they leave alone; `document_limits` asks for it."""
         return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
+from starlette.middleware import Middleware
 from starlette.routing import Host, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -182,8 +184,15 @@ def _added_to(app: Any) -> Iterator[Coverage]:
         return
     for listed in getattr(app, "user_middleware", ()):
         if isinstance(listed.cls, type) and issubclass(listed.cls, Covering):
-            made: Any = listed.cls
-            yield made(_nothing, *listed.args, **listed.kwargs).coverage()
+            coverage = _listed.get(listed)
+            if coverage is None:
+                made: Any = listed.cls
+                coverage = _listed[listed] = made(_nothing, *listed.args, **listed.kwargs).coverage()
+            yield coverage
+
+
+# What is listed is built once for its rules, so that it warns of them once.
+_listed: WeakKeyDictionary[Middleware, Coverage] = WeakKeyDictionary()
 
 
 async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
