@@ -5,10 +5,10 @@ an endpoint, which FastAPI's own walk over its routes finds, the one that the do
 """
 
 import copy
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,7 @@ _METHODS = frozenset(("get", "put", "post", "delete", "options", "head", "patch"
 _PLAIN_PARAMETER = re.compile(r"\{([^{}:]+)\}")
 _NONE: frozenset[int] = frozenset()
 _DEEPEST = 16  # apps mounted within apps
+_MOST_APPS = 1000
 _NAME = "RateLimitProblem"
 
 _PROBLEM: Document = {
@@ -130,7 +131,7 @@ def document_limits(app: ASGIApp) -> None:
     Raises:
         ConfigurationError: If there is no FastAPI app.
     """
-    documented = {id(found.app): found.app for found in _walk(app) if callable(getattr(found.app, "openapi", None))}
+    documented = {id(found.app): found.app for found in _found(app) if callable(getattr(found.app, "openapi", None))}
     if not documented:
         raise ConfigurationError(
             f"document_limits({app!r}): there is no app with an openapi() in it. Give it a FastAPI app, after its "
@@ -154,6 +155,11 @@ class _Found:
     prefix: str
     around: tuple[tuple[Coverage, str], ...]
     root: str
+
+
+def _found(app: object) -> list[_Found]:
+    # One that is mounted in itself, twice, would be found for ever.
+    return list(islice(_walk(app), _MOST_APPS))
 
 
 def _walk(app: object, outer: _Found | None = None, path: str = "", depth: int = 0) -> Iterator[_Found]:
@@ -232,7 +238,7 @@ class _Documenting:
         return document
 
     def _complete(self, document: Document) -> None:
-        places = [found for found in _walk(self.top) if found.app is self.app]
+        places = [found for found in _found(self.top) if found.app is self.app]
         routes = {
             (route.path_format, method): route
             for route in _routes(self.app)
@@ -290,7 +296,7 @@ def _settings(place: _Found) -> Settings | None:
 def _style(place: _Found, route: Any) -> HeaderStyle:
     styles = (coverage.style for coverage, _ in place.around)
     alone = (limit.settings_under(None).RATE_LIMIT_HEADERS for limit in _limits(route))
-    return next(itertools.chain(styles, alone))
+    return next(chain(styles, alone))
 
 
 def _add_problem(document: Document) -> Document:

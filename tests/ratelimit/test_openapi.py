@@ -269,6 +269,15 @@ def test_apps_mounted_below_are_documented_too() -> None:
     assert {("GET", "/things", 429), ("GET", "/items", 429)} == limited(inner)
 
 
+def test_an_app_within_itself_is_documented() -> None:
+    """However often it is mounted there."""
+    app = app_of("GET /items", limits="5/minute")
+    app.mount("/a", app)
+    app.mount("/b", app)
+
+    assert {("GET", "/items", 429)} == documented(app)
+
+
 def test_a_root_path_may_be_what_a_rule_means() -> None:
     """A rule covers the path with the app's root and without."""
     for paths in ("/api/items", "/items"):
