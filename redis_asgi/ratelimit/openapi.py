@@ -64,7 +64,6 @@ def _header(description: str, kind: str = "string") -> Document:
     return {"description": description, "schema": {"type": kind}}
 
 
-_RETRY_AFTER = _header("Seconds until the request is admitted; absent where it never can be.", "integer")
 _NO_STORE = {"Cache-Control": _header("`no-store`")}
 _IETF = {
     "RateLimit-Policy": _header("The policies that apply: a quota `q` per window of `w` seconds each."),
@@ -104,9 +103,12 @@ def rate_limit_responses(
 
 def _response(status: int, style: HeaderStyle, problem: Document, *, by_route: bool = True) -> Document:
     """The Response Object of *status*; a route's own is made by the app's handler of ``HTTPException``."""
-    fields: Document = {} if status == 400 else {"Retry-After": _RETRY_AFTER}
+    fields: Document = {}
     if status == 429:
+        fields |= {"Retry-After": _header("Seconds until it is admitted; absent where it never can be.", "integer")}
         fields |= (_IETF if style in ("ietf", "both") else {}) | (_LEGACY if style in ("legacy", "both") else {})
+    elif status == 503:
+        fields |= {"Retry-After": _header("Seconds until it is worth another try.", "integer")}
     content = {PROBLEM_JSON.decode(): {"schema": problem}}
     if by_route:
         content["application/json"] = {"schema": _DETAIL}

@@ -313,6 +313,42 @@ async def test_it_finds_the_middleware_wherever_it_is(wrap: str) -> None:
     assert app.openapi() is app.openapi()
 
 
+LIMITS: dict[str, dict[str, Any]] = {
+    "/429": {"name": "often"},
+    "/400": {"name": "who", "partition_by": by_header("x-api-key")},
+    "/503": {"name": "closed", "on_redis_error": "closed"},
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("style", ["ietf", "legacy", "both", "none"])
+@pytest.mark.parametrize("of", ["rule", "route"])
+@pytest.mark.parametrize("path", LIMITS)
+async def test_what_is_written_is_what_is_answered(path: str, of: str, style: Any) -> None:
+    """Each of the three, by a rule and by a route, has the fields, the type and the members that are written."""
+    url = "redis://127.0.0.1:1" if path == "/503" else "memory://"
+    manager = RedisManager(Settings(REDIS_URL=url, RATE_LIMIT_MISSING_IDENTITY="refuse"))
+    rule = Rule("1/hour", paths=path if of == "rule" else "/elsewhere", **LIMITS[path])
+    limits = [] if of == "rule" else [Depends(RateLimit("1/hour", **LIMITS[path]))]
+    app = app_of(rules=[rule], redis=manager, headers=style)
+    add(app, f"GET {path}", dependencies=limits)
+    document_limits(app)
+    document = app.openapi()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        await client.get(path)
+        answer = await client.get(path)
+
+    assert path == f"/{answer.status_code}"
+    written = document["paths"][path]["get"]["responses"][path[1:]]
+    schema = written["content"][answer.headers["content-type"]]["schema"]
+    schema = document["components"]["schemas"]["RateLimitProblem"] if "$ref" in schema else schema
+    assert set(schema["required"]) <= answer.json().keys() <= schema["properties"].keys()
+    fields = {name.lower() for name in written["headers"]}
+    assert answer.headers.keys() - {"content-type", "content-length"} <= fields
+    # The 400 of a route is one of the framework's own.
+    assert (of, path) == ("route", "/400") or fields <= answer.headers.keys()
+
+
 def test_routes_added_later_are_documented() -> None:
     """A document that FastAPI generates anew is completed anew."""
     app = app_of("GET /one", limits="5/minute")
