@@ -28,10 +28,11 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
-from .client import Client, build_client, drop_connections, ping
+from .client import Client, build_client, describe, describe_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
-from .settings import Settings, redact
+from .events import say, words_for
+from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -162,12 +163,17 @@ class RedisManager:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self._settings)})"
+        return f"{type(self).__name__}({self.address})"
 
     @property
     def settings(self) -> Settings:
         """The settings this manager was built with."""
         return self._settings
+
+    @property
+    def address(self) -> str:
+        """Where its Redis is, for people: no user and no password."""
+        return describe(self._settings)
 
     @property
     def has_redis(self) -> bool:
@@ -281,7 +287,9 @@ class RedisManager:
             client = opened.client
             # Once the slot table is read, commands go by the nodes' own.
             trial = bool(node) or not isinstance(client, aioredis.RedisCluster)
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node, trial=trial)
+            breaker = Breaker(
+                lambda: ping(client, node), lambda: drop_connections(client), node, address=self.address, trial=trial
+            )
             opened.breakers[node] = breaker
         return breaker
 
@@ -290,14 +298,7 @@ class RedisManager:
         if self.keys_apart:
             return
         self.keys_apart = True
-        logger.warning(
-            "redis_asgi.slots_enforced",
-            extra={
-                "code": "slots_enforced",
-                "fix": "The server refuses keys of several slots in one command, so each goes in one of its own. Set "
-                "REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
-            },
-        )
+        say(logger, "slots_enforced", address=self.address)
 
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
@@ -339,7 +340,7 @@ class RedisManager:
         except Exception as error:
             failure = classify(error)
             if self._unreachable is None and failure is not Failure.DEFECT:
-                logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+                say(logger, "redis_unavailable", **words_for(failure), address=self.address)
             self._unreachable = (time.monotonic(), error)
             raise
         self._unreachable = None
@@ -371,6 +372,10 @@ class _GivenClient(RedisManager):
         self._client = client
 
     @property
+    def address(self) -> str:
+        return describe_client(self._client)
+
+    @property
     def has_redis(self) -> bool:
         return True
 
@@ -381,17 +386,6 @@ class _GivenClient(RedisManager):
 def _may_pass(error: Exception) -> bool:
     # A wrong password stays wrong; trying again only fills the server's ACL log.
     return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
-
-
-def describe(settings: Settings) -> str:
-    """Where these settings point, without user or password."""
-    if settings.REDIS_SENTINELS:
-        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
-    if settings.REDIS_CLUSTER_NODES:
-        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
-    if settings.REDIS_URL:
-        return redact(settings.REDIS_URL.get_secret_value())
-    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
 
 
 # One shared default per settings for as long as the process lives: the counters of memory:// are in it.
@@ -439,15 +433,7 @@ def _checked_client(client: object) -> Client:
         retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
         if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
             _warned_about.add(client)
-            logger.warning(
-                "redis_asgi.client_retries",
-                extra={
-                    "code": "client_retries",
-                    "retries": retry.get_retries(),
-                    "fix": "Build the client with retry=Retry(NoBackoff(), 0): when a reply is lost, a retried "
-                    "command runs again, so one request may be counted several times.",
-                },
-            )
+            say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
         return client
     if isinstance(client, redis.Redis | redis.RedisCluster):
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
@@ -480,10 +466,10 @@ def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[.
         try:
             return await function(*args, **kwargs)
         except RedisConnectionError as error:
-            logger.error("redis_asgi.connection_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "connection_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
         except RedisError as error:
-            logger.error("redis_asgi.operation_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "operation_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
 
     return logged

@@ -24,6 +24,8 @@ import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
 
+from .events import say
+
 logger = logging.getLogger("redis_asgi.connection")
 
 
@@ -183,13 +185,4 @@ def _say_defect(exc: BaseException) -> None:
     if where in _said or len(_said) >= _DEFECTS_SAID:
         return
     _said.add(where)
-    logger.error(
-        "redis_asgi.defect",
-        exc_info=exc,
-        extra={
-            "code": "defect",
-            "reason": Failure.DEFECT.value,
-            "fix": "No Redis causes this, and requests are decided as without Redis. Is redis-py of a version that the "
-            "package allows? If so, it is a bug of the package: report it with the traceback.",
-        },
-    )
+    say(logger, "defect", exc, error=type(exc).__name__, reason=Failure.DEFECT.value)

@@ -21,6 +21,7 @@ from starlette.requests import HTTPConnection
 from .checkup import check
 from .client import Client
 from .connection import RedisArgument, RedisManager, resolve_manager
+from .events import say
 from .exposition import Families, Scrape, counted, middleware_figures, read, redis_figures
 from .settings import Settings
 from .sub_app import Answer, Authorize, SubApp, json_answer
@@ -123,7 +124,7 @@ async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(_thread(os.getpid()), made)
     except (OSError, ValueError) as error:
         # The files of several processes. Less than their sum would look like counters that were reset.
-        logger.error("redis_asgi.metrics_unreadable", extra={"error": type(error).__name__})
+        say(logger, "metrics_unreadable", error=type(error).__name__)
         return json_answer({"error": "counters_unreadable"}, status=503)
 
 

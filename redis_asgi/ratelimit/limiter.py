@@ -8,7 +8,7 @@ from ..event_loop import running_loop
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
-from .policies import make_policies, warns_of_small_quotas
+from .policies import make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, Charges, Partition, make_partition
 from .rules import check_choice, check_cost, check_name
 from .strategies import Mode
@@ -52,6 +52,7 @@ class RateLimiter:
         self._strategy: StrategyName = strategy
         self._on_redis_error: OnRedisError = on_redis_error
         self._has_warned = False
+        self._has_warned_of_cost = False
         if on_redis_error == "closed":
             manager.fails_closed = True
 
@@ -136,7 +137,9 @@ class RateLimiter:
         # Its limits are known from the first call on; names may be many, so that it warns of one call's only.
         if strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
-        charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
+        if check_cost(cost) > 1 and mode == "consume" and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(name, policies, cost)
+        charge = Charge(policies, self._partition(client_id), cost, self._on_redis_error)
         return (await self._engine.decide(Charges((charge,)), mode)).decision
 
     def _partition(self, client_id: str | Partition) -> Partition:

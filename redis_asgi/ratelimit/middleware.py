@@ -99,7 +99,7 @@ class RateLimitMiddleware:
         if on_exceeded is not None and not callable(on_exceeded):
             raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
         self._on_exceeded = on_exceeded
-        self._linter = Linter(self._addressing)
+        self._linter = Linter(self._addressing, self._routing, self._rules)
         self._has_loop = False
         # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
         self._identify = same_identity(self._rules)

@@ -118,6 +118,7 @@ class Partitioner:
     Attributes:
         kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
         read: Reads the identity from a scope, where that takes no callable of the user's.
+        missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
     """
 
     def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
@@ -131,7 +132,7 @@ class Partitioner:
         self._addressing = addressing
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
-        self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
+        self.missing = settings.RATE_LIMIT_MISSING_IDENTITY
         self.by_address = partition_by is client_ip
         self.kind = (
             "ip"
@@ -169,11 +170,11 @@ class Partitioner:
                 raise TypeError(f"partition_by returned {type(value).__name__}, not str or None.")
         if value is not None:
             return self._of_value(value) if len(value) <= LONGEST_CACHED else self._name_value(value)
-        if self.kind == "custom" or self._missing == "skip":
+        if self.kind == "custom" or self.missing == "skip":
             return None
-        if self._missing == "refuse":
+        if self.missing == "refuse":
             raise MissingIdentity(self.kind)
-        return self.of_address(addressing.client(scope)) if self._missing == "ip" else self._of_value("")
+        return self.of_address(addressing.client(scope)) if self.missing == "ip" else self._of_value("")
 
     def of_identity(self, identity: str) -> Partition:
         """The partition of what `read` gave."""

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
@@ -16,6 +17,7 @@ from starlette.types import Scope
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..event_loop import running_loop
+from ..events import say
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
@@ -37,6 +39,8 @@ from .policies import fit_name
 from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import CompiledRule, Limits, Rule, check_cost
+
+logger = logging.getLogger("redis_asgi.ratelimit")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,6 +109,7 @@ class RateLimit:
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
         self._compiled: WeakKeyDictionary[Engine, dict[tuple[str, int], CompiledRule]] = WeakKeyDictionary()
+        self._has_warned = False
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
@@ -194,12 +199,18 @@ class RateLimit:
         return rule
 
     async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
+        if rule.partition.kind == "user" and "user" not in conn.scope and not self._has_warned:
+            self._has_warned = True
+            say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
         found = await rule.ask(conn)
         if found is None:
             return None
         policies, partition = found
-        cost = self._cost(conn) if callable(self._cost) else self._cost
-        return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
+        said = self._cost(conn) if callable(self._cost) else self._cost
+        cost = check_cost(await said if isawaitable(said) else said)
+        if callable(self._cost):
+            rule.note_cost(policies, cost)
+        return rule.charge(policies, partition, cost)
 
 
 # A limit, and its place among those of an endpoint.

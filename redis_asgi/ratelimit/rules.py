@@ -16,7 +16,7 @@ from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
 from .partition import ADDRESSING, PartitionBy, Partitioner
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_small_quotas
+from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, Partition, PolicySet
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
@@ -194,9 +194,14 @@ class CompiledRule:
         # What its policies are called instead, and with which ending: see `make_policies`.
         self._named = named or (self.name, None)
         self._has_warned = False
+        self._has_warned_of_cost = False
         # Known at construction unless the limits are a callable.
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
-        self._last = None if self.policies is not None else LastLimits(self.name, self._make_dynamic, self._default)
+        self._last = (
+            None
+            if self.policies is not None
+            else LastLimits(self.name, self._make_dynamic, self._default, self._note_constant_cost)
+        )
         self._default_limits = settings.default_limits
         # Static limits and cost: the charge depends on the identity alone.
         self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
@@ -210,6 +215,15 @@ class CompiledRule:
         """The charge of an identity under a rule that `is_plain`: nothing to call, nothing to wait for."""
         policies = cast("PolicySet", self.policies)
         return self.charge(policies, self.partition.of_identity(identity), cast("int", self.cost))
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Say once that a request at this *cost*, known only now, can never be admitted."""
+        if cost > 1 and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(self.name, policies, cost)
+
+    def _note_constant_cost(self, policies: PolicySet) -> None:
+        if isinstance(self.cost, int):
+            self.note_cost(policies, self.cost)
 
     async def ask(self, conn: HTTPConnection) -> tuple[PolicySet, Partition] | None:
         """A request's policies and partition under this rule, asked of the user where they are dynamic.
