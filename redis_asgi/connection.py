@@ -32,7 +32,8 @@ from .client import Client, build_client, describe, describe_client, drop_connec
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
 from .events import say, words_for
-from .settings import Settings
+from .misuse import constructor_says_what_was_meant
+from .settings import Settings, redact
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -134,6 +135,7 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         tell_notes()
 
 
+@constructor_says_what_was_meant("RedisManager(Settings(REDIS_URL='redis://localhost:6379'))")
 class RedisManager:
     """The one client that every part of the package shares, opened at first use.
 
@@ -151,6 +153,7 @@ class RedisManager:
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
+        check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
@@ -395,6 +398,21 @@ _managers_lock = threading.Lock()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
+def check_settings(settings: object) -> None:
+    """Refuse what is given for settings and is none.
+
+    Raises:
+        ConfigurationError: Says what was meant, and shows no password.
+    """
+    if settings is None or isinstance(settings, Settings):
+        return
+    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
+    if isinstance(settings, str):
+        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
+    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
+    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")
+
+
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
     """The manager behind a ``redis=`` argument, and whether its life is the package's business.
 
@@ -404,6 +422,7 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
     """
+    check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
     if redis is None or isinstance(redis, str):
@@ -437,6 +456,10 @@ def _checked_client(client: object) -> Client:
         return client
     if isinstance(client, redis.Redis | redis.RedisCluster):
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    if isinstance(client, Settings):
+        raise ConfigurationError("redis= is given Settings. Try settings=.")
+    if client is RedisManager:
+        raise ConfigurationError("redis=RedisManager is not called. Try redis=RedisManager().")
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )

@@ -5,6 +5,7 @@
     Exception
     └── RedisASGIError                 everything the package raises on purpose
         ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        │   └── ArgumentError          (also TypeError) what is called does not take these arguments
         ├── MaintenanceError           Redis did not do what an operator asked; lives in ``redis_asgi.maintenance``
         │   ├── FlushError             a model's vectors may still be served
         │   ├── PersistenceError       not all of the configuration was set
@@ -35,6 +36,10 @@ class RedisASGIError(Exception):
 
 class ConfigurationError(RedisASGIError, ValueError):
     """A setting or argument cannot work; raised while something is built, never during a request."""
+
+
+class ArgumentError(ConfigurationError, TypeError):
+    """What is called does not take these arguments, or was to be called and is not; the text says what was meant."""
 
 
 class Failure(StrEnum):

@@ -323,7 +323,7 @@ def say(logger: logging.Logger, event: str, error: BaseException | None = None, 
     row = EVENTS[event]
     if not logger.isEnabledFor(row.level):
         return
-    fields = {name: _URL.sub(_redacted, value) if isinstance(value, str) else value for name, value in fields.items()}
+    fields = {name: without_secrets(value) if isinstance(value, str) else value for name, value in fields.items()}
     shown = {name: _in_one_line(str(value)) for name, value in fields.items()}
     extra = {"event": PREFIX + event, "code": event, "fix": row.fix % shown}
     # The template stays the same for an event, which is what tools group lines by.
@@ -371,6 +371,11 @@ def _general(text: str, event: Event) -> str:
     """A text of *event* without a line's fields: their names stand for them, in capitals."""
     text = text.replace(". %(cause)s", ".").replace("%(cure)s", event.generally)
     return _FIELD.sub(lambda found: found[1].upper(), text)
+
+
+def without_secrets(text: str) -> str:
+    """*text* whose URLs have no user, no password and no options."""
+    return _URL.sub(_redacted, text)
 
 
 def _redacted(url: re.Match[str]) -> str:

@@ -5,6 +5,7 @@ from typing import get_args
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
+from ..misuse import constructor_says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
@@ -14,6 +15,7 @@ from .rules import check_choice, check_cost, check_name
 from .strategies import Mode
 
 
+@constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")
 class RateLimiter:
     """Limits by any identity you name, from anywhere in a service: handlers, workers, WebSocket loops.
 
@@ -66,7 +68,8 @@ class RateLimiter:
         """
         for name, value in (("limit", limit), ("window", window)):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigurationError(f"{name}={value!r} is not a whole number. Try limit=100, window=60.")
+                example = "limit=100, window=60, or consume(client_id, '100/minute')"
+                raise ConfigurationError(f"{name}={value!r} is not a whole number. Try {example}.")
         decision = await self.consume(client_id, f"{limit}/{window} seconds", strategy="fixed-window")
         return decision.allowed
 

@@ -108,7 +108,7 @@ def _figures(facts: Facts) -> Markup:
     rate = sum(map(_asked, minute)) / (len(minute) * SAMPLE_SECONDS) if minute else 0.0
     return joined(
         [
-            _figure("Requests now", _rate(rate), f"{asked:,} in ten minutes"),
+            _figure("Requests now", _rate(rate), f"mean of the last minute; {asked:,} in ten"),
             _figure("Refused", _percent(refused, asked), f"{refused:,} of {asked:,}"),
             _figure("Cache hits", _percent(hits, looked_up), f"{hits:,} of {looked_up:,} inputs"),
             _figure(
@@ -246,7 +246,8 @@ def _policies(history: Sequence[Sample]) -> Markup:
         )
         for name, asked in busiest
     )
-    notes = ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
+    notes = ["Each policy counts what it decided: a request under two of them is in both rows"]
+    notes += ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
     left_out = len(admitted + refused) - len(busiest)
     notes += [f"{left_out} more with less to do"] if left_out else []
     return markup(
