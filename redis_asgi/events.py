@@ -209,8 +209,8 @@ EVENTS: Mapping[str, Event] = {
     ),
     "user_middleware_missing": Event(
         logging.WARNING,
-        "The rule %(rule)s counts by user, and nothing outside of it has put a user into the scope, so everybody is "
-        "counted as RATE_LIMIT_MISSING_IDENTITY says (%(missing)s).",
+        "The rule %(rule)s counts by user, and nothing outside of it has put a user into a request's scope, so "
+        "everybody is counted as RATE_LIMIT_MISSING_IDENTITY says (%(missing)s).",
         "Call add_middleware(AuthenticationMiddleware, ...) after add_middleware(RateLimitMiddleware, ...): what is "
         "added last is outermost.",
     ),
