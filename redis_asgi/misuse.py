@@ -96,12 +96,13 @@ def says_what_was_meant(example: str) -> Callable[[Callable[P, R]], Callable[P, 
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            _check_call(function.__name__, signature, args, kwargs, example)
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                _check_call(function, args, kwargs, example)
+                raise
 
         return checked
 
@@ -113,12 +114,14 @@ def constructor_says_what_was_meant(example: str) -> Callable[[type[T]], type[T]
 
     def decorate(cls: type[T]) -> type[T]:
         init: Callable[..., None] = cls.__init__
-        signature = inspect.signature(cls)
 
         @functools.wraps(init)
         def checked(self: T, *args: Any, **kwargs: Any) -> None:
-            _check_call(cls.__name__, signature, args, kwargs, example)
-            init(self, *args, **kwargs)
+            try:
+                init(self, *args, **kwargs)
+            except TypeError:
+                _check_call(cls, args, kwargs, example)
+                raise
 
         cls.__init__ = checked  # type: ignore[assignment]  # it takes what it took
         return cls
@@ -126,18 +129,18 @@ def constructor_says_what_was_meant(example: str) -> Callable[[type[T]], type[T]
     return decorate
 
 
-def _check_call(
-    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], example: str
-) -> None:
+def _check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], example: str) -> None:
+    """Say what was meant if it is these arguments that *function* did not take."""
+    signature = inspect.signature(function)
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
-        _refuse(name, signature, args, kwargs, example)
+        raise ArgumentError(_misfit(function.__name__, signature, args, kwargs, example)) from None
 
 
-def _refuse(
+def _misfit(
     name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], example: str
-) -> NoReturn:
+) -> str:
     parameters = signature.parameters
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -146,40 +149,50 @@ def _refuse(
         meant = _ELSEWHERE.get(unknown, "")
         near = [meant] if meant in known else difflib.get_close_matches(unknown, known, n=1)
         guess = f"Did you mean {near[0]}? It" if near else "It"
-        raise ArgumentError(f"{name} has no argument {unknown!r}. {guess} takes {', '.join(known)}: {example}.")
+        return f"{name} has no argument {unknown!r}. {guess} takes {', '.join(known)}: {example}."
     if len(args) > len(positional):
         extra = args[len(positional)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         keyword = _keyword_for(extra, None if takes_any else {*known} - {*positional, *kwargs})
         meant = f"{keyword}={shown(extra)}" if keyword else f"a name before {shown(extra)}"
         alone = f"takes {' and '.join(positional)} alone by position" if positional else "takes nothing by position"
-        raise ArgumentError(f"{name} {alone}: write {meant}. Try {example}.")
+        return f"{name} {alone}: write {meant}. Try {example}."
     twice = next((n for n in positional[: len(args)] if n in kwargs), None)
     if twice is not None:
-        raise ArgumentError(f"{name} was given {twice} by position and by name. Try {example}.")
+        return f"{name} was given {twice} by position and by name. Try {example}."
     missing = [n for n in known[len(args) :] if n not in kwargs and parameters[n].default is inspect.Parameter.empty]
-    raise ArgumentError(f"{name} needs {' and '.join(missing)}. Try {example}.")
+    return f"{name} needs {' and '.join(missing)}. Try {example}."
 
 
 def _keyword_for(value: object, free: set[str] | None) -> str | None:
     """Which of the *free* arguments (``None``: any) *value* was most likely meant for."""
-    meant: tuple[str, ...] = ()
+    return next((name for name in _meant_for(value) if free is None or name in free), None)
+
+
+def _meant_for(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
-        kind = (
-            "redis" if "://" in value else "paths" if value[:1] == "/" else "strategy" if value in _STRATEGIES else ""
-        )
-        meant = (kind,) if kind else ("methods",) if value.upper() in _METHODS else ("name", "namespace", "strategy")
-    elif isinstance(value, bool):
-        meant = ("shadow",)
-    elif isinstance(value, int):
-        meant = ("cost",)
-    elif callable(value):
-        meant = ("partition_by",)
-    elif isinstance(value, dict):
-        meant = ("routes",)
-    elif isinstance(value, list | tuple | set):
-        meant = ("rules", "methods") if any(str(each).upper() in _METHODS for each in value) else ("rules", "paths")
-    return next((name for name in meant if free is None or name in free), None)
+        return _meant_for_text(value)
+    if isinstance(value, bool):
+        return ("shadow",)
+    if isinstance(value, int):
+        return ("cost",)
+    if callable(value):
+        return ("partition_by",)
+    if isinstance(value, dict):
+        return ("routes",)
+    if isinstance(value, list | tuple | set):
+        return ("rules", "methods") if any(str(each).upper() in _METHODS for each in value) else ("rules", "paths")
+    return ()
+
+
+def _meant_for_text(text: str) -> tuple[str, ...]:
+    if "://" in text:
+        return ("redis",)
+    if text.startswith("/"):
+        return ("paths",)
+    if text.upper() in _METHODS:
+        return ("methods",)
+    return ("strategy",) if text in _STRATEGIES else ("name", "namespace")
 
 
 class Uncalled:
