@@ -31,7 +31,7 @@ class Event:
     level: int
     cause: str
     fix: str
-    generally: str = "What its reason says: `redis-asgi explain REASON`."
+    generally: str = "See what its reason says: `redis-asgi explain REASON`."
 
     @property
     def fields(self) -> frozenset[str]:
@@ -228,7 +228,7 @@ EVENTS: Mapping[str, Event] = {
     ),
     "limits_unreadable": Event(
         logging.WARNING,
-        "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s Such a client has its last "
+        "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s. Such a client has its last "
         "readable limits, else the default ones.",
         "Have it return notation such as '100/minute', or None for not limited.",
     ),
@@ -284,13 +284,13 @@ EVENTS: Mapping[str, Event] = {
     ),
     "embedding_lengths_differ": Event(
         logging.WARNING,
-        "Vectors of %(model)s differ in length from those stored, which are dropped: the model has changed, or two "
-        "services share a namespace.",
+        "Vectors of the model '%(model)s' differ in length from those stored, which are dropped: the model has "
+        "changed, or two services share a namespace.",
         "Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
     ),
     "embedding_model_changed": Event(
         logging.WARNING,
-        "The app answers %(requested)s with different models, before with %(before)s and now with %(now)s; their "
+        "The app answers requests for '%(requested)s' with different models (before: %(before)s, now: %(now)s); their "
         "vectors are kept apart.",
         "Give each model a name of its own, or live with fewer hits.",
     ),

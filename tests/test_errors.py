@@ -16,7 +16,7 @@ from redis.crc import key_slot
 from starlette.exceptions import HTTPException
 
 from redis_asgi import ConfigurationError, RateLimitExceeded, RedisASGIError
-from redis_asgi.errors import Failure, OddReply, classify, classify_reply, is_crossslot
+from redis_asgi.errors import ArgumentError, Failure, OddReply, classify, classify_reply, is_crossslot
 
 from .conftest import StartServer
 from .kit.logs import event_of
@@ -53,6 +53,8 @@ def test_tree_is_as_drawn() -> None:
     """One root; every leaf is a built-in or a framework's class too."""
     assert issubclass(RedisASGIError, Exception)
     assert issubclass(ConfigurationError, RedisASGIError)
+    assert issubclass(ArgumentError, ConfigurationError)
+    assert issubclass(ArgumentError, TypeError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(RateLimitExceeded, RedisASGIError)
     assert issubclass(RateLimitExceeded, HTTPException)

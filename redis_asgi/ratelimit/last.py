@@ -70,4 +70,4 @@ class LastLimits:
     def _say(self, why: str) -> None:
         if not self._has_said:
             self._has_said = True
-            say(logger, "limits_unreadable", rule=self._rule, why=why)
+            say(logger, "limits_unreadable", rule=self._rule, why=why.rstrip("."))
