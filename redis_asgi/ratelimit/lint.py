@@ -13,9 +13,6 @@ from .rules import CompiledRule
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
-_FORWARDING = frozenset((b"x-forwarded-for", b"forwarded"))
-
-
 # What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
 LOOKS = 10_000
 
@@ -34,7 +31,9 @@ class Linter:
     def __init__(self, addressing: Addressing, routing: Routing, rules: Sequence[CompiledRule]) -> None:
         self._addressing = addressing
         self._routing = routing
+        self._telling = frozenset((b"origin", b"x-forwarded-for", b"forwarded", addressing.header))
         self._by_user = next((rule for rule in rules if rule.partition.kind == "user"), None)
+        self._has_looked_for_cors = False
         self._said: set[str] = set()
         self.looks = LOOKS
 
@@ -47,10 +46,11 @@ class Linter:
         if not host and self._addressing.client(scope) is None:
             self._say("no_client_address")
         for name, value in scope["headers"]:
-            if host and (name in _FORWARDING or name == self._addressing.header):
-                self._look_at_forwarding(scope, host, name, value)
-            elif name == b"origin":
-                self._look_at_origin(scope)
+            if name in self._telling:
+                if name == b"origin":
+                    self._look_at_origin(scope)
+                elif host:
+                    self._look_at_forwarding(scope, host, name, value)
 
     def _look_at_forwarding(self, scope: Scope, peer: str, name: bytes, value: bytes) -> None:
         # Silent when the server has applied the header: the peer is then one of its addresses.
@@ -59,8 +59,10 @@ class Linter:
 
     def _look_at_origin(self, scope: Scope) -> None:
         # A WebSocket's handshake knows no CORS.
-        if scope["type"] == "http" and "cors_inside" not in self._said and self._routing.has_inside(CORSMiddleware):
-            self._say("cors_inside")
+        if scope["type"] == "http" and not self._has_looked_for_cors:
+            self._has_looked_for_cors = True
+            if self._routing.has_inside(CORSMiddleware):
+                self._say("cors_inside")
 
     def mounted_twice(self) -> None:
         """An outer instance has put the request to the same counter."""
