@@ -76,8 +76,8 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "errors", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing", "keys", "forwarded",
-    "scope", "sub_app", "aside",
+    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing",
+    "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",
 )  # fmt: skip
@@ -165,7 +165,9 @@ LATE = ("fastapi", "limits", "numpy", "prometheus_client", "pybase64", "rich", "
     [
         pytest.param("", [], id="import"),
         pytest.param("redis_asgi.Rule('5/minute')", ["limits"], id="notation"),
-        pytest.param("redis_asgi.RateLimitMiddleware(None)", ["limits", "prometheus_client"], id="limits"),
+        pytest.param(
+            "redis_asgi.RateLimitMiddleware(redis_asgi.health_app())", ["limits", "prometheus_client"], id="limits"
+        ),
         pytest.param("redis_asgi.health_app()", ["prometheus_client"], id="health"),
         pytest.param("redis_asgi.calculate_memory_usage(1024, 10)", [], id="capacity"),
     ],

@@ -15,7 +15,7 @@ from ..connection import RedisArgument, RedisManager
 from ..health import Status, worst_standing
 from ..pool import Pool, pool_of
 from ..settings import Settings
-from ..sub_app import Answer, Authorize, Page, SubApp
+from ..sub_app import Answer, Authorize, Page, SubApp, made_by_a_call
 from ..telemetry import telemetry
 from ..watch import Target
 from .page import Facts, render
@@ -95,6 +95,7 @@ def icon_answer(status: Status) -> Answer:
     return Answer(svg, _SVG, headers=_SAFETY)
 
 
+@made_by_a_call
 def status_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> SubApp:
