@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import redis.asyncio as aioredis
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection
 
+from .. import aside
+from ..client import Client
 from ..connection import RedisManager
 from ..ratelimit.clock import CLOCK
 from ..ratelimit.engine import Engine
@@ -110,19 +114,25 @@ async def _remove(partitions: dict[RedisManager, dict[bytes, set[bytes]]]) -> No
 
 async def _remove_from(manager: RedisManager, groups: list[set[bytes]]) -> None:
     client = await manager.get_connection()
-    if manager.owns_client or not isinstance(client, aioredis.Redis):
-        for keys in groups:
+    for keys in groups:
+        if manager.owns_client:
             await client.execute_command("UNLINK", *keys)
-        return
-    # The user's, whose connections belong to another loop.
-    connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py's
-    await connection.connect()
-    try:
-        for keys in groups:
-            await connection.send_command("UNLINK", *keys)
-            await connection.read_response()
-    finally:
-        await connection.disconnect()
+            continue
+        # The connections of a user's client belong to another loop.
+        connection = _make_connection(client, next(iter(keys)))
+        await aside.connect(connection)
+        try:
+            await aside.send(connection, (b"UNLINK", *keys))
+            await aside.receive(connection)
+        finally:
+            await aside.hang_up(connection)
+
+
+def _make_connection(client: Client, key: bytes) -> AbstractConnection:
+    if isinstance(client, aioredis.RedisCluster):
+        node = cast("ClusterNode", client.get_node_from_key(key.decode()))
+        return node.connection_class(**node.connection_kwargs)
+    return client.connection_pool.make_connection()  # type: ignore[no-untyped-call,no-any-return]  # redis-py's
 
 
 _held: RateLimitClock | None = None

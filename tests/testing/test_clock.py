@@ -16,6 +16,7 @@ from redis_asgi.ratelimit.clock import CLOCK
 from redis_asgi.settings import StrategyName
 from redis_asgi.testing import RateLimitClock, held_clock, start_anew
 
+from ..kit.servers import Cluster
 from ..ratelimit.harness import Spy, client_of
 from .conftest import MakeApp
 
@@ -70,11 +71,15 @@ async def test_moment_of_a_batch_is_of_the_clock(
     rate_limit_clock: RateLimitClock, redis_url: str, redis_client: redis.Redis
 ) -> None:
     """A refusal that was under way when the clock was moved says nothing of later."""
-    async with client_of(RateLimitMiddleware(Spy(), "1/minute", redis=redis_url)) as client:
+    settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=20)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    async with client_of(app) as client:
         await client.get("/")
         redis_client.client_pause(200)
         under_way = asyncio.create_task(client.get("/"))
-        await asyncio.sleep(0.05)
+        batcher: Any = app._engine._last_batcher
+        while not batcher._sent:
+            await asyncio.sleep(0)
         rate_limit_clock.advance(60)
         answers = [(await under_way).status_code, (await client.get("/")).status_code]
 
@@ -244,3 +249,32 @@ async def test_new_start_of_vectors() -> None:
     start_anew()
 
     assert await cache.get_embedding("a") is None
+
+
+def _keys(cluster: Cluster) -> list[Any]:
+    return [key for node in cluster.nodes for key in node.client().keys()]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_is_left_in_a_cluster(cluster: Cluster, given: bool) -> None:
+    """On every node the clock decides, and what was counted there is removed; a client of the user's is one too."""
+
+    async def consume() -> list[bool]:
+        settings = Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True)
+        client = aioredis.RedisCluster.from_url(cluster.url) if given else None
+        limiter = RateLimiter(client if client is not None else RedisManager(settings))
+        clients.append(client)
+        answers = []
+        for passed in (0, 0, 60):
+            clock.advance(passed)
+            answers += [(await limiter.consume(str(i), "1/minute", strategy="moving-window")).allowed for i in range(6)]
+        if client is not None:
+            await client.aclose()
+        return answers
+
+    clients: list[Any] = []
+    with held_clock() as clock:
+        assert 6 * [True] + 6 * [False] + 6 * [True] == asyncio.run(consume())
+        assert 12 == len(_keys(cluster))
+
+    assert [] == _keys(cluster)
