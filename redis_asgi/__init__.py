@@ -6,6 +6,7 @@
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 ``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
 ``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
+``testing/``    a clock to move, and what else tests of an app need
 """
 
 import importlib

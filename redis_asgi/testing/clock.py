@@ -5,7 +5,6 @@ Redis itself still lets them expire in real time, and those of the clients that 
 """
 
 import asyncio
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from ..ratelimit.refusals import RefusalMemory
 from .replaced import replaced
 
 _REMOVED_WITHIN = 2.0  # seconds
+_MOST = 10**9  # seconds; scripts reckon with whole microseconds below 2^53
 # Seconds from one look at the clock to the next: a second that has passed is never, by rounding, a bit less than one.
 _LOOK = 1e-8
 
@@ -54,12 +54,12 @@ class RateLimitClock:
         return (self._began + self._passed) / MICROSECONDS
 
     def advance(self, seconds: float) -> None:
-        """Let *seconds* pass, 0 or more; a fraction is kept to the microsecond.
+        """Let *seconds* pass, 0 to 10^9; a fraction is kept to the microsecond.
 
         Raises:
-            ValueError: If *seconds* is negative or no finite number.
+            ValueError: If *seconds* is no such number.
         """
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= _MOST:
             raise ValueError(f"seconds={seconds!r} is not a number of seconds to let pass. Try 61.")
         self._passed += round(seconds * MICROSECONDS)
         CLOCK.redis = self._began + self._passed

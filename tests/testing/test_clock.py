@@ -209,7 +209,7 @@ def test_clock_is_that_of_the_process_again() -> None:
     assert (time.time, time.monotonic) == (CLOCK.unix, CLOCK.monotonic)
 
 
-@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, True, "61"])
+@pytest.mark.parametrize("seconds", [-1, 1e9 + 1, math.nan, math.inf, True, "61"])
 def test_time_goes_forward(rate_limit_clock: RateLimitClock, seconds: Any) -> None:
     """What is no time that can pass is refused, and named."""
     now = rate_limit_clock.now
