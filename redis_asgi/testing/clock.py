@@ -29,7 +29,7 @@ from .replaced import replaced
 _REMOVED_WITHIN = 2.0  # seconds
 _MOST = 10**9  # seconds; scripts reckon with whole microseconds below 2^53
 # Seconds from one look at the clock to the next: a second that has passed is never, by rounding, a bit less than one.
-_LOOK = 1e-8
+_LOOK = 1e-7
 
 
 class RateLimitClock:

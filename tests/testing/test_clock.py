@@ -8,6 +8,8 @@ from typing import Any, get_args
 import pytest
 import redis
 import redis.asyncio as aioredis
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -218,6 +220,18 @@ def test_time_goes_forward(rate_limit_clock: RateLimitClock, seconds: Any) -> No
 
     assert repr(seconds) in str(refused.value)
     assert now == rate_limit_clock.now
+
+
+@given(up=st.integers(0, 3 * 366 * 86_400 * 10**6), waits=st.lists(st.integers(0, 10**11), min_size=1, max_size=5))
+def test_wait_that_has_passed_is_over(up: int, waits: list[int]) -> None:
+    """Whatever the machine's uptime (us), what was to last so long (us) has, and not a microsecond more."""
+    with held_clock() as clock:
+        clock._began_here = up
+        for wait in waits:
+            at = CLOCK.monotonic()
+            clock.advance(wait / 1e6)
+
+            assert 0 <= CLOCK.monotonic() - (at + wait / 1e6) < 1e-6
 
 
 def test_clock_begins_at_the_time_of_day(rate_limit_clock: RateLimitClock) -> None:
