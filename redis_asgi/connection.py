@@ -28,9 +28,11 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
-from .client import Client, build_client, drop_connections, ping
+from .client import Client, build_client, describe, describe_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
+from .events import say, words_for
+from .misuse import constructor_says_what_was_meant
 from .settings import Settings, redact
 from .telemetry import drop_notes, tell_notes
 
@@ -140,6 +142,7 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         tell_notes()
 
 
+@constructor_says_what_was_meant("RedisManager(Settings(REDIS_URL='redis://localhost:6379'))")
 class RedisManager:
     """The one client that every part of the package shares, opened at first use.
 
@@ -159,6 +162,7 @@ class RedisManager:
     owns_client = True
 
     def __init__(self, settings: Settings | None = None) -> None:
+        check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
@@ -174,12 +178,17 @@ class RedisManager:
             _made.add(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self._settings)})"
+        return f"{type(self).__name__}({self.address})"
 
     @property
     def settings(self) -> Settings:
         """The settings this manager was built with."""
         return self._settings
+
+    @property
+    def address(self) -> str:
+        """Where its Redis is, for people: no user and no password."""
+        return describe(self._settings)
 
     @property
     def has_redis(self) -> bool:
@@ -293,7 +302,9 @@ class RedisManager:
             client = opened.client
             # Once the slot table is read, commands go by the nodes' own.
             trial = bool(node) or not isinstance(client, aioredis.RedisCluster)
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node, trial=trial)
+            breaker = Breaker(
+                lambda: ping(client, node), lambda: drop_connections(client), node, address=self.address, trial=trial
+            )
             opened.breakers[node] = breaker
         return breaker
 
@@ -302,14 +313,7 @@ class RedisManager:
         if self.keys_apart:
             return
         self.keys_apart = True
-        logger.warning(
-            "redis_asgi.slots_enforced",
-            extra={
-                "code": "slots_enforced",
-                "fix": "The server refuses keys of several slots in one command, so each goes in one of its own. Set "
-                "REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
-            },
-        )
+        say(logger, "slots_enforced", address=self.address)
 
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
@@ -364,7 +368,7 @@ class RedisManager:
         except Exception as error:
             failure = classify(error)
             if self._unreachable is None and failure is not Failure.DEFECT:
-                logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+                say(logger, "redis_unavailable", **words_for(failure), address=self.address)
             self._unreachable = (time.monotonic(), error)
             raise
         self._unreachable = None
@@ -398,6 +402,10 @@ class _GivenClient(RedisManager):
         self._client = client
 
     @property
+    def address(self) -> str:
+        return describe_client(self._client)
+
+    @property
     def has_redis(self) -> bool:
         return True
 
@@ -408,17 +416,6 @@ class _GivenClient(RedisManager):
 def _may_pass(error: Exception) -> bool:
     # A wrong password stays wrong; trying again only fills the server's ACL log.
     return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
-
-
-def describe(settings: Settings) -> str:
-    """Where these settings point, without user or password."""
-    if settings.REDIS_SENTINELS:
-        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
-    if settings.REDIS_CLUSTER_NODES:
-        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
-    if settings.REDIS_URL:
-        return redact(settings.REDIS_URL.get_secret_value())
-    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
 
 
 # One shared default per settings for as long as the process lives: the counters of memory:// are in it.
@@ -435,6 +432,21 @@ def all_managers() -> list[RedisManager]:
         return list(_made)
 
 
+def check_settings(settings: object) -> None:
+    """Refuse what is given for settings and is none.
+
+    Raises:
+        ConfigurationError: Says what was meant, and shows no password.
+    """
+    if settings is None or isinstance(settings, Settings):
+        return
+    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
+    if isinstance(settings, str):
+        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
+    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
+    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")
+
+
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
     """The manager behind a ``redis=`` argument, and whether its life is the package's business.
 
@@ -444,6 +456,7 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
     """
+    check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
     if redis is None or isinstance(redis, str):
@@ -473,18 +486,14 @@ def _checked_client(client: object) -> Client:
         retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
         if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
             _warned_about.add(client)
-            logger.warning(
-                "redis_asgi.client_retries",
-                extra={
-                    "code": "client_retries",
-                    "retries": retry.get_retries(),
-                    "fix": "Build the client with retry=Retry(NoBackoff(), 0): when a reply is lost, a retried "
-                    "command runs again, so one request may be counted several times.",
-                },
-            )
+            say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
         return client
     if isinstance(client, redis.Redis | redis.RedisCluster):
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    if isinstance(client, Settings):
+        raise ConfigurationError("redis= is given Settings. Try settings=.")
+    if client is RedisManager:
+        raise ConfigurationError("redis=RedisManager is not called. Try redis=RedisManager().")
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
@@ -514,10 +523,10 @@ def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[.
         try:
             return await function(*args, **kwargs)
         except RedisConnectionError as error:
-            logger.error("redis_asgi.connection_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "connection_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
         except RedisError as error:
-            logger.error("redis_asgi.operation_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "operation_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
 
     return logged

@@ -5,6 +5,7 @@
     Exception
     └── RedisASGIError                 everything the package raises on purpose
         ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        │   └── ArgumentError          (also TypeError) what is called does not take these arguments
         ├── MaintenanceError           Redis did not do what an operator asked; lives in ``redis_asgi.maintenance``
         │   ├── FlushError             a model's vectors may still be served
         │   ├── PersistenceError       not all of the configuration was set
@@ -24,6 +25,8 @@ import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
 
+from .events import say
+
 logger = logging.getLogger("redis_asgi.connection")
 
 
@@ -33,6 +36,10 @@ class RedisASGIError(Exception):
 
 class ConfigurationError(RedisASGIError, ValueError):
     """A setting or argument cannot work; raised while something is built, never during a request."""
+
+
+class ArgumentError(ConfigurationError, TypeError):
+    """What is called does not take these arguments, or was to be called and is not; the text says what was meant."""
 
 
 class Failure(StrEnum):
@@ -183,13 +190,4 @@ def _say_defect(exc: BaseException) -> None:
     if where in _said or len(_said) >= _DEFECTS_SAID:
         return
     _said.add(where)
-    logger.error(
-        "redis_asgi.defect",
-        exc_info=exc,
-        extra={
-            "code": "defect",
-            "reason": Failure.DEFECT.value,
-            "fix": "No Redis causes this, and requests are decided as without Redis. Is redis-py of a version that the "
-            "package allows? If so, it is a bug of the package: report it with the traceback.",
-        },
-    )
+    say(logger, "defect", exc, error=type(exc).__name__, reason=Failure.DEFECT.value)

@@ -21,7 +21,7 @@ from .connection import RedisArgument, RedisManager, resolve_manager
 from .errors import Failure
 from .server_info import Health
 from .settings import Settings
-from .sub_app import Answer, Authorize, SubApp, json_answer
+from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
 from .watch import watched
 
@@ -144,6 +144,7 @@ def _answer(now: Standing, body: Mapping[str, Any]) -> Answer:
     return json_answer(body, status=503 if now.status == "unhealthy" else 200)
 
 
+@made_by_a_call
 def health_app(
     *,
     redis: RedisArgument = None,

@@ -21,9 +21,11 @@ from starlette.requests import HTTPConnection
 from .checkup import check
 from .client import Client
 from .connection import RedisArgument, RedisManager, resolve_manager
+from .events import say
 from .exposition import Families, Scrape, counted, middleware_figures, read, redis_figures
+from .misuse import constructor_says_what_was_meant
 from .settings import Settings
-from .sub_app import Answer, Authorize, SubApp, json_answer
+from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
 from .watch import watched
 
@@ -35,6 +37,7 @@ _SWITCH_INTERVAL = 0.0005  # seconds
 _VARY = ((b"vary", b"accept"),)
 
 
+@constructor_says_what_was_meant("RedisMetrics(client)")
 class RedisMetrics:
     """The figures of one Redis: its whole work, other apps' included.
 
@@ -123,7 +126,7 @@ async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(_thread(os.getpid()), made)
     except (OSError, ValueError) as error:
         # The files of several processes. Less than their sum would look like counters that were reset.
-        logger.error("redis_asgi.metrics_unreadable", extra={"error": type(error).__name__})
+        say(logger, "metrics_unreadable", error=type(error).__name__)
         return json_answer({"error": "counters_unreadable"}, status=503)
 
 
@@ -161,6 +164,7 @@ def _version() -> str:
     return __version__
 
 
+@made_by_a_call
 def metrics_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> MetricsApp:

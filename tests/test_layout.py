@@ -76,8 +76,8 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "errors", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing", "keys", "forwarded",
-    "scope", "sub_app", "aside",
+    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing",
+    "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",
 )  # fmt: skip

@@ -6,6 +6,8 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigurationError
+from ..events import explain as explanation_of
+from ..events import explanations, near
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing, known_policies, look, partition_of
@@ -18,6 +20,7 @@ from ..settings import StrategyName
 from . import output
 from .session import (
     FAILED,
+    MISUSED,
     WARNED,
     alone,
     complaints,
@@ -29,7 +32,7 @@ from .session import (
     settings_for,
     some_server,
 )
-from .views import print_changes, print_findings, print_sizes, print_standings
+from .views import print_changes, print_explanations, print_findings, print_sizes, print_standings
 
 app = typer.Typer(
     name="redis-asgi",
@@ -316,6 +319,36 @@ def acl(
         output.note("Run it on every node: replicas too keep users of their own.")
     if password is None:
         output.note(f"Put the password's SHA-256 for {NO_PASSWORD[1:]}, or pass --password-stdin.")
+
+
+@app.command()
+def explain(
+    event: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="EVENT",
+            help="Such as redis_unavailable, of the log; or redis_timeout, of a health check. Default: all of them.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a line of the log means, and what to do.
+
+    Needs no Redis and no settings.
+    """
+    found = explanations()
+    if event is not None:
+        one = explanation_of(event)
+        if one is None:
+            guesses = near(event)
+            meant = f" Did you mean {', or '.join(guesses)}?" if guesses else ""
+            output.error(f"{event[:80]!r} is no event of the log and no code of a health check.{meant}")
+            raise typer.Exit(MISUSED)
+        found = (one,)
+    if as_json:
+        output.json(found if event is None else found[0])
+    else:
+        print_explanations(found)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..events import Explanation
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing
 from ..inspection.sizing import Sizing
@@ -20,6 +21,15 @@ def print_findings(findings: Sequence[Finding]) -> None:
         output.line(output.printable(text), "" if finding.level == "ok" else output.STYLES[finding.level])
         if finding.fix:
             output.line(f"      {'':{width}}{'':11}  -> {output.printable(finding.fix)}")
+
+
+def print_explanations(explanations: Sequence[Explanation]) -> None:
+    """A word with its level, and below it what it means and what to do."""
+    for each in explanations:
+        where = "health check" if each.where == "health" else each.where
+        output.line(f"{each.word} ({where})", "bold")
+        output.line(f"    {each.cause}")
+        output.line(f"    -> {each.fix}")
 
 
 def print_standings(label: str, standings: Sequence[Standing]) -> None:

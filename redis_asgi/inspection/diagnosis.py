@@ -15,8 +15,8 @@ import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
 from .. import aside
-from ..client import Client, build_client
-from ..connection import RedisManager, describe
+from ..client import Client, build_client, describe
+from ..connection import RedisManager
 from ..errors import Failure, classify
 from ..ratelimit.batch import A_TRIP
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, resolve_manager
-from ..errors import ConfigurationError
 from ..event_loop import running_loop
+from ..misuse import check_app, constructor_says_what_was_meant
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
@@ -25,11 +25,12 @@ from .lint import Linter
 from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
 from .request import RuleCheck
-from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
+from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
 from .rules import Limits, Rule, check_choice, compile_rules, same_identity
 
 
+@constructor_says_what_was_meant("RateLimitMiddleware(app, '100/minute', rules=[Rule('5/minute', name='login')])")
 class RateLimitMiddleware:
     """Refuses what is over quota, and tells every client how it stands.
 
@@ -73,6 +74,7 @@ class RateLimitMiddleware:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_app(app, "RateLimitMiddleware(app, '100/minute')")
         self.app = app
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
@@ -96,10 +98,10 @@ class RateLimitMiddleware:
             self._manager.fails_closed = True
         self._routing = Routing(app)
         self._exemptions = Exemptions(self._routing, exempt, settings)
-        if on_exceeded is not None and not callable(on_exceeded):
-            raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
+        if on_exceeded is not None:
+            check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
-        self._linter = Linter(self._addressing)
+        self._linter = Linter(self._addressing, self._routing, self._rules)
         self._has_loop = False
         # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
         self._identify = same_identity(self._rules)

@@ -40,6 +40,17 @@ class Routing:
             self._walk()
         return bool(self._pages)
 
+    def has_inside(self, middleware: type) -> bool:
+        """Whether a *middleware* of that class stands between here and the routes of the app itself."""
+        for prefix, app in islice(_below(self._app), _DEEPEST):
+            if prefix is not None:
+                break
+            # An app that is wrapped as a whole builds its own at its first request.
+            added = (getattr(each, "cls", None) for each in _listed(app, "user_middleware"))
+            if isinstance(app, middleware) or any(isinstance(c, type) and issubclass(c, middleware) for c in added):
+                return True
+        return False
+
     def path(self, scope: Scope) -> str:
         """The path as the app's router sees it."""
         if not self._has_walked:
@@ -148,6 +159,11 @@ def _prefixes(mounts: list[Mount], path: str, depth: int = 0) -> Iterator[str]:
                     break
                 app = _inner(app)
             yield from (prefix + further for further in _prefixes(_mounts_of(app), path, depth + 1))
+
+
+def _listed(app: object, name: str) -> list[Any]:
+    listed = getattr(app, name, None)
+    return listed if isinstance(listed, list) else []
 
 
 def _routes_of(app: object) -> list[Any] | None:

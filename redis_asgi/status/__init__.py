@@ -15,7 +15,7 @@ from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..health import Status, standing
 from ..pool import Pool, pool_of
 from ..settings import Settings
-from ..sub_app import Answer, Authorize, Page, SubApp
+from ..sub_app import Answer, Authorize, Page, SubApp, made_by_a_call
 from ..telemetry import telemetry
 from .page import Facts, render
 
@@ -93,6 +93,7 @@ def icon_answer(status: Status) -> Answer:
     return Answer(svg, _SVG, headers=_SAFETY)
 
 
+@made_by_a_call
 def status_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> SubApp:
