@@ -18,7 +18,7 @@ MakeApp = Callable[..., Starlette]
 def manager(request: pytest.FixtureRequest) -> RedisManager:
     """One on either store."""
     url = request.param if request.param == "memory://" else request.getfixturevalue("redis_url")
-    return RedisManager(Settings(REDIS_URL=url))
+    return RedisManager(Settings(REDIS_URL=url, RATE_LIMIT_TIMEOUT=20, EMBEDDING_CACHE_TIMEOUT=20))
 
 
 @pytest.fixture

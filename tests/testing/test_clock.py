@@ -58,7 +58,8 @@ async def test_refusal_is_remembered_by_the_clock(
     rate_limit_clock: RateLimitClock, redis_url: str, redis_client: redis.Redis
 ) -> None:
     """A refusal answers for a second of the clock, however long that lasts, and not for more."""
-    async with client_of(RateLimitMiddleware(Spy(), "1/minute", redis=redis_url)) as client:
+    settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=20)
+    async with client_of(RateLimitMiddleware(Spy(), "1/minute", settings=settings)) as client:
         await client.get("/")
         await client.get("/")
         redis_client.flushdb()
@@ -90,7 +91,7 @@ async def test_moment_of_a_batch_is_of_the_clock(
 
 async def test_direct_use(rate_limit_clock: RateLimitClock, manager: RedisManager) -> None:
     """`RateLimiter` goes by it: refused for the minute, and admitted when that has passed."""
-    limiter = RateLimiter(manager)
+    limiter = RateLimiter(manager, timeout=20)
     await limiter.consume("ada", "1/minute")
     refused = await limiter.consume("ada", "1/minute")
     rate_limit_clock.advance(refused.retry_after or 0)
@@ -136,7 +137,7 @@ async def test_key_lives_as_long_as_the_clock_stands_still(
     rate_limit_clock: RateLimitClock, redis_url: str, redis_client: redis.Redis
 ) -> None:
     """Redis, whose own time goes on, keeps a counter of a second for minutes."""
-    await RateLimiter(redis_url).consume("ada", "1/second")
+    await RateLimiter(redis_url, timeout=20).consume("ada", "1/second")
     [key] = redis_client.keys()
 
     assert redis_client.ttl(key) > 500
@@ -145,7 +146,7 @@ async def test_key_lives_as_long_as_the_clock_stands_still(
 @every_strategy
 async def test_nothing_is_left_in_redis(redis_url: str, redis_client: redis.Redis, strategy: StrategyName) -> None:
     """What was counted is removed in the end, logs too, whatever the loop does by then; other keys stay."""
-    limiter = RateLimiter(redis_url)
+    limiter = RateLimiter(redis_url, timeout=20)
     await limiter.consume("bob", "5/minute")
     with held_clock() as clock:
         clock.advance(3600)
@@ -162,7 +163,7 @@ def test_nothing_is_left_by_a_client_of_the_user(redis_url: str, redis_client: r
 
     async def consume() -> None:
         client = aioredis.Redis.from_url(redis_url, retry=Retry(NoBackoff(), 0))
-        await RateLimiter(client).consume("ada", "5/minute")
+        await RateLimiter(client, timeout=20).consume("ada", "5/minute")
         clients.append(client)
         await client.aclose()
 
@@ -176,7 +177,7 @@ def test_nothing_is_left_by_a_client_of_the_user(redis_url: str, redis_client: r
 
 async def test_nothing_of_later_is_left_here(manager: RedisManager) -> None:
     """What was counted in the future of the real clock counts no more when that is back."""
-    limiter = RateLimiter(manager)
+    limiter = RateLimiter(manager, timeout=20)
     with held_clock() as clock:
         clock.advance(3600)
         await limiter.consume("ada", "1/minute")
@@ -246,7 +247,7 @@ def test_clock_begins_at_the_time_of_day(rate_limit_clock: RateLimitClock) -> No
 
 async def test_new_start(manager: RedisManager) -> None:
     """Counters and refusals of the process are forgotten; those in Redis are not this process's to forget."""
-    limiter = RateLimiter(manager)
+    limiter = RateLimiter(manager, timeout=20)
     await limiter.consume("ada", "1/minute")
     await limiter.consume("ada", "1/minute")
     start_anew()
@@ -276,7 +277,7 @@ def test_nothing_is_left_in_a_cluster(cluster: Cluster, given: bool) -> None:
     async def consume() -> list[bool]:
         settings = Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True)
         client = aioredis.RedisCluster.from_url(cluster.url) if given else None
-        limiter = RateLimiter(client if client is not None else RedisManager(settings))
+        limiter = RateLimiter(client if client is not None else RedisManager(settings), timeout=20)
         clients.append(client)
         answers = []
         for passed in (0, 0, 60):

@@ -112,6 +112,8 @@ def test_tests_of_a_team(
     """All of it works on either store, twice in a row, with warnings for errors."""
     url = store if store == "memory://" else request.getfixturevalue("redis_url")
     monkeypatch.setenv("REDIS_URL", url)
+    for name in ("RATE_LIMIT_TIMEOUT", "EMBEDDING_CACHE_TIMEOUT"):
+        monkeypatch.setenv(name, "20")
     project.makepyfile(test_service=TESTS)
     for _ in range(2):
         result = project.runpytest()

@@ -23,8 +23,9 @@ end
 -- test holds, while that stands still.
 local SLACK = ARGV[1] == '' and 1000 or 600000
 
--- After a write, so that a server out of memory refuses the write itself. Never shortens, and heals a key without a TTL; a new key that may have none does not stay, and where
--- nobody may ask how long it has, it gets one all the same. Errors are raised without a position.
+-- After a write, so that a server out of memory refuses the write itself. Never shortens, and heals a key without a TTL;
+-- a new key that may have none does not stay, and where nobody may ask how long it has, it gets one all the same. Errors
+-- are raised without a position.
 local function expire(key, us)
   if us <= 0 then return end
   local needed = ceil(us / 1000) + SLACK
