@@ -11,6 +11,7 @@ import redis
 from redis_asgi import RedisManager, Settings
 
 from .kit.certificates import Certificates, Pair
+from .kit.fair_time import stop_fair_time
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -50,6 +51,12 @@ def anyio_backend() -> str:
 def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in filter(is_setting, tuple(os.environ)):
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_of_the_clock() -> Iterator[None]:
+    yield
+    stop_fair_time()
 
 
 @pytest.fixture(scope="session")
