@@ -34,6 +34,7 @@ _REMEMBERED = (1 << 20) - 1  # the last 20 outcomes, one bit each
 _TOO_MANY = 10
 _QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
 _SETTLED = 1.0  # seconds without trouble before an outage counts as over
+_IN_DOUBT = 10.0  # seconds after the last trouble in which one that nobody tries is taken for as ill as it was
 
 # Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
 _SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
@@ -97,6 +98,17 @@ class Breaker:
         self._trial_until = now + _TRIAL_WITHIN
         return True
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it is open, or half open and commands have failed lately."""
+        if self.state == "half_open":
+            return self._loop.time() < self._last_trouble + _IN_DOUBT
+        return self.state == "open"
+
+    def withdrawn(self) -> None:
+        """Note that a command which was admitted says nothing: half open, the next one is the trial."""
+        self._trial_until = 0.0
+
     def worked(self) -> None:
         """Note that a command was answered."""
         if self.state == "half_open":
@@ -119,6 +131,7 @@ class Breaker:
         if failure in _ANSWERS:
             self.worked()
         if failure in _SAYS_NOTHING:
+            self.withdrawn()
             if now - self._last_line >= _QUIET:
                 self._last_line = now
                 logger.warning("redis_asgi.command_failed", extra={"reason": failure.value} | self._whose)
@@ -190,7 +203,9 @@ class Breaker:
     async def _confirm(self, failure: Failure) -> None:
         found = await self._alive(PROBE_WITHIN)
         times, self._unconfirmed = self._unconfirmed, 0
-        if found is not None and self.state != "open":
+        if found is None:
+            self.withdrawn()
+        elif self.state != "open":
             self._count(failure if found in _NOT_COUNTED else found, times)
 
     async def _probing(self) -> None:

@@ -162,6 +162,37 @@ async def test_a_trial_that_was_never_sent_does_not_keep_others_out(monkeypatch:
     await breaker.aclose()
 
 
+@pytest.mark.parametrize("outcome", ["withdrawn", Failure.POOL, Failure.DEFECT, Failure.TIMEOUT])
+async def test_a_trial_that_says_nothing_is_followed_by_the_next(outcome: Failure | str) -> None:
+    """Another is let through: that one was not sent, or shows our own load or fault, or vectors slow for their size."""
+    server = FakeServer()
+    server.error = None
+    breaker = await opened(server)
+    await until(lambda: breaker.state == "half_open")
+    assert [True, False] == [breaker.admits(), breaker.admits()]
+    if isinstance(outcome, Failure):
+        breaker.failed(outcome, vectors=True)
+    else:
+        breaker.withdrawn()
+    await until(breaker.admits)
+    assert "half_open" == state_of(breaker)
+    await breaker.aclose()
+
+
+async def test_half_open_is_in_doubt_for_a_while() -> None:
+    """Whoever gets no requests as long as it is would never try it."""
+    server = FakeServer()
+    breaker = await opened(server)
+    assert breaker.is_in_doubt
+    server.error = None
+    await until(lambda: breaker.state == "half_open")
+    assert breaker.is_in_doubt
+    breaker._last_trouble -= 10
+    assert not breaker.is_in_doubt
+    breaker.worked()
+    assert not breaker.is_in_doubt
+
+
 async def test_vectors_count_only_when_a_probe_fails_too() -> None:
     """A large reply may be slow on a server that is well."""
     server = FakeServer()

@@ -13,7 +13,7 @@ from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisClusterException, RedisError
 
 from ..connection import describe
-from ..errors import Failure, classify
+from ..errors import Failure, classify, is_unknown_command
 from ..names import names
 from ..sentinels import SentinelRefusal
 from ..settings import Settings
@@ -143,7 +143,7 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.CLUSTER:
         fix = "Check the address, that the nodes run, and CLUSTER INFO."
         return Trouble(f"the cluster of {where} does not answer", fix)
-    if "unknown command" in text:
+    if is_unknown_command(error):
         fix = "Undo the rename-command of its configuration, or choose a server that has it."
         return Trouble(f"{where} does not know a command that it takes", fix)
     answers = {

@@ -273,6 +273,7 @@ class Batcher:
             counters += check.charges.counters
             patience = max(patience, check.timeout)
         if not taken:
+            self.breaker.withdrawn()
             return None
         batch = Batch(taken, now, now + 2 * patience)
         self._written = now

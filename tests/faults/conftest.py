@@ -4,20 +4,7 @@ import pytest
 
 from ..kit.servers import Server
 from .story import Told, tell
-from .table import EVERY_TEST, NOT_YET, ROWS, SECRET, USER
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `NOT_YET` names."""
-    left_out = []
-    for item in items:
-        name = getattr(item, "originalname", "")
-        row = getattr(getattr(item, "callspec", None), "params", {}).get("told")
-        if row is not None and NOT_YET.get(row, frozenset()) & {name, *EVERY_TEST}:
-            left_out.append(item)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
+from .table import ROWS, SECRET, USER
 
 _TELLINGS = 3
 _FIGURES = pytest.StashKey[list[str]]()
