@@ -214,10 +214,14 @@ class Breaker:
         try:
             while self.state == "open":
                 every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
-                await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-                probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
-                kept.add(probe)
-                await asyncio.wait([probe], timeout=PROBE_WITHIN)
+                pause = every * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+                # One that is kept is an answer whenever it comes.
+                answered = await _first(kept, pause)
+                probe: asyncio.Task[Failure | None] | None = None
+                if not answered:
+                    probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
+                    kept.add(probe)
+                    await asyncio.wait([probe], timeout=PROBE_WITHIN)
                 answers = [each.result() for each in kept if each.done()]
                 kept = {each for each in kept if not each.done()}
                 if None in answers:
@@ -227,8 +231,8 @@ class Breaker:
                     if not self._needs_trial:
                         self.worked()
                     return
-                found = Failure.TIMEOUT if probe in kept else probe.result()
-                if found is not None and found not in _NOT_COUNTED:
+                found = next(filter(None, answers), Failure.TIMEOUT)
+                if found not in _NOT_COUNTED:
                     self.reason = found
                 if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
                     kept.discard(probe)
@@ -241,3 +245,12 @@ class Breaker:
                 each.cancel()
             if kept:
                 await asyncio.wait(kept)
+
+
+async def _first(tasks: set[asyncio.Task[Failure | None]], within: float) -> bool:
+    """Whether any of *tasks* ends in so many seconds, which pass otherwise."""
+    if not tasks:
+        await asyncio.sleep(within)
+        return False
+    done, _ = await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)

@@ -261,6 +261,21 @@ async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyP
     assert 0 == under_way
 
 
+async def test_an_answer_that_comes_late_is_not_waited_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts when it is there, not when the next probe is due."""
+    monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
+
+    async def slow() -> None:
+        monkeypatch.setattr(module, "PROBE_EVERY", 60)
+        await asyncio.sleep(0.05)
+
+    breaker = Breaker(slow, FakeServer().drop)
+    for _ in range(5):
+        breaker.failed(Failure.TIMEOUT)
+    await until(lambda: breaker.state == "half_open")
+    await breaker.aclose()
+
+
 async def test_closing_ends_the_probe() -> None:
     """Nothing outlives `aclose`."""
     server = FakeServer()
