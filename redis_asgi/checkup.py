@@ -23,6 +23,7 @@ from redis.exceptions import ResponseError
 from . import aside
 from .client import Client
 from .errors import Failure, OddReply, classify, is_unknown_command
+from .nodes import SLOTS
 from .server_info import Health
 
 Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
@@ -30,7 +31,6 @@ Address: TypeAlias = tuple[str, int]
 Command: TypeAlias = tuple[bytes, ...]
 
 DEADLINE = 0.5  # seconds for connecting and every reply together
-_SLOTS = 16384
 _ALONE: Address = ("", 0)  # there is but one server, whatever its address is now
 
 
@@ -254,7 +254,7 @@ def _health_of_cluster(reports: Sequence[_Report]) -> Health:
     primaries = [report for report in answers if report.address in view.slots]
     if view.cluster.get("cluster_state") == "fail" or not primaries:
         return _health(primaries, Failure.CLUSTER)
-    is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == _SLOTS
+    is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == SLOTS
     if is_whole and any(map(_is_full, primaries)):
         return _health(primaries, Failure.OOM, partial=True)
     if is_whole:

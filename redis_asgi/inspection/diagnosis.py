@@ -18,6 +18,7 @@ from .. import aside
 from ..client import Client, build_client
 from ..connection import RedisManager, describe
 from ..errors import Failure, classify
+from ..nodes import SLOTS, is_no_cluster
 from ..ratelimit.batch import A_TRIP
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
@@ -44,7 +45,6 @@ OnStep = Callable[[str], None]
 
 PINGS = 100
 MAX_SKEW = 2.0  # seconds
-SLOTS = 16384
 
 
 class Node:
@@ -123,6 +123,10 @@ async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         if server.settings.REDIS_CLUSTER:
             where += f"; {SLOTS} slots on {len(nodes)} primaries"
         yield Finding("connection", "ok", where, server=server.name)
+        if is_no_cluster(await manager.get_connection()):
+            text = "the server tells nothing of a cluster: all keys are taken to be at its address"
+            fix = "Unset REDIS_CLUSTER, and set REDIS_BATCH=key if it is an endpoint for several shards."
+            yield Finding("cluster", "warn", text, fix, server.name)
         for tls in tls_findings(server):
             yield tls
         for node in nodes:

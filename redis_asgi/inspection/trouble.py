@@ -131,7 +131,7 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.PERMISSION and denied:
         fix = f"As an administrator: ACL SETUSER {user_of(settings)} +{denied}. `redis-asgi acl` prints all it takes."
         return Trouble(f"{where} lets us in, but not run {denied}", fix)
-    if "cluster" in text and ("not enabled" in text or "disabled" in text):
+    if settings.REDIS_CLUSTER and any(words in text for words in ("not enabled", "disabled", "not allowed")):
         return Trouble(f"{where} is no cluster", "Unset REDIS_CLUSTER.")
     covered = re.search(r"(\d+) of (\d+)", text)
     if failure is Failure.CLUSTER and covered:

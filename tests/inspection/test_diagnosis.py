@@ -569,7 +569,11 @@ async def test_cluster_or_not(private_cluster: Cluster, redis_url: str) -> None:
     """A node of a cluster taken for a server alone, a server alone for a cluster, and slots that nobody serves."""
     alone = await wrong(REDIS_URL=private_cluster.url)
     assert alone[0].fix == "Set REDIS_CLUSTER=true."
-    assert (await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)).fix == "Unset REDIS_CLUSTER."
+    single = await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)
+    assert ("warn", "cluster") == (single.level, single.check)
+    assert single.fix.startswith("Unset REDIS_CLUSTER")
+    nodes = {"REDIS_CLUSTER_NODES": [redis_url.removeprefix("redis://").split("/")[0], "127.0.0.1:1"]}
+    assert (await the_only(REDIS_CLUSTER=True, **nodes)).fix == "Unset REDIS_CLUSTER."
 
     for node in private_cluster.nodes:
         with suppress(redis.exceptions.ResponseError):  # it has heard so from another one
