@@ -582,6 +582,16 @@ async def test_cluster_or_not(private_cluster: Cluster, redis_url: str) -> None:
     assert "16000 of 16384 slots" in found.text
 
 
+async def test_a_node_that_says_nothing_of_its_cluster(private_cluster: Cluster, private_server: StartServer) -> None:
+    """Whether it has all keys is found out by asking for some."""
+    one = private_server("--cluster-enabled", "yes")
+    one.own_all_slots()
+    for server, level in ((one, "warn"), (private_cluster.nodes[0], "fail")):
+        server.command("ACL", "SETUSER", "default", "-cluster")
+        found = await wrong(REDIS_URL=server.url)
+        assert (level, "Set REDIS_CLUSTER=true.") == (found[0].level, found[0].fix)
+
+
 async def test_sentinels(sentinels: SentinelTrio) -> None:
     """All well; a name they do not watch; one that is silent; none that answers."""
     settings = {"REDIS_SENTINELS": ",".join(sentinels.addresses), "REDIS_SENTINEL_MASTER": "mymaster"}
