@@ -144,7 +144,8 @@ class Breaker:
             self._start(self._drop_connections())
         if failure in _NOT_COUNTED or self.state == "open":
             return
-        if not vectors or self._failures:  # what the last probe found is known
+        # What the last probe found is known; half open, that is good.
+        if not vectors or (self._failures and self.state == "closed"):
             self._count(failure)
             return
         self._unconfirmed += 1

@@ -179,6 +179,24 @@ async def test_a_trial_that_says_nothing_is_followed_by_the_next(outcome: Failur
     await breaker.aclose()
 
 
+async def test_a_trial_of_vectors_counts_only_when_a_probe_fails_too() -> None:
+    """As ever; what made it open says nothing about it."""
+    server = FakeServer()
+    server.error = None
+    breaker = await opened(server)
+    await until(lambda: breaker.state == "half_open")
+    probes = server.probes
+    assert breaker.admits()
+    breaker.failed(Failure.TIMEOUT, vectors=True)
+    assert "half_open" == state_of(breaker)
+    await until(breaker.admits)
+    assert ("half_open", probes + 1) == (breaker.state, server.probes)
+    server.error = ConnectionError()
+    breaker.failed(Failure.TIMEOUT, vectors=True)
+    await until(lambda: breaker.state == "open")
+    await breaker.aclose()
+
+
 async def test_half_open_is_in_doubt_for_a_while() -> None:
     """Whoever gets no requests as long as it is would never try it."""
     server = FakeServer()

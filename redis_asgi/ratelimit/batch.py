@@ -367,9 +367,12 @@ class Batcher:
         now = self.loop.time()
         late, rest = _split(self._waiting, now)
         self._wait_on(rest)
-        # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
-        if late and not self._sent and self.breaker.state == "closed":
-            self.breaker.failed(self._wire.lacks())
+        if late and not self._sent:
+            if self.breaker.state == "closed":
+                self.breaker.failed(self._wire.lacks())
+            else:
+                # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+                self.breaker.withdrawn()
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
