@@ -90,7 +90,7 @@ def outages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 
 
 async def test_a_failover(sentinels: SentinelTrio, caplog: pytest.LogCaptureFixture) -> None:
-    """Until the replica is the master every mode does what it says; then that one counts and stores, as one line says."""
+    """Until the replica is the master every mode does what it says; then that one counts and stores."""
     old = sentinels.primary()
     async with service(
         REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER, REDIS_TIMEOUT=1
