@@ -35,6 +35,7 @@ _TOO_MANY = 10
 _QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
 _SETTLED = 1.0  # seconds without trouble before an outage counts as over
 _IN_DOUBT = 10.0  # seconds after the last trouble in which one that nobody tries is taken for as ill as it was
+_REFUSED = 20  # odd replies in a row that are more than a key which is somebody else's
 
 # Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
 _SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
@@ -79,6 +80,8 @@ class Breaker:
         self._needs_trial = trial
         self._loop = asyncio.get_running_loop()
         self._failures = 0  # in a row
+        self._refused = 0  # likewise, by odd replies
+        self._refused_at = 0.0
         self._recent = 0
         self._unconfirmed = 0
         self._trial_until = 0.0
@@ -105,12 +108,23 @@ class Breaker:
             return self._loop.time() < self._last_trouble + _IN_DOUBT
         return self.state == "open"
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether commands were answered by nothing but odd replies lately, as by a proxy that has lost its servers."""
+        return self._refused >= _REFUSED and self._loop.time() < self._refused_at + _IN_DOUBT
+
     def withdrawn(self) -> None:
         """Note that a command which was admitted says nothing: half open, the next one is the trial."""
         self._trial_until = 0.0
 
-    def worked(self) -> None:
-        """Note that a command was answered."""
+    def worked(self, *, vectors: bool = False) -> None:
+        """Note that a command was answered.
+
+        Args:
+            vectors: It moves vectors, which says nothing about others.
+        """
+        if not vectors:
+            self._refused = 0
         if self.state == "half_open":
             self._failures = self._recent = 0
             self._change("closed")
@@ -129,7 +143,10 @@ class Breaker:
         """
         now = self._loop.time()
         if failure in _ANSWERS:
-            self.worked()
+            self.worked(vectors=True)
+        if failure is Failure.REPLY and not vectors:
+            self._refused += 1
+            self._refused_at = now
         if failure in _SAYS_NOTHING:
             self.withdrawn()
             if now - self._last_line >= _QUIET:

@@ -213,6 +213,15 @@ class RedisManager:
         breakers = opened.breakers.values() if opened is not None else ()
         return next((breaker.reason for breaker in breakers if breaker.is_in_doubt), None)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether this loop's client, which is not left alone, is answered by odd replies only."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return False
+        return opened is not None and any(breaker.is_refused for breaker in opened.used_breakers())
+
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
 

@@ -99,7 +99,10 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     failure = health.failure or (Failure.PERMISSION if denied else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
-        status: Status = "healthy"
+        # What is odd may be few clients' keys: no reason to send the others nobody.
+        refused = manager.is_refused
+        error = code_of(Failure.REPLY) if refused else None
+        status: Status = "degraded" if refused else "healthy"
     elif required and not _serves_some(health):
         status = "unhealthy"
     else:

@@ -197,6 +197,25 @@ async def test_a_trial_of_vectors_counts_only_when_a_probe_fails_too() -> None:
     await breaker.aclose()
 
 
+async def test_nothing_but_odd_replies_is_a_refusal() -> None:
+    """Twenty in a row, for ten seconds after the last, whatever becomes of vectors; one answer ends it."""
+    breaker = Breaker(FakeServer().probe, FakeServer().drop)
+    for _ in range(19):
+        breaker.failed(Failure.REPLY)
+        breaker.worked(vectors=True)
+    breaker.failed(Failure.REPLY, vectors=True)
+    assert not breaker.is_refused
+    breaker.failed(Failure.REPLY)
+    assert breaker.is_refused
+    breaker._refused_at -= 10
+    assert not breaker.is_refused
+    breaker.failed(Failure.REPLY)
+    assert breaker.is_refused
+    breaker.worked()
+    assert not breaker.is_refused
+    assert "closed" == state_of(breaker)
+
+
 async def test_half_open_is_in_doubt_for_a_while() -> None:
     """Whoever gets no requests as long as it is would never try it."""
     server = FakeServer()

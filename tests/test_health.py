@@ -391,6 +391,32 @@ async def test_a_renamed_command_of_the_script_is_reply(private_server: StartSer
         await app_manager(app).close()
 
 
+@pytest.mark.parametrize("said", [b"no upstream host", b"ERR handle response, backend conn reset"])
+async def test_a_proxy_that_has_lost_its_servers(said: bytes) -> None:
+    """It answers a PING itself, and everything else with words of its own: degraded, whoever needs Redis."""
+    talks: set[asyncio.Task[Any]] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talks.update(filter(None, [asyncio.current_task()]))
+        while data := await reader.read(65536):
+            if b"PING" in data:
+                writer.write(b"+PONG\r\n" + b"-%b\r\n" % said * 2)
+            elif b"EVALSHA" in data:
+                writer.write(b"-%b\r\n" % said)
+            else:
+                writer.write(b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    app = app_on(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    limiter = RateLimiter(app_manager(app), on_redis_error="closed")
+    assert ["none"] * 20 == [(await limiter.consume("somebody")).source for _ in range(20)]
+    assert (200, "degraded", "redis_reply") == (*(await probe(app))[:1], *list((await probe(app))[1].values())[:2])
+    await app_manager(app).close()
+    listener.close()
+    await asyncio.wait(talks)
+
+
 async def test_needing_the_script_leaves_no_error_behind(redis_server: ExternalServer) -> None:
     """Once limits are counted, a look is no error that the server would count."""
     app = app_on(redis_server.url)
