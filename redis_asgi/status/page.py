@@ -30,7 +30,7 @@ _REASONS = {
     "redis_loading": "Redis is loading its data.",
     "redis_busy": "A script blocks Redis.",
     "redis_oom": "Redis has no memory left and refuses writes.",
-    "redis_reply": "Redis answers oddly: is it Redis, and nothing else on the way?",
+    "redis_reply": "Redis answers oddly, or lacks a command that is needed: `redis-asgi check` says more.",
     "redis_defect": "Not Redis but the package, or a library's version, is at fault: the log has a traceback.",
     "redis_cluster": "Part of Redis is not served: a node is gone, or no master is known.",
     "breaker_open": "Redis answers again; the breaker is about to close.",
