@@ -86,7 +86,7 @@ class Endpoints:
 
     async def process(self, _request: Request) -> Response:
         """What this process holds, and its time."""
-        return JSONResponse(held() | {"at": time.monotonic()})
+        return JSONResponse(held(), headers={"x-at": f"{time.monotonic()}"})
 
 
 def held() -> dict[str, int]:
