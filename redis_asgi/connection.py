@@ -158,6 +158,8 @@ class RedisManager:
         fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
         keys_apart: Whether each command may name keys of one slot only, although the client is of no cluster: since
             ``REDIS_BATCH`` says so, or since `found_slots`.
+        needs: A command that parts cannot do without, in a form that does nothing; empty = none. Health checks send it
+            beside their PING, which a server may answer that has renamed or denied it.
     """
 
     owns_client = True
@@ -172,6 +174,7 @@ class RedisManager:
         self._inherited: list[object] = []
         self._unreachable: tuple[float, Exception] | None = None
         self.fails_closed = False
+        self.needs: tuple[bytes, ...] = ()
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
@@ -220,13 +223,26 @@ class RedisManager:
 
     @property
     def breaker_reason(self) -> Failure | None:
-        """Why this loop's client is left alone, or has been and is tried again; ``None`` when it is not."""
+        """Why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
+
+        One that is to be tried again, and by nobody is, is not in doubt for ever: who is sent no requests while it is
+        would never be sent one again.
+        """
         try:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
         breakers = opened.breakers.values() if opened is not None else ()
-        return next((breaker.reason for breaker in breakers if breaker.state != "closed"), None)
+        return next((breaker.reason for breaker in breakers if breaker.is_in_doubt), None)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether this loop's client, which is not left alone, is answered by odd replies only."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return False
+        return opened is not None and any(breaker.is_refused for breaker in opened.used_breakers())
 
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.

@@ -162,6 +162,11 @@ def classify_reply(text: str) -> Failure:
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 
 
+def is_unknown_command(error: BaseException) -> bool:
+    """Whether a server, or a proxy before it, has no such command, or another name for it."""
+    return any(words in str(error).lower() for words in ("unknown command", "unsupported command"))
+
+
 def is_crossslot(reply: object) -> bool:
     """Whether *reply* refuses keys of several slots in one command, of which nothing has run."""
     # redis-py strips the first word.

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
+import hypothesis
 import pytest
 import redis
 
@@ -26,6 +27,11 @@ from .kit.servers import (
 
 StartServer = Callable[..., Server]
 Started = TypeVar("Started")
+
+
+# A test that is slow on a busy machine is no failure.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 def _missing(what: str, cure: str) -> NoReturn:

@@ -344,14 +344,90 @@ async def test_info_answered_oddly() -> None:
     assert {} == figures
 
 
-async def test_a_missing_script_right_is_permission(private_server: StartServer) -> None:
-    """A PING is answered, and yet no limit can be counted there: it is said as what it is while that is known."""
+async def test_a_missing_right_to_call_the_script_is_permission(private_server: StartServer) -> None:
+    """A PING is answered, and yet no limit can be counted there, which is said before the first request is one."""
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-evalsha")
+    app = app_on(server.url)
+    assert "healthy" == (await probe(app))[1]["status"]  # nobody needs it
+    RateLimiter(app_manager(app), on_redis_error="closed")
+    forget(app)
+    await assert_ill(app, "redis_permission", status=503)
+    server.command("ACL", "SETUSER", "default", "+evalsha")
+    forget(app)
+    assert "healthy" == (await probe(app))[1]["status"]
+
+
+async def test_a_missing_right_within_the_script_is_permission(
+    private_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows when limits are counted, and is told while they cannot be, and no longer than anybody tries."""
+    monkeypatch.setattr("redis_asgi.breaker._SLOW_PROBE_EVERY", 0.02)
+    server = private_server()
+    server.command("ACL", "SETUSER", "default", "-hset")
     app = app_on(server.url)
     assert "healthy" == (await probe(app))[1]["status"]
     await RateLimiter(app_manager(app)).consume("somebody")
     await assert_ill(app, "redis_permission")
+    async with asyncio.timeout(5):
+        while app_manager(app).breaker_state != "half_open":
+            await asyncio.sleep(0.01)
+    await assert_ill(app, "redis_permission")
+    app_manager(app).breaker()._last_trouble -= 10
+    assert "healthy" == (await probe(app))[1]["status"]
+
+
+async def test_a_renamed_command_of_the_script_is_reply(private_server: StartServer) -> None:
+    """Said before any request is counted, on a cluster too, and what needs no script minds nothing."""
+    for arguments in ((), ("--cluster-enabled", "yes")):
+        server = private_server("--rename-command", "EVALSHA", "", *arguments)
+        if arguments:
+            server.own_all_slots()
+        app = app_on(server.url, REDIS_CLUSTER=bool(arguments))
+        assert "healthy" == (await probe(app))[1]["status"]
+        RateLimiter(app_manager(app))
+        forget(app)
+        await assert_ill(app, "redis_reply")
+        await app_manager(app).close()
+
+
+@pytest.mark.parametrize("said", [b"no upstream host", b"ERR handle response, backend conn reset"])
+async def test_a_proxy_that_has_lost_its_servers(said: bytes) -> None:
+    """It answers a PING itself, and everything else with words of its own: degraded, whoever needs Redis."""
+    talks: set[asyncio.Task[Any]] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talks.update(filter(None, [asyncio.current_task()]))
+        while data := await reader.read(65536):
+            if b"PING" in data:
+                writer.write(b"+PONG\r\n" + b"-%b\r\n" % said * 2)
+            elif b"EVALSHA" in data:
+                writer.write(b"-%b\r\n" % said)
+            else:
+                writer.write(b"+OK\r\n" * data.count(b"CLIENT"))
+        writer.close()
+
+    listener = await asyncio.start_server(talk, "127.0.0.1", 0)
+    app = app_on(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    limiter = RateLimiter(app_manager(app), on_redis_error="closed")
+    assert ["none"] * 20 == [(await limiter.consume("somebody")).source for _ in range(20)]
+    assert (200, "degraded", "redis_reply") == (*(await probe(app))[:1], *list((await probe(app))[1].values())[:2])
+    await app_manager(app).close()
+    listener.close()
+    await asyncio.wait(talks)
+
+
+async def test_needing_the_script_leaves_no_error_behind(redis_server: ExternalServer) -> None:
+    """Once limits are counted, a look is no error that the server would count."""
+    app = app_on(redis_server.url)
+    await RateLimiter(app_manager(app)).consume("somebody")
+    await probe(app)
+    redis_server.command("CONFIG", "RESETSTAT")
+    forget(app)
+    await probe(app)
+
+    assert {} == redis_server.client().info("errorstats")
+    assert 1 == redis_server.calls("evalsha")
 
 
 async def test_a_refused_login_is_tried_every_five_seconds(private_server: StartServer) -> None:
@@ -854,7 +930,7 @@ async def test_check_of_a_cluster_can_be_cancelled(private_cluster: Cluster) -> 
 async def test_check_that_does_not_end_is_not_waited_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a check ever break its deadline, a probe keeps it."""
 
-    async def endless(_checkup: Checkup) -> None:
+    async def endless(_checkup: Checkup, _needs: object) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Checkup, "run", endless)

@@ -10,8 +10,9 @@ import redis.asyncio as aioredis
 from redis.crc import key_slot
 from redis.exceptions import AuthenticationError, RedisClusterException, RedisError
 
-from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi import RateLimiter, RedisManager, Settings, check_redis_health
 from redis_asgi.embeddings.store import vectors_of
+from redis_asgi.errors import Failure
 from redis_asgi.inspection.diagnosis import diagnose
 from redis_asgi.nodes import Nodes
 from redis_asgi.ratelimit.policy import make_partition
@@ -74,6 +75,43 @@ async def test_a_single_server_among_the_addresses_is_passed_over(
     async with cluster_of(address_of(other), NOBODY) as manager:
         with pytest.raises(RedisClusterException, match="not enabled"):
             await (await manager.get_connection()).set("a", b"1")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--rename-command", "CLUSTER", "")], ids=["disabled", "renamed"])
+async def test_the_only_address_that_tells_nothing_of_a_cluster_has_all_keys(
+    private_server: StartServer, caplog: pytest.LogCaptureFixture, arguments: tuple[str, ...]
+) -> None:
+    """Such as an endpoint for several shards: counts and vectors are right there, and one line says what to set."""
+    server = private_server(*arguments)
+    async with cluster_of(address_of(server)) as manager:
+        limiter = RateLimiter(manager)
+        names = [f"client-{i % 5}" for i in range(20)]
+        decisions = await asyncio.gather(*(limiter.consume(name, "3/minute") for name in names))
+        assert ({"redis"}, 15) == ({each.source for each in decisions}, sum(each.allowed for each in decisions))
+        client = await manager.get_connection()
+        assert isinstance(client, aioredis.RedisCluster)
+        await client.nodes_manager.initialize()
+        assert await client.set("a", b"1")
+        assert 6 == len(server.client().keys())
+        assert (await check_redis_health(client))["status"] == "healthy"
+
+    said = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert ["redis_asgi.no_cluster"] == [event_of(record) for record in said]
+    assert "Unset REDIS_CLUSTER" in said[0].getMessage()
+
+
+async def test_a_right_to_the_slot_table_that_lacks_is_told(private_cluster: Cluster) -> None:
+    """As what it is, also where redis-py says that there is no cluster."""
+    for node in private_cluster.nodes:
+        node.add_user("app", ">secret", "~*", "+@all", "-cluster|slots")
+    more = {"REDIS_USERNAME": "app", "REDIS_PASSWORD": "secret"}
+    async with cluster_of(address_of(private_cluster.nodes[0]), **more) as manager:
+        decision = await RateLimiter(manager).consume("somebody")
+        assert ("local", "open", Failure.PERMISSION) == (
+            decision.source,
+            manager.breaker_state,
+            manager.breaker_reason,
+        )
 
 
 async def test_nobody_answers() -> None:

@@ -18,6 +18,7 @@ from .. import aside
 from ..client import Client, build_client, describe
 from ..connection import RedisManager
 from ..errors import Failure, classify
+from ..nodes import SLOTS, is_no_cluster
 from ..ratelimit.batch import A_TRIP
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
@@ -44,7 +45,7 @@ OnStep = Callable[[str], None]
 
 PINGS = 100
 MAX_SKEW = 2.0  # seconds
-SLOTS = 16384
+SAMPLED_SLOTS = 20  # all of them on one of two nodes by chance: once in a million times
 
 
 class Node:
@@ -70,16 +71,29 @@ class Node:
         node = self._client.get_node_from_key(key.decode())
         return node is not None and node.name == self._target.name
 
-    async def is_whole(self, info: Info) -> bool:
-        """Whether all slots are here: a cluster of one node, or no cluster at all."""
+    async def is_whole(self, info: Info, prefix: str) -> bool:
+        """Whether all slots are here: a cluster of one node, or no cluster at all.
+
+        Args:
+            prefix: Of keys that may be read, for a node that says nothing of its cluster.
+        """
         if info.get("cluster_enabled") != 1:
             return True
         try:
             said = await self.run("CLUSTER INFO")
         except RedisError:
-            return False
+            return await self._serves_any_slot(prefix)
         said = said if isinstance(said, dict) else dict(aside.info_fields(said))
         return said.get("cluster_size") == "1" and said.get("cluster_slots_ok") == str(SLOTS)
+
+    async def _serves_any_slot(self, prefix: str) -> bool:
+        for _ in range(SAMPLED_SLOTS):
+            try:
+                await self.run("HGET", probe_keys(prefix)[0], "check")
+            except RedisError as error:
+                if classify(error) is Failure.CLUSTER:
+                    return False
+        return True
 
     async def info(self) -> Info:
         """``INFO``; empty where it is forbidden."""
@@ -123,6 +137,10 @@ async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         if server.settings.REDIS_CLUSTER:
             where += f"; {SLOTS} slots on {len(nodes)} primaries"
         yield Finding("connection", "ok", where, server=server.name)
+        if is_no_cluster(await manager.get_connection()):
+            text = "the server tells nothing of a cluster: all keys are taken to be at its address"
+            fix = "Unset REDIS_CLUSTER, and set REDIS_BATCH=key if it is an endpoint for several shards."
+            yield Finding("cluster", "warn", text, fix, server.name)
         for tls in tls_findings(server):
             yield tls
         for node in nodes:
@@ -197,7 +215,7 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
     info = await node.info()
     found = [
         version_finding(info),
-        *role_findings(server, info, is_whole=await node.is_whole(info)),
+        *role_findings(server, info, is_whole=await node.is_whole(info, server.settings.REDIS_KEY_PREFIX)),
         *rights_findings(server, rights, missing, info),
     ]
     on_step(f"{node.server}: script")
