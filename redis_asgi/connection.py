@@ -31,7 +31,8 @@ from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client import Client, build_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
-from .settings import Settings, redact
+from .locations import redact
+from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -399,6 +400,7 @@ _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _managers_lock = threading.Lock()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
+_misspelt: set[str] = set()
 
 
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
@@ -412,23 +414,39 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     """
     if isinstance(redis, RedisManager):
         return redis, False
+    settings = settings if settings is not None else Settings()
+    _warn_of_near_misses(settings)
     if redis is None or isinstance(redis, str):
-        settings = settings if settings is not None else Settings()
         if redis is not None:
-            settings = Settings(**{**settings.model_dump(exclude_unset=True), "REDIS_URL": redis})
+            settings = settings.but(REDIS_URL=redis)
         with _managers_lock:
             manager = _managers.get(settings)
             if manager is None:
                 manager = _managers[settings] = RedisManager(settings)
         return manager, True
     client = _checked_client(redis)
-    settings = settings if settings is not None else Settings()
     with _managers_lock:
         # A living manager keeps its client alive, so that the id stays the client's.
         given = _given.get((id(client), settings))
         if given is None:
             given = _given[id(client), settings] = _GivenClient(client, settings)
     return given, False
+
+
+def _warn_of_near_misses(settings: Settings) -> None:
+    """Name variables that look like settings and are none, each once in a process."""
+    for variable, meant in settings.near_misses.items():
+        if variable not in _misspelt:
+            _misspelt.add(variable)
+            logger.warning(
+                "redis_asgi.misspelt_setting",
+                extra={
+                    "code": "misspelt_setting",
+                    "variable": variable,
+                    "fix": f"{variable} is no setting of redis_asgi and changes nothing. If {meant} is meant, rename "
+                    "it.",
+                },
+            )
 
 
 def _checked_client(client: object) -> Client:

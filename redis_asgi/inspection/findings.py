@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import Failure
+from ..locations import weakened_by
 from ..notation import parse_limits
-from ..settings import Settings, weakened_by
+from ..settings import Settings
 from .rights import DISPENSABLE, Missing, Rights, user_of
 from .servers import Server
 
