@@ -109,7 +109,7 @@ class FromEnvironment(BaseSettings):
     def __init__(self, **values: Any) -> None:
         fields = type(self).model_fields
         known = {*fields, *_OPTIONS, *(field.alias for field in fields.values() if field.alias)}
-        problems = [_unknown_argument(name, fields) for name in values if name not in known]
+        problems = [unknown_name(name, fields) for name in values if name not in known]
         values = {name: value for name, value in values.items() if name in known}
         around = _reading.get(None)
         reading = Reading(dict.fromkeys((n for n in values if n in fields), ARGUMENT), reads=not around or around.reads)
@@ -237,7 +237,8 @@ def _meant(name: str, known: tuple[str, ...]) -> str | None:
     return likely[near[0]] if near else None
 
 
-def _unknown_argument(name: str, fields: Mapping[str, object]) -> str:
+def unknown_name(name: str, fields: Mapping[str, object]) -> str:
+    """That there is no setting of that name, and which one is meant."""
     near = difflib.get_close_matches(name.upper(), fields, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`redis-asgi settings` lists every one."
     return f"{name} is not a setting. {hint}"

@@ -1,5 +1,6 @@
 """The commands of ``redis-asgi``: read the arguments, call what does the work, say what came of it."""
 
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
@@ -10,6 +11,7 @@ from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing, known_policies, look, partition_of
 from ..inspection.quotas import reset as reset_quota
+from ..inspection.reference import reference, settings_in_force
 from ..inspection.rights import NO_PASSWORD, rights_of
 from ..inspection.servers import servers_of
 from ..inspection.sizing import Sizing, compare, estimate
@@ -17,6 +19,7 @@ from ..maintenance import configure_persistence, flush_model
 from ..settings import StrategyName
 from . import output
 from .session import (
+    ENV_FILE,
     FAILED,
     WARNED,
     alone,
@@ -29,7 +32,7 @@ from .session import (
     settings_for,
     some_server,
 )
-from .views import print_changes, print_findings, print_sizes, print_standings
+from .views import print_changes, print_findings, print_markdown, print_settings, print_sizes, print_standings
 
 app = typer.Typer(
     name="redis-asgi",
@@ -37,7 +40,7 @@ app = typer.Typer(
     "Exit codes: 0 done, and all is well; 1 something failed, such as a check, or Redis itself; 2 an argument or a "
     "setting cannot work (to check a setting is a finding: 1); 3 check --strict found nothing "
     "worse than warnings; 130 interrupted.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -81,8 +84,19 @@ def _main(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Read settings from this file too, as the app does; the environment wins over it.",
+        ),
+    ] = None,
 ) -> None:
-    """Only here for what stands before a command."""
+    """What stands before a command."""
+    ENV_FILE.set(env_file)
 
 
 @app.command()
@@ -108,7 +122,7 @@ def check(
         settings = settings_for(url, REDIS_TIMEOUT=within)
         some_server(settings)
     except ConfigurationError as error:
-        findings = [Finding("settings", "fail", str(error), "Correct it and check again.")]
+        findings = [Finding("settings", "fail", each, "Correct it and check again.") for each in error.problems]
     else:
 
         async def gather() -> list[Finding]:
@@ -123,6 +137,36 @@ def check(
     else:
         print_findings(findings)
     raise typer.Exit(FAILED if failed else WARNED if warned and strict else 0)
+
+
+@app.command("settings")
+def list_settings(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.", show_default=False)
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the table of the documentation; reads no environment.")
+    ] = False,
+) -> None:
+    """List every setting and its value.
+
+    Each with the value in force, without passwords; where that came from (environment, a file's name, argument or
+    default); and what it means.
+    """
+    if markdown:
+        print_markdown(reference())
+        return
+    with complaints():
+        found = settings_for(url)
+        listed = settings_in_force(found, names or ())
+    if as_json:
+        output.json({"settings": listed, "misspelt": found.near_misses})
+        return
+    print_settings(listed)
+    for variable, meant in found.near_misses.items():
+        output.note(f"{variable} is no setting and changes nothing. If {meant} is meant, rename it.")
 
 
 @app.command(context_settings=_ANY_ARGUMENTS)
@@ -203,26 +247,35 @@ def flush(
         str | None,
         typer.Option("--namespace", metavar="NAMESPACE", help="Default: EMBEDDING_CACHE_NAMESPACE."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write even if nothing is stored under that name.")] = False,
     url: Url = None,
 ) -> None:
     """Make every stored vector of a model a miss.
 
     Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS. Redis takes the
-    memory back as the vectors end.
+    memory back as the vectors end. Where nothing is stored under that name, exits with 1.
     """
     with complaints():
         settings = settings_for(url)
         refuse_memory(settings, vectors=True)
     vectors = next(server.settings for server in servers_of(settings) if server.vectors)
 
-    async def work() -> None:
+    async def work() -> bool:
         async with opened(vectors) as manager:
             await greet(manager)
-            await flush_model(model, namespace=namespace, redis=manager, settings=settings)
+            return await flush_model(
+                model, namespace=namespace, redis=manager, settings=settings, only_stored=not force
+            )
 
-    run(work())
+    flushed = run(work())
     within = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
     where = f" in namespace {within!r}" if within else ""
+    if not flushed:
+        output.error(
+            f"nothing is stored under {model!r}{where or ' without a namespace'}. Name the model as the requests do, "
+            "and its --namespace; --force writes anyway."
+        )
+        raise typer.Exit(FAILED)
     believed = settings.EMBEDDING_CACHE_L1_SECONDS if settings.EMBEDDING_CACHE_L1_BYTES else 0
     when = f"within {believed:g} s" if believed else "now"
     output.line(output.printable(f"Flushed {model!r}{where}: complete in every process {when}."))

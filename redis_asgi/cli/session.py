@@ -4,6 +4,8 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import typer
@@ -19,13 +21,15 @@ from . import output
 T = TypeVar("T")
 
 FAILED, MISUSED, WARNED, INTERRUPTED = 1, 2, 3, 130
+# The file that was named before the command.
+ENV_FILE: ContextVar[Path | None] = ContextVar("env_file", default=None)
 
 
 def settings_for(url: str | None, **more: Any) -> Settings:
     """The environment's settings, or those of another server: then nothing that says where the configured one is."""
     if url is not None:
         more |= {**NO_SERVER, "REDIS_URL": url, "EMBEDDING_CACHE_REDIS_URL": None}
-    return Settings(**more)
+    return Settings(_env_file=ENV_FILE.get(), **more)
 
 
 def refuse_memory(settings: Settings, *, vectors: bool = False) -> None:

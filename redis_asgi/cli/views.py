@@ -1,12 +1,15 @@
 """What the commands found out, laid out for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing
+from ..inspection.reference import Setting
 from ..inspection.sizing import Sizing
 from ..maintenance import Change
 from . import output
+
+_WIDEST = 80  # of a value, where a list may be long
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -76,3 +79,26 @@ def print_changes(changes: Sequence[Change]) -> None:
 
 def _quoted(value: str | None) -> str:
     return "?" if value is None else f'"{value}"'
+
+
+def print_settings(settings: Sequence[Setting]) -> None:
+    """Two lines for each setting: what it is and why, and what it means."""
+    for each in settings:
+        default = "" if each.source == "default" else f", default {_brief(each.default)}"
+        text = f"{each.name} = {_brief(each.value)}  ({each.source}{default})"
+        output.line(output.printable(text), "" if each.source == "default" else "bold")
+        output.line(output.printable(f"    {each.meaning}"), "dim")
+
+
+def _brief(value: str | None) -> str:
+    if value is None:
+        return "none"
+    return value if len(value) <= _WIDEST else f"{value[:_WIDEST]}..."
+
+
+def print_markdown(rows: Iterable[Sequence[str]]) -> None:
+    """A table in Markdown; the first row is its head."""
+    for i, row in enumerate(rows):
+        output.line(f"| {' | '.join(row)} |")
+        if i == 0:
+            output.line("|" + "---|" * len(row))

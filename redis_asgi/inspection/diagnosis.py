@@ -28,6 +28,7 @@ from .findings import (
     Info,
     client_findings,
     memory_findings,
+    misspelt_findings,
     persistence_findings,
     rights_findings,
     role_findings,
@@ -102,6 +103,8 @@ async def diagnose(settings: Settings, on_step: OnStep = lambda _: None) -> Asyn
         on_step: Told what is looked at next.
     """
     yield settings_finding(settings)
+    for misspelt in misspelt_findings(settings):
+        yield misspelt
     for server in servers_of(settings):
         async for finding in _look_at(server, on_step):
             yield finding

@@ -51,6 +51,14 @@ def settings_finding(settings: Settings) -> Finding:
     )
 
 
+def misspelt_findings(settings: Settings) -> list[Finding]:
+    """Variables that look like settings and are none."""
+    return [
+        Finding("settings", "warn", f"{variable} is no setting and changes nothing", f"Is {meant} meant? Rename it.")
+        for variable, meant in settings.near_misses.items()
+    ]
+
+
 def tls_findings(server: Server) -> list[Finding]:
     """Whether the way there is safe; nothing without TLS."""
     settings = server.settings
