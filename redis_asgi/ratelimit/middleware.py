@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
-from ..event_loop import running_loop
+from ..event_loop import check_at_start, running_loop
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
@@ -212,13 +212,7 @@ class RateLimitMiddleware:
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
-        try:
-            running_loop()
-        except RuntimeError as error:
-            await receive()
-            # A server takes an app that only raises for one without a lifespan, and serves it.
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            raise
+        await check_at_start(receive, send)
         holding = False
 
         async def starting() -> Message:
