@@ -171,6 +171,11 @@ class RedisManager:
         return self._settings
 
     @property
+    def where(self) -> str:
+        """Where its Redis is, without user or password."""
+        return describe(self._settings)
+
+    @property
     def has_redis(self) -> bool:
         """``False`` on ``memory://``: state lives in this object and there is no client."""
         return not self._settings.is_memory
@@ -370,6 +375,14 @@ class _GivenClient(RedisManager):
     def __init__(self, client: Client, settings: Settings) -> None:
         super().__init__(settings)
         self._client = client
+
+    @property
+    def where(self) -> str:
+        if isinstance(self._client, aioredis.RedisCluster):
+            return f"cluster {','.join(self._client.nodes_manager.startup_nodes)}"
+        options = self._client.connection_pool.connection_kwargs
+        address = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        return f"{address}/{options.get('db') or 0}"
 
     @property
     def has_redis(self) -> bool:

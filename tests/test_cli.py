@@ -38,7 +38,7 @@ PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
 # A busy machine is no finding.
 PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
-COMMANDS = ("check", "settings", "peek", "reset", "flush", "memory", "acl", "persist")
+COMMANDS = ("check", "settings", "rules", "peek", "reset", "flush", "memory", "acl", "persist")
 
 Run = subprocess.CompletedProcess[str]
 
@@ -380,7 +380,7 @@ def test_peek_without_a_quota(redis_server: ExternalServer, invoke: Invoke) -> N
     result = invoke("peek", "a", "--by", "custom", REDIS_URL=redis_server.url)
 
     assert re.search(r"^login +fixed-window +1 +\? +60 s +\? +\? +\d+ s$", result.stdout, re.MULTILINE)
-    assert "pass the rule's --name and --limits" in result.stderr
+    assert "pass --app, or the rule's --name and --limits" in result.stderr
 
 
 def test_a_name_from_redis_steers_no_terminal(redis_server: ExternalServer, invoke: Invoke) -> None:
@@ -954,8 +954,12 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[ \n]+", " ", re.sub(r"\d[\d,.:-]*", "N", text)).strip()
 
 
-def test_readme_shows_what_is_printed(private_server: StartServer, invoke: Invoke) -> None:
-    """Each command of the README prints what stands there."""
+def test_readme_shows_what_is_printed(
+    private_server: StartServer, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command of the README prints what stands there, in a clone of the repository."""
+    monkeypatch.chdir(Path(redis_asgi.__file__).parent.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     server = private_server("--maxmemory", "4gb", "--maxmemory-policy", "allkeys-lru")
     settings = Settings(REDIS_URL=server.url)
 

@@ -7,10 +7,10 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigurationError
+from ..inspection.apps import limits_in, load_app
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
-from ..inspection.quotas import Standing, known_policies, look, partition_of
-from ..inspection.quotas import reset as reset_quota
+from ..inspection.quotas import known_policies
 from ..inspection.reference import reference, settings_in_force
 from ..inspection.rights import NO_PASSWORD, rights_of
 from ..inspection.servers import servers_of
@@ -18,11 +18,12 @@ from ..inspection.sizing import Sizing, compare, estimate
 from ..maintenance import configure_persistence, flush_model
 from ..settings import StrategyName
 from . import output
+from .options import ANY_ARGUMENTS, App, Json, Url
+from .quotas import list_rules, peek, reset
 from .session import (
     ENV_FILE,
     FAILED,
     WARNED,
-    alone,
     complaints,
     greet,
     opened,
@@ -32,7 +33,7 @@ from .session import (
     settings_for,
     some_server,
 )
-from .views import print_changes, print_findings, print_markdown, print_settings, print_sizes, print_standings
+from .views import print_changes, print_findings, print_markdown, print_settings, print_sizes
 
 app = typer.Typer(
     name="redis-asgi",
@@ -45,32 +46,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Url = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        metavar="URL",
-        help="Use this server instead of the configured ones. Other users of this host can see it: a password "
-        "belongs into the environment.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-Client = Annotated[
-    str,
-    typer.Argument(
-        metavar="CLIENT",
-        help="An address, or the value of the header, user or partition. - reads it from standard input, so that a "
-        "credential is in no history and no process list. It is never printed.",
-    ),
-]
-By = Annotated[
-    str | None,
-    typer.Option("--by", metavar="KIND", help="ip, header:NAME, user or custom. Default: RATE_LIMIT_PARTITION."),
-]
-Name = Annotated[str | None, typer.Option("--name", metavar="RULE", help="Only the counters of this rule.")]
-# Typer would print what is too much, which may be a part of a credential; `alone` does not.
-_ANY_ARGUMENTS = {"allow_extra_args": True}
 
 
 def _print_version(asked: bool) -> None:
@@ -101,6 +76,7 @@ def _main(
 
 @app.command()
 def check(
+    app_name: App = None,
     url: Url = None,
     as_json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
@@ -114,20 +90,29 @@ def check(
     """Say whether all is well: a gate for deploys.
 
     Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction, connections,
-    persistence; sentinels and the slots of a cluster. Leaves nothing behind.
+    persistence; sentinels and the slots of a cluster. With --app also the servers that its rules name. Leaves nothing
+    behind.
     """
+    about = "settings"
     try:
         settings = settings_for(url)
         within = min(settings.REDIS_TIMEOUT, 5.0) if timeout is None else timeout
-        settings = settings_for(url, REDIS_TIMEOUT=within)
-        some_server(settings)
+        settings = settings.but(REDIS_TIMEOUT=within)
+        if app_name is None:
+            some_server(settings)
+        about = "app"
+        loaded = None if app_name is None else load_app(app_name)
     except ConfigurationError as error:
-        findings = [Finding("settings", "fail", each, "Correct it and check again.") for each in error.problems]
+        findings = _mistakes(about, error)
     else:
 
         async def gather() -> list[Finding]:
+            try:
+                limits = None if loaded is None else limits_in(loaded).limits
+            except ConfigurationError as error:
+                return _mistakes("app", error)
             with output.progress() as step:
-                return [finding async for finding in diagnose(settings, step)]
+                return [finding async for finding in diagnose(settings, step, limits)]
 
         findings = run(gather())
     failed = any(finding.level == "fail" for finding in findings)
@@ -137,6 +122,10 @@ def check(
     else:
         print_findings(findings)
     raise typer.Exit(FAILED if failed else WARNED if warned and strict else 0)
+
+
+def _mistakes(about: str, error: ConfigurationError) -> list[Finding]:
+    return [Finding(about, "fail", each, "Correct it and check again.") for each in error.problems]
 
 
 @app.command("settings")
@@ -169,73 +158,9 @@ def list_settings(
         output.note(f"{variable} is no setting and changes nothing. If {meant} is meant, rename it.")
 
 
-@app.command(context_settings=_ANY_ARGUMENTS)
-def peek(
-    context: typer.Context,
-    client: Client,
-    by: By = None,
-    name: Name = None,
-    limits: Annotated[
-        str | None,
-        typer.Option("--limits", metavar="NOTATION", help="The rule's limits, where they are in the app's code."),
-    ] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", metavar="STRATEGY", help="The rule's. Default: RATE_LIMIT_STRATEGY.")
-    ] = None,
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a client has left, and until when.
-
-    Charges nothing. Quotas are not in Redis: they are those of --limits, else of the environment, for the rule --name
-    (default: default). Of other rules Redis tells what is used.
-    """
-    with complaints():
-        alone(context)
-        settings = settings_for(url)
-        refuse_memory(settings)
-        if strategy is not None and strategy not in get_args(StrategyName):
-            raise ConfigurationError(f"--strategy={strategy!r} is not one of {', '.join(get_args(StrategyName))}.")
-        known = known_policies(name, limits, cast("StrategyName | None", strategy), settings)
-        # A rule that is named without its limits: nothing here knows its quota.
-        guessed = () if name not in (None, "default") and limits is None else known
-        value = read(client, "CLIENT")
-
-    async def work() -> tuple[str, list[Standing]]:
-        partition = await partition_of(value, by, settings)
-        async with opened(settings) as manager:
-            return partition.label, await look(manager, partition, tuple(guessed), name=name)
-
-    label, standings = run(work())
-    if as_json:
-        output.json({"client": label, "policies": standings})
-        return
-    print_standings(label, standings)
-    if any(standing.quota is None for standing in standings):
-        output.note("Where the quota is ?, pass the rule's --name and --limits.")
-    elif limits is None and standings:
-        output.note("Quotas are the environment's: if the app's code has others, pass --limits.")
-
-
-@app.command(context_settings=_ANY_ARGUMENTS)
-def reset(context: typer.Context, client: Client, by: By = None, name: Name = None, url: Url = None) -> None:
-    """Give a client its full quota back.
-
-    Other processes may refuse it from memory for a second more.
-    """
-    with complaints():
-        alone(context)
-        settings = settings_for(url)
-        refuse_memory(settings)
-        value = read(client, "CLIENT")
-
-    async def work() -> tuple[str, bool]:
-        partition = await partition_of(value, by, settings)
-        async with opened(settings) as manager:
-            return partition.label, await reset_quota(manager, partition, name=name)
-
-    label, found = run(work())
-    output.line(output.printable(f"{label}: {'has its full quota again' if found else 'nothing was counted'}"))
+app.command("rules")(list_rules)
+app.command(context_settings=ANY_ARGUMENTS)(peek)
+app.command(context_settings=ANY_ARGUMENTS)(reset)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 
 from ..connection import RedisManager
 from ..errors import ConfigurationError
-from ..inspection.servers import servers_of
+from ..inspection.servers import leave, servers_of
 from ..inspection.trouble import TROUBLE, explain
 from ..maintenance import MaintenanceError
 from ..settings import NO_SERVER, Settings
@@ -98,13 +98,20 @@ class _Failed(Exception):
 async def opened(settings: Settings) -> AsyncIterator[RedisManager]:
     """A manager of *settings*, closed at the end; trouble inside becomes words."""
     manager = RedisManager(settings)
-    try:
+    async with talking_to(manager):
         yield manager
+
+
+@asynccontextmanager
+async def talking_to(manager: RedisManager) -> AsyncIterator[None]:
+    """The same for a manager of an app's."""
+    try:
+        yield
     except TROUBLE as error:
-        trouble = await explain(error, settings)
+        trouble = await explain(error, manager.settings)
         raise _Failed(f"{trouble.text}. {trouble.fix}") from None
     finally:
-        await manager.close()
+        await leave(manager)
 
 
 async def greet(manager: RedisManager) -> None:

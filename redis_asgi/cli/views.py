@@ -7,6 +7,7 @@ from ..inspection.quotas import Standing
 from ..inspection.reference import Setting
 from ..inspection.sizing import Sizing
 from ..maintenance import Change
+from ..ratelimit.overview import LimitInForce
 from . import output
 
 _WIDEST = 80  # of a value, where a list may be long
@@ -44,6 +45,27 @@ def print_standings(label: str, standings: Sequence[Standing]) -> None:
             for standing in standings
         ]
         output.table(("policy", "strategy", "used", "quota", "window", "left", "next", "full again"), rows)
+
+
+def print_rules(limits: Sequence[LimitInForce]) -> None:
+    """A line for each rule; which Redis counts it, where there are several."""
+    several = len({limit.manager for limit in limits}) > 1
+    head = ("rule", "limits", "by", "strategy", "cost", "methods", "paths", "without Redis", "")
+    rows = [
+        (
+            limit.name,
+            limit.limits or "?",
+            limit.by,
+            limit.strategy,
+            "?" if limit.cost is None else limit.cost,
+            " ".join(limit.methods) if limit.methods else "all",
+            " ".join(limit.paths) if limit.paths else "all",
+            limit.on_redis_error,
+            ", ".join(filter(None, ("only watches" if limit.shadow else "", limit.manager.where if several else ""))),
+        )
+        for limit in limits
+    ]
+    output.table(head, rows)
 
 
 def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:

@@ -22,6 +22,7 @@ from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
 from .lint import Linter
+from .overview import Protection
 from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
 from .request import RuleCheck
@@ -159,6 +160,10 @@ class RateLimitMiddleware:
             keep_decision(scope, RequestDecision(verdict))
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
+
+    def in_force(self) -> Protection:
+        """What it limits, for who asks from outside of a request."""
+        return Protection(self._engine, self._rules, self._routing, self._exemptions)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""

@@ -99,7 +99,7 @@ class RateLimit:
             on_redis_error=on_redis_error,
             shadow=shadow,
         )
-        self._cost = cost
+        self.cost = cost
         self._redis = redis
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
@@ -154,15 +154,17 @@ class RateLimit:
         Raises:
             MissingIdentity: The identity is missing and must not be.
         """
-        engine = self._engine_for(conn.scope, decision_of(conn.scope))
-        return engine, await self._charge(self._compile(engine, self.name_at(endpoint), place), conn)
+        engine = self.engine_for(conn.scope)
+        return engine, await self._charge(self.compiled(engine, endpoint, place), conn)
 
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
 
-    def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
+    def engine_for(self, scope: Scope) -> Engine:
+        """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
         if self._redis is None and self._settings is None:
+            decision = decision_of(scope)
             if decision is not None:
                 return decision.ledger.verdicts[0].engine
             standby: Standby | None = scope.get(STANDBY)
@@ -174,7 +176,9 @@ class RateLimit:
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
 
-    def _compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
+    def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:
+        """Its rule in front of *endpoint*, at its *place* among the limits there."""
+        name = self.name_at(endpoint)
         rules = self._compiled.setdefault(engine, {})
         rule = rules.get((name, place))
         if rule is None:
@@ -198,7 +202,7 @@ class RateLimit:
         if found is None:
             return None
         policies, partition = found
-        cost = self._cost(conn) if callable(self._cost) else self._cost
+        cost = self.cost(conn) if callable(self.cost) else self.cost
         return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
 
 
@@ -315,6 +319,12 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
         return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))
 
     return decorate
+
+
+def stack_of(endpoint: object) -> tuple[object, tuple[Placed, ...]]:
+    """The endpoint within its `rate_limit` decorators, and their limits, none for a plain one."""
+    _, within, limits = getattr(endpoint, _STACK, (None, endpoint, ()))
+    return within, limits
 
 
 def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
