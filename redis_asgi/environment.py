@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import EnvSettingsSource
@@ -40,6 +40,7 @@ class Reading:
         others: Names of variables that are no settings, in whatever was read.
         values: What was read, as it was read; only until it is validated.
         reads: Whether anything but arguments is read.
+        again: Whether this is only to hear what else is wrong.
     """
 
     origins: dict[str, str] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Reading:
     others: frozenset[str] = frozenset()
     values: Mapping[str, Any] = field(default_factory=dict)
     reads: bool = True
+    again: bool = False
 
 
 _reading: ContextVar[Reading] = ContextVar("redis_asgi.reading")
@@ -108,11 +110,12 @@ class FromEnvironment(BaseSettings):
 
     def __init__(self, **values: Any) -> None:
         fields = type(self).model_fields
-        known = {*fields, *_OPTIONS, *(field.alias for field in fields.values() if field.alias)}
+        known = {*fields, *_OPTIONS, *(alias for field in fields.values() for alias in _aliases(field))}
         problems = [unknown_name(name, fields) for name in values if name not in known]
         values = {name: value for name, value in values.items() if name in known}
-        around = _reading.get(None)
-        reading = Reading(dict.fromkeys((n for n in values if n in fields), ARGUMENT), reads=not around or around.reads)
+        around = _reading.get(None) or Reading()
+        origins = dict.fromkeys((name for name in values if name in fields), ARGUMENT)
+        reading = Reading(origins, reads=around.reads, again=around.again)
         token = _reading.set(reading)
         try:
             super().__init__(**values)
@@ -179,7 +182,8 @@ class FromEnvironment(BaseSettings):
         Raises:
             ConfigurationError: As at construction.
         """
-        given = {name: getattr(self, name) for name in self.model_fields_set}
+        fields = type(self).model_fields
+        given = {next(_aliases(fields[name]), name): getattr(self, name) for name in self.model_fields_set}
         token = _reading.set(Reading(reads=False))
         try:
             made = type(self)(**{**given, **changes})
@@ -193,6 +197,14 @@ class FromEnvironment(BaseSettings):
     def _read(self) -> Reading:
         # A copy that pydantic or pickle has made was read nowhere.
         return getattr(self, "_reading", None) or Reading()
+
+
+def _aliases(field: FieldInfo) -> Iterator[str]:
+    """What a field of a subclass is called from outside instead of by its name."""
+    alias = field.validation_alias
+    for each in alias.choices if isinstance(alias, AliasChoices) else (alias,):
+        if isinstance(each, str):
+            yield each
 
 
 def note_origin(name: str, *, of: str) -> None:
@@ -256,7 +268,7 @@ def _explain(model: type[FromEnvironment], error: ValidationError, reading: Read
         why = each["msg"].removeprefix("Value error, ")
         problems.setdefault(name, f"{why[:1].lower()}{why[1:]}")
     said = [_say(model, name, why, reading) for name, why in problems.items()]
-    return said + _other_conflicts(model, reading, problems)
+    return said if reading.again else said + _other_conflicts(model, reading, problems)
 
 
 def _say(model: type[FromEnvironment], name: str, why: str, reading: Reading) -> str:
@@ -293,7 +305,7 @@ def _with_prefix(text: str, model: type[FromEnvironment], reading: Reading) -> s
 def _other_conflicts(model: type[FromEnvironment], reading: Reading, bad: Mapping[str, str]) -> list[str]:
     """What the settings that can work contradict each other in, beside those that cannot."""
     values = {name: value for name, value in reading.values.items() if name in model.model_fields and name not in bad}
-    token = _reading.set(Reading(reads=False))
+    token = _reading.set(Reading(reads=False, again=True))
     try:
         model(**values)
     except ConfigurationError as error:

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, Settings
@@ -183,6 +183,24 @@ def test_a_subclass_with_a_file(env_file: Path) -> None:
     settings = FileSettings()  # type: ignore[call-arg]  # from the file
 
     assert (6381, "postgres://u:pw@db/app") == (settings.REDIS_PORT, settings.DATABASE_URL)
+
+
+def test_a_subclass_with_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields of an app may be called otherwise outside, required ones too; what is made of its settings keeps them."""
+
+    class Aliased(Settings):
+        database: str = Field(validation_alias="DATABASE_URL")
+        queue: str = Field(validation_alias=AliasChoices("QUEUE_URL", "BROKER_URL"))
+        debug: bool = Field(default=False, alias="DEBUG")
+
+    with pytest.raises(ConfigurationError) as caught:
+        Aliased(REDIS_PORT="x")  # type: ignore[arg-type,call-arg]  # the others are read
+    assert ["REDIS_PORT='x'", "DATABASE_URL: ", "QUEUE_URL: fie"] == [each[:14] for each in caught.value.problems]
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+    monkeypatch.setenv("BROKER_URL", "amqp://")
+    settings = Aliased(DEBUG=True).but(REDIS_DB=2)  # type: ignore[call-arg]  # the same
+
+    assert ("sqlite://", "amqp://", True, 2) == (settings.database, settings.queue, settings.debug, settings.REDIS_DB)
 
 
 def test_a_prefix(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
