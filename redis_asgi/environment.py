@@ -22,8 +22,7 @@ from pydantic_settings.sources import EnvSettingsSource
 from .errors import ConfigurationError
 from .locations import redact, redact_url
 
-# What Kubernetes sets for every Service there is, whatever its name; `_PORT` alone by its value only.
-_SERVICE = re.compile(r".*_SERVICE_(HOST|PORT(_.*)?)|.*_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?", re.IGNORECASE)
+# The value of ``<NAME>_PORT``, which Kubernetes sets for every Service; its other variables look like none of ours.
 _LINK = re.compile(r"\s*(tcp|udp|sctp)://")
 # A letter that is wrong, or two that changed places; what differs by a word is somebody else's.
 _NEAR = 0.88
@@ -95,7 +94,6 @@ def _may_be_ours(name: str, value: str | None, names: set[str]) -> bool:
         name not in names
         and bool(value and value.strip())
         and not (name.upper().endswith("_PORT") and _LINK.match(value or ""))
-        and not _SERVICE.fullmatch(name)
     )
 
 

@@ -177,8 +177,13 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
         return
     # Of what another router includes, the path is here, and what stands in front of it.
     route = getattr(route, "starlette_route", None) or route
-    if isinstance(route, Mount | Host):
-        yield from _walk(route.app, below + (route.path if isinstance(route, Mount) else ""), around, depth)
+    if isinstance(route, Host):
+        yield from _walk(route.app, below, around, depth)
+        return
+    if isinstance(route, Mount):
+        yield from _walk(route.app, below + route.path, around, depth)
+        # What none of its routes takes comes to no route behind it either.
+        yield Found(below + route.path, "/{path:path}")
         return
     endpoint, path = getattr(route, "endpoint", None), getattr(route, "path", None)
     if endpoint is None or not isinstance(path, str):

@@ -77,6 +77,7 @@ def starlette_app() -> ASGIApp:
             Mount("/more", routes=[Route("/x", plain)], middleware=[limiting(rule("mount"))]),
             Mount("/health", health_app(redis=MEMORY)),
             Host("other.test", Starlette(routes=[Route("/h", decorated)])),
+            Route("/{rest:path}", plain, middleware=[limiting(rule("late"))]),
         ],
         middleware=[
             Middleware(Wrapper),
@@ -111,6 +112,7 @@ def fastapi_app() -> ASGIApp:
     @app.websocket("/ws")
     async def socket(websocket: WebSocket) -> None: ...
 
+    api.add_route("/raw", decorated)
     api.include_router(deep)
     app.include_router(api)
     return app
@@ -135,7 +137,7 @@ REQUESTS = [
 ] + [
     (fastapi_app, method, path)
     for method in ("GET", "POST")
-    for path in ("/own", "/api/items", "/api/deep/3", "/api/deep", "/absent", "/openapi.json")
+    for path in ("/own", "/api/items", "/raw", "/api/deep/3", "/api/deep", "/absent", "/openapi.json")
 ]
 
 
