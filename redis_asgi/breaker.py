@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 from . import aside
 from .errors import Failure, classify
+from .events import say, words_for
 from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -53,6 +54,7 @@ class Breaker:
         probe: Asks the server for a sign of life over a connection of its own, and raises when there is none.
         drop_connections: Closes connections that may lead to the wrong server now.
         node: Of a cluster, whose lines in the log then say so.
+        address: Where the server is, for the log: no user and no password.
         trial: Whether a command has to work, too, after a probe has; where none may come, the probe is enough.
 
     Attributes:
@@ -67,6 +69,7 @@ class Breaker:
         drop_connections: Callable[[], Awaitable[None]],
         node: str = "",
         *,
+        address: str = "?",
         trial: bool = True,
     ) -> None:
         self.state: BreakerState = "closed"
@@ -74,7 +77,7 @@ class Breaker:
         self.good_probes = 0
         self._probe = probe
         self._drop_connections = drop_connections
-        self._whose = {"node": node} if node else {}
+        self._whose = {"address": f"{node} of {address}", "node": node} if node else {"address": address}
         self._needs_trial = trial
         self._loop = asyncio.get_running_loop()
         self._failures = 0  # in a row
@@ -121,12 +124,12 @@ class Breaker:
         if failure in _SAYS_NOTHING:
             if now - self._last_line >= _QUIET:
                 self._last_line = now
-                logger.warning("redis_asgi.command_failed", extra={"reason": failure.value} | self._whose)
+                say(logger, "command_failed", **words_for(failure), **self._whose)
             return
         self._last_trouble = now
         if not self._lost:
             self._lost = True
-            logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value} | self._whose)
+            say(logger, "redis_unavailable", **words_for(failure), **self._whose)
         if failure in _OF_THE_CONNECTIONS:
             self._start(self._drop_connections())
         if failure in _NOT_COUNTED or self.state == "open":
@@ -154,7 +157,7 @@ class Breaker:
             self._settling = self._loop.call_later(left, self._say_back)
             return
         self._lost = False
-        logger.warning("redis_asgi.redis_back", extra=self._whose)
+        say(logger, "redis_back", **self._whose)
 
     def _count(self, failure: Failure, times: int = 1) -> None:
         self._failures += times
@@ -170,7 +173,7 @@ class Breaker:
     def _change(self, state: BreakerState) -> None:
         self.state = state
         telemetry().breaker_transitions.labels(state).inc()
-        logger.debug("redis_asgi.breaker", extra={"state": state, "reason": self.reason.value})
+        say(logger, "breaker", state=state, reason=self.reason.value, **self._whose)
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -26,12 +26,15 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from starlette.types import Scope
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
-from .client import Client, build_client, drop_connections, ping
+from .client import Client, build_client, describe, describe_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
+from .events import say, words_for
 from .locations import redact
+from .misuse import constructor_says_what_was_meant
 from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
@@ -134,6 +137,7 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         tell_notes()
 
 
+@constructor_says_what_was_meant("RedisManager(Settings(REDIS_URL='redis://localhost:6379'))")
 class RedisManager:
     """The one client that every part of the package shares, opened at first use.
 
@@ -151,6 +155,7 @@ class RedisManager:
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
+        check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
@@ -163,7 +168,7 @@ class RedisManager:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self._settings)})"
+        return f"{type(self).__name__}({self.address})"
 
     @property
     def settings(self) -> Settings:
@@ -171,8 +176,8 @@ class RedisManager:
         return self._settings
 
     @property
-    def where(self) -> str:
-        """Where its Redis is, without user or password."""
+    def address(self) -> str:
+        """Where its Redis is, for people: no user and no password."""
         return describe(self._settings)
 
     @property
@@ -287,7 +292,9 @@ class RedisManager:
             client = opened.client
             # Once the slot table is read, commands go by the nodes' own.
             trial = bool(node) or not isinstance(client, aioredis.RedisCluster)
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node, trial=trial)
+            breaker = Breaker(
+                lambda: ping(client, node), lambda: drop_connections(client), node, address=self.address, trial=trial
+            )
             opened.breakers[node] = breaker
         return breaker
 
@@ -296,14 +303,7 @@ class RedisManager:
         if self.keys_apart:
             return
         self.keys_apart = True
-        logger.warning(
-            "redis_asgi.slots_enforced",
-            extra={
-                "code": "slots_enforced",
-                "fix": "The server refuses keys of several slots in one command, so each goes in one of its own. Set "
-                "REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
-            },
-        )
+        say(logger, "slots_enforced", address=self.address)
 
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
@@ -345,7 +345,7 @@ class RedisManager:
         except Exception as error:
             failure = classify(error)
             if self._unreachable is None and failure is not Failure.DEFECT:
-                logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+                say(logger, "redis_unavailable", **words_for(failure), address=self.address)
             self._unreachable = (time.monotonic(), error)
             raise
         self._unreachable = None
@@ -377,12 +377,8 @@ class _GivenClient(RedisManager):
         self._client = client
 
     @property
-    def where(self) -> str:
-        if isinstance(self._client, aioredis.RedisCluster):
-            return f"cluster {','.join(self._client.nodes_manager.startup_nodes)}"
-        options = self._client.connection_pool.connection_kwargs
-        address = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-        return f"{address}/{options.get('db') or 0}"
+    def address(self) -> str:
+        return describe_client(self._client)
 
     @property
     def has_redis(self) -> bool:
@@ -397,23 +393,27 @@ def _may_pass(error: Exception) -> bool:
     return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
 
 
-def describe(settings: Settings) -> str:
-    """Where these settings point, without user or password."""
-    if settings.REDIS_SENTINELS:
-        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
-    if settings.REDIS_CLUSTER_NODES:
-        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
-    if settings.REDIS_URL:
-        return redact(settings.REDIS_URL.get_secret_value())
-    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
-
-
 # One shared default per settings for as long as the process lives: the counters of memory:// are in it.
 _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _managers_lock = threading.Lock()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
 _misspelt: set[str] = set()
+
+
+def check_settings(settings: object) -> None:
+    """Refuse what is given for settings and is none.
+
+    Raises:
+        ConfigurationError: Says what was meant, and shows no password.
+    """
+    if settings is None or isinstance(settings, Settings):
+        return
+    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
+    if isinstance(settings, str):
+        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
+    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
+    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")
 
 
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
@@ -425,6 +425,7 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
     """
+    check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
     settings = settings if settings is not None else Settings()
@@ -451,15 +452,7 @@ def _warn_of_near_misses(settings: Settings) -> None:
     for variable, meant in settings.near_misses.items():
         if variable not in _misspelt:
             _misspelt.add(variable)
-            logger.warning(
-                "redis_asgi.misspelt_setting",
-                extra={
-                    "code": "misspelt_setting",
-                    "variable": variable,
-                    "fix": f"{variable} is no setting of redis_asgi and changes nothing. If {meant} is meant, rename "
-                    "it.",
-                },
-            )
+            say(logger, "misspelt_setting", variable=variable, meant=meant)
 
 
 def _checked_client(client: object) -> Client:
@@ -470,21 +463,35 @@ def _checked_client(client: object) -> Client:
         retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
         if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
             _warned_about.add(client)
-            logger.warning(
-                "redis_asgi.client_retries",
-                extra={
-                    "code": "client_retries",
-                    "retries": retry.get_retries(),
-                    "fix": "Build the client with retry=Retry(NoBackoff(), 0): when a reply is lost, a retried "
-                    "command runs again, so one request may be counted several times.",
-                },
-            )
+            say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
         return client
     if isinstance(client, redis.Redis | redis.RedisCluster):
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    if isinstance(client, Settings):
+        raise ConfigurationError("redis= is given Settings. Try settings=.")
+    if client is RedisManager:
+        raise ConfigurationError("redis=RedisManager is not called. Try redis=RedisManager().")
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
+
+
+# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
+# becomes a key of the scope itself.
+_MANAGERS = "redis_asgi.managers"
+
+
+def offer_manager(scope: Scope, manager: RedisManager) -> None:
+    """Tell the package's own sub-apps below that a middleware uses *manager*."""
+    outer = offered_managers(scope)
+    if manager not in outer:
+        scope[_MANAGERS] = (*outer, manager)
+
+
+def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
+    """The managers of the middlewares that a request has come through, the outermost first."""
+    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
+    return offered
 
 
 @overload
@@ -511,10 +518,10 @@ def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[.
         try:
             return await function(*args, **kwargs)
         except RedisConnectionError as error:
-            logger.error("redis_asgi.connection_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "connection_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
         except RedisError as error:
-            logger.error("redis_asgi.operation_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "operation_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
 
     return logged

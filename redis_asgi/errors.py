@@ -5,6 +5,7 @@
     Exception
     └── RedisASGIError                 everything the package raises on purpose
         ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        │   └── ArgumentError          (also TypeError) what is called does not take these arguments
         ├── MaintenanceError           Redis did not do what an operator asked; lives in ``redis_asgi.maintenance``
         │   ├── FlushError             a model's vectors may still be served
         │   ├── PersistenceError       not all of the configuration was set
@@ -23,6 +24,15 @@ from enum import StrEnum
 import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
+
+from .events import say
+
+__all__ = [
+    "ConfigurationError",
+    "Failure",
+    "RedisASGIError",
+    "classify",
+]
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -44,6 +54,10 @@ class ConfigurationError(RedisASGIError, ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+class ArgumentError(ConfigurationError, TypeError):
+    """What is called does not take these arguments, or was to be called and is not; the text says what was meant."""
 
 
 class Failure(StrEnum):
@@ -194,13 +208,4 @@ def _say_defect(exc: BaseException) -> None:
     if where in _said or len(_said) >= _DEFECTS_SAID:
         return
     _said.add(where)
-    logger.error(
-        "redis_asgi.defect",
-        exc_info=exc,
-        extra={
-            "code": "defect",
-            "reason": Failure.DEFECT.value,
-            "fix": "No Redis causes this, and requests are decided as without Redis. Is redis-py of a version that the "
-            "package allows? If so, it is a bug of the package: report it with the traceback.",
-        },
-    )
+    say(logger, "defect", exc, error=type(exc).__name__, reason=Failure.DEFECT.value)

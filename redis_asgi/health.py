@@ -7,8 +7,9 @@
 However many ask, at most one check a second is made (`watch`).
 """
 
+import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
@@ -17,15 +18,17 @@ from starlette.requests import HTTPConnection
 
 from .checkup import Mode, check, mode_of
 from .client import Client
-from .connection import RedisArgument, RedisManager, resolve_manager
+from .connection import RedisArgument, RedisManager
 from .errors import Failure
 from .server_info import Health
 from .settings import Settings
-from .sub_app import Answer, Authorize, SubApp, json_answer
+from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
-from .watch import watched
+from .watch import Target, watched
 
 Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
+
+_WORSE = ("healthy", "degraded", "unhealthy")
 
 
 async def check_redis_health(client: Client) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class Standing:
 
     Attributes:
         error: A code, ``None`` when all is well.
+        manager: Whose Redis it is about.
         breaker: ``closed``, ``half_open`` or ``open``: open when the limits do not even ask Redis.
     """
 
@@ -87,6 +91,16 @@ class Standing:
     breaker: str
     health: Health
     mode: Mode
+    manager: RedisManager
+
+
+async def worst_standing(managers: Sequence[RedisManager], *, require_redis: bool | None = None) -> Standing:
+    """How the app stands with the Redis that it stands worst with; of equal ones with the first.
+
+    All are asked at the same time.
+    """
+    found = await asyncio.gather(*(standing(manager, require_redis=require_redis) for manager in managers))
+    return max(found, key=lambda each: _WORSE.index(each.status))
 
 
 async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> Standing:
@@ -104,7 +118,7 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
         status = "unhealthy"
     else:
         status = "degraded"
-    return Standing(status, error, breaker, health, mode)
+    return Standing(status, error, breaker, health, mode, manager)
 
 
 def _serves_some(health: Health) -> bool:
@@ -115,23 +129,26 @@ def _serves_some(health: Health) -> bool:
 class HealthApp(SubApp):
     """What `health_app` makes."""
 
-    def __init__(self, manager: RedisManager, *, authorize: Authorize | None, require_redis: bool | None) -> None:
+    def __init__(self, target: Target, *, authorize: Authorize | None, require_redis: bool | None) -> None:
         pages = {"": self._overview, "/ready": self._ready, "/live": self._live}
         # A restart because of a wrong credential would help nobody.
         super().__init__(pages, authorize=authorize, open_pages=frozenset(["/live"]))
         telemetry()  # a directory for counters that is missing is told now, not to the first probe
-        self._manager = manager
+        self._target = target
         self._require_redis = require_redis
 
     async def _live(self, _connection: HTTPConnection) -> Answer:
         return _ALIVE
 
-    async def _ready(self, _connection: HTTPConnection) -> Answer:
-        now = await standing(self._manager, require_redis=self._require_redis)
+    async def _now(self, connection: HTTPConnection) -> Standing:
+        return await worst_standing(self._target.managers(connection.scope), require_redis=self._require_redis)
+
+    async def _ready(self, connection: HTTPConnection) -> Answer:
+        now = await self._now(connection)
         return _answer(now, {"status": now.status, "error": now.error})
 
-    async def _overview(self, _connection: HTTPConnection) -> Answer:
-        now = await standing(self._manager, require_redis=self._require_redis)
+    async def _overview(self, connection: HTTPConnection) -> Answer:
+        now = await self._now(connection)
         return _answer(
             now, {"status": now.status, "error": now.error, "breaker": now.breaker, **_described(now.health, now.mode)}
         )
@@ -144,6 +161,7 @@ def _answer(now: Standing, body: Mapping[str, Any]) -> Answer:
     return json_answer(body, status=503 if now.status == "unhealthy" else 200)
 
 
+@made_by_a_call
 def health_app(
     *,
     redis: RedisArgument = None,
@@ -159,7 +177,8 @@ def health_app(
     no host, port, user or message is shown.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
+            the shared default. Of several, the one that the app stands worst with is told.
         settings: ``None`` = from the environment.
         authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async; ``False`` is a 403.
             ``/live`` says nothing and asks nobody.
@@ -169,5 +188,4 @@ def health_app(
     Raises:
         ConfigurationError: At construction, naming what cannot work.
     """
-    manager, _ = resolve_manager(redis, settings)
-    return HealthApp(manager, authorize=authorize, require_redis=require_redis)
+    return HealthApp(Target(redis, settings), authorize=authorize, require_redis=require_redis)

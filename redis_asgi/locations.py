@@ -98,7 +98,9 @@ def check_url(value: SecretStr) -> SecretStr:
     scheme = _URL_SCHEMES[parts.scheme]
     if scheme in ("redis", "rediss") and not re.fullmatch(r"/?\d*", parts.path):
         raise ValueError("the path of the URL is not a database number")
-    unknown = sorted(set(parse_qs(parts.query)) - _URL_OPTIONS)
+    unknown = sorted(set(parse_qs(parts.query, keep_blank_values=True)) - _URL_OPTIONS)
+    if "@" in parts.fragment or (unknown and "@" in parts.query):
+        raise ValueError("in a user name or password /, ? and # are written %2F, %3F and %23")
     if unknown:
         raise ValueError(f"{unknown[0][:40]!r} is no option of a Redis URL")
     url = scheme + url.strip()[len(parts.scheme) :]

@@ -15,6 +15,18 @@ from .errors import ConfigurationError, Failure, RedisASGIError, classify
 from .keys import embedding_epoch_key
 from .settings import Settings
 
+__all__ = [
+    "Change",
+    "FlushError",
+    "MaintenanceError",
+    "PersistenceError",
+    "calculate_memory_usage",
+    "client_bytes",
+    "configure_persistence",
+    "flush_model",
+    "vector_bytes",
+]
+
 _EPOCH_TTL = 366 * 24 * 3600.0  # seconds; one that has ended validates nothing either
 
 # What `configure_persistence` sets: snapshots after 15, 5 and 1 minutes with that many changes, compressed, and no

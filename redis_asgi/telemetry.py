@@ -22,6 +22,12 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram, Metric
 
+__all__ = [
+    "Telemetry",
+    "fresh_telemetry",
+    "telemetry",
+]
+
 PREFIX = "redis_asgi"
 SAMPLE_SECONDS = 5.0
 SAMPLES_KEPT = 120  # ten minutes

@@ -11,6 +11,8 @@ from redis_asgi import breaker as module
 from redis_asgi.breaker import Breaker
 from redis_asgi.errors import Failure
 
+from .kit.logs import event_of
+
 pytestmark = pytest.mark.anyio
 
 
@@ -260,7 +262,7 @@ async def test_log_has_one_line_per_transition(
     for _ in range(10):
         breaker.worked()
     expected = ["redis_asgi.redis_unavailable", "redis_asgi.command_failed", "redis_asgi.redis_back"]
-    assert expected == [record.message for record in caplog.records]
+    assert expected == [event_of(record) for record in caplog.records]
     await breaker.aclose()
 
 

@@ -38,7 +38,7 @@ PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
 # A busy machine is no finding.
 PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
-COMMANDS = ("check", "settings", "rules", "peek", "reset", "flush", "memory", "acl", "persist")
+COMMANDS = ("check", "settings", "rules", "peek", "reset", "flush", "memory", "acl", "persist", "explain")
 
 Run = subprocess.CompletedProcess[str]
 
@@ -626,6 +626,54 @@ def test_misuse(arguments: tuple[str, ...], says: str, redis_url: str, invoke: I
     assert (2, "") == (result.exit_code, result.stdout)
     assert says in result.stderr
     assert "Traceback" not in result.output
+
+
+# explain
+
+
+@pytest.mark.parametrize("word", ["redis_asgi.redis_back", "redis_back"])
+def test_explain(word: str, invoke: Invoke) -> None:
+    """An event is told with its level, what it means and what to do; its prefix may be left out."""
+    result = invoke("explain", word)
+
+    assert 0 == result.exit_code
+    assert [
+        "redis_asgi.redis_back (warning)",
+        "    Redis (ADDRESS) answers again, and is used again.",
+        "    -> Nothing is left to do.",
+    ] == result.stdout.splitlines()
+
+
+def test_explain_a_health_code(invoke: Invoke) -> None:
+    """What a health check says can be looked up too, and as JSON."""
+    said = json.loads(invoke("explain", "redis_busy", "--json").stdout)
+
+    assert {
+        "word": "redis_busy",
+        "where": "health",
+        "cause": "A script blocks Redis.",
+        "fix": "SCRIPT KILL ends it.",
+    } == said
+
+
+def test_explain_all(invoke: Invoke) -> None:
+    """Without an argument, all there is, whatever the settings are."""
+    plain = invoke("explain", REDIS_PORT="none")
+    told = json.loads(invoke("explain", "--json").stdout)
+
+    assert 0 == plain.exit_code
+    assert [each["word"] for each in told] == re.findall(r"^(\S+) \(", plain.stdout, re.MULTILINE)
+    assert {"redis_asgi.defect", "redis_timeout", "breaker_open"} < {each["word"] for each in told}
+
+
+def test_explain_what_is_not_there(invoke: Invoke) -> None:
+    """A near miss is guessed; what is nothing at all is only refused."""
+    near, far = invoke("explain", "mounted_twise"), invoke("explain", "xyzzy")
+
+    assert (2, 2) == (near.exit_code, far.exit_code)
+    assert "Did you mean redis_asgi.mounted_twice" in near.stderr
+    assert "'xyzzy' is no event" in far.stderr
+    assert "Did you mean" not in far.stderr
 
 
 # acl

@@ -34,6 +34,7 @@ from redis_asgi.errors import Failure, classify
 
 from .conftest import StartServer
 from .kit.certificates import Certificates
+from .kit.logs import event_of
 from .kit.processes import run_python
 from .kit.proxy import FaultProxy
 from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
@@ -408,7 +409,7 @@ async def test_given_client_is_never_closed_or_changed(redis_url: str) -> None:
 
 
 def _retry_warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    return [record for record in caplog.records if record.message == "redis_asgi.client_retries"]
+    return [record for record in caplog.records if event_of(record) == "redis_asgi.client_retries"]
 
 
 @pytest.mark.parametrize(
@@ -891,7 +892,7 @@ async def test_sentinel_that_knows_no_master_is_passed_over(
 
 def _errors(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int, str, str]]:
     return [
-        (r.message, r.levelno, vars(r)["operation"], vars(r)["error"])
+        (event_of(r), r.levelno, vars(r)["operation"], vars(r)["error"])
         for r in caplog.records
         if r.name.startswith("redis_asgi")
     ]
@@ -987,7 +988,7 @@ async def test_unverified_tls_is_said_aloud(caplog: pytest.LogCaptureFixture) ->
     manager = RedisManager(Settings(REDIS_URL="valkeys://:hunter2@localhost:6380?ssl_check_hostname=no"))
     await manager.get_connection()
     await manager.close()
-    (record,) = [record for record in caplog.records if record.message == "redis_asgi.tls_unverified"]
+    (record,) = [record for record in caplog.records if event_of(record) == "redis_asgi.tls_unverified"]
 
     assert "REDIS_SSL_CA_CERTS" in record.__dict__["fix"]
     assert "hunter2" not in str(record.__dict__)

@@ -85,7 +85,7 @@ def app_on(url: str, *, require_redis: bool | None = None, **settings: Any) -> S
 def app_manager(app: SubApp) -> RedisManager:
     """The manager of a health app."""
     assert isinstance(app, HealthApp)
-    return app._manager
+    return app._target.own
 
 
 def forget(app: SubApp) -> None:

@@ -361,7 +361,7 @@ async def test_users_client_is_left_as_it_was(private_server: StartServer) -> No
         pool = client.connection_pool
         assert (0, 0) == (len(pool._available_connections), len(pool._in_use_connections))
         assert 1 == len(redis_server.connections())
-        await app._manager.close()
+        await app._target.own.close()
         assert await client.ping()
 
 
@@ -841,9 +841,9 @@ async def test_served_by_itself_it_closes_what_it_opened(redis_server: ExternalS
     """The manager's client, if it is the package's own; one of the user's stays open."""
     for redis_argument, is_open in ((redis_server.url, False), (RedisManager(Settings()), True)):
         app = metrics_app(redis=redis_argument)
-        await app._manager.get_connection()
+        await app._target.own.get_connection()
         await app.aclose()
-        assert is_open == (app._manager.pool is not None)
+        assert is_open == (app._target.own.pool is not None)
 
 
 # several processes

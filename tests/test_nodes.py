@@ -18,6 +18,7 @@ from redis_asgi.nodes import Nodes
 from redis_asgi.ratelimit.policy import make_partition
 
 from .conftest import StartServer
+from .kit.logs import event_of
 from .kit.proxy import FaultProxy
 from .kit.servers import Cluster, Server
 
@@ -130,10 +131,10 @@ async def test_the_log_has_one_line_per_outage_and_node(
             await vectors_of(manager).lookup([make_partition("custom", name).key], 0.05)
         lost.resume()
         async with asyncio.timeout(20):
-            while "redis_asgi.redis_back" not in caplog.messages:
+            while "redis_asgi.redis_back" not in map(event_of, caplog.records):
                 await limiter.consume(name, "1000/minute")
                 await asyncio.sleep(0.02)
-    told = [(record.message, record.__dict__.get("node")) for record in caplog.records]
+    told = [(event_of(record), record.__dict__.get("node")) for record in caplog.records]
     assert [("redis_asgi.redis_unavailable", address_of(lost)), ("redis_asgi.redis_back", address_of(lost))] == told
 
 
@@ -151,7 +152,7 @@ async def test_a_cluster_that_comes_late_is_said_to_be_back(cluster: Cluster, ca
             while len(caplog.messages) < 2:
                 await asyncio.sleep(0.02)
         assert "closed" == manager.breaker_state
-    told = [(record.message, record.__dict__.get("node")) for record in caplog.records]
+    told = [(event_of(record), record.__dict__.get("node")) for record in caplog.records]
     assert [("redis_asgi.redis_unavailable", None), ("redis_asgi.redis_back", None)] == told
 
 

@@ -29,6 +29,7 @@ from redis_asgi import (
 from redis_asgi.cli.commands import app as command_line
 from redis_asgi.embeddings.codec import encode
 from redis_asgi.embeddings.wire import DEFAULT_PATHS
+from redis_asgi.events import explanations
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policies import make_policies
 from redis_asgi.ratelimit.policy import Charge, make_partition
@@ -184,6 +185,16 @@ def test_examples_of_the_table_work() -> None:
                 Settings(**{name: example + ".absent"})
         else:
             Settings(**{name: example}, **needs.get(name, {}))
+
+
+# logs
+
+
+def test_log_table_is_what_can_be_logged() -> None:
+    """Every event has a row with its level, its cause and its cure, and is named in full in the example."""
+    rows = table(section("## Logs"))
+
+    assert [[f"`{e.word}`", e.where, e.cause, e.fix] for e in explanations() if e.where != "health"] == rows
 
 
 # what is in Redis

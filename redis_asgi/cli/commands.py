@@ -7,6 +7,8 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigurationError
+from ..events import explain as explanation_of
+from ..events import explanations, near
 from ..inspection.apps import limits_in, load_app
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
@@ -23,6 +25,7 @@ from .quotas import list_rules, peek, reset
 from .session import (
     ENV_FILE,
     FAILED,
+    MISUSED,
     WARNED,
     complaints,
     greet,
@@ -33,7 +36,14 @@ from .session import (
     settings_for,
     some_server,
 )
-from .views import print_changes, print_findings, print_markdown, print_settings, print_sizes
+from .views import (
+    print_changes,
+    print_explanations,
+    print_findings,
+    print_markdown,
+    print_settings,
+    print_sizes,
+)
 
 app = typer.Typer(
     name="redis-asgi",
@@ -294,6 +304,36 @@ def acl(
         output.note("Run it on every node: replicas too keep users of their own.")
     if password is None:
         output.note(f"Put the password's SHA-256 for {NO_PASSWORD[1:]}, or pass --password-stdin.")
+
+
+@app.command()
+def explain(
+    event: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="EVENT",
+            help="Such as redis_unavailable, of the log; or redis_timeout, of a health check. Default: all of them.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a line of the log means, and what to do.
+
+    Needs no Redis and no settings.
+    """
+    found = explanations()
+    if event is not None:
+        one = explanation_of(event)
+        if one is None:
+            guesses = near(event)
+            meant = f" Did you mean {', or '.join(guesses)}?" if guesses else ""
+            output.error(f"{event[:80]!r} is no event of the log and no code of a health check.{meant}")
+            raise typer.Exit(MISUSED)
+        found = (one,)
+    if as_json:
+        output.json(found if event is None else found[0])
+    else:
+        print_explanations(found)
 
 
 @app.command()

@@ -62,7 +62,7 @@ def list_rules(
 
 def _as_json(limit: LimitInForce) -> dict[str, object]:
     shown = ("name", "limits", "by", "strategy", "cost", "paths", "methods", "shadow", "on_redis_error")
-    return {**{name: getattr(limit, name) for name in shown}, "redis": limit.manager.where}
+    return {**{name: getattr(limit, name) for name in shown}, "redis": limit.manager.address}
 
 
 def peek(
@@ -118,7 +118,7 @@ def peek(
             kinds.add(partition.kind)
             policies = _policies(its, partition.kind, name)
             async with talking_to(manager):
-                found.append((manager.where, partition.label, await look(manager, partition, policies, name=name)))
+                found.append((manager.address, partition.label, await look(manager, partition, policies, name=name)))
         return found
 
     found = run(work())

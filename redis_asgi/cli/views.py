@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from ..events import Explanation
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing
 from ..inspection.reference import Setting
@@ -24,6 +25,15 @@ def print_findings(findings: Sequence[Finding]) -> None:
         output.line(output.printable(text), "" if finding.level == "ok" else output.STYLES[finding.level])
         if finding.fix:
             output.line(f"      {'':{width}}{'':11}  -> {output.printable(finding.fix)}")
+
+
+def print_explanations(explanations: Sequence[Explanation]) -> None:
+    """A word with its level, and below it what it means and what to do."""
+    for each in explanations:
+        where = "health check" if each.where == "health" else each.where
+        output.line(f"{each.word} ({where})", "bold")
+        output.line(f"    {each.cause}")
+        output.line(f"    -> {each.fix}")
 
 
 def print_standings(label: str, standings: Sequence[Standing]) -> None:
@@ -61,7 +71,7 @@ def print_rules(limits: Sequence[LimitInForce]) -> None:
             " ".join(limit.methods) if limit.methods else "all",
             " ".join(limit.paths) if limit.paths else "all",
             limit.on_redis_error,
-            ", ".join(filter(None, ("only watches" if limit.shadow else "", limit.manager.where if several else ""))),
+            ", ".join(filter(None, ("only watches" if limit.shadow else "", limit.manager.address if several else ""))),
         )
         for limit in limits
     ]

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from ..connection import RedisManager
+from ..events import say
 from ..settings import Settings
 from .beside import names_of, scalars
 from .codec import NO_EPOCH, Flag, Value
@@ -113,7 +114,7 @@ class Core:
         said = (event, about)
         if said not in self._said and (not about or len(self._said) < _MAX_SAID):
             self._said.add(said)
-            logger.warning(event, extra={"about": about, **details} if about else details)
+            say(logger, event, **({"about": about, **details} if about else details))
 
     def is_defeated_by(self, identity: Identity, batch: Batch) -> bool:
         """Whether something in the key is new in every request, so that nothing that is stored is found again."""
@@ -222,11 +223,7 @@ class Core:
         if epoch == NO_EPOCH or landing.is_stray:
             return
         if not self.options.namespace:
-            self.say_once(
-                "redis_asgi.embedding_namespace_empty",
-                fix="Any service on this Redis answering that path and model shares its vectors. "
-                "Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
-            )
+            self.say_once("embedding_namespace_empty", address=self.manager.address)
         now = self.wall()
         cap = landing.rule.max_age
         vectors: list[Write] = []
@@ -262,14 +259,9 @@ class Core:
         refusal = landing.rule.refusal or ""
         self.counts.rejected(refusal)
         if refusal == "response-no-store":
-            self.say_once("redis_asgi.embedding_response_not_stored", fix="Its Cache-Control forbids it.")
+            self.say_once("embedding_response_not_stored")
         elif refusal == "vary":
-            name = landing.rule.varies_by
-            self.say_once(
-                "redis_asgi.embedding_response_varies",
-                header=name,
-                fix=f"Its Vary names a header that is not in the key. Put {name} into EMBEDDING_CACHE_KEYED_HEADERS.",
-            )
+            self.say_once("embedding_response_varies", header=landing.rule.varies_by)
 
 
 def new_epoch() -> bytes:

@@ -402,12 +402,7 @@ class Exchange:
         """A call more than without the cache: after two of them in a minute, requests of this scope go out whole."""
         core = self._core
         if core.misfits.strike(self._misfit, core.monotonic(), lasting=lasting):
-            core.say_once(
-                "redis_asgi.embedding_answers_not_understood",
-                wire_format=self._question.wire.name,
-                fix="The app does not answer a smaller request as it answers the whole one. For a minute at a time "
-                "its requests with a miss go out whole. See what it answers to fewer inputs.",
-            )
+            core.say_once("embedding_answers_not_understood", wire_format=self._question.wire.name)
 
     def _is_shrunken(self, flight: Flight) -> bool:
         """Whether the sub-request is not, input by input, what the client sent."""
@@ -415,21 +410,16 @@ class Exchange:
 
     async def _start_over(self) -> None:
         """Vectors of several lengths for one scope: the model behind the name has changed."""
-        self._core.say_once(
-            "redis_asgi.embedding_lengths_differ",
-            model=self._question.batch.model[:80],
-            fix="Set EMBEDDING_CACHE_NAMESPACE to your model and its revision.",
-        )
+        self._core.say_once("embedding_lengths_differ", model=self._question.batch.model[:80])
         await self._core.renew_epoch(self._question.identity)
         await self._bypass("replayed")
 
     def _say_model(self, model: str) -> None:
         self._core.say_once(
-            "redis_asgi.embedding_model_changed",
+            "embedding_model_changed",
             requested=self._question.batch.model[:80],
             before=self._found.lease.model[:80] if self._found.lease is not None else None,
             now=model[:80],
-            fix="The app answers with different models under one name; their vectors are kept apart.",
         )
 
     async def _answer_hit(self) -> None:

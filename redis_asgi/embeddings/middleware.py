@@ -7,9 +7,10 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, RedisManager
+from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
 from ..errors import ConfigurationError
 from ..event_loop import check_at_start, running_loop
+from ..misuse import check_app, check_callable, constructor_says_what_was_meant
 from ..settings import Settings
 from .cache import EmbeddingCache
 from .core import Core, Options, PartitionBy
@@ -24,6 +25,7 @@ _AROUND = "redis_asgi.embedding_caches"  # in a scope: the store and namespace o
 _SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
 
 
+@constructor_says_what_was_meant("EmbeddingCacheMiddleware(app, namespace='bge-m3', routes={'/my/path': 'openai'})")
 class EmbeddingCacheMiddleware:
     """Cache the embedding endpoints of the app it wraps; no change in the app or in its clients.
 
@@ -65,14 +67,19 @@ class EmbeddingCacheMiddleware:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_app(app, "EmbeddingCacheMiddleware(app)")
+        check_settings(settings)
         settings = settings if settings is not None else _settings_of(redis)
-        if partition_by is not None and not callable(partition_by):
-            raise ConfigurationError(f"partition_by={partition_by!r} is not callable. Try lambda conn: 'tenant'.")
+        if partition_by is not None:
+            example = "partition_by=lambda conn: conn.headers.get('x-tenant')"
+            check_callable("partition_by", partition_by, "conn", example)
+        if share is not None and not isinstance(share, bool):
+            raise ConfigurationError(f"share={share!r} is not True or False.")
         manager, self._is_ours = resolve_vectors(redis, settings)
         options = Options(
             ttl=_seconds("ttl", ttl, settings.EMBEDDING_CACHE_TTL, 1, _MAX_TTL),
             namespace=_text("namespace", namespace, settings.EMBEDDING_CACHE_NAMESPACE),
-            share=settings.EMBEDDING_CACHE_SHARE if share is None else bool(share),
+            share=settings.EMBEDDING_CACHE_SHARE if share is None else share,
             lease=_lease(settings.EMBEDDING_CACHE_LEASE if lease is None else lease),
             partition_by=partition_by,
             settings=settings,
@@ -95,6 +102,7 @@ class EmbeddingCacheMiddleware:
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
+            offer_manager(scope, self._core.manager)
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:

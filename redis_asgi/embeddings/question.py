@@ -52,4 +52,4 @@ async def question_of(
 
 def say_broken(core: Core, wire: WireFormat, step: str, result: object) -> None:
     """A wire format may be the user's, and its mistake is no error of the app."""
-    core.say_once("redis_asgi.embedding_wire_format_fails", wire_format=wire.name, step=step, got=type(result).__name__)
+    core.say_once("embedding_wire_format_fails", wire_format=wire.name, step=step, got=type(result).__name__)

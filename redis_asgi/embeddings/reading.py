@@ -88,7 +88,7 @@ async def split(core: Core, matched: Matched, body: Body, pace: Pace) -> Batch |
     except Exception as error:
         failure = type(error).__name__
     # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
-    core.say_once("redis_asgi.embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
+    core.say_once("embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
     return Uncacheable("not-understood")
 
 
@@ -116,12 +116,7 @@ def _is_content(item: Input) -> bool:
 
 
 def _say_item_lists(core: Core, field: str) -> None:
-    core.say_once(
-        "redis_asgi.embedding_item_lists",
-        about=field[:_SHOWN],
-        fix="It is as long as the inputs, and may belong to them one by one, so such requests pass through. "
-        "If it belongs to the whole request, add it to EMBEDDING_CACHE_REQUEST_LISTS.",
-    )
+    core.say_once("embedding_item_lists", about=field[:_SHOWN])
 
 
 def _has_too_many(fields: Mapping[str, object], limit: int) -> bool:

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from ..client import Client
 from ..connection import RedisManager
 from ..errors import Failure, classify, classify_reply, is_crossslot
+from ..events import say
 from .counts import Commands
 from .leased import Command, run, run_on_node
 from .owed import Owed, Told
@@ -41,6 +42,7 @@ class RedisVectors:
         self._manager = manager
         self._client = client
         self._node = node
+        self._address = f"{node} of {manager.address}" if node else manager.address
         self._breaker = manager.breaker(node)
         self._turns = asyncio.Semaphore(manager.settings.REDIS_POOL_SIZE)
         self._no_writes_until = 0.0
@@ -168,7 +170,7 @@ class RedisVectors:
             return
         # What is there can still be read.
         if time.monotonic() >= self._no_writes_until:
-            logger.warning("redis_asgi.embedding_writes_paused", extra={"failure": failure.value})
+            say(logger, "embedding_writes_paused", reason=failure.value, address=self._address)
         self._no_writes_until = time.monotonic() + _WRITE_PAUSE
 
     async def _execute(

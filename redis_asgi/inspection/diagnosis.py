@@ -131,7 +131,7 @@ async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         if isinstance(nodes, Finding):
             yield nodes
             return
-        where = f"{manager.where} answers"
+        where = f"{manager.address} answers"
         if server.settings.REDIS_CLUSTER:
             where += f"; {SLOTS} slots on {len(nodes)} primaries"
         yield Finding("connection", "ok", where, server=server.name)

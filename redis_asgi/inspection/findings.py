@@ -74,7 +74,7 @@ def rules_findings(limits: Sequence[LimitInForce], servers: Sequence[Server]) ->
             fix = "Each worker counts for itself, and a restart forgets: give the app a Redis."
             found.append(Finding("rules", "warn", f"{listed}: counted in the app's process (memory://)", fix))
             continue
-        where = manager.where
+        where = manager.address
         server = next((server for server in servers if server.where == where), None)
         text = f"{listed}: counted in {where}"
         if server is not None and server.name.startswith(RULES):

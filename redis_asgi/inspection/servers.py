@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..connection import RedisManager, describe
+from ..client import describe
+from ..connection import RedisManager
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
 
@@ -33,7 +34,7 @@ class Server:
     @property
     def where(self) -> str:
         """Its address, without user or password."""
-        return self.manager.where if self.manager is not None else describe(self.settings)
+        return self.manager.address if self.manager is not None else describe(self.settings)
 
 
 async def leave(manager: RedisManager) -> None:
@@ -65,14 +66,14 @@ def servers_of_app(settings: Settings, limits: Sequence[LimitInForce]) -> list[S
     for limit in limits:
         if limit.manager.has_redis:
             counted.setdefault(limit.manager, limit.settings)
-    used = {manager.where for manager in counted}
+    used = {manager.address for manager in counted}
     found = [
         server
         for server in servers_of(settings)
         if server.name != "redis" or settings.names_redis or server.where in used
     ]
     known = {server.where for server in found}
-    others = [(manager, its) for manager, its in counted.items() if manager.where not in known]
+    others = [(manager, its) for manager, its in counted.items() if manager.address not in known]
     for i, (manager, its) in enumerate(others):
         name = RULES if len(others) == 1 else f"{RULES}-{i + 1}"
         if type(manager) is RedisManager:

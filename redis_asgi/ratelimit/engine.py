@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 from ..connection import PROCESS, RedisManager
 from ..errors import Failure, OddReply, classify
+from ..events import say, words_for
 from ..settings import HeaderStyle, OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher, Check, Outcome
@@ -324,7 +325,7 @@ class Engine:
                 return await self.reset_in_redis(partition, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.
-            logger.warning("redis_asgi.reset_failed", extra={"reason": classify(error).value})
+            say(logger, "reset_failed", **words_for(classify(error)), address=self.manager.address)
             return False
         finally:
             # A reply that is older than the reset says nothing any more.

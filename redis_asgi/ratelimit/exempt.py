@@ -7,7 +7,8 @@ from typing import TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..paths import path_patterns
+from ..misuse import check_callable
+from ..paths import PathPattern, path_patterns
 from ..settings import Settings
 from .routing import Routing
 
@@ -29,10 +30,17 @@ class Exemptions:
         self._routing = routing
         self._paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS)
         self._says_so = exempt if callable(exempt) else None
-        if not callable(exempt):
+        if callable(exempt) or not isinstance(exempt, Iterable | None):
+            check_callable("exempt", exempt, "conn", "exempt='/internal/*', or lambda conn: 'x-probe' in conn.headers")
+        else:
             self._paths += path_patterns(exempt)
         self._has_looked = False
         self.any = True
+
+    @property
+    def paths(self) -> tuple[PathPattern, ...]:
+        """The patterns of the user's."""
+        return self._paths
 
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""

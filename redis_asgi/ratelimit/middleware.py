@@ -11,13 +11,14 @@ from typing import get_args
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, resolve_manager
-from ..errors import ConfigurationError
+from ..connection import RedisArgument, offer_manager, resolve_manager
 from ..event_loop import check_at_start, running_loop
+from ..misuse import check_app, constructor_says_what_was_meant
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
 from . import headers
+from .coverage import Coverage, Covering
 from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
@@ -26,12 +27,13 @@ from .overview import Protection
 from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
 from .request import RuleCheck
-from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
+from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
 from .rules import Limits, Rule, check_choice, compile_rules, same_identity
 
 
-class RateLimitMiddleware:
+@constructor_says_what_was_meant("RateLimitMiddleware(app, '100/minute', rules=[Rule('5/minute', name='login')])")
+class RateLimitMiddleware(Covering):
     """Refuses what is over quota, and tells every client how it stands.
 
     ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background tasks, WebSockets and
@@ -74,6 +76,7 @@ class RateLimitMiddleware:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_app(app, "RateLimitMiddleware(app, '100/minute')")
         self.app = app
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
@@ -97,10 +100,10 @@ class RateLimitMiddleware:
             self._manager.fails_closed = True
         self._routing = Routing(app)
         self._exemptions = Exemptions(self._routing, exempt, settings)
-        if on_exceeded is not None and not callable(on_exceeded):
-            raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
+        if on_exceeded is not None:
+            check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
-        self._linter = Linter(self._addressing)
+        self._linter = Linter(self._addressing, self._routing, self._rules)
         self._has_loop = False
         # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
         self._identify = same_identity(self._rules)
@@ -119,6 +122,7 @@ class RateLimitMiddleware:
             self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
+        offer_manager(scope, self._manager)
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
             return
@@ -164,6 +168,10 @@ class RateLimitMiddleware:
     def in_force(self) -> Protection:
         """What it limits, for who asks from outside of a request."""
         return Protection(self._engine, self._rules, self._routing, self._exemptions)
+
+    def coverage(self) -> Coverage:
+        """Its rules, and what they leave alone; `document_limits` asks for it."""
+        return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""

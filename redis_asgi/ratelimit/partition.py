@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
+from ..misuse import check_callable, constructor_says_what_was_meant, shown
 from ..scope import Addressing, is_plain_address
 from ..settings import Settings
 from .policy import Partition, make_partition
@@ -45,6 +46,7 @@ def _default_addressing() -> Addressing:
     return Addressing(Settings())
 
 
+@constructor_says_what_was_meant("by_header('x-api-key')")
 class by_header:  # noqa: N801 - reads as a function where it is used
     """Partition by the value of a request header, such as an API key.
 
@@ -101,6 +103,26 @@ def by_user(conn: HTTPConnection) -> str | None:
     return str(identity) or None if identity is not None else None
 
 
+def check_partition_by(partition_by: object) -> None:
+    """What says who shares a counter is a callable that takes the connection.
+
+    Raises:
+        ConfigurationError: If it is none, or takes something else.
+    """
+    if partition_by is by_header:
+        raise ConfigurationError("partition_by=by_header is not called: by which header? Try by_header('x-api-key').")
+    if isinstance(partition_by, str):
+        # As RATE_LIMIT_PARTITION has it, or the header's bare name.
+        header = partition_by.removeprefix("header:")
+        meant = {"ip": "client_ip", "user": "by_user"}.get(partition_by, f"by_header({header!r})")
+        known = "client_ip, by_user or by_header('x-api-key')"
+        raise ConfigurationError(
+            f"partition_by={shown(partition_by)} is not callable. Try partition_by={meant}, one of {known}."
+        )
+    example = "client_ip, by_header('x-api-key'), by_user or lambda conn: conn.headers.get('x-tenant')"
+    check_callable("partition_by", partition_by, "conn", example)
+
+
 class MissingIdentity(Exception):
     """A request lacks what its rule counts by, and ``RATE_LIMIT_MISSING_IDENTITY`` is ``refuse``."""
 
@@ -118,20 +140,18 @@ class Partitioner:
     Attributes:
         kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
         read: Reads the identity from a scope, where that takes no callable of the user's.
+        missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
     """
 
     def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
         if partition_by is None:
             partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
-        if not callable(partition_by):
-            raise ConfigurationError(
-                f"partition_by={partition_by!r} is not callable. Try client_ip, by_header('x-api-key') or by_user."
-            )
+        check_partition_by(partition_by)
         self._by = partition_by
         self._addressing = addressing
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
-        self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
+        self.missing = settings.RATE_LIMIT_MISSING_IDENTITY
         self.by_address = partition_by is client_ip
         self.kind = (
             "ip"
@@ -150,6 +170,11 @@ class Partitioner:
         # Per instance, so that the cache dies with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
 
+    @property
+    def refuses(self) -> bool:
+        """Whether a request without the identity is refused."""
+        return self.missing == "refuse" and self.kind not in ("ip", "custom")
+
     async def __call__(self, scope: Scope) -> Partition | None:
         """The partition of a request; ``None``: its rule does not apply.
 
@@ -166,14 +191,16 @@ class Partitioner:
             said = by(HTTPConnection(scope))
             value = await said if isawaitable(said) else said
             if value is not None and not isinstance(value, str):
-                raise TypeError(f"partition_by returned {type(value).__name__}, not str or None.")
+                raise TypeError(
+                    f"partition_by returned {type(value).__name__}, not str or None. Return text, such as str(user.id)."
+                )
         if value is not None:
             return self._of_value(value) if len(value) <= LONGEST_CACHED else self._name_value(value)
-        if self.kind == "custom" or self._missing == "skip":
+        if self.kind == "custom" or self.missing == "skip":
             return None
-        if self._missing == "refuse":
+        if self.missing == "refuse":
             raise MissingIdentity(self.kind)
-        return self.of_address(addressing.client(scope)) if self._missing == "ip" else self._of_value("")
+        return self.of_address(addressing.client(scope)) if self.missing == "ip" else self._of_value("")
 
     def of_identity(self, identity: str) -> Partition:
         """The partition of what `read` gave."""

@@ -96,6 +96,7 @@ class RuleCheck:
             self.receive = request.replay()
             await request.close()  # the files of a form
         if not request.unreadable:
+            rule.note_cost(charge.policies, cost)
             return replace(charge, cost=cost)
         # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
         unread = Unread()

@@ -2,10 +2,11 @@
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +16,10 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..errors import ConfigurationError
 from ..event_loop import running_loop
+from ..events import say
+from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
@@ -38,7 +42,15 @@ from .policy import Charge, Charges
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import CompiledRule, Limits, Rule, check_cost
 
+logger = logging.getLogger("redis_asgi.ratelimit")
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NOT_CALLED = Uncalled("Depends(RateLimit) is without a limit. Write Depends(RateLimit('5/minute')).")
+_NOT_A_DEPENDENCY = Uncalled(
+    "rate_limit is a decorator that takes its limit. Write @rate_limit('5/minute') right above the endpoint, or "
+    "Depends(RateLimit('5/minute')) for a dependency."
+)
 
 # Where a scope keeps the limits that its request was put to.
 _ASKED = "redis_asgi.route_limits"
@@ -48,6 +60,7 @@ _STACK = "_redis_asgi_stack"
 _MOST_ROUTES = 4096
 
 
+@constructor_says_what_was_meant("RateLimit('5/minute', name='export')")
 class RateLimit:
     """A limit on one endpoint: ``Depends(RateLimit("5/minute"))`` in FastAPI, also for a whole router.
 
@@ -79,7 +92,7 @@ class RateLimit:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Annotated[Limits, _NOT_CALLED],
         *,
         name: str | None = None,
         partition_by: PartitionBy | None = None,
@@ -99,13 +112,22 @@ class RateLimit:
             on_redis_error=on_redis_error,
             shadow=shadow,
         )
+        if callable(cost):
+            check_callable("cost", cost, "conn", "cost=lambda conn: 2")
         self.cost = cost
         self._redis = redis
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
         self._compiled: WeakKeyDictionary[Engine, dict[tuple[str, int], CompiledRule]] = WeakKeyDictionary()
+        self._has_warned = False
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # What FastAPI reads of each of dependencies=[...].
+        if name == "dependency":
+            raise AttributeError("RateLimit is given as it is. Write dependencies=[Depends(RateLimit('5/minute'))].")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
@@ -157,6 +179,24 @@ class RateLimit:
         engine = self.engine_for(conn.scope)
         return engine, await self._charge(self.compiled(engine, endpoint, place), conn)
 
+    def settings_under(self, settings: Settings | None) -> Settings:
+        """What it goes by below a middleware of *settings*; ``None`` = there is none."""
+        if settings is not None and self._redis is None and self._settings is None:
+            return settings
+        manager, _ = resolve_manager(self._redis, self._settings)
+        return self._settings or manager.settings
+
+    def statuses(self, settings: Settings | None) -> frozenset[int]:
+        """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
+        settings = self.settings_under(settings)
+        return CompiledRule(
+            self._rule,
+            settings,
+            Addressing(settings),
+            strategy=settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
+        ).statuses
+
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
@@ -198,12 +238,18 @@ class RateLimit:
         return rule
 
     async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
+        if rule.partition.kind == "user" and "user" not in conn.scope and not self._has_warned:
+            self._has_warned = True
+            say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
         found = await rule.ask(conn)
         if found is None:
             return None
         policies, partition = found
-        cost = self.cost(conn) if callable(self.cost) else self.cost
-        return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
+        said = self.cost(conn) if callable(self.cost) else self.cost
+        cost = check_cost(await said if isawaitable(said) else said)
+        if callable(self.cost):
+            rule.note_cost(policies, cost)
+        return rule.charge(policies, partition, cost)
 
 
 # A limit, and its place among those of an endpoint.
@@ -302,7 +348,21 @@ def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
 
 
-def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
+class RateLimitOptions(TypedDict, total=False):
+    """The options of `RateLimit`, for `rate_limit`."""
+
+    name: str | None
+    partition_by: PartitionBy | None
+    cost: int | Callable[[HTTPConnection], Any]
+    strategy: StrategyName | None
+    on_redis_error: OnRedisError | None
+    shadow: bool
+    redis: RedisArgument
+    settings: Settings | None
+
+
+@says_what_was_meant("@rate_limit('5/minute', name='export')")
+def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[RateLimitOptions]) -> Callable[[F], F]:
     """`RateLimit` as a decorator for Starlette endpoints: sync, async and WebSocket, functions and methods.
 
     It finds the request among the endpoint's arguments by its type. The options are those of `RateLimit`.
@@ -310,9 +370,20 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
     Raises:
         ConfigurationError: At decoration, naming what cannot work.
     """
+    if _returns_a_response(limits):
+        raise ConfigurationError(
+            f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
+        )
     limit = RateLimit(limits, **options)
 
-    def decorate(endpoint: F) -> F:
+    def decorate(endpoint: Annotated[F, _NOT_A_DEPENDENCY]) -> F:
+        if isinstance(endpoint, HTTPConnection):
+            # It was taken for the endpoint itself, whose place its limits have.
+            raise ConfigurationError(
+                f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
+            )
+        if isinstance(endpoint, type):
+            raise ConfigurationError(f"@rate_limit stands on the class {shown(endpoint)}. Put it on its methods.")
         # One decorator right on another: both limits are decided together, in front of the endpoint itself.
         of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
         placed = limit, 1 + max((place for _, place in stacked), default=-1)
@@ -325,6 +396,17 @@ def stack_of(endpoint: object) -> tuple[object, tuple[Placed, ...]]:
     """The endpoint within its `rate_limit` decorators, and their limits, none for a plain one."""
     _, within, limits = getattr(endpoint, _STACK, (None, endpoint, ()))
     return within, limits
+
+
+def limits_of(endpoint: object) -> tuple[RateLimit, ...]:
+    """The limits that `rate_limit` has put in front of *endpoint*."""
+    return tuple(limit for limit, _ in stack_of(endpoint)[1])
+
+
+def _returns_a_response(limits: object) -> bool:
+    """Whether what was given for limits says of itself that it is an endpoint."""
+    returned = getattr(limits, "__annotations__", {}).get("return")
+    return isinstance(returned, type) and issubclass(returned, Response)
 
 
 def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:

@@ -40,6 +40,17 @@ class Routing:
             self._walk()
         return bool(self._pages)
 
+    def has_inside(self, middleware: type) -> bool:
+        """Whether a *middleware* of that class stands between here and the routes of the app itself."""
+        for prefix, app in islice(_below(self._app), _DEEPEST):
+            if prefix is not None:
+                break
+            # An app that is wrapped as a whole builds its own at its first request.
+            added = (getattr(each, "cls", None) for each in _listed(app, "user_middleware"))
+            if isinstance(app, middleware) or any(isinstance(c, type) and issubclass(c, middleware) for c in added):
+                return True
+        return False
+
     def path(self, scope: Scope) -> str:
         """The path as the app's router sees it."""
         if not self._has_walked:
@@ -90,6 +101,17 @@ class Routing:
             for method in ("GET", "HEAD")
             if _answers(self._app, method, path) is app
         )
+
+
+def inwards(app: object) -> Iterator[object]:
+    """*app* and what it wraps, up to the first that has routes."""
+    for _ in range(_DEEPEST):
+        if app is None:
+            return
+        yield app
+        if isinstance(app, SubApp) or routes_of(app) is not None:
+            return
+        app = inner_app(app)
 
 
 def _below(app: object, prefix: str | None = None, depth: int = 0) -> Iterator[tuple[str | None, object]]:
@@ -148,6 +170,11 @@ def _prefixes(mounts: list[Mount], path: str, depth: int = 0) -> Iterator[str]:
                     break
                 app = inner_app(app)
             yield from (prefix + further for further in _prefixes(_mounts_of(app), path, depth + 1))
+
+
+def _listed(app: object, name: str) -> list[Any]:
+    listed = getattr(app, name, None)
+    return listed if isinstance(listed, list) else []
 
 
 def routes_of(app: object) -> list[Any] | None:

@@ -1,8 +1,9 @@
 """Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
 
+import difflib
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias, cast, get_args
 
@@ -10,13 +11,14 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
+from ..misuse import check_callable, constructor_says_what_was_meant, shown
 from ..notation import Limit, parse_limits
-from ..paths import PathPattern, Spellings, path_patterns
+from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
-from .partition import ADDRESSING, PartitionBy, Partitioner
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_small_quotas
+from .partition import ADDRESSING, PartitionBy, Partitioner, check_partition_by
+from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, Partition, PolicySet
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
@@ -28,6 +30,19 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _METHOD = re.compile(r"[A-Z]{1,20}")
 
 
+# What other packages call a strategy, or what to do without Redis.
+_ELSEWHERE = {
+    "allow": "open",
+    "deny": "closed",
+    "leaky-bucket": "gcra",
+    "memory": "local",
+    "raise": "closed",
+    "refuse": "closed",
+    "sliding-log": "moving-window",
+    "token-bucket": "gcra",
+}
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a *value* that is none of *choices*.
 
@@ -35,7 +50,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         ConfigurationError: Lists the choices.
     """
     if value not in choices:
-        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(choices)}. Try {choices[0]!r}.")
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        meant = _ELSEWHERE.get(str(value).replace("_", "-").lower(), near[0] if near else "")
+        example = meant if meant in choices else choices[0]
+        raise ConfigurationError(f"{name}={shown(value)} is not one of {', '.join(choices)}. Try {example!r}.")
 
 
 def check_name(name: object) -> str:
@@ -60,6 +78,7 @@ def check_cost(cost: object) -> int:
     return cost
 
 
+@constructor_says_what_was_meant("Rule('5/minute', name='login', paths='/login')")
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Which requests are limited, by what, and how they are counted.
@@ -105,27 +124,27 @@ class Rule:
     count_if: CountIf | None = None
     case_sensitive: bool = True
 
-    def __post_init__(self) -> None:  # noqa: C901 - one check per field
+    def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        if isinstance(self.limits, str):
-            parse_limits(self.limits)
-        elif not callable(self.limits):
-            raise ConfigurationError(f"limits={self.limits!r} is neither notation nor a callable. Try '100/minute'.")
+        check_limits(self.limits)
         if self.strategy is not None:
             check_choice("strategy", self.strategy, get_args(StrategyName))
         if self.on_redis_error is not None:
             check_choice("on_redis_error", self.on_redis_error, get_args(OnRedisError))
-        for label in ("partition_by", "count_if"):
-            value = getattr(self, label)
-            if value is not None and not callable(value):
-                raise ConfigurationError(f"{label}={value!r} is not callable.")
+        if self.partition_by is not None:
+            check_partition_by(self.partition_by)
+        if self.count_if is not None:
+            check_callable("count_if", self.count_if, "status", "count_if=lambda status: status >= 400")
         if inspect.iscoroutinefunction(self.count_if):
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
-        if not callable(self.cost):
+        if callable(self.cost):
+            check_callable("cost", self.cost, "request", "cost=lambda request: 2")
+        else:
             _check_constant_cost(self.cost, self.limits)
-        if not isinstance(self.case_sensitive, bool):
-            raise ConfigurationError(f"case_sensitive={self.case_sensitive!r} is not True or False.")
+        for label in ("shadow", "case_sensitive"):
+            if not isinstance(getattr(self, label), bool):
+                raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
         if self.paths is not None:
             paths = _several("paths", self.paths, "'/api/*'")
             path_patterns(paths, case_sensitive=self.case_sensitive)
@@ -134,8 +153,31 @@ class Rule:
             methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
             for method in methods:
                 if not _METHOD.fullmatch(method):
-                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try 'POST' or 'WEBSOCKET'.")
+                    several = re.findall(r"[A-Z]+", method)
+                    meant = repr(tuple(several)) if len(several) > 1 else "'POST' or 'WEBSOCKET'"
+                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try {meant}.")
             object.__setattr__(self, "methods", methods)
+
+
+def check_limits(limits: object) -> None:
+    """Limits are notation, or a callable that returns it for a connection.
+
+    Raises:
+        ConfigurationError: If they are neither.
+    """
+    if isinstance(limits, Rule):
+        raise ConfigurationError("limits= is given a Rule. Try rules=[Rule(...)].")
+    if isinstance(limits, str):
+        parse_limits(limits)
+    elif callable(limits):
+        check_callable("limits", limits, "conn", "limits=lambda conn: '100/minute'")
+    else:
+        meant = (
+            "; ".join(limits) if isinstance(limits, list | tuple) and all(isinstance(x, str) for x in limits) else ""
+        )
+        raise ConfigurationError(
+            f"limits={shown(limits)} is neither notation nor a callable. Try {meant or '100/minute'!r}."
+        )
 
 
 def _check_constant_cost(cost: int, limits: Limits) -> None:
@@ -158,7 +200,9 @@ def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, 
     Raises:
         ConfigurationError: For none: a rule that covers nothing would be a limit silently off.
     """
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    if not isinstance(value, str | Iterable):
+        raise ConfigurationError(f"{name}={shown(value)} is neither text nor several. Try {name}={example}.")
+    found = (value,) if isinstance(value, str) else tuple(value)
     if not found:
         raise ConfigurationError(f"{name}={value!r} covers nothing. Try {name}={example}, or None for all.")
     return found
@@ -195,9 +239,14 @@ class CompiledRule:
         # What its policies are called instead, and with which ending: see `make_policies`.
         self._named = named or (self.name, None)
         self._has_warned = False
+        self._has_warned_of_cost = False
         # Known at construction unless the limits are a callable.
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
-        self._last = None if self.policies is not None else LastLimits(self.name, self._make_dynamic, self._default)
+        self._last = (
+            None
+            if self.policies is not None
+            else LastLimits(self.name, self._make_dynamic, self._default, self._note_constant_cost)
+        )
         self._default_limits = settings.default_limits
         # Static limits and cost: the charge depends on the identity alone.
         self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
@@ -211,6 +260,15 @@ class CompiledRule:
         """The charge of an identity under a rule that `is_plain`: nothing to call, nothing to wait for."""
         policies = cast("PolicySet", self.policies)
         return self.charge(policies, self.partition.of_identity(identity), cast("int", self.cost))
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Say once that a request at this *cost*, known only now, can never be admitted."""
+        if cost > 1 and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(self.name, policies, cost)
+
+    def _note_constant_cost(self, policies: PolicySet) -> None:
+        if isinstance(self.cost, int):
+            self.note_cost(policies, self.cost)
 
     async def ask(self, conn: HTTPConnection) -> tuple[PolicySet, Partition] | None:
         """A request's policies and partition under this rule, asked of the user where they are dynamic.
@@ -253,6 +311,24 @@ class CompiledRule:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
 
+    @property
+    def statuses(self) -> frozenset[int]:
+        """What it may answer in place of the app."""
+        enforces = not self.shadow
+        found = {
+            429: enforces and self.cost != 0,
+            503: enforces and self.on_redis_error == "closed",
+            400: self.partition.refuses,
+        }
+        return frozenset(status for status, may in found.items() if may)
+
+    def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
+        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
+        methods = self._methods
+        if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
+            return False
+        return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
+
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
         """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
         if self.everywhere:
@@ -270,6 +346,29 @@ class CompiledRule:
             if pattern.covers(spelled):
                 return True
         return False
+
+
+def _listed_rules(rules: object) -> list[Rule]:
+    """*rules* as a list.
+
+    Raises:
+        ConfigurationError: If it is none, or holds something else.
+    """
+    if isinstance(rules, Rule):
+        raise ConfigurationError("rules= is given one Rule, not a list of them. Try rules=[Rule(...)].")
+    if isinstance(rules, str):
+        raise ConfigurationError(
+            f"rules={rules!r} is no list of rules. Try limits={rules!r}, or rules=[Rule({rules!r})]."
+        )
+    if isinstance(rules, Mapping) or not isinstance(rules, Iterable):
+        example = "rules=[Rule('5/minute', name='login', paths='/login')]"
+        raise ConfigurationError(f"rules={shown(rules)} is no list of rules. Try {example}.")
+    listed = list(rules)
+    for rule in listed:
+        if not isinstance(rule, Rule):
+            meant = rule if isinstance(rule, str) else "100/minute"
+            raise ConfigurationError(f"rules holds {shown(rule)}, which is no Rule. Try rules=[Rule({meant!r})].")
+    return listed
 
 
 def compile_rules(
@@ -291,12 +390,9 @@ def compile_rules(
         check_choice("strategy", strategy, get_args(StrategyName))
     if on_redis_error is not None:
         check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
-    written = list(rules or ())
+    written = [] if rules is None else _listed_rules(rules)
     if rules is not None and not written and limits is None:
         raise ConfigurationError("rules=[] limits nothing. Try limits='100/minute', or leave both out for RATE_LIMITS.")
-    for rule in written:
-        if not isinstance(rule, Rule):
-            raise ConfigurationError(f"rules holds {rule!r}, which is no Rule. Try rules=[Rule('100/minute')].")
     if limits is not None:
         written.insert(0, Rule(limits, name=DEFAULT_NAME))
     elif rules is None:

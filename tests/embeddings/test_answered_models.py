@@ -13,6 +13,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import Spy, cache_status, client, listed, openai, read, respond
 from .test_single_flight import Caller, Gate, until
 
@@ -107,7 +108,7 @@ async def test_a_flush_is_no_change_of_model(redis_url: str, caplog: pytest.LogC
     await flush_model("alias", redis=redis_url)
     assert "redis-asgi; fwd=miss; stored" == (await ask(cached, "aa", "b"))[2]
     assert 2 * [["aa", "b"]] == alias.calls
-    assert [] == [record for record in caplog.records if record.msg == "redis_asgi.embedding_model_changed"]
+    assert [] == [record for record in caplog.records if event_of(record) == "redis_asgi.embedding_model_changed"]
 
 
 @pytest.mark.parametrize("lease", [None, "off"])
@@ -180,7 +181,7 @@ async def test_an_alias_that_alternates_costs_two_calls_a_minute_more(
         model, vectors, _ = await ask(cached, *texts)
         assert await alone(model, *texts) == vectors
     assert len(alias.calls) <= 20 + 2
-    said = [record.__dict__ for record in caplog.records if record.msg == "redis_asgi.embedding_model_changed"]
+    said = [record.__dict__ for record in caplog.records if event_of(record) == "redis_asgi.embedding_model_changed"]
     assert [("alias", "one", "two")] == [(line["requested"], line["before"], line["now"]) for line in said]
 
 

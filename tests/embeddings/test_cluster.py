@@ -14,6 +14,7 @@ from redis_asgi.connection import RedisManager, resolve_manager
 from redis_asgi.embeddings.store import UNKNOWN, Done, VectorStore, Write, vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.logs import event_of
 from ..kit.servers import Cluster, Server
 from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
@@ -124,10 +125,10 @@ async def test_the_log_says_which_node_is_lost_and_back(
         await store.lookup(every, 0.05)
     lost.resume()
     async with asyncio.timeout(10):
-        while "redis_asgi.redis_back" not in caplog.messages:
+        while "redis_asgi.redis_back" not in map(event_of, caplog.records):
             await store.lookup(every, 0.2)
             await asyncio.sleep(0.05)
-    told = [(record.message, record.__dict__["node"]) for record in caplog.records]
+    told = [(event_of(record), record.__dict__["node"]) for record in caplog.records]
     node = f"{lost.host}:{lost.port}"
     assert [("redis_asgi.redis_unavailable", node), ("redis_asgi.redis_back", node)] == told
 

@@ -23,6 +23,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from ..kit.servers import Cluster, Server
 from .servers import FORMATS, Spy, cache_status, client, respond, server
 
@@ -60,7 +61,7 @@ async def test_with_a_defect_the_app_answers(
     cache = EmbeddingCache(RedisManager(settings_of(redis_url)))
 
     assert {} == await cache.get_many(["x"])
-    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert ["redis_asgi.defect"] == [event_of(each) for each in caplog.records if each.levelname == "ERROR"]
 
 
 async def test_vectors_under_one_anothers_keys_are_misses(redis_url: str, redis_client: sync_redis.Redis) -> None:
@@ -103,8 +104,8 @@ async def test_a_full_redis_pauses_writing_and_goes_on_reading(
             assert "hit" in cache_status(await ask(c, "a"))
         own_server.client().config_set("maxmemory", "0")
         assert "redis-asgi; fwd=miss" == cache_status(await ask(c, "b"))
-    assert 1 == sum(r.message == "redis_asgi.embedding_writes_paused" for r in caplog.records)
-    assert not [r for r in caplog.records if r.message == "redis_asgi.redis_unavailable"]
+    assert 1 == sum(event_of(r) == "redis_asgi.embedding_writes_paused" for r in caplog.records)
+    assert not [r for r in caplog.records if event_of(r) == "redis_asgi.redis_unavailable"]
 
 
 def kill(server: Server) -> None:

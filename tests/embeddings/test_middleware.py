@@ -26,6 +26,7 @@ from redis_asgi.errors import ConfigurationError
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import FORMATS, Spy, cache_status, client, respond, server
 
 pytestmark = pytest.mark.anyio
@@ -804,7 +805,7 @@ async def test_a_header_that_the_app_varies_by_is_named(settings: Settings, capl
 
     for _ in range(2):
         assert "detail=vary" in cache_status(await ask(EmbeddingCacheMiddleware(app, settings=settings), "a"))
-    line = next(r.__dict__ for r in caplog.records if r.msg == "redis_asgi.embedding_response_varies")
+    line = next(r.__dict__ for r in caplog.records if event_of(r) == "redis_asgi.embedding_response_varies")
     assert ("accept", True) == (line["header"], "EMBEDDING_CACHE_KEYED_HEADERS" in line["fix"])
     keyed = settings.model_copy(update={"EMBEDDING_CACHE_KEYED_HEADERS": ("accept",)})
     assert "stored" in cache_status(await ask(EmbeddingCacheMiddleware(app, settings=keyed), "a"))
@@ -968,10 +969,10 @@ async def test_an_empty_namespace_is_said_once_at_the_first_store(
     unnamed = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL=redis_url))
     await ask(named, "a")
     await ask(unnamed, "a", **{"cache-control": "no-store"})
-    assert not [record for record in caplog.records if record.message == said]
+    assert not [record for record in caplog.records if event_of(record) == said]
     for text in "abc":
         await ask(unnamed, text)
-    [record] = [record for record in caplog.records if record.message == said]
+    [record] = [record for record in caplog.records if event_of(record) == said]
     assert "EMBEDDING_CACHE_NAMESPACE" in record.fix  # type: ignore[attr-defined]  # an extra
 
 
@@ -1036,6 +1037,6 @@ async def test_a_changed_model_is_logged_once(settings: Settings, caplog: pytest
         spy.dims = dims
         await ask(app, "a", f"new {dims}")
         await ask(app, "a", f"newer {dims}")
-    records = [r for r in caplog.records if r.message == "redis_asgi.embedding_lengths_differ"]
+    records = [r for r in caplog.records if event_of(r) == "redis_asgi.embedding_lengths_differ"]
     assert 1 == len(records)
     assert "EMBEDDING_CACHE_NAMESPACE" in records[0].fix  # type: ignore[attr-defined]  # an extra

@@ -12,6 +12,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.misfits import Misfits
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import Spy, cache_status, client, listed, openai, read, respond
 
 pytestmark = pytest.mark.anyio
@@ -70,7 +71,7 @@ async def test_duplicates_cost_two_calls_a_minute_more(
         for _ in range(5):
             await ask(c, "a", "b", "a")
         assert 7 + 7 == len(app.calls)
-    assert 1 == sum(r.msg == "redis_asgi.embedding_answers_not_understood" for r in caplog.records)
+    assert 1 == sum(event_of(r) == "redis_asgi.embedding_answers_not_understood" for r in caplog.records)
 
 
 async def test_full_hits_go_on_and_whole_requests_are_stored(any_settings: Settings) -> None:

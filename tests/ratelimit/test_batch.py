@@ -22,6 +22,7 @@ from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.wires import PoolWire
 
+from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .harness import Spy, client_of, drive, http_scope
@@ -370,7 +371,7 @@ async def test_log_has_one_line_per_transition(
     server.kill()
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         sources = {(await limiter.consume("a")).source for _ in range(20)}
-        lost = [record.message for record in caplog.records]
+        lost = [event_of(record) for record in caplog.records]
         server.restart()
         await asyncio.sleep(1.1)
         back = [(await limiter.consume("a")).source for _ in range(3)]
@@ -378,7 +379,7 @@ async def test_log_has_one_line_per_transition(
     assert {"local"} == sources
     assert ["redis_asgi.redis_unavailable"] == lost
     assert "redis" == back[-1]
-    assert ["redis_asgi.redis_unavailable", "redis_asgi.redis_back"] == [record.message for record in caplog.records]
+    assert ["redis_asgi.redis_unavailable", "redis_asgi.redis_back"] == [event_of(record) for record in caplog.records]
 
 
 async def test_wire_says_what_a_waiting_check_lacks(manager: RedisManager) -> None:

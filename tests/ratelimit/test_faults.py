@@ -12,6 +12,7 @@ from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Set
 from redis_asgi.errors import Failure
 from redis_asgi.telemetry import telemetry
 
+from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 from .harness import Spy, client_of, drive, header, http_scope
@@ -235,7 +236,7 @@ async def test_a_defect_is_decided_as_without_redis(
     await app._manager.close()
 
     assert expected == statuses
-    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert ["redis_asgi.defect"] == [event_of(each) for each in caplog.records if each.levelname == "ERROR"]
     assert "unexpected keyword argument" in caplog.text
 
 
