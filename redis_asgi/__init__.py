@@ -6,9 +6,10 @@
 ``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
 ``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
 ``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
+``testing/``    a clock to move, and what else tests of an app need
 
-Public are the names in ``__all__`` here and in ``embeddings.wire``, ``errors``, ``maintenance`` and ``telemetry``;
-every other module, and every other name in these, may change in any release.
+Public are the names in ``__all__`` here and in ``embeddings.wire``, ``errors``, ``maintenance``, ``telemetry``
+and ``testing``; every other module, and every other name in these, may change in any release.
 """
 
 import importlib

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
 
 import redis
 import redis.asyncio as aioredis
@@ -50,6 +50,13 @@ class Part(Protocol):
     """Something that lives beside an open client, in its loop, and ends before it."""
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Clearable(Protocol):
+    """Something that remembers what happened in this process, and can forget it."""
+
+    def clear(self) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -154,18 +161,23 @@ class RedisManager:
             ``REDIS_BATCH`` says so, or since `found_slots`.
     """
 
+    owns_client = True
+
     def __init__(self, settings: Settings | None = None) -> None:
         check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
         self._shared: dict[object, object] = {}
+        self._kept: weakref.WeakSet[Clearable] = weakref.WeakSet()
         self._inherited: list[object] = []
         self._unreachable: tuple[float, Exception] | None = None
         self.fails_closed = False
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
+        with _managers_lock:
+            _made.add(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address})"
@@ -312,6 +324,19 @@ class RedisManager:
                 self._shared[factory] = factory(self._settings)
         return cast(T, self._shared[factory])
 
+    def keep(self, part: Clearable) -> None:
+        """Let `clear` clear *part* too, for as long as somebody else holds it."""
+        with self._lock:
+            self._kept.add(part)
+
+    def clear(self) -> None:
+        """Forget what this process remembers, such as the counters and vectors of ``memory://``; nothing in Redis."""
+        with self._lock:
+            parts = [*self._shared.values(), *self._kept]
+        for part in parts:
+            if isinstance(part, Clearable):
+                part.clear()
+
     def _open(self) -> _Opened:
         loop = running_loop()
         if self._forks != PROCESS.forks:
@@ -372,6 +397,8 @@ class RedisManager:
 class _GivenClient(RedisManager):
     """A client the user made: used as it is, in its loop, never closed and never reconfigured."""
 
+    owns_client = False
+
     def __init__(self, client: Client, settings: Settings) -> None:
         super().__init__(settings)
         self._client = client
@@ -396,9 +423,16 @@ def _may_pass(error: Exception) -> bool:
 # One shared default per settings for as long as the process lives: the counters of memory:// are in it.
 _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
-_managers_lock = threading.Lock()
+_made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
+_managers_lock = threading.RLock()  # who makes one for these tables holds it already
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
 _misspelt: set[str] = set()
+
+
+def all_managers() -> list[RedisManager]:
+    """Every manager of this process that is still there, whoever made it."""
+    with _managers_lock:
+        return list(_made)
 
 
 def check_settings(settings: object) -> None:

@@ -56,7 +56,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 
 PUBLIC_MODULES = ("redis_asgi", "redis_asgi.embeddings.wire", "redis_asgi.errors", "redis_asgi.maintenance",
-                  "redis_asgi.telemetry")  # fmt: skip
+                  "redis_asgi.telemetry", "redis_asgi.testing")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODULES)

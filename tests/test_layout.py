@@ -109,6 +109,19 @@ def test_numpy_stays_with_embeddings(name: str) -> None:
         assert not [target for target in _targets(name) if _within(target, "numpy")]
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if not _within(name, "redis_asgi.testing")])
+def test_nothing_that_serves_knows_of_the_testing_kit(name: str) -> None:
+    """Only who tests imports it, and nothing else sets the clock of the limits: no client ever can."""
+    stores = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Attribute)]
+
+    assert not [target for target in _targets(name) if _within(target, "redis_asgi.testing")]
+    assert not [node.lineno for node in stores if isinstance(node.ctx, ast.Store) and _is_clock(node.value)]
+
+
+def _is_clock(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "CLOCK"
+
+
 def _reads_environment(name: str) -> bool:
     tree = ast.parse(MODULES[name].read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

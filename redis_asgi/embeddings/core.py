@@ -81,15 +81,19 @@ class Core:
         )
         self.ignored = names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS)
         self.request_lists = names_of(settings.EMBEDDING_CACHE_REQUEST_LISTS)
-        self.denials = Denials()
-        self.misfits = Misfits()
+        self.denials, self.misfits, self._novelty = Denials(), Misfits(), Novelty()
         self.counts = Counts()
-        self._novelty = Novelty()
         self._lease_seconds = options.lease_seconds
         self._ttl = options.ttl
         self._ttl_spread = options.ttl * settings.EMBEDDING_CACHE_TTL_JITTER / 0xFFFFFFFF
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
         self._said: set[tuple[str, str]] = set()
+        manager.keep(self)
+
+    def clear(self) -> None:
+        """Forget what was seen so far: the in-process layer, who was denied, what defeats the cache."""
+        self.local.clear()
+        self.denials, self.misfits, self._novelty = Denials(), Misfits(), Novelty()
 
     def _now(self) -> float:
         # Looked up at each call, so that a test can set another clock.

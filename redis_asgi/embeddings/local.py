@@ -44,6 +44,13 @@ class LocalVectors:
         """Whether anything is kept."""
         return self._limit > 0
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self._seen.clear()
+            self.bytes = 0
+
     def get(self, name: bytes, now: float) -> Value | None:
         """The value of a key, unless it has expired; *now* is Unix seconds."""
         kept = self._values.get(name)

@@ -86,10 +86,15 @@ async def look_up(
         pace.begin()
         found.flights, found.asked_at = carried, on_loop
         await _take(core, found, ask, reply[len(records) :], wanted, encodings, pace)
+        outdated = _sort(core, found, local)
+        if outdated:
+            # Flushed, or of another model: somebody else may have computed them since.
+            again = await core.store.lookup(outdated, deadline - (perf_counter() - began))
+            if not isinstance(again, Failure):
+                await _take(core, found, outdated, again, wanted, encodings, pace)
     finally:
         # Only now: what lands while the reply is read would else be gone when it is looked for.
         flights.looking -= 1
-    _sort(core, found, local)
     return found
 
 
@@ -158,20 +163,21 @@ async def _take(
             await pace.rest()
 
 
-def _sort(core: Core, found: Found, local: dict[bytes, Value]) -> None:
-    """Put what this process had to what Redis has, by the model that the lease names."""
+def _sort(core: Core, found: Found, local: dict[bytes, Value]) -> list[bytes]:
+    """Put what this process had to what Redis has, by the model that the lease names; the names that do not count."""
     if found.epoch == NO_EPOCH:
-        return
-    if found.lease is None:
-        part = epoch_part(found.epoch)
-        found.provisional |= {name: value for name, value in local.items() if value.epoch.startswith(part)}
-        return
-    mark = mark_of(found.epoch, found.lease.model)
+        return []
+    lease, part = found.lease, epoch_part(found.epoch)
+    mark = mark_of(found.epoch, lease.model) if lease is not None else None
+    values = found.provisional if mark is None else found.values
+    outdated = []
     for name, value in local.items():
-        if value.epoch == mark:
-            found.values[name] = value
+        if value.epoch == mark if mark is not None else value.epoch.startswith(part):
+            values[name] = value
         else:
             core.local.drop(name)
+            outdated.append(name)
+    return outdated
 
 
 def _oldest(wanted: Wanted, now: float) -> float:

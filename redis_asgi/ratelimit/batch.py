@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 from ..breaker import Breaker
 from ..errors import Failure, OddReply, classify_reply
 from ..telemetry import telemetry
+from .clock import CLOCK
 from .policy import Charges
 from .strategies import VALUES_PER_COUNTER, Mode, Reply
 
@@ -43,7 +44,7 @@ class Check:
             calls, they take twice as long.
     """
 
-    __slots__ = ("charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
+    __slots__ = ("at", "charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Check:
         self.timeout = timeout
         self.deadline = loop.time() + timeout
         self.written = 0.0  # when its batch was about to be written, on the loop's clock
+        self.at = 0.0  # and on the limits'
         self.read = read
         self.future: asyncio.Future[Any] = loop.create_future()
 
@@ -139,17 +141,13 @@ class Wire(Protocol):
 class Batcher:
     """The queue and the batches in flight of one server.
 
-    Args:
-        clock: The script's time in us, for tests; ``None`` = Redis's own.
-
     Attributes:
         apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
     """
 
-    def __init__(self, wire: Wire, breaker: Breaker, *, clock: int | None = None) -> None:
+    def __init__(self, wire: Wire, breaker: Breaker) -> None:
         self.apart: Apart | None = None
         self.loop = asyncio.get_running_loop()
-        self.clock = clock
         self.closed = False
         self._wire = wire
         self.breaker = breaker
@@ -171,6 +169,11 @@ class Batcher:
         self._wait = counted.ratelimit_check_duration.labels("redis").observe
         self._commands = counted.redis_commands
         self._ok = counted.redis_commands.labels("check", "ok")
+
+    @property
+    def clock(self) -> int | None:
+        """The time that the script is given, in us; ``None`` = Redis's own."""
+        return CLOCK.redis
 
     def use(self, wire: Wire) -> None:
         """Send what is taken from now on over *wire*."""
@@ -255,7 +258,7 @@ class Batcher:
 
         Half of it, when it is many and the first to be under way.
         """
-        now = self.loop.time()
+        now, at = self.loop.time(), CLOCK.monotonic()
         waiting, self._waiting, self._waiting_counters, self._hurry = self._waiting, [], 0, math.inf
         most = len(waiting) // 2 if len(waiting) >= MANY and not self._sent else len(waiting)
         taken: list[Check] = []
@@ -268,7 +271,7 @@ class Batcher:
             if taken and (len(taken) == most or counters + check.charges.counters > MAX_COUNTERS):
                 self._wait_on(waiting[i:])
                 break
-            check.written = now
+            check.written, check.at = now, at
             taken.append(check)
             counters += check.charges.counters
             patience = max(patience, check.timeout)

@@ -7,7 +7,6 @@ charged locally is never copied back.
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal, cast
@@ -18,6 +17,7 @@ from ..events import say, words_for
 from ..settings import HeaderStyle, OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher, Check, Outcome
+from .clock import CLOCK
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
@@ -177,7 +177,7 @@ class Engine:
 
     def remembered(self, charges: Charges) -> Verdict | None:
         """The refusal of *charges* that this process knows already."""
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         known = self._refusals.find(charges, now)
         if not known:
             return None
@@ -225,7 +225,7 @@ class Engine:
             self.counts.waited(verdict.source, check.waited())
             return verdict
         if not outcome[0] and check.mode == "consume":
-            self._refusals.remember(check.charges, outcome, check.written)
+            self._refusals.remember(check.charges, outcome, check.at)
         return self._decided(check.charges, check.mode, "redis", outcome)
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
@@ -264,7 +264,7 @@ class Engine:
     ) -> None:
         def done(_: object = None) -> None:
             for charge in charges:
-                self._refusals.forget(charge.partition.key, time.monotonic())
+                self._refusals.forget(charge.partition.key, CLOCK.monotonic())
 
         if mode == "refund":
             done()
@@ -329,7 +329,7 @@ class Engine:
             return False
         finally:
             # A reply that is older than the reset says nothing any more.
-            self._refusals.forget(partition.key, time.monotonic())
+            self._refusals.forget(partition.key, CLOCK.monotonic())
 
     async def reset_in_redis(self, partition: Partition, name: str | None) -> bool:
         """`reset`, in Redis only.

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import time
 from typing import Any
 
@@ -363,6 +364,31 @@ async def test_a_flush_is_complete_in_the_process_after_its_seconds(redis_url: s
     assert "hit" in cache_status(await ask(app, "a"))
     now[0] = 5.1
     assert "fwd=miss" in cache_status(await ask(app, "a"))
+
+
+@pytest.mark.parametrize("has_lease", [True, False])
+async def test_a_flush_makes_no_second_worker_compute_again(redis_url: str, has_lease: bool) -> None:
+    """What one worker has computed since a flush another finds in Redis, though it still has the old vectors itself."""
+    settings = Settings(REDIS_URL=redis_url)
+    spies, now = [Spy(), Spy()], [0.0]
+    workers = [EmbeddingCacheMiddleware(server(spy), settings=settings) for spy in spies]
+    for worker in workers:
+        worker._core.monotonic = lambda: now[0]
+        await ask(worker, "a", "bb", "ccc")
+    assert [1, 0] == [spy.calls for spy in spies]
+    await flush_model("m", settings=settings)
+    now[0] = 5.1
+    await ask(workers[0], "a", "bb", "ccc")
+    if not has_lease:
+        store = sync_redis.Redis.from_url(redis_url)
+        store.delete(*store.scan_iter("embedding_lease:*"))
+        store.close()
+        now[0] = 10.2
+
+    again = await ask(workers[1], "a", "bb", "ccc", "dddd")
+
+    assert "hit=3 miss=1" in cache_status(again)
+    assert [["dddd"]] == [json.loads(body)["input"] for body in spies[1].bodies]
 
 
 async def test_the_in_process_layer_answers_without_redis(own_server: Any) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import request_response
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
@@ -53,6 +56,21 @@ async def test_each_rule_fails_its_own_way() -> None:
 
     assert [200, 200, 429] == free
     assert 503 == paid
+
+
+@pytest.mark.parametrize("beside", [[], [Rule("9/minute", name="local")]], ids=["alone", "beside a local rule"])
+async def test_charging_a_rule_that_fails_open_is_no_error(beside: list[Rule]) -> None:
+    """An app that charges a policy by its name answers as ever while nobody decides about it."""
+
+    async def words(request: Request) -> Response:
+        request.state.rate_limit.charge(7, policy="words")
+        request.state.rate_limit.charge(-3, policy="words")
+        return Response()
+
+    rules = [Rule("50/minute", name="words", on_redis_error="open"), *beside]
+    app = RateLimitMiddleware(request_response(words), rules=rules, settings=Settings(REDIS_URL=CLOSED_PORT))
+
+    assert 200 == (await timed(app))[0]
 
 
 async def test_fallback_divisor_shares_the_quota() -> None:
