@@ -33,8 +33,9 @@ from .client import Client, build_client, describe, describe_client, drop_connec
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
 from .events import say, words_for
+from .locations import redact
 from .misuse import constructor_says_what_was_meant
-from .settings import Settings, redact
+from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -441,6 +442,7 @@ _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakre
 _made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
 _managers_lock = threading.RLock()  # who makes one for these tables holds it already
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
+_misspelt: set[str] = set()
 
 
 def all_managers() -> list[RedisManager]:
@@ -476,23 +478,31 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
+    settings = settings if settings is not None else Settings()
+    _warn_of_near_misses(settings)
     if redis is None or isinstance(redis, str):
-        settings = settings if settings is not None else Settings()
         if redis is not None:
-            settings = Settings(**{**settings.model_dump(exclude_unset=True), "REDIS_URL": redis})
+            settings = settings.but(REDIS_URL=redis)
         with _managers_lock:
             manager = _managers.get(settings)
             if manager is None:
                 manager = _managers[settings] = RedisManager(settings)
         return manager, True
     client = _checked_client(redis)
-    settings = settings if settings is not None else Settings()
     with _managers_lock:
         # A living manager keeps its client alive, so that the id stays the client's.
         given = _given.get((id(client), settings))
         if given is None:
             given = _given[id(client), settings] = _GivenClient(client, settings)
     return given, False
+
+
+def _warn_of_near_misses(settings: Settings) -> None:
+    """Name variables that look like settings and are none, each once in a process."""
+    for variable, meant in settings.near_misses.items():
+        if variable not in _misspelt:
+            _misspelt.add(variable)
+            say(logger, "misspelt_setting", variable=variable, meant=meant)
 
 
 def _checked_client(client: object) -> Client:

@@ -42,7 +42,18 @@ class RedisASGIError(Exception):
 
 
 class ConfigurationError(RedisASGIError, ValueError):
-    """A setting or argument cannot work; raised while something is built, never during a request."""
+    """A setting or argument cannot work; raised while something is built, never during a request.
+
+    Args:
+        problems: What cannot work, and what would: a sentence or two for each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class ArgumentError(ConfigurationError, TypeError):

@@ -167,6 +167,11 @@ EVENTS: Mapping[str, Event] = {
         "command that is tried again runs again, so one request may be counted several times.",
         "Build the client with retry=Retry(NoBackoff(), 0).",
     ),
+    "misspelt_setting": Event(
+        logging.WARNING,
+        "The variable %(variable)s looks like a setting, and is none: it changes nothing.",
+        "If %(meant)s is meant, rename it; `redis-asgi settings` lists every one.",
+    ),
     "connection_failed": Event(
         logging.ERROR,
         "%(operation)s, a @redis_operation, did not reach Redis: %(error)s. %(cause)s The error goes on to its caller.",
