@@ -24,8 +24,8 @@ from .locations import redact, redact_url
 
 # The value of ``<NAME>_PORT``, which Kubernetes sets for every Service; its other variables look like none of ours.
 _LINK = re.compile(r"\s*(tcp|udp|sctp)://")
-# A letter that is wrong, or two that changed places; what differs by a word is somebody else's.
-_NEAR = 0.88
+# How alike two names are, and two words of them, of which one is a typo of the other or another form (``PROXY``).
+_NEAR, _NEAR_WORD = 0.88, 0.66
 ENVIRONMENT, ARGUMENT = "environment", "argument"
 
 
@@ -242,9 +242,22 @@ _SAID_BY_URL = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS
 @lru_cache(maxsize=1024)
 def _meant(name: str, known: tuple[str, ...]) -> str | None:
     """Which of *known* a variable's *name* may mean."""
-    likely = {each.upper(): each for each in known if each[:1].upper() == name[:1].upper()}
+    likely = {each.upper(): each for each in known if _word_by_word(name.upper(), each.upper())}
     near = difflib.get_close_matches(name.upper(), likely, n=1, cutoff=_NEAR)
     return likely[near[0]] if near else None
+
+
+def _word_by_word(name: str, known: str) -> bool:
+    """Whether *name* has the words of *known*, each as it is or misspelt: another word is another program's name."""
+    if name.replace("_", "") == known.replace("_", ""):
+        return True
+    words, known_words = re.split("[_-]", name), known.split("_")
+    return len(words) == len(known_words) and all(map(_is_near_word, words, known_words))
+
+
+def _is_near_word(word: str, known: str) -> bool:
+    same_start = word[:1] == known[:1]
+    return same_start and difflib.SequenceMatcher(None, word, known).ratio() >= _NEAR_WORD
 
 
 def unknown_name(name: str, fields: Mapping[str, object]) -> str:

@@ -78,6 +78,8 @@ def check_host(value: str) -> str:
     """*value*, if it may be the name or the address of a host."""
     if not value or re.search(r"[\s/@]", value):
         raise ValueError("not a host name or address; a URL belongs into REDIS_URL")
+    if value[0] == "[" or value.count(":") == 1:
+        raise ValueError("not a host name or address alone; a port belongs into REDIS_PORT, and brackets into URLs")
     return value
 
 

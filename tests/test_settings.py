@@ -25,6 +25,7 @@ def pem(tmp_path: Path) -> str:
 
 ACCEPTED: list[tuple[str, str, object]] = [
     ("REDIS_HOST", "redis.test", "redis.test"),
+    ("REDIS_HOST", "fd00::1", "fd00::1"),
     ("REDIS_PORT", "6380", 6380),
     ("REDIS_DB", "3", 3),
     ("REDIS_USERNAME", "app", "app"),
@@ -145,6 +146,9 @@ def test_every_setting_is_tested_here() -> None:
 REFUSED: list[tuple[str, str]] = [
     ("REDIS_HOST", "redis://localhost"),
     ("REDIS_HOST", "user:pw@localhost"),
+    ("REDIS_HOST", "redis.test:6380"),
+    ("REDIS_HOST", "[::1]"),
+    ("REDIS_HOST", "[::1]:6379"),
     ("REDIS_PORT", "0"),
     ("REDIS_PORT", "65536"),
     ("REDIS_PORT", "tcp://10.0.0.1"),
