@@ -16,7 +16,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
+from typing import Annotated, Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
 
 import redis
 import redis.asyncio as aioredis
@@ -34,13 +34,16 @@ from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
 from .events import say, words_for
 from .locations import redact
-from .misuse import constructor_says_what_was_meant
+from .misuse import Uncalled, constructor_says_what_was_meant, shown
 from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
 
-RedisArgument: TypeAlias = "RedisManager | Client | str | None"
+_NO_DEPENDENCY = Uncalled(
+    "FastAPI would ask each request for redis= and settings=, so that clients choose the server. Make it once, as in "
+    "limiter = RateLimiter(), and write Depends(lambda: limiter)."
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -165,7 +168,7 @@ class RedisManager:
 
     owns_client = True
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Annotated[Settings | None, _NO_DEPENDENCY] = None) -> None:
         check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
@@ -410,6 +413,9 @@ class RedisManager:
         self._forks = PROCESS.forks
 
 
+RedisArgument: TypeAlias = Annotated[RedisManager | Client | str | None, _NO_DEPENDENCY]
+
+
 class _GivenClient(RedisManager):
     """A client the user made: used as it is, in its loop, never closed and never reconfigured."""
 
@@ -519,8 +525,17 @@ def _checked_client(client: object) -> Client:
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
     if isinstance(client, Settings):
         raise ConfigurationError("redis= is given Settings. Try settings=.")
-    if client is RedisManager:
-        raise ConfigurationError("redis=RedisManager is not called. Try redis=RedisManager().")
+    if isinstance(client, type):
+        raise ConfigurationError(
+            f"redis={client.__name__} is not called: it is a class. Try redis={client.__name__}()."
+        )
+    if inspect.iscoroutine(client):
+        client.close()
+        raise ConfigurationError(f"redis={shown(client)} is not awaited. Pass the RedisManager itself, or a URL.")
+    if isinstance(client, aioredis.ConnectionPool):
+        raise ConfigurationError(f"redis={kind} is a pool. Try redis=redis.asyncio.Redis(connection_pool=pool).")
+    if isinstance(client, aioredis.Sentinel):
+        raise ConfigurationError(f"redis={kind} is no client. Try redis=sentinel.master_for('mymaster').")
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )

@@ -12,15 +12,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AliasChoices, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import EnvSettingsSource
 
 from .errors import ConfigurationError
 from .locations import redact, redact_url
+from .misuse import Uncalled
 
 # The value of ``<NAME>_PORT``, which Kubernetes sets for every Service; its other variables look like none of ours.
 _LINK = re.compile(r"\s*(tcp|udp|sctp)://")
@@ -53,6 +55,12 @@ class Reading:
 _reading: ContextVar[Reading] = ContextVar("redis_asgi.reading")
 # What `BaseSettings` itself takes, such as ``_env_file``.
 _OPTIONS = frozenset(name for name in inspect.signature(BaseSettings.__init__).parameters if name[0] == "_")
+
+
+_NO_DEPENDENCY = Uncalled(
+    "FastAPI would ask each request for settings, so that clients choose them. Make them once, as in settings = "
+    "Settings(), and write Depends(lambda: settings)."
+)
 
 
 class _Conflicts(ValueError):
@@ -106,7 +114,11 @@ class FromEnvironment(BaseSettings):
     # Beside the fields: where a value came from makes no other settings of it.
     __slots__ = ("_reading",)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *args: Annotated[Any, _NO_DEPENDENCY], **values: Any) -> None:
+        if args:
+            # Not shown: it may be a URL with a password, or a mapping of such.
+            name = type(self).__name__
+            raise ConfigurationError(f"{name} takes values by name. Try {name}(REDIS_URL='redis://localhost:6379/0').")
         fields = type(self).model_fields
         known = {*fields, *_OPTIONS, *(alias for field in fields.values() for alias in _aliases(field))}
         problems = [unknown_name(name, fields) for name in values if name not in known]
@@ -128,6 +140,13 @@ class FromEnvironment(BaseSettings):
             problems += [f"{name} is not a setting. Did you mean {meant}?" for name, meant in near.items()]
             raise ConfigurationError(*problems)
         object.__setattr__(self, "_reading", reading)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields and type(self).model_config.get("frozen"):
+            # As pydantic does, which however shows the value.
+            frozen: InitErrorDetails = {"type": "frozen_instance", "loc": (name,), "input": None}
+            raise ValidationError.from_exception_data(type(self).__name__, [frozen], hide_input=True)
+        super().__setattr__(name, value)
 
     @classmethod
     def settings_customise_sources(

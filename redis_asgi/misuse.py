@@ -88,6 +88,19 @@ def check_app(app: object, example: str) -> None:
         raise ConfigurationError(f"app={shown(app)} is no ASGI app. Try {example}.")
 
 
+def only_called_as(meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have Python's words for a call with other arguments begin with what was *meant*, at no cost for any call.
+
+    For what servers and frameworks call, and many times: Python names a function by its ``__qualname__`` there.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        function.__qualname__ = f"{meant} {function.__qualname__}"
+        return function
+
+    return decorate
+
+
 def says_what_was_meant(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function refuse a call whose arguments do not fit, saying which were meant.
 

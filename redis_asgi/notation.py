@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .errors import ConfigurationError
+from .locations import redact
 
 MAX_QUOTA = 10**9
 MAX_LENGTH = 1000
@@ -65,6 +66,5 @@ def parse_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
     try:
         return read_limits(notation, least=least)
     except ValueError as error:
-        shown = notation if len(notation) <= 80 else notation[:77] + "..."
         example = "Try '100/minute' or '20/second; 1000/hour'."
-        raise ConfigurationError(f"limits={shown!r}: {error}. {example}") from None
+        raise ConfigurationError(f"limits={redact(notation)}: {error}. {example}") from None

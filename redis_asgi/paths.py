@@ -205,6 +205,12 @@ def pattern_problem(pattern: str) -> str | None:
     if "{" in pattern or "}" in pattern:
         plain = re.sub(r"[{}]", "", re.sub(r"\{[^{}]*\}", "*", pattern))
         return f"has a route's parameter, which no pattern knows: write {plain}"
+    if re.search(r"/<[^/]*>", pattern):
+        return f"has a route's parameter, which no pattern knows: write {re.sub('<[^/]*>', '*', pattern)}"
+    if re.search(r"\?[^/]*=", pattern):
+        return f"has a query, which is no part of a path: write {pattern.partition('?')[0]}"
+    if ",/" in pattern or ", /" in pattern:
+        return f"is several in one: write {[part.strip() for part in pattern.split(',')]}"
     return None
 
 

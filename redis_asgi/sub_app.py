@@ -4,14 +4,14 @@ import functools
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import orjson
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from .errors import ArgumentError, ConfigurationError
-from .misuse import check_callable, says_what_was_meant
+from .misuse import Uncalled, check_callable, only_called_as, says_what_was_meant
 from .paths import route_path
 
 Authorize: TypeAlias = Callable[[HTTPConnection], bool | Awaitable[bool]]
@@ -40,6 +40,7 @@ class Answer:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_MOUNT = "It is an app, and is mounted: write app.mount('/health', health_app())."
 _AUTHORIZE = "authorize=lambda conn: conn.headers.get('authorization') == expected"
 
 Page: TypeAlias = Callable[[HTTPConnection], Awaitable[Answer]]
@@ -97,12 +98,20 @@ class SubApp:
         self._authorize = authorize
         self._open_pages = open_pages
 
+    # Where a route is made of it, or of what makes it.
+    __get_pydantic_core_schema__ = Uncalled(_MOUNT).__get_pydantic_core_schema__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Such as what routers are asked for.
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}. {_MOUNT}")
+
     @property
     def pages(self) -> Sequence[str]:
         """The paths that answer below the mount, without a final slash; empty for the root."""
         return tuple(self._pages)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @only_called_as(_MOUNT)
+    async def __call__(self, scope: Scope, receive: Annotated[Receive, Uncalled(_MOUNT)], send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "websocket":

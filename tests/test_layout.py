@@ -76,8 +76,8 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks",
-    "locations", "setting_types", "environment", "server_settings", "settings",
+    "events", "errors", "misuse", "event_loop", "locations", "notation", "paths", "networks",
+    "setting_types", "environment", "server_settings", "settings",
     "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",

@@ -9,6 +9,7 @@ from typing import Any
 import fastapi
 import httpx
 import pytest
+import redis.asyncio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -89,6 +90,20 @@ def depending(dependency: Any) -> None:
 
 def decorated(decorator: Any) -> None:
     fastapi.FastAPI().get("/")(decorator(plain))
+
+
+def endpoint_of(**types: Any) -> None:
+    def endpoint(**kwargs: Any) -> None: ...
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=of) for name, of in types.items()]
+    endpoint.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what FastAPI reads
+    fastapi.FastAPI().get("/")(endpoint)
+
+
+def adding(middleware: Any) -> ASGIApp:
+    starlette = Starlette()
+    starlette.add_middleware(middleware)
+    return starlette
 
 
 Wrong = Callable[..., Any]
@@ -176,6 +191,13 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("cost takes nothing", lambda: Rule("5/minute", cost=lambda: 1), ["cost=<lambda>", "(request)"]),
     ("count_if=number", lambda: Rule("5/minute", count_if=401), ["count_if=401", "lambda status"]),
     ("count_if takes nothing", lambda: Rule("5/minute", count_if=lambda: True), ["(status)"]),
+    ("path and query", lambda: Rule("5/minute", paths="/api?x=1"), ["a query", "write /api"]),
+    ("paths in one", lambda: Rule("5/minute", paths="/a, /b"), ["several in one", "['/a', '/b']"]),
+    ("paths=Flask's route", lambda: Rule("5/minute", paths="/items/<int:id>"), ["a route's parameter", "/items/*"]),
+    ("misspelt method", lambda: Rule("5/minute", methods="PSOT"), ["'PSOT'", "Did you mean 'POST'?"]),
+    ("methods=any", lambda: Rule("5/minute", methods=["any"]), ["'ANY'", "Leave it out"]),
+    ("methods=WS", lambda: Rule("5/minute", methods="WS"), ["Did you mean 'WEBSOCKET'?"]),
+    ("exempt of callables", lambda: limited("5/minute", exempt=[lambda conn: True]), ["exempt holds", "one callable"]),
     # Who shares a counter.
     ("by_header", lambda: limited("5/minute", partition_by=by_header), ["not called", "by_header('x-api-key')"]),
     ("by_header of a rule", lambda: Rule("5/minute", partition_by=by_header), ["by_header('x-api-key')"]),
@@ -204,7 +226,34 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("RateLimit()", lambda: RateLimit(), ["RateLimit needs limits", "RateLimit('5/minute'"]),
     ("RateLimit(times=)", lambda: RateLimit(times=5, seconds=60), ["'times'", "Did you mean limits?"]),
     ("RateLimit cost takes nothing", lambda: RateLimit("5/minute", cost=lambda: 1), ["cost=<lambda>", "(conn)"]),
+    ("@RateLimit(...)", lambda: RateLimit("5/minute")(index), ["no decorator", "@rate_limit('5/minute')"]),
+    ("RateLimit as a type", lambda: endpoint_of(limit=RateLimit), ["Depends(RateLimit('5/minute'))"]),
+    ("Depends(Rule)", lambda: depending(fastapi.Depends(Rule)), ["no dependency", "Depends(RateLimit('5/minute'))"]),
+    ("Depends(RateLimiter)", lambda: depending(fastapi.Depends(RateLimiter)), ["clients choose", "Depends(lambda:"]),
+    ("Depends(EmbeddingCache)", lambda: depending(fastapi.Depends(EmbeddingCache)), ["clients choose"]),
+    ("Depends(RedisManager)", lambda: depending(fastapi.Depends(RedisManager)), ["clients choose"]),
+    ("Depends(RedisMetrics)", lambda: depending(fastapi.Depends(RedisMetrics)), ["clients choose"]),
+    (
+        "Depends(Settings)",
+        lambda: depending(fastapi.Depends(Settings)),
+        ["clients choose", "Depends(lambda: settings)"],
+    ),
+    # A middleware where none is meant, and what is none where one is.
+    ("add_middleware(made)", lambda: ask(adding(limited("5/minute"))), ["as a class", "(RateLimitMiddleware, limits="]),
+    ("add_middleware(cache)", lambda: ask(adding(cached())), ["add_middleware(EmbeddingCacheMiddleware)"]),
+    ("add_middleware(page)", lambda: ask(adding(health_app(settings=MEMORY))), ["app.mount('/health', health_app())"]),
+    (
+        "Depends(middleware)",
+        lambda: depending(fastapi.Depends(RateLimitMiddleware)),
+        ["no dependency", "Depends(RateLimit("],
+    ),
+    ("Depends(made)", lambda: depending(fastapi.Depends(limited("5/minute"))), ["no dependency", "add_middleware("]),
+    ("Depends(cache)", lambda: depending(fastapi.Depends(EmbeddingCacheMiddleware)), ["no dependency"]),
     # What is mounted.
+    ("health_app routed", lambda: fastapi.FastAPI().get("/h")(health_app), ["clients choose"]),
+    ("health_app() routed", lambda: fastapi.FastAPI().get("/h")(health_app(settings=MEMORY)), ["app.mount('/health'"]),
+    ("health_app() as a type", lambda: endpoint_of(page=type(health_app(settings=MEMORY))), ["app.mount('/health'"]),
+    ("health_app() included", lambda: fastapi.FastAPI().include_router(health_app(settings=MEMORY)), ["app.mount('/h"]),
     (
         "health_app mounted",
         lambda: ask(Starlette(routes=[Mount("/h", health_app)]), "/h/"),
@@ -235,7 +284,18 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
         lambda: asyncio.run(EmbeddingCache(settings=MEMORY).get_or_compute(["a"], [[1.0]])),
         ["compute=[[1.0]]", "not callable"],
     ),
+    (
+        "vector before id",
+        lambda: asyncio.run(EmbeddingCache("memory://").set_embedding([1.0], "a")),
+        ["context_id=[1.0]", "not a str"],
+    ),
     # Redis and settings.
+    ("Settings(URL)", lambda: Settings(f"redis://:{SECRET}@h"), ["by name", "Settings(REDIS_URL="]),
+    ("limits=URL", lambda: limited(f"redis://:{SECRET}@h"), ["limits='redis://***@h'"]),
+    ("redis=class", lambda: RateLimiter(redis.asyncio.Redis), ["Redis is not called"]),
+    ("redis=pool", lambda: RateLimiter(redis.asyncio.ConnectionPool()), ["a pool", "Redis(connection_pool=pool)"]),
+    ("redis=sentinel", lambda: RateLimiter(redis.asyncio.Sentinel([("h", 1)])), ["sentinel.master_for('mymaster')"]),
+    ("redis=coroutine", lambda: RateLimiter(RedisManager(MEMORY).get_connection()), ["not awaited"]),
     ("settings=mapping", lambda: limited_by({"REDIS_URL": f"redis://:{SECRET}@h"}), ["a dict", "settings=Settings("]),
     ("settings=Settings", lambda: limited_by(Settings), ["the class Settings", "settings=Settings("]),
     ("settings=URL", lambda: limited_by(f"redis://:{SECRET}@h"), ["'redis://***@h'", "Try redis="]),
@@ -299,6 +359,19 @@ def test_a_callable_of_any_kind_is_taken() -> None:
 
     for value in (Tenant(), Tenant().of, lambda *args: "t", lambda conn, more=1: "t", str, operator.attrgetter("url")):
         check_callable("partition_by", value, "conn", "by_user")
+
+
+def test_what_servers_look_for_is_found() -> None:
+    """An instance is an ASGI app by what servers go by, though Python names its call by what was meant."""
+    for made in (limited("5/minute"), cached(), health_app(settings=MEMORY)):
+        assert inspect.iscoroutinefunction(made.__call__)
+        assert not hasattr(made, "routes")
+
+
+@pytest.mark.parametrize("method", ["GET", "purge", "PROPPATCH", "M", "LAUNCH"])
+def test_a_method_of_an_apps_own_is_taken(method: str) -> None:
+    """Only what is like a usual one is taken for a typo of it."""
+    assert (method.upper(),) == Rule("5/minute", methods=method).methods
 
 
 def test_a_long_value_is_cut() -> None:

@@ -90,7 +90,7 @@ class EmbeddingCache:
             ValueError: For an id that is empty, over 1,024 bytes or not UTF-8; an embedding that is not 1-D,
                 is empty, over 65,535 numbers or not finite as float32; a *ttl* that is not positive.
         """
-        return await self.set_many({context_id: embedding}, ttl=ttl) == 1
+        return await self.set_many({_checked_ids([context_id])[0]: embedding}, ttl=ttl) == 1
 
     async def delete_embedding(self, context_id: str) -> bool:
         """Forget one vector; whether there was one."""

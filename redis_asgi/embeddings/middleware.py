@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Literal
+from typing import Annotated, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
 from ..errors import ConfigurationError
 from ..event_loop import check_at_start, running_loop
-from ..misuse import check_app, check_callable, constructor_says_what_was_meant
+from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
 from ..settings import Settings
 from .cache import EmbeddingCache
 from .core import Core, Options, PartitionBy
@@ -23,6 +23,8 @@ _MAX_TTL = 366 * 24 * 3600
 _MAX_LEASE = 86_400
 _AROUND = "redis_asgi.embedding_caches"  # in a scope: the store and namespace of each that stands around the app
 _SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
+_ADD = "A middleware is added as a class: write app.add_middleware(EmbeddingCacheMiddleware)."
+_NO_DEPENDENCY = Uncalled(f"EmbeddingCacheMiddleware is no dependency. {_ADD}")
 
 
 @constructor_says_what_was_meant("EmbeddingCacheMiddleware(app, namespace='bge-m3', routes={'/my/path': 'openai'})")
@@ -56,7 +58,7 @@ class EmbeddingCacheMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Annotated[ASGIApp, _NO_DEPENDENCY],
         *,
         routes: Mapping[str, WireFormat | str] | None = None,
         ttl: float | None = None,
@@ -91,7 +93,8 @@ class EmbeddingCacheMiddleware:
         self._records = (manager, options.namespace)
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @only_called_as(_ADD)
+    async def __call__(self, scope: Scope, receive: Annotated[Receive, _NO_DEPENDENCY], send: Send) -> None:
         """Handle one connection."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)

@@ -7,7 +7,8 @@ from typing import TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..misuse import check_callable
+from ..errors import ConfigurationError
+from ..misuse import check_callable, shown
 from ..paths import PathPattern, path_patterns
 from ..settings import Settings
 from .routing import Routing
@@ -33,7 +34,11 @@ class Exemptions:
         if callable(exempt) or not isinstance(exempt, Iterable | None):
             check_callable("exempt", exempt, "conn", "exempt='/internal/*', or lambda conn: 'x-probe' in conn.headers")
         else:
-            self._paths += path_patterns(exempt)
+            for path in [exempt] if isinstance(exempt, str) else exempt or ():
+                if not isinstance(path, str):
+                    hint = "Try exempt=['/internal/*'], or one callable."
+                    raise ConfigurationError(f"exempt holds {shown(path)}, which is no path pattern. {hint}")
+                self._paths += path_patterns(path)
         self._has_looked = False
         self.any = True
 

@@ -6,14 +6,14 @@ refused here, or on to the app with the fields added to its response → what th
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import get_args
+from typing import Annotated, get_args
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, offer_manager, resolve_manager
 from ..event_loop import check_at_start, running_loop
-from ..misuse import check_app, constructor_says_what_was_meant
+from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
@@ -30,6 +30,9 @@ from .request import RuleCheck
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
 from .rules import Limits, Rule, check_choice, compile_rules, same_identity
+
+_ADD = "A middleware is added as a class: write app.add_middleware(RateLimitMiddleware, limits='100/minute')."
+_NO_DEPENDENCY = Uncalled(f"RateLimitMiddleware is no dependency. {_ADD} Or Depends(RateLimit('5/minute')).")
 
 
 @constructor_says_what_was_meant("RateLimitMiddleware(app, '100/minute', rules=[Rule('5/minute', name='login')])")
@@ -63,7 +66,7 @@ class RateLimitMiddleware(Covering):
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Annotated[ASGIApp, _NO_DEPENDENCY],
         limits: Limits | None = None,
         *,
         rules: Iterable[Rule] | None = None,
@@ -109,7 +112,8 @@ class RateLimitMiddleware(Covering):
         self._identify = same_identity(self._rules)
         self._charges_of = lru_cache(maxsize=16_384)(self._plain_charges)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @only_called_as(_ADD)
+    async def __call__(self, scope: Scope, receive: Annotated[Receive, _NO_DEPENDENCY], send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
             await self._lifespan(scope, receive, send)

@@ -19,7 +19,14 @@ from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..events import say
-from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
+from ..misuse import (
+    Uncalled,
+    check_callable,
+    constructor_says_what_was_meant,
+    only_called_as,
+    says_what_was_meant,
+    shown,
+)
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
@@ -123,12 +130,16 @@ class RateLimit:
         self._has_warned = False
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
 
+    # Where it is taken for the type of a parameter.
+    __get_pydantic_core_schema__ = _NOT_CALLED.__get_pydantic_core_schema__
+
     def __getattr__(self, name: str) -> NoReturn:
         # What FastAPI reads of each of dependencies=[...].
         if name == "dependency":
             raise AttributeError("RateLimit is given as it is. Write dependencies=[Depends(RateLimit('5/minute'))].")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @only_called_as("A dependency is no decorator: write Depends(RateLimit('5/minute')), or @rate_limit('5/minute').")
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
         decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))

@@ -5,13 +5,13 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeAlias, cast, get_args
+from typing import Annotated, TypeAlias, cast, get_args
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
-from ..misuse import check_callable, constructor_says_what_was_meant, shown
+from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, shown
 from ..notation import Limit, parse_limits
 from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
@@ -28,6 +28,20 @@ CountIf: TypeAlias = Callable[[int], bool]
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _METHOD = re.compile(r"[A-Z]{1,20}")
+# IANA's "HTTP Method Registry", what caches and UPnP add, and a handshake; a name that is like none is an app's own.
+_METHODS = (
+    "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY", "WEBSOCKET",
+    "PURGE", "BAN", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "MSEARCH", "ACL", "BIND", "CHECKIN", "CHECKOUT",
+    "COPY", "LABEL", "LINK", "LOCK", "MERGE", "MKACTIVITY", "MKCALENDAR", "MKCOL", "MKREDIRECTREF",
+    "MKWORKSPACE", "MOVE", "ORDERPATCH", "PRI", "PROPFIND", "PROPPATCH", "REBIND", "REPORT", "SEARCH", "UNBIND",
+    "UNCHECKOUT", "UNLINK", "UNLOCK", "UPDATE", "UPDATEREDIRECTREF",
+)  # fmt: skip
+_METHODS_ELSEWHERE = {
+    "ALL": "Leave it out for all methods.",
+    "ANY": "Leave it out for all methods.",
+    "WS": "Did you mean 'WEBSOCKET'?",
+}
+_NO_DEPENDENCY = Uncalled("Rule is no dependency. Write Depends(RateLimit('5/minute')).")
 
 
 # What other packages call a strategy, or what to do without Redis.
@@ -111,7 +125,7 @@ class Rule:
         ConfigurationError: Names what cannot work.
     """
 
-    limits: Limits
+    limits: Annotated[Limits, _NO_DEPENDENCY]
     _: KW_ONLY
     name: str | None = None
     paths: str | Iterable[str] | None = None
@@ -152,11 +166,23 @@ class Rule:
         if self.methods is not None:
             methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
             for method in methods:
-                if not _METHOD.fullmatch(method):
-                    several = re.findall(r"[A-Z]+", method)
-                    meant = repr(tuple(several)) if len(several) > 1 else "'POST' or 'WEBSOCKET'"
-                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try {meant}.")
+                _check_method(method)
             object.__setattr__(self, "methods", methods)
+
+
+def _check_method(method: str) -> None:
+    """Refuse what no client sends: a rule of such a method would limit nothing, and say nothing."""
+    if _METHOD.fullmatch(method):
+        near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.66)
+        meant = _METHODS_ELSEWHERE.get(method, f"Did you mean {near[0]!r}?" if near else "")
+        if method in _METHODS or not meant:
+            return  # one of an app's own, perhaps
+    else:
+        several = re.findall(r"[A-Z]+", method)
+        meant = (
+            f"Try {tuple(several)!r}." if len(several) > 1 else "Try 'POST' or 'WEBSOCKET', or leave it out for all."
+        )
+    raise ConfigurationError(f"methods={method!r} is not an HTTP method. {meant}")
 
 
 def check_limits(limits: object) -> None:
