@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.cli.commands import app as command_line
 from redis_asgi.inspection.quotas import partition_of
+from redis_asgi.keys import embedding_epoch_key
 
 from .conftest import StartServer
 from .kit.servers import ExternalServer
@@ -317,3 +318,48 @@ def test_a_quota_that_nothing_says_is_not_shown(redis_server: ExternalServer, in
     assert ([("default", None)], []) == ([(row["policy"], row["quota"]) for row in unknown], nothing)
     assert [("default", 5)] == [(row["policy"], row["quota"]) for row in known]
     assert (2, True) == (both.exit_code, "leave out --limits" in both.stderr)
+
+
+CACHED = """
+from starlette.applications import Starlette
+from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware
+
+app = Starlette()
+app.add_middleware(EmbeddingCacheMiddleware, redis="{url}", namespace="bge")
+limited = Starlette()
+limited.add_middleware(EmbeddingCacheMiddleware, redis="{url}", namespace="bge")
+limited.add_middleware(RateLimitMiddleware, "5/minute", redis="{url}")
+in_memory = Starlette()
+in_memory.add_middleware(EmbeddingCacheMiddleware, redis="memory://")
+"""
+
+
+def test_an_app_that_names_its_caches_server(redis_server: ExternalServer, invoke: Invoke, tmp_path: Path) -> None:
+    """A server that only `EmbeddingCacheMiddleware` was given is looked at, and flushed in the app's namespace."""
+    url = redis_server.url
+    (tmp_path / "cached.py").write_text(CACHED.format(url=url))
+    checked = json.loads(invoke("check", "--app", "cached:app", "--json").stdout)
+    both = json.loads(invoke("check", "--app", "cached:limited", "--json").stdout)
+    nothing = invoke("flush", "bge-m3", "--app", "cached:app")
+    forced = invoke("flush", "bge-m3", "--app", "cached:app", "--force")
+    again = invoke("flush", "bge-m3", "--app", "cached:limited", "--url", url, REDIS_URL="memory://")
+    epoch = embedding_epoch_key("", "bge", "bge-m3", secret=None)
+
+    assert f"vectors: kept in {url!r}, which the app names itself" == checked["findings"][0]["text"]
+    assert {"cache"} == {finding["server"] for finding in checked["findings"]}
+    assert ["rules", "cache"] == [finding["check"] for finding in both["findings"][:2]]
+    assert {"rules"} == {finding["server"] for finding in both["findings"]}
+    assert [True, True] == [checked["ok"], both["ok"]]
+    assert (1, True) == (nothing.exit_code, "in namespace 'bge'" in nothing.stderr)
+    assert [0, 0] == [forced.exit_code, again.exit_code]
+    assert [epoch] == redis_server.client().keys("embedding_epoch*")
+
+
+def test_flush_of_an_app_that_caches_nothing_outside(invoke: Invoke, tmp_path: Path) -> None:
+    """It has no cache, or one in its own process: both are said."""
+    (tmp_path / "cached.py").write_text(CACHED.format(url="redis://127.0.0.1:1"))
+    without = invoke("flush", "bge-m3", "--app", "shop:app")
+    within = invoke("flush", "bge-m3", "--app", "cached:in_memory")
+
+    assert (2, True) == (without.exit_code, "has no EmbeddingCacheMiddleware" in without.stderr)
+    assert (2, True) == (within.exit_code, "keeps everything in the app's process" in within.stderr)

@@ -1,11 +1,13 @@
 """The commands of ``redis-asgi``: read the arguments, call what does the work, say what came of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from .. import __version__
+from ..connection import RedisManager
 from ..errors import ConfigurationError
 from ..events import explain as explanation_of
 from ..events import explanations, near
@@ -18,7 +20,7 @@ from ..inspection.rights import NO_PASSWORD, rights_of
 from ..inspection.servers import servers_of
 from ..inspection.sizing import Sizing, compare, estimate
 from ..maintenance import configure_persistence, flush_model
-from ..settings import StrategyName
+from ..settings import Settings, StrategyName
 from . import output
 from .options import ANY_ARGUMENTS, App, Json, Url
 from .quotas import list_rules, peek, reset
@@ -35,6 +37,7 @@ from .session import (
     run,
     settings_for,
     some_server,
+    talking_to,
 )
 from .views import (
     print_changes,
@@ -44,6 +47,9 @@ from .views import (
     print_settings,
     print_sizes,
 )
+
+if TYPE_CHECKING:
+    from ..embeddings.overview import CacheInForce
 
 app = typer.Typer(
     name="redis-asgi",
@@ -100,8 +106,8 @@ def check(
     """Say whether all is well: a gate for deploys.
 
     Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction, connections,
-    persistence; sentinels and the slots of a cluster. With --app also the servers that its rules name. Leaves nothing
-    behind.
+    persistence; sentinels and the slots of a cluster. With --app also the servers that its rules and its cache name.
+    Leaves nothing behind.
     """
     about = "settings"
     try:
@@ -118,11 +124,12 @@ def check(
 
         async def gather() -> list[Finding]:
             try:
-                limits = None if loaded is None else limits_in(loaded).limits
+                of_app = None if loaded is None else limits_in(loaded)
             except ConfigurationError as error:
                 return _mistakes("app", error)
             with output.progress() as step:
-                return [finding async for finding in diagnose(settings, step, limits)]
+                known = (None,) if of_app is None else (of_app.limits, of_app.caches)
+                return [finding async for finding in diagnose(settings, step, *known)]
 
         findings = run(gather())
     failed = any(finding.level == "fail" for finding in findings)
@@ -183,27 +190,38 @@ def flush(
         typer.Option("--namespace", metavar="NAMESPACE", help="Default: EMBEDDING_CACHE_NAMESPACE."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write even if nothing is stored under that name.")] = False,
+    app_name: App = None,
     url: Url = None,
 ) -> None:
     """Make every stored vector of a model a miss.
 
     Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS. Redis takes the
-    memory back as the vectors end. Where nothing is stored under that name, exits with 1.
+    memory back as the vectors end. Where nothing is stored under that name, exits with 1. With --app wherever its
+    middlewares keep vectors, in their namespaces.
     """
     with complaints():
         settings = settings_for(url)
-        refuse_memory(settings, vectors=True)
-    vectors = next(server.settings for server in servers_of(settings) if server.vectors)
+        if app_name is None:
+            refuse_memory(settings, vectors=True)
+        loaded = None if app_name is None else load_app(app_name)
 
-    async def work() -> bool:
-        async with opened(vectors) as manager:
-            await greet(manager)
-            return await flush_model(
-                model, namespace=namespace, redis=manager, settings=settings, only_stored=not force
-            )
+    async def work() -> tuple[bool, str]:
+        if loaded is None:
+            vectors = next(server.settings for server in servers_of(settings) if server.vectors)
+            places = [(RedisManager(vectors), settings.EMBEDDING_CACHE_NAMESPACE, settings)]
+        else:
+            places = _places(limits_in(loaded).caches, settings if url is not None else None)
+        flushed, within = False, ""
+        for manager, its_namespace, its_settings in places:
+            within = its_namespace if namespace is None else namespace
+            async with talking_to(manager):
+                await greet(manager)
+                flushed |= await flush_model(
+                    model, namespace=within, redis=manager, settings=its_settings, only_stored=not force
+                )
+        return flushed, within
 
-    flushed = run(work())
-    within = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
+    flushed, within = run(work())
     where = f" in namespace {within!r}" if within else ""
     if not flushed:
         output.error(
@@ -214,6 +232,18 @@ def flush(
     believed = settings.EMBEDDING_CACHE_L1_SECONDS if settings.EMBEDDING_CACHE_L1_BYTES else 0
     when = f"within {believed:g} s" if believed else "now"
     output.line(output.printable(f"Flushed {model!r}{where}: complete in every process {when}."))
+
+
+def _places(caches: Sequence["CacheInForce"], instead: Settings | None) -> list[tuple[RedisManager, str, Settings]]:
+    """Where an app keeps vectors, in which namespace, and how names are made there; *instead* = all are there."""
+    if not caches:
+        raise ConfigurationError("Nothing caches in this app: it has no EmbeddingCacheMiddleware. Leave out --app.")
+    elsewhere = None if instead is None else RedisManager(instead)
+    found = [(elsewhere or cache.manager, cache.namespace, cache.settings) for cache in caches]
+    outside = [place for place in found if place[0].has_redis]
+    if not outside:
+        refuse_memory(found[0][0].settings)
+    return outside
 
 
 @app.command()

@@ -15,6 +15,7 @@ from ..settings import Settings
 from .cache import EmbeddingCache
 from .core import Core, Options, PartitionBy
 from .exchange import Exchange
+from .overview import CacheInForce
 from .routes import read_routes
 from .store import resolve_vectors
 from .wire import WireFormat
@@ -91,6 +92,7 @@ class EmbeddingCacheMiddleware:
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
         self._core = Core(app, manager, options)
         self._records = (manager, options.namespace)
+        self._settings = settings
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
     @only_called_as(_ADD)
@@ -113,6 +115,10 @@ class EmbeddingCacheMiddleware:
             return
         scope[_AROUND] = (*around, self._records)
         await Exchange(self._core, matched, scope, receive, send).run()
+
+    def in_force(self) -> CacheInForce:
+        """Where its vectors are."""
+        return CacheInForce(*self._records, self._settings)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""

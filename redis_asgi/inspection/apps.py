@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Host, Mount, compile_path
@@ -21,6 +21,9 @@ from ..ratelimit.engine import Engine
 from ..ratelimit.overview import LimitInForce, Protection, limits_among, limits_of_route
 from ..ratelimit.route import stack_of
 from ..ratelimit.routing import inner_app, routes_of
+
+if TYPE_CHECKING:
+    from ..embeddings.overview import CacheInForce
 
 NOTHING_LIMITS = (
     "It has no RateLimitMiddleware, no RateLimit and no @rate_limit. Name the app that is served, with all that is "
@@ -39,6 +42,7 @@ class Found:
         methods: Of that route; empty = all.
         protection: What a middleware limits; ``None`` for a route.
         limits: What stands before a route's endpoint.
+        cache: Where a middleware that caches embeddings keeps them; it limits nothing.
     """
 
     below: str
@@ -46,6 +50,7 @@ class Found:
     methods: tuple[str, ...] = ()
     protection: Protection | None = None
     limits: tuple[LimitInForce, ...] = ()
+    cache: "CacheInForce | None" = None
 
     @property
     def path(self) -> str:
@@ -66,14 +71,17 @@ class LimitedApp:
         app: Any ASGI app; routers are known of Starlette and FastAPI, and of what is built on them.
 
     Attributes:
-        found: Its middlewares, from the outside in, and its routes, in the order in which they are tried.
+        found: Its middlewares that limit, from the outside in, and its routes, in the order in which they are tried.
+        caches: Where its middlewares keep vectors.
 
     Raises:
         Exception: Whatever one of its middlewares raises when it is built.
     """
 
     def __init__(self, app: object) -> None:
-        self.found = list(_walk(app, "", None, 0))
+        everything = list(_walk(app, "", None, 0))
+        self.found = [each for each in everything if each.cache is None]
+        self.caches = [each.cache for each in everything if each.cache is not None]
 
     @property
     def limits(self) -> list[LimitInForce]:
@@ -142,12 +150,14 @@ def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterato
         if protection is not None:
             yield Found(below, protection=protection)
             around = around or protection.engine
+        yield from _cache(app, below)
         if (routes := routes_of(app)) is not None:
             # A router may have middlewares of its own, which end in a method of it.
             for middleware in _chain(getattr(app, "middleware_stack", None)):
                 if (protection := _protection(middleware)) is not None:
                     yield Found(below, protection=protection)
                     around = around or protection.engine
+                yield from _cache(middleware, below)
             for route in routes:
                 yield from _route(route, below, around, depth + 1)
             return
@@ -167,6 +177,17 @@ def _protection(app: object) -> Protection | None:
     ask = getattr(app, "in_force", None)
     found = ask() if callable(ask) else None
     return found if isinstance(found, Protection) else None
+
+
+def _cache(app: object, below: str) -> Iterator[Found]:
+    # What is not imported is in no app, and would bring numpy along.
+    if "redis_asgi.embeddings" in sys.modules:
+        from ..embeddings.overview import CacheInForce  # noqa: PLC0415
+
+        ask = getattr(app, "in_force", None)
+        found = ask() if callable(ask) else None
+        if isinstance(found, CacheInForce):
+            yield Found(below, cache=found)
 
 
 def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterator[Found]:
@@ -194,6 +215,7 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
         if (protection := _protection(middleware)) is not None:
             yield Found(below, path, methods, protection)
             around = around or protection.engine
+        yield from _cache(middleware, below)
     depended = limits_among(calls_of(getattr(route, "dependant", None)))
     limits = [
         *limits_of_route(depended, endpoint, below + path, methods, around),

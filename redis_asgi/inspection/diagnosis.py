@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
@@ -24,10 +24,12 @@ from ..ratelimit.overview import LimitInForce
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
 from ..settings import Settings
+from .apps import NOTHING_LIMITS
 from .batching import batch_finding
 from .findings import (
     Finding,
     Info,
+    cache_findings,
     client_findings,
     memory_findings,
     misspelt_findings,
@@ -43,6 +45,9 @@ from .quotas import ask, reset
 from .rights import probe_keys, rights_of, try_rights
 from .servers import Server, leave, servers_of, servers_of_app
 from .trouble import TROUBLE, explain, explain_refusal
+
+if TYPE_CHECKING:
+    from ..embeddings.overview import CacheInForce
 
 OnStep = Callable[[str], None]
 
@@ -110,7 +115,10 @@ class Node:
 
 
 async def diagnose(
-    settings: Settings, on_step: OnStep = lambda _: None, limits: Sequence[LimitInForce] | None = None
+    settings: Settings,
+    on_step: OnStep = lambda _: None,
+    limits: Sequence[LimitInForce] | None = None,
+    caches: Sequence["CacheInForce"] = (),
 ) -> AsyncIterator[Finding]:
     """Look at everything that can keep the package from working well with *settings*; never on ``memory://``.
 
@@ -120,14 +128,19 @@ async def diagnose(
         settings: ``REDIS_TIMEOUT`` bounds each command.
         on_step: Told what is looked at next.
         limits: What limits an app, and with that the servers that it names; ``None`` = only the settings are known.
+        caches: Where that app keeps vectors.
     """
     if limits is None:
         yield settings_finding(settings)
     for misspelt in misspelt_findings(settings):
         yield misspelt
-    servers = servers_of(settings) if limits is None else servers_of_app(settings, limits)
+    servers = servers_of(settings) if limits is None else servers_of_app(settings, limits, caches)
     for rules in rules_findings(limits, servers) if limits is not None else ():
         yield rules
+    for cache in cache_findings(caches, servers):
+        yield cache
+    if limits is not None and not limits and not caches:
+        yield Finding("rules", "warn", "nothing limits this app", NOTHING_LIMITS)
     for server in servers:
         async for finding in _look_at(server, on_step):
             yield finding

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..connection import RedisManager
 from ..errors import Failure
@@ -12,9 +12,11 @@ from ..locations import weakened_by
 from ..notation import parse_limits
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
-from .apps import NOTHING_LIMITS
 from .rights import DISPENSABLE, Missing, Rights, user_of
-from .servers import RULES, Server
+from .servers import CACHE, RULES, Server
+
+if TYPE_CHECKING:
+    from ..embeddings.overview import CacheInForce
 
 Level = Literal["ok", "warn", "fail"]
 Info = Mapping[str, Any]
@@ -80,8 +82,22 @@ def rules_findings(limits: Sequence[LimitInForce], servers: Sequence[Server]) ->
         if server is not None and server.name.startswith(RULES):
             text += ", which the app names itself"
         found.append(Finding("rules", "ok", text, server=server.name if server is not None else ""))
-    if not limits:
-        found.append(Finding("rules", "warn", "nothing limits this app", NOTHING_LIMITS))
+    return found
+
+
+def cache_findings(caches: Sequence["CacheInForce"], servers: Sequence[Server]) -> list[Finding]:
+    """Which of an app's caches keep vectors where."""
+    found = []
+    for cache in caches:
+        if not cache.manager.has_redis:
+            fix = "Each worker computes for itself, and a restart forgets: give the app a Redis."
+            found.append(Finding("cache", "warn", "vectors: kept in the app's process (memory://)", fix))
+            continue
+        where = cache.manager.address
+        server = next((server for server in servers if server.where == where), None)
+        itself = ", which the app names itself" if server is not None and server.name.startswith((RULES, CACHE)) else ""
+        text = f"vectors: kept in {where}{itself}"
+        found.append(Finding("cache", "ok", text, server=server.name if server is not None else ""))
     return found
 
 

@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..client import describe
 from ..connection import RedisManager
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
 
-RULES = "rules"  # what a server is called that only the app names
+if TYPE_CHECKING:
+    from ..embeddings.overview import CacheInForce
+
+RULES, CACHE = "rules", "cache"  # what servers are called that only the app names
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +21,8 @@ class Server:
     """A server the settings name, and what the package keeps there.
 
     Attributes:
-        name: ``redis``, the shared one; ``vectors``, that of ``EMBEDDING_CACHE_REDIS_URL``; or ``rules``, one that an
-            app names for its limits.
+        name: ``redis``, the shared one; ``vectors``, that of ``EMBEDDING_CACHE_REDIS_URL``; or ``rules`` and
+            ``cache``, those that an app names for its limits and its vectors.
         settings: Those that lead there.
         limits: Whether counters are kept there.
         vectors: Whether vectors are.
@@ -57,29 +61,35 @@ def servers_of(settings: Settings) -> list[Server]:
     return [server for server in found if not server.settings.is_memory]
 
 
-def servers_of_app(settings: Settings, limits: Sequence[LimitInForce]) -> list[Server]:
-    """The servers of the environment's *settings* and those that an app's *limits* name, each once.
+def servers_of_app(
+    settings: Settings, limits: Sequence[LimitInForce], caches: Sequence["CacheInForce"] = ()
+) -> list[Server]:
+    """The servers of the environment's *settings* and those that an app names for *limits* and *caches*, each once.
 
-    The shared one is among them if the environment names it, or a limit is counted there.
+    The shared one is among them if the environment names it, or something of the app is kept there.
     """
-    counted: dict[RedisManager, Settings] = {}
-    for limit in limits:
-        if limit.manager.has_redis:
-            counted.setdefault(limit.manager, limit.settings)
-    used = {manager.address for manager in counted}
-    found = [
-        server
+    used: dict[RedisManager, Settings] = {}
+    named = [(limit.manager, limit.settings) for limit in limits]
+    for manager, its in [*named, *((cache.manager, cache.settings) for cache in caches)]:
+        if manager.has_redis:
+            used.setdefault(manager, its)
+    counted = {limit.manager.address for limit in limits}
+    cached = {cache.manager.address for cache in caches}
+    known = {
+        server.where: server
         for server in servers_of(settings)
-        if server.name != "redis" or settings.names_redis or server.where in used
-    ]
-    known = {server.where for server in found}
-    others = [(manager, its) for manager, its in counted.items() if manager.address not in known]
-    for i, (manager, its) in enumerate(others):
-        name = RULES if len(others) == 1 else f"{RULES}-{i + 1}"
+        if server.name != "redis" or settings.names_redis or server.where in counted | cached
+    }
+    found = list(known.values())
+    others = {manager.address: (manager, its) for manager, its in used.items() if manager.address not in known}
+    for where, (manager, its) in others.items():
+        kind = RULES if where in counted else CACHE
+        alike = [other for other in others if (other in counted) == (where in counted)]
+        name = kind if len(alike) == 1 else f"{kind}-{alike.index(where) + 1}"
         if type(manager) is RedisManager:
             within = min(settings.REDIS_TIMEOUT, its.REDIS_TIMEOUT)
             there = manager.settings.but(REDIS_KEY_PREFIX=its.REDIS_KEY_PREFIX, REDIS_TIMEOUT=within)
-            found.append(Server(name, there, limits=True, vectors=False))
+            found.append(Server(name, there, where in counted, where in cached))
         else:
-            found.append(Server(name, its, limits=True, vectors=False, manager=manager))
+            found.append(Server(name, its, where in counted, where in cached, manager))
     return found

@@ -1,0 +1,21 @@
+"""What is in force of a middleware's cache, for who asks without a request."""
+
+from dataclasses import dataclass
+
+from ..connection import RedisManager
+from ..settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInForce:
+    """Where one middleware keeps vectors.
+
+    Attributes:
+        manager: Which Redis they are in.
+        namespace: In every key.
+        settings: Those it was built with.
+    """
+
+    manager: RedisManager
+    namespace: str
+    settings: Settings
