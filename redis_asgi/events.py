@@ -67,7 +67,8 @@ class Reason:
 REASONS: Mapping[str, Reason] = {
     "timeout": Reason(
         "Redis does not answer in time.",
-        "See whether it is stopped, overloaded or far away, and firewalls on the way; `redis-asgi check` measures it.",
+        "See whether it is stopped, overloaded or far away, whether it speaks TLS as the address says, and firewalls "
+        "on the way; `redis-asgi check` says more.",
     ),
     "connection": Reason(
         "Redis cannot be reached.",
@@ -365,6 +366,8 @@ def explanations() -> tuple[Explanation, ...]:
 
 def explain(word: str) -> Explanation | None:
     """What *word* means: an event, with its prefix or without, a health check's code, or a reason (``timeout``)."""
+    # Also as it stands in a line, with its colon and what follows.
+    word = word.strip().partition(":")[0]
     known = {each.word: each for each in explanations()}
     return next((known[each] for each in (word, PREFIX + word, f"redis_{word}") if each in known), None)
 

@@ -341,6 +341,14 @@ def test_each_word_explains_itself() -> None:
 
 
 @pytest.mark.parametrize(
+    "typed", ["redis_asgi.redis_back:", " redis_asgi.redis_back: Redis ('redis://h') answers again"]
+)
+def test_a_line_of_the_log_is_explained(typed: str) -> None:
+    """What is copied from it needs no trimming."""
+    assert explain("redis_back") == explain(typed)
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("redis_unavailble", "redis_asgi.redis_unavailable"),

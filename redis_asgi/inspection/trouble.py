@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from redis.asyncio.connection import parse_url
@@ -125,9 +125,13 @@ async def _unreachable(error: BaseException, settings: Settings, where: str) -> 
 def _refused(error: BaseException, failure: Failure, settings: Settings, where: str) -> Trouble:
     text = str(error).lower()
     if failure is Failure.AUTH:
-        return _refused_login(error, where, "REDIS_USERNAME", "REDIS_PASSWORD", ", or those in REDIS_URL")
+        found = _refused_login(error, where, "REDIS_USERNAME", "REDIS_PASSWORD", ", or those in REDIS_URL")
+        in_url = settings.REDIS_PASSWORD is None and found.fix == "Unset REDIS_PASSWORD."
+        return replace(found, fix="Take the password out of REDIS_URL.") if in_url else found
     if "invalid database" in text or "db index" in text:
-        return Trouble(f"{where} has no such database", "Set REDIS_DB to one below the server's `databases`.")
+        return Trouble(
+            f"{where} has no such database", "Set REDIS_DB, or the one in REDIS_URL, below the server's `databases`."
+        )
     denied = _denied(error)
     if failure is Failure.PERMISSION and denied:
         fix = f"As an administrator: ACL SETUSER {user_of(settings)} +{denied}. `redis-asgi acl` prints all it takes."

@@ -101,7 +101,7 @@ def _steps(clock: RateLimitClock, what: str, after: int) -> Steps[R]:
     __tracebackhide__ = True
     for i in range(1, after + 1):
         response = yield
-        _check(f"{what}: request {i} of {after}", response, refused=False)
+        _check(f"{what}: request {i} of {after}", response, refused=False, hint=_COUNTED_BEFORE)
     refusal = yield
     _check(f"{what}: request {after + 1}, the first over the limit,", refusal, refused=True)
     wait = _retry_after(what, refusal)
@@ -112,13 +112,13 @@ def _steps(clock: RateLimitClock, what: str, after: int) -> Steps[R]:
     return refusal
 
 
-def _check(which: str, response: Response, *, refused: bool) -> None:
+def _check(which: str, response: Response, *, refused: bool, hint: str = "") -> None:
     __tracebackhide__ = True
     status = response.status_code
     if status == 429 if refused else status not in (429, 503):
         return
     expected = "refused with 429" if refused else "admitted"
-    raise AssertionError(f"{which} was answered with {status}, not {expected}.{_hint(response, refused=refused)}")
+    raise AssertionError(f"{which} was answered with {status}, not {expected}.{_hint(response, refused=refused)}{hint}")
 
 
 def _hint(response: Response, *, refused: bool) -> str:
@@ -129,6 +129,7 @@ def _hint(response: Response, *, refused: bool) -> str:
     return f" It says: {response.text[:500]}"
 
 
+_COUNTED_BEFORE = " (Counted before? A real Redis keeps what tests have counted that did not hold rate_limit_clock.)"
 _TELLING = ("ratelimit-policy", "ratelimit", "x-ratelimit-limit", "x-ratelimit-remaining")
 
 

@@ -271,6 +271,13 @@ async def test_a_password_too_many(redis_url: str) -> None:
     assert found.fix == "Unset REDIS_PASSWORD."
 
 
+async def test_a_password_too_many_in_the_url(redis_url: str) -> None:
+    """Then it is there that it must go."""
+    found = await the_only(REDIS_URL=redis_url.replace("//", f"//:{PASSWORD}@"))
+
+    assert found.fix == "Take the password out of REDIS_URL."
+
+
 async def test_no_such_database(redis_url: str) -> None:
     """A database that the server does not have."""
     found = await the_only(REDIS_URL=f"{redis_url}/999")

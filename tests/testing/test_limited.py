@@ -87,7 +87,12 @@ class _Answers:
 
 
 FINDINGS = [
-    pytest.param((429,), 1, "request 1 of 1 was answered with 429, not admitted. It says: as it is", id="too early"),
+    pytest.param(
+        (429,),
+        1,
+        "request 1 of 1 was answered with 429, not admitted. It says: as it is (Counted before? ",
+        id="too early",
+    ),
     pytest.param((200, 503), 2, "request 2 of 2 was answered with 503, not admitted", id="cannot be decided"),
     pytest.param(
         (200, 200),
