@@ -14,6 +14,9 @@ from .locations import redact
 MAX_QUOTA = 10**9
 MAX_LENGTH = 1000
 MAX_WINDOW = 366 * 24 * 3600
+# Units as they are usually shortened; `limits` has them in full alone.
+_SHORT = {"s": "second", "sec": "second", "m": "minute", "min": "minute", "h": "hour", "hr": "hour", "d": "day"}
+_SHORT_UNIT = re.compile(r"(?<=[\s/\d])(s|secs?|m|mins?|h|hrs?|d)(?=\s*(?:[,;|]|$))", re.IGNORECASE)
 _ZERO_MULTIPLE = re.compile(r"(?:/|\bper\b)\s*0+(?!\d)", re.IGNORECASE)
 
 
@@ -46,7 +49,7 @@ def read_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
     if _ZERO_MULTIPLE.search(notation):
         raise ValueError("a window of 0 is no limit")
     try:
-        items = parse_many(notation)
+        items = parse_many(_SHORT_UNIT.sub(_in_full, notation))
     except ValueError:
         raise ValueError("not in the notation '<quota>/<window>', joined by ';'") from None
     found = tuple(Limit(item.amount, item.get_expiry()) for item in items)
@@ -58,6 +61,11 @@ def read_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
     if len({limit.window for limit in found}) < len(found):
         raise ValueError("two limits have the same window; keep the smaller one")
     return found
+
+
+def _in_full(unit: re.Match[str]) -> str:
+    short = unit[1].lower()
+    return _SHORT.get(short) or _SHORT[short.removesuffix("s")]
 
 
 @lru_cache(maxsize=1024)

@@ -22,11 +22,17 @@ from redis_asgi.notation import MAX_QUOTA, MAX_WINDOW, Limit, parse_limits, read
         ("1000/hour;20/second", [(1000, 3600), (20, 1)]),
         ("20/second, 1000/hour", [(20, 1), (1000, 3600)]),
         ("10/MINUTE", [(10, 60)]),
+        ("10/s", [(10, 1)]),
+        ("5/30s", [(5, 30)]),
+        ("5/30 secs", [(5, 30)]),
+        ("100/min", [(100, 60)]),
+        ("5 per M; 7/2 mins", [(5, 60), (7, 120)]),
+        ("3/2h, 10/hr|20/d", [(3, 7200), (10, 3600), (20, 86400)]),
         (f"{MAX_QUOTA}/{MAX_WINDOW} seconds", [(MAX_QUOTA, MAX_WINDOW)]),
     ],
 )
 def test_notation_is_read_in_the_order_written(notation: str, expected: list[tuple[int, int]]) -> None:
-    """The notation of ``limits`` means quota and whole seconds."""
+    """The notation of ``limits``, and its usual short forms, mean quota and whole seconds."""
     assert expected == [(limit.quota, limit.window) for limit in read_limits(notation)]
 
 
@@ -39,6 +45,10 @@ def test_notation_is_read_in_the_order_written(notation: str, expected: list[tup
         ("-1/second", "not in the notation"),
         ("1.5/second", "not in the notation"),
         ("10/fortnight", "not in the notation"),
+        ("10/ms", "not in the notation"),
+        ("10 s", "not in the notation"),
+        ("10/second s", "not in the notation"),
+        ("10/0s", "window of 0"),
         ("0/second", "quota 0"),
         (f"{MAX_QUOTA + 1}/second", "quota 1000000001"),
         ("10/0 seconds", "window of 0"),
