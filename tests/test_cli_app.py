@@ -360,6 +360,8 @@ def test_flush_of_an_app_that_caches_nothing_outside(invoke: Invoke, tmp_path: P
     (tmp_path / "cached.py").write_text(CACHED.format(url="redis://127.0.0.1:1"))
     without = invoke("flush", "bge-m3", "--app", "shop:app")
     within = invoke("flush", "bge-m3", "--app", "cached:in_memory")
+    (checked,) = json.loads(invoke("check", "--app", "cached:in_memory", "--json").stdout)["findings"]
 
     assert (2, True) == (without.exit_code, "has no EmbeddingCacheMiddleware" in without.stderr)
     assert (2, True) == (within.exit_code, "keeps everything in the app's process" in within.stderr)
+    assert ("warn", "vectors: kept in the app's process (memory://)") == (checked["level"], checked["text"])
