@@ -16,84 +16,21 @@ exceptions.
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-from typing import Any, Protocol, TypeAlias
+from itertools import count
+from random import getrandbits
+from typing import Protocol
 
 from ..breaker import Breaker
-from ..errors import Failure, OddReply, classify_reply
+from ..errors import Failure
 from ..telemetry import telemetry
-from .policy import Charges
-from .strategies import VALUES_PER_COUNTER, Mode, Reply
+from .check import Batch, Check, by_slot, resolve, split_late, still_waiting
+from .script import Call
 
-Outcome: TypeAlias = Reply | Failure
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 # One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
 MAX_IN_FLIGHT = 10
 A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
-
-
-class Check:
-    """One request's question. Its deadline runs from its arrival.
-
-    Args:
-        read: Makes what the waiter is given of the outcome; ``None`` = the outcome itself. It runs for a whole batch in
-            one go, where the same few lines stay in the processor's caches: for each request by itself, between system
-            calls, they take twice as long.
-    """
-
-    __slots__ = ("charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        mode: Mode,
-        charges: Charges,
-        timeout: float,
-        receipts: Sequence[int] = (),
-        read: "Callable[[Check, Outcome], object] | None" = None,
-    ) -> None:
-        self.mode = mode
-        self.charges = charges
-        self.receipts = receipts
-        self.timeout = timeout
-        self.deadline = loop.time() + timeout
-        self.written = 0.0  # when its batch was about to be written, on the loop's clock
-        self.read = read
-        self.future: asyncio.Future[Any] = loop.create_future()
-
-    def answer(self, outcome: Outcome) -> None:
-        """Give *outcome* to who waits, if anybody still does."""
-        if not self.future.done():
-            try:
-                self.future.set_result(outcome if self.read is None else self.read(self, outcome))
-            except Exception as error:
-                # A defect of ours is its own request's, not its neighbours'.
-                self.future.set_exception(error)
-
-    @property
-    def left(self) -> float:
-        """Seconds that it had left for its trip when its batch was written."""
-        return self.deadline - self.written
-
-    def waited(self) -> float:
-        """Seconds since its arrival."""
-        return self.future.get_loop().time() - self.deadline + self.timeout
-
-
-class Batch:
-    """Checks that are sent together; from here on their command may run whatever happens."""
-
-    __slots__ = ("calls", "checks", "is_told", "limit", "worst", "written")
-
-    def __init__(self, checks: list[Check], written: float, limit: float) -> None:
-        self.checks = checks
-        self.written = written  # on the loop's clock
-        self.limit = limit  # when its connection is dropped
-        self.is_told = False  # whether the breaker has heard how it went
-        self.calls = 1  # commands that are not answered yet
-        self.worst: Failure | None = None  # of those that are
 
 
 class Apart(Protocol):
@@ -139,17 +76,14 @@ class Wire(Protocol):
 class Batcher:
     """The queue and the batches in flight of one server.
 
-    Args:
-        clock: The script's time in us, for tests; ``None`` = Redis's own.
-
     Attributes:
         apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
     """
 
-    def __init__(self, wire: Wire, breaker: Breaker, *, clock: int | None = None) -> None:
+    def __init__(self, wire: Wire, breaker: Breaker) -> None:
         self.apart: Apart | None = None
         self.loop = asyncio.get_running_loop()
-        self.clock = clock
+        self._numbers = count(getrandbits(40))  # of another process on the way to one server: other numbers
         self.closed = False
         self._wire = wire
         self.breaker = breaker
@@ -302,12 +236,11 @@ class Batcher:
         for check in checks:
             self.submit(check, is_admitted=True)
 
-    def groups(self, checks: list[Check]) -> list[list[Check]]:
-        """*checks* by what may go in one command: all of them, unless partitions are kept apart."""
-        if self.apart is None or not self.apart.now:
-            return [checks]
-        checks.sort(key=slot_key)
-        return [list(group) for _, group in groupby(checks, slot_key)]
+    def calls(self, checks: list[Check], *, apart: bool = False) -> list[Call]:
+        """The commands for *checks*: one for all of them, unless partitions are kept apart."""
+        apart = apart or (self.apart is not None and self.apart.now)
+        groups = by_slot(checks) if apart else [checks]
+        return [Call(group, next(self._numbers)) for group in groups]
 
     def lost(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
@@ -364,7 +297,7 @@ class Batcher:
         self._timer, self._armed_for = None, math.inf
         self._wire.read()
         now = self.loop.time()
-        late, rest = _split(self._waiting, now)
+        late, rest = split_late(self._waiting, now)
         self._wait_on(rest)
         # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
         if late and not self._sent and self.breaker.state == "closed":
@@ -372,7 +305,7 @@ class Batcher:
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
-            late, rest = _split(batch.checks, now)
+            late, rest = split_late(batch.checks, now)
             late = still_waiting(late)
             # Of one that waited for long before it was written, for a connection far away, only the limit tells.
             if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
@@ -385,75 +318,3 @@ class Batcher:
                 deadlines.append(batch.limit)
         if deadlines:
             self._arm(min(deadlines))
-
-
-def _split(checks: Iterable[Check], now: float) -> tuple[list[Check], list[Check]]:
-    late: list[Check] = []
-    rest: list[Check] = []
-    for check in checks:
-        (late if check.deadline <= now else rest).append(check)
-    return late, rest
-
-
-def slot_key(check: Check) -> bytes:
-    """The key that says which slot, and so which node, a check of one partition belongs to."""
-    return check.charges[0].partition.key
-
-
-def spans_slots(checks: Iterable[Check]) -> bool:
-    """Whether a command for *checks* has keys of more than one partition."""
-    return len({charge.partition.key for check in checks for charge in check.charges}) > 1
-
-
-def graver(one: Failure | None, other: Failure | None) -> Failure | None:
-    """Of what went wrong with two commands of a batch, what is to be told of it: a `Failure.REPLY` says least."""
-    return other if one is None or (one is Failure.REPLY and other is not None) else one
-
-
-def still_waiting(checks: Iterable[Check]) -> list[Check]:
-    """Those of *checks* that somebody waits for, or that nobody ever did: what is settled after a response."""
-    return [check for check in checks if not check.future.done()]
-
-
-def resolve(checks: Iterable[Check], outcome: Outcome) -> None:
-    """Give *outcome* to everyone of *checks* who still waits."""
-    for check in checks:
-        check.answer(outcome)
-
-
-def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
-    """Cut the script's flat *reply* into one outcome per check; an odd key costs its own request only.
-
-    Returns:
-        Why some have no verdict, the gravest reason; ``None`` when all have one.
-
-    Raises:
-        OddReply: If it is no reply to them; whoever has no outcome yet still waits then.
-    """
-    try:
-        return _distribute(checks, reply)
-    except (TypeError, LookupError):
-        raise OddReply("The reply is not one to these checks.") from None
-
-
-def _distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
-    at = 0
-    worst: Failure | None = None
-    for check in checks:
-        outcome: Outcome
-        if reply[at] == -1:
-            message = reply[at + 1]
-            outcome = classify_reply(message.decode() if isinstance(message, bytes) else str(message))
-            at += 2
-            worst = graver(worst, outcome)
-        else:
-            end = at + 1 + VALUES_PER_COUNTER * check.charges.counters
-            outcome = reply[at:end]
-            at = end
-            sum(outcome)  # of anything but numbers a TypeError
-            if at > len(reply):
-                break
-        check.answer(outcome)
-    if at != len(reply):
-        raise LookupError
-    return worst

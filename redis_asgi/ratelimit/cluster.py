@@ -6,7 +6,8 @@ import redis.asyncio as aioredis
 
 from ..client import Client, Turnstile
 from ..connection import RedisManager
-from .batch import Batcher, Check, Wire, slot_key
+from .batch import Batcher, Wire
+from .check import Check, slot_key
 from .line import LineWire
 from .parts import ApartWhereAsked, Parts
 from .wires import NodeWire, PoolWire, TableWire
@@ -15,11 +16,10 @@ from .wires import NodeWire, PoolWire, TableWire
 class ClusterBatcher:
     """One `Batcher` per node, so that a dead node degrades only its own partitions; `Parts` are asked at several."""
 
-    def __init__(self, manager: RedisManager, client: aioredis.RedisCluster, *, clock: int | None = None) -> None:
+    def __init__(self, manager: RedisManager, client: aioredis.RedisCluster) -> None:
         self.loop = asyncio.get_running_loop()
         self._manager = manager
         self._client = client
-        self._clock = clock
         self.closed = False
         self.breaker = None  # each node has one of its own, and where a check goes is found out for each
         self._batchers: dict[str, Batcher] = {}
@@ -56,7 +56,7 @@ class ClusterBatcher:
         batcher = self._batchers.get(name)
         if batcher is None:
             wire = NodeWire(self._client, name) if name else TableWire(self._client, self._submit)
-            batcher = self._batchers[name] = Batcher(wire, self._manager.breaker(name), clock=self._clock)
+            batcher = self._batchers[name] = Batcher(wire, self._manager.breaker(name))
         return batcher
 
 

@@ -7,8 +7,8 @@ from ..errors import Failure
 from ..settings import OnRedisError
 from ..telemetry import telemetry
 from ..tracing import annotate_span, may_be_traced
-from .policy import Charge, Charges
-from .strategies import VALUES_PER_COUNTER, Reply
+from .policy import Charge, Charges, policies_of
+from .reply import Reply, numbers_of
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -65,12 +65,9 @@ class Counts:
                 admission = self._admissions[charges.names] = tuple(self._bound(name)[0] for name in charges.names)
             self._note(admission)
             return
-        at = 1
-        for charge in charges:
-            for policy in charge.policies.policies:
-                bound = self._bound(charge.label or policy.name)
-                self._note(bound[0 if reply[at] else 2 if policy.shadow else 1])
-                at += VALUES_PER_COUNTER
+        labels = zip(charges.names, policies_of(charges), numbers_of(reply), strict=True)
+        for name, policy, numbers in labels:
+            self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
     def known(self, charge: Charge, policy: str) -> None:
         """Count a refusal by *policy* that was known without asking."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .policy import MICROSECONDS, Charge, Policy
-from .strategies import VALUES_PER_COUNTER, Reply
+from .policy import MICROSECONDS, Charge, Policy, policies_of
+from .reply import Reply, numbers_of
 
 Source: TypeAlias = Literal["redis", "memory", "local", "none"]
 
@@ -79,15 +79,11 @@ def read_reply(charges: Sequence[Charge], reply: Reply, source: Source) -> Decis
     """The decision in a strategy's reply to *charges*."""
     states = []
     violated = []
-    at = 1
-    for charge in charges:
-        for policy in charge.policies:
-            fits, *numbers, _ = reply[at : at + VALUES_PER_COUNTER]
-            at += VALUES_PER_COUNTER
-            state = policy_state(policy, *numbers)
-            states.append(state)
-            if not fits and not policy.shadow:
-                violated.append(state)
+    for policy, numbers in zip(policies_of(charges), numbers_of(reply), strict=True):
+        state = policy_state(policy, numbers.remaining, numbers.reset, numbers.retry)
+        states.append(state)
+        if not numbers.fits and not policy.shadow:
+            violated.append(state)
     if reply[0]:
         return Decision(True, source, None, tuple(states))
     return refusal_of(tuple(states), violated, source)

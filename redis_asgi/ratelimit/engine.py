@@ -8,137 +8,30 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ..connection import PROCESS, RedisManager
 from ..errors import Failure, OddReply, classify
-from ..settings import HeaderStyle, OnRedisError, Settings
+from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
-from .batch import Batcher, Check, Outcome
+from .batch import Batcher
+from .check import Check, Outcome
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
-from .decision import Decision, Source, policy_state, read_reply, refusal_of
-from .headers import Fields, limit_fields, reply_fields
+from .decision import Decision, Source
 from .local import LocalEngine
-from .policy import MICROSECONDS, Charge, Charges, Partition, PolicySet, log_key
-from .refusals import Refusal, RefusalMemory
-from .strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
+from .policy import Charge, Charges, Partition, PolicySet, log_key
+from .refusals import RefusalMemory
+from .reply import Reply
+from .strategies import Mode
+from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What a client is told when Redis is needed and gone.
 CLOSED_RETRY_AFTER = 1.0
-
-
-class Verdict:
-    """An engine's answer: whether the request is admitted, and on demand everything else about it.
-
-    Attributes:
-        allowed: Whether the request is admitted.
-        engine: Who answered.
-        charges: What the answer is about; fewer than were asked when some rules fail open.
-        source: Who decided.
-        reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
-        known: The remembered refusals that answered, and when (monotonic seconds).
-        is_counted: Whether the request that it is about was counted.
-        is_over: Whether that request's charges are settled.
-    """
-
-    __slots__ = (
-        "_decision",
-        "_fields",
-        "allowed",
-        "at",
-        "charges",
-        "engine",
-        "is_counted",
-        "is_over",
-        "known",
-        "reply",
-        "source",
-    )
-
-    def __init__(
-        self,
-        engine: "Engine",
-        charges: Charges,
-        source: Source,
-        reply: Reply | None = None,
-        *,
-        decision: Decision | None = None,
-        known: Sequence[tuple[Charge, Refusal]] = (),
-        at: float = 0.0,
-    ) -> None:
-        self.engine = engine
-        self.charges = charges
-        self.source: Source = source
-        self.reply = reply
-        self.known = known
-        self.at = at
-        self.is_counted = self.is_over = False
-        self._decision = decision
-        self._fields: Fields | None = None
-        if reply is not None:
-            self.allowed = reply[0] == 1
-            if engine.style == "ietf" and len(charges.each) == 1:
-                self._fields = reply_fields(charges.each[0].policies, reply)
-        else:
-            self.allowed = not known and (decision is None or decision.allowed)
-
-    def fields(self, style: HeaderStyle) -> Fields:
-        """The header fields of the answer. Do not change the list."""
-        if style == "ietf" and self._fields is not None:
-            return self._fields
-        return limit_fields(self.decision, style) if style != "none" else []
-
-    def count(self) -> None:
-        """Count the request, once, as what it says of it."""
-        if not self.is_counted:
-            self.is_counted = True
-            outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
-            self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
-
-    @property
-    def decision(self) -> Decision:
-        """The answer in full; read from the numbers when first asked for."""
-        if self._decision is None:
-            if self.reply is not None:
-                self._decision = read_reply(self.charges, self.reply, self.source)
-            else:
-                states = tuple(
-                    policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
-                    for charge, refusal in self.known
-                )
-                self._decision = refusal_of(states, states, self.source)
-        return self._decision
-
-    @property
-    def taken(self) -> list[int]:
-        """The units that were charged, one per policy of the charges."""
-        if self.reply is None or not self.allowed:
-            return [0] * self.charges.counters
-        fits = iter(self.reply[1::VALUES_PER_COUNTER])
-        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies]
-
-    def show(self, back: Sequence[int]) -> None:
-        """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
-        reply = list(self.reply or ())
-        policies = [policy for charge in self.charges for policy in charge.policies]
-        for i, (policy, units) in enumerate(zip(policies, back, strict=True)):
-            remaining, reset, retry = (1 + VALUES_PER_COUNTER * i + n for n in (1, 2, 3))
-            if units:
-                reply[remaining] = min(policy.quota, reply[remaining] + units)
-                reply[retry] = 0
-                if policy.strategy == "gcra":
-                    reply[reset] = max(0, reply[reset] - units * policy.window * MICROSECONDS // policy.quota)
-        self.reply, self._decision, self._fields = reply, None, None
-
-    @property
-    def receipts(self) -> list[int]:
-        """One per policy of the charges, for giving back: negative where nothing was charged."""
-        return charged_receipts(self.reply) if self.reply is not None and self.allowed else []
 
 
 class Engine:
@@ -147,9 +40,13 @@ class Engine:
     Args:
         timeout: The most a check waits for Redis, in seconds.
         settings: What its limits are configured by; ``None`` = the manager's.
-        style: How what it decides is put into header fields; ``None`` = the settings'.
+        prepare: Is given each verdict that was counted, for what its answer will need of it. For a whole batch it runs
+            in one go, where the same few lines stay in the processor's caches.
         names_are_fixed: Whether the names of its policies are known before the first request; only then each policy's
             decisions are counted.
+
+    Attributes:
+        plans: What its owner keeps with it.
     """
 
     def __init__(
@@ -158,14 +55,15 @@ class Engine:
         *,
         timeout: float,
         settings: Settings | None = None,
-        style: HeaderStyle | None = None,
+        prepare: Callable[[Verdict], None] | None = None,
         names_are_fixed: bool = True,
     ) -> None:
         self.manager = manager
         self.counts = Counts()
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
-        self.style: HeaderStyle = style or self.settings.RATE_LIMIT_HEADERS
+        self._prepare = prepare
+        self.plans: Any = None
         self._timeout = timeout
         self._has_redis = manager.has_redis
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
@@ -230,7 +128,10 @@ class Engine:
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
         if self._names_are_fixed and mode == "consume":
             self.counts.decided(charges, reply)
-        return Verdict(self, charges, source, reply)
+        verdict = Verdict(self, charges, source, reply)
+        if self._prepare is not None:
+            self._prepare(verdict)
+        return verdict
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
         """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.
@@ -357,7 +258,7 @@ class Engine:
 
     def _without_redis(self, charges: Charges, mode: Mode, reason: Failure) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
-        answers = {charge.on_redis_error for charge in charges if charge.policies.shown}
+        answers = {charge.on_redis_error for charge in charges if charge.policies.enforces}
         local = charges
         if any(charge.on_redis_error != "local" for charge in charges):
             local = Charges(charge for charge in charges if charge.on_redis_error == "local")

@@ -16,7 +16,8 @@ from starlette.types import Message
 from ..settings import HeaderStyle
 from .decision import Decision, PolicyState, policy_state, refusal_of
 from .policy import MICROSECONDS, Policy, PolicySet
-from .strategies import VALUES_PER_COUNTER, Reply
+from .reply import place_of
+from .verdict import Verdict
 
 Fields: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -29,40 +30,76 @@ def whole_seconds(seconds: float) -> int:
     return max(1, math.ceil(seconds))
 
 
-def ietf_fields(states: Iterable[PolicyState]) -> Fields:
-    """``RateLimit-Policy`` and ``RateLimit``, a member per policy (draft-11, sections 3 and 4)."""
-    policies = []
-    limits = []
-    for state in states:
-        reset, retry = state.reset * MICROSECONDS, (state.retry_after or 0.0) * MICROSECONDS
-        t = effective_window(state.strategy, state.window, state.remaining, round(reset), round(retry))
-        policies.append(f'"{state.name}";q={state.quota};w={state.window}'.encode())
-        limits.append(f'"{state.name}";r={state.remaining};t={t}'.encode())
-    return [(b"ratelimit-policy", b", ".join(policies)), (b"ratelimit", b", ".join(limits))] if policies else []
+class Members:
+    """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of, a member each (draft-11, sections 3 and 4).
 
-
-def effective_window(strategy: str, window: int, remaining: int, reset: int, retry: int) -> int:
-    """The draft's ``t``: seconds within which no more than the *remaining* units can be used.
-
-    To a fixed window's end; for the others until more is admitted when nothing is left, else the window. *reset* and
-    *retry* are in us; 0 is "now", less is "never".
+    Args:
+        policies: Each with its place among the numbers: remaining, and reset and retry in us, where 0 is "now", and
+            less is "never". Shadows are left out. Names need no escapes in a structured-field string.
     """
-    left = reset if strategy == "fixed-window" else 0 if remaining else retry
-    return -(-left // MICROSECONDS) if left > 0 else window
+
+    __slots__ = ("_policies", "_shown", "_template")
+
+    def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
+        shown = [(place, policy) for place, policy in policies if not policy.shadow]
+        self._policies = ", ".join(
+            f'"{policy.name}";q={policy.quota};w={policy.window}' for _, policy in shown
+        ).encode()
+        self._template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in shown).encode()
+        self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
+
+    def fields(self, numbers: Sequence[int]) -> Fields:
+        """The fields that say *numbers*; none when all policies are shadows.
+
+        The draft's ``t`` is the seconds within which no more than the remaining units can be used: to a fixed window's
+        end; for the others until more is admitted when nothing is left, else the window.
+        """
+        values: list[int] = []
+        for place, is_fixed, window in self._shown:
+            remaining, reset, retry = numbers[place]
+            left = reset if is_fixed else 0 if remaining else retry
+            values.append(remaining)
+            values.append(-(-left // MICROSECONDS) if left > 0 else window)
+        if not values:
+            return []
+        return [(b"ratelimit-policy", self._policies), (b"ratelimit", self._template % tuple(values))]
 
 
-def reply_fields(policies: PolicySet, reply: Reply) -> Fields:
-    """`ietf_fields` straight from a strategy's numbers: what nearly every admitted response gets, so in one piece."""
-    values: list[int] = []
-    for i, fixed, window in policies.shown:
-        at = VALUES_PER_COUNTER * i + 2
-        remaining = reply[at]
-        left = reply[at + 1] if fixed else 0 if remaining else reply[at + 2]
-        values.append(remaining)
-        values.append(-(-left // MICROSECONDS) if left > 0 else window)
-    if not values:
-        return []
-    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % tuple(values))]
+def ietf_fields(states: Sequence[PolicyState]) -> Fields:
+    """``RateLimit-Policy`` and ``RateLimit`` of what a decision says."""
+    numbers: list[int] = []
+    for state in states:
+        numbers += (
+            state.remaining,
+            round(state.reset * MICROSECONDS),
+            round((state.retry_after or 0.0) * MICROSECONDS),
+        )
+    return Members((slice(3 * i, 3 * i + 3), state) for i, state in enumerate(states)).fields(numbers)
+
+
+@lru_cache(maxsize=4096)
+def _members(sets: tuple[PolicySet, ...]) -> Members:
+    policies = (policy for policies in sets for policy in policies)
+    return Members((place_of(i), policy) for i, policy in enumerate(policies))
+
+
+def prepare(verdict: Verdict) -> None:
+    """Keep the fields that nearly every admitted response gets with a *verdict* that was counted."""
+    charges = verdict.charges
+    members: Members | None = charges.prepared
+    if members is None:
+        members = charges.prepared = _members(tuple(charge.policies for charge in charges.each))
+    verdict.prepared = members.fields(verdict.reply or ())
+
+
+def verdict_fields(verdict: Verdict, style: HeaderStyle) -> Fields:
+    """The header fields of an answer in the configured style. Do not change the list."""
+    if style != "ietf" or verdict.reply is None:
+        return limit_fields(verdict.decision, style)
+    if verdict.prepared is None:
+        prepare(verdict)
+    fields: Fields = verdict.prepared
+    return fields
 
 
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from ..keys import digest, partition_key
 from ..settings import OnRedisError, StrategyName
+from .reply import size_of
 
 # Part of every field's name, so that a new layout never reads an old one's numbers.
 LAYOUT = 1
@@ -33,7 +34,6 @@ class Policy:
         window: Seconds, whole.
         shadow: Counted and reported, but never refuses.
         field: Its field in the partition's hash.
-        member: Its member of ``RateLimit-Policy``. Names need no escapes in a structured-field string.
     """
 
     name: str
@@ -42,10 +42,8 @@ class Policy:
     strategy: StrategyName = "fixed-window"
     shadow: bool = False
     field: bytes = attribute(init=False, repr=False, compare=False)
-    member: bytes = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "member", f'"{self.name}";q={self.quota};w={self.window}'.encode())
         name = f"{self.name}:{_LETTERS[self.strategy]}{self.window}:{LAYOUT}"
         object.__setattr__(self, "field", name.encode())
 
@@ -58,18 +56,14 @@ class PolicySet:
         spec: What the script is told about them.
         wire: The same as it goes over the wire.
         logs: The fields of those that keep a log beside the hash.
-        members: What of them ``RateLimit-Policy`` shows; empty when all are shadows.
-        template: The same of ``RateLimit``, to be filled with the remaining units and the effective window of each.
-        shown: Those that are shown: position, whether its window is fixed, its window.
+        enforces: Whether one of them may refuse.
     """
 
     policies: tuple[Policy, ...]
     spec: bytes = attribute(init=False, repr=False, compare=False)
     wire: bytes = attribute(init=False, repr=False, compare=False)
     logs: tuple[bytes, ...] = attribute(init=False, repr=False, compare=False)
-    members: bytes = attribute(init=False, repr=False, compare=False)
-    template: bytes = attribute(init=False, repr=False, compare=False)
-    shown: tuple[tuple[int, bool, int], ...] = attribute(init=False, repr=False, compare=False)
+    enforces: bool = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lines = (
@@ -80,12 +74,7 @@ class PolicySet:
         object.__setattr__(self, "wire", bulk(self.spec))
         logs = tuple(policy.field for policy in self.policies if policy.strategy == "moving-window")
         object.__setattr__(self, "logs", logs)
-        enforcing = [(i, policy) for i, policy in enumerate(self.policies) if not policy.shadow]
-        object.__setattr__(self, "members", b", ".join(policy.member for _, policy in enforcing))
-        template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in enforcing)
-        object.__setattr__(self, "template", template.encode())
-        shown = tuple((i, policy.strategy == "fixed-window", policy.window) for i, policy in enforcing)
-        object.__setattr__(self, "shown", shown)
+        object.__setattr__(self, "enforces", not all(policy.shadow for policy in self.policies))
 
     def __iter__(self) -> Iterator[Policy]:
         return iter(self.policies)
@@ -150,6 +139,7 @@ class Charge:
         count_if: Given the response's status, whether the charge stays.
         label: What its policies are counted as, where their names are not known before the request.
         unread: The body that could not be priced: it takes what remains of the smallest quota.
+        price: What says the cost, where that is not known before the request; *cost* is 0 until it has been asked.
     """
 
     policies: PolicySet
@@ -159,6 +149,7 @@ class Charge:
     count_if: Callable[[int], bool] | None = None
     label: str | None = None
     unread: Unread | None = None
+    price: Callable[..., Any] | None = None
 
     def taken(self, fits: int) -> int:
         """The units that a policy was charged which replied that it *fits*."""
@@ -175,12 +166,16 @@ class Charges(Sequence[Charge]):
         counters: How many counters they touch.
         keys: Their keys as they go over the wire.
         key_count: How many those are.
-        terms: Their policies and costs as they go over the wire.
+        terms: Their number, policies and costs as they go over the wire.
         consume: The whole question about them, likewise, in the one mode that is asked often.
         names: What each counter's decisions are counted as.
+        words: How many arguments the question is.
+        reply_size: How many numbers the answer is.
         enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         wait_and_see: Whether the response's status decides if they stay.
         unread: Whether one of them holds what remains, for a body that could not be read.
+        is_priced: Whether the cost of one of them is still to be asked for.
+        prepared: What the engine's owner keeps with them for its answers.
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
@@ -190,13 +185,17 @@ class Charges(Sequence[Charge]):
         "counters",
         "each",
         "enforce",
+        "is_priced",
         "key_count",
         "keys",
         "known",
         "names",
+        "prepared",
+        "reply_size",
         "terms",
         "unread",
         "wait_and_see",
+        "words",
     )
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
@@ -215,15 +214,19 @@ class Charges(Sequence[Charge]):
             terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
+        self.words = 2 + 2 * len(each)
+        self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self.terms = b"".join(terms)
-        self.consume = bulk(b"consume") + bulk(b"%d" % len(each)) + self.terms
+        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
+        self.consume = bulk(b"consume") + self.terms
         self.names = tuple(names)
-        self.enforce = all(len(charge.policies.shown) == len(charge.policies.policies) for charge in each)
+        self.enforce = not any(policy.shadow for policy in policies_of(each))
         self.wait_and_see = any(charge.count_if is not None for charge in each)
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self.is_priced = any(charge.price is not None for charge in each)
+        self.prepared: Any = None
         self.known: Any = None
 
     @property
@@ -252,3 +255,8 @@ class Charges(Sequence[Charge]):
 def log_key(partition: bytes, field: bytes) -> bytes:
     """The list beside a partition's hash that holds one moving window's stamps."""
     return partition + b":" + field
+
+
+def policies_of(charges: Iterable[Charge]) -> list[Policy]:
+    """The policy of every counter of *charges*, in the order in which a reply tells of them."""
+    return [policy for charge in charges for policy in charge.policies.policies]

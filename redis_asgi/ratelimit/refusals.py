@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..settings import HeaderStyle, Settings
 from .policy import MICROSECONDS, Charge, Charges, Policy
-from .strategies import VALUES_PER_COUNTER, Reply
+from .reply import Reply, numbers_of
 
 # A refund or reset in another process is seen this much later at most (s).
 LONGEST = 1.0
@@ -126,25 +126,22 @@ class RefusalMemory:
 
     def remember(self, charges: Charges, reply: Reply, at: float) -> None:
         """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""
-        position = 1
+        asked = ((charge, policy) for charge in charges for policy in charge.policies.policies)
         with self._lock:
-            for charge in charges:
-                for policy in charge.policies.policies:
-                    fits, remaining, reset, retry, _ = reply[position : position + VALUES_PER_COUNTER]
-                    position += VALUES_PER_COUNTER
-                    if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
-                        continue
-                    until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
-                    held = self.partitions.setdefault(charge.partition.key, {})
-                    before = held.get(policy.field)
-                    if before is None or before.until < until or not before.answers(charge.cost):
-                        if before is not None:
-                            before.until = 0.0
-                        new = Refusal(policy, charge.cost, at, until, remaining, reset, retry, charges.limits)
-                        held[policy.field] = new
-                        for each in held.values() if len(held) > 1 else ():
-                            each.alone = False
-                    self.partitions.move_to_end(charge.partition.key)
+            for (charge, policy), (fits, remaining, reset, retry, _) in zip(asked, numbers_of(reply), strict=True):
+                if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
+                    continue
+                until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
+                held = self.partitions.setdefault(charge.partition.key, {})
+                before = held.get(policy.field)
+                if before is None or before.until < until or not before.answers(charge.cost):
+                    if before is not None:
+                        before.until = 0.0
+                    new = Refusal(policy, charge.cost, at, until, remaining, reset, retry, charges.limits)
+                    held[policy.field] = new
+                    for each in held.values() if len(held) > 1 else ():
+                        each.alone = False
+                self.partitions.move_to_end(charge.partition.key)
             while len(self.partitions) > self._size:
                 _end(self.partitions.popitem(last=False)[1])
 

@@ -5,8 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Any, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeAlias, TypeVar, cast
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
@@ -19,24 +18,21 @@ from ..event_loop import running_loop
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from . import headers
+from .compiled import CompiledRule
 from .endpoints import calls_of, dependant_of, endpoint_name
-from .engine import Engine, Verdict
+from .engine import Engine
 from .exceeded import RateLimitExceeded
-from .ledger import (
-    STANDBY,
-    Ledger,
-    RequestDecision,
-    Standby,
-    check_names,
-    decision_of,
-    is_over,
-    keep_decision,
-)
-from .partition import MissingIdentity, PartitionBy
+from .limited_response import decision_fields
+from .partition import ADDRESSING, MissingIdentity, PartitionBy
+from .plan import PlanCache
 from .policies import fit_name
 from .policy import Charge, Charges
+from .pricing import priced
+from .recent import Recent
+from .request_decision import STANDBY, STYLE, RequestDecision, Standby, check_names, decision_of, is_over, keep_decision
 from .responses import POLICY_VIOLATION, can_respond
-from .rules import CompiledRule, Limits, Rule, check_cost
+from .rules import Cost, Limits, Rule, check_cost
+from .verdict import Verdict
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,24 +90,22 @@ class RateLimit:
             limits,
             name=name,
             partition_by=partition_by,
-            cost=1 if callable(cost) else cost,
+            cost=cast("Cost", cost),  # on a route it is given what the others are
             strategy=strategy,
             on_redis_error=on_redis_error,
             shadow=shadow,
         )
-        self._cost = cost
         self._redis = redis
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
-        self._compiled: WeakKeyDictionary[Engine, dict[tuple[str, int], CompiledRule]] = WeakKeyDictionary()
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
         decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))
-        if decision is not None and decision.ledger.immediate:
-            for key, value in _fields(decision).items():
+        if decision is not None and decision.immediate:
+            for key, value in _fields(decision, conn.scope).items():
                 response.headers[key] = value
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
@@ -145,61 +139,42 @@ class RateLimit:
             known = self._neighbours[id(dependant)] = dependant, tuple(ours.items())
         return known[1]
 
-    async def ask(self, conn: HTTPConnection, endpoint: object, place: int) -> tuple[Engine, Charge | None]:
-        """What a request to *endpoint* is to be charged, and who decides that; ``None``: this limit does not apply.
-
-        Args:
-            place: Its place among the limits of the endpoint.
-
-        Raises:
-            MissingIdentity: The identity is missing and must not be.
-        """
-        engine = self._engine_for(conn.scope, decision_of(conn.scope))
-        return engine, await self._charge(self._compile(engine, self.name_at(endpoint), place), conn)
-
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
 
-    def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
+    def engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
+        """Who decides this limit for a request, about which there may be a *decision* already."""
         if self._redis is None and self._settings is None:
             if decision is not None:
-                return decision.ledger.verdicts[0].engine
+                return decision.first.engine
             standby: Standby | None = scope.get(STANDBY)
             if standby is not None:
                 return standby.engine
         if self._engine is None:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings
-            self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
+            prepare = headers.prepare if settings.RATE_LIMIT_HEADERS == "ietf" else None
+            self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings, prepare=prepare)
+            self._engine.plans = PlanCache()
         return self._engine
 
-    def _compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
-        rules = self._compiled.setdefault(engine, {})
-        rule = rules.get((name, place))
-        if rule is None:
-            settings = engine.settings
-            # A counter whose quota a callable changes must stay the same one.
-            ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
-            rule = rules[name, place] = CompiledRule(
-                self._rule,
-                settings,
-                Addressing(settings),
-                name=fit_name(name),
-                named=(name, ending + "-{window}s") if self._rule.name is None else None,
-                strategy=settings.RATE_LIMIT_STRATEGY,
-                on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
-            )
-            engine.manager.fails_closed |= rule.on_redis_error == "closed"
+    def compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
+        """Its rule in front of an endpoint where it is called *name*, as the limit that has this *place* there."""
+        settings = engine.settings
+        # A counter whose quota a callable changes must stay the same one.
+        ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
+        rule = CompiledRule(
+            self._rule,
+            settings,
+            Addressing(settings),
+            name=fit_name(name),
+            named=(name, ending + "-{window}s") if self._rule.name is None else None,
+            strategy=settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
+        )
+        engine.manager.fails_closed |= rule.on_redis_error == "closed"
         return rule
-
-    async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
-        found = await rule.ask(conn)
-        if found is None:
-            return None
-        policies, partition = found
-        cost = self._cost(conn) if callable(self._cost) else self._cost
-        return rule.charge(policies, partition, check_cost(await cost if isawaitable(cost) else cost))
 
 
 # A limit, and its place among those of an endpoint.
@@ -209,36 +184,62 @@ Placed: TypeAlias = tuple[RateLimit, int]
 async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
     """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
     running_loop()
-    decision = decision_of(conn.scope)
-    asked = _asked(conn.scope)
-    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Charge]]] = {}
-    try:
-        for limit, place in limits:
-            this = limit, limit.name_at(endpoint)
-            if this in asked:
-                continue
+    scope = conn.scope
+    decision = decision_of(scope)
+    asked = _asked(scope)
+    groups: dict[tuple[RedisManager, int], tuple[Engine, list[CompiledRule]]] = {}
+    for limit, place in limits:
+        this = limit, limit.name_at(endpoint)
+        if this not in asked:
             asked.add(this)
-            engine, charge = await limit.ask(conn, endpoint, place)
-            if charge is None:
-                continue
-            _, beside = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
-            # The very same limit is charged once.
-            if not _is_known(charge, engine, decision, beside):
-                beside.append(charge)
+            engine = limit.engine_for(scope, decision)
+            engine, rules = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
+            rules.append(_rule(engine, (limit, this[1], place)))
+    try:
+        found = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-    check_names(decision, itertools.chain(*(charges for _, charges in groups.values())))
-    for engine, charges in groups.values():
-        if not charges:
+    if decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found):
+        check_names(decision, itertools.chain(*(charges for _, charges in found)))
+    for engine, charges in found:
+        if not charges.each:
             continue
-        verdict = await engine.decide(Charges(charges))
+        verdict = await engine.decide(charges)
         if decision is None:
-            decision = _begin(conn.scope, verdict)
+            decision = _begin(scope, verdict)
         else:
             decision.join(verdict)
         if not verdict.allowed:
-            raise _answerable(conn, _refusal(decision, verdict))
+            raise _answerable(conn, _refusal(decision, verdict, scope))
     return decision
+
+
+def _rule(engine: Engine, key: tuple[RateLimit, str, int]) -> CompiledRule:
+    """The rule of a limit where an endpoint is called so, and it has this place there."""
+    known: Recent[tuple[Any, ...], CompiledRule] = engine.plans.rules
+    return known.young.get(key) or known.find(key, lambda _: key[0].compile(engine, *key[1:]))
+
+
+async def _charges(
+    engine: Engine, rules: Sequence[CompiledRule], conn: HTTPConnection, decision: RequestDecision | None
+) -> Charges:
+    """What *rules* charge a request that has not been put to them yet."""
+    # For the callables of the user's, as a middleware would.
+    conn.scope.setdefault(ADDRESSING, rules[0].partition.addressing)
+    charges: Charges = await engine.plans.of(tuple(rules)).charges(conn.scope)
+    # The very same limit is charged once.
+    if decision is not None or len(charges.each) > 1:
+        fresh: list[Charge] = []
+        for charge in charges:
+            if not _is_known(charge, engine, decision, fresh):
+                fresh.append(charge)
+        if len(fresh) < len(charges.each):
+            charges = Charges(fresh)
+    if charges.is_priced:
+        said = [charge.cost if charge.price is None else charge.price(conn) for charge in charges]
+        costs = [check_cost(await cost if isawaitable(cost) else cost) for cost in said]
+        charges = priced(charges, costs, engine.plans.charges)
+    return charges
 
 
 def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, beside: Iterable[Charge]) -> bool:
@@ -263,15 +264,15 @@ def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
     """The decision of a request about which a middleware has said nothing."""
     standby: Standby | None = scope.get(STANDBY)
     if standby is not None and standby.sees_end:
-        decision = standby.decision = RequestDecision(Ledger(verdict))
+        decision = standby.decision = RequestDecision(verdict)
     else:
-        decision = RequestDecision(Ledger(verdict, immediate=True))
-        decision.ledger.count()
+        decision = RequestDecision(verdict, immediate=True)
+        decision.count()
     keep_decision(scope, decision)
     return decision
 
 
-def _refusal(decision: RequestDecision, verdict: Verdict) -> HTTPException:
+def _refusal(decision: RequestDecision, verdict: Verdict, scope: Scope) -> HTTPException:
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
     if not refusing:  # nobody could decide, and the limit fails closed
         fields = headers.refusal_fields(verdict.decision)
@@ -280,17 +281,19 @@ def _refusal(decision: RequestDecision, verdict: Verdict) -> HTTPException:
     worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
     whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
     return RateLimitExceeded(
-        whose.partition.label, worst.quota, worst.window, decision=decision, style=_style(decision)
+        whose.partition.label, worst.quota, worst.window, decision=decision, style=_style(decision, scope)
     )
 
 
-def _fields(decision: RequestDecision) -> dict[str, str]:
+def _fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
     """The header fields of everything decided about a request."""
-    return {name.decode(): value.decode() for name, value in decision.ledger.fields(_style(decision))}
+    fields = decision_fields(decision, _style(decision, scope))
+    return {name.decode(): value.decode() for name, value in fields}
 
 
-def _style(decision: RequestDecision) -> HeaderStyle:
-    return decision.ledger.verdicts[0].engine.style
+def _style(decision: RequestDecision, scope: Scope) -> HeaderStyle:
+    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
+    return style
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
@@ -333,8 +336,8 @@ def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
             result = await endpoint(*args, **kwargs)
         else:
             result = await run_in_threadpool(endpoint, *args, **kwargs)
-        if decision is not None and decision.ledger.immediate and isinstance(result, Response):
-            for key, value in _fields(decision).items():
+        if decision is not None and decision.immediate and isinstance(result, Response):
+            for key, value in _fields(decision, conn.scope).items():
                 result.headers.setdefault(key, value)
         return result
 

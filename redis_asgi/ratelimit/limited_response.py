@@ -1,0 +1,107 @@
+"""The app's response on its way out: fields are added at its start, charges are settled at its end."""
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Send
+
+from ..settings import HeaderStyle
+from . import headers
+from .decision import merged
+from .headers import Fields
+from .request_decision import RequestDecision, Standby
+
+_STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+
+
+def decision_fields(decision: RequestDecision, style: HeaderStyle) -> Fields:
+    """The header fields of all that was decided about a request. Do not change the list."""
+    verdicts = decision.verdicts
+    if len(verdicts) == 1:
+        return headers.verdict_fields(verdicts[0], style)
+    return headers.limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+
+
+class LimitedResponse:
+    """The app's response on its way out: fields added once, at its start, and charges settled at its end.
+
+    Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
+    """
+
+    __slots__ = ("_gone", "_send", "_style", "decision", "status")
+
+    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
+        self.decision = decision
+        self._style: HeaderStyle = style
+        self._send = send
+        self._gone = False
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        back = None
+        if kind in _STARTS:
+            self.status = status = message.get("status", 101)
+            if 300 <= status < 500:
+                back = self.decision.turned_down()
+            self.decision.count()
+            # The draft has no fields on redirects: their target is counted by itself.
+            if not 300 <= status < 400:
+                message = headers.with_fields(message, decision_fields(self.decision, self._style))
+        elif kind == "websocket.close" and self.status is None:
+            self.status = 403  # what the server answers a handshake that is closed before accept
+            back = self.decision.turned_down()
+        try:
+            await self._send(message)
+        except OSError:
+            self._gone = True
+            raise
+        for verdict, deltas in back or ():
+            self.decision.ledger.apply(verdict, deltas)
+        if kind == "http.response.body" and not message.get("more_body", False):
+            self.decision.settle(self.status)
+
+    def failed(self, error: BaseException) -> None:
+        """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
+        gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
+        self.decision.settle(self.status if gone else 500)
+
+
+class UncoveredResponse:
+    """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
+
+    __slots__ = ("_is_counted", "_of_route", "_send", "_standby", "_style")
+
+    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
+        self._standby = standby
+        self._style: HeaderStyle = style
+        self._send = send
+        self._of_route: LimitedResponse | None = None
+        self._is_counted = False
+
+    async def send(self, message: Message) -> None:
+        response = self._response()
+        if response is None:
+            self._count()
+            await self._send(message)
+        else:
+            await response.send(message)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Settle what was decided, when the app has returned or raised."""
+        response = self._response()
+        if response is None:
+            self._count()
+        elif error is not None:
+            response.failed(error)
+        else:
+            response.decision.settle(response.status)
+
+    def _response(self) -> LimitedResponse | None:
+        decision = self._standby.decision
+        if self._of_route is None and decision is not None:
+            self._of_route = LimitedResponse(decision, self._style, self._send)
+        return self._of_route
+
+    def _count(self) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._standby.engine.counts.request("exempt", "none")

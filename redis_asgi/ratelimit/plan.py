@@ -1,0 +1,114 @@
+"""What is asked of a request: the rules that cover it (`Plans`), and what each of them charges its client (`Plan`)."""
+
+from collections.abc import Iterable, Sequence
+from inspect import isawaitable
+from typing import Any, TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ..scope import is_preflight
+from .compiled import CompiledRule
+from .policy import Charges
+from .recent import Recent
+from .routing import Routing
+
+# A plan, then of each of its rules whom it counts (and by which policies, where those may change).
+Asked: TypeAlias = tuple[Any, ...]
+ChargesKept: TypeAlias = Recent[Asked, Charges]
+# One generation of each, in bytes, about: charges of 8,000 clients at least, where they are short and the rule is one.
+_CHARGES_KEPT = 16_000_000
+_SHAPES_KEPT = 1_000_000
+_RULES_KEPT = 10_000
+
+
+def _weight(asked: Asked) -> int:
+    """What the charges of *asked* take, with four bytes for each character that a client sent."""
+    names = (part if isinstance(part, tuple) else (part,) for part in asked)
+    return sum(1000 + 4 * len(each) if isinstance(each, str) else 700 for name in names for each in name)
+
+
+class Plan:
+    """The rules that requests of one shape are put to."""
+
+    def __init__(self, rules: Sequence[CompiledRule], kept: ChargesKept) -> None:
+        self.rules = tuple(rules)
+        self._kept = kept
+        self._asks_user = any(rule.asks_user for rule in rules)
+
+    async def charges(self, scope: Scope) -> Charges:
+        """What a request is to be charged; empty where no rule applies to it.
+
+        Raises:
+            MissingIdentity: No identity, and the setting says to refuse.
+        """
+        # What it is charged depends on this alone, so that a client who comes again finds it ready.
+        asked: list[Any] = [self]
+        conn: Any = HTTPConnection(scope) if self._asks_user else None
+        for rule in self.rules:
+            limits, partition, said = rule.limits_of, rule.partition, None
+            if limits is not None:
+                said = limits(conn)
+                if type(said) is not str and isawaitable(said):
+                    said = await said
+                if said is None:  # not limited
+                    asked.append(None)
+                    continue
+            name: Any = partition.read(scope) if partition.read is not None else partition.by(conn)
+            if type(name) is not str:
+                name = await partition.settle(name, scope)
+            asked.append(name if limits is None or name is None else (rule.dynamic(said, name), name))
+        key = tuple(asked)
+        charges = self._kept.young.get(key)
+        return charges if charges is not None else self._kept.find(key, self._charge)
+
+    def _charge(self, asked: Asked) -> Charges:
+        return Charges(rule.charge(name) for rule, name in zip(self.rules, asked[1:], strict=True) if name is not None)
+
+
+class PlanCache:
+    """What one engine keeps of the plans that it decides: by their rules, and of them all the charges.
+
+    Attributes:
+        rules: Those that were made during a request, by what they were made of.
+    """
+
+    def __init__(self) -> None:
+        self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
+        self.charges: ChargesKept = Recent(_CHARGES_KEPT, _weight)
+        self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
+
+    def of(self, rules: tuple[CompiledRule, ...]) -> Plan:
+        """The plan of *rules*."""
+        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self.charges))
+
+
+class Plans:
+    """The plans of one middleware, by the shape of a request: its type and method, and its path where a rule has any.
+
+    Args:
+        routing: The routers of the wrapped app, for what they may take the path for.
+    """
+
+    def __init__(self, rules: Iterable[CompiledRule], routing: Routing, cache: PlanCache) -> None:
+        self._rules = tuple(rules)
+        self._routing = routing
+        self._cache = cache
+        self._has_paths = any(rule.has_paths for rule in self._rules)
+        self._by_shape: Recent[tuple[str, str, str], Plan] = Recent(_SHAPES_KEPT, _shape_weight)
+
+    def of(self, scope: Scope) -> Plan:
+        """The plan of a request."""
+        method: str = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+        if method == "OPTIONS" and is_preflight(scope):
+            method = "OPTIONS preflight"  # no method has a blank
+        shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method, "", "")
+        return self._by_shape.young.get(shape) or self._by_shape.find(shape, lambda _: self._make(scope))
+
+    def _make(self, scope: Scope) -> Plan:
+        spelled = self._routing.spellings(scope) if self._has_paths else ()
+        return self._cache.of(tuple(rule for rule in self._rules if rule.covers(scope, spelled)))
+
+
+def _shape_weight(shape: tuple[str, str, str]) -> int:
+    return 300 + 4 * sum(map(len, shape))

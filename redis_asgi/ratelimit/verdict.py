@@ -1,0 +1,112 @@
+"""`Verdict`: an engine's answer about one request."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .decision import Decision, Source, policy_state, read_reply, refusal_of
+from .policy import MICROSECONDS, Charge, Charges, policies_of
+from .refusals import Refusal
+from .reply import Reply, charged_receipts, numbers_of, reply_of
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Verdict:
+    """Whether a request is admitted, and on demand everything else about it.
+
+    Attributes:
+        allowed: Whether the request is admitted.
+        engine: Who answered.
+        charges: What the answer is about; fewer than were asked when some rules fail open.
+        source: Who decided.
+        reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
+        known: The remembered refusals that answered, and when (monotonic seconds).
+        prepared: What the engine's owner keeps with it for its answer; ``None`` when that is out of date.
+        is_counted: Whether the request that it is about was counted.
+        is_over: Whether that request's charges are settled.
+    """
+
+    __slots__ = (
+        "_decision",
+        "allowed",
+        "at",
+        "charges",
+        "engine",
+        "is_counted",
+        "is_over",
+        "known",
+        "prepared",
+        "reply",
+        "source",
+    )
+
+    def __init__(
+        self,
+        engine: "Engine",
+        charges: Charges,
+        source: Source,
+        reply: Reply | None = None,
+        *,
+        decision: Decision | None = None,
+        known: Sequence[tuple[Charge, Refusal]] = (),
+        at: float = 0.0,
+    ) -> None:
+        self.engine = engine
+        self.charges = charges
+        self.source: Source = source
+        self.reply = reply
+        self.known = known
+        self.at = at
+        self.is_counted = self.is_over = False
+        self.prepared: Any = None
+        self._decision = decision
+        if reply is not None:
+            self.allowed = reply[0] == 1
+        else:
+            self.allowed = not known and (decision is None or decision.allowed)
+
+    def count(self) -> None:
+        """Count the request, once, as what it says of it."""
+        if not self.is_counted:
+            self.is_counted = True
+            outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
+            self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
+
+    @property
+    def decision(self) -> Decision:
+        """The answer in full; read from the numbers when first asked for."""
+        if self._decision is None:
+            if self.reply is not None:
+                self._decision = read_reply(self.charges, self.reply, self.source)
+            else:
+                states = tuple(
+                    policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
+                    for charge, refusal in self.known
+                )
+                self._decision = refusal_of(states, states, self.source)
+        return self._decision
+
+    @property
+    def taken(self) -> list[int]:
+        """The units that were charged, one per policy of the charges."""
+        if self.reply is None or not self.allowed:
+            return [0] * self.charges.counters
+        whose = (charge for charge in self.charges for _ in charge.policies)
+        return [charge.taken(each.fits) for charge, each in zip(whose, numbers_of(self.reply), strict=True)]
+
+    def show(self, back: Sequence[int]) -> None:
+        """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
+        shown = []
+        for policy, each, units in zip(policies_of(self.charges), numbers_of(self.reply or []), back, strict=True):
+            reset = each.reset
+            if units and policy.strategy == "gcra":
+                reset = max(0, reset - units * policy.window * MICROSECONDS // policy.quota)
+            remaining = min(policy.quota, each.remaining + units)
+            shown.append(each._replace(remaining=remaining, reset=reset, retry=0) if units else each)
+        self.reply, self._decision, self.prepared = reply_of(self.allowed, shown), None, None
+
+    @property
+    def receipts(self) -> list[int]:
+        """One per policy of the charges, for giving back: negative where nothing was charged."""
+        return charged_receipts(self.reply) if self.reply is not None and self.allowed else []
