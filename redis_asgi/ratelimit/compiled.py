@@ -32,7 +32,7 @@ class CompiledRule:
         self,
         rule: Rule,
         settings: Settings,
-        addressing: Addressing,
+        addressing: Addressing | None,
         *,
         strategy: StrategyName,
         on_redis_error: OnRedisError,

@@ -36,7 +36,6 @@ class Counts:
         self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
-        self._admissions: dict[tuple[str, ...], tuple[Counter, ...]] = {}
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
@@ -60,10 +59,8 @@ class Counts:
     def decided(self, charges: Charges, reply: Reply) -> None:
         """Count what each policy of *charges* said by itself."""
         if reply[0] and charges.enforce:
-            admission = self._admissions.get(charges.names)
-            if admission is None:
-                admission = self._admissions[charges.names] = tuple(self._bound(name)[0] for name in charges.names)
-            self._note(admission)
+            charges.admission = tuple(self._bound(name)[0] for name in charges.names)
+            self._note(charges.admission)
             return
         labels = zip(charges.names, policies_of(charges), numbers_of(reply), strict=True)
         for name, policy, numbers in labels:

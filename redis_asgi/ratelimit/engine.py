@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -40,8 +40,6 @@ class Engine:
     Args:
         timeout: The most a check waits for Redis, in seconds.
         settings: What its limits are configured by; ``None`` = the manager's.
-        prepare: Is given each verdict that was counted, for what its answer will need of it. For a whole batch it runs
-            in one go, where the same few lines stay in the processor's caches.
         names_are_fixed: Whether the names of its policies are known before the first request; only then each policy's
             decisions are counted.
 
@@ -55,14 +53,13 @@ class Engine:
         *,
         timeout: float,
         settings: Settings | None = None,
-        prepare: Callable[[Verdict], None] | None = None,
         names_are_fixed: bool = True,
     ) -> None:
         self.manager = manager
         self.counts = Counts()
+        self._note = telemetry().notes.count
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
-        self._prepare = prepare
         self.plans: Any = None
         self._timeout = timeout
         self._has_redis = manager.has_redis
@@ -127,10 +124,14 @@ class Engine:
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
         if self._names_are_fixed and mode == "consume":
-            self.counts.decided(charges, reply)
+            if reply[0] and charges.admission is not None:
+                self._note(charges.admission)
+            else:
+                self.counts.decided(charges, reply)
         verdict = Verdict(self, charges, source, reply)
-        if self._prepare is not None:
-            self._prepare(verdict)
+        if charges.render is not None:
+            # Here, for a whole batch in one go, the same few lines stay in the processor's caches.
+            verdict.rendered = charges.render(reply)
         return verdict
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:

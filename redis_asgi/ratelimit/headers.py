@@ -6,7 +6,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from ..settings import HeaderStyle
 from .decision import Decision, PolicyState, policy_state, refusal_of
-from .policy import MICROSECONDS, Policy, PolicySet
+from .policy import MICROSECONDS, Charges, Policy, PolicySet
 from .reply import place_of
 from .verdict import Verdict
 
@@ -83,22 +83,18 @@ def _members(sets: tuple[PolicySet, ...]) -> Members:
     return Members((place_of(i), policy) for i, policy in enumerate(policies))
 
 
-def prepare(verdict: Verdict) -> None:
-    """Keep the fields that nearly every admitted response gets with a *verdict* that was counted."""
-    charges = verdict.charges
-    members: Members | None = charges.prepared
-    if members is None:
-        members = charges.prepared = _members(tuple(charge.policies for charge in charges.each))
-    verdict.prepared = members.fields(verdict.reply or ())
+def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
+    """What makes the fields of a reply to *charges*."""
+    return _members(tuple(charge.policies for charge in charges.each)).fields
 
 
 def verdict_fields(verdict: Verdict, style: HeaderStyle) -> Fields:
     """The header fields of an answer in the configured style. Do not change the list."""
     if style != "ietf" or verdict.reply is None:
         return limit_fields(verdict.decision, style)
-    if verdict.prepared is None:
-        prepare(verdict)
-    fields: Fields = verdict.prepared
+    if verdict.rendered is None:
+        verdict.rendered = renderer(verdict.charges)(verdict.reply)
+    fields: Fields = verdict.rendered
     return fields
 
 

@@ -6,11 +6,14 @@ and what changes, and `settle` sends the difference once, after the last body by
 
 import asyncio
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..connection import RedisManager
-from .engine import Engine
 from .policy import Partition, Policy
-from .verdict import Verdict
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .verdict import Verdict
 
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
@@ -25,7 +28,7 @@ class Ledger:
 
     __slots__ = ("_changes", "_loop", "_sent", "verdicts")
 
-    def __init__(self, verdict: Verdict, *, immediate: bool = False) -> None:
+    def __init__(self, verdict: "Verdict", *, immediate: bool = False) -> None:
         self.verdicts = [verdict]
         self._loop = asyncio.get_running_loop() if immediate else None
         self._changes: list[tuple[int, str | None]] = []
@@ -37,7 +40,7 @@ class Ledger:
         return self._loop is not None
 
     def has_asked(
-        self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: Engine | None = None
+        self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: "Engine | None" = None
     ) -> bool:
         """Whether this request was put to that very limit already, by anybody but *but_by*."""
         return any(
@@ -122,7 +125,7 @@ class Ledger:
                 found.append((verdict, deltas))
         return found
 
-    def apply(self, verdict: Verdict, deltas: Sequence[int]) -> None:
+    def apply(self, verdict: "Verdict", deltas: Sequence[int]) -> None:
         """Send *deltas* of what *verdict* charged, and remember that they were."""
         sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
         self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]

@@ -26,10 +26,11 @@ class LimitedResponse:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_gone", "_send", "_style", "decision", "status")
+    __slots__ = ("_gone", "_send", "_style", "_verdict", "decision", "status")
 
     def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
         self.decision = decision
+        self._verdict = decision.first
         self._style: HeaderStyle = style
         self._send = send
         self._gone = False
@@ -42,10 +43,15 @@ class LimitedResponse:
             self.status = status = message.get("status", 101)
             if 300 <= status < 500:
                 back = self.decision.turned_down()
-            self.decision.count()
+            verdict = self._verdict
+            if not verdict.is_counted:
+                verdict.count()
             # The draft has no fields on redirects: their target is counted by itself.
             if not 300 <= status < 400:
-                message = headers.with_fields(message, decision_fields(self.decision, self._style))
+                fields = verdict.rendered
+                if fields is None or verdict.ledger is not None or self._style != "ietf":
+                    fields = decision_fields(self.decision, self._style)
+                message = headers.with_fields(message, fields)
         elif kind == "websocket.close" and self.status is None:
             self.status = 403  # what the server answers a handshake that is closed before accept
             back = self.decision.turned_down()
@@ -57,12 +63,12 @@ class LimitedResponse:
         for verdict, deltas in back or ():
             self.decision.ledger.apply(verdict, deltas)
         if kind == "http.response.body" and not message.get("more_body", False):
-            self.decision.settle(self.status)
+            self._verdict.settle(self.status)
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
-        self.decision.settle(self.status if gone else 500)
+        self._verdict.settle(self.status if gone else 500)
 
 
 class UncoveredResponse:
@@ -93,7 +99,7 @@ class UncoveredResponse:
         elif error is not None:
             response.failed(error)
         else:
-            response.decision.settle(response.status)
+            response.decision.first.settle(response.status)
 
     def _response(self) -> LimitedResponse | None:
         decision = self._standby.decision

@@ -12,7 +12,7 @@ _FORWARDING = frozenset((b"x-forwarded-for", b"forwarded"))
 
 
 # What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
-LOOKS = 10_000
+LOOKS = 1000
 
 
 class Linter:

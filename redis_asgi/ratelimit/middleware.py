@@ -18,7 +18,7 @@ from ..telemetry import telemetry
 from .compiled import compile_rules
 from .engine import Engine
 from .exempt import Exempt, Exemptions
-from .headers import prepare, verdict_fields
+from .headers import verdict_fields
 from .limited_response import LimitedResponse, UncoveredResponse
 from .lint import Linter
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
@@ -91,17 +91,12 @@ class RateLimitMiddleware:
         if headers is not None:
             check_choice("headers", headers, get_args(HeaderStyle))
         self._style: HeaderStyle = headers or settings.RATE_LIMIT_HEADERS
-        self._engine = Engine(
-            self._manager,
-            timeout=settings.RATE_LIMIT_TIMEOUT,
-            settings=settings,
-            prepare=prepare if self._style == "ietf" else None,
-        )
+        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         self._counts = self._engine.counts
         if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
         routing = Routing(app)
-        self._engine.plans = PlanCache()
+        self._engine.plans = PlanCache(self._style, self._addressing)
         self._plans = Plans(compiled, routing, self._engine.plans)
         self._exemptions = Exemptions(routing, exempt, settings)
         if on_exceeded is not None and not callable(on_exceeded):
@@ -158,7 +153,7 @@ class RateLimitMiddleware:
                 response.failed(error)
                 raise
             if not verdict.is_over:
-                decision.settle(response.status)
+                verdict.settle(response.status)
         else:
             keep_decision(scope, RequestDecision(verdict))
             verdict.count()

@@ -118,6 +118,7 @@ class Partitioner:
 
     Args:
         partition_by: ``None`` = ``RATE_LIMIT_PARTITION``.
+        addressing: Whose addresses are believed; ``None`` = what the scope says.
 
     Attributes:
         kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
@@ -125,7 +126,7 @@ class Partitioner:
         by: That callable.
     """
 
-    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
+    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing | None) -> None:
         if partition_by is None:
             partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
         if not callable(partition_by):
@@ -133,7 +134,6 @@ class Partitioner:
                 f"partition_by={partition_by!r} is not callable. Try client_ip, by_header('x-api-key') or by_user."
             )
         self.by = partition_by
-        self.addressing = addressing
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
         self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
@@ -141,7 +141,7 @@ class Partitioner:
         self.kind = "custom"
         self.read: Callable[[Scope], str | None] | None = None
         if partition_by is client_ip:
-            self.kind, self.read = "ip", self._read_address
+            self.kind, self.read = "ip", self._read_address if addressing is None else addressing.client
         elif isinstance(partition_by, by_header):
             self.kind, self.read = f"header:{partition_by.name}", partition_by.read
         elif partition_by is by_user:
@@ -177,7 +177,7 @@ class Partitioner:
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
 
     def _read_address(self, scope: Scope) -> str | None:
-        addressing: Addressing = scope.setdefault(ADDRESSING, self.addressing)
+        addressing: Addressing = scope[ADDRESSING]
         return addressing.client(scope)
 
     def of_address(self, client: str | None) -> Partition:

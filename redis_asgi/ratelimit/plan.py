@@ -7,9 +7,11 @@ from typing import Any, TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..scope import is_preflight
+from ..scope import Addressing, is_preflight
+from ..settings import HeaderStyle
 from .compiled import CompiledRule
-from .policy import Charges
+from .headers import renderer
+from .policy import Charge, Charges, Unread, at_cost
 from .recent import Recent
 from .routing import Routing
 
@@ -31,9 +33,11 @@ def _weight(asked: Asked) -> int:
 class Plan:
     """The rules that requests of one shape are put to."""
 
-    def __init__(self, rules: Sequence[CompiledRule], kept: ChargesKept) -> None:
-        self.rules = tuple(rules)
-        self._kept = kept
+    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
+        self._cache = cache
+        self._kept = cache.charges
+        self._rules = tuple(rules)
+        self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
         self._asks_user = any(rule.asks_user for rule in rules)
 
     async def charges(self, scope: Scope) -> Charges:
@@ -45,8 +49,8 @@ class Plan:
         # What it is charged depends on this alone, so that a client who comes again finds it ready.
         asked: list[Any] = [self]
         conn: Any = HTTPConnection(scope) if self._asks_user else None
-        for rule in self.rules:
-            limits, partition, said = rule.limits_of, rule.partition, None
+        for limits, read, partition, rule in self._steps:
+            said = None
             if limits is not None:
                 said = limits(conn)
                 if type(said) is not str and isawaitable(said):
@@ -54,33 +58,58 @@ class Plan:
                 if said is None:  # not limited
                     asked.append(None)
                     continue
-            name: Any = partition.read(scope) if partition.read is not None else partition.by(conn)
+            name: Any = read(scope) if read is not None else partition.by(conn)
             if type(name) is not str:
                 name = await partition.settle(name, scope)
             asked.append(name if limits is None or name is None else (rule.dynamic(said, name), name))
         key = tuple(asked)
-        charges = self._kept.young.get(key)
-        return charges if charges is not None else self._kept.find(key, self._charge)
+        return self._kept.young.get(key) or self._kept.find(key, self._charge)
 
     def _charge(self, asked: Asked) -> Charges:
-        return Charges(rule.charge(name) for rule, name in zip(self.rules, asked[1:], strict=True) if name is not None)
+        both = zip(self._rules, asked[1:], strict=True)
+        return self._cache.make(rule.charge(name) for rule, name in both if name is not None)
 
 
 class PlanCache:
     """What one engine keeps of the plans that it decides: by their rules, and of them all the charges.
 
+    Args:
+        style: The header fields that are made ready with a reply; only those that depend on nothing else can be.
+        addressing: Whose addresses are believed, where no middleware has said so.
+
     Attributes:
         rules: Those that were made during a request, by what they were made of.
     """
 
-    def __init__(self) -> None:
-        self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
+    def __init__(self, style: HeaderStyle, addressing: Addressing) -> None:
+        self.addressing = addressing
         self.charges: ChargesKept = Recent(_CHARGES_KEPT, _weight)
+        self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
+        self._renders = style == "ietf"
 
     def of(self, rules: tuple[CompiledRule, ...]) -> Plan:
         """The plan of *rules*."""
-        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self.charges))
+        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self))
+
+    def make(self, charges: Iterable[Charge]) -> Charges:
+        """*charges* with what their answers need."""
+        made = Charges(charges)
+        if self._renders:
+            made.render = renderer(made)
+        return made
+
+    def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
+        """*charges* at these *costs*, one each."""
+
+        def make(_: object) -> Charges:
+            return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
+
+        # What cannot be read is each time another.
+        if any(isinstance(cost, Unread) for cost in costs):
+            return make(None)
+        asked = (charges, *costs)
+        return self.charges.young.get(asked) or self.charges.find(asked, make)
 
 
 class Plans:

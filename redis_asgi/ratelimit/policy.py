@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from typing import Any, overload
 
@@ -156,6 +156,13 @@ class Charge:
         return fits if self.unread is not None else self.cost if fits else 0
 
 
+def at_cost(charge: Charge, cost: int | Unread) -> Charge:
+    """*charge* when its cost is known, or known to be unreadable."""
+    if isinstance(cost, Unread):
+        return replace(charge, cost=1, unread=cost, price=None)
+    return replace(charge, cost=cost, price=None)
+
+
 class Charges(Sequence[Charge]):
     """The charges of one request, which are decided together, with what every decision needs of them kept ready.
 
@@ -175,12 +182,14 @@ class Charges(Sequence[Charge]):
         wait_and_see: Whether the response's status decides if they stay.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_priced: Whether the cost of one of them is still to be asked for.
-        prepared: What the engine's owner keeps with them for its answers.
+        admission: The counters of their admission, kept by `counts`.
+        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
     __slots__ = (
         "_limits",
+        "admission",
         "consume",
         "counters",
         "each",
@@ -190,7 +199,7 @@ class Charges(Sequence[Charge]):
         "keys",
         "known",
         "names",
-        "prepared",
+        "render",
         "reply_size",
         "terms",
         "unread",
@@ -226,7 +235,8 @@ class Charges(Sequence[Charge]):
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.is_priced = any(charge.price is not None for charge in each)
-        self.prepared: Any = None
+        self.admission: Any = None
+        self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None
 
     @property

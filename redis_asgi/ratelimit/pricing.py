@@ -1,6 +1,6 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what an outer instance has charged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from inspect import isawaitable
 from typing import Any
@@ -10,7 +10,6 @@ from starlette.types import Message, Receive, Scope
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine
 from .lint import Linter
-from .plan import ChargesKept
 from .policy import Charge, Charges, PolicySet, Unread
 from .request_decision import RequestDecision, check_names
 from .rules import check_cost
@@ -40,7 +39,7 @@ class Pricing:
             if charge.price is not None:
                 cost, receive = await self._ask(charge.price, scope, receive)
             costs.append(cost)
-        return await self._engine.decide(priced(charges, costs, self._engine.plans.charges)), receive
+        return await self._engine.decide(self._engine.plans.priced(charges, costs)), receive
 
     async def _ask(self, price: Callable[..., Any], scope: Scope, receive: Receive) -> tuple[int | Unread, Receive]:
         """What *price* says; what cannot be read takes what remains."""
@@ -60,24 +59,6 @@ class Pricing:
         unread = Unread()
         unread.is_abandoned = request.is_abandoned
         return unread, _watching(receive, unread)
-
-
-def priced(charges: Charges, costs: "Sequence[int | Unread]", kept: ChargesKept) -> Charges:
-    """*charges* at these *costs*, one each."""
-
-    def make(_: object) -> Charges:
-        return Charges(
-            replace(charge, cost=1, unread=cost, price=None)
-            if isinstance(cost, Unread)
-            else replace(charge, cost=cost, price=None)
-            for charge, cost in zip(charges, costs, strict=True)
-        )
-
-    # What cannot be read is each time another.
-    if any(isinstance(cost, Unread) for cost in costs):
-        return make(None)
-    asked = (charges, *costs)
-    return kept.young.get(asked) or kept.find(asked, make)
 
 
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:

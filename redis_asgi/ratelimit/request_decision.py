@@ -30,50 +30,27 @@ class RequestDecision(Decision):
     nothing for them.
     """
 
-    __slots__ = ("_ledger", "first")
+    __slots__ = ("first",)
 
     first: Verdict
-    _ledger: Ledger | None
 
-    def __init__(self, first: Verdict, *, immediate: bool = False) -> None:
+    def __init__(self, first: Verdict) -> None:
         object.__setattr__(self, "first", first)
-        object.__setattr__(self, "_ledger", Ledger(first, immediate=True) if immediate else None)
 
     @property
     def ledger(self) -> Ledger:
-        """All that is known about the request; begun when it is first asked for."""
-        ledger = self._ledger
-        if ledger is None:
-            ledger = Ledger(self.first)
-            object.__setattr__(self, "_ledger", ledger)
-        return ledger
+        """All that is known about the request."""
+        return self.first.open_ledger()
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
         """What was decided about the request, one by one."""
-        return (self.first,) if self._ledger is None else self._ledger.verdicts
+        return (self.first,) if self.first.ledger is None else self.first.ledger.verdicts
 
     @property
     def immediate(self) -> bool:
         """Whether nothing sees the response's end, so that each change is applied at once."""
-        return self._ledger is not None and self._ledger.immediate
-
-    def count(self) -> None:
-        """Count the request, once: as refused if one of its verdicts is, else as the first says."""
-        first = self.first
-        if not first.is_counted:
-            next((verdict for verdict in self.verdicts if not verdict.allowed), first).count()
-            first.is_counted = True
-
-    def settle(self, status: int | None) -> None:
-        """See `Ledger.settle`."""
-        first = self.first
-        if first.is_over:
-            return
-        self.count()
-        first.is_over = True
-        if self._ledger is not None or first.charges.wait_and_see:
-            self.ledger.settle(status)
+        return self.first.ledger is not None and self.first.ledger.immediate
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while a field, which is a slot, is empty.
@@ -91,7 +68,7 @@ class RequestDecision(Decision):
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
         """See `Ledger.turned_down`."""
-        if self._ledger is None and not self.first.charges.unread:
+        if self.first.ledger is None and not self.first.charges.unread:
             return []
         found = self.ledger.turned_down()
         if found:

@@ -27,7 +27,6 @@ from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache
 from .policies import fit_name
 from .policy import Charge, Charges
-from .pricing import priced
 from .recent import Recent
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, check_names, decision_of, is_over, keep_decision
 from .responses import POLICY_VIOLATION, can_respond
@@ -154,9 +153,8 @@ class RateLimit:
         if self._engine is None:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings
-            prepare = headers.prepare if settings.RATE_LIMIT_HEADERS == "ietf" else None
-            self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings, prepare=prepare)
-            self._engine.plans = PlanCache()
+            self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
+            self._engine.plans = PlanCache(settings.RATE_LIMIT_HEADERS, Addressing(settings))
         return self._engine
 
     def compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
@@ -167,7 +165,7 @@ class RateLimit:
         rule = CompiledRule(
             self._rule,
             settings,
-            Addressing(settings),
+            None,
             name=fit_name(name),
             named=(name, ending + "-{window}s") if self._rule.name is None else None,
             strategy=settings.RATE_LIMIT_STRATEGY,
@@ -225,7 +223,7 @@ async def _charges(
 ) -> Charges:
     """What *rules* charge a request that has not been put to them yet."""
     # For the callables of the user's, as a middleware would.
-    conn.scope.setdefault(ADDRESSING, rules[0].partition.addressing)
+    conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
     charges: Charges = await engine.plans.of(tuple(rules)).charges(conn.scope)
     # The very same limit is charged once.
     if decision is not None or len(charges.each) > 1:
@@ -238,7 +236,7 @@ async def _charges(
     if charges.is_priced:
         said = [charge.cost if charge.price is None else charge.price(conn) for charge in charges]
         costs = [check_cost(await cost if isawaitable(cost) else cost) for cost in said]
-        charges = priced(charges, costs, engine.plans.charges)
+        charges = engine.plans.priced(charges, costs)
     return charges
 
 
@@ -266,8 +264,9 @@ def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
     if standby is not None and standby.sees_end:
         decision = standby.decision = RequestDecision(verdict)
     else:
-        decision = RequestDecision(verdict, immediate=True)
-        decision.count()
+        decision = RequestDecision(verdict)
+        verdict.open_ledger(immediate=True)
+        verdict.count()
     keep_decision(scope, decision)
     return decision
 

@@ -87,23 +87,19 @@ class Call:
             raise OddReply("The reply is not one to these checks.")
         worst: Failure | None = None
         for check, part in zip(self.checks, islice(reply, 1, None), strict=True):
-            outcome: Outcome
-            if isinstance(part, bytes | str):
+            outcome: Outcome = part
+            if type(part) is not list or len(part) != check.charges.reply_size or not _are_numbers(part):
+                if not isinstance(part, bytes | str):
+                    raise OddReply("The reply is not one to these checks.")
                 outcome = classify_reply(part.decode() if isinstance(part, bytes) else part)
                 worst = graver(worst, outcome)
-            elif _is_reply(part, check.charges.reply_size):
-                outcome = part
-            else:
-                raise OddReply("The reply is not one to these checks.")
             check.answer(outcome)
         return worst
 
 
-def _is_reply(part: object, size: int) -> bool:
-    if not isinstance(part, list) or len(part) != size:
-        return False
+def _are_numbers(part: list[Any]) -> bool:
     try:
-        sum(part)  # the quickest way to see that all are numbers
+        sum(part)  # the quickest way to see
     except TypeError:
         return False
     return True

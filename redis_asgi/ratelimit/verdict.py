@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
+from .ledger import Ledger
 from .policy import MICROSECONDS, Charge, Charges, policies_of
 from .refusals import Refusal
 from .reply import Reply, charged_receipts, numbers_of, reply_of
@@ -22,7 +23,8 @@ class Verdict:
         source: Who decided.
         reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
         known: The remembered refusals that answered, and when (monotonic seconds).
-        prepared: What the engine's owner keeps with it for its answer; ``None`` when that is out of date.
+        rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
+        ledger: What more there is to know about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
     """
@@ -36,7 +38,8 @@ class Verdict:
         "is_counted",
         "is_over",
         "known",
-        "prepared",
+        "ledger",
+        "rendered",
         "reply",
         "source",
     )
@@ -47,7 +50,6 @@ class Verdict:
         charges: Charges,
         source: Source,
         reply: Reply | None = None,
-        *,
         decision: Decision | None = None,
         known: Sequence[tuple[Charge, Refusal]] = (),
         at: float = 0.0,
@@ -59,7 +61,8 @@ class Verdict:
         self.known = known
         self.at = at
         self.is_counted = self.is_over = False
-        self.prepared: Any = None
+        self.rendered: Any = None
+        self.ledger: Ledger | None = None
         self._decision = decision
         if reply is not None:
             self.allowed = reply[0] == 1
@@ -67,11 +70,29 @@ class Verdict:
             self.allowed = not known and (decision is None or decision.allowed)
 
     def count(self) -> None:
-        """Count the request, once, as what it says of it."""
-        if not self.is_counted:
-            self.is_counted = True
-            outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
-            self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
+        """Count the request, once: as refused if one of the verdicts on it is, else as this one says."""
+        if self.is_counted:
+            return
+        self.is_counted = True
+        said = self
+        if self.ledger is not None:
+            said = next((verdict for verdict in self.ledger.verdicts if not verdict.allowed), self)
+        outcome = "allowed" if said.allowed else "unavailable" if said.source == "none" else "refused"
+        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source)
+
+    def settle(self, status: int | None) -> None:
+        """Settle the request, at the end of its response; see `Ledger.settle`."""
+        if not self.is_over:
+            self.is_over = True
+            self.count()
+            if self.ledger is not None or self.charges.wait_and_see:
+                self.open_ledger().settle(status)
+
+    def open_ledger(self, *, immediate: bool = False) -> Ledger:
+        """The request's ledger; begun when it is first asked for."""
+        if self.ledger is None:
+            self.ledger = Ledger(self, immediate=immediate)
+        return self.ledger
 
     @property
     def decision(self) -> Decision:
@@ -104,7 +125,7 @@ class Verdict:
                 reset = max(0, reset - units * policy.window * MICROSECONDS // policy.quota)
             remaining = min(policy.quota, each.remaining + units)
             shown.append(each._replace(remaining=remaining, reset=reset, retry=0) if units else each)
-        self.reply, self._decision, self.prepared = reply_of(self.allowed, shown), None, None
+        self.reply, self._decision, self.rendered = reply_of(self.allowed, shown), None, None
 
     @property
     def receipts(self) -> list[int]:

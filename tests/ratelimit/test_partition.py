@@ -44,12 +44,13 @@ def request(*headers: tuple[str, str], client: Any = (ADDRESS, 50_000), user: An
 async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
     """The partition of that request."""
     settings = Settings(REDIS_URL="memory://", **values)
-    return await ask(Partitioner(by, settings, Addressing(settings)), dict(scope))  # a request of its own
+    addressing = Addressing(settings)
+    # A request of its own, behind a door that has said whose addresses are believed.
+    return await ask(Partitioner(by, settings, addressing), {**scope, ADDRESSING: addressing})
 
 
 async def ask(partitioner: Partitioner, scope: Scope) -> Partition | None:
-    """What a plan makes of it, behind a door that has said whose addresses are believed."""
-    scope.setdefault(ADDRESSING, partitioner.addressing)
+    """What a plan makes of it."""
     read: Any = partitioner.by
     said = partitioner.read(scope) if partitioner.read is not None else read(HTTPConnection(scope))
     name = await partitioner.settle(said, scope)

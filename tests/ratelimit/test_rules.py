@@ -45,7 +45,7 @@ def request(method: str = "GET", path: str = "/", *, root: str = "", headers: An
 
 async def policies_of(rule: CompiledRule, scope: Scope) -> PolicySet | None:
     """Which policies a request is put to."""
-    charges = await PlanCache().of((rule,)).charges(scope)
+    charges = await PlanCache("ietf", Addressing(SETTINGS)).of((rule,)).charges(scope)
     return charges[0].policies if charges else None
 
 
