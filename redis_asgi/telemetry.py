@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import repeat, starmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -85,6 +86,7 @@ class Notes:
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
         self._observed: deque[tuple[Callable[[float], None], float]] = deque()
+        self._telling = threading.Lock()
 
     def count(self, what: Noted) -> None:
         """Count one more of *what*: a counter, or several at once. Call it in a loop that runs."""
@@ -111,11 +113,8 @@ class Notes:
         counted, observed = self._counted, self._observed
         if counted or observed:
             self._tick(time.monotonic())
-        totals: dict[Noted, int] = {}
-        with suppress(IndexError):  # another thread tells too
-            while counted:
-                what = counted.popleft()
-                totals[what] = totals.get(what, 0) + 1
+        with self._telling:
+            totals = Tally(starmap(counted.popleft, repeat((), len(counted))))
         for what, total in totals.items():
             for counter in what if isinstance(what, tuple) else (what,):
                 counter.inc(total)
@@ -126,6 +125,7 @@ class Notes:
 
     def drop(self) -> None:
         """Forget what was not told: somebody else tells it."""
+        self._telling = threading.Lock()  # who held it is not in this process
         self._counted.clear()
         self._observed.clear()
 

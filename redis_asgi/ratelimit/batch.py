@@ -16,7 +16,8 @@ exceptions.
 
 import asyncio
 import math
-from itertools import count
+from bisect import bisect_right
+from itertools import accumulate, count
 from random import getrandbits
 from typing import Protocol
 
@@ -126,7 +127,7 @@ class Batcher:
                 self._renewed = self.breaker.good_probes
                 self._wire.renew()
             self.loop.call_soon(self.start_if_due)
-        if self.apart is not None and self.apart.now and self.apart.takes(check):
+        if check.charges.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
             return
         waiting = self._waiting
         waiting.append(check)
@@ -190,25 +191,21 @@ class Batcher:
         Half of it, when it is many and the first to be under way.
         """
         now = self.loop.time()
-        waiting, self._waiting, self._waiting_counters, self._hurry = self._waiting, [], 0, math.inf
-        most = len(waiting) // 2 if len(waiting) >= MANY and not self._sent else len(waiting)
-        taken: list[Check] = []
-        counters, patience = 0, 0.0
-        for i, check in enumerate(waiting):
-            if check.deadline <= now:
-                resolve([check], self._wire.lacks())
-            if check.future.done():
-                continue
-            if taken and (len(taken) == most or counters + check.charges.counters > MAX_COUNTERS):
-                self._wait_on(waiting[i:])
-                break
-            check.written = now
-            taken.append(check)
-            counters += check.charges.counters
-            patience = max(patience, check.timeout)
+        late, waiting = split_late(self._waiting, now)
+        resolve(late, self._wire.lacks())
+        taken = still_waiting(waiting)
         if not taken:
+            self._wait_on([])
             return None
-        batch = Batch(taken, now, now + 2 * patience)
+        room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
+        if self._waiting_counters > MAX_COUNTERS:
+            filled = list(accumulate(check.charges.counters for check in taken))
+            room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
+        self._wait_on(taken[room:])
+        del taken[room:]
+        for check in taken:
+            check.written = now
+        batch = Batch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
         self._observe(self._size, len(taken))
         self._sent.add(batch)

@@ -106,10 +106,7 @@ def resolve(checks: Iterable[Check], outcome: Outcome) -> None:
         check.answer(outcome)
 
 
-def split_late(checks: Iterable[Check], now: float) -> tuple[list[Check], list[Check]]:
+def split_late(checks: Sequence[Check], now: float) -> tuple[list[Check], list[Check]]:
     """Those of *checks* whose deadline has passed at *now* (on the loop's clock), and the others."""
-    late: list[Check] = []
-    rest: list[Check] = []
-    for check in checks:
-        (late if check.deadline <= now else rest).append(check)
-    return late, rest
+    late = [check for check in checks if check.deadline <= now]
+    return late, [check for check in checks if check.deadline > now] if late else list(checks)

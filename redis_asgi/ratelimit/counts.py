@@ -1,6 +1,5 @@
 """What the limiter counts, with every metric's children bound once."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..errors import Failure
@@ -42,7 +41,7 @@ class Counts:
     def request(self, outcome: str, source: str) -> None:
         """Count one request, once."""
         self._note(self._requests[outcome, source])
-        if "opentelemetry.trace" in sys.modules and may_be_traced():
+        if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
     def waited(self, source: str, seconds: float) -> None:

@@ -42,9 +42,8 @@ class Members:
 
     def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
         shown = [(place, policy) for place, policy in policies if not policy.shadow]
-        self._policies = ", ".join(
-            f'"{policy.name}";q={policy.quota};w={policy.window}' for _, policy in shown
-        ).encode()
+        members = ", ".join(f'"{policy.name}";q={policy.quota};w={policy.window}' for _, policy in shown)
+        self._policies = (b"ratelimit-policy", members.encode())
         self._template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in shown).encode()
         self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
 
@@ -54,15 +53,12 @@ class Members:
         The draft's ``t`` is the seconds within which no more than the remaining units can be used: to a fixed window's
         end; for the others until more is admitted when nothing is left, else the window.
         """
-        values: list[int] = []
+        values: tuple[int, ...] = ()
         for place, is_fixed, window in self._shown:
             remaining, reset, retry = numbers[place]
             left = reset if is_fixed else 0 if remaining else retry
-            values.append(remaining)
-            values.append(-(-left // MICROSECONDS) if left > 0 else window)
-        if not values:
-            return []
-        return [(b"ratelimit-policy", self._policies), (b"ratelimit", self._template % tuple(values))]
+            values += (remaining, (left + 999_999) // 1_000_000 if left > 0 else window)
+        return [self._policies, (b"ratelimit", self._template % values)] if values else []
 
 
 def ietf_fields(states: Sequence[PolicyState]) -> Fields:
@@ -132,14 +128,10 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
 
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
     """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
-    both = list(message.get("headers") or ())
-    for name, _ in both:
-        if name in _OURS:
-            names = {name for name, _ in both}
-            fields = [field for field in fields if field[0] not in names]
-            break
-    both += fields
-    return {**message, "headers": both}
+    theirs = message.get("headers") or ()
+    if not _OURS.isdisjoint(names := dict(theirs)):
+        fields = [field for field in fields if field[0] not in names]
+    return {**message, "headers": [*theirs, *fields]}
 
 
 _OURS = frozenset(

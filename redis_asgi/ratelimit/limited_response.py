@@ -1,5 +1,7 @@
 """The app's response on its way out: fields are added at its start, charges are settled at its end."""
 
+from collections.abc import Sequence
+
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Send
 
@@ -8,6 +10,7 @@ from . import headers
 from .decision import merged
 from .headers import Fields
 from .request_decision import RequestDecision, Standby
+from .verdict import Verdict
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 
@@ -37,33 +40,41 @@ class LimitedResponse:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        kind = message["type"]
-        back = None
-        if kind in _STARTS:
-            self.status = status = message.get("status", 101)
-            if 300 <= status < 500:
-                back = self.decision.turned_down()
-            verdict = self._verdict
-            if not verdict.is_counted:
-                verdict.count()
-            # The draft has no fields on redirects: their target is counted by itself.
-            if not 300 <= status < 400:
-                fields = verdict.rendered
-                if fields is None or verdict.ledger is not None or self._style != "ietf":
-                    fields = decision_fields(self.decision, self._style)
-                message = headers.with_fields(message, fields)
-        elif kind == "websocket.close" and self.status is None:
-            self.status = 403  # what the server answers a handshake that is closed before accept
-            back = self.decision.turned_down()
+        is_body = message["type"] == "http.response.body"
+        back: Sequence[tuple[Verdict, list[int]]] = ()
+        if not is_body:
+            message, back = self._start(message)
         try:
             await self._send(message)
         except OSError:
             self._gone = True
             raise
-        for verdict, deltas in back or ():
-            self.decision.ledger.apply(verdict, deltas)
-        if kind == "http.response.body" and not message.get("more_body", False):
-            self._verdict.settle(self.status)
+        if is_body:
+            if not message.get("more_body"):
+                self._verdict.settle(self.status)
+        elif back:
+            for verdict, deltas in back:
+                self.decision.ledger.apply(verdict, deltas)
+
+    def _start(self, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
+        """*message* with the fields, if it is a start, and what its status gives back."""
+        kind = message["type"]
+        if kind not in _STARTS:
+            if kind != "websocket.close" or self.status is not None:
+                return message, ()
+            self.status = 403  # what the server answers a handshake that is closed before accept
+            return message, self.decision.turned_down()
+        self.status = status = message.get("status", 101)
+        back = self.decision.turned_down() if 300 <= status < 500 else ()
+        verdict = self._verdict
+        verdict.count()
+        # The draft has no fields on redirects: their target is counted by itself.
+        if not 300 <= status < 400:
+            fields = verdict.rendered
+            if fields is None or verdict.ledger is not None or self._style != "ietf":
+                fields = decision_fields(self.decision, self._style)
+            message = headers.with_fields(message, fields)
+        return message, back
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""

@@ -144,9 +144,7 @@ class RateLimitMiddleware:
         elif verdict is None:  # no rule covers it
             await self._stand_by(scope, receive, send)
         elif verdict.allowed:
-            decision = RequestDecision(verdict)
-            keep_decision(scope, decision)
-            response = LimitedResponse(decision, self._style, send)
+            response = LimitedResponse(keep_decision(scope, verdict), self._style, send)
             try:
                 await self.app(scope, receive, response.send)
             except BaseException as error:
@@ -155,7 +153,7 @@ class RateLimitMiddleware:
             if not verdict.is_over:
                 verdict.settle(response.status)
         else:
-            keep_decision(scope, RequestDecision(verdict))
+            keep_decision(scope, verdict)
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
 

@@ -181,6 +181,7 @@ class Charges(Sequence[Charge]):
         enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         wait_and_see: Whether the response's status decides if they stay.
         unread: Whether one of them holds what remains, for a body that could not be read.
+        is_spread: Whether they are of several partitions.
         is_priced: Whether the cost of one of them is still to be asked for.
         admission: The counters of their admission, kept by `counts`.
         render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
@@ -195,6 +196,7 @@ class Charges(Sequence[Charge]):
         "each",
         "enforce",
         "is_priced",
+        "is_spread",
         "key_count",
         "keys",
         "known",
@@ -234,6 +236,7 @@ class Charges(Sequence[Charge]):
         self.wait_and_see = any(charge.count_if is not None for charge in each)
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self.is_spread = len({charge.partition.key for charge in each}) > 1
         self.is_priced = any(charge.price is not None for charge in each)
         self.admission: Any = None
         self.render: Callable[[Sequence[int]], Any] | None = None

@@ -169,9 +169,11 @@ def _written(policy: Policy) -> str:
     return f"{policy.quota}/{policy.window} s by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
 
 
-def keep_decision(scope: Scope, decision: RequestDecision) -> None:
-    """Put *decision* where the app finds it, and where `decision_of` does."""
+def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:
+    """The decision that begins with a verdict, put where the app finds it, and where `decision_of` does."""
+    decision = RequestDecision(first)
     scope[_DECISION] = scope.setdefault("state", {})["rate_limit"] = decision
+    return decision
 
 
 _FIELDS = tuple(field.name for field in fields(Decision))

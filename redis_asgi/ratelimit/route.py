@@ -260,14 +260,13 @@ def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
 
 def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
     """The decision of a request about which a middleware has said nothing."""
+    decision = keep_decision(scope, verdict)
     standby: Standby | None = scope.get(STANDBY)
     if standby is not None and standby.sees_end:
-        decision = standby.decision = RequestDecision(verdict)
+        standby.decision = decision
     else:
-        decision = RequestDecision(verdict)
         verdict.open_ledger(immediate=True)
         verdict.count()
-    keep_decision(scope, decision)
     return decision
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import hiredis
 
 from ..errors import Failure, OddReply, classify_reply
-from .check import Check, Outcome, graver, still_waiting
+from .check import Check, graver, still_waiting
 from .policy import bulk
 
 
@@ -83,26 +83,26 @@ class Call:
         Raises:
             OddReply: If it is no reply to this call; whoever has no outcome yet still waits then.
         """
-        if not isinstance(reply, list) or len(reply) != 1 + len(self.checks) or reply[0] != self.number:
-            raise OddReply("The reply is not one to these checks.")
+        try:
+            return self._hand_out(reply)
+        except (TypeError, LookupError, ValueError):
+            raise OddReply("The reply is not one to these checks.") from None
+
+    def _hand_out(self, reply: Any) -> Failure | None:
+        if reply[0] != self.number or len(reply) != 1 + len(self.checks):
+            raise LookupError
         worst: Failure | None = None
         for check, part in zip(self.checks, islice(reply, 1, None), strict=True):
-            outcome: Outcome = part
-            if type(part) is not list or len(part) != check.charges.reply_size or not _are_numbers(part):
-                if not isinstance(part, bytes | str):
-                    raise OddReply("The reply is not one to these checks.")
+            if type(part) is list and len(part) == check.charges.reply_size:
+                sum(part)  # of anything but numbers a TypeError
+                check.answer(part)
+            elif isinstance(part, bytes | str):
                 outcome = classify_reply(part.decode() if isinstance(part, bytes) else part)
                 worst = graver(worst, outcome)
-            check.answer(outcome)
+                check.answer(outcome)
+            else:
+                raise LookupError
         return worst
-
-
-def _are_numbers(part: list[Any]) -> bool:
-    try:
-        sum(part)  # the quickest way to see
-    except TypeError:
-        return False
-    return True
 
 
 def _number(value: int) -> bytes:
