@@ -19,12 +19,11 @@ import math
 from bisect import bisect_right
 from itertools import accumulate, count
 from random import getrandbits
-from typing import Protocol
 
 from ..breaker import Breaker
 from ..errors import Failure
 from ..telemetry import telemetry
-from .check import Batch, Check, by_slot, resolve, split_late, still_waiting
+from .check import Apart, Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
 from .script import Call
 
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
@@ -32,46 +31,6 @@ MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 MAX_IN_FLIGHT = 10
 A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
-
-
-class Apart(Protocol):
-    """What is to be done about a server that refuses keys of several slots in one command."""
-
-    @property
-    def now(self) -> bool:
-        """Whether each command has the keys of one partition only."""
-
-    def found(self) -> None:
-        """Note that the server has refused such a command; from here on it gets none."""
-
-    def takes(self, check: Check) -> bool:
-        """Ask *check* in parts, if it has several partitions; whether that is so."""
-
-
-class Wire(Protocol):
-    """How batches reach Redis."""
-
-    @property
-    def busy(self) -> int:
-        """How many batches are under way, or prepared."""
-
-    def start(self, batcher: "Batcher") -> None:
-        """Take what waits in *batcher* and send it, as soon as there is a connection."""
-
-    def read(self) -> None:
-        """Give out replies that have come and wait for their turn."""
-
-    def abort(self, batch: Batch) -> None:
-        """Drop the connection *batch* went out on."""
-
-    def renew(self) -> None:
-        """Drop all connections, those being made included: the next batch gets a new one."""
-
-    def lacks(self) -> Failure:
-        """What a check still in the queue at its deadline was waiting for."""
-
-    async def aclose(self) -> None:
-        """End what is under way."""
 
 
 class Batcher:

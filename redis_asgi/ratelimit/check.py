@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import Failure
 from .policy import Charges
 from .reply import Reply
 from .strategies import Mode
+
+if TYPE_CHECKING:
+    from .batch import Batcher
 
 Outcome: TypeAlias = Reply | Failure
 
@@ -73,6 +76,46 @@ class Batch:
         self.is_told = False  # whether the breaker has heard how it went
         self.calls = 1  # commands that are not answered yet
         self.worst: Failure | None = None  # of those that are
+
+
+class Apart(Protocol):
+    """What is to be done about a server that refuses keys of several slots in one command."""
+
+    @property
+    def now(self) -> bool:
+        """Whether each command has the keys of one partition only."""
+
+    def found(self) -> None:
+        """Note that the server has refused such a command; from here on it gets none."""
+
+    def takes(self, check: Check) -> bool:
+        """Ask *check* in parts, if it has several partitions; whether that is so."""
+
+
+class Wire(Protocol):
+    """How batches reach Redis."""
+
+    @property
+    def busy(self) -> int:
+        """How many batches are under way, or prepared."""
+
+    def start(self, batcher: "Batcher") -> None:
+        """Take what waits in *batcher* and send it, as soon as there is a connection."""
+
+    def read(self) -> None:
+        """Give out replies that have come and wait for their turn."""
+
+    def abort(self, batch: Batch) -> None:
+        """Drop the connection *batch* went out on."""
+
+    def renew(self) -> None:
+        """Drop all connections, those being made included: the next batch gets a new one."""
+
+    def lacks(self) -> Failure:
+        """What a check still in the queue at its deadline was waiting for."""
+
+    async def aclose(self) -> None:
+        """End what is under way."""
 
 
 def slot_key(check: Check) -> bytes:

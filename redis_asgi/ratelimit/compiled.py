@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, cast, get_args
+from functools import partial
+from typing import Any, get_args
 
 from starlette.types import Scope
 
@@ -14,7 +15,7 @@ from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
 from .partition import PartitionBy, Partitioner
 from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_small_quotas
-from .policy import Charge, Partition, PolicySet
+from .policy import Charge, PolicySet
 from .rules import DEFAULT_NAME, Limits, Rule, check_choice
 
 
@@ -24,6 +25,7 @@ class CompiledRule:
     Attributes:
         policies: Known at construction, unless the limits are a callable.
         limits_of: That callable; ``None`` where there is none.
+        last: What reads what it returns.
         asks_user: Whether a callable of the user's has to be asked for more than the cost.
         has_paths: Whether the path decides if it covers a request.
     """
@@ -55,7 +57,7 @@ class CompiledRule:
         self._has_warned = False
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
         self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
-        self._last = None if self.policies is not None else LastLimits(self.name, self._make_dynamic, self._default)
+        self.last = LastLimits(self.name, partial(self._make, least=0), self._default)
         self._default_limits = settings.default_limits
         self.asks_user = self.limits_of is not None or self.partition.read is None
 
@@ -73,19 +75,12 @@ class CompiledRule:
         partition = self.partition.of(name)
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
 
-    def dynamic(self, said: object, name: str | Partition) -> PolicySet:
-        """The policies of a client for whom the callable *said* this."""
-        return cast("LastLimits", self._last).read(said, self.partition.of(name))
-
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""
         limits = parse_limits(self._default_limits)
         if self._strategy == "moving-window":
             limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
         return self._make("; ".join(map(str, limits)))
-
-    def _make_dynamic(self, notation: str) -> PolicySet:
-        return self._make(notation, least=0)
 
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""

@@ -6,7 +6,7 @@ from ..errors import Failure
 from ..settings import OnRedisError
 from ..telemetry import telemetry
 from ..tracing import annotate_span, may_be_traced
-from .policy import Charge, Charges, policies_of
+from .policy import Charge, Charges, counters_of
 from .reply import Reply, numbers_of
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class Counts:
             charges.admission = tuple(self._bound(name)[0] for name in charges.names)
             self._note(charges.admission)
             return
-        labels = zip(charges.names, policies_of(charges), numbers_of(reply), strict=True)
-        for name, policy, numbers in labels:
+        for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
             self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
     def known(self, charge: Charge, policy: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .policy import MICROSECONDS, Charge, Policy, policies_of
+from .policy import MICROSECONDS, Charge, Policy, counters_of
 from .reply import Reply, numbers_of
 
 Source: TypeAlias = Literal["redis", "memory", "local", "none"]
@@ -79,7 +79,7 @@ def read_reply(charges: Sequence[Charge], reply: Reply, source: Source) -> Decis
     """The decision in a strategy's reply to *charges*."""
     states = []
     violated = []
-    for policy, numbers in zip(policies_of(charges), numbers_of(reply), strict=True):
+    for (_, policy), numbers in zip(counters_of(charges), numbers_of(reply), strict=True):
         state = policy_state(policy, numbers.remaining, numbers.reset, numbers.retry)
         states.append(state)
         if not numbers.fits and not policy.shadow:

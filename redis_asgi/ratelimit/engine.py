@@ -22,7 +22,7 @@ from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
 from .decision import Decision, Source
 from .local import LocalEngine
-from .policy import Charge, Charges, Partition, PolicySet, log_key
+from .policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
 from .refusals import RefusalMemory
 from .reply import Reply
 from .strategies import Mode
@@ -141,24 +141,17 @@ class Engine:
             deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
                 goes to the window it was taken from, by receipt, or nowhere once that has passed.
         """
-        more: list[Charge] = []
-        back: list[Charge] = []
-        receipts: list[int] = []
-        kept = verdict.receipts
-        at = 0
-        for charge in verdict.charges:
-            for policy in charge.policies:
-                delta = deltas[at]
-                if delta > 0:
-                    more.append(Charge(PolicySet((policy,)), charge.partition, delta))
-                elif delta < 0:
-                    back.append(Charge(PolicySet((policy,)), charge.partition, -delta))
-                    receipts.append(kept[at])
-                at += 1
+        kept = verdict.receipts or [-1] * len(deltas)
+        changes = [
+            (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
+            for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
+        ]
+        more = [charge for charge, delta, _ in changes if delta > 0]
+        back = [charge for charge, delta, _ in changes if delta < 0]
         if more:
             self._apply("charge", Charges(more), (), verdict)
         if back:
-            self._apply("refund", Charges(back), receipts, verdict)
+            self._apply("refund", Charges(back), [receipt for _, delta, receipt in changes if delta < 0], verdict)
 
     def _apply(
         self, mode: Literal["charge", "refund"], charges: Charges, receipts: Sequence[int], verdict: Verdict

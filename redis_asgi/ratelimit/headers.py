@@ -14,7 +14,7 @@ import orjson
 from starlette.types import Message
 
 from ..settings import HeaderStyle
-from .decision import Decision, PolicyState, policy_state, refusal_of
+from .decision import Decision, PolicyState, merged, policy_state, refusal_of
 from .policy import MICROSECONDS, Charges, Policy, PolicySet
 from .reply import place_of
 from .verdict import Verdict
@@ -81,16 +81,17 @@ def _members(sets: tuple[PolicySet, ...]) -> Members:
 
 def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
     """What makes the fields of a reply to *charges*."""
-    return _members(tuple(charge.policies for charge in charges.each)).fields
+    return _members(tuple(charge.policies for charge in charges)).fields
 
 
-def verdict_fields(verdict: Verdict, style: HeaderStyle) -> Fields:
-    """The header fields of an answer in the configured style. Do not change the list."""
-    if style != "ietf" or verdict.reply is None:
-        return limit_fields(verdict.decision, style)
-    if verdict.rendered is None:
-        verdict.rendered = renderer(verdict.charges)(verdict.reply)
-    fields: Fields = verdict.rendered
+def fields_of(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
+    """The header fields of all that was decided about a request, in the configured style. Do not change the list."""
+    first = verdicts[0]
+    if len(verdicts) > 1 or style != "ietf" or first.reply is None:
+        return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+    if first.rendered is None:
+        first.rendered = renderer(first.charges)(first.reply)
+    fields: Fields = first.rendered
     return fields
 
 

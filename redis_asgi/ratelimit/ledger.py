@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..connection import RedisManager
-from .policy import Partition, Policy
+from .policy import Partition, Policy, counters_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -92,8 +92,9 @@ class Ledger:
         done: set[tuple[Engine, bytes]] = set()
         for verdict in list(self.verdicts):
             engine, taken = verdict.engine, verdict.taken
-            policies = [(charge.partition, policy) for charge in verdict.charges for policy in charge.policies]
-            for i, (partition, policy) in enumerate(policies):
+            counters = counters_of(verdict.charges)
+            for i, (charge, policy) in enumerate(counters):
+                partition = charge.partition
                 if policy.name not in (name, f"{name}-{policy.window}s"):
                     continue
                 if (engine, partition.key) not in done:
@@ -101,7 +102,7 @@ class Ledger:
                     forgot |= await engine.reset(partition, name, on_request=True)
                 if forgot:
                     # Of what is forgotten nothing is given back.
-                    self._sent.setdefault(verdict, [0] * len(policies))[i] = -taken[i]
+                    self._sent.setdefault(verdict, [0] * len(counters))[i] = -taken[i]
         return forgot
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
@@ -114,12 +115,10 @@ class Ledger:
         for verdict in self.verdicts:
             if not verdict.charges.unread:
                 continue
-            taken, deltas = iter(verdict.taken), []
-            for charge in verdict.charges:
-                kept = charge.unread is None or charge.unread.is_abandoned
-                for _ in charge.policies:
-                    units = next(taken)
-                    deltas.append(0 if kept else min(0, charge.cost - units))
+            deltas = [
+                0 if charge.unread is None or charge.unread.is_abandoned else min(0, charge.cost - units)
+                for (charge, _), units in zip(counters_of(verdict.charges), verdict.taken, strict=True)
+            ]
             if any(deltas):
                 verdict.show([-delta for delta in deltas])
                 found.append((verdict, deltas))

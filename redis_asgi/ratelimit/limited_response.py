@@ -3,24 +3,26 @@
 from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 from ..settings import HeaderStyle
 from . import headers
-from .decision import merged
-from .headers import Fields
-from .request_decision import RequestDecision, Standby
+from .request_decision import STYLE, RequestDecision, Standby
 from .verdict import Verdict
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 
 
-def decision_fields(decision: RequestDecision, style: HeaderStyle) -> Fields:
-    """The header fields of all that was decided about a request. Do not change the list."""
-    verdicts = decision.verdicts
-    if len(verdicts) == 1:
-        return headers.verdict_fields(verdicts[0], style)
-    return headers.limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
+    """The style of the header fields of a request: the outermost middleware's, else the settings'."""
+    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
+    return style
+
+
+def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
+    """The header fields of all that was decided about a request, as frameworks take them."""
+    fields = headers.fields_of(decision.verdicts, style_of(scope, decision))
+    return {name.decode(): value.decode() for name, value in fields}
 
 
 class LimitedResponse:
@@ -72,7 +74,7 @@ class LimitedResponse:
         if not 300 <= status < 400:
             fields = verdict.rendered
             if fields is None or verdict.ledger is not None or self._style != "ietf":
-                fields = decision_fields(self.decision, self._style)
+                fields = headers.fields_of(self.decision.verdicts, self._style)
             message = headers.with_fields(message, fields)
         return message, back
 

@@ -18,12 +18,12 @@ from ..telemetry import telemetry
 from .compiled import compile_rules
 from .engine import Engine
 from .exempt import Exempt, Exemptions
-from .headers import verdict_fields
+from .headers import fields_of
 from .limited_response import LimitedResponse, UncoveredResponse
 from .lint import Linter
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans
-from .pricing import Pricing, left_over
+from .pricing import decide_priced, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
@@ -133,9 +133,8 @@ class RateLimitMiddleware:
             charges = left_over(charges, outer, self._engine, self._linter)
         verdict: Verdict | None = None
         if charges.is_priced:
-            pricing = Pricing(self._engine, self._body_cap)
-            verdict, receive = await pricing.decide(charges, scope, receive)
-        elif charges.each:
+            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
+        elif charges:
             asked = self._engine.ask(charges)
             verdict = asked if isinstance(asked, Verdict) else await asked.future
 
@@ -179,7 +178,7 @@ class RateLimitMiddleware:
             if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
                 await send_remembered(verdict, self._style, scope, send)
             else:
-                fields = verdict_fields(verdict, self._style)
+                fields = fields_of((verdict,), self._style)
                 await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True

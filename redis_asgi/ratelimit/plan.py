@@ -61,7 +61,7 @@ class Plan:
             name: Any = read(scope) if read is not None else partition.by(conn)
             if type(name) is not str:
                 name = await partition.settle(name, scope)
-            asked.append(name if limits is None or name is None else (rule.dynamic(said, name), name))
+            asked.append(name if limits is None or name is None else (rule.last.read(said, partition.of(name)), name))
         key = tuple(asked)
         return self._kept.young.get(key) or self._kept.find(key, self._charge)
 
@@ -124,7 +124,9 @@ class Plans:
         self._routing = routing
         self._cache = cache
         self._has_paths = any(rule.has_paths for rule in self._rules)
-        self._by_shape: Recent[tuple[str, str, str], Plan] = Recent(_SHAPES_KEPT, _shape_weight)
+        self._by_shape: Recent[tuple[str, ...], Plan] = Recent(
+            _SHAPES_KEPT, lambda shape: 300 + 4 * len("".join(shape))
+        )
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
@@ -137,7 +139,3 @@ class Plans:
     def _make(self, scope: Scope) -> Plan:
         spelled = self._routing.spellings(scope) if self._has_paths else ()
         return self._cache.of(tuple(rule for rule in self._rules if rule.covers(scope, spelled)))
-
-
-def _shape_weight(shape: tuple[str, str, str]) -> int:
-    return 300 + 4 * sum(map(len, shape))

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
-from typing import Any, overload
+from typing import Any
 
 from ..keys import digest, partition_key
 from ..settings import OnRedisError, StrategyName
@@ -48,9 +48,8 @@ class Policy:
         object.__setattr__(self, "field", name.encode())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class PolicySet:
-    """The policies of one rule, which are charged together.
+    """The policies of one rule, which are charged together. Do not change it.
 
     Attributes:
         spec: What the script is told about them.
@@ -59,22 +58,17 @@ class PolicySet:
         enforces: Whether one of them may refuse.
     """
 
-    policies: tuple[Policy, ...]
-    spec: bytes = attribute(init=False, repr=False, compare=False)
-    wire: bytes = attribute(init=False, repr=False, compare=False)
-    logs: tuple[bytes, ...] = attribute(init=False, repr=False, compare=False)
-    enforces: bool = attribute(init=False, repr=False, compare=False)
+    __slots__ = ("enforces", "logs", "policies", "spec", "wire")
 
-    def __post_init__(self) -> None:
-        lines = (
+    def __init__(self, policies: tuple[Policy, ...]) -> None:
+        self.policies = policies
+        self.spec = b"\n".join(
             b"%s %d %d %d %s" % (_LETTERS[p.strategy].encode(), p.quota, p.window * MICROSECONDS, p.shadow, p.field)
-            for p in self.policies
+            for p in policies
         )
-        object.__setattr__(self, "spec", b"\n".join(lines))
-        object.__setattr__(self, "wire", bulk(self.spec))
-        logs = tuple(policy.field for policy in self.policies if policy.strategy == "moving-window")
-        object.__setattr__(self, "logs", logs)
-        object.__setattr__(self, "enforces", not all(policy.shadow for policy in self.policies))
+        self.wire = bulk(self.spec)
+        self.logs = tuple(policy.field for policy in policies if policy.strategy == "moving-window")
+        self.enforces = not all(policy.shadow for policy in policies)
 
     def __iter__(self) -> Iterator[Policy]:
         return iter(self.policies)
@@ -163,13 +157,12 @@ def at_cost(charge: Charge, cost: int | Unread) -> Charge:
     return replace(charge, cost=cost, price=None)
 
 
-class Charges(Sequence[Charge]):
+class Charges(tuple[Charge, ...]):  # noqa: SLOT001 - a tuple can have none but empty ones
     """The charges of one request, which are decided together, with what every decision needs of them kept ready.
 
     A client whose requests are always charged alike keeps one of these, so that a request builds none.
 
     Attributes:
-        each: The charges.
         counters: How many counters they touch.
         keys: Their keys as they go over the wire.
         key_count: How many those are.
@@ -188,34 +181,12 @@ class Charges(Sequence[Charge]):
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
-    __slots__ = (
-        "_limits",
-        "admission",
-        "consume",
-        "counters",
-        "each",
-        "enforce",
-        "is_priced",
-        "is_spread",
-        "key_count",
-        "keys",
-        "known",
-        "names",
-        "render",
-        "reply_size",
-        "terms",
-        "unread",
-        "wait_and_see",
-        "words",
-    )
-
-    def __init__(self, charges: Iterable[Charge] = ()) -> None:
-        self.each = each = tuple(charges)
+    def __init__(self, _charges: Iterable[Charge] = ()) -> None:
         keys: list[bytes] = []
         terms: list[bytes] = []
         names: list[str] = []
         unread = False
-        for charge in each:
+        for charge in self:
             policies, partition = charge.policies, charge.partition
             keys.append(partition.wire)
             keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
@@ -225,19 +196,19 @@ class Charges(Sequence[Charge]):
             terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
-        self.words = 2 + 2 * len(each)
+        self.words = 2 + 2 * len(self)
         self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
+        self.terms = bulk(b"%d" % len(self)) + b"".join(terms)
         self.consume = bulk(b"consume") + self.terms
         self.names = tuple(names)
-        self.enforce = not any(policy.shadow for policy in policies_of(each))
-        self.wait_and_see = any(charge.count_if is not None for charge in each)
+        self.enforce = not any(policy.shadow for _, policy in counters_of(self))
+        self.wait_and_see = any(charge.count_if is not None for charge in self)
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
-        self.is_spread = len({charge.partition.key for charge in each}) > 1
-        self.is_priced = any(charge.price is not None for charge in each)
+        self.is_spread = len({charge.partition.key for charge in self}) > 1
+        self.is_priced = any(charge.price is not None for charge in self)
         self.admission: Any = None
         self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None
@@ -246,23 +217,8 @@ class Charges(Sequence[Charge]):
     def limits(self) -> frozenset[tuple[bytes, bytes]]:
         """Which limits they are about: partition and policies of each."""
         if self._limits is None:
-            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self.each)
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self)
         return self._limits
-
-    @overload
-    def __getitem__(self, at: int) -> Charge: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> tuple[Charge, ...]: ...
-
-    def __getitem__(self, at: int | slice) -> Charge | tuple[Charge, ...]:
-        return self.each[at]
-
-    def __iter__(self) -> Iterator[Charge]:
-        return iter(self.each)
-
-    def __len__(self) -> int:
-        return len(self.each)
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:
@@ -270,6 +226,6 @@ def log_key(partition: bytes, field: bytes) -> bytes:
     return partition + b":" + field
 
 
-def policies_of(charges: Iterable[Charge]) -> list[Policy]:
-    """The policy of every counter of *charges*, in the order in which a reply tells of them."""
-    return [policy for charge in charges for policy in charge.policies.policies]
+def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
+    """The counters that *charges* touch, in the order in which a reply tells of them."""
+    return [(charge, policy) for charge in charges for policy in charge.policies.policies]

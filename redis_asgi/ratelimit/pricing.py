@@ -16,49 +16,45 @@ from .rules import check_cost
 from .verdict import Verdict
 
 
-class Pricing:
-    """Decides charges whose cost a callable says, which may read the body for it.
+async def decide_priced(
+    charges: Charges, engine: Engine, cap: int, scope: Scope, receive: Receive
+) -> tuple[Verdict, Receive]:
+    """The verdict on *charges* that a callable prices, and what the app is to receive from: what was read comes first.
 
     Args:
-        cap: The most it may read, in bytes.
+        cap: The most that may be read of a body, in bytes.
     """
+    # A refusal that is known already spares the reading of a body.
+    known = engine.remembered(Charges(charge for charge in charges if charge.price is None))
+    if known is not None:
+        return known, receive
+    costs: list[int | Unread] = []
+    for charge in charges:
+        cost: int | Unread = charge.cost
+        if charge.price is not None:
+            cost, receive = await _ask(charge.price, cap, scope, receive)
+        costs.append(cost)
+    return await engine.decide(engine.plans.priced(charges, costs)), receive
 
-    def __init__(self, engine: Engine, cap: int) -> None:
-        self._engine = engine
-        self._cap = cap
 
-    async def decide(self, charges: Charges, scope: Scope, receive: Receive) -> tuple[Verdict, Receive]:
-        """The verdict on *charges*, and what the app is to receive from: what was read ahead comes first."""
-        # A refusal that is known already spares the reading of a body.
-        known = self._engine.remembered(Charges(charge for charge in charges if charge.price is None))
-        if known is not None:
-            return known, receive
-        costs: list[int | Unread] = []
-        for charge in charges:
-            cost: int | Unread = charge.cost
-            if charge.price is not None:
-                cost, receive = await self._ask(charge.price, scope, receive)
-            costs.append(cost)
-        return await self._engine.decide(self._engine.plans.priced(charges, costs)), receive
-
-    async def _ask(self, price: Callable[..., Any], scope: Scope, receive: Receive) -> tuple[int | Unread, Receive]:
-        """What *price* says; what cannot be read takes what remains."""
-        request = BufferedRequest(scope, receive, cap=self._cap)
-        cost = 1
-        try:
-            said = price(request)
-            cost = check_cost(await said if isawaitable(said) else said)
-        except UnreadableBody:
-            pass
-        finally:
-            receive = request.replay()
-            await request.close()  # the files of a form
-        if not request.unreadable:
-            return cost, receive
-        # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
-        unread = Unread()
-        unread.is_abandoned = request.is_abandoned
-        return unread, _watching(receive, unread)
+async def _ask(price: Callable[..., Any], cap: int, scope: Scope, receive: Receive) -> tuple[int | Unread, Receive]:
+    """What *price* says; what cannot be read takes what remains."""
+    request = BufferedRequest(scope, receive, cap=cap)
+    cost = 1
+    try:
+        said = price(request)
+        cost = check_cost(await said if isawaitable(said) else said)
+    except UnreadableBody:
+        pass
+    finally:
+        receive = request.replay()
+        await request.close()  # the files of a form
+    if not request.unreadable:
+        return cost, receive
+    # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
+    unread = Unread()
+    unread.is_abandoned = request.is_abandoned
+    return unread, _watching(receive, unread)
 
 
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:

@@ -29,9 +29,6 @@ class Recent(Generic[K, V]):
         self._old: dict[K, V] = {}
         self.young: dict[K, V] = {}
 
-    def __len__(self) -> int:
-        return len(self.young) + len(self._old)
-
     def find(self, key: K, make: Callable[[K], V]) -> V:
         """What is kept of *key*, else what *make* makes of it."""
         value = self._old.pop(key, None)

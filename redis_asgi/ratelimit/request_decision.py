@@ -176,4 +176,16 @@ def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:
     return decision
 
 
+def begin_decision(scope: Scope, verdict: Verdict) -> RequestDecision:
+    """The decision of a request about which a middleware has said nothing."""
+    decision = keep_decision(scope, verdict)
+    standby: Standby | None = scope.get(STANDBY)
+    if standby is not None and standby.sees_end:
+        standby.decision = decision
+    else:
+        verdict.open_ledger(immediate=True)
+        verdict.count()
+    return decision
+
+
 _FIELDS = tuple(field.name for field in fields(Decision))

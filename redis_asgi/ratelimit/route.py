@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, TypeAlias, TypeVar, cast
@@ -16,22 +15,20 @@ from starlette.types import Scope
 from ..connection import RedisArgument, RedisManager, resolve_manager
 from ..event_loop import running_loop
 from ..scope import Addressing
-from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
-from . import headers
+from ..settings import OnRedisError, Settings, StrategyName
 from .compiled import CompiledRule
 from .endpoints import calls_of, dependant_of, endpoint_name
 from .engine import Engine
-from .exceeded import RateLimitExceeded
-from .limited_response import decision_fields
+from .exceeded import refusal_on
+from .limited_response import style_of, text_fields
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache
 from .policies import fit_name
 from .policy import Charge, Charges
 from .recent import Recent
-from .request_decision import STANDBY, STYLE, RequestDecision, Standby, check_names, decision_of, is_over, keep_decision
+from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, check_names, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import Cost, Limits, Rule, check_cost
-from .verdict import Verdict
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,7 +101,7 @@ class RateLimit:
         """Decide for the endpoint that FastAPI is about to call."""
         decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))
         if decision is not None and decision.immediate:
-            for key, value in _fields(decision, conn.scope).items():
+            for key, value in text_fields(decision, conn.scope).items():
                 response.headers[key] = value
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
@@ -200,15 +197,15 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     if decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found):
         check_names(decision, itertools.chain(*(charges for _, charges in found)))
     for engine, charges in found:
-        if not charges.each:
+        if not charges:
             continue
         verdict = await engine.decide(charges)
         if decision is None:
-            decision = _begin(scope, verdict)
+            decision = begin_decision(scope, verdict)
         else:
             decision.join(verdict)
         if not verdict.allowed:
-            raise _answerable(conn, _refusal(decision, verdict, scope))
+            raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
     return decision
 
 
@@ -226,12 +223,12 @@ async def _charges(
     conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
     charges: Charges = await engine.plans.of(tuple(rules)).charges(conn.scope)
     # The very same limit is charged once.
-    if decision is not None or len(charges.each) > 1:
+    if decision is not None or len(charges) > 1:
         fresh: list[Charge] = []
         for charge in charges:
             if not _is_known(charge, engine, decision, fresh):
                 fresh.append(charge)
-        if len(fresh) < len(charges.each):
+        if len(fresh) < len(charges):
             charges = Charges(fresh)
     if charges.is_priced:
         said = [charge.cost if charge.price is None else charge.price(conn) for charge in charges]
@@ -256,42 +253,6 @@ def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
         kept = scope[_ASKED] = set()
     asked: set[tuple[RateLimit, str]] = kept
     return asked
-
-
-def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
-    """The decision of a request about which a middleware has said nothing."""
-    decision = keep_decision(scope, verdict)
-    standby: Standby | None = scope.get(STANDBY)
-    if standby is not None and standby.sees_end:
-        standby.decision = decision
-    else:
-        verdict.open_ledger(immediate=True)
-        verdict.count()
-    return decision
-
-
-def _refusal(decision: RequestDecision, verdict: Verdict, scope: Scope) -> HTTPException:
-    refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
-    if not refusing:  # nobody could decide, and the limit fails closed
-        fields = headers.refusal_fields(verdict.decision)
-        detail = "The rate limit cannot be checked right now. Retry in 1 s."
-        return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
-    worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
-    whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
-    return RateLimitExceeded(
-        whose.partition.label, worst.quota, worst.window, decision=decision, style=_style(decision, scope)
-    )
-
-
-def _fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
-    """The header fields of everything decided about a request."""
-    fields = decision_fields(decision, _style(decision, scope))
-    return {name.decode(): value.decode() for name, value in fields}
-
-
-def _style(decision: RequestDecision, scope: Scope) -> HeaderStyle:
-    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
-    return style
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
@@ -335,7 +296,7 @@ def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
         else:
             result = await run_in_threadpool(endpoint, *args, **kwargs)
         if decision is not None and decision.immediate and isinstance(result, Response):
-            for key, value in _fields(decision, conn.scope).items():
+            for key, value in text_fields(decision, conn.scope).items():
                 result.headers.setdefault(key, value)
         return result
 

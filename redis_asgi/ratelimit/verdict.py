@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
 from .ledger import Ledger
-from .policy import MICROSECONDS, Charge, Charges, policies_of
+from .policy import MICROSECONDS, Charge, Charges, counters_of
 from .refusals import Refusal
 from .reply import Reply, charged_receipts, numbers_of, reply_of
 
@@ -28,21 +28,6 @@ class Verdict:
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
     """
-
-    __slots__ = (
-        "_decision",
-        "allowed",
-        "at",
-        "charges",
-        "engine",
-        "is_counted",
-        "is_over",
-        "known",
-        "ledger",
-        "rendered",
-        "reply",
-        "source",
-    )
 
     def __init__(
         self,
@@ -113,13 +98,13 @@ class Verdict:
         """The units that were charged, one per policy of the charges."""
         if self.reply is None or not self.allowed:
             return [0] * self.charges.counters
-        whose = (charge for charge in self.charges for _ in charge.policies)
-        return [charge.taken(each.fits) for charge, each in zip(whose, numbers_of(self.reply), strict=True)]
+        both = zip(counters_of(self.charges), numbers_of(self.reply), strict=True)
+        return [charge.taken(each.fits) for (charge, _), each in both]
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
         shown = []
-        for policy, each, units in zip(policies_of(self.charges), numbers_of(self.reply or []), back, strict=True):
+        for (_, policy), each, units in zip(counters_of(self.charges), numbers_of(self.reply or []), back, strict=True):
             reset = each.reset
             if units and policy.strategy == "gcra":
                 reset = max(0, reset - units * policy.window * MICROSECONDS // policy.quota)

@@ -960,7 +960,7 @@ async def test_peer_text_that_is_no_address_is_hashed(settings: Settings, host: 
     charges = await app._plans.of(scope).charges(scope)
 
     assert [200, 429] == seen
-    assert host.encode("utf-8", "replace") not in charges.each[0].partition.key
+    assert host.encode("utf-8", "replace") not in charges[0].partition.key
 
 
 async def test_body_then_stream_inside_a_cost_callable(settings: Settings) -> None:
