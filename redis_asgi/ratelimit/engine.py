@@ -57,7 +57,6 @@ class Engine:
     ) -> None:
         self.manager = manager
         self.counts = Counts()
-        self._note = telemetry().notes.count
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.plans: Any = None
@@ -75,10 +74,10 @@ class Engine:
         known = self._refusals.find(charges, now)
         if not known:
             return None
+        verdict = Verdict(self, charges, "redis", known=known, at=now)
         if self._names_are_fixed:
-            for charge, refusal in known:
-                self.counts.known(charge, refusal.policy.name)
-        return Verdict(self, charges, "redis", known=known, at=now)
+            verdict.uncounted = [self.counts.refusal(charge, refusal.policy.name) for charge, refusal in known]
+        return verdict
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
@@ -123,12 +122,13 @@ class Engine:
         return self._decided(check.charges, check.mode, "redis", outcome)
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
+        verdict = Verdict(self, charges, source, reply)
         if self._names_are_fixed and mode == "consume":
-            if reply[0] and charges.admission is not None:
-                self._note(charges.admission)
+            if reply[0] and charges.enforce:
+                # Nearly always: counted together with the request.
+                verdict.uncounted = charges.admission or self.counts.admission(charges)
             else:
                 self.counts.decided(charges, reply)
-        verdict = Verdict(self, charges, source, reply)
         if charges.render is not None:
             # Here, for a whole batch in one go, the same few lines stay in the processor's caches.
             verdict.rendered = charges.render(reply)

@@ -130,10 +130,10 @@ class Plans:
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
-        method: str = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+        method: str = scope.get("method", "WEBSOCKET")
         if method == "OPTIONS" and is_preflight(scope):
             method = "OPTIONS preflight"  # no method has a blank
-        shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method, "", "")
+        shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)
         return self._by_shape.young.get(shape) or self._by_shape.find(shape, lambda _: self._make(scope))
 
     def _make(self, scope: Scope) -> Plan:

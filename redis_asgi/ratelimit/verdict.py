@@ -23,6 +23,7 @@ class Verdict:
         source: Who decided.
         reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
         known: The remembered refusals that answered, and when (monotonic seconds).
+        uncounted: The counters of what its policies said, which are counted with the request.
         rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
         ledger: What more there is to know about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
@@ -47,6 +48,7 @@ class Verdict:
         self.at = at
         self.is_counted = self.is_over = False
         self.rendered: Any = None
+        self.uncounted: Sequence[Any] = ()
         self.ledger: Ledger | None = None
         self._decision = decision
         if reply is not None:
@@ -59,11 +61,12 @@ class Verdict:
         if self.is_counted:
             return
         self.is_counted = True
-        said = self
+        said, policies = self, self.uncounted
         if self.ledger is not None:
             said = next((verdict for verdict in self.ledger.verdicts if not verdict.allowed), self)
+            policies = [counter for verdict in self.ledger.verdicts for counter in verdict.uncounted]
         outcome = "allowed" if said.allowed else "unavailable" if said.source == "none" else "refused"
-        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source)
+        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, policies)
 
     def settle(self, status: int | None) -> None:
         """Settle the request, at the end of its response; see `Ledger.settle`."""
