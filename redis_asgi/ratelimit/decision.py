@@ -63,15 +63,9 @@ class Decision:
 
 def policy_state(policy: Policy, remaining: int, reset: int, retry: int) -> PolicyState:
     """The state in a strategy's numbers: units, us, and us with -1 for "never"."""
+    again = None if retry < 0 else retry / MICROSECONDS
     return PolicyState(
-        policy.name,
-        policy.quota,
-        policy.window,
-        remaining,
-        reset / MICROSECONDS,
-        None if retry < 0 else retry / MICROSECONDS,
-        policy.shadow,
-        policy.strategy,
+        policy.name, policy.quota, policy.window, remaining, reset / MICROSECONDS, again, policy.shadow, policy.strategy
     )
 
 

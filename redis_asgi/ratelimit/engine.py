@@ -48,12 +48,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        manager: RedisManager,
-        *,
-        timeout: float,
-        settings: Settings | None = None,
-        names_are_fixed: bool = True,
+        self, manager: RedisManager, *, timeout: float, settings: Settings | None = None, names_are_fixed: bool = True
     ) -> None:
         self.manager = manager
         self.counts = Counts()

@@ -25,13 +25,7 @@ class RateLimitExceeded(RedisASGIError, HTTPException):
     """
 
     def __init__(
-        self,
-        client_id: str,
-        limit: int,
-        window: int,
-        *,
-        decision: Decision | None = None,
-        style: HeaderStyle = "ietf",
+        self, client_id: str, limit: int, window: int, *, decision: Decision | None = None, style: HeaderStyle = "ietf"
     ) -> None:
         self.client_id = client_id
         self.limit = limit

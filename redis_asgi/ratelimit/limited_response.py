@@ -87,28 +87,23 @@ class LimitedResponse:
 class UncoveredResponse:
     """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
 
-    __slots__ = ("_is_counted", "_of_route", "_send", "_standby", "_style")
+    __slots__ = ("_of_route", "_send", "_standby", "_style")
 
     def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
         self._standby = standby
         self._style: HeaderStyle = style
         self._send = send
         self._of_route: LimitedResponse | None = None
-        self._is_counted = False
 
     async def send(self, message: Message) -> None:
         response = self._response()
-        if response is None:
-            self._count()
-            await self._send(message)
-        else:
-            await response.send(message)
+        await (self._send(message) if response is None else response.send(message))
 
     def end(self, error: BaseException | None = None) -> None:
-        """Settle what was decided, when the app has returned or raised."""
+        """Count, and settle what was decided, when the app has returned or raised."""
         response = self._response()
         if response is None:
-            self._count()
+            self._standby.engine.counts.request("exempt", "none")
         elif error is not None:
             response.failed(error)
         else:
@@ -119,8 +114,3 @@ class UncoveredResponse:
         if self._of_route is None and decision is not None:
             self._of_route = LimitedResponse(decision, self._style, self._send)
         return self._of_route
-
-    def _count(self) -> None:
-        if not self._is_counted:
-            self._is_counted = True
-            self._standby.engine.counts.request("exempt", "none")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from inspect import isawaitable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -177,8 +177,7 @@ class Partitioner:
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
 
     def _read_address(self, scope: Scope) -> str | None:
-        addressing: Addressing = scope[ADDRESSING]
-        return addressing.client(scope)
+        return cast("Addressing", scope[ADDRESSING]).client(scope)
 
     def of_address(self, client: str | None) -> Partition:
         """The partition of a client as `Addressing.client` names it."""

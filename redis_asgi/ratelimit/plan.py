@@ -36,7 +36,6 @@ class Plan:
     def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
         self._cache = cache
         self._kept = cache.charges
-        self._rules = tuple(rules)
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
         self._asks_user = any(rule.asks_user for rule in rules)
 
@@ -66,8 +65,8 @@ class Plan:
         return self._kept.young.get(key) or self._kept.find(key, self._charge)
 
     def _charge(self, asked: Asked) -> Charges:
-        both = zip(self._rules, asked[1:], strict=True)
-        return self._cache.make(rule.charge(name) for rule, name in both if name is not None)
+        both = zip(self._steps, asked[1:], strict=True)
+        return self._cache.make(rule.charge(name) for (*_, rule), name in both if name is not None)
 
 
 class PlanCache:

@@ -32,12 +32,9 @@ from .rules import Cost, Limits, Rule, check_cost
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Where a scope keeps the limits that its request was put to.
-_ASKED = "redis_asgi.route_limits"
-# Where a decorated endpoint keeps itself, what it decorates, and the limits in front.
-_STACK = "_redis_asgi_stack"
-# Routes that one dependency knows its neighbours of.
-_MOST_ROUTES = 4096
+_ASKED = "redis_asgi.route_limits"  # where a scope keeps the limits that its request was put to
+_STACK = "_redis_asgi_stack"  # where a decorated endpoint keeps itself, what it decorates, and the limits in front
+_MOST_ROUTES = 4096  # that one dependency knows its neighbours of
 
 
 class RateLimit:
@@ -105,13 +102,7 @@ class RateLimit:
                 response.headers[key] = value
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-        """Charge a request to *endpoint*; ``None`` when this limit does not apply to it.
-
-        Raises:
-            RateLimitExceeded: Over quota.
-            HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
-            WebSocketException: Instead of any of them, where a handshake cannot be answered.
-        """
+        """Charge a request to *endpoint* alone; see `check_all`."""
         return await check_all(((self, 0),), conn, endpoint)
 
     def _with_neighbours(self, scope: Scope) -> "Sequence[Placed]":
@@ -177,28 +168,33 @@ Placed: TypeAlias = tuple[RateLimit, int]
 
 
 async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-    """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
+    """Put a request to *endpoint* to *limits*, those of one Redis together; ``None`` when none of them applies.
+
+    Raises:
+        RateLimitExceeded: Over quota.
+        HTTPException: 503 when a limit fails closed, 400 when the identity is missing and must not be.
+        WebSocketException: Instead, where a handshake cannot be answered.
+    """
     running_loop()
     scope = conn.scope
     decision = decision_of(scope)
     asked = _asked(scope)
     groups: dict[tuple[RedisManager, int], tuple[Engine, list[CompiledRule]]] = {}
     for limit, place in limits:
-        this = limit, limit.name_at(endpoint)
-        if this not in asked:
-            asked.add(this)
+        name = limit.name_at(endpoint)
+        if (limit, name) not in asked:
+            asked.add((limit, name))
             engine = limit.engine_for(scope, decision)
             engine, rules = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
-            rules.append(_rule(engine, (limit, this[1], place)))
+            rules.append(_rule(engine, (limit, name, place)))
     try:
-        found = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
+        asking = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
+    found = [(engine, charges) for engine, charges in asking if charges]
     if decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found):
         check_names(decision, itertools.chain(*(charges for _, charges in found)))
     for engine, charges in found:
-        if not charges:
-            continue
         verdict = await engine.decide(charges)
         if decision is None:
             decision = begin_decision(scope, verdict)
@@ -248,15 +244,14 @@ def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, 
 
 def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
     """The limits that a request was put to, perhaps before its turn had come to them, and by what name."""
-    kept = scope.get(_ASKED)
+    kept: set[tuple[RateLimit, str]] | None = scope.get(_ASKED)
     if kept is None or is_over(scope):
         kept = scope[_ASKED] = set()
-    asked: set[tuple[RateLimit, str]] = kept
-    return asked
+    return kept
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
-    """*error*, or for a handshake that the server cannot answer with a status, its refusal."""
+    """*error*, or a refused handshake where the server cannot answer one with a status."""
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
 
 
