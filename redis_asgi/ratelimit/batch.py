@@ -19,12 +19,16 @@ import math
 from bisect import bisect_right
 from itertools import accumulate, count
 from random import getrandbits
+from typing import TYPE_CHECKING
 
 from ..breaker import Breaker
 from ..errors import Failure
 from ..telemetry import telemetry
-from .check import Apart, Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
+from .check import Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
 from .script import Call
+
+if TYPE_CHECKING:
+    from .parts import ApartWhereAsked
 
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 # One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
@@ -41,7 +45,7 @@ class Batcher:
     """
 
     def __init__(self, wire: Wire, breaker: Breaker) -> None:
-        self.apart: Apart | None = None
+        self.apart: ApartWhereAsked | None = None
         self.loop = asyncio.get_running_loop()
         self._numbers = count(getrandbits(40))  # of another process on the way to one server: other numbers
         self.closed = False

@@ -78,20 +78,6 @@ class Batch:
         self.worst: Failure | None = None  # of those that are
 
 
-class Apart(Protocol):
-    """What is to be done about a server that refuses keys of several slots in one command."""
-
-    @property
-    def now(self) -> bool:
-        """Whether each command has the keys of one partition only."""
-
-    def found(self) -> None:
-        """Note that the server has refused such a command; from here on it gets none."""
-
-    def takes(self, check: Check) -> bool:
-        """Ask *check* in parts, if it has several partitions; whether that is so."""
-
-
 class Wire(Protocol):
     """How batches reach Redis."""
 
@@ -120,7 +106,8 @@ class Wire(Protocol):
 
 def slot_key(check: Check) -> bytes:
     """The key that says which slot, and so which node, a check of one partition belongs to."""
-    return check.charges[0].partition.key
+    key: bytes = check.charges[0].partition.key
+    return key
 
 
 def by_slot(checks: Iterable[Check]) -> list[list[Check]]:

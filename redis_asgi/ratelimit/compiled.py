@@ -99,12 +99,7 @@ class CompiledRule:
                 return False
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
-        if not self._paths:
-            return True
-        for pattern in self._paths:  # noqa: SIM110 - a generator would cost more than what it asks
-            if pattern.covers(spelled):
-                return True
-        return False
+        return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
 
 
 def compile_rules(

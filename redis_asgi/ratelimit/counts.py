@@ -40,7 +40,7 @@ class Counts:
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
     def policies(self, said: "Sequence[Counter]") -> None:
-        """Count what the policies of a verdict said that came after its request was counted."""
+        """Count what the policies of a verdict said that is not its request's first."""
         if said:
             self._note(tuple(said))
 

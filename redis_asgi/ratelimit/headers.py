@@ -130,8 +130,11 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
     """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
     theirs = message.get("headers") or ()
-    if not _OURS.isdisjoint(names := dict(theirs)):
-        fields = [field for field in fields if field[0] not in names]
+    for name, _ in theirs:
+        if name in _OURS:
+            names = dict(theirs)
+            fields = [field for field in fields if field[0] not in names]
+            break
     return {**message, "headers": [*theirs, *fields]}
 
 

@@ -41,11 +41,6 @@ class Line(asyncio.Protocol):
         self._theirs = transport.get_protocol()
         transport.set_protocol(self)
 
-    @property
-    def has_to_go(self) -> bool:
-        """Whether the pool wants the connection made anew."""
-        return bool(self.connection.should_reconnect())  # type: ignore[no-untyped-call]  # theirs
-
     def send(self, batch: Batch) -> None:
         """Write *batch*."""
         self.under_way += 1
@@ -168,7 +163,8 @@ class LineWire:
 
     def start(self, batcher: Batcher) -> None:
         line = self._line
-        if line is not None and not line.sent and line.has_to_go:
+        # The pool may want the connection made anew.
+        if line is not None and not line.sent and line.connection.should_reconnect():  # type: ignore[no-untyped-call]
             self._return(line)
             line = None
         if line is None:

@@ -134,7 +134,7 @@ class RateLimitMiddleware:
         verdict: Verdict | None = None
         if charges.is_priced:
             verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
-        elif charges:
+        elif charges.counters:
             asked = self._engine.ask(charges)
             verdict = asked if isinstance(asked, Verdict) else await asked.future
 

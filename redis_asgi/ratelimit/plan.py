@@ -62,7 +62,8 @@ class Plan:
                 name = await partition.settle(name, scope)
             asked.append(name if limits is None or name is None else (rule.last.read(said, partition.of(name)), name))
         key = tuple(asked)
-        return self._kept.young.get(key) or self._kept.find(key, self._charge)
+        found = self._kept.young.get(key)
+        return found if found is not None else self._kept.find(key, self._charge)
 
     def _charge(self, asked: Asked) -> Charges:
         both = zip(self._steps, asked[1:], strict=True)

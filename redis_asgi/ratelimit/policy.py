@@ -157,7 +157,7 @@ def at_cost(charge: Charge, cost: int | Unread) -> Charge:
     return replace(charge, cost=cost, price=None)
 
 
-class Charges(tuple[Charge, ...]):  # noqa: SLOT001 - a tuple can have none but empty ones
+class Charges(Sequence[Charge]):
     """The charges of one request, which are decided together, with what every decision needs of them kept ready.
 
     A client whose requests are always charged alike keeps one of these, so that a request builds none.
@@ -181,12 +181,13 @@ class Charges(tuple[Charge, ...]):  # noqa: SLOT001 - a tuple can have none but 
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
-    def __init__(self, _charges: Iterable[Charge] = ()) -> None:
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
+        self._each = each = tuple(charges)
         keys: list[bytes] = []
         terms: list[bytes] = []
         names: list[str] = []
         unread = False
-        for charge in self:
+        for charge in each:
             policies, partition = charge.policies, charge.partition
             keys.append(partition.wire)
             keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
@@ -196,19 +197,19 @@ class Charges(tuple[Charge, ...]):  # noqa: SLOT001 - a tuple can have none but 
             terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
-        self.words = 2 + 2 * len(self)
+        self.words = 2 + 2 * len(each)
         self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self.terms = bulk(b"%d" % len(self)) + b"".join(terms)
+        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
         self.consume = bulk(b"consume") + self.terms
         self.names = tuple(names)
-        self.enforce = not any(policy.shadow for _, policy in counters_of(self))
-        self.wait_and_see = any(charge.count_if is not None for charge in self)
+        self.enforce = not any(policy.shadow for _, policy in counters_of(each))
+        self.wait_and_see = any(charge.count_if is not None for charge in each)
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
-        self.is_spread = len({charge.partition.key for charge in self}) > 1
-        self.is_priced = any(charge.price is not None for charge in self)
+        self.is_spread = len({charge.partition.key for charge in each}) > 1
+        self.is_priced = any(charge.price is not None for charge in each)
         self.admission: Any = None
         self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None
@@ -217,8 +218,17 @@ class Charges(tuple[Charge, ...]):  # noqa: SLOT001 - a tuple can have none but 
     def limits(self) -> frozenset[tuple[bytes, bytes]]:
         """Which limits they are about: partition and policies of each."""
         if self._limits is None:
-            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self)
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
         return self._limits
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._each[at]
+
+    def __iter__(self) -> Iterator[Charge]:
+        return iter(self._each)
+
+    def __len__(self) -> int:
+        return len(self._each)
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:

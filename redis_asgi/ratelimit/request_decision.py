@@ -64,8 +64,7 @@ class RequestDecision(Decision):
     def join(self, verdict: Verdict) -> None:
         """Add the verdict of a per-route limit or an inner middleware."""
         self.ledger.verdicts.append(verdict)
-        if self.first.is_counted:
-            verdict.engine.counts.policies(verdict.uncounted)
+        verdict.engine.counts.policies(verdict.uncounted)
         self._read_again()
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":

@@ -61,12 +61,11 @@ class Verdict:
         if self.is_counted:
             return
         self.is_counted = True
-        said, policies = self, self.uncounted
+        said = self
         if self.ledger is not None:
             said = next((verdict for verdict in self.ledger.verdicts if not verdict.allowed), self)
-            policies = [counter for verdict in self.ledger.verdicts for counter in verdict.uncounted]
         outcome = "allowed" if said.allowed else "unavailable" if said.source == "none" else "refused"
-        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, policies)
+        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, self.uncounted)
 
     def settle(self, status: int | None) -> None:
         """Settle the request, at the end of its response; see `Ledger.settle`."""
