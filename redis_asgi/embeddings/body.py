@@ -53,14 +53,14 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
     messages: list[Message] = []
     chunks: list[bytes] = []
     held = 0
-    deadline: float | None = None
+    deadline = 0.0
     coming: asyncio.Task[Message] | None = None
     try:
         while True:
-            if deadline is None:
+            if not messages:
                 message = await receive()
-                deadline = asyncio.get_running_loop().time() + seconds
             else:
+                deadline = deadline or asyncio.get_running_loop().time() + seconds
                 coming = asyncio.ensure_future(_next(receive))
                 # Not a time-out around it: a message that comes while it is cancelled could be lost.
                 await asyncio.wait({coming}, timeout=deadline - asyncio.get_running_loop().time())

@@ -49,8 +49,8 @@ class Exchange:
         self._matched = matched
         self._scope = scope
         self._receive = receive
-        self._fields = http.by_name(scope["headers"])
-        self._wanted = http.wanted(self._fields)
+        self._head = core.identities.heads.read(scope["headers"])
+        self._wanted = self._head.wanted
         self._outcome = Outcome(core.counts, scope, send, status=core.settings.EMBEDDING_CACHE_STATUS)
         self._body = Body((), None)
         self._question: Question
@@ -76,7 +76,8 @@ class Exchange:
 
     async def _run(self) -> None:
         core = self._core
-        detail = head_refusal(self._fields, self._matched, core.settings)
+        limit = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
+        detail = head_refusal(self._head, self._scope["headers"], self._matched, limit)
         if detail is not None:
             await self._bypass(detail)
             return
@@ -86,7 +87,7 @@ class Exchange:
             if partition is None:
                 await self._bypass("partition")
                 return
-        limit, seconds = core.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, core.settings.EMBEDDING_CACHE_BODY_SECONDS
+        seconds = core.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, core.budget, seconds)
         coming = self._body.coming
         if self._body.content is None:
@@ -107,7 +108,7 @@ class Exchange:
             return
         core, wire = self._core, self._matched.wire
         try:
-            self._question = await question_of(core, self._scope, self._fields, wire, batch, partition, self._pace)
+            self._question = await question_of(core, self._scope, self._head, wire, batch, partition, self._pace)
         except Exception as error:
             say_broken(core, wire, "split", error)
             await self._bypass("not-understood")
@@ -564,4 +565,4 @@ class Exchange:
             await core.deny(self._question.identity, status)
         elif status == _UNKNOWN_CALLER:
             # Whatever he asked for.
-            await core.disown(core.identities.denied_name(self._scope, core.identities.headers.read(self._fields)))
+            await core.disown(core.identities.denied_name(self._scope, self._head.told))

@@ -24,7 +24,8 @@ from ..keys import (
     length_prefixed,
 )
 from ..settings import Settings
-from .headers import Headers, Told
+from .head import Heads, Told
+from .headers import Headers
 from .novelty import Marks
 from .wire import Batch, Input, WireFormat
 
@@ -70,6 +71,7 @@ class Identities:
 
     def __init__(self, settings: Settings, *, namespace: str, share: bool, partitioned: bool, trusting: bool) -> None:
         self.headers = Headers(settings, shared=share or partitioned)
+        self.heads = Heads(self.headers)
         self._namespace = namespace
         self._share = share
         self._trusting = trusting

@@ -76,7 +76,7 @@ async def look_up(
         records = [identity.epoch_name, identity.lease_name, identity.denied_name]
         reply = await core.store.lookup([*records, *ask], deadline)
         took = perf_counter() - began
-        core.counts.lookup_seconds.observe(took)
+        core.counts.looked_up(took)
         if isinstance(reply, Failure):
             return reply
         found = _start(core, identity, reply[: len(records)], asked_at)

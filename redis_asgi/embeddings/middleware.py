@@ -107,6 +107,7 @@ class EmbeddingCacheMiddleware:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SETTLES_WITHIN):
                     await self._core.flights.settle()
+            self._core.counts.tell()
             manager, held = held, None
             if manager is not None:
                 await manager.let_go()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 from .core import Core
-from .http_caching import Fields
+from .head import Head
 from .identity import Identity
 from .pace import Pace
 from .wire import Batch, Input, WireFormat
@@ -34,10 +34,10 @@ class Question:
 
 
 async def question_of(
-    core: Core, scope: Scope, fields: Fields, wire: WireFormat, batch: Batch, partition: str | None, pace: Pace
+    core: Core, scope: Scope, head: Head, wire: WireFormat, batch: Batch, partition: str | None, pace: Pace
 ) -> Question:
     """Name the inputs of *batch*; raises whatever a user's wire format has put into it."""
-    identity = core.identities.identify(scope, core.identities.headers.read(fields), wire, batch, partition)
+    identity = core.identities.identify(scope, head.told, wire, batch, partition)
     slots: list[bytes] = []
     inputs: dict[bytes, Input] = {}
     for start in range(0, len(batch.inputs), _NAMES_AT_ONCE):

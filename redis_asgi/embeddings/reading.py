@@ -7,11 +7,11 @@ import orjson
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..settings import Settings
 from . import http_caching as http
 from .beside import refusal_beside, scope_of
 from .body import Body
 from .core import Core, PartitionBy
+from .head import Head
 from .pace import Pace
 from .piecewise import TooManyValues, parse_request
 from .routes import Matched
@@ -22,17 +22,13 @@ _MAX_BESIDE = 256 * 1024  # bytes of JSON
 _SHOWN = 80  # characters of a name that a client chose
 
 
-def head_refusal(fields: http.Fields, matched: Matched, settings: Settings) -> str | None:
-    """Why a request passes through by its headers alone; ``None`` when its body decides."""
-    if http.binds_its_body(fields):
-        return "body-header"
-    if http.is_encoded(fields) or not http.accepts_json(fields):
-        return "encoding"
-    if not http.is_json(fields) and matched.wire.name not in ANY_CONTENT_TYPE:
+def head_refusal(head: Head, sent: http.RawHeaders, matched: Matched, limit: int) -> str | None:
+    """Why a request passes through by its headers alone; ``None`` when its body, of *limit* bytes at most, decides."""
+    if head.refusal is not None:
+        return head.refusal
+    if not head.is_json and matched.wire.name not in ANY_CONTENT_TYPE:
         return "not-json"
-    length = http.content_length(fields)
-    too_large = length is not None and length > settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
-    return "too-large" if too_large else None
+    return "too-large" if http.content_length(sent) > limit else None
 
 
 async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from redis_asgi.embeddings.beside import names_of, scope_of
 from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.http_caching import by_name
 from redis_asgi.embeddings.identity import Identities, Identity
 from redis_asgi.embeddings.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
@@ -42,7 +41,7 @@ def identity_of(
     batch = WIRE_FORMATS[wire].split(parsed, None)
     assert isinstance(batch, Batch), batch
     batch.scope = scope_of(batch, names_of(SETTINGS.EMBEDDING_CACHE_IGNORED_FIELDS))
-    told = identities.headers.read(by_name(headers))
+    told = identities.heads.read(headers).told
     identity = identities.identify(scope, told, WIRE_FORMATS[wire], batch, partition)
     return identity, identities.input_names(identity, batch.inputs)[0]
 
