@@ -42,6 +42,9 @@ class Body:
         return replayed
 
 
+NOTHING_READ = Body((), None)
+
+
 async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float) -> tuple[Body, int]:
     """Read up to *limit* bytes in up to *seconds*; stops at a disconnect and where *budget* ends.
 
@@ -78,7 +81,7 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
             messages.append(message)
             chunks.append(chunk)
             if not message.get("more_body", False):
-                return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
+                return Body(messages, bytes(chunks[0]) if len(chunks) == 1 else b"".join(chunks)), held
     except BaseException:
         # Cancelled, or stopped by what stands outside of us.
         let_go(coming)

@@ -179,10 +179,14 @@ def content_length(headers: RawHeaders) -> int:
     return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < _MAX_LENGTH_DIGITS else 0
 
 
-def with_body(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
-    """An answer's headers for another body of *length* bytes."""
-    kept = [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
-    return [*kept, (b"content-length", b"%d" % length)]
+def is_success(status: int) -> bool:
+    """Whether *status* is two hundred and something."""
+    return 200 <= status < 300
+
+
+def less_body(headers: RawHeaders) -> RawHeaders:
+    """An answer's headers, less those that fit its own body only."""
+    return [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
 
 
 def is_gzip(fields: Fields) -> bool:

@@ -24,8 +24,7 @@ from ..keys import (
     length_prefixed,
 )
 from ..settings import Settings
-from .head import Heads, Told
-from .headers import Headers
+from .head import Told
 from .novelty import Marks
 from .wire import Batch, Input, WireFormat
 
@@ -33,6 +32,10 @@ _LAYOUT = b"2"  # of what is hashed; a new one never reads an old one's vectors
 _HALF = 4  # bytes of a mark
 _MAX_MEMORISED = 256
 _MEMORISED_BYTES = 8 * 1024  # of what one is found by
+
+
+# Root path, path, path as it was sent, query, scheme, address where nothing else says who asks, client certificate.
+Route = tuple[str, str, bytes | None, bytes, str | None, str | None, bytes]
 
 
 @dataclass(slots=True, eq=False)
@@ -62,16 +65,13 @@ class Identities:
     """The identities of one middleware's requests.
 
     Args:
-        settings: The key prefix and secret, and the classes of request headers.
+        settings: The key prefix and secret.
         namespace: In every key.
         share: Whether all credentials share their vectors.
-        partitioned: Whether a ``partition_by`` stands in the keys for the credential.
         trusting: Whether the cache stands inside the app's own authentication, so that leases name no caller.
     """
 
-    def __init__(self, settings: Settings, *, namespace: str, share: bool, partitioned: bool, trusting: bool) -> None:
-        self.headers = Headers(settings, shared=share or partitioned)
-        self.heads = Heads(self.headers)
+    def __init__(self, settings: Settings, *, namespace: str, share: bool, trusting: bool) -> None:
         self._namespace = namespace
         self._share = share
         self._trusting = trusting
@@ -80,23 +80,28 @@ class Identities:
         self._input_prefix = embedding_input_prefix(self._prefix)
         self._memorised: dict[tuple[object, ...], Identity] = {}
 
-    def identify(self, scope: Scope, told: Told, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
-        """The keys of a request with these headers, this body and *partition*."""
+    def route_of(self, scope: Scope, told: Told) -> Route:
+        """What keys hold of a request beside its headers and its body."""
         # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
-        path: str = scope["path"]
-        raw_path: bytes | None = scope.get("raw_path")
-        query: bytes = scope.get("query_string", b"")
-        address, tls = _address(scope, told), _certificate(scope)
-        root: str = scope.get("root_path", "")  # of a mount that leaves it out of the path
-        routed = (wire.name, root, path, raw_path, query)
-        parts = (*routed, told, partition, batch.model, batch.scope, scope.get("scheme"), address, tls)
+        return (
+            scope.get("root_path", ""),  # of a mount that leaves it out of the path
+            scope["path"],
+            scope.get("raw_path"),
+            scope.get("query_string", b""),
+            scope.get("scheme"),
+            _address(scope, told),
+            _certificate(scope),
+        )
+
+    def identify(self, route: Route, told: Told, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
+        """The keys of a request with these headers, this body and *partition*."""
+        parts = (wire.name, route, told, partition, batch.model, batch.scope)
         known = self._memorised.get(parts)
         if known is not None:
             return known
         made = self._make(*parts)
-        size = sum(
-            map(len, (root, path, query, batch.scope, partition or "", tls, told.key, told.credential, told.lease))
-        )
+        said = (*route, batch.scope, partition, told.key, told.credential, told.lease)
+        size = sum([len(part) for part in said if part is not None])
         if size <= _MEMORISED_BYTES:
             self._memorised[parts] = made
             if len(self._memorised) > _MAX_MEMORISED:
@@ -121,21 +126,8 @@ class Identities:
         prefix, scope = self._input_prefix, identity.scope
         return [embedding_input_key(prefix, scope, item.kind, item.canonical) for item in items]
 
-    def _make(
-        self,
-        wire: str,
-        root: str,
-        path: str,
-        raw_path: bytes | None,
-        query: bytes,
-        told: Told,
-        partition: str | None,
-        model: str,
-        body: bytes,
-        scheme: str | None,
-        address: str | None,
-        tls: bytes,
-    ) -> Identity:
+    def _make(self, wire: str, route: Route, told: Told, partition: str | None, model: str, body: bytes) -> Identity:
+        root, path, raw_path, query, scheme, address, tls = route
         namespace, routed = self._namespace.encode(), _encoded(path)
         sent = (raw_path or routed).partition(b"?")[0]
         if partition is not None:

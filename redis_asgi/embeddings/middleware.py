@@ -11,9 +11,10 @@ from ..connection import RedisArgument, RedisManager
 from ..errors import ConfigurationError
 from ..settings import Settings
 from .cache import EmbeddingCache
-from .core import Core, Options, PartitionBy
 from .exchange import Exchange
+from .options import Options, PartitionBy
 from .routes import read_routes
+from .shared import Shared
 from .store import resolve_vectors
 from .wire import WireFormat
 
@@ -78,7 +79,7 @@ class EmbeddingCacheMiddleware:
         )
         self.app = app
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
-        self._core = Core(app, manager, options)
+        self._shared = Shared(app, manager, options)
         self._records = (manager, options.namespace)
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
@@ -96,7 +97,7 @@ class EmbeddingCacheMiddleware:
             await self.app(scope, receive, send)
             return
         scope[_AROUND] = (*around, self._records)
-        await Exchange(self._core, matched, scope, receive, send).run()
+        await Exchange(self._shared, matched, scope, receive, send).run()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
@@ -106,8 +107,8 @@ class EmbeddingCacheMiddleware:
             nonlocal held
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SETTLES_WITHIN):
-                    await self._core.flights.settle()
-            self._core.counts.tell()
+                    await self._shared.flights.settle()
+            self._shared.counts.tell()
             manager, held = held, None
             if manager is not None:
                 await manager.let_go()
@@ -123,7 +124,7 @@ class EmbeddingCacheMiddleware:
             message = await receive()
             # Before the app's own start, which may end with the only other user of the client.
             if message["type"] == "lifespan.startup" and self._is_ours and held is None:
-                held = self._core.manager
+                held = self._shared.vectors.manager
                 held.hold()
             return message
 

@@ -81,8 +81,16 @@ class Outcome:
         """Say that there is no answer."""
         self._turns_out("error")
 
-    def note(self, result: Result) -> None:
-        """Say how the request looks before it is answered; it counts as that if nothing else is said."""
+    def expects(self, inputs: int, misses: int, collapsed: int) -> None:
+        """Say how the request looks before it is answered; it counts as that if nothing else is said.
+
+        Args:
+            inputs: How many different ones it has.
+            misses: Those that the app is asked for.
+            collapsed: Those that others bring.
+        """
+        self.hits, self.misses, self.collapsed = inputs - misses - collapsed, misses, collapsed
+        result: Result = "partial" if self.hits else "miss"
         self._turns_out(result)
         self._show(result)
 
@@ -100,6 +108,27 @@ class Outcome:
         self._scope["state"]["embedding_cache_result"] = EmbeddingCacheResult(
             outcome, self.hits, self.misses, self.collapsed, self.tokens, self.billed
         )
+
+    def member(self, *, stored: bool, refusal: str | None, forced: bool, anew: bool) -> str:
+        """What ``Cache-Status`` says of an answer that the app had a part in.
+
+        Args:
+            stored: Whether that is kept.
+            refusal: Why not, where the app's answer says so.
+            forced: Whether the app was asked only to let the caller in.
+            anew: Whether the client wanted no stored answer.
+        """
+        kept = ("stored",) if stored else ()
+        if forced:
+            return http.status("fwd=stale", "detail=lease", *kept)
+        if anew:
+            return http.status("fwd=request", *kept)
+        if self.hits:
+            collapsed = f" collapsed={self.collapsed}" if self.collapsed else ""
+            return http.status("fwd=partial", *kept, detail=f"hit={self.hits} miss={self.misses}{collapsed}")
+        if refusal is not None:
+            return http.status("fwd=bypass", detail=refusal)
+        return http.status("fwd=miss", *kept, *(("collapsed",) if self.collapsed else ()))
 
     def served(self, size: int, saved_tokens: int) -> None:
         """Say how many bytes of stored vectors go out, and how many tokens the app need not count."""

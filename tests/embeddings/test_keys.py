@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi.embeddings.beside import names_of, scope_of
+from redis_asgi.embeddings.head import Heads
 from redis_asgi.embeddings.headers import HeaderClass, Headers
 from redis_asgi.embeddings.identity import Identities, Identity
 from redis_asgi.embeddings.routes import read_routes
@@ -19,11 +20,12 @@ SETTINGS = Settings(REDIS_URL="memory://")
 
 def make(settings: Settings = SETTINGS, **options: Any) -> Identities:
     """The identities of a middleware."""
-    usual: dict[str, Any] = {"namespace": "", "share": False, "partitioned": False, "trusting": False}
+    usual: dict[str, Any] = {"namespace": "", "share": False, "trusting": False}
     return Identities(settings, **(usual | options))
 
 
 IDENTITIES = make()
+HEADS = Heads(Headers(SETTINGS, shared=False))
 
 
 def identity_of(
@@ -41,8 +43,8 @@ def identity_of(
     batch = WIRE_FORMATS[wire].split(parsed, None)
     assert isinstance(batch, Batch), batch
     batch.scope = scope_of(batch, names_of(SETTINGS.EMBEDDING_CACHE_IGNORED_FIELDS))
-    told = identities.heads.read(headers).told
-    identity = identities.identify(scope, told, WIRE_FORMATS[wire], batch, partition)
+    told = HEADS.read(headers).told
+    identity = identities.identify(identities.route_of(scope, told), told, WIRE_FORMATS[wire], batch, partition)
     return identity, identities.input_names(identity, batch.inputs)[0]
 
 
