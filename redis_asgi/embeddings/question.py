@@ -12,9 +12,10 @@ from starlette.types import Scope
 from . import http_caching as http
 from .beside import names_of, refusal_beside, scalars, scope_of
 from .body import Body
-from .head import Head, Heads
+from .head import Head, Heads, Told
 from .headers import HeaderClass, Headers
-from .identity import Identities, Identity, Route
+from .identity import Identity
+from .keyspace import Identities, Route
 from .novelty import Novelty
 from .once import Once
 from .options import Options, PartitionBy
@@ -40,6 +41,7 @@ class Question:
     Attributes:
         wire: The format it is in.
         batch: What it says.
+        told: What its headers say.
         identity: Whose it is.
         slots: One key per input sent.
         inputs: Different inputs by key, in the order sent.
@@ -47,6 +49,7 @@ class Question:
 
     wire: WireFormat
     batch: Batch
+    told: Told
     identity: Identity
     slots: Sequence[bytes]
     inputs: Mapping[bytes, Input]
@@ -124,7 +127,7 @@ class Questions:
         identity = question.identity
         again = identity.marks is not None
         if identity.marks is None:
-            identity.marks = self._novelty.marks(identity.told.keyed, scalars(question.batch, self._ignored))
+            identity.marks = self._novelty.marks(question.told.keyed, scalars(question.batch, self._ignored))
         return self._novelty.defeats(identity.marks, again=again, is_credential=self._is_credential)
 
     def denied_name(self, scope: Scope, head: Head) -> bytes:
@@ -197,7 +200,7 @@ class Questions:
             inputs.update(zip(names, items, strict=True))
             if pace.due:
                 await pace.rest()
-        return Question(wire, batch, identity, slots, inputs)
+        return Question(wire, batch, head.told, identity, slots, inputs)
 
     def _refused(self, batch: Batch, size: int) -> Uncacheable | None:
         if len(batch.inputs) > self._max_inputs or _holds_much(batch, size):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from redis_asgi.embeddings.beside import names_of, scope_of
 from redis_asgi.embeddings.head import Heads
 from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.identity import Identities, Identity
+from redis_asgi.embeddings.identity import Identity
+from redis_asgi.embeddings.keyspace import Identities
 from redis_asgi.embeddings.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
 from redis_asgi.settings import Settings
@@ -286,8 +287,10 @@ def test_the_order_of_names_does_not_count_that_of_values_does() -> None:
 
 def test_no_credential_is_in_a_repr() -> None:
     """What names a caller is nowhere to be read."""
-    identity, _ = identity_of(headers=((b"authorization", b"hunter2"),))
-    assert "hunter2" not in repr(identity) + repr(identity.told)
+    headers = ((b"authorization", b"hunter2"),)
+    identity, _ = identity_of(headers=headers)
+    head = HEADS.read(headers)
+    assert "hunter2" not in repr(identity) + repr(head) + repr(head.told)
 
 
 @pytest.mark.parametrize(
