@@ -20,9 +20,11 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from . import aside
 from .errors import ConfigurationError
+from .events import say
+from .locations import URL_OPTIONS_NOT_TAKEN, read_address, weakened_by
 from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address, weakened_by
+from .settings import Settings
 from .sockets import connection_class, master_connection_class
 from .telemetry import telemetry
 
@@ -187,14 +189,7 @@ def build_client(settings: Settings) -> Built:
         }
     weakness = weakened_by(url)
     if weakness is not None:
-        logger.warning(
-            "redis_asgi.tls_unverified",
-            extra={
-                "code": "tls_unverified",
-                "fix": f"REDIS_URL says {weakness}, so that somebody on the way can pose as Redis. Set "
-                "REDIS_SSL_CA_CERTS to the authority's certificate instead.",
-            },
-        )
+        say(logger, "tls_unverified", option=weakness, address=describe(settings))
     where: dict[str, Any] = {"host": settings.REDIS_HOST, "port": settings.REDIS_PORT}
 
     if settings.REDIS_CLUSTER:
@@ -237,6 +232,44 @@ def build_client(settings: Settings) -> Built:
         return Built(aioredis.Redis.from_pool(Turnstile(**options)))
     where["connection_class"] = connection_class(encrypted=encrypted)
     return Built(aioredis.Redis.from_pool(Turnstile(**where, **common, **pool_options, **tls)))
+
+
+def describe(settings: Settings) -> str:
+    """Where these settings point, without user or password."""
+    if settings.REDIS_SENTINELS:
+        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
+    if settings.REDIS_CLUSTER_NODES:
+        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
+    if settings.REDIS_URL:
+        return _describe_url(settings.REDIS_URL.get_secret_value())
+    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
+
+
+def _describe_url(url: str) -> str:
+    """A valid *url* without user or password: put together from what it says, so that nothing else can be in it."""
+    scheme = url.partition(":")[0]
+    if scheme == "memory":
+        return "'memory://'"
+    options = parse_url(url)
+    user = "***@" if "username" in options or "password" in options else ""
+    if "path" in options:
+        return repr(f"{scheme}://{user}{options['path']}")
+    host = str(options.get("host", "localhost"))
+    port = f":{options['port']}" if "port" in options else ""
+    db = f"/{options['db']}" if "db" in options else ""
+    return repr(f"{scheme}://{user}{f'[{host}]' if ':' in host else host}{port}{db}")
+
+
+def describe_client(client: Client) -> str:
+    """Where a client of the user's points, without user or password."""
+    if isinstance(client, aioredis.RedisCluster):
+        return f"cluster {','.join(list(client.nodes_manager.startup_nodes)[:8])}"
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        return f"sentinel master {pool.service_name!r}"
+    where = pool.connection_kwargs
+    path = where.get("path")
+    return str(path) if path else f"{where.get('host', 'localhost')}:{where.get('port', 6379)}/{where.get('db') or 0}"
 
 
 async def ping(client: Client, node: str = "") -> None:

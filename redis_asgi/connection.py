@@ -16,7 +16,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
 
 import redis
 import redis.asyncio as aioredis
@@ -26,12 +26,16 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from starlette.types import Scope
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
-from .client import Client, build_client, drop_connections, ping
+from .client import Client, build_client, describe, describe_client, drop_connections, ping
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
-from .settings import Settings, redact
+from .events import say, words_for
+from .locations import redact
+from .misuse import constructor_says_what_was_meant
+from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -46,6 +50,13 @@ class Part(Protocol):
     """Something that lives beside an open client, in its loop, and ends before it."""
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Clearable(Protocol):
+    """Something that remembers what happened in this process, and can forget it."""
+
+    def clear(self) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -133,6 +144,7 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> Asy
         tell_notes()
 
 
+@constructor_says_what_was_meant("RedisManager(Settings(REDIS_URL='redis://localhost:6379'))")
 class RedisManager:
     """The one client that every part of the package shares, opened at first use.
 
@@ -147,27 +159,41 @@ class RedisManager:
         fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
         keys_apart: Whether each command may name keys of one slot only, although the client is of no cluster: since
             ``REDIS_BATCH`` says so, or since `found_slots`.
+        needs: A command that parts cannot do without, in a form that does nothing; empty = none. Health checks send it
+            beside their PING, which a server may answer that has renamed or denied it.
     """
 
+    owns_client = True
+
     def __init__(self, settings: Settings | None = None) -> None:
+        check_settings(settings)
         self._settings = settings if settings is not None else Settings()
         _watch_forks()
         self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
         self._shared: dict[object, object] = {}
+        self._kept: weakref.WeakSet[Clearable] = weakref.WeakSet()
         self._inherited: list[object] = []
         self._unreachable: tuple[float, Exception] | None = None
         self.fails_closed = False
+        self.needs: tuple[bytes, ...] = ()
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
+        with _managers_lock:
+            _made.add(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self._settings)})"
+        return f"{type(self).__name__}({self.address})"
 
     @property
     def settings(self) -> Settings:
         """The settings this manager was built with."""
         return self._settings
+
+    @property
+    def address(self) -> str:
+        """Where its Redis is, for people: no user and no password."""
+        return describe(self._settings)
 
     @property
     def has_redis(self) -> bool:
@@ -198,13 +224,26 @@ class RedisManager:
 
     @property
     def breaker_reason(self) -> Failure | None:
-        """Why this loop's client is left alone, or has been and is tried again; ``None`` when it is not."""
+        """Why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
+
+        One that is to be tried again, and by nobody is, is not in doubt for ever: who is sent no requests while it is
+        would never be sent one again.
+        """
         try:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
         breakers = opened.breakers.values() if opened is not None else ()
-        return next((breaker.reason for breaker in breakers if breaker.state != "closed"), None)
+        return next((breaker.reason for breaker in breakers if breaker.is_in_doubt), None)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether this loop's client, which is not left alone, is answered by odd replies only."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return False
+        return opened is not None and any(breaker.is_refused for breaker in opened.used_breakers())
 
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
@@ -281,7 +320,9 @@ class RedisManager:
             client = opened.client
             # Once the slot table is read, commands go by the nodes' own.
             trial = bool(node) or not isinstance(client, aioredis.RedisCluster)
-            breaker = Breaker(lambda: ping(client, node), lambda: drop_connections(client), node, trial=trial)
+            breaker = Breaker(
+                lambda: ping(client, node), lambda: drop_connections(client), node, address=self.address, trial=trial
+            )
             opened.breakers[node] = breaker
         return breaker
 
@@ -290,14 +331,7 @@ class RedisManager:
         if self.keys_apart:
             return
         self.keys_apart = True
-        logger.warning(
-            "redis_asgi.slots_enforced",
-            extra={
-                "code": "slots_enforced",
-                "fix": "The server refuses keys of several slots in one command, so each goes in one of its own. Set "
-                "REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
-            },
-        )
+        say(logger, "slots_enforced", address=self.address)
 
     def shared(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
@@ -305,6 +339,19 @@ class RedisManager:
             if factory not in self._shared:
                 self._shared[factory] = factory(self._settings)
         return cast(T, self._shared[factory])
+
+    def keep(self, part: Clearable) -> None:
+        """Let `clear` clear *part* too, for as long as somebody else holds it."""
+        with self._lock:
+            self._kept.add(part)
+
+    def clear(self) -> None:
+        """Forget what this process remembers, such as the counters and vectors of ``memory://``; nothing in Redis."""
+        with self._lock:
+            parts = [*self._shared.values(), *self._kept]
+        for part in parts:
+            if isinstance(part, Clearable):
+                part.clear()
 
     def _open(self) -> _Opened:
         loop = running_loop()
@@ -339,7 +386,7 @@ class RedisManager:
         except Exception as error:
             failure = classify(error)
             if self._unreachable is None and failure is not Failure.DEFECT:
-                logger.error("redis_asgi.redis_unavailable", extra={"reason": failure.value})
+                say(logger, "redis_unavailable", **words_for(failure), address=self.address)
             self._unreachable = (time.monotonic(), error)
             raise
         self._unreachable = None
@@ -366,9 +413,15 @@ class RedisManager:
 class _GivenClient(RedisManager):
     """A client the user made: used as it is, in its loop, never closed and never reconfigured."""
 
+    owns_client = False
+
     def __init__(self, client: Client, settings: Settings) -> None:
         super().__init__(settings)
         self._client = client
+
+    @property
+    def address(self) -> str:
+        return describe_client(self._client)
 
     @property
     def has_redis(self) -> bool:
@@ -383,22 +436,34 @@ def _may_pass(error: Exception) -> bool:
     return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
 
 
-def describe(settings: Settings) -> str:
-    """Where these settings point, without user or password."""
-    if settings.REDIS_SENTINELS:
-        return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
-    if settings.REDIS_CLUSTER_NODES:
-        return f"cluster {','.join(settings.REDIS_CLUSTER_NODES)}"
-    if settings.REDIS_URL:
-        return redact(settings.REDIS_URL.get_secret_value())
-    return f"{settings.REDIS_HOST}:{settings.REDIS_PORT}/{settings.REDIS_DB}"
-
-
 # One shared default per settings for as long as the process lives: the counters of memory:// are in it.
 _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
-_managers_lock = threading.Lock()
+_made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
+_managers_lock = threading.RLock()  # who makes one for these tables holds it already
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
+_misspelt: set[str] = set()
+
+
+def all_managers() -> list[RedisManager]:
+    """Every manager of this process that is still there, whoever made it."""
+    with _managers_lock:
+        return list(_made)
+
+
+def check_settings(settings: object) -> None:
+    """Refuse what is given for settings and is none.
+
+    Raises:
+        ConfigurationError: Says what was meant, and shows no password.
+    """
+    if settings is None or isinstance(settings, Settings):
+        return
+    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
+    if isinstance(settings, str):
+        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
+    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
+    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")
 
 
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
@@ -410,25 +475,34 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
     """
+    check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
+    settings = settings if settings is not None else Settings()
+    _warn_of_near_misses(settings)
     if redis is None or isinstance(redis, str):
-        settings = settings if settings is not None else Settings()
         if redis is not None:
-            settings = Settings(**{**settings.model_dump(exclude_unset=True), "REDIS_URL": redis})
+            settings = settings.but(REDIS_URL=redis)
         with _managers_lock:
             manager = _managers.get(settings)
             if manager is None:
                 manager = _managers[settings] = RedisManager(settings)
         return manager, True
     client = _checked_client(redis)
-    settings = settings if settings is not None else Settings()
     with _managers_lock:
         # A living manager keeps its client alive, so that the id stays the client's.
         given = _given.get((id(client), settings))
         if given is None:
             given = _given[id(client), settings] = _GivenClient(client, settings)
     return given, False
+
+
+def _warn_of_near_misses(settings: Settings) -> None:
+    """Name variables that look like settings and are none, each once in a process."""
+    for variable, meant in settings.near_misses.items():
+        if variable not in _misspelt:
+            _misspelt.add(variable)
+            say(logger, "misspelt_setting", variable=variable, meant=meant)
 
 
 def _checked_client(client: object) -> Client:
@@ -439,21 +513,35 @@ def _checked_client(client: object) -> Client:
         retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
         if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
             _warned_about.add(client)
-            logger.warning(
-                "redis_asgi.client_retries",
-                extra={
-                    "code": "client_retries",
-                    "retries": retry.get_retries(),
-                    "fix": "Build the client with retry=Retry(NoBackoff(), 0): when a reply is lost, a retried "
-                    "command runs again, so one request may be counted several times.",
-                },
-            )
+            say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
         return client
     if isinstance(client, redis.Redis | redis.RedisCluster):
         raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    if isinstance(client, Settings):
+        raise ConfigurationError("redis= is given Settings. Try settings=.")
+    if client is RedisManager:
+        raise ConfigurationError("redis=RedisManager is not called. Try redis=RedisManager().")
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
+
+
+# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
+# becomes a key of the scope itself.
+_MANAGERS = "redis_asgi.managers"
+
+
+def offer_manager(scope: Scope, manager: RedisManager) -> None:
+    """Tell the package's own sub-apps below that a middleware uses *manager*."""
+    outer = offered_managers(scope)
+    if manager not in outer:
+        scope[_MANAGERS] = (*outer, manager)
+
+
+def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
+    """The managers of the middlewares that a request has come through, the outermost first."""
+    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
+    return offered
 
 
 @overload
@@ -480,10 +568,10 @@ def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[.
         try:
             return await function(*args, **kwargs)
         except RedisConnectionError as error:
-            logger.error("redis_asgi.connection_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "connection_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
         except RedisError as error:
-            logger.error("redis_asgi.operation_failed", extra={"operation": name, "error": type(error).__name__})
+            say(logger, "operation_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
             raise
 
     return logged

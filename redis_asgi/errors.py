@@ -5,6 +5,7 @@
     Exception
     └── RedisASGIError                 everything the package raises on purpose
         ├── ConfigurationError         (also ValueError) a setting or argument cannot work; at construction
+        │   └── ArgumentError          (also TypeError) what is called does not take these arguments
         ├── MaintenanceError           Redis did not do what an operator asked; lives in ``redis_asgi.maintenance``
         │   ├── FlushError             a model's vectors may still be served
         │   ├── PersistenceError       not all of the configuration was set
@@ -24,6 +25,15 @@ import hiredis
 from redis import exceptions as redis_exceptions
 from redis.asyncio.sentinel import MasterNotFoundError
 
+from .events import say
+
+__all__ = [
+    "ConfigurationError",
+    "Failure",
+    "RedisASGIError",
+    "classify",
+]
+
 logger = logging.getLogger("redis_asgi.connection")
 
 
@@ -32,7 +42,22 @@ class RedisASGIError(Exception):
 
 
 class ConfigurationError(RedisASGIError, ValueError):
-    """A setting or argument cannot work; raised while something is built, never during a request."""
+    """A setting or argument cannot work; raised while something is built, never during a request.
+
+    Args:
+        problems: What cannot work, and what would: a sentence or two for each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class ArgumentError(ConfigurationError, TypeError):
+    """What is called does not take these arguments, or was to be called and is not; the text says what was meant."""
 
 
 class Failure(StrEnum):
@@ -148,6 +173,11 @@ def classify_reply(text: str) -> Failure:
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
 
 
+def is_unknown_command(error: BaseException) -> bool:
+    """Whether a server, or a proxy before it, has no such command, or another name for it."""
+    return any(words in str(error).lower() for words in ("unknown command", "unsupported command"))
+
+
 def is_crossslot(reply: object) -> bool:
     """Whether *reply* refuses keys of several slots in one command, of which nothing has run."""
     # redis-py strips the first word.
@@ -183,13 +213,4 @@ def _say_defect(exc: BaseException) -> None:
     if where in _said or len(_said) >= _DEFECTS_SAID:
         return
     _said.add(where)
-    logger.error(
-        "redis_asgi.defect",
-        exc_info=exc,
-        extra={
-            "code": "defect",
-            "reason": Failure.DEFECT.value,
-            "fix": "No Redis causes this, and requests are decided as without Redis. Is redis-py of a version that the "
-            "package allows? If so, it is a bug of the package: report it with the traceback.",
-        },
-    )
+    say(logger, "defect", exc, error=type(exc).__name__, reason=Failure.DEFECT.value)

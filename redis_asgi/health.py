@@ -7,8 +7,9 @@
 However many ask, at most one check a second is made (`watch`).
 """
 
+import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
@@ -17,15 +18,17 @@ from starlette.requests import HTTPConnection
 
 from .checkup import Mode, check, mode_of
 from .client import Client
-from .connection import RedisArgument, RedisManager, resolve_manager
+from .connection import RedisArgument, RedisManager
 from .errors import Failure
 from .server_info import Health
 from .settings import Settings
-from .sub_app import Answer, Authorize, SubApp, json_answer
+from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
-from .watch import watched
+from .watch import Target, watched
 
 Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
+
+_WORSE = ("healthy", "degraded", "unhealthy")
 
 
 async def check_redis_health(client: Client) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class Standing:
 
     Attributes:
         error: A code, ``None`` when all is well.
+        manager: Whose Redis it is about.
         breaker: ``closed``, ``half_open`` or ``open``: open when the limits do not even ask Redis.
     """
 
@@ -87,6 +91,16 @@ class Standing:
     breaker: str
     health: Health
     mode: Mode
+    manager: RedisManager
+
+
+async def worst_standing(managers: Sequence[RedisManager], *, require_redis: bool | None = None) -> Standing:
+    """How the app stands with the Redis that it stands worst with; of equal ones with the first.
+
+    All are asked at the same time.
+    """
+    found = await asyncio.gather(*(standing(manager, require_redis=require_redis) for manager in managers))
+    return max(found, key=lambda each: _WORSE.index(each.status))
 
 
 async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> Standing:
@@ -94,17 +108,20 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    # A PING needs none of the rights that the limits need, so that it cannot show their lack.
+    # What is looked at needs none of the rights that the script needs, so that it cannot show their lack.
     denied = manager.breaker_reason is Failure.PERMISSION
     failure = health.failure or (Failure.PERMISSION if denied else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
-        status: Status = "healthy"
+        # What is odd may be few clients' keys: no reason to send the others nobody.
+        refused = manager.is_refused
+        error = code_of(Failure.REPLY) if refused else None
+        status: Status = "degraded" if refused else "healthy"
     elif required and not _serves_some(health):
         status = "unhealthy"
     else:
         status = "degraded"
-    return Standing(status, error, breaker, health, mode)
+    return Standing(status, error, breaker, health, mode, manager)
 
 
 def _serves_some(health: Health) -> bool:
@@ -115,23 +132,26 @@ def _serves_some(health: Health) -> bool:
 class HealthApp(SubApp):
     """What `health_app` makes."""
 
-    def __init__(self, manager: RedisManager, *, authorize: Authorize | None, require_redis: bool | None) -> None:
+    def __init__(self, target: Target, *, authorize: Authorize | None, require_redis: bool | None) -> None:
         pages = {"": self._overview, "/ready": self._ready, "/live": self._live}
         # A restart because of a wrong credential would help nobody.
         super().__init__(pages, authorize=authorize, open_pages=frozenset(["/live"]))
         telemetry()  # a directory for counters that is missing is told now, not to the first probe
-        self._manager = manager
+        self._target = target
         self._require_redis = require_redis
 
     async def _live(self, _connection: HTTPConnection) -> Answer:
         return _ALIVE
 
-    async def _ready(self, _connection: HTTPConnection) -> Answer:
-        now = await standing(self._manager, require_redis=self._require_redis)
+    async def _now(self, connection: HTTPConnection) -> Standing:
+        return await worst_standing(self._target.managers(connection.scope), require_redis=self._require_redis)
+
+    async def _ready(self, connection: HTTPConnection) -> Answer:
+        now = await self._now(connection)
         return _answer(now, {"status": now.status, "error": now.error})
 
-    async def _overview(self, _connection: HTTPConnection) -> Answer:
-        now = await standing(self._manager, require_redis=self._require_redis)
+    async def _overview(self, connection: HTTPConnection) -> Answer:
+        now = await self._now(connection)
         return _answer(
             now, {"status": now.status, "error": now.error, "breaker": now.breaker, **_described(now.health, now.mode)}
         )
@@ -144,6 +164,7 @@ def _answer(now: Standing, body: Mapping[str, Any]) -> Answer:
     return json_answer(body, status=503 if now.status == "unhealthy" else 200)
 
 
+@made_by_a_call
 def health_app(
     *,
     redis: RedisArgument = None,
@@ -153,13 +174,14 @@ def health_app(
 ) -> SubApp:
     """Probes as an ASGI app, to be mounted at ``/health``, say.
 
-    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, at most one a second, and answer
-    within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis is gone, read-only or loading, or the breaker is open,
-    and the app serves all the same), ``unhealthy`` with 503. ``/`` adds what Redis says of itself. Errors are codes;
-    no host, port, user or message is shown.
+    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, and where limits need it a script
+    call that does nothing, at most once a second, and answer within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis
+    is gone, read-only or loading, or the breaker is open, and the app serves all the same), ``unhealthy`` with 503.
+    ``/`` adds what Redis says of itself. Errors are codes; no host, port, user or message is shown.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
+            the shared default. Of several, the one that the app stands worst with is told.
         settings: ``None`` = from the environment.
         authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async; ``False`` is a 403.
             ``/live`` says nothing and asks nobody.
@@ -169,5 +191,4 @@ def health_app(
     Raises:
         ConfigurationError: At construction, naming what cannot work.
     """
-    manager, _ = resolve_manager(redis, settings)
-    return HealthApp(manager, authorize=authorize, require_redis=require_redis)
+    return HealthApp(Target(redis, settings), authorize=authorize, require_redis=require_redis)

@@ -21,11 +21,13 @@ from starlette.requests import HTTPConnection
 from .checkup import check
 from .client import Client
 from .connection import RedisArgument, RedisManager, resolve_manager
+from .events import say
 from .exposition import Families, Scrape, counted, middleware_figures, read, redis_figures
+from .misuse import constructor_says_what_was_meant
 from .settings import Settings
-from .sub_app import Answer, Authorize, SubApp, json_answer
+from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
-from .watch import watched
+from .watch import Target, watched
 
 logger = logging.getLogger("redis_asgi.metrics")
 
@@ -35,6 +37,7 @@ _SWITCH_INTERVAL = 0.0005  # seconds
 _VARY = ((b"vary", b"accept"),)
 
 
+@constructor_says_what_was_meant("RedisMetrics(client)")
 class RedisMetrics:
     """The figures of one Redis: its whole work, other apps' included.
 
@@ -70,23 +73,27 @@ class RedisMetrics:
 class MetricsApp(SubApp):
     """What `metrics_app` returns."""
 
-    def __init__(self, manager: RedisManager, authorize: Authorize | None, *, is_ours: bool) -> None:
+    def __init__(self, target: Target, authorize: Authorize | None) -> None:
         # A directory for counters that is missing is told now, not to the first scrape.
         telemetry()
         super().__init__({"": self._metrics, "/json": self._json}, authorize=authorize)
-        self._manager = manager
-        self._is_ours = is_ours
+        self._target = target
 
     async def aclose(self) -> None:
-        if self._is_ours:
-            await self._manager.close()
+        if self._target.is_ours:
+            await self._target.own.close()
+
+    def _manager_for(self, connection: HTTPConnection) -> RedisManager:
+        """Sums over two servers would say nothing of either, so the outermost middleware's is told."""
+        return self._target.managers(connection.scope)[0]
 
     async def _metrics(self, connection: HTTPConnection) -> Answer:
         accept = ",".join(connection.headers.getlist("accept"))
         if _wants_json(accept):
             return await self._json(connection)
-        health, _mode = await watched(self._manager)
-        gauges = read(self._manager, await self._client(), health, version=_version())
+        manager = self._manager_for(connection)
+        health, _mode = await watched(manager)
+        gauges = read(manager, await _client(manager), health, version=_version())
         encode, content_type = choose_encoder(accept)
 
         def text(families: Families) -> Answer:
@@ -94,22 +101,24 @@ class MetricsApp(SubApp):
 
         return await _with_counters(text)
 
-    async def _json(self, _connection: HTTPConnection) -> Answer:
-        health, _mode = await watched(self._manager)
-        about = {"version": _version(), "breaker": self._manager.breaker_state}
+    async def _json(self, connection: HTTPConnection) -> Answer:
+        manager = self._manager_for(connection)
+        health, _mode = await watched(manager)
+        about = {"version": _version(), "breaker": manager.breaker_state}
 
         def figures(families: Families) -> Answer:
             return json_answer({**redis_figures(health), "middleware": {**about, **middleware_figures(families)}})
 
         return await _with_counters(figures)
 
-    async def _client(self) -> Client | None:
-        if not self._manager.has_redis:
-            return None
-        try:
-            return await self._manager.get_connection()
-        except Exception:
-            return None  # none can be built, which the reading says already
+
+async def _client(manager: RedisManager) -> Client | None:
+    if not manager.has_redis:
+        return None
+    try:
+        return await manager.get_connection()
+    except Exception:
+        return None  # none can be built, which the reading says already
 
 
 async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
@@ -123,7 +132,7 @@ async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
         return await asyncio.get_running_loop().run_in_executor(_thread(os.getpid()), made)
     except (OSError, ValueError) as error:
         # The files of several processes. Less than their sum would look like counters that were reset.
-        logger.error("redis_asgi.metrics_unreadable", extra={"error": type(error).__name__})
+        say(logger, "metrics_unreadable", error=type(error).__name__)
         return json_answer({"error": "counters_unreadable"}, status=503)
 
 
@@ -161,6 +170,7 @@ def _version() -> str:
     return __version__
 
 
+@made_by_a_call
 def metrics_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> MetricsApp:
@@ -177,12 +187,12 @@ def metrics_app(
     checks and the status page included, for 0.5 s at most, over a connection of its own.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
+            the shared default. Of several, the outermost one's is shown.
         settings: ``None`` = from the environment.
         authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403. ``None`` = anybody.
 
     Raises:
         ConfigurationError: If an argument cannot work, or ``PROMETHEUS_MULTIPROC_DIR`` is no writable directory.
     """
-    manager, is_ours = resolve_manager(redis, settings)
-    return MetricsApp(manager, authorize, is_ours=is_ours)
+    return MetricsApp(Target(redis, settings), authorize)

@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias, TypeVar
 
+from .events import say
+
 logger = logging.getLogger("redis_asgi.connection")
 
 T = TypeVar("T")
@@ -215,11 +217,7 @@ class Names:
         if lookup.is_told or self._clock() - lookup.began < _SILENT:
             return
         lookup.is_told = True
-        logger.warning(
-            "redis_asgi.resolver_silent",
-            extra={"code": "resolver_silent", "fix": "The resolver does not answer for the name of a Redis server, so "
-                   "its last address is used, for 10 minutes at most. See to the name servers of this host."},
-        )  # fmt: skip
+        say(logger, "resolver_silent")  # the name is nobody's business
 
     def _in_order(self, host: str, addresses: Sequence[str]) -> list[str]:
         with self._lock:

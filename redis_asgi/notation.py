@@ -8,8 +8,6 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from limits import parse_many
-
 from .errors import ConfigurationError
 
 MAX_QUOTA = 10**9
@@ -39,6 +37,9 @@ def read_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
         ValueError: Says what is wrong: unknown notation, a quota outside *least* to 10^9, a window outside
             1 s to 366 days, or two limits with the same window.
     """
+    # Here, not above: its storages come with it, 55 modules that nothing here uses.
+    from limits import parse_many  # noqa: PLC0415
+
     if len(notation) > MAX_LENGTH:
         raise ValueError(f"longer than {MAX_LENGTH} characters")
     if _ZERO_MULTIPLE.search(notation):

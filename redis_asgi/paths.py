@@ -7,11 +7,19 @@ takes it for, and a rule covers it if its pattern covers any of them, where an e
 
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from starlette.convertors import (
+    CONVERTOR_TYPES,
+    Convertor,
+    FloatConvertor,
+    IntegerConvertor,
+    StringConvertor,
+    UUIDConvertor,
+)
 from starlette.types import Scope
 
 from .errors import ConfigurationError
@@ -27,6 +35,8 @@ LONGEST_CACHED = 256
 _ABSOLUTE = re.compile(r"(?:https?+|wss?+)://[a-z0-9._:\[\]-]++(?P<path>/[^?#;\x00-\x20\x7f]*+|)", re.IGNORECASE)
 _SLASHES = re.compile("//+")
 _STARS = re.compile(r"\*\*+")
+_PARAMETER = re.compile(r"\{(?P<name>[^{}:]+)(?::(?P<kind>[^{}]+))?\}")
+_NOWHERE = "\ue000"  # a character that stands in no pattern
 
 
 def route_path(scope: Scope, root: str = "") -> str:
@@ -152,6 +162,42 @@ class PathPattern:
         return not spelled
 
 
+class PathTemplate:
+    """The paths of a route with parameters, such as ``/items/{id}``.
+
+    Args:
+        text: With ``{name}`` or ``{name:convertor}`` for a parameter.
+        convertors: What Starlette reads the parameters with, by name, where *text* does not say. What neither says may
+            be anything.
+    """
+
+    def __init__(self, text: str, convertors: Mapping[str, Convertor[Any]] | None = None) -> None:
+        self.text = text
+        self._parts: list[str | _Parameter] = []  # in turn a character, or a parameter
+        at = 0
+        for found in _PARAMETER.finditer(text):
+            self._parts += text[at : found.start()]
+            kind = found["kind"]
+            convertor = CONVERTOR_TYPES.get(kind) if kind else (convertors or {}).get(found["name"])
+            self._parts.append(_parameter(convertor))
+            at = found.end()
+        self._parts += text[at:]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+    def may_match(self, pattern: PathPattern) -> bool:
+        """Whether *pattern* covers one of the paths, as `PathPattern.covers` does where they are plain."""
+        parts = self._parts
+        if not pattern.case_sensitive:
+            parts = [part.casefold() if isinstance(part, str) else part for part in parts]
+        return any(_meet(form, parts) for form in pattern._forgiving)
+
+    def always_matches(self, pattern: PathPattern) -> bool:
+        """Whether *pattern* covers each of the paths as it stands: of a parameter only a star covers all."""
+        return pattern.matches("".join(part if isinstance(part, str) else _NOWHERE for part in self._parts))
+
+
 def pattern_problem(pattern: str) -> str | None:
     """What is wrong with a path pattern and what to write instead; ``None`` if it can match."""
     if not pattern.startswith(("/", "*")):
@@ -165,6 +211,69 @@ def pattern_problem(pattern: str) -> str | None:
 def path_patterns(paths: str | Iterable[str] | None, *, case_sensitive: bool = True) -> tuple[PathPattern, ...]:
     """One pattern or several as a tuple of `PathPattern`."""
     return tuple(PathPattern(path, case_sensitive) for path in ([paths] if isinstance(paths, str) else paths or ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """What may stand for a route's parameter: characters that *fits* is true of, or nothing if it *may_be_empty*."""
+
+    fits: Callable[[str], bool]
+    may_be_empty: bool = False
+
+
+_CHARACTERS: Mapping[type, str] = {
+    IntegerConvertor: "0123456789",
+    FloatConvertor: "0123456789.",
+    UUIDConvertor: "0123456789abcdefABCDEF-",
+}
+
+
+def _parameter(convertor: Convertor[Any] | None) -> _Parameter:
+    kind = type(convertor)  # a subclass may read anything
+    if kind is StringConvertor:
+        return _Parameter(lambda char: char != "/")
+    if kind in _CHARACTERS:
+        return _Parameter(_CHARACTERS[kind].__contains__)
+    return _Parameter(lambda _: True, may_be_empty=True)
+
+
+def _meet(pattern: _Parts, template: Sequence[str | _Parameter]) -> bool:
+    """Whether *pattern* covers some path of *template*, final slashes aside; each two places are looked at once."""
+    # On both sides in turn what stands there, and whether it may stand there again, or not at all.
+    head, middle, tail = pattern
+    ours: list[tuple[str | None, bool]] = [(char, False) for char in head]
+    for part in (*middle, *([] if tail is None else [tail])):
+        ours += [(None, True), *((char, False) for char in part)]
+    ours.append(("/", True))
+    theirs: list[tuple[str | _Parameter, bool]] = []
+    for each in template:
+        if isinstance(each, str) or not each.may_be_empty:
+            theirs.append((each, False))
+        if not isinstance(each, str):
+            theirs.append((each, True))
+    todo = [(0, 0)]
+    seen = set(todo)
+    while todo:
+        i, j = todo.pop()
+        if i == len(ours) and j == len(theirs):
+            return True
+        further = []
+        if i < len(ours) and ours[i][1]:
+            further.append((i + 1, j))
+        if j < len(theirs) and theirs[j][1]:
+            further.append((i, j + 1))
+        if i < len(ours) and j < len(theirs) and _fit(ours[i][0], theirs[j][0]):
+            further.append((i + (not ours[i][1]), j + (not theirs[j][1])))
+        todo += [pair for pair in further if pair not in seen]
+        seen.update(further)
+    return False
+
+
+def _fit(ours: str | None, theirs: str | _Parameter) -> bool:
+    """Whether a pattern's character (``None``: any) may be a template's."""
+    if ours is None:
+        return True
+    return ours == theirs if isinstance(theirs, str) else theirs.fits(ours)
 
 
 def _with_bare(pattern: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from redis.exceptions import AuthenticationError, RedisError
 
 from . import aside
 from .errors import Failure, classify
+from .events import say
 
 logger = logging.getLogger("redis_asgi.connection")
 
@@ -39,6 +40,7 @@ class Sentinels(Sentinel):
             aioredis.Redis.from_pool(ConnectionPool(host=host, port=port, **options)) for host, port in addresses
         ]
 
+        self._address = ", ".join(f"{host}:{port}" for host, port in addresses)
         self._is_told = False  # whether the log has a line about their refusal
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
@@ -64,16 +66,7 @@ class Sentinels(Sentinel):
         if self._is_told:
             return
         self._is_told = True
-        logger.error(
-            "redis_asgi.sentinels_refuse",
-            extra={
-                "code": "sentinels_refuse",
-                "reason": classify(refusal).value,
-                "fix": "The sentinels, not the master, refuse us. Set REDIS_SENTINEL_USERNAME and "
-                "REDIS_SENTINEL_PASSWORD to a user of theirs that may run SENTINEL MASTER; `redis-asgi check` says "
-                "more.",
-            },
-        )
+        say(logger, "sentinels_refuse", reason=classify(refusal).value, address=self._address)
 
 
 def is_refusal(error: Exception) -> bool:

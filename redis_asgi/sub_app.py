@@ -1,15 +1,17 @@
 """`SubApp`: the base of what is mounted beside an app, such as its health checks: read-only, small and quiet."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import functools
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import orjson
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
-from .errors import ConfigurationError
+from .errors import ArgumentError, ConfigurationError
+from .misuse import check_callable, says_what_was_meant
 from .paths import route_path
 
 Authorize: TypeAlias = Callable[[HTTPConnection], bool | Awaitable[bool]]
@@ -36,12 +38,34 @@ class Answer:
     cache_control: bytes = b"no-store"
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_AUTHORIZE = "authorize=lambda conn: conn.headers.get('authorization') == expected"
+
 Page: TypeAlias = Callable[[HTTPConnection], Awaitable[Answer]]
 
 
 def json_answer(value: Any, *, status: int = 200) -> Answer:
     """*value* as JSON."""
     return Answer(orjson.dumps(value), status=status)
+
+
+def made_by_a_call(make: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that makes an app say so where it is taken for the app itself."""
+    name = getattr(make, "__name__", "")
+    mount = f"app.mount('/{name.removesuffix('_app')}', {name}())"
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A server, a mount or a route gives it a scope or a request.
+        if args and isinstance(args[0], MutableMapping | HTTPConnection):
+            raise ArgumentError(f"{name} is not called, and only makes an app when it is. Try {mount}.")
+        if args:
+            raise ArgumentError(f"{name} takes its arguments by name, and not the app. Try {mount}, or redis=...")
+        return checked(*args, **kwargs)
+
+    checked = says_what_was_meant(f"{name}(authorize=lambda conn: True)")(make)
+    return made
 
 
 class SubApp:
@@ -64,8 +88,11 @@ class SubApp:
     def __init__(
         self, pages: Mapping[str, Page], *, authorize: Authorize | None = None, open_pages: frozenset[str] = frozenset()
     ) -> None:
-        if authorize is not None and not callable(authorize):
-            raise ConfigurationError(f"authorize={authorize!r} is not callable. Try authorize=lambda conn: True.")
+        if isinstance(authorize, str | bytes):
+            authorize_is = "authorize= is a text, which is not callable"  # it may be the password itself
+            raise ConfigurationError(f"{authorize_is}. Try {_AUTHORIZE}.")
+        if authorize is not None:
+            check_callable("authorize", authorize, "conn", _AUTHORIZE)
         self._pages = dict(pages)
         self._authorize = authorize
         self._open_pages = open_pages

@@ -23,6 +23,12 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram, Metric
 
+__all__ = [
+    "Telemetry",
+    "fresh_telemetry",
+    "telemetry",
+]
+
 PREFIX = "redis_asgi"
 SAMPLE_SECONDS = 5.0
 SAMPLES_KEPT = 120  # ten minutes
@@ -85,6 +91,7 @@ class Notes:
         self._tick = tick
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
+        self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
         self._observed: deque[tuple[Callable[[float], None], float]] = deque()
         self._telling = threading.Lock()
 
@@ -93,6 +100,16 @@ class Notes:
         counted = self._counted
         counted.append(what)
         waiting = len(counted)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
+        elif waiting >= _MOST_NOTES:
+            self.tell()
+
+    def add(self, *amounts: "tuple[Counter, float]") -> None:
+        """Count so much more of each counter. Call it in a loop that runs."""
+        added = self._added
+        added.append(amounts)
+        waiting = len(added)
         if waiting == 1:
             asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
         elif waiting >= _MOST_NOTES:
@@ -110,11 +127,14 @@ class Notes:
 
     def tell(self) -> None:
         """Tell the metrics."""
-        counted, observed = self._counted, self._observed
-        if counted or observed:
+        counted, added, observed = self._counted, self._added, self._observed
+        if counted or added or observed:
             self._tick(time.monotonic())
         with self._telling:
-            totals = Tally(starmap(counted.popleft, repeat((), len(counted))))
+            totals: dict[Noted, float] = dict(Tally(starmap(counted.popleft, repeat((), len(counted)))))
+            for _ in range(len(added)):
+                for counter, amount in added.popleft():
+                    totals[counter] = totals.get(counter, 0) + amount
         for what, total in totals.items():
             for counter in what if isinstance(what, tuple) else (what,):
                 counter.inc(total)
@@ -127,6 +147,7 @@ class Notes:
         """Forget what was not told: somebody else tells it."""
         self._telling = threading.Lock()  # who held it is not in this process
         self._counted.clear()
+        self._added.clear()
         self._observed.clear()
 
 

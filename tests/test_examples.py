@@ -1,5 +1,6 @@
 """Each example runs alone and does what its docstring says."""
 
+import hmac
 import json
 import socket
 import subprocess
@@ -29,6 +30,7 @@ class Example:
         self.get = client.get
         self.post = client.post
         self.put = client.put
+        self.options = client.options
         self.delete = client.delete
         self.port = port
         self._log = log
@@ -222,6 +224,71 @@ def test_behind_a_proxy() -> None:
         assert [200, 200, 200] == [ask("203.0.113.7"), ask("203.0.113.8"), ask("203.0.113.7")]
         assert [429, 429] == [ask("1.2.3.4, 203.0.113.7"), ask("203.0.113.9, 203.0.113.7")]
         assert [200, 429] == [ask("203.0.113.8, 10.1.2.3"), ask("203.0.113.8, 10.1.2.3")]
+
+
+def test_saas_plans() -> None:
+    """A key has its plan's quota, whoever sends it from wherever; one that is not known is let in by nobody."""
+    with serving("saas_api") as example:
+
+        def ask(key: str, address: str) -> httpx.Response:
+            return example.get("/api/projects", headers={"X-API-Key": key, "X-Forwarded-For": address})
+
+        bob = [ask("key-of-bob", f"203.0.113.{i}") for i in range(6)]
+        ada = ask("key-of-ada", "203.0.113.1")
+        stranger = ask("key-of-eve", "203.0.113.1")
+
+    assert [200] * 5 + [429] == [answer.status_code for answer in bob]
+    assert (["a project of ada"], {"plan-60s", "plan-86400s", "address"}) == (ada.json(), set(remaining(ada)))
+    assert (401, {"address": 57}) == (stranger.status_code, remaining(stranger))
+
+
+def test_saas_login_is_protected() -> None:
+    """Three wrong passwords a minute from an address, ten an hour for an account; right ones cost nothing."""
+    with serving("saas_api") as example:
+
+        def log_in(user: str, password: str, address: str) -> httpx.Response:
+            claim = {"user": user, "password": password}
+            return example.post("/login", json=claim, headers={"X-Forwarded-For": address})
+
+        assert [200] * 5 == [log_in("ada", "lovelace", "203.0.113.7").status_code for _ in range(5)]
+        guesses = [log_in("ada", "", "203.0.113.7") for _ in range(4)]
+        spread = [log_in("bob", "?", f"203.0.113.{i}") for i in range(10, 21)]
+        assert [200, 401] == [log_in(*claim, "203.0.113.8").status_code for claim in (("ada", "lovelace"), ("eve", ""))]
+
+    assert [401, 401, 401, 429] == [answer.status_code for answer in guesses]
+    assert ["login-60s"] == guesses[-1].json()["violated-policies"]
+    assert [401] * 10 + [429] == [answer.status_code for answer in spread]
+    assert 3590 <= int(spread[-1].headers["retry-after"]) <= 3600
+
+
+def test_saas_webhooks_are_checked_and_not_counted() -> None:
+    """However many come, each is answered by whether it is signed, and carries no field of a limit."""
+    body = b'{"paid": true}'
+    signature = hmac.new(b"a secret", body, "sha256").hexdigest()
+    with serving("saas_api", WEBHOOK_SECRET="a secret") as example:
+        signed = [
+            example.post("/webhooks/payments", content=body, headers={"X-Signature": signature}) for _ in range(70)
+        ]
+        forged = [example.post("/webhooks/payments", content=body, headers={"X-Signature": s}) for s in ("", "ab")]
+
+    assert {200} == {answer.status_code for answer in signed}
+    assert [401, 401] == [answer.status_code for answer in forged]
+    assert not [answer for answer in signed + forged if "ratelimit" in answer.headers]
+
+
+def test_saas_is_called_by_a_page() -> None:
+    """A preflight costs nothing, and the page may read a refusal and its fields; other pages may not."""
+    origin = {"Origin": "https://app.example.com", "X-API-Key": "key-of-bob"}
+    asking = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "X-API-Key"}
+    with serving("saas_api") as example:
+        preflight = example.options("/api/projects", headers=origin | asking)
+        first, *_, refused = [example.get("/api/projects", headers=origin) for _ in range(6)]
+        other = example.get("/api/projects", headers=origin | {"Origin": "https://example.org"})
+
+    assert (200, 4) == (preflight.status_code, remaining(first)["plan"])
+    assert (429, "https://app.example.com") == (refused.status_code, refused.headers["access-control-allow-origin"])
+    assert {"RateLimit", "Retry-After"} <= set(refused.headers["access-control-expose-headers"].split(", "))
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_context_service_computes_what_is_new() -> None:

@@ -76,8 +76,9 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "errors", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing", "keys", "forwarded",
-    "scope", "sub_app", "aside",
+    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks",
+    "locations", "setting_types", "environment", "server_settings", "settings",
+    "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",
 )  # fmt: skip
@@ -108,6 +109,55 @@ def test_numpy_stays_with_embeddings(name: str) -> None:
         assert not [target for target in _targets(name) if _within(target, "numpy")]
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if not _within(name, "redis_asgi.testing")])
+def test_nothing_that_serves_knows_of_the_testing_kit(name: str) -> None:
+    """Only who tests imports it, and nothing else sets the clock of the limits: no client ever can."""
+    stores = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Attribute)]
+
+    assert not [target for target in _targets(name) if _within(target, "redis_asgi.testing")]
+    assert not [node.lineno for node in stores if isinstance(node.ctx, ast.Store) and _is_clock(node.value)]
+
+
+def _is_clock(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "CLOCK"
+
+
+EMBEDDINGS = "redis_asgi.embeddings"
+STORAGE = ("vector_cache", "lookup", "local", "store", "server", "cluster", "memory", "joint_lookup", "lease", "codec")
+ABOUT_REQUESTS = ("http_caching", "head", "headers", "keyspace", "question", "body", "routes", "wire", "piecewise")
+ABOUT_CALLS = ("single_flight", "landing", "asking", "calls", "waiting")
+ENDS = ("answers", "outcome", "exchange", "shared")
+# Each room of the embedding half, and what it never reaches, by whatever way.
+ROOMS = {
+    STORAGE: (*ABOUT_REQUESTS, *ABOUT_CALLS, *ENDS, "sub_call"),
+    ABOUT_REQUESTS: (*STORAGE[:-2], *ABOUT_CALLS, *ENDS),
+    ("keyspace", "identity"): (*STORAGE[:-2], "sub_call"),
+    ("counts", "outcome", "tokens"): (*STORAGE[:-2], *ABOUT_CALLS, "question", "exchange", "shared"),
+}
+
+
+def _reached(name: str) -> set[str]:
+    reached: set[str] = set()
+    left = {name}
+    while left:
+        at = left.pop()
+        reached.add(at)
+        # The fronts name what they load when it is first used.
+        left |= {target for target in _targets(at) if target in MODULES} - reached - {"redis_asgi", EMBEDDINGS}
+    return reached
+
+
+@pytest.mark.parametrize(("names", "others"), ROOMS.items(), ids=["storage", "requests", "keys", "what is said"])
+def test_a_room_knows_only_its_own(names: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Storage knows no HTTP, no wire formats and no flights; reading a request and naming its keys, no storage."""
+    for name in names:
+        inside = [module for module in MODULES if _within(module, f"{EMBEDDINGS}.{name}")]
+        reached = set[str]().union(*map(_reached, inside))
+
+        assert inside
+        assert not [(name, m) for m in reached for other in others if _within(m, f"{EMBEDDINGS}.{other}")]
+
+
 def _reads_environment(name: str) -> bool:
     tree = ast.parse(MODULES[name].read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -115,16 +165,19 @@ def _reads_environment(name: str) -> bool:
 
 
 def test_only_settings_read_the_environment() -> None:
-    """Every variable goes through ``Settings``."""
-    assert [name for name in MODULES if _reads_environment(name)] == ["redis_asgi.settings"]
+    """Every variable goes through ``Settings``, and pydantic-settings reads it."""
+    readers = {name for name in MODULES if any(_within(target, "pydantic_settings") for target in _targets(name))}
+
+    assert [name for name in MODULES if _reads_environment(name)] == []
+    assert readers == {"redis_asgi.environment", "redis_asgi.setting_types"}
 
 
 def test_import_has_no_effect() -> None:
-    """``import redis_asgi`` imports no numpy or web framework, opens no socket, thread or log, reads no variable."""
+    """``import redis_asgi`` opens no socket, thread or log, and reads no variable."""
     script = """
 import logging, os, socket, sys, threading
 # Theirs, not ours: what our libraries do at import is theirs to answer for.
-import limits, orjson, pydantic_settings, redis.asyncio, redis.asyncio.sentinel
+import orjson, pydantic_settings, redis.asyncio, redis.asyncio.sentinel
 import starlette.applications, starlette.concurrency, starlette.requests, starlette.responses
 from importlib.resources import files
 
@@ -151,11 +204,33 @@ for name in list(logging.root.manager.loggerDict):
     if name.startswith("redis_asgi"):
         logger = logging.getLogger(name)
         assert not logger.handlers and logger.level == logging.NOTSET, name
-print(sorted({"numpy", "fastapi", "prometheus_client"} & set(sys.modules)))
 """
     done = run_python(script)
 
-    assert ("[]\n", "", 0) == (done.stdout, done.stderr, done.returncode)
+    assert ("", "", 0) == (done.stdout, done.stderr, done.returncode)
+
+
+LATE = ("fastapi", "limits", "numpy", "prometheus_client", "pybase64", "rich", "typer")
+
+
+@pytest.mark.parametrize(
+    ("use", "loaded"),
+    [
+        pytest.param("", [], id="import"),
+        pytest.param("redis_asgi.Rule('5/minute')", ["limits"], id="notation"),
+        pytest.param(
+            "redis_asgi.RateLimitMiddleware(redis_asgi.health_app())", ["limits", "prometheus_client"], id="limits"
+        ),
+        pytest.param("redis_asgi.health_app()", ["prometheus_client"], id="health"),
+        pytest.param("redis_asgi.calculate_memory_usage(1024, 10)", [], id="capacity"),
+    ],
+)
+def test_heavy_libraries_are_loaded_by_what_needs_them(use: str, loaded: list[str]) -> None:
+    """Nothing waits for numpy but vectors, nor for metrics, the notation or a framework before there is a use."""
+    script = f"import sys, redis_asgi\n{use}\nprint([name for name in {LATE!r} if name in sys.modules])"
+    done = run_python(script, env={"REDIS_URL": "memory://"})
+
+    assert (f"{loaded}\n", "") == (done.stdout, done.stderr)
 
 
 def test_import_with_bad_settings_works() -> None:

@@ -14,6 +14,7 @@ from redis_asgi.inspection.findings import Finding
 from redis_asgi.inspection.trouble import explain
 from redis_asgi.sentinels import SentinelRefusal
 
+from .kit.logs import event_of
 from .kit.servers import SentinelTrio
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +83,7 @@ async def test_refused_login(
     trouble = await explain(raised.value, settings)
     assert (True, True) == (trouble.text.startswith("the sentinels"), fix in trouble.fix)
     await manager.close()
-    lines = [(record.message, getattr(record, "reason", "")) for record in caplog.records]
+    lines = [(event_of(record), getattr(record, "reason", "")) for record in caplog.records]
     assert [("redis_asgi.sentinels_refuse", "auth"), ("redis_asgi.redis_unavailable", "auth")] == lines
     assert "secret" not in " ".join(repr(vars(record)) for record in caplog.records)
 

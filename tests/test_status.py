@@ -23,6 +23,7 @@ from redis_asgi.sub_app import SubApp
 from redis_asgi.telemetry import SAMPLE_SECONDS, Sample, Telemetry, fresh_telemetry
 
 from .kit.browser import Browser, find_chromium, served
+from .kit.fair_time import fair_time
 from .kit.servers import Cluster, wait_until
 
 NOWHERE = "redis://someuser:somesecret@127.0.0.1:1"
@@ -102,7 +103,7 @@ def test_page_shows_what_was_counted(browser: Browser, counted: Telemetry, redis
     assert "Healthy · redis-asgi" == browser.run("document.title")
     assert "grid" == browser.run("getComputedStyle(document.querySelector('.figures')).display")
     figures = browser.run("[...document.querySelectorAll('.figure')].map(f => f.innerText.split('\\n'))")
-    assert ["Requests now", "280/s", "1,400 in ten minutes"] == figures[0]
+    assert ["Requests now", "280/s", "mean of the last minute; 1,400 in ten"] == figures[0]
     assert ["Refused", "4.7 %", "66 of 1,400"] == figures[1]
     assert ["Cache hits", "75 %", "750 of 1,000 inputs"] == figures[2]
     assert re.fullmatch(r"\d+\.\d+ ms", figures[3][1])
@@ -292,10 +293,10 @@ async def test_redis_that_is_gone(counted: Telemetry, status: str, words: str, *
     manager.fails_closed = closed
     app = Starlette()
     app.mount("/ops/status", status_app(redis=manager, authorize=lambda _conn: True))
-    started = time.monotonic()
+    started = fair_time()
     source = await text_of(app)
 
-    assert time.monotonic() - started < 0.6
+    assert fair_time() - started < 0.6
     assert f"<title>{status} · redis-asgi</title>" in source
     assert words in source
     assert source.count("not known") == 3
@@ -345,6 +346,16 @@ async def test_client_that_cannot_be_built(counted: Telemetry, monkeypatch: pyte
 async def test_it_says_for_whom_it_speaks(counted: Telemetry) -> None:
     """One worker of perhaps several, by its process id."""
     assert f"Process {os.getpid()}, one worker: others count for themselves." in await text_of(page_on())
+
+
+@pytest.mark.anyio
+async def test_figures_say_what_they_are(counted: Telemetry) -> None:
+    """The rate is a mean, and policies count what they decided, not requests."""
+    count(counted)
+    page = await text_of(page_on())
+
+    assert "<b>280/s</b> <span>mean of the last minute; 1,400 in ten</span>" in page
+    assert "Each policy counts what it decided: a request under two of them is in both rows" in page
 
 
 @pytest.mark.anyio

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from ..connection import RedisArgument
 from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key, id_mark
+from ..misuse import constructor_says_what_was_meant, shown
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
 from .computing import Changes, Computation, raisable
@@ -28,6 +29,7 @@ _IDS_PER_LOOKUP = 512
 _VALUES_PER_TIMEOUT = 64
 
 
+@constructor_says_what_was_meant("EmbeddingCache(redis, 3600)")
 class EmbeddingCache:
     """Keep vectors by id: ``{prefix}embedding:{context_id}`` in Redis.
 
@@ -150,6 +152,8 @@ class EmbeddingCache:
         """
         if isinstance(context_ids, str):
             raise TypeError("context_ids is one str. Pass a list of ids.")
+        if not callable(compute):
+            raise TypeError(f"compute={shown(compute)} is not callable. Pass a function of the ids nobody has.")
         ids = _checked_ids(context_ids)
         if not ids:
             return np.zeros((0, 0), dtype=np.float32)

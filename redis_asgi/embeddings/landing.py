@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from ..events import say
 from ..keys import key_mark
 from .codec import Flag, Value, encode
 from .http_caching import Storable, by_name, replayed, storable
@@ -53,9 +54,9 @@ async def read_reply(asked: Asked, reply: Reply, body: bytes, now: float) -> Lan
     """Read *reply* with its *body*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
     try:
         return await _read(asked, reply, body, now)
-    except Exception:
+    except Exception as error:
         # Fails open: a wire format may be the user's, and an answer it cannot read is relayed as it is.
-        logger.exception("redis_asgi.embedding_answer_unreadable", extra={"wire_format": asked.wire.name})
+        say(logger, "embedding_answer_unreadable", error, wire_format=asked.wire.name)
         return None
 
 

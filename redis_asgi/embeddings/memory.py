@@ -30,6 +30,12 @@ class MemoryVectors:
         self.bytes = 0
         self._lock = threading.Lock()  # loops in several threads may share one manager
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self.bytes = 0
+
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         with self._lock:
             return [self._get(name) for name in names]

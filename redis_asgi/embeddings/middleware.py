@@ -7,13 +7,16 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, RedisManager
+from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
 from ..errors import ConfigurationError
+from ..event_loop import check_at_start, running_loop
+from ..misuse import check_app, check_callable, constructor_says_what_was_meant
 from ..settings import Settings
 from .cache import EmbeddingCache
-from .core import Core, Options, PartitionBy
 from .exchange import Exchange
+from .options import Options, PartitionBy
 from .routes import read_routes
+from .shared import Shared
 from .store import resolve_vectors
 from .wire import WireFormat
 
@@ -23,6 +26,7 @@ _AROUND = "redis_asgi.embedding_caches"  # in a scope: the store and namespace o
 _SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
 
 
+@constructor_says_what_was_meant("EmbeddingCacheMiddleware(app, namespace='bge-m3', routes={'/my/path': 'openai'})")
 class EmbeddingCacheMiddleware:
     """Cache the embedding endpoints of the app it wraps; no change in the app or in its clients.
 
@@ -64,21 +68,27 @@ class EmbeddingCacheMiddleware:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_app(app, "EmbeddingCacheMiddleware(app)")
+        check_settings(settings)
         settings = settings if settings is not None else _settings_of(redis)
-        if partition_by is not None and not callable(partition_by):
-            raise ConfigurationError(f"partition_by={partition_by!r} is not callable. Try lambda conn: 'tenant'.")
+        if partition_by is not None:
+            example = "partition_by=lambda conn: conn.headers.get('x-tenant')"
+            check_callable("partition_by", partition_by, "conn", example)
+        if share is not None and not isinstance(share, bool):
+            raise ConfigurationError(f"share={share!r} is not True or False.")
         manager, self._is_ours = resolve_vectors(redis, settings)
         options = Options(
             ttl=_seconds("ttl", ttl, settings.EMBEDDING_CACHE_TTL, 1, _MAX_TTL),
             namespace=_text("namespace", namespace, settings.EMBEDDING_CACHE_NAMESPACE),
-            share=settings.EMBEDDING_CACHE_SHARE if share is None else bool(share),
+            share=settings.EMBEDDING_CACHE_SHARE if share is None else share,
             lease=_lease(settings.EMBEDDING_CACHE_LEASE if lease is None else lease),
             partition_by=partition_by,
             settings=settings,
         )
         self.app = app
+        self._has_loop = False
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
-        self._core = Core(app, manager, options)
+        self._shared = Shared(app, manager, options)
         self._records = (manager, options.namespace)
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
@@ -87,26 +97,32 @@ class EmbeddingCacheMiddleware:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        if not self._has_loop:
+            running_loop()
+            self._has_loop = True
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
+            offer_manager(scope, self._shared.vectors.manager)
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:
             await self.app(scope, receive, send)
             return
         scope[_AROUND] = (*around, self._records)
-        await Exchange(self._core, matched, scope, receive, send).run()
+        await Exchange(self._shared, matched, scope, receive, send).run()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
+        await check_at_start(receive, send)
         held: RedisManager | None = None
 
         async def ended() -> None:
             nonlocal held
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SETTLES_WITHIN):
-                    await self._core.flights.settle()
+                    await self._shared.flights.settle()
+            self._shared.counts.tell()
             manager, held = held, None
             if manager is not None:
                 await manager.let_go()
@@ -122,7 +138,7 @@ class EmbeddingCacheMiddleware:
             message = await receive()
             # Before the app's own start, which may end with the only other user of the client.
             if message["type"] == "lifespan.startup" and self._is_ours and held is None:
-                held = self._core.manager
+                held = self._shared.vectors.manager
                 held.hold()
             return message
 

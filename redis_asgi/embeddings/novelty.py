@@ -11,6 +11,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from ..events import say
+
 logger = logging.getLogger("redis_asgi.embeddings")
 
 Marks = tuple[tuple[str, int], ...]
@@ -85,4 +87,5 @@ class Novelty:
                 "Does it choose a tenant, a model or a permission? If not, put it into "
                 f"EMBEDDING_CACHE_IGNORED_{'HEADERS' if kind == 'header' else 'FIELDS'}."
             )
-        logger.warning("redis_asgi.embedding_cache_defeated", extra={kind: shown, "fix": fix})
+        what = f"The {kind} {shown}"
+        say(logger, "embedding_cache_defeated", what=what, cure=fix, **{kind: shown})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..misuse import shown
 from .wire import DEFAULT_PATHS, WIRE_FORMATS, WireFormat
 
 _MODEL = "{model}"
@@ -54,6 +55,7 @@ def read_routes(routes: Mapping[str, WireFormat | str] | None, names: Iterable[s
     """
     paths: dict[str, WireFormat] = {}
     if routes is not None:
+        _check_routes(routes)
         for path, wire in routes.items():
             if not path.startswith("/") or path.count(_MODEL) > 1:
                 raise ConfigurationError(f"routes={path!r} is not a path. Try '/v1/embeddings'.")
@@ -66,6 +68,29 @@ def read_routes(routes: Mapping[str, WireFormat | str] | None, names: Iterable[s
             raise ConfigurationError(f"EMBEDDING_CACHE_ROUTES={name!r} has no usual path. Try {name}:/embed.")
         paths |= {path: wire} if colon else DEFAULT_PATHS[name]
     return Routes(paths)
+
+
+def _check_routes(routes: object) -> None:
+    """A mapping of paths to wire formats, and not the other way round.
+
+    Raises:
+        ConfigurationError: Says what was meant.
+    """
+    if isinstance(routes, str) or not isinstance(routes, Mapping):
+        named = [routes] if isinstance(routes, str) else list(routes) if isinstance(routes, Iterable) else []
+        known = [name for each in named if (name := str(each).partition(":")[0]) in DEFAULT_PATHS]
+        usual = {path: name for name in known for path in list(DEFAULT_PATHS[name])[:1]} or {"/v1/embeddings": "openai"}
+        setting = f", or EMBEDDING_CACHE_ROUTES={','.join(known)} for its usual paths" if known else ""
+        raise ConfigurationError(f"routes={shown(routes)} is no mapping of paths. Try routes={usual!r}{setting}.")
+    if not routes:
+        raise ConfigurationError("routes={} caches nothing. Try routes={'/v1/embeddings': 'openai'}, or leave it out.")
+    for path, wire in routes.items():
+        if isinstance(wire, str) and wire.startswith("/") and path in WIRE_FORMATS:
+            raise ConfigurationError(
+                f"routes={{{path!r}: {wire!r}}} is the wrong way round. Try {{{wire!r}: {path!r}}}."
+            )
+        if not isinstance(path, str):
+            raise ConfigurationError(f"routes={shown(path)} is not a path. Try '/v1/embeddings'.")
 
 
 def _named(name: str, source: str) -> WireFormat:

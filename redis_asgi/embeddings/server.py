@@ -16,7 +16,9 @@ from redis.exceptions import RedisError
 from ..client import Client
 from ..connection import RedisManager
 from ..errors import Failure, classify, classify_reply, is_crossslot
+from ..events import say
 from .counts import Commands
+from .joint_lookup import JointLookups
 from .leased import Command, run, run_on_node
 from .owed import Owed, Told
 from .records import UNKNOWN, WRITE_TIMEOUT, Done, Write
@@ -41,10 +43,12 @@ class RedisVectors:
         self._manager = manager
         self._client = client
         self._node = node
+        self._address = f"{node} of {manager.address}" if node else manager.address
         self._breaker = manager.breaker(node)
         self._turns = asyncio.Semaphore(manager.settings.REDIS_POOL_SIZE)
         self._no_writes_until = 0.0
         self._commands = Commands()
+        self._lookups = JointLookups(self._look_up)
         self._owed = Owed(lambda commands: self.tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
     @property
@@ -54,8 +58,13 @@ class RedisVectors:
     async def aclose(self) -> None:
         """End what is under way."""
         await self._owed.aclose()
+        await self._lookups.aclose()
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        # A cluster has asked each node for a part already, and each part has a deadline of its own.
+        return await (self._look_up if self._node else self._lookups.look_up)(names, within)
+
+    async def _look_up(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
             return self._breaker.reason
         deadline = time.monotonic() + within
@@ -82,7 +91,7 @@ class RedisVectors:
             else:
                 self._failed(failure)
                 return failure
-        self._breaker.worked()
+        self._breaker.worked(vectors=True)
         return found
 
     def _reads(self, names: Sequence[bytes]) -> list[Command]:
@@ -103,7 +112,7 @@ class RedisVectors:
             if isinstance(reply, Exception):
                 self._failed(_classify(reply), write=True)
                 return None
-        self._breaker.worked()
+        self._breaker.worked(vectors=True)
         return _values(replies[-1])[0]
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
@@ -125,7 +134,7 @@ class RedisVectors:
             if failure is not None:
                 self._failed(failure, write=True)
                 return Done(count, failure)
-            self._breaker.worked()
+            self._breaker.worked(vectors=True)
         return Done(count)
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
@@ -157,7 +166,7 @@ class RedisVectors:
         if failure is not None:
             self._failed(failure, write=True)
         else:
-            self._breaker.worked()
+            self._breaker.worked(vectors=True)
         return replies, failure
 
     def _failed(self, failure: Failure, *, write: bool = False) -> None:
@@ -168,7 +177,7 @@ class RedisVectors:
             return
         # What is there can still be read.
         if time.monotonic() >= self._no_writes_until:
-            logger.warning("redis_asgi.embedding_writes_paused", extra={"failure": failure.value})
+            say(logger, "embedding_writes_paused", reason=failure.value, address=self._address)
         self._no_writes_until = time.monotonic() + _WRITE_PAUSE
 
     async def _execute(

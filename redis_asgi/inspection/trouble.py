@@ -12,8 +12,9 @@ from typing import Literal
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisClusterException, RedisError
 
-from ..connection import describe
-from ..errors import Failure, classify
+from ..client import describe
+from ..errors import Failure, classify, is_unknown_command
+from ..events import REASONS
 from ..names import names
 from ..sentinels import SentinelRefusal
 from ..settings import Settings
@@ -131,7 +132,7 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.PERMISSION and denied:
         fix = f"As an administrator: ACL SETUSER {user_of(settings)} +{denied}. `redis-asgi acl` prints all it takes."
         return Trouble(f"{where} lets us in, but not run {denied}", fix)
-    if "cluster" in text and ("not enabled" in text or "disabled" in text):
+    if settings.REDIS_CLUSTER and any(words in text for words in ("not enabled", "disabled", "not allowed")):
         return Trouble(f"{where} is no cluster", "Unset REDIS_CLUSTER.")
     covered = re.search(r"(\d+) of (\d+)", text)
     if failure is Failure.CLUSTER and covered:
@@ -143,18 +144,19 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.CLUSTER:
         fix = "Check the address, that the nodes run, and CLUSTER INFO."
         return Trouble(f"the cluster of {where} does not answer", fix)
-    if "unknown command" in text:
+    if is_unknown_command(error):
         fix = "Undo the rename-command of its configuration, or choose a server that has it."
         return Trouble(f"{where} does not know a command that it takes", fix)
     answers = {
-        Failure.PERMISSION: ("lets us in but not do this", "`redis-asgi acl --user NAME` prints the rights it takes."),
-        Failure.READONLY: ("takes no writes", "Point it at the primary; if it is one, its log says why."),
-        Failure.LOADING: ("is still reading its data from disk", "Try again in a moment."),
-        Failure.BUSY: ("is blocked by somebody's script", "SCRIPT KILL ends it."),
-        Failure.OOM: ("has no memory left", "Raise its maxmemory."),
+        Failure.PERMISSION: "lets us in but not do this",
+        Failure.READONLY: "takes no writes",
+        Failure.LOADING: "is still reading its data from disk",
+        Failure.BUSY: "is blocked by somebody's script",
+        Failure.OOM: "has no memory left",
     }
-    what, fix = answers.get(failure, (f"answers with an error ({failure.value})", "Its log may say more."))
-    return Trouble(f"{where} {what}", fix)
+    if failure not in answers:
+        return Trouble(f"{where} answers with an error ({failure.value})", "Its log may say more.")
+    return Trouble(f"{where} {answers[failure]}", REASONS[failure].fix)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -25,6 +25,7 @@ from ..breaker import Breaker
 from ..errors import Failure
 from ..telemetry import telemetry
 from .check import Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
+from .clock import CLOCK
 from .script import Call
 
 if TYPE_CHECKING:
@@ -153,12 +154,13 @@ class Batcher:
 
         Half of it, when it is many and the first to be under way.
         """
-        now = self.loop.time()
+        now, at = self.loop.time(), CLOCK.monotonic()
         late, waiting = split_late(self._waiting, now)
         resolve(late, self._wire.lacks())
         taken = still_waiting(waiting)
         if not taken:
             self._wait_on([])
+            self.breaker.withdrawn()
             return None
         room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
         if self._waiting_counters > MAX_COUNTERS:
@@ -167,7 +169,7 @@ class Batcher:
         self._wait_on(taken[room:])
         del taken[room:]
         for check in taken:
-            check.written = now
+            check.written, check.at = now, at
         batch = Batch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
         self._observe(self._size, len(taken))
@@ -200,7 +202,7 @@ class Batcher:
         """The commands for *checks*: one for all of them, unless partitions are kept apart."""
         apart = apart or (self.apart is not None and self.apart.now)
         groups = by_slot(checks) if apart else [checks]
-        return [Call(group, next(self._numbers)) for group in groups]
+        return [Call(group, next(self._numbers), CLOCK.redis) for group in groups]
 
     def lost(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
@@ -259,9 +261,12 @@ class Batcher:
         now = self.loop.time()
         late, rest = split_late(self._waiting, now)
         self._wait_on(rest)
-        # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
-        if late and not self._sent and self.breaker.state == "closed":
-            self.breaker.failed(self._wire.lacks())
+        if late and not self._sent:
+            if self.breaker.state == "closed":
+                self.breaker.failed(self._wire.lacks())
+            else:
+                # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+                self.breaker.withdrawn()
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):

@@ -25,7 +25,7 @@ class Check:
             calls, they take twice as long.
     """
 
-    __slots__ = ("charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
+    __slots__ = ("at", "charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Check:
         self.timeout = timeout
         self.deadline = loop.time() + timeout
         self.written = 0.0  # when its batch was about to be written, on the loop's clock
+        self.at = 0.0  # and on the limits'
         self.read = read
         self.future: asyncio.Future[Any] = loop.create_future()
 

@@ -9,14 +9,14 @@ from starlette.types import Scope
 
 from ..errors import ConfigurationError
 from ..notation import Limit, parse_limits
-from ..paths import PathPattern, Spellings, path_patterns
+from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
 from .partition import PartitionBy, Partitioner
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_small_quotas
+from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, PolicySet
-from .rules import DEFAULT_NAME, Limits, Rule, check_choice
+from .rules import DEFAULT_NAME, Limits, Rule, check_choice, listed_rules
 
 
 class CompiledRule:
@@ -26,6 +26,8 @@ class CompiledRule:
         policies: Known at construction, unless the limits are a callable.
         limits_of: That callable; ``None`` where there is none.
         last: What reads what it returns.
+        cost: Units, or the callable that says them.
+        written: The rule as the user wrote it.
         asks_user: Whether a callable of the user's has to be asked for more than the cost.
         has_paths: Whether the path decides if it covers a request.
     """
@@ -42,22 +44,24 @@ class CompiledRule:
         name: str = DEFAULT_NAME,
         named: tuple[str, str] | None = None,
     ) -> None:
+        self.written = rule
         self.name = rule.name or name
-        self._cost = rule.cost
+        self.cost: Any = rule.cost
         self.count_if = rule.count_if
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
         self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
-        self._strategy: StrategyName = rule.strategy or strategy
-        self._shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
+        self.strategy: StrategyName = rule.strategy or strategy
+        self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.has_paths = bool(self._paths)
         # What its policies are called instead, and with which ending: see `make_policies`.
         self._named = named or (self.name, None)
         self._has_warned = False
+        self._has_warned_of_cost = False
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
         self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
-        self.last = LastLimits(self.name, partial(self._make, least=0), self._default)
+        self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
         self._default_limits = settings.default_limits
         self.asks_user = self.limits_of is not None or self.partition.read is None
 
@@ -71,24 +75,51 @@ class CompiledRule:
         if policies is None:
             policies, name = name
             label = self.name
-        cost, price = (0, self._cost) if callable(self._cost) else (self._cost, None)
+        cost, price = (0, self) if callable(self.cost) else (self.cost, None)
         partition = self.partition.of(name)
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
 
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""
         limits = parse_limits(self._default_limits)
-        if self._strategy == "moving-window":
+        if self.strategy == "moving-window":
             limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
         return self._make("; ".join(map(str, limits)))
 
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
         name, ending = self._named
-        policies = make_policies(name, notation, self._strategy, self._shadow, least=least, ending=ending)
-        if self._strategy == "sliding-window-counter" and not self._has_warned:
+        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
+        if self.strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Say once that a request at this *cost*, known only now, can never be admitted."""
+        if cost > 1 and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(self.name, policies, cost)
+
+    def _note_constant_cost(self, policies: PolicySet) -> None:
+        if isinstance(self.cost, int):
+            self.note_cost(policies, self.cost)
+
+    @property
+    def statuses(self) -> frozenset[int]:
+        """What it may answer in place of the app."""
+        enforces = not self.shadow
+        found = {
+            429: enforces and self.cost != 0,
+            503: enforces and self.on_redis_error == "closed",
+            400: self.partition.refuses,
+        }
+        return frozenset(status for status, may in found.items() if may)
+
+    def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
+        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
+        methods = self._methods
+        if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
+            return False
+        return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
 
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
         """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
@@ -121,12 +152,9 @@ def compile_rules(
         check_choice("strategy", strategy, get_args(StrategyName))
     if on_redis_error is not None:
         check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
-    written = list(rules or ())
+    written = [] if rules is None else listed_rules(rules)
     if rules is not None and not written and limits is None:
         raise ConfigurationError("rules=[] limits nothing. Try limits='100/minute', or leave both out for RATE_LIMITS.")
-    for rule in written:
-        if not isinstance(rule, Rule):
-            raise ConfigurationError(f"rules holds {rule!r}, which is no Rule. Try rules=[Rule('100/minute')].")
     if limits is not None:
         written.insert(0, Rule(limits, name=DEFAULT_NAME))
     elif rules is None:

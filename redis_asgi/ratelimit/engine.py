@@ -7,17 +7,18 @@ charged locally is never copied back.
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, cast
 
 from ..connection import PROCESS, RedisManager
 from ..errors import Failure, OddReply, classify
+from ..events import say, words_for
 from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher
 from .check import Check, Outcome
+from .clock import CLOCK
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
 from .decision import Decision, Source
@@ -25,6 +26,7 @@ from .local import LocalEngine
 from .policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
 from .refusals import RefusalMemory
 from .reply import Reply
+from .script import NOTHING_ASKED
 from .strategies import Mode
 from .verdict import Verdict
 
@@ -51,6 +53,7 @@ class Engine:
         self, manager: RedisManager, *, timeout: float, settings: Settings | None = None, names_are_fixed: bool = True
     ) -> None:
         self.manager = manager
+        manager.needs = NOTHING_ASKED
         self.counts = Counts()
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
@@ -65,7 +68,7 @@ class Engine:
 
     def remembered(self, charges: Charges) -> Verdict | None:
         """The refusal of *charges* that this process knows already."""
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         known = self._refusals.find(charges, now)
         if not known:
             return None
@@ -113,7 +116,7 @@ class Engine:
             self.counts.waited(verdict.source, check.waited())
             return verdict
         if not outcome[0] and check.mode == "consume":
-            self._refusals.remember(check.charges, outcome, check.written)
+            self._refusals.remember(check.charges, outcome, check.at)
         return self._decided(check.charges, check.mode, "redis", outcome)
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
@@ -153,7 +156,7 @@ class Engine:
     ) -> None:
         def done(_: object = None) -> None:
             for charge in charges:
-                self._refusals.forget(charge.partition.key, time.monotonic())
+                self._refusals.forget(charge.partition.key, CLOCK.monotonic())
 
         if mode == "refund":
             done()
@@ -214,11 +217,11 @@ class Engine:
                 return await self.reset_in_redis(partition, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.
-            logger.warning("redis_asgi.reset_failed", extra={"reason": classify(error).value})
+            say(logger, "reset_failed", **words_for(classify(error)), address=self.manager.address)
             return False
         finally:
             # A reply that is older than the reset says nothing any more.
-            self._refusals.forget(partition.key, time.monotonic())
+            self._refusals.forget(partition.key, CLOCK.monotonic())
 
     async def reset_in_redis(self, partition: Partition, name: str | None) -> bool:
         """`reset`, in Redis only.

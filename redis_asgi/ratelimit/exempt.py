@@ -7,7 +7,8 @@ from typing import TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..paths import path_patterns
+from ..misuse import check_callable
+from ..paths import PathPattern, path_patterns
 from ..settings import Settings
 from .routing import Routing
 
@@ -29,22 +30,33 @@ class Exemptions:
         self._routing = routing
         self._paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS)
         self._says_so = exempt if callable(exempt) else None
-        if not callable(exempt):
+        if callable(exempt) or not isinstance(exempt, Iterable | None):
+            check_callable("exempt", exempt, "conn", "exempt='/internal/*', or lambda conn: 'x-probe' in conn.headers")
+        else:
             self._paths += path_patterns(exempt)
         self._has_looked = False
         self.any = True
+
+    @property
+    def paths(self) -> tuple[PathPattern, ...]:
+        """The patterns of the user's."""
+        return self._paths
 
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""
         if not self._has_looked:
             self._has_looked = True
             self.any = bool(self._paths or self._says_so or self._routing.has_pages)
-        if self._routing.is_page(scope) or (self._paths and self._is_exempt_path(scope)):
+        if self.cover_path(scope):
             return True
         if self._says_so is None:
             return False
         said = self._says_so(HTTPConnection(scope))
         return bool(await said if isawaitable(said) else said)
+
+    def cover_path(self, scope: Scope) -> bool:
+        """Whether a request is left alone for its path, whatever a callable would say."""
+        return self._routing.is_page(scope) or bool(self._paths and self._is_exempt_path(scope))
 
     def _is_exempt_path(self, scope: Scope) -> bool:
         path = self._routing.path(scope)

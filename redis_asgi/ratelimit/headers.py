@@ -5,7 +5,6 @@
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,6 +13,7 @@ import orjson
 from starlette.types import Message
 
 from ..settings import HeaderStyle
+from .clock import CLOCK
 from .decision import Decision, PolicyState, merged, policy_state, refusal_of
 from .policy import MICROSECONDS, Charges, Policy, PolicySet
 from .reply import place_of
@@ -123,7 +123,7 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
     states = [state for state in decision.policies if not state.shadow]
     fields = ietf_fields(states) if style != "legacy" else []
     if style != "ietf":
-        fields += legacy_fields(states, decision.violated, now=time.time())
+        fields += legacy_fields(states, decision.violated, now=CLOCK.unix())
     return fields
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 from ..errors import ConfigurationError
+from ..events import say
 from .policy import Partition, PolicySet
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -23,12 +24,20 @@ class LastLimits:
         rule: Its name.
         make: Reads notation.
         default: Makes the default limits.
+        note: Told of the policies of a partition that has others than before.
     """
 
-    def __init__(self, rule: str, make: Callable[[str], PolicySet], default: Callable[[], PolicySet]) -> None:
+    def __init__(
+        self,
+        rule: str,
+        make: Callable[[str], PolicySet],
+        default: Callable[[], PolicySet],
+        note: Callable[[PolicySet], None],
+    ) -> None:
         self._rule = rule
         self._make = make
         self._default = default
+        self._note = note
         self._last: dict[bytes, PolicySet] = {}
         self._has_said = False
         self._lock = threading.Lock()  # loops in several threads may share one rule
@@ -39,6 +48,7 @@ class LastLimits:
         if policies is None:
             return self._last.get(partition.key) or self._default()
         if self._last.get(partition.key) is not policies:
+            self._note(policies)
             with self._lock:
                 self._last.pop(partition.key, None)
                 self._last[partition.key] = policies
@@ -48,23 +58,16 @@ class LastLimits:
 
     def _try(self, said: object) -> PolicySet | None:
         if not isinstance(said, str):
-            self._say(f"limits are of type {type(said).__name__}, not notation or None.")
+            self._say(f"they are of type {type(said).__name__}, not notation or None.")
             return None
         try:
             return self._make(said)
         except ConfigurationError as error:
-            self._say(str(error))
+            # What does not even begin as a limit may be anything, such as the key of who asks.
+            self._say(str(error) if said.strip()[:1].isdigit() else f"a text of {len(said)} characters is no notation.")
             return None
 
     def _say(self, why: str) -> None:
         if not self._has_said:
             self._has_said = True
-            logger.warning(
-                "redis_asgi.limits_unreadable",
-                extra={
-                    "code": "limits_unreadable",
-                    "rule": self._rule,
-                    "fix": f"Its callable returned limits that nobody can read: {why} Until then such a client has "
-                    "its last readable limits, else the default ones.",
-                },
-            )
+            say(logger, "limits_unreadable", rule=self._rule, why=why.rstrip("."))

@@ -5,15 +5,17 @@ from typing import get_args
 from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
+from ..misuse import constructor_says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine
-from .policies import make_policies, warns_of_small_quotas
+from .policies import make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, Charges, Partition, make_partition
 from .rules import check_choice, check_cost, check_name
 from .strategies import Mode
 
 
+@constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")
 class RateLimiter:
     """Limits by any identity you name, from anywhere in a service: handlers, workers, WebSocket loops.
 
@@ -52,6 +54,7 @@ class RateLimiter:
         self._strategy: StrategyName = strategy
         self._on_redis_error: OnRedisError = on_redis_error
         self._has_warned = False
+        self._has_warned_of_cost = False
         if on_redis_error == "closed":
             manager.fails_closed = True
 
@@ -65,7 +68,8 @@ class RateLimiter:
         """
         for name, value in (("limit", limit), ("window", window)):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigurationError(f"{name}={value!r} is not a whole number. Try limit=100, window=60.")
+                example = "limit=100, window=60, or consume(client_id, '100/minute')"
+                raise ConfigurationError(f"{name}={value!r} is not a whole number. Try {example}.")
         decision = await self.consume(client_id, f"{limit}/{window} seconds", strategy="fixed-window")
         return decision.allowed
 
@@ -136,7 +140,9 @@ class RateLimiter:
         # Its limits are known from the first call on; names may be many, so that it warns of one call's only.
         if strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
-        charge = Charge(policies, self._partition(client_id), check_cost(cost), self._on_redis_error)
+        if check_cost(cost) > 1 and mode == "consume" and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(name, policies, cost)
+        charge = Charge(policies, self._partition(client_id), cost, self._on_redis_error)
         return (await self._engine.decide(Charges((charge,)), mode)).decision
 
     def _partition(self, client_id: str | Partition) -> Partition:

@@ -1,7 +1,6 @@
 """Counters kept in this process: the engine of ``memory://``, and the stand-in while Redis does not answer."""
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import TypeAlias
 
 from ..settings import Settings
 from ..telemetry import telemetry
+from .clock import CLOCK
 from .policy import MICROSECONDS, Charge, Policy
 from .reply import Reply
 from .strategies import COUNTERS, Counter, Log, Mode, Stored
@@ -75,7 +75,7 @@ class LocalEngine:
             divisor: Each quota counts as ``ceil(quota / divisor)``.
             now: Time in us; ``None`` = the monotonic clock, which no clock setting moves.
         """
-        at = float(time.monotonic_ns() // 1000 if now is None else now)
+        at = float(CLOCK.monotonic_ns() // 1000 if now is None else now)
         with self._lock:
             return self._decide(mode, charges, receipts, divisor, at)
 
@@ -136,6 +136,13 @@ class LocalEngine:
                 changes = True
             if changes:
                 self._store(charge.partition.key, held, policy, counter)
+
+    def clear(self) -> None:
+        """Drop every partition."""
+        with self._lock:
+            self._admitted.clear()
+            self._refused.clear()
+            self._stamps = 0
 
     def forget(self, key: bytes, fields: Sequence[bytes] | None = None) -> bool:
         """Drop a partition, or some of its fields; whether there was something to drop."""

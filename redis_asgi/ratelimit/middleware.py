@@ -9,29 +9,32 @@ from typing import get_args
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, resolve_manager
-from ..errors import ConfigurationError
-from ..event_loop import running_loop
+from ..connection import RedisArgument, offer_manager, resolve_manager
+from ..event_loop import check_at_start, running_loop
+from ..misuse import check_app, constructor_says_what_was_meant
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
 from .compiled import compile_rules
+from .coverage import Coverage, Covering
 from .engine import Engine
 from .exempt import Exempt, Exemptions
 from .headers import fields_of
 from .limited_response import LimitedResponse, UncoveredResponse
 from .lint import Linter
+from .overview import Protection
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans
 from .pricing import decide_priced, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
-from .responses import OnExceeded, refuse_identity, send_refusal, send_remembered
+from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
 from .rules import Limits, Rule, check_choice
 from .verdict import Verdict
 
 
-class RateLimitMiddleware:
+@constructor_says_what_was_meant("RateLimitMiddleware(app, '100/minute', rules=[Rule('5/minute', name='login')])")
+class RateLimitMiddleware(Covering):
     """Refuses what is over quota, and tells every client how it stands.
 
     ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background tasks, WebSockets and
@@ -74,6 +77,7 @@ class RateLimitMiddleware:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_app(app, "RateLimitMiddleware(app, '100/minute')")
         self.app = app
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
@@ -95,14 +99,14 @@ class RateLimitMiddleware:
         self._counts = self._engine.counts
         if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
-        routing = Routing(app)
+        self._rules, self._routing = compiled, Routing(app)
         self._engine.plans = PlanCache(self._style, self._addressing)
-        self._plans = Plans(compiled, routing, self._engine.plans)
-        self._exemptions = Exemptions(routing, exempt, settings)
-        if on_exceeded is not None and not callable(on_exceeded):
-            raise ConfigurationError(f"on_exceeded={on_exceeded!r} is not callable.")
+        self._plans = Plans(compiled, self._routing, self._engine.plans)
+        self._exemptions = Exemptions(self._routing, exempt, settings)
+        if on_exceeded is not None:
+            check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
-        self._linter = Linter(self._addressing)
+        self._linter = Linter(self._addressing, self._routing, self._rules)
         self._has_loop = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,6 +120,7 @@ class RateLimitMiddleware:
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
         scope.setdefault(STYLE, self._style)
+        offer_manager(scope, self._manager)
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
             return
@@ -155,6 +160,14 @@ class RateLimitMiddleware:
             keep_decision(scope, verdict)
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
+
+    def in_force(self) -> Protection:
+        """What it limits, for who asks from outside of a request."""
+        return Protection(self._engine, self._rules, self._routing, self._exemptions)
+
+    def coverage(self) -> Coverage:
+        """Its rules, and what they leave alone; `document_limits` asks for it."""
+        return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""
@@ -196,13 +209,7 @@ class RateLimitMiddleware:
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
-        try:
-            running_loop()
-        except RuntimeError as error:
-            await receive()
-            # A server takes an app that only raises for one without a lifespan, and serves it.
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            raise
+        await check_at_start(receive, send)
         holding = False
 
         async def starting() -> Message:

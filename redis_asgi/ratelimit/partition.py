@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
+from ..misuse import check_callable, constructor_says_what_was_meant, shown
 from ..scope import Addressing, is_plain_address
 from ..settings import Settings
 from .policy import Partition, make_partition
@@ -45,6 +46,7 @@ def _default_addressing() -> Addressing:
     return Addressing(Settings())
 
 
+@constructor_says_what_was_meant("by_header('x-api-key')")
 class by_header:  # noqa: N801 - reads as a function where it is used
     """Partition by the value of a request header, such as an API key.
 
@@ -105,6 +107,26 @@ def _read_user(scope: Scope) -> str | None:
     return str(identity) or None if identity is not None else None
 
 
+def check_partition_by(partition_by: object) -> None:
+    """What says who shares a counter is a callable that takes the connection.
+
+    Raises:
+        ConfigurationError: If it is none, or takes something else.
+    """
+    if partition_by is by_header:
+        raise ConfigurationError("partition_by=by_header is not called: by which header? Try by_header('x-api-key').")
+    if isinstance(partition_by, str):
+        # As RATE_LIMIT_PARTITION has it, or the header's bare name.
+        header = partition_by.removeprefix("header:")
+        meant = {"ip": "client_ip", "user": "by_user"}.get(partition_by, f"by_header({header!r})")
+        known = "client_ip, by_user or by_header('x-api-key')"
+        raise ConfigurationError(
+            f"partition_by={shown(partition_by)} is not callable. Try partition_by={meant}, one of {known}."
+        )
+    example = "client_ip, by_header('x-api-key'), by_user or lambda conn: conn.headers.get('x-tenant')"
+    check_callable("partition_by", partition_by, "conn", example)
+
+
 class MissingIdentity(Exception):
     """A request lacks what its rule counts by, and ``RATE_LIMIT_MISSING_IDENTITY`` is ``refuse``."""
 
@@ -124,19 +146,17 @@ class Partitioner:
         kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
         read: Reads the identity from a scope, where that takes no callable of the user's; ``None`` where it does.
         by: That callable.
+        missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
     """
 
     def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing | None) -> None:
         if partition_by is None:
             partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
-        if not callable(partition_by):
-            raise ConfigurationError(
-                f"partition_by={partition_by!r} is not callable. Try client_ip, by_header('x-api-key') or by_user."
-            )
+        check_partition_by(partition_by)
         self.by = partition_by
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
-        self._missing = settings.RATE_LIMIT_MISSING_IDENTITY
+        self.missing = settings.RATE_LIMIT_MISSING_IDENTITY
         self._by_address = partition_by is client_ip
         self.kind = "custom"
         self.read: Callable[[Scope], str | None] | None = None
@@ -150,6 +170,11 @@ class Partitioner:
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
         self._of_client = lru_cache(maxsize=16_384)(self.of_address)
 
+    @property
+    def refuses(self) -> bool:
+        """Whether a request without the identity is refused."""
+        return self.missing == "refuse" and self.kind not in ("ip", "custom")
+
     async def settle(self, said: object, scope: Scope) -> "str | Partition | None":
         """Whom a request is counted as for which `by` or `read` *said* this; ``None``: its rule does not apply.
 
@@ -161,14 +186,16 @@ class Partitioner:
         if isinstance(said, str):
             return said
         if said is not None:
-            raise TypeError(f"partition_by returned {type(said).__name__}, not str or None.")
+            raise TypeError(
+                f"partition_by returned {type(said).__name__}, not str or None. Return text, such as str(user.id)."
+            )
         if self._by_address:
             return UNKNOWN
-        if self.kind == "custom" or self._missing == "skip":
+        if self.kind == "custom" or self.missing == "skip":
             return None
-        if self._missing == "refuse":
+        if self.missing == "refuse":
             raise MissingIdentity(self.kind)
-        return self._of_client(self._read_address(scope)) if self._missing == "ip" else ""
+        return self._of_client(self._read_address(scope)) if self.missing == "ip" else ""
 
     def of(self, name: "str | Partition") -> Partition:
         """The partition of whom a request is counted as."""

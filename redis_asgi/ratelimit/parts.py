@@ -1,7 +1,6 @@
 """Requests whose keys live in several slots: asked part by part where each command may name keys of one slot only."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -10,6 +9,7 @@ from ..connection import RedisManager
 from ..errors import Failure
 from .batch import Batcher
 from .check import Check, Outcome, resolve
+from .clock import CLOCK
 from .policy import Charge, Charges, Policy
 from .refusals import RefusalMemory
 from .reply import Numbers, Reply, charged_receipts, numbers_of, reply_of
@@ -60,6 +60,7 @@ class Parts:
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
         check.written = min(part.written for part in parts)
+        check.at = min(part.at for part in parts)
         outcomes = [Failure.TIMEOUT if part.future.cancelled() else part.future.result() for part in parts]
         failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
         replies = [outcome if isinstance(outcome, list) else [0] for outcome in outcomes]
@@ -88,7 +89,7 @@ class Parts:
         refund = Check(self._loop, "refund", Charges(charges), part.timeout, charged_receipts(reply))
 
         def forget(_: asyncio.Future[Outcome]) -> None:
-            self._refusals.forget(part.charges[0].partition.key, time.monotonic())
+            self._refusals.forget(part.charges[0].partition.key, CLOCK.monotonic())
 
         refund.future.add_done_callback(forget)
         self._route(refund)

@@ -5,6 +5,7 @@ import re
 from functools import lru_cache
 
 from ..errors import ConfigurationError
+from ..events import say
 from ..keys import digest
 from ..notation import parse_limits
 from ..settings import StrategyName
@@ -63,17 +64,19 @@ def make_policies(
     return PolicySet(tuple(policies))
 
 
+def warns_of_cost(rule: str, policies: PolicySet, cost: int) -> bool:
+    """Whether *cost* is more than a quota of *policies* can ever admit, which is warned of; a quota of 0 means to."""
+    quota = min((policy.quota for policy in policies if not policy.shadow), default=0)
+    if not 0 < quota < cost:
+        return False
+    say(logger, "cost_never_fits", rule=rule, cost=cost, quota=quota)
+    return True
+
+
 def warns_of_small_quotas(policies: PolicySet) -> bool:
     """Whether one of *policies*, all of `sliding-window-counter`, has a quota below 10; each that has is warned of."""
     small = [policy for policy in policies if 0 < policy.quota < 10]
     for policy in small:
-        logger.warning(
-            "redis_asgi.small_sliding_quota",
-            extra={
-                "code": "small_sliding_quota",
-                "policy": policy.name,
-                "fix": f"A client that used its quota of {policy.quota} waits up to "
-                f"{policy.window * (1 + 1 / policy.quota):g} s. Use moving-window or gcra for quotas below 10.",
-            },
-        )
+        wait = f"{policy.window * (1 + 1 / policy.quota):g}"
+        say(logger, "small_sliding_quota", policy=policy.name, quota=policy.quota, wait=wait)
     return bool(small)

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
-from typing import Any
+from typing import Any, Protocol
 
 from ..keys import digest, partition_key
 from ..settings import OnRedisError, StrategyName
@@ -123,6 +123,15 @@ class Unread:
         self.is_abandoned = False
 
 
+class Pricer(Protocol):
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told."""
+
+    cost: Any
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Take note of what a request costs under *policies*."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Charge:
     """The policies of one rule, applied to one partition, at one cost in units of their quota.
@@ -133,7 +142,7 @@ class Charge:
         count_if: Given the response's status, whether the charge stays.
         label: What its policies are counted as, where their names are not known before the request.
         unread: The body that could not be priced: it takes what remains of the smallest quota.
-        price: What says the cost, where that is not known before the request; *cost* is 0 until it has been asked.
+        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
     """
 
     policies: PolicySet
@@ -143,7 +152,7 @@ class Charge:
     count_if: Callable[[int], bool] | None = None
     label: str | None = None
     unread: Unread | None = None
-    price: Callable[..., Any] | None = None
+    price: Pricer | None = None
 
     def taken(self, fits: int) -> int:
         """The units that a policy was charged which replied that it *fits*."""

@@ -1,16 +1,14 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what an outer instance has charged."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from inspect import isawaitable
-from typing import Any
 
 from starlette.types import Message, Receive, Scope
 
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine
 from .lint import Linter
-from .policy import Charge, Charges, PolicySet, Unread
+from .policy import Charge, Charges, PolicySet, Pricer, Unread
 from .request_decision import RequestDecision, check_names
 from .rules import check_cost
 from .verdict import Verdict
@@ -32,17 +30,19 @@ async def decide_priced(
     for charge in charges:
         cost: int | Unread = charge.cost
         if charge.price is not None:
-            cost, receive = await _ask(charge.price, cap, scope, receive)
+            cost, receive = await _ask(charge.price, charge.policies, cap, scope, receive)
         costs.append(cost)
     return await engine.decide(engine.plans.priced(charges, costs)), receive
 
 
-async def _ask(price: Callable[..., Any], cap: int, scope: Scope, receive: Receive) -> tuple[int | Unread, Receive]:
+async def _ask(
+    price: Pricer, policies: PolicySet, cap: int, scope: Scope, receive: Receive
+) -> tuple[int | Unread, Receive]:
     """What *price* says; what cannot be read takes what remains."""
     request = BufferedRequest(scope, receive, cap=cap)
     cost = 1
     try:
-        said = price(request)
+        said = price.cost(request)
         cost = check_cost(await said if isawaitable(said) else said)
     except UnreadableBody:
         pass
@@ -50,6 +50,7 @@ async def _ask(price: Callable[..., Any], cap: int, scope: Scope, receive: Recei
         receive = request.replay()
         await request.close()  # the files of a form
     if not request.unreadable:
+        price.note_cost(policies, cost)
         return cost, receive
     # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
     unread = Unread()

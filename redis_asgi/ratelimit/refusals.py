@@ -145,6 +145,14 @@ class RefusalMemory:
             while len(self.partitions) > self._size:
                 _end(self.partitions.popitem(last=False)[1])
 
+    def clear(self) -> None:
+        """Forget every refusal."""
+        with self._lock:
+            for held in self.partitions.values():
+                _end(held)
+            self.partitions.clear()
+            self._forgotten.clear()
+
     def forget(self, partition: bytes, now: float) -> None:
         """Forget every refusal of a partition that was reset, or given something back, at *now* (monotonic seconds).
 

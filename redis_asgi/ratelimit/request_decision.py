@@ -24,7 +24,12 @@ STYLE = "redis_asgi.header_style"
 
 
 class RequestDecision(Decision):
-    """A request's decision as ``request.state.rate_limit`` has it: with a way to charge more, or less.
+    """A request's `Decision` as ``request.state.rate_limit`` has it: with a way to charge more, or less.
+
+    ::
+
+        limit: RequestDecision = request.state.rate_limit  # in FastAPI, an argument ``limit: CurrentLimit``
+        limit.charge(tokens)
 
     Its fields are read from the verdicts when somebody first looks at one, so that a request whose app never does pays
     nothing for them.
@@ -93,7 +98,8 @@ class RequestDecision(Decision):
             policy: Only this policy; ``None`` = all that apply to the request.
 
         Raises:
-            ValueError: If *cost* is not a whole number, or *policy* does not apply to this request.
+            ValueError: If *cost* is not a whole number, or *policy* does not apply to this request. One that is not
+                known while Redis does not answer is passed over: it may be of a rule that fails open.
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
@@ -138,9 +144,15 @@ def decision_of(scope: Scope) -> RequestDecision | None:
     return None if decision is None or decision.first.is_over else decision
 
 
+def decided_about(scope: Scope) -> RequestDecision | None:
+    """What was decided about a request, over or not."""
+    decision: RequestDecision | None = scope.get(_DECISION)
+    return decision
+
+
 def is_over(scope: Scope) -> bool:
     """Whether what was decided about a request in this scope is settled."""
-    decision: RequestDecision | None = scope.get(_DECISION)
+    decision = decided_about(scope)
     return decision is not None and decision.first.is_over
 
 

@@ -5,8 +5,11 @@ from inspect import isawaitable
 from typing import TypeAlias
 
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..errors import ConfigurationError
+from ..misuse import check_callable, shown
 from ..settings import HeaderStyle
 from . import headers
 from .decision import Decision
@@ -19,6 +22,22 @@ OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Aw
 
 # RFC 6455: policy violation, "when there is no other more suitable status code".
 POLICY_VIOLATION = 1008
+
+
+_EXAMPLE = "lambda conn, decision: JSONResponse({'error': 'too many requests'}, 429)"
+
+
+def check_on_exceeded(on_exceeded: object) -> None:
+    """What may answer in place of the 429 is a callable that makes a response for each refusal.
+
+    Raises:
+        ConfigurationError: If it is none, such as a response, or a response's class.
+    """
+    kind = on_exceeded if isinstance(on_exceeded, type) else type(on_exceeded)
+    if issubclass(kind, Response):
+        name = shown(kind)
+        raise ConfigurationError(f"on_exceeded={name} is not called for each refusal. Try {_EXAMPLE}.")
+    check_callable("on_exceeded", on_exceeded, "conn, decision", _EXAMPLE)
 
 
 async def send_refusal(
@@ -44,6 +63,12 @@ async def send_refusal(
         said = on_exceeded(HTTPConnection(scope), decision)
         response = await said if isawaitable(said) else said
         if response is not None:
+            if isinstance(response, type) or not callable(response):
+                what = f"the class {shown(response)}" if isinstance(response, type) else type(response).__name__
+                raise TypeError(
+                    f"on_exceeded returned {what}, which is no response. Return one, as does {_EXAMPLE}, or None "
+                    "for the usual 429."
+                )
             await response(scope, receive, _adding(fields, send))
             return
     await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)

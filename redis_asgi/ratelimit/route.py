@@ -2,9 +2,10 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
@@ -13,7 +14,10 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..errors import ConfigurationError
 from ..event_loop import running_loop
+from ..events import say
+from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
 from ..scope import Addressing
 from ..settings import OnRedisError, Settings, StrategyName
 from .compiled import CompiledRule
@@ -30,13 +34,25 @@ from .request_decision import STANDBY, RequestDecision, Standby, begin_decision,
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import Cost, Limits, Rule, check_cost
 
+logger = logging.getLogger("redis_asgi.ratelimit")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_ASKED = "redis_asgi.route_limits"  # where a scope keeps the limits that its request was put to
-_STACK = "_redis_asgi_stack"  # where a decorated endpoint keeps itself, what it decorates, and the limits in front
-_MOST_ROUTES = 4096  # that one dependency knows its neighbours of
+_NOT_CALLED = Uncalled("Depends(RateLimit) is without a limit. Write Depends(RateLimit('5/minute')).")
+_NOT_A_DEPENDENCY = Uncalled(
+    "rate_limit is a decorator that takes its limit. Write @rate_limit('5/minute') right above the endpoint, or "
+    "Depends(RateLimit('5/minute')) for a dependency."
+)
+
+# Where a scope keeps the limits that its request was put to.
+_ASKED = "redis_asgi.route_limits"
+# Where a decorated endpoint keeps itself, what it decorates, and the limits in front.
+_STACK = "_redis_asgi_stack"
+# Routes that one dependency knows its neighbours of.
+_MOST_ROUTES = 4096
 
 
+@constructor_says_what_was_meant("RateLimit('5/minute', name='export')")
 class RateLimit:
     """A limit on one endpoint: ``Depends(RateLimit("5/minute"))`` in FastAPI, also for a whole router.
 
@@ -68,7 +84,7 @@ class RateLimit:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Annotated[Limits, _NOT_CALLED],
         *,
         name: str | None = None,
         partition_by: PartitionBy | None = None,
@@ -79,6 +95,9 @@ class RateLimit:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        if callable(cost):
+            check_callable("cost", cost, "conn", "cost=lambda conn: 2")
+        self.cost = cost
         self._rule = Rule(
             limits,
             name=name,
@@ -92,7 +111,14 @@ class RateLimit:
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
+        self._has_warned = False
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # What FastAPI reads of each of dependencies=[...].
+        if name == "dependency":
+            raise AttributeError("RateLimit is given as it is. Write dependencies=[Depends(RateLimit('5/minute'))].")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
@@ -126,13 +152,25 @@ class RateLimit:
             known = self._neighbours[id(dependant)] = dependant, tuple(ours.items())
         return known[1]
 
+    def settings_under(self, settings: Settings | None) -> Settings:
+        """What it goes by below a middleware of *settings*; ``None`` = there is none."""
+        if settings is not None and self._redis is None and self._settings is None:
+            return settings
+        manager, _ = resolve_manager(self._redis, self._settings)
+        return self._settings or manager.settings
+
+    def statuses(self, settings: Settings | None) -> frozenset[int]:
+        """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
+        return self._compile(self.settings_under(settings)).statuses
+
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
 
-    def engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
-        """Who decides this limit for a request, about which there may be a *decision* already."""
+    def engine_for(self, scope: Scope) -> Engine:
+        """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
         if self._redis is None and self._settings is None:
+            decision = decision_of(scope)
             if decision is not None:
                 return decision.first.engine
             standby: Standby | None = scope.get(STANDBY)
@@ -145,22 +183,35 @@ class RateLimit:
             self._engine.plans = PlanCache(settings.RATE_LIMIT_HEADERS, Addressing(settings))
         return self._engine
 
-    def compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
-        """Its rule in front of an endpoint where it is called *name*, as the limit that has this *place* there."""
-        settings = engine.settings
+    def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:
+        """Its rule in front of *endpoint*, at its *place* among the limits there."""
+        known: Recent[tuple[Any, ...], CompiledRule] = engine.plans.rules
+        key = self, self.name_at(endpoint), place
+        return known.young.get(key) or known.find(key, lambda _: self._compiled(engine, *key[1:]))
+
+    def _compiled(self, engine: Engine, name: str, place: int) -> CompiledRule:
         # A counter whose quota a callable changes must stay the same one.
         ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
-        rule = CompiledRule(
+        named = (name, ending + "-{window}s") if self._rule.name is None else None
+        rule = self._compile(engine.settings, name=fit_name(name), named=named)
+        engine.manager.fails_closed |= rule.on_redis_error == "closed"
+        return rule
+
+    def _compile(self, settings: Settings, **names: Any) -> CompiledRule:
+        return CompiledRule(
             self._rule,
             settings,
             None,
-            name=fit_name(name),
-            named=(name, ending + "-{window}s") if self._rule.name is None else None,
             strategy=settings.RATE_LIMIT_STRATEGY,
             on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
+            **names,
         )
-        engine.manager.fails_closed |= rule.on_redis_error == "closed"
-        return rule
+
+    def warn_of_no_user(self, rule: CompiledRule) -> None:
+        """Say once that it counts by a user whom no middleware outside looks up."""
+        if not self._has_warned and rule.partition.kind == "user":
+            self._has_warned = True
+            say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
 
 
 # A limit, and its place among those of an endpoint.
@@ -184,9 +235,12 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
         name = limit.name_at(endpoint)
         if (limit, name) not in asked:
             asked.add((limit, name))
-            engine = limit.engine_for(scope, decision)
+            engine = limit.engine_for(scope)
             engine, rules = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
-            rules.append(_rule(engine, (limit, name, place)))
+            rule = limit.compiled(engine, endpoint, place)
+            rules.append(rule)
+            if "user" not in scope:
+                limit.warn_of_no_user(rule)
     try:
         asking = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
     except MissingIdentity as missing:
@@ -205,12 +259,6 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     return decision
 
 
-def _rule(engine: Engine, key: tuple[RateLimit, str, int]) -> CompiledRule:
-    """The rule of a limit where an endpoint is called so, and it has this place there."""
-    known: Recent[tuple[Any, ...], CompiledRule] = engine.plans.rules
-    return known.young.get(key) or known.find(key, lambda _: key[0].compile(engine, *key[1:]))
-
-
 async def _charges(
     engine: Engine, rules: Sequence[CompiledRule], conn: HTTPConnection, decision: RequestDecision | None
 ) -> Charges:
@@ -227,8 +275,12 @@ async def _charges(
         if len(fresh) < len(charges):
             charges = Charges(fresh)
     if charges.is_priced:
-        said = [charge.cost if charge.price is None else charge.price(conn) for charge in charges]
-        costs = [check_cost(await cost if isawaitable(cost) else cost) for cost in said]
+        costs: list[int] = []
+        for charge in charges:
+            said = charge.cost if charge.price is None else charge.price.cost(conn)
+            costs.append(check_cost(await said if isawaitable(said) else said))
+            if charge.price is not None:
+                charge.price.note_cost(charge.policies, costs[-1])
         charges = engine.plans.priced(charges, costs)
     return charges
 
@@ -255,7 +307,21 @@ def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
 
 
-def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
+class RateLimitOptions(TypedDict, total=False):
+    """The options of `RateLimit`, for `rate_limit`."""
+
+    name: str | None
+    partition_by: PartitionBy | None
+    cost: int | Callable[[HTTPConnection], Any]
+    strategy: StrategyName | None
+    on_redis_error: OnRedisError | None
+    shadow: bool
+    redis: RedisArgument
+    settings: Settings | None
+
+
+@says_what_was_meant("@rate_limit('5/minute', name='export')")
+def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[RateLimitOptions]) -> Callable[[F], F]:
     """`RateLimit` as a decorator for Starlette endpoints: sync, async and WebSocket, functions and methods.
 
     It finds the request among the endpoint's arguments by its type. The options are those of `RateLimit`.
@@ -263,15 +329,43 @@ def rate_limit(limits: Limits, **options: Any) -> Callable[[F], F]:
     Raises:
         ConfigurationError: At decoration, naming what cannot work.
     """
+    if _returns_a_response(limits):
+        raise ConfigurationError(
+            f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
+        )
     limit = RateLimit(limits, **options)
 
-    def decorate(endpoint: F) -> F:
+    def decorate(endpoint: Annotated[F, _NOT_A_DEPENDENCY]) -> F:
+        if isinstance(endpoint, HTTPConnection):
+            # It was taken for the endpoint itself, whose place its limits have.
+            raise ConfigurationError(
+                f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
+            )
+        if isinstance(endpoint, type):
+            raise ConfigurationError(f"@rate_limit stands on the class {shown(endpoint)}. Put it on its methods.")
         # One decorator right on another: both limits are decided together, in front of the endpoint itself.
         of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
         placed = limit, 1 + max((place for _, place in stacked), default=-1)
         return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))
 
     return decorate
+
+
+def stack_of(endpoint: object) -> tuple[object, tuple[Placed, ...]]:
+    """The endpoint within its `rate_limit` decorators, and their limits, none for a plain one."""
+    _, within, limits = getattr(endpoint, _STACK, (None, endpoint, ()))
+    return within, limits
+
+
+def limits_of(endpoint: object) -> tuple[RateLimit, ...]:
+    """The limits that `rate_limit` has put in front of *endpoint*."""
+    return tuple(limit for limit, _ in stack_of(endpoint)[1])
+
+
+def _returns_a_response(limits: object) -> bool:
+    """Whether what was given for limits says of itself that it is an endpoint."""
+    returned = getattr(limits, "__annotations__", {}).get("return")
+    return isinstance(returned, type) and issubclass(returned, Response)
 
 
 def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:

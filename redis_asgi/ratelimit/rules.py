@@ -1,18 +1,20 @@
 """Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
 
+import difflib
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias, get_args
 
 from starlette.requests import HTTPConnection, Request
 
 from ..errors import ConfigurationError
+from ..misuse import check_callable, constructor_says_what_was_meant, shown
 from ..notation import parse_limits
 from ..paths import path_patterns
 from ..settings import OnRedisError, StrategyName
-from .partition import PartitionBy
+from .partition import PartitionBy, check_partition_by
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
@@ -23,6 +25,19 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _METHOD = re.compile(r"[A-Z]{1,20}")
 
 
+# What other packages call a strategy, or what to do without Redis.
+_ELSEWHERE = {
+    "allow": "open",
+    "deny": "closed",
+    "leaky-bucket": "gcra",
+    "memory": "local",
+    "raise": "closed",
+    "refuse": "closed",
+    "sliding-log": "moving-window",
+    "token-bucket": "gcra",
+}
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse a *value* that is none of *choices*.
 
@@ -30,7 +45,10 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         ConfigurationError: Lists the choices.
     """
     if value not in choices:
-        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(choices)}. Try {choices[0]!r}.")
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        meant = _ELSEWHERE.get(str(value).replace("_", "-").lower(), near[0] if near else "")
+        example = meant if meant in choices else choices[0]
+        raise ConfigurationError(f"{name}={shown(value)} is not one of {', '.join(choices)}. Try {example!r}.")
 
 
 def check_name(name: object) -> str:
@@ -55,6 +73,7 @@ def check_cost(cost: object) -> int:
     return cost
 
 
+@constructor_says_what_was_meant("Rule('5/minute', name='login', paths='/login')")
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Which requests are limited, by what, and how they are counted.
@@ -100,27 +119,27 @@ class Rule:
     count_if: CountIf | None = None
     case_sensitive: bool = True
 
-    def __post_init__(self) -> None:  # noqa: C901 - one check per field
+    def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        if isinstance(self.limits, str):
-            parse_limits(self.limits)
-        elif not callable(self.limits):
-            raise ConfigurationError(f"limits={self.limits!r} is neither notation nor a callable. Try '100/minute'.")
+        check_limits(self.limits)
         if self.strategy is not None:
             check_choice("strategy", self.strategy, get_args(StrategyName))
         if self.on_redis_error is not None:
             check_choice("on_redis_error", self.on_redis_error, get_args(OnRedisError))
-        for label in ("partition_by", "count_if"):
-            value = getattr(self, label)
-            if value is not None and not callable(value):
-                raise ConfigurationError(f"{label}={value!r} is not callable.")
+        if self.partition_by is not None:
+            check_partition_by(self.partition_by)
+        if self.count_if is not None:
+            check_callable("count_if", self.count_if, "status", "count_if=lambda status: status >= 400")
         if inspect.iscoroutinefunction(self.count_if):
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
-        if not callable(self.cost):
+        if callable(self.cost):
+            check_callable("cost", self.cost, "request", "cost=lambda request: 2")
+        else:
             _check_constant_cost(self.cost, self.limits)
-        if not isinstance(self.case_sensitive, bool):
-            raise ConfigurationError(f"case_sensitive={self.case_sensitive!r} is not True or False.")
+        for label in ("shadow", "case_sensitive"):
+            if not isinstance(getattr(self, label), bool):
+                raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
         if self.paths is not None:
             paths = _several("paths", self.paths, "'/api/*'")
             path_patterns(paths, case_sensitive=self.case_sensitive)
@@ -129,8 +148,31 @@ class Rule:
             methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
             for method in methods:
                 if not _METHOD.fullmatch(method):
-                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try 'POST' or 'WEBSOCKET'.")
+                    several = re.findall(r"[A-Z]+", method)
+                    meant = repr(tuple(several)) if len(several) > 1 else "'POST' or 'WEBSOCKET'"
+                    raise ConfigurationError(f"methods={method!r} is not an HTTP method. Try {meant}.")
             object.__setattr__(self, "methods", methods)
+
+
+def check_limits(limits: object) -> None:
+    """Limits are notation, or a callable that returns it for a connection.
+
+    Raises:
+        ConfigurationError: If they are neither.
+    """
+    if isinstance(limits, Rule):
+        raise ConfigurationError("limits= is given a Rule. Try rules=[Rule(...)].")
+    if isinstance(limits, str):
+        parse_limits(limits)
+    elif callable(limits):
+        check_callable("limits", limits, "conn", "limits=lambda conn: '100/minute'")
+    else:
+        meant = (
+            "; ".join(limits) if isinstance(limits, list | tuple) and all(isinstance(x, str) for x in limits) else ""
+        )
+        raise ConfigurationError(
+            f"limits={shown(limits)} is neither notation nor a callable. Try {meant or '100/minute'!r}."
+        )
 
 
 def _check_constant_cost(cost: int, limits: Limits) -> None:
@@ -153,7 +195,32 @@ def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, 
     Raises:
         ConfigurationError: For none: a rule that covers nothing would be a limit silently off.
     """
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    if not isinstance(value, str | Iterable):
+        raise ConfigurationError(f"{name}={shown(value)} is neither text nor several. Try {name}={example}.")
+    found = (value,) if isinstance(value, str) else tuple(value)
     if not found:
         raise ConfigurationError(f"{name}={value!r} covers nothing. Try {name}={example}, or None for all.")
     return found
+
+
+def listed_rules(rules: object) -> list[Rule]:
+    """*rules* as a list.
+
+    Raises:
+        ConfigurationError: If it is none, or holds something else.
+    """
+    if isinstance(rules, Rule):
+        raise ConfigurationError("rules= is given one Rule, not a list of them. Try rules=[Rule(...)].")
+    if isinstance(rules, str):
+        raise ConfigurationError(
+            f"rules={rules!r} is no list of rules. Try limits={rules!r}, or rules=[Rule({rules!r})]."
+        )
+    if isinstance(rules, Mapping) or not isinstance(rules, Iterable):
+        example = "rules=[Rule('5/minute', name='login', paths='/login')]"
+        raise ConfigurationError(f"rules={shown(rules)} is no list of rules. Try {example}.")
+    listed = list(rules)
+    for rule in listed:
+        if not isinstance(rule, Rule):
+            meant = rule if isinstance(rule, str) else "100/minute"
+            raise ConfigurationError(f"rules holds {shown(rule)}, which is no Rule. Try rules=[Rule({meant!r})].")
+    return listed

@@ -22,6 +22,10 @@ SCRIPT = _load_script()
 SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 
 
+# The script with nothing to decide: whether it may be called, and once it is loaded whether it runs.
+NOTHING_ASKED = (b"EVALSHA", SCRIPT_SHA, b"0", b"0", b"")
+
+
 class Call:
     """One command to the script.
 

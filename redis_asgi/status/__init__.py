@@ -11,12 +11,13 @@ from importlib.resources import files
 
 from starlette.requests import HTTPConnection
 
-from ..connection import RedisArgument, RedisManager, resolve_manager
-from ..health import Status, standing
+from ..connection import RedisArgument, RedisManager
+from ..health import Status, worst_standing
 from ..pool import Pool, pool_of
 from ..settings import Settings
-from ..sub_app import Answer, Authorize, Page, SubApp
+from ..sub_app import Answer, Authorize, Page, SubApp, made_by_a_call
 from ..telemetry import telemetry
+from ..watch import Target
 from .page import Facts, render
 
 _HTML = b"text/html; charset=utf-8"
@@ -41,7 +42,7 @@ _ICONS: dict[Status, bytes] = {
 class StatusApp(SubApp):
     """What `status_app` makes."""
 
-    def __init__(self, manager: RedisManager, *, authorize: Authorize | None) -> None:
+    def __init__(self, target: Target, *, authorize: Authorize | None) -> None:
         assets = {f"/{status}.svg": icon_answer(status) for status in _ICONS} | {"/status.css": _stylesheet()}
         # The same for everybody: a browser that asks for them without credentials learns nothing.
         super().__init__(
@@ -49,16 +50,16 @@ class StatusApp(SubApp):
             authorize=authorize,
             open_pages=frozenset(assets),
         )
-        self._manager = manager
+        self._target = target
         self._is_open = authorize is None
         telemetry()  # history begins now
 
     async def _page(self, connection: HTTPConnection) -> Answer:
-        now = await standing(self._manager)
+        now = await worst_standing(self._target.managers(connection.scope))
         facts = Facts(
             standing=now,
             history=telemetry().history(),
-            pool=await self._pool(),
+            pool=await _pool(now.manager),
             at=time.time(),
             process=os.getpid(),
             is_open=self._is_open,
@@ -66,13 +67,14 @@ class StatusApp(SubApp):
         )
         return Answer(render(facts).encode(), _HTML, headers=_SAFETY)
 
-    async def _pool(self) -> Pool | None:
-        if not self._manager.has_redis:
-            return None
-        try:
-            return pool_of(await self._manager.get_connection())
-        except Exception:
-            return None  # no client can be built
+
+async def _pool(manager: RedisManager) -> Pool | None:
+    if not manager.has_redis:
+        return None
+    try:
+        return pool_of(await manager.get_connection())
+    except Exception:
+        return None  # no client can be built
 
 
 def _fixed(answer: Answer) -> Page:
@@ -93,6 +95,7 @@ def icon_answer(status: Status) -> Answer:
     return Answer(svg, _SVG, headers=_SAFETY)
 
 
+@made_by_a_call
 def status_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> SubApp:
@@ -103,7 +106,8 @@ def status_app(
     the server, but no host, no user and no client.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
+            the shared default. Of several, the one that the app stands worst with is shown.
         settings: ``None`` = from the environment.
         authorize: Given the connection, whether it may read the page, sync or async; ``False`` is a 403. Without it
             the page says that it is open to anybody.
@@ -111,5 +115,4 @@ def status_app(
     Raises:
         ConfigurationError: At construction, naming what cannot work.
     """
-    manager, _ = resolve_manager(redis, settings)
-    return StatusApp(manager, authorize=authorize)
+    return StatusApp(Target(redis, settings), authorize=authorize)

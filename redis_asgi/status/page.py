@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.resources import files
 from urllib.parse import urlencode
 
+from ..events import explain
 from ..health import Standing, human_bytes
 from ..pool import Pool
 from ..telemetry import SAMPLE_SECONDS, Sample
@@ -21,20 +22,6 @@ _BUSIEST = 10
 
 _NOTHING = "—"
 _TITLES = {"healthy": "Healthy", "degraded": "Degraded", "unhealthy": "Unhealthy"}
-_REASONS = {
-    "redis_timeout": "Redis does not answer in time.",
-    "redis_connection": "Redis cannot be reached.",
-    "redis_auth": "Redis refuses the credentials.",
-    "redis_permission": "The Redis user may not do what is needed.",
-    "redis_readonly": "Redis takes no writes: it is a replica, or its writes are stopped.",
-    "redis_loading": "Redis is loading its data.",
-    "redis_busy": "A script blocks Redis.",
-    "redis_oom": "Redis has no memory left and refuses writes.",
-    "redis_reply": "Redis answers oddly: is it Redis, and nothing else on the way?",
-    "redis_defect": "Not Redis but the package, or a library's version, is at fault: the log has a traceback.",
-    "redis_cluster": "Part of Redis is not served: a node is gone, or no master is known.",
-    "breaker_open": "Redis answers again; the breaker is about to close.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +92,8 @@ def _toggle(facts: Facts) -> Markup:
 def _reason(now: Standing) -> Markup:
     if now.error is None:
         return Markup()
-    why = _REASONS.get(now.error, "Redis answers with an error.")
+    explained = explain(now.error)
+    why = "Redis answers with an error." if explained is None else explained.cause
     then = "The app goes on without it." if now.status == "degraded" else "Requests that need it are refused."
     return markup('<p class="reason">{why} {then} <code>{code}</code></p>', why=why, then=then, code=now.error)
 
@@ -120,7 +108,7 @@ def _figures(facts: Facts) -> Markup:
     rate = sum(map(_asked, minute)) / (len(minute) * SAMPLE_SECONDS) if minute else 0.0
     return joined(
         [
-            _figure("Requests now", _rate(rate), f"{asked:,} in ten minutes"),
+            _figure("Requests now", _rate(rate), f"mean of the last minute; {asked:,} in ten"),
             _figure("Refused", _percent(refused, asked), f"{refused:,} of {asked:,}"),
             _figure("Cache hits", _percent(hits, looked_up), f"{hits:,} of {looked_up:,} inputs"),
             _figure(
@@ -258,7 +246,8 @@ def _policies(history: Sequence[Sample]) -> Markup:
         )
         for name, asked in busiest
     )
-    notes = ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
+    notes = ["Each policy counts what it decided: a request under two of them is in both rows"]
+    notes += ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
     left_out = len(admitted + refused) - len(busiest)
     notes += [f"{left_out} more with less to do"] if left_out else []
     return markup(

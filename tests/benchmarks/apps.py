@@ -20,11 +20,17 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redis_asgi import RateLimitMiddleware, Settings, by_header
+from redis_asgi import RateLimitMiddleware, Rule, Settings, by_header
 
 QUOTA = 1_000_000_000
 NEVER = f"{QUOTA}/minute"
 THREE = f"{QUOTA}/second; {QUOTA}/minute; {QUOTA}/hour"
+SERVICE_PATH = "/api/items"
+SERVICE_RULES = (
+    Rule(NEVER, name="all"),
+    Rule(NEVER, name="api", paths="/api/*", partition_by=by_header("x-api-key")),
+    Rule(NEVER, name="login", paths="/login", methods="POST"),
+)
 COUNT = """
 local count = redis.call('INCR', KEYS[1])
 if count == 1 then redis.call('EXPIRE', KEYS[1], 60) end
@@ -40,6 +46,12 @@ async def hello(_: Request) -> PlainTextResponse:
 def bare(_: str) -> ASGIApp:
     """No limiter."""
     return Starlette(routes=[Route("/", hello)])
+
+
+def service_app(_: str) -> ASGIApp:
+    """Three pages, as the rules of a service want them."""
+    login = Route("/login", hello, methods=["POST"])
+    return Starlette(routes=[Route("/", hello), Route(SERVICE_PATH, hello), login])
 
 
 class Admit:
@@ -70,9 +82,11 @@ def noop(url: str) -> ASGIApp:
     return middleware
 
 
-def _limited(url: str, prefix: str, limits: str = NEVER, **options: Any) -> ASGIApp:
+def _limited(
+    url: str, prefix: str, limits: str | None = NEVER, build: Callable[[str], ASGIApp] = bare, **options: Any
+) -> ASGIApp:
     settings = Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"{prefix}:")
-    return RateLimitMiddleware(bare(url), limits, settings=settings, **options)
+    return RateLimitMiddleware(build(url), limits, settings=settings, **options)
 
 
 def evalsha(url: str) -> ASGIApp:
@@ -199,6 +213,7 @@ class App:
     needs: str | None = None  # a module that may not be installed
     refuses: bool = False
     redis_is_dead: bool = False  # it is given a closed port
+    path: str = "/"
 
 
 APPS = {
@@ -206,6 +221,11 @@ APPS = {
     "noop": App("no-op pure ASGI", noop),
     "redis_asgi": App("redis_asgi", lambda url: _limited(url, "one")),
     "three": App("redis_asgi, three limits", lambda url: _limited(url, "three", THREE)),
+    "service": App(
+        "redis_asgi, a service's three rules",
+        lambda url: _limited(url, "service", None, service_app, rules=SERVICE_RULES),
+        path=SERVICE_PATH,
+    ),
     "header": App("redis_asgi, by API key", lambda url: _limited(url, "header", partition_by=by_header("x-api-key"))),
     "refused": App("redis_asgi, refusing", lambda url: _limited(url, "refused", "1/hour"), refuses=True),
     "memory": App("redis_asgi, memory://", lambda _: _limited("memory://", "memory")),

@@ -1,7 +1,7 @@
 """Closed-loop HTTP load over kept-alive connections, from 200 clients in turn: ``wrk``, or Python where it is missing.
 
 A client is an ``X-Forwarded-For`` address, which uvicorn applies by default, and an ``X-API-Key``.
-``python -m tests.benchmarks.load PORT CONNECTIONS SECONDS`` is the Python one; both print one line of JSON.
+``python -m tests.benchmarks.load PORT CONNECTIONS SECONDS PATH`` is the Python one; both print one line of JSON.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ WRK_SCRIPT = f"""
 local requests, at = {{}}, 0
 function init(args)
   for i = 1, {CLIENTS} do
-    requests[i] = wrk.format("GET", "/", {{["X-Forwarded-For"] = "10.0.0." .. i, ["X-API-Key"] = "key-" .. i}})
+    requests[i] = wrk.format("GET", wrk.path, {{["X-Forwarded-For"] = "10.0.0." .. i, ["X-API-Key"] = "key-" .. i}})
   end
 end
 function request()
@@ -61,7 +61,7 @@ def has_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-def generate(port: int, connections: int, seconds: float, *, wrk: bool, folder: Path) -> Load:
+def generate(port: int, connections: int, seconds: float, *, wrk: bool, folder: Path, path: str = "/") -> Load:
     """Put load on a local *port*; ``wrk`` counts in whole seconds, at least one.
 
     Args:
@@ -75,9 +75,9 @@ def generate(port: int, connections: int, seconds: float, *, wrk: bool, folder: 
         if not script.exists():
             script.write_text(WRK_SCRIPT)
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}", "-s", str(script)]
-        command = ["wrk", *options, f"http://127.0.0.1:{port}/"]
+        command = ["wrk", *options, f"http://127.0.0.1:{port}{path}"]
     else:
-        command = [sys.executable, "-m", "tests.benchmarks.load", str(port), str(connections), str(seconds)]
+        command = [sys.executable, "-m", "tests.benchmarks.load", str(port), str(connections), str(seconds), path]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds + _PATIENCE, check=False, cwd=ROOT)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     if ran.returncode or not lines:
@@ -127,10 +127,10 @@ class _Client(asyncio.Protocol):
 class _Run:
     """The state that the connections of one sample share."""
 
-    def __init__(self, port: int, connections: int, seconds: float) -> None:
+    def __init__(self, port: int, connections: int, seconds: float, path: str) -> None:
         self._requests = [
-            b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nX-Forwarded-For: 10.0.0.%d\r\nX-API-Key: key-%d\r\n\r\n"
-            % (port, i, i)
+            b"GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nX-Forwarded-For: 10.0.0.%d\r\nX-API-Key: key-%d\r\n\r\n"
+            % (path.encode(), port, i, i)
             for i in range(1, CLIENTS + 1)
         ]
         self._at = 0
@@ -154,8 +154,8 @@ def _content_length(head: bytes) -> int:
     return 0
 
 
-async def _load(port: int, connections: int, seconds: float) -> dict[str, Any]:
-    run = _Run(port, connections, seconds)
+async def _load(port: int, connections: int, seconds: float, path: str) -> dict[str, Any]:
+    run = _Run(port, connections, seconds, path)
     loop = asyncio.get_running_loop()
     begun = time.perf_counter()
     for _ in range(connections):
@@ -174,4 +174,4 @@ async def _load(port: int, connections: int, seconds: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(_load(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))))
+    print(json.dumps(asyncio.run(_load(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]))))

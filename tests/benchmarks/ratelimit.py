@@ -119,7 +119,7 @@ def sample(app: Serving, connections: int, seconds: float, server: Server, *, wr
     """
     pid = app.process.pid
     usage, counters, cpu = Usage.now(pid, server.pid), RedisCounters.of(server), cpu_seconds(pid)
-    load = generate(app.port, connections, seconds, wrk=wrk, folder=folder)
+    load = generate(app.port, connections, seconds, wrk=wrk, folder=folder, path=APPS[app.name].path)
     cpu_later, counters_later, usage_later = cpu_seconds(pid), RedisCounters.of(server), Usage.now(pid, server.pid)
     check(app.name, load)
     n = load.requests
@@ -177,7 +177,7 @@ def measure(
         pin(os.getpid(), other_core)
         pin(server.pid, other_core)
         for app in apps:
-            check(app.name, generate(app.port, MANY, _WARM_UP, wrk=False, folder=folder))
+            check(app.name, generate(app.port, MANY, _WARM_UP, wrk=False, folder=folder, path=APPS[app.name].path))
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for connections in (MANY, 1):

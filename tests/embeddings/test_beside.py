@@ -13,6 +13,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch, Uncacheable
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import FORMATS, Spy, cache_status, client, server
 
 SETTINGS = Settings(REDIS_URL="memory://")
@@ -223,7 +224,7 @@ async def test_item_lists_reach_the_app_as_they_are(any_settings: Settings, capl
             said = [cache_status(await c.post("/v1/embeddings", json=body)) for body in bodies]
     assert {"redis-asgi; fwd=bypass; detail=item-lists"} == {*said}
     assert bodies == [orjson.loads(body) for body in spy.bodies]
-    logged = [record for record in caplog.records if record.getMessage() == "redis_asgi.embedding_item_lists"]
+    logged = [record for record in caplog.records if event_of(record) == "redis_asgi.embedding_item_lists"]
     assert ["lora_path", "instructions"] == [record.__dict__["about"] for record in logged]
     assert all("EMBEDDING_CACHE_REQUEST_LISTS" in record.__dict__["fix"] for record in logged)
 
@@ -239,7 +240,7 @@ async def test_names_that_clients_choose_do_not_fill_the_log(
             for number in range(100):
                 name = f"{number}" * 100
                 await c.post("/v1/embeddings", json={"model": "m", "input": ["a", "b"], name: [1, 2]})
-    logged = [record for record in caplog.records if record.getMessage() == "redis_asgi.embedding_item_lists"]
+    logged = [record for record in caplog.records if event_of(record) == "redis_asgi.embedding_item_lists"]
     assert 32 < len(logged) <= 64
     assert all(len(record.__dict__["about"]) <= 80 for record in logged)
 

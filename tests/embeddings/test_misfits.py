@@ -12,6 +12,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.misfits import Misfits
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import Spy, cache_status, client, listed, openai, read, respond
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +59,7 @@ async def test_duplicates_cost_two_calls_a_minute_more(
     """Five batches with a duplicate are seven calls, not ten; after a minute it is tried again, twice."""
     app, now = Odd(how), [1000.0]
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._core.monotonic = lambda: now[0]
+    cached._shared.clock.monotonic = lambda: now[0]
     async with client(cached) as c, client(app) as bare:
         expected = (await ask(bare, "a", "b", "a")).content
         app.calls.clear()
@@ -70,7 +71,7 @@ async def test_duplicates_cost_two_calls_a_minute_more(
         for _ in range(5):
             await ask(c, "a", "b", "a")
         assert 7 + 7 == len(app.calls)
-    assert 1 == sum(r.msg == "redis_asgi.embedding_answers_not_understood" for r in caplog.records)
+    assert 1 == sum(event_of(r) == "redis_asgi.embedding_answers_not_understood" for r in caplog.records)
 
 
 async def test_full_hits_go_on_and_whole_requests_are_stored(any_settings: Settings) -> None:
@@ -149,7 +150,7 @@ async def test_nobody_asks_early_where_one_input_alone_is_refused(any_settings: 
     """Hits go on until the lease ends, and what renews it then is a whole request."""
     app, now = Odd("small"), [time.time()]
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._core.wall = lambda: now[0]
+    cached._shared.clock.wall = lambda: now[0]
     async with client(cached) as c:
         await ask(c, "a", "b", "c")
         now[0] += 280

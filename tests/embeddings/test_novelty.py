@@ -10,6 +10,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.novelty import Novelty
 from redis_asgi.settings import Settings
 
+from ..kit.logs import event_of
 from .servers import Spy, cache_status, client, server
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +31,7 @@ async def ask(c: Any, text: str, headers: dict[str, str] | None = None, **fields
 
 def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     """The lines about it."""
-    return [record.__dict__ for record in caplog.records if record.msg == EVENT]
+    return [record.__dict__ for record in caplog.records if event_of(record) == EVENT]
 
 
 @pytest.mark.parametrize(

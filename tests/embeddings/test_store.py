@@ -14,6 +14,7 @@ from redis_asgi.connection import RedisManager, resolve_manager
 from redis_asgi.embeddings.store import Done, VectorStore, Write, vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.logs import event_of
 from ..kit.servers import ExternalServer, Server
 from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
@@ -108,7 +109,7 @@ async def test_a_server_that_enforces_slots_has_its_keys_apart(
     assert 1 == spy.calls
     assert "closed" == manager.breaker_state
     assert manager.keys_apart
-    assert ["redis_asgi.slots_enforced"] == [r.message for r in caplog.records if r.name == "redis_asgi.connection"]
+    assert ["redis_asgi.slots_enforced"] == [event_of(r) for r in caplog.records if r.name == "redis_asgi.connection"]
     rejected = slots_server.client().info("commandstats")["cmdstat_mget"]["rejected_calls"]
     assert 1 == rejected
     cache = EmbeddingCache(manager)

@@ -19,6 +19,7 @@ from redis_asgi import RedisManager, Settings, check_redis_health
 from redis_asgi.telemetry import fresh_telemetry
 from redis_asgi.watch import Watch
 
+from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server, wait_until
 from .asking import Answer, Exchange, embedding, limited
@@ -143,7 +144,7 @@ class Listener(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._told.records.append(f"{record.getMessage()} {record.__dict__}")
         if record.name.startswith("redis_asgi"):
-            event = record.getMessage().removeprefix("redis_asgi.")
+            event = event_of(record).removeprefix("redis_asgi.")
             self._told.log.append((event, str(getattr(record, "reason", ""))))
         else:
             self._told.others.append(f"{record.name}: {record.getMessage()}")
@@ -175,7 +176,6 @@ class _Story:
     async def run(self) -> None:
         row, told = self.row, self.told
         async with FaultProxy(self.server.host, self.server.port) as proxy, Control() as self.control:
-            scene = Scene(self.server, proxy)
             url = row.url.format(address=f"127.0.0.1:{proxy.port}")
             self.settings = Settings(
                 REDIS_URL=url,
@@ -187,6 +187,7 @@ class _Story:
                 **row.settings,
             )
             self.manager = RedisManager(self.settings)
+            scene = Scene(self.server, proxy, self.manager)
             self.app = build(self.manager, Endpoints())
             await row.before(scene)
             if row.from_start:

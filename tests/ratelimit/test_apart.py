@@ -16,6 +16,7 @@ from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 
 from ..conftest import StartServer
+from ..kit.logs import event_of
 from ..kit.servers import Server
 from ..kit.sharding import ShardingProxy
 from .harness import Spy, drive, http_scope
@@ -59,7 +60,7 @@ async def test_counts_are_exact_where_slots_are_enforced(
     assert {10} == set(admitted.values())
     assert {"redis"} == sources
     assert {"closed"} == states
-    assert {"redis_asgi.slots_enforced"} == {record.message for record in caplog.records}
+    assert {"redis_asgi.slots_enforced"} == {event_of(record) for record in caplog.records}
 
 
 async def test_rules_of_several_partitions_are_decided_together(slots_server: Server) -> None:

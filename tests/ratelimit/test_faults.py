@@ -2,16 +2,20 @@
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import request_response
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
 from redis_asgi.telemetry import telemetry
 
+from ..kit.fair_time import fair_time
+from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 from .harness import Spy, client_of, drive, header, http_scope
@@ -24,9 +28,9 @@ CLOSED_PORT = "redis://127.0.0.1:1"
 
 async def timed(app: RateLimitMiddleware, **scope: Any) -> tuple[int, float]:
     """A request's status, and how long it took in seconds."""
-    started = time.monotonic()
+    started = fair_time()
     sent = await drive(app, http_scope(**scope))
-    return sent[0]["status"], time.monotonic() - started
+    return sent[0]["status"], fair_time() - started
 
 
 async def test_redis_down_at_start_changes_nothing_but_the_engine() -> None:
@@ -52,6 +56,21 @@ async def test_each_rule_fails_its_own_way() -> None:
 
     assert [200, 200, 429] == free
     assert 503 == paid
+
+
+@pytest.mark.parametrize("beside", [[], [Rule("9/minute", name="local")]], ids=["alone", "beside a local rule"])
+async def test_charging_a_rule_that_fails_open_is_no_error(beside: list[Rule]) -> None:
+    """An app that charges a policy by its name answers as ever while nobody decides about it."""
+
+    async def words(request: Request) -> Response:
+        request.state.rate_limit.charge(7, policy="words")
+        request.state.rate_limit.charge(-3, policy="words")
+        return Response()
+
+    rules = [Rule("50/minute", name="words", on_redis_error="open"), *beside]
+    app = RateLimitMiddleware(request_response(words), rules=rules, settings=Settings(REDIS_URL=CLOSED_PORT))
+
+    assert 200 == (await timed(app))[0]
 
 
 async def test_fallback_divisor_shares_the_quota() -> None:
@@ -235,7 +254,7 @@ async def test_a_defect_is_decided_as_without_redis(
     await app._manager.close()
 
     assert expected == statuses
-    assert ["redis_asgi.defect"] == [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert ["redis_asgi.defect"] == [event_of(each) for each in caplog.records if each.levelname == "ERROR"]
     assert "unexpected keyword argument" in caplog.text
 
 

@@ -19,12 +19,16 @@ local function parts(raw, pattern)
   return a, b, c
 end
 
--- After a write, so that a server out of memory refuses the write itself. A second of slack for the clock of a replica
--- that takes over. Never shortens, and heals a key without a TTL; a new key that may have none does not stay, and where
--- nobody may ask how long it has, it gets one all the same. Errors are raised without a position.
+-- A key stays this much longer (ms) than it counts: for the clock of a replica that takes over, or, under a clock that a
+-- test holds, while that stands still.
+local SLACK = ARGV[2] == '' and 1000 or 600000
+
+-- After a write, so that a server out of memory refuses the write itself. Never shortens, and heals a key without a TTL;
+-- a new key that may have none does not stay, and where nobody may ask how long it has, it gets one all the same. Errors
+-- are raised without a position.
 local function expire(key, us)
   if us <= 0 then return end
-  local needed = ceil(us / 1000) + 1000
+  local needed = ceil(us / 1000) + SLACK
   local left = redis.pcall('PTTL', key)
   local denied = type(left) == 'table' and left.err
   if denied then left = -1 elseif left >= needed then return end
