@@ -29,10 +29,10 @@ from redis_asgi.inspection.rights import rights_of
 from redis_asgi.maintenance import flush_model
 
 from .conftest import StartServer
+from .kit.documents import section
 from .kit.processes import clean_environment, run_python
 from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 from .test_layout import MODULES, _targets
-from .test_readme import section
 
 PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
@@ -857,11 +857,11 @@ def test_progress_is_for_terminals() -> None:
     assert b"connecting" in shown
 
 
-# the README
+# the guide
 
 
 def shown() -> list[tuple[str, str]]:
-    """Each command line of the README with what stands below it."""
+    """Each command line of the guide with what stands below it."""
     text = section("## Command line")
     blocks = re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     runs = [run for block in blocks for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
@@ -874,8 +874,8 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[ \n]+", " ", re.sub(r"\d[\d,.:-]*", "N", text)).strip()
 
 
-def test_readme_shows_what_is_printed(private_server: StartServer, invoke: Invoke) -> None:
-    """Each command of the README prints what stands there."""
+def test_guide_shows_what_is_printed(private_server: StartServer, invoke: Invoke) -> None:
+    """Each command of the guide prints what stands there."""
     server = private_server("--maxmemory", "4gb", "--maxmemory-policy", "allkeys-lru")
     settings = Settings(REDIS_URL=server.url)
 
