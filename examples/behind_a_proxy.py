@@ -19,8 +19,7 @@ from fastapi import FastAPI, Request
 
 from redis_asgi import RateLimitMiddleware, Settings
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-WHERE = {} if HAS_REDIS else {"REDIS_URL": "memory://"}
+WHERE = {} if Settings().names_redis else {"REDIS_URL": "memory://"}
 # In production: the variable RATE_LIMIT_TRUSTED_PROXIES, with your proxies' addresses and networks only.
 SETTINGS = Settings(RATE_LIMIT_TRUSTED_PROXIES="127.0.0.1,10.0.0.0/8", **WHERE)
 

@@ -23,8 +23,7 @@ from pydantic import BaseModel, Field
 
 from redis_asgi import EmbeddingCache, RateLimitMiddleware, Settings, health_app, metrics_app, status_app
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-SETTINGS = Settings() if HAS_REDIS else Settings(REDIS_URL="memory://")
+SETTINGS = Settings() if Settings().names_redis else Settings(REDIS_URL="memory://")
 DIMS = 256
 TEXTS: dict[str, str] = {}  # a table of yours
 

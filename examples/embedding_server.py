@@ -32,8 +32,7 @@ from tokenizers import Tokenizer
 
 from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware, Settings
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-SETTINGS = Settings() if HAS_REDIS else Settings(REDIS_URL="memory://")
+SETTINGS = Settings() if Settings().names_redis else Settings(REDIS_URL="memory://")
 NAME = "all-MiniLM-L6-v2"
 HEADS, LAYERS, MAX_TOKENS = 12, 6, 256
 Array = NDArray[np.float32]

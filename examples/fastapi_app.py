@@ -17,8 +17,7 @@ from starlette.requests import HTTPConnection
 
 from redis_asgi import RateLimit, RateLimitMiddleware, Rule, Settings, by_header, client_ip
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-SETTINGS = Settings() if HAS_REDIS else Settings(REDIS_URL="memory://")
+SETTINGS = Settings() if Settings().names_redis else Settings(REDIS_URL="memory://")
 
 PLANS = {"free": "5/minute", "pro": "50/minute; 10000/day"}
 CUSTOMERS = {"ada": "pro", "bob": "free"}  # a table of yours; the callable below may be async

@@ -18,9 +18,10 @@ from redis_asgi import RateLimitMiddleware, Settings
 
 def choose_settings() -> Settings:
     """Read the environment, or choose ``memory://`` when it names no Redis."""
-    if any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_")):
-        return Settings()
-    print("No REDIS_* variable is set: counting in memory://, state that belongs to this process.", flush=True)
+    settings = Settings()
+    if settings.names_redis:
+        return settings
+    print("No REDIS_* variable names a server: counting in memory://, state that belongs to this process.", flush=True)
     return Settings(REDIS_URL="memory://")
 
 

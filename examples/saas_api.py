@@ -20,8 +20,7 @@ from starlette.requests import HTTPConnection
 
 from redis_asgi import RateLimiter, RateLimitExceeded, RateLimitMiddleware, Rule, Settings, by_header, client_ip
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-WHERE = {} if HAS_REDIS else {"REDIS_URL": "memory://"}
+WHERE = {} if Settings().names_redis else {"REDIS_URL": "memory://"}
 SETTINGS = Settings(RATE_LIMIT_TRUSTED_PROXIES="127.0.0.1", **WHERE)  # yours, see behind_a_proxy.py
 PLANS = {"free": "5/minute", "pro": "50/minute; 10000/day"}
 KEYS = {"key-of-ada": ("ada", "pro"), "key-of-bob": ("bob", "free")}  # tables of yours

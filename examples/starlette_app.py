@@ -21,8 +21,7 @@ from starlette.websockets import WebSocket
 
 from redis_asgi import RateLimitMiddleware, Rule, Settings, rate_limit
 
-HAS_REDIS = any(name in os.environ for name in Settings.model_fields if name.startswith("REDIS_"))
-SETTINGS = Settings() if HAS_REDIS else Settings(REDIS_URL="memory://")
+SETTINGS = Settings() if Settings().names_redis else Settings(REDIS_URL="memory://")
 
 
 async def home(request: Request) -> Response:

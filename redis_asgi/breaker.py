@@ -35,6 +35,8 @@ _REMEMBERED = (1 << 20) - 1  # the last 20 outcomes, one bit each
 _TOO_MANY = 10
 _QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
 _SETTLED = 1.0  # seconds without trouble before an outage counts as over
+_IN_DOUBT = 10.0  # seconds after the last trouble in which one that nobody tries is taken for as ill as it was
+_REFUSED = 20  # odd replies in a row that are more than a key which is somebody else's
 
 # Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
 _SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
@@ -81,6 +83,8 @@ class Breaker:
         self._needs_trial = trial
         self._loop = asyncio.get_running_loop()
         self._failures = 0  # in a row
+        self._refused = 0  # likewise, by odd replies
+        self._refused_at = 0.0
         self._recent = 0
         self._unconfirmed = 0
         self._trial_until = 0.0
@@ -100,8 +104,30 @@ class Breaker:
         self._trial_until = now + _TRIAL_WITHIN
         return True
 
-    def worked(self) -> None:
-        """Note that a command was answered."""
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it is open, or half open and commands have failed lately."""
+        if self.state == "half_open":
+            return self._loop.time() < self._last_trouble + _IN_DOUBT
+        return self.state == "open"
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether commands were answered by nothing but odd replies lately, as by a proxy that has lost its servers."""
+        return self._refused >= _REFUSED and self._loop.time() < self._refused_at + _IN_DOUBT
+
+    def withdrawn(self) -> None:
+        """Note that a command which was admitted says nothing: half open, the next one is the trial."""
+        self._trial_until = 0.0
+
+    def worked(self, *, vectors: bool = False) -> None:
+        """Note that a command was answered.
+
+        Args:
+            vectors: It moves vectors, which says nothing about others.
+        """
+        if not vectors:
+            self._refused = 0
         if self.state == "half_open":
             self._failures = self._recent = 0
             self._change("closed")
@@ -120,8 +146,12 @@ class Breaker:
         """
         now = self._loop.time()
         if failure in _ANSWERS:
-            self.worked()
+            self.worked(vectors=True)
+        if failure is Failure.REPLY and not vectors:
+            self._refused += 1
+            self._refused_at = now
         if failure in _SAYS_NOTHING:
+            self.withdrawn()
             if now - self._last_line >= _QUIET:
                 self._last_line = now
                 say(logger, "command_failed", **words_for(failure), **self._whose)
@@ -134,7 +164,8 @@ class Breaker:
             self._start(self._drop_connections())
         if failure in _NOT_COUNTED or self.state == "open":
             return
-        if not vectors or self._failures:  # what the last probe found is known
+        # What the last probe found is known; half open, that is good.
+        if not vectors or (self._failures and self.state == "closed"):
             self._count(failure)
             return
         self._unconfirmed += 1
@@ -193,7 +224,9 @@ class Breaker:
     async def _confirm(self, failure: Failure) -> None:
         found = await self._alive(PROBE_WITHIN)
         times, self._unconfirmed = self._unconfirmed, 0
-        if found is not None and self.state != "open":
+        if found is None:
+            self.withdrawn()
+        elif self.state != "open":
             self._count(failure if found in _NOT_COUNTED else found, times)
 
     async def _probing(self) -> None:
@@ -202,10 +235,14 @@ class Breaker:
         try:
             while self.state == "open":
                 every = _SLOW_PROBE_EVERY if self.reason in _AT_ONCE else PROBE_EVERY
-                await asyncio.sleep(every * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-                probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
-                kept.add(probe)
-                await asyncio.wait([probe], timeout=PROBE_WITHIN)
+                pause = every * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+                # One that is kept is an answer whenever it comes.
+                answered = await _first(kept, pause)
+                probe: asyncio.Task[Failure | None] | None = None
+                if not answered:
+                    probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
+                    kept.add(probe)
+                    await asyncio.wait([probe], timeout=PROBE_WITHIN)
                 answers = [each.result() for each in kept if each.done()]
                 kept = {each for each in kept if not each.done()}
                 if None in answers:
@@ -215,8 +252,8 @@ class Breaker:
                     if not self._needs_trial:
                         self.worked()
                     return
-                found = Failure.TIMEOUT if probe in kept else probe.result()
-                if found is not None and found not in _NOT_COUNTED:
+                found = next(filter(None, answers), Failure.TIMEOUT)
+                if found not in _NOT_COUNTED:
                     self.reason = found
                 if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
                     kept.discard(probe)
@@ -229,3 +266,12 @@ class Breaker:
                 each.cancel()
             if kept:
                 await asyncio.wait(kept)
+
+
+async def _first(tasks: set[asyncio.Task[Failure | None]], within: float) -> bool:
+    """Whether any of *tasks* ends in so many seconds, which pass otherwise."""
+    if not tasks:
+        await asyncio.sleep(within)
+        return False
+    done, _ = await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)

@@ -1,5 +1,7 @@
 """How the server behind a client is: one PING, with INFO beside it, over a connection of its own.
 
+A PING takes less than what the package does, so a command that it cannot do without may be sent along.
+
 The connection is none of the pool's, so that a pool in which everything waits or hangs is no reason to be called
 ill, and a check that hangs holds nothing that a request would need. Whatever happens, a check ends by its deadline.
 """
@@ -20,14 +22,15 @@ from redis.exceptions import ResponseError
 
 from . import aside
 from .client import Client
-from .errors import Failure, OddReply, classify
+from .errors import Failure, OddReply, classify, is_unknown_command
+from .nodes import SLOTS
 from .server_info import Health
 
 Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
 Address: TypeAlias = tuple[str, int]
+Command: TypeAlias = tuple[bytes, ...]
 
 DEADLINE = 0.5  # seconds for connecting and every reply together
-_SLOTS = 16384
 _ALONE: Address = ("", 0)  # there is but one server, whatever its address is now
 
 
@@ -39,6 +42,7 @@ class _Report:
     failure: Failure | None = None
     latency: float | None = None
     reused: bool = False  # over a connection from an earlier check
+    refused: Failure | None = None  # why it does not take the command that is needed
     about: Mapping[str, str] = field(default_factory=dict)  # INFO
     cluster: Mapping[str, str] = field(default_factory=dict)  # CLUSTER INFO
     slots: Mapping[Address, int] | None = None  # how many each primary serves, as this node sees it
@@ -62,10 +66,16 @@ class Checkup:
     def __init__(self, client: Client, *, deadline: float = DEADLINE) -> None:
         self._client = client
         self._deadline = deadline
+        self._needs: Command = ()
         self._connections: dict[Address, AbstractConnection] = {}
 
-    async def run(self) -> Health:
-        """Look once more; never raises but for a cancellation."""
+    async def run(self, needs: Command = ()) -> Health:
+        """Look once more; never raises but for a cancellation.
+
+        Args:
+            needs: A command that the server has to take, too, and nobody may have denied or renamed; empty = none.
+        """
+        self._needs = needs
         until = asyncio.get_running_loop().time() + self._deadline
         try:
             health, is_stale = await self._look(until)
@@ -95,8 +105,8 @@ class Checkup:
         health = _health_of_server(report)
         return health, report.reused and health.failure is not None
 
-    async def _ask(self, address: Address, connect: Any, more: Sequence[tuple[bytes, ...]], until: float) -> _Report:
-        """PING and *more*, in one write; what went wrong before the PONG is the report's failure."""
+    async def _ask(self, address: Address, connect: Any, more: Sequence[Command], until: float) -> _Report:
+        """PING, *more* and what is needed, in one write; what went wrong before the PONG is the report's failure."""
         report = _Report(address)
         connection = self._connections.pop(address, None)
         report.reused = connection is not None
@@ -107,9 +117,11 @@ class Checkup:
                 if not report.reused:
                     await aside.connect(connection)
                 started = time.monotonic()
-                await aside.ping(connection, *more)
+                await aside.ping(connection, *more, *filter(None, [self._needs]))
                 report.latency = time.monotonic() - started
                 await _read_more(connection, len(more), report)
+                if self._needs:
+                    report.refused = await _refusal(connection)
         except BaseException as error:
             await aside.hang_up(connection)
             if not isinstance(error, Exception):
@@ -183,6 +195,17 @@ async def _read_more(connection: AbstractConnection, count: int, report: _Report
             raise OddReply("CLUSTER SLOTS was answered by no slots") from None
 
 
+async def _refusal(connection: AbstractConnection) -> Failure | None:
+    """Why the command that is needed was not taken; who answers with another error, such as NOSCRIPT, takes it."""
+    try:
+        await aside.receive(connection)
+    except ResponseError as error:
+        failure = classify(error)
+        if failure is Failure.PERMISSION or is_unknown_command(error):
+            return failure
+    return None
+
+
 def _slots(reply: object, asked: str) -> Mapping[Address, int] | None:
     """How many slots each primary serves, of a reply to ``CLUSTER SLOTS``."""
     if not isinstance(reply, list):
@@ -202,6 +225,8 @@ def _health_of_server(report: _Report) -> Health:
         failure = Failure.READONLY
     if failure is None and _is_full(report):
         failure = Failure.OOM
+    if failure is None:
+        failure = report.refused
     if failure in (Failure.READONLY, Failure.OOM):
         partial = True
     return _health([report], failure, partial=partial)
@@ -229,10 +254,12 @@ def _health_of_cluster(reports: Sequence[_Report]) -> Health:
     primaries = [report for report in answers if report.address in view.slots]
     if view.cluster.get("cluster_state") == "fail" or not primaries:
         return _health(primaries, Failure.CLUSTER)
-    is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == _SLOTS
+    is_whole = len(primaries) == len(view.slots) and sum(view.slots.values()) == SLOTS
     if is_whole and any(map(_is_full, primaries)):
         return _health(primaries, Failure.OOM, partial=True)
-    return _health(primaries, None if is_whole else Failure.CLUSTER, partial=not is_whole)
+    if is_whole:
+        return _health(primaries, next((report.refused for report in primaries if report.refused), None))
+    return _health(primaries, Failure.CLUSTER, partial=True)
 
 
 def _authority(report: _Report) -> tuple[bool, bool, int]:

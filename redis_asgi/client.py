@@ -21,9 +21,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 from . import aside
 from .errors import ConfigurationError
 from .events import say
+from .locations import URL_OPTIONS_NOT_TAKEN, read_address, weakened_by
 from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
-from .settings import URL_OPTIONS_NOT_TAKEN, Settings, read_address, weakened_by
+from .settings import Settings
 from .sockets import connection_class, master_connection_class
 from .telemetry import telemetry
 

@@ -33,8 +33,9 @@ from .client import Client, build_client, describe, describe_client, drop_connec
 from .errors import ConfigurationError, Failure, classify
 from .event_loop import running_loop
 from .events import say, words_for
+from .locations import redact
 from .misuse import constructor_says_what_was_meant
-from .settings import Settings, redact
+from .settings import Settings
 from .telemetry import drop_notes, tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -158,6 +159,8 @@ class RedisManager:
         fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
         keys_apart: Whether each command may name keys of one slot only, although the client is of no cluster: since
             ``REDIS_BATCH`` says so, or since `found_slots`.
+        needs: A command that parts cannot do without, in a form that does nothing; empty = none. Health checks send it
+            beside their PING, which a server may answer that has renamed or denied it.
     """
 
     owns_client = True
@@ -172,6 +175,7 @@ class RedisManager:
         self._inherited: list[object] = []
         self._unreachable: tuple[float, Exception] | None = None
         self.fails_closed = False
+        self.needs: tuple[bytes, ...] = ()
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
@@ -220,13 +224,26 @@ class RedisManager:
 
     @property
     def breaker_reason(self) -> Failure | None:
-        """Why this loop's client is left alone, or has been and is tried again; ``None`` when it is not."""
+        """Why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
+
+        One that is to be tried again, and by nobody is, is not in doubt for ever: who is sent no requests while it is
+        would never be sent one again.
+        """
         try:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
         breakers = opened.breakers.values() if opened is not None else ()
-        return next((breaker.reason for breaker in breakers if breaker.state != "closed"), None)
+        return next((breaker.reason for breaker in breakers if breaker.is_in_doubt), None)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether this loop's client, which is not left alone, is answered by odd replies only."""
+        try:
+            opened = self._opened.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return False
+        return opened is not None and any(breaker.is_refused for breaker in opened.used_breakers())
 
     async def get_connection(self) -> Client:
         """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
@@ -425,6 +442,7 @@ _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakre
 _made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
 _managers_lock = threading.RLock()  # who makes one for these tables holds it already
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
+_misspelt: set[str] = set()
 
 
 def all_managers() -> list[RedisManager]:
@@ -460,23 +478,31 @@ def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     check_settings(settings)
     if isinstance(redis, RedisManager):
         return redis, False
+    settings = settings if settings is not None else Settings()
+    _warn_of_near_misses(settings)
     if redis is None or isinstance(redis, str):
-        settings = settings if settings is not None else Settings()
         if redis is not None:
-            settings = Settings(**{**settings.model_dump(exclude_unset=True), "REDIS_URL": redis})
+            settings = settings.but(REDIS_URL=redis)
         with _managers_lock:
             manager = _managers.get(settings)
             if manager is None:
                 manager = _managers[settings] = RedisManager(settings)
         return manager, True
     client = _checked_client(redis)
-    settings = settings if settings is not None else Settings()
     with _managers_lock:
         # A living manager keeps its client alive, so that the id stays the client's.
         given = _given.get((id(client), settings))
         if given is None:
             given = _given[id(client), settings] = _GivenClient(client, settings)
     return given, False
+
+
+def _warn_of_near_misses(settings: Settings) -> None:
+    """Name variables that look like settings and are none, each once in a process."""
+    for variable, meant in settings.near_misses.items():
+        if variable not in _misspelt:
+            _misspelt.add(variable)
+            say(logger, "misspelt_setting", variable=variable, meant=meant)
 
 
 def _checked_client(client: object) -> Client:

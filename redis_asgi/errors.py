@@ -42,7 +42,18 @@ class RedisASGIError(Exception):
 
 
 class ConfigurationError(RedisASGIError, ValueError):
-    """A setting or argument cannot work; raised while something is built, never during a request."""
+    """A setting or argument cannot work; raised while something is built, never during a request.
+
+    Args:
+        problems: What cannot work, and what would: a sentence or two for each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class ArgumentError(ConfigurationError, TypeError):
@@ -160,6 +171,11 @@ def classify_reply(text: str) -> Failure:
         return Failure.AUTH
     words = text.split(maxsplit=1)
     return _REPLY_CODES.get(words[0], Failure.REPLY) if words else Failure.REPLY
+
+
+def is_unknown_command(error: BaseException) -> bool:
+    """Whether a server, or a proxy before it, has no such command, or another name for it."""
+    return any(words in str(error).lower() for words in ("unknown command", "unsupported command"))
 
 
 def is_crossslot(reply: object) -> bool:

@@ -2,6 +2,8 @@
 
 import asyncio
 
+from starlette.types import Receive, Send
+
 
 def running_loop() -> asyncio.AbstractEventLoop:
     """The running event loop.
@@ -16,3 +18,18 @@ def running_loop() -> asyncio.AbstractEventLoop:
             "redis_asgi needs a running asyncio event loop, and here is none. trio is not supported, because the Redis "
             "client is written for asyncio: run the server on asyncio (hypercorn: --worker-class asyncio)."
         ) from None
+
+
+async def check_at_start(receive: Receive, send: Send) -> None:
+    """`running_loop` in a lifespan: the server hears that the app does not start, and why.
+
+    Raises:
+        RuntimeError: The same.
+    """
+    try:
+        running_loop()
+    except RuntimeError as error:
+        await receive()
+        # A server takes an app that only raises for one without a lifespan, and serves it.
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        raise

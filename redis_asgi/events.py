@@ -97,7 +97,7 @@ REASONS: Mapping[str, Reason] = {
         "Pass redis= a URL or a RedisManager, which have a client for each loop.",
     ),
     "reply": Reason(
-        "Redis answers oddly: is it Redis, and nothing else on the way?",
+        "Redis answers oddly, or lacks a command that is needed: is it Redis, and nothing else on the way?",
         "See what listens at that address; `redis-asgi check` tries each command.",
     ),
     "defect": Reason(
@@ -150,6 +150,12 @@ EVENTS: Mapping[str, Event] = {
         "Redis (%(address)s) refuses keys of several slots in one command, so each goes in one of its own.",
         "Set REDIS_BATCH=key for that from the start, or REDIS_CLUSTER=true if it is a cluster.",
     ),
+    "no_cluster": Event(
+        logging.WARNING,
+        "REDIS_CLUSTER is set, and Redis (%(address)s) tells nothing of a cluster, so all keys are taken to be at that "
+        "address, each in a command of its own.",
+        "Unset REDIS_CLUSTER, and set REDIS_BATCH=key if it is an endpoint for several shards.",
+    ),
     "tls_unverified": Event(
         logging.WARNING,
         "The URL of Redis (%(address)s) says %(option)s, so that somebody on the way can pose as Redis.",
@@ -160,6 +166,11 @@ EVENTS: Mapping[str, Event] = {
         "The client given as redis= (%(address)s) tries a command %(retries)s times more. When a reply is lost, a "
         "command that is tried again runs again, so one request may be counted several times.",
         "Build the client with retry=Retry(NoBackoff(), 0).",
+    ),
+    "misspelt_setting": Event(
+        logging.WARNING,
+        "The variable %(variable)s looks like a setting, and is none: it changes nothing.",
+        "If %(meant)s is meant, rename it; `redis-asgi settings` lists every one.",
     ),
     "connection_failed": Event(
         logging.ERROR,

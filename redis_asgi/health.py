@@ -108,12 +108,15 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    # A PING needs none of the rights that the limits need, so that it cannot show their lack.
+    # What is looked at needs none of the rights that the script needs, so that it cannot show their lack.
     denied = manager.breaker_reason is Failure.PERMISSION
     failure = health.failure or (Failure.PERMISSION if denied else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
-        status: Status = "healthy"
+        # What is odd may be few clients' keys: no reason to send the others nobody.
+        refused = manager.is_refused
+        error = code_of(Failure.REPLY) if refused else None
+        status: Status = "degraded" if refused else "healthy"
     elif required and not _serves_some(health):
         status = "unhealthy"
     else:
@@ -171,10 +174,10 @@ def health_app(
 ) -> SubApp:
     """Probes as an ASGI app, to be mounted at ``/health``, say.
 
-    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, at most one a second, and answer
-    within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis is gone, read-only or loading, or the breaker is open,
-    and the app serves all the same), ``unhealthy`` with 503. ``/`` adds what Redis says of itself. Errors are codes;
-    no host, port, user or message is shown.
+    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, and where limits need it a script
+    call that does nothing, at most once a second, and answer within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis
+    is gone, read-only or loading, or the breaker is open, and the app serves all the same), ``unhealthy`` with 503.
+    ``/`` adds what Redis says of itself. Errors are codes; no host, port, user or message is shown.
 
     Args:
         redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else

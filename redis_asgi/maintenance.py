@@ -101,8 +101,13 @@ class Change:
 
 
 async def flush_model(
-    model: str, *, namespace: str | None = None, redis: RedisArgument = None, settings: Settings | None = None
-) -> None:
+    model: str,
+    *,
+    namespace: str | None = None,
+    redis: RedisArgument = None,
+    settings: Settings | None = None,
+    only_stored: bool = False,
+) -> bool:
     """Make every stored vector of *model*, as requests name it, a miss: in Redis now, in every process soon.
 
     Soon is after ``EMBEDDING_CACHE_L1_SECONDS`` (5). Writes one key; Redis takes the memory back as the vectors end. A
@@ -113,24 +118,37 @@ async def flush_model(
         namespace: ``None`` = ``EMBEDDING_CACHE_NAMESPACE``.
         redis: As of `EmbeddingCacheMiddleware`.
         settings: ``None`` reads the environment now.
+        only_stored: Write nothing where nothing can be stored, such as under a model's misspelt name.
+
+    Returns:
+        Whether it was flushed; ``False`` only with *only_stored*.
 
     Raises:
         FlushError: When Redis did not take it.
     """
     # Here, because it brings numpy along, which nothing else in this module needs.
-    from .embeddings.store import Write, resolve_vectors, vectors_of  # noqa: PLC0415
+    from .embeddings.store import Done, Write, resolve_vectors, vectors_of  # noqa: PLC0415
 
     manager, is_ours = resolve_vectors(redis, settings)
     settings = settings if settings is not None else manager.settings
     namespace = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
     name = embedding_epoch_key(settings.REDIS_KEY_PREFIX, namespace, model, secret=settings.key_secret)
     opened_before = not is_ours or manager.pool is not None
-    done = await vectors_of(manager).write([Write(name, os.urandom(8), _EPOCH_TTL)], settings.REDIS_TIMEOUT)
+    vectors, within = vectors_of(manager), settings.REDIS_TIMEOUT
+    # Without an epoch nothing that may be stored is valid.
+    found = await vectors.lookup([name], within) if only_stored else [b""]
+    if isinstance(found, Failure):
+        done = Done(0, found)
+    elif found == [None]:
+        done = Done(0)
+    else:
+        done = await vectors.write([Write(name, os.urandom(8), _EPOCH_TTL)], within)
     if not opened_before and not settings.REDIS_CLUSTER:
         # Nobody else in this loop uses the client; a cluster's has no pool to tell by and ends with the loop.
         await manager.close()
     if done.failure is not None:
         raise FlushError(done.failure)
+    return done.count > 0
 
 
 async def configure_persistence(client: "Client | RedisManager") -> tuple[Change, ...]:

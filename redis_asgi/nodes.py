@@ -1,21 +1,56 @@
 """The nodes of a cluster: which of them to believe about the others, and a connection to one by its name."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio as aioredis
 from redis.asyncio.cluster import ClusterNode, NodesManager
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisClusterException
+from redis.exceptions import RedisClusterException, ResponseError
 
 from . import aside
 from .errors import Failure, classify
+from .events import say
 from .names import known_without_asking
 from .sockets import NamedConnection
 
+logger = logging.getLogger("redis_asgi.connection")
+
+SLOTS = 16384
 _LEARN_EVERY = 1.0  # seconds; a node that is down is probed more often
+
+
+class _Asked(ClusterNode):
+    """A node that is asked for the slot table, over connections of its own.
+
+    Args:
+        is_only: Whether it is the only one that was given. When it tells nothing of a cluster then (its commands are
+            not allowed, unknown, or not for a server alone), all keys are there, as at an endpoint for several shards.
+
+    Attributes:
+        refusal: Why it did not tell the table, if it is one of a cluster: redis-py takes any reason for its being none.
+        is_alone: Whether it has told of itself only, for that reason.
+    """
+
+    def __init__(self, host: str, port: str | int, *, is_only: bool, **options: Any) -> None:
+        super().__init__(host, port, **options)
+        self.refusal: ResponseError | None = None
+        self.is_alone = False
+        self._is_only = is_only
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **options)
+        except ResponseError as error:
+            if classify(error) is not Failure.REPLY:
+                self.refusal = error
+            elif self._is_only:
+                self.is_alone = True
+                return [[0, SLOTS - 1, [self.host, self.port, ""]]]
+            raise
 
 
 class Nodes(NodesManager):
@@ -24,12 +59,16 @@ class Nodes(NodesManager):
     redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, so that one that hangs keeps a cluster off. It
     forgets what it was given when it knows others, and would never find a cluster again that has moved as a whole; and
     whenever it asks, it makes every connection anew.
+
+    Attributes:
+        is_alone: Whether the only address tells nothing of a cluster, so that all slots are taken to be its own.
     """
 
     def __init__(self, like: NodesManager) -> None:
         given = list(like.startup_nodes.values())
         super().__init__(given, like.require_full_coverage, like.connection_kwargs)
         self._given = [(node.host, node.port) for node in given]
+        self.is_alone = False
         self._one_at_a_time = asyncio.Lock()
 
     async def initialize(self, *_args: Any, **_options: Any) -> None:
@@ -40,7 +79,8 @@ class Nodes(NodesManager):
 
     async def _ask(self, addresses: Iterable[tuple[str, str | int]]) -> None:
         # Not over connections that somebody uses, or that a node that was restarted has left behind.
-        left = [ClusterNode(host, port, **self.connection_kwargs) for host, port in addresses]
+        is_only = len(self._given) == 1
+        left = [_Asked(host, port, is_only=is_only, **self.connection_kwargs) for host, port in addresses]
         known = self.startup_nodes
         error: Exception | None = None
         while left:
@@ -59,8 +99,9 @@ class Nodes(NodesManager):
                 if not isinstance(failed, Exception):
                     raise
                 # Another one may know more: it is no cluster, or has lost sight of the others.
-                error = error or failed
+                error = error or node.refusal or failed
             else:
+                self._note(node.name, is_alone=node.is_alone)
                 self.startup_nodes = dict(self.nodes_cache)
                 await self._choose_default(node.name)
                 return
@@ -68,6 +109,11 @@ class Nodes(NodesManager):
                 with suppress(Exception):
                     await node.disconnect()
         raise error or RedisClusterException("no address of the cluster")
+
+    def _note(self, address: str, *, is_alone: bool) -> None:
+        if is_alone and not self.is_alone:
+            say(logger, "no_cluster", address=address)
+        self.is_alone = is_alone
 
     async def _choose_default(self, name: str) -> None:
         """Ask what concerns no key of a primary that is there, if there is one."""
@@ -126,6 +172,11 @@ class TurnstileCluster(aioredis.RedisCluster):
         await super().aclose()
 
 
+def is_no_cluster(client: object) -> bool:
+    """Whether *client* is one of a cluster whose only address tells nothing of one."""
+    return isinstance(client, TurnstileCluster) and isinstance(nodes := client.nodes_manager, Nodes) and nodes.is_alone
+
+
 async def learn_nodes(client: aioredis.RedisCluster) -> None:
     """Read the slot table of *client* again, if anybody tells it."""
     # What it raises when no node answers, or when they disagree, is no RedisError.
@@ -155,7 +206,10 @@ async def ping_over(connection: AbstractConnection) -> None:
         await aside.hang_up(connection)
 
 
-async def first_to_answer(nodes: Iterable[ClusterNode]) -> ClusterNode:
+_Node = TypeVar("_Node", bound=ClusterNode)
+
+
+async def first_to_answer(nodes: Iterable[_Node]) -> _Node:
     """Whichever of *nodes* answers first; all are asked at once.
 
     Raises:

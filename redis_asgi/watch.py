@@ -51,7 +51,8 @@ class Target:
 class Watch:
     """The checks of one open client: one in flight, and its result for a second."""
 
-    def __init__(self, _manager: RedisManager, client: Client) -> None:
+    def __init__(self, manager: RedisManager, client: Client) -> None:
+        self._manager = manager
         self.mode: Mode = mode_of(client)
         self._checkup = Checkup(client)
         self._last: Health | None = None
@@ -75,7 +76,7 @@ class Watch:
         return Health(Failure.TIMEOUT)
 
     async def _fly(self) -> Health:
-        health = self._last = await self._checkup.run()
+        health = self._last = await self._checkup.run(self._manager.needs)
         self._last_at = time.monotonic()
         counters = telemetry()
         outcome = "ok" if health.latency is not None else (health.failure or Failure.TIMEOUT).value

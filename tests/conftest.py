@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
+import hypothesis
 import pytest
 import redis
 
 from redis_asgi import RedisManager, Settings
 
 from .kit.certificates import Certificates, Pair
+from .kit.fair_time import stop_fair_time
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -25,6 +27,11 @@ from .kit.servers import (
 
 StartServer = Callable[..., Server]
 Started = TypeVar("Started")
+
+
+# A test that is slow on a busy machine is no failure.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 def _missing(what: str, cure: str) -> NoReturn:
@@ -50,6 +57,12 @@ def anyio_backend() -> str:
 def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in filter(is_setting, tuple(os.environ)):
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_of_the_clock() -> Iterator[None]:
+    yield
+    stop_fair_time()
 
 
 @pytest.fixture(scope="session")

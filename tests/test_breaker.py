@@ -164,6 +164,74 @@ async def test_a_trial_that_was_never_sent_does_not_keep_others_out(monkeypatch:
     await breaker.aclose()
 
 
+@pytest.mark.parametrize("outcome", ["withdrawn", Failure.POOL, Failure.DEFECT, Failure.TIMEOUT])
+async def test_a_trial_that_says_nothing_is_followed_by_the_next(outcome: Failure | str) -> None:
+    """Another is let through: that one was not sent, or shows our own load or fault, or vectors slow for their size."""
+    server = FakeServer()
+    server.error = None
+    breaker = await opened(server)
+    await until(lambda: breaker.state == "half_open")
+    assert [True, False] == [breaker.admits(), breaker.admits()]
+    if isinstance(outcome, Failure):
+        breaker.failed(outcome, vectors=True)
+    else:
+        breaker.withdrawn()
+    await until(breaker.admits)
+    assert "half_open" == state_of(breaker)
+    await breaker.aclose()
+
+
+async def test_a_trial_of_vectors_counts_only_when_a_probe_fails_too() -> None:
+    """As ever; what made it open says nothing about it."""
+    server = FakeServer()
+    server.error = None
+    breaker = await opened(server)
+    await until(lambda: breaker.state == "half_open")
+    probes = server.probes
+    assert breaker.admits()
+    breaker.failed(Failure.TIMEOUT, vectors=True)
+    assert "half_open" == state_of(breaker)
+    await until(breaker.admits)
+    assert ("half_open", probes + 1) == (breaker.state, server.probes)
+    server.error = ConnectionError()
+    breaker.failed(Failure.TIMEOUT, vectors=True)
+    await until(lambda: breaker.state == "open")
+    await breaker.aclose()
+
+
+async def test_nothing_but_odd_replies_is_a_refusal() -> None:
+    """Twenty in a row, for ten seconds after the last, whatever becomes of vectors; one answer ends it."""
+    breaker = Breaker(FakeServer().probe, FakeServer().drop)
+    for _ in range(19):
+        breaker.failed(Failure.REPLY)
+        breaker.worked(vectors=True)
+    breaker.failed(Failure.REPLY, vectors=True)
+    assert not breaker.is_refused
+    breaker.failed(Failure.REPLY)
+    assert breaker.is_refused
+    breaker._refused_at -= 10
+    assert not breaker.is_refused
+    breaker.failed(Failure.REPLY)
+    assert breaker.is_refused
+    breaker.worked()
+    assert not breaker.is_refused
+    assert "closed" == state_of(breaker)
+
+
+async def test_half_open_is_in_doubt_for_a_while() -> None:
+    """Whoever gets no requests as long as it is would never try it."""
+    server = FakeServer()
+    breaker = await opened(server)
+    assert breaker.is_in_doubt
+    server.error = None
+    await until(lambda: breaker.state == "half_open")
+    assert breaker.is_in_doubt
+    breaker._last_trouble -= 10
+    assert not breaker.is_in_doubt
+    breaker.worked()
+    assert not breaker.is_in_doubt
+
+
 async def test_vectors_count_only_when_a_probe_fails_too() -> None:
     """A large reply may be slow on a server that is well."""
     server = FakeServer()
@@ -230,6 +298,21 @@ async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyP
     assert [1, 2] == [breaker.good_probes, most]
     await breaker.aclose()
     assert 0 == under_way
+
+
+async def test_an_answer_that_comes_late_is_not_waited_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts when it is there, not when the next probe is due."""
+    monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
+
+    async def slow() -> None:
+        monkeypatch.setattr(module, "PROBE_EVERY", 60)
+        await asyncio.sleep(0.05)
+
+    breaker = Breaker(slow, FakeServer().drop)
+    for _ in range(5):
+        breaker.failed(Failure.TIMEOUT)
+    await until(lambda: breaker.state == "half_open")
+    await breaker.aclose()
 
 
 async def test_closing_ends_the_probe() -> None:

@@ -9,7 +9,14 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message
 
-from redis_asgi import RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Settings
+from redis_asgi import (
+    EmbeddingCacheMiddleware,
+    RateLimit,
+    RateLimiter,
+    RateLimitMiddleware,
+    RedisManager,
+    Settings,
+)
 
 from .ratelimit.harness import Spy, drive, http_scope
 
@@ -25,8 +32,16 @@ def limited(settings: Settings) -> ASGIApp:
     return app
 
 
+def cached(settings: Settings) -> ASGIApp:
+    """The same with the other middleware alone."""
+    app = Starlette()
+    app.add_middleware(EmbeddingCacheMiddleware, settings=settings)
+    return app
+
+
 @stores
-def test_app_on_trio_does_not_start(settings: Settings) -> None:
+@pytest.mark.parametrize("make", [limited, cached])
+def test_app_on_trio_does_not_start(make: Callable[[Settings], ASGIApp], settings: Settings) -> None:
     """The server hears that the startup failed, and why, before any request."""
     waiting: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
     sent: list[Message] = []
@@ -38,7 +53,7 @@ def test_app_on_trio_does_not_start(settings: Settings) -> None:
         sent.append(message)
 
     async def start() -> None:
-        await limited(settings)({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+        await make(settings)({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
 
     with pytest.raises(RuntimeError, match="trio is not supported"):
         trio.run(start)
@@ -51,9 +66,10 @@ def test_app_on_trio_does_not_start(settings: Settings) -> None:
 def test_request_on_trio_is_refused_in_the_same_words(settings: Settings) -> None:
     """Where a server has no lifespan, the first request and every one after it say so; none reaches the app."""
     spy = Spy()
-    app = RateLimitMiddleware(spy, "2/minute", settings=settings, exempt="/*")
+    limiting = RateLimitMiddleware(spy, "2/minute", settings=settings, exempt="/*")
+    caching = EmbeddingCacheMiddleware(spy, settings=settings)
 
-    for _ in range(2):
+    for app in (limiting, caching, limiting, caching):
         with pytest.raises(RuntimeError, match="trio is not supported"):
             trio.run(drive, app, http_scope())
 

@@ -11,6 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .conftest import StartServer, _missing
+from .kit.processes import run_python
 from .kit.proxy import FaultProxy, Mode
 from .kit.servers import Cluster, SentinelTrio, Server, wait_until
 
@@ -146,3 +147,22 @@ def test_missing_server_fails_where_one_is_required(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(variable, "1")
     with pytest.raises(pytest.fail.Exception, match="no server"):
         _missing("no server", "Install one.")
+
+
+def test_fair_time_stands_while_the_process_does() -> None:
+    """A process that is stopped for a while is not charged for it; one that runs is."""
+    script = """
+import os, signal, subprocess, sys, time
+from tests.kit.fair_time import fair_time, stop_fair_time
+began, fairly = time.monotonic(), fair_time()
+waker = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -CONT {os.getpid()}"])
+os.kill(os.getpid(), signal.SIGSTOP)
+stopped = fair_time() - fairly
+time.sleep(0.2)
+print(time.monotonic() - began >= 0.7, stopped < 0.4, 0 < fair_time() - fairly <= time.monotonic() - began)
+waker.wait()
+stop_fair_time()
+"""
+    done = run_python(script)
+
+    assert ("", "True True True\n") == (done.stderr, done.stdout)

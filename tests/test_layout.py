@@ -76,8 +76,9 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks", "settings", "telemetry", "tracing",
-    "keys", "forwarded", "scope", "sub_app", "aside",
+    "events", "errors", "misuse", "event_loop", "notation", "paths", "networks",
+    "locations", "setting_types", "environment", "server_settings", "settings",
+    "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",
 )  # fmt: skip
@@ -128,8 +129,11 @@ def _reads_environment(name: str) -> bool:
 
 
 def test_only_settings_read_the_environment() -> None:
-    """Every variable goes through ``Settings``."""
-    assert [name for name in MODULES if _reads_environment(name)] == ["redis_asgi.settings"]
+    """Every variable goes through ``Settings``, and pydantic-settings reads it."""
+    readers = {name for name in MODULES if any(_within(target, "pydantic_settings") for target in _targets(name))}
+
+    assert [name for name in MODULES if _reads_environment(name)] == []
+    assert readers == {"redis_asgi.environment", "redis_asgi.setting_types"}
 
 
 def test_import_has_no_effect() -> None:

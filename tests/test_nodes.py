@@ -1,7 +1,6 @@
 """Where a cluster is: of several addresses the first to answer is believed, and what was given is never forgotten."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,13 +10,15 @@ import redis.asyncio as aioredis
 from redis.crc import key_slot
 from redis.exceptions import AuthenticationError, RedisClusterException, RedisError
 
-from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi import RateLimiter, RedisManager, Settings, check_redis_health
 from redis_asgi.embeddings.store import vectors_of
+from redis_asgi.errors import Failure
 from redis_asgi.inspection.diagnosis import diagnose
 from redis_asgi.nodes import Nodes
 from redis_asgi.ratelimit.policy import make_partition
 
 from .conftest import StartServer
+from .kit.fair_time import fair_time
 from .kit.logs import event_of
 from .kit.proxy import FaultProxy
 from .kit.servers import Cluster, Server
@@ -76,6 +77,43 @@ async def test_a_single_server_among_the_addresses_is_passed_over(
             await (await manager.get_connection()).set("a", b"1")
 
 
+@pytest.mark.parametrize("arguments", [(), ("--rename-command", "CLUSTER", "")], ids=["disabled", "renamed"])
+async def test_the_only_address_that_tells_nothing_of_a_cluster_has_all_keys(
+    private_server: StartServer, caplog: pytest.LogCaptureFixture, arguments: tuple[str, ...]
+) -> None:
+    """Such as an endpoint for several shards: counts and vectors are right there, and one line says what to set."""
+    server = private_server(*arguments)
+    async with cluster_of(address_of(server)) as manager:
+        limiter = RateLimiter(manager)
+        names = [f"client-{i % 5}" for i in range(20)]
+        decisions = await asyncio.gather(*(limiter.consume(name, "3/minute") for name in names))
+        assert ({"redis"}, 15) == ({each.source for each in decisions}, sum(each.allowed for each in decisions))
+        client = await manager.get_connection()
+        assert isinstance(client, aioredis.RedisCluster)
+        await client.nodes_manager.initialize()
+        assert await client.set("a", b"1")
+        assert 6 == len(server.client().keys())
+        assert (await check_redis_health(client))["status"] == "healthy"
+
+    said = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert ["redis_asgi.no_cluster"] == [event_of(record) for record in said]
+    assert "Unset REDIS_CLUSTER" in said[0].getMessage()
+
+
+async def test_a_right_to_the_slot_table_that_lacks_is_told(private_cluster: Cluster) -> None:
+    """As what it is, also where redis-py says that there is no cluster."""
+    for node in private_cluster.nodes:
+        node.add_user("app", ">secret", "~*", "+@all", "-cluster|slots")
+    more = {"REDIS_USERNAME": "app", "REDIS_PASSWORD": "secret"}
+    async with cluster_of(address_of(private_cluster.nodes[0]), **more) as manager:
+        decision = await RateLimiter(manager).consume("somebody")
+        assert ("local", "open", Failure.PERMISSION) == (
+            decision.source,
+            manager.breaker_state,
+            manager.breaker_reason,
+        )
+
+
 async def test_nobody_answers() -> None:
     """What the nodes raise is raised, and not waited for."""
     async with cluster_of(NOBODY, "127.0.0.1:2") as manager:
@@ -101,13 +139,13 @@ async def test_a_hung_node_does_not_keep_a_cluster_off(private_cluster: Cluster,
     try:
         addresses = [address_of(node) for node in (hung, *private_cluster.nodes)]
         async with cluster_of(*addresses, EMBEDDING_CACHE_TIMEOUT=5) as manager:
-            began = time.monotonic()
+            began = fair_time()
             limiter = RateLimiter(manager, timeout=5)
             well = [name for node, name in names.items() if node is not hung]
             assert ["redis"] * 2 == [(await limiter.consume(name)).source for name in well]
             keys = [make_partition("custom", name).key for name in well]
             assert [None, None] == await vectors_of(manager).lookup([b"x" + key for key in keys], 5)
-            assert time.monotonic() - began < 5  # REDIS_TIMEOUT is 10
+            assert fair_time() - began < 5  # REDIS_TIMEOUT is 10
             quick = RateLimiter(manager, timeout=0.1)
             assert "local" == (await quick.consume(names[hung])).source
             assert "redis" == (await quick.consume(well[0])).source

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from redis_asgi import ConfigurationError, RedisASGIError, Settings
-from redis_asgi.settings import read_address, redact, weakened_by
+from redis_asgi.locations import read_address, redact, weakened_by
 
 SECRET = "s3cr3t-of-a-test"
 
@@ -143,12 +143,13 @@ def test_every_setting_is_tested_here() -> None:
 
 
 REFUSED: list[tuple[str, str]] = [
-    ("REDIS_HOST", ""),
     ("REDIS_HOST", "redis://localhost"),
     ("REDIS_HOST", "user:pw@localhost"),
     ("REDIS_PORT", "0"),
     ("REDIS_PORT", "65536"),
-    ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+    ("REDIS_PORT", "tcp://10.0.0.1"),
+    ("REDIS_PORT", "tcp://[::1:6379"),
+    ("REDIS_PORT", "http://10.0.0.1:6379"),
     ("REDIS_DB", "-1"),
     ("REDIS_DB", "zero"),
     ("REDIS_URL", "http://localhost"),
@@ -161,7 +162,6 @@ REFUSED: list[tuple[str, str]] = [
     ("REDIS_URL", "redis://localhost?colour=red"),
     ("REDIS_URL", "redis://localhost?socket_timeout=soon"),
     ("REDIS_URL", "unix://"),
-    ("REDIS_URL", ""),
     ("REDIS_POOL_SIZE", "0"),
     ("REDIS_TIMEOUT", "0"),
     ("REDIS_TIMEOUT", "-1"),
@@ -186,7 +186,6 @@ REFUSED: list[tuple[str, str]] = [
     ("REDIS_SENTINELS", "a:²"),
     ("REDIS_CLUSTER_NODES", "::1:6379"),
     ("REDIS_CLUSTER_NODES", "node-1"),
-    ("REDIS_SENTINEL_MASTER", ""),
     ("REDIS_CLUSTER", "3"),
     ("REDIS_BATCH", "slot"),
     ("REDIS_KEY_PREFIX", "a{b}"),
@@ -194,7 +193,6 @@ REFUSED: list[tuple[str, str]] = [
     ("REDIS_KEY_PREFIX", "a\tb"),
     ("REDIS_KEY_PREFIX", "a\x7fb"),
     ("REDIS_KEY_PREFIX", "a" * 201),
-    ("REDIS_KEY_SECRET", ""),
     ("RATE_LIMIT_WINDOW", "0"),
     ("RATE_LIMIT_WINDOW", "1.5"),
     ("RATE_LIMIT_WINDOW", str(366 * 86400 + 1)),
@@ -204,7 +202,6 @@ REFUSED: list[tuple[str, str]] = [
     ("RATE_LIMITS", "often"),
     ("RATE_LIMITS", "0/second"),
     ("RATE_LIMITS", "10/0 seconds"),
-    ("RATE_LIMITS", ""),
     ("RATE_LIMIT_STRATEGY", "fixed_window"),
     ("RATE_LIMIT_PARTITION", "cookie"),
     ("RATE_LIMIT_PARTITION", "header:"),
@@ -288,14 +285,6 @@ def test_the_example_of_every_setting_works(monkeypatch: pytest.MonkeyPatch, nam
         monkeypatch.setenv("REDIS_CLUSTER", "true")
 
     assert getattr(Settings(), name) is not None
-
-
-def test_several_bad_values_give_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first problem is told; the next run tells the next."""
-    monkeypatch.setenv("REDIS_PORT", "x")
-    monkeypatch.setenv("REDIS_DB", "y")
-    with pytest.raises(ConfigurationError, match=r"^REDIS_PORT='x': .*\. Try 6379\.$"):
-        Settings()
 
 
 def test_error_is_a_value_error_and_ours() -> None:
@@ -426,7 +415,8 @@ def test_foreign_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param("REDIS_HOTS", "Did you mean REDIS_HOST?", id="near"),
         pytest.param("RATE_LIMIT_STRATGY", "Did you mean RATE_LIMIT_STRATEGY?", id="near and long"),
-        pytest.param("nonsense", "README.md lists every setting.", id="far"),
+        pytest.param("redis_port", "Did you mean REDIS_PORT?", id="lower case"),
+        pytest.param("nonsense", "`redis-asgi settings` lists every one.", id="far"),
     ],
 )
 def test_unknown_keyword_suggests(name: str, hint: str) -> None:

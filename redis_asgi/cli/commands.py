@@ -1,5 +1,6 @@
 """The commands of ``redis-asgi``: read the arguments, call what does the work, say what came of it."""
 
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
@@ -8,21 +9,24 @@ from .. import __version__
 from ..errors import ConfigurationError
 from ..events import explain as explanation_of
 from ..events import explanations, near
+from ..inspection.apps import limits_in, load_app
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
-from ..inspection.quotas import Standing, known_policies, look, partition_of
-from ..inspection.quotas import reset as reset_quota
+from ..inspection.quotas import known_policies
+from ..inspection.reference import reference, settings_in_force
 from ..inspection.rights import NO_PASSWORD, rights_of
 from ..inspection.servers import servers_of
 from ..inspection.sizing import Sizing, compare, estimate
 from ..maintenance import configure_persistence, flush_model
 from ..settings import StrategyName
 from . import output
+from .options import ANY_ARGUMENTS, App, Json, Url
+from .quotas import list_rules, peek, reset
 from .session import (
+    ENV_FILE,
     FAILED,
     MISUSED,
     WARNED,
-    alone,
     complaints,
     greet,
     opened,
@@ -32,7 +36,14 @@ from .session import (
     settings_for,
     some_server,
 )
-from .views import print_changes, print_explanations, print_findings, print_sizes, print_standings
+from .views import (
+    print_changes,
+    print_explanations,
+    print_findings,
+    print_markdown,
+    print_settings,
+    print_sizes,
+)
 
 app = typer.Typer(
     name="redis-asgi",
@@ -40,37 +51,11 @@ app = typer.Typer(
     "Exit codes: 0 done, and all is well; 1 something failed, such as a check, or Redis itself; 2 an argument or a "
     "setting cannot work (to check a setting is a finding: 1); 3 check --strict found nothing "
     "worse than warnings; 130 interrupted.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Url = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        metavar="URL",
-        help="Use this server instead of the configured ones. Other users of this host can see it: a password "
-        "belongs into the environment.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-Client = Annotated[
-    str,
-    typer.Argument(
-        metavar="CLIENT",
-        help="An address, or the value of the header, user or partition. - reads it from standard input, so that a "
-        "credential is in no history and no process list. It is never printed.",
-    ),
-]
-By = Annotated[
-    str | None,
-    typer.Option("--by", metavar="KIND", help="ip, header:NAME, user or custom. Default: RATE_LIMIT_PARTITION."),
-]
-Name = Annotated[str | None, typer.Option("--name", metavar="RULE", help="Only the counters of this rule.")]
-# Typer would print what is too much, which may be a part of a credential; `alone` does not.
-_ANY_ARGUMENTS = {"allow_extra_args": True}
 
 
 def _print_version(asked: bool) -> None:
@@ -84,12 +69,24 @@ def _main(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Read settings from this file too, as the app does; the environment wins over it.",
+        ),
+    ] = None,
 ) -> None:
-    """Only here for what stands before a command."""
+    """What stands before a command."""
+    ENV_FILE.set(env_file)
 
 
 @app.command()
 def check(
+    app_name: App = None,
     url: Url = None,
     as_json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
@@ -103,20 +100,29 @@ def check(
     """Say whether all is well: a gate for deploys.
 
     Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction, connections,
-    persistence; sentinels and the slots of a cluster. Leaves nothing behind.
+    persistence; sentinels and the slots of a cluster. With --app also the servers that its rules name. Leaves nothing
+    behind.
     """
+    about = "settings"
     try:
         settings = settings_for(url)
         within = min(settings.REDIS_TIMEOUT, 5.0) if timeout is None else timeout
-        settings = settings_for(url, REDIS_TIMEOUT=within)
-        some_server(settings)
+        settings = settings.but(REDIS_TIMEOUT=within)
+        if app_name is None:
+            some_server(settings)
+        about = "app"
+        loaded = None if app_name is None else load_app(app_name)
     except ConfigurationError as error:
-        findings = [Finding("settings", "fail", str(error), "Correct it and check again.")]
+        findings = _mistakes(about, error)
     else:
 
         async def gather() -> list[Finding]:
+            try:
+                limits = None if loaded is None else limits_in(loaded).limits
+            except ConfigurationError as error:
+                return _mistakes("app", error)
             with output.progress() as step:
-                return [finding async for finding in diagnose(settings, step)]
+                return [finding async for finding in diagnose(settings, step, limits)]
 
         findings = run(gather())
     failed = any(finding.level == "fail" for finding in findings)
@@ -128,73 +134,43 @@ def check(
     raise typer.Exit(FAILED if failed else WARNED if warned and strict else 0)
 
 
-@app.command(context_settings=_ANY_ARGUMENTS)
-def peek(
-    context: typer.Context,
-    client: Client,
-    by: By = None,
-    name: Name = None,
-    limits: Annotated[
-        str | None,
-        typer.Option("--limits", metavar="NOTATION", help="The rule's limits, where they are in the app's code."),
-    ] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", metavar="STRATEGY", help="The rule's. Default: RATE_LIMIT_STRATEGY.")
+def _mistakes(about: str, error: ConfigurationError) -> list[Finding]:
+    return [Finding(about, "fail", each, "Correct it and check again.") for each in error.problems]
+
+
+@app.command("settings")
+def list_settings(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.", show_default=False)
     ] = None,
     url: Url = None,
     as_json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Write the table of the documentation; reads no environment.")
+    ] = False,
 ) -> None:
-    """Show what a client has left, and until when.
+    """List every setting and its value.
 
-    Charges nothing. Quotas are not in Redis: they are those of --limits, else of the environment, for the rule --name
-    (default: default). Of other rules Redis tells what is used.
+    Each with the value in force, without passwords; where that came from (environment, a file's name, argument or
+    default); and what it means.
     """
-    with complaints():
-        alone(context)
-        settings = settings_for(url)
-        refuse_memory(settings)
-        if strategy is not None and strategy not in get_args(StrategyName):
-            raise ConfigurationError(f"--strategy={strategy!r} is not one of {', '.join(get_args(StrategyName))}.")
-        known = known_policies(name, limits, cast("StrategyName | None", strategy), settings)
-        # A rule that is named without its limits: nothing here knows its quota.
-        guessed = () if name not in (None, "default") and limits is None else known
-        value = read(client, "CLIENT")
-
-    async def work() -> tuple[str, list[Standing]]:
-        partition = await partition_of(value, by, settings)
-        async with opened(settings) as manager:
-            return partition.label, await look(manager, partition, tuple(guessed), name=name)
-
-    label, standings = run(work())
-    if as_json:
-        output.json({"client": label, "policies": standings})
+    if markdown:
+        print_markdown(reference())
         return
-    print_standings(label, standings)
-    if any(standing.quota is None for standing in standings):
-        output.note("Where the quota is ?, pass the rule's --name and --limits.")
-    elif limits is None and standings:
-        output.note("Quotas are the environment's: if the app's code has others, pass --limits.")
-
-
-@app.command(context_settings=_ANY_ARGUMENTS)
-def reset(context: typer.Context, client: Client, by: By = None, name: Name = None, url: Url = None) -> None:
-    """Give a client its full quota back.
-
-    Other processes may refuse it from memory for a second more.
-    """
     with complaints():
-        alone(context)
-        settings = settings_for(url)
-        refuse_memory(settings)
-        value = read(client, "CLIENT")
+        found = settings_for(url)
+        listed = settings_in_force(found, names or ())
+    if as_json:
+        output.json({"settings": listed, "misspelt": found.near_misses})
+        return
+    print_settings(listed)
+    for variable, meant in found.near_misses.items():
+        output.note(f"{variable} is no setting and changes nothing. If {meant} is meant, rename it.")
 
-    async def work() -> tuple[str, bool]:
-        partition = await partition_of(value, by, settings)
-        async with opened(settings) as manager:
-            return partition.label, await reset_quota(manager, partition, name=name)
 
-    label, found = run(work())
-    output.line(output.printable(f"{label}: {'has its full quota again' if found else 'nothing was counted'}"))
+app.command("rules")(list_rules)
+app.command(context_settings=ANY_ARGUMENTS)(peek)
+app.command(context_settings=ANY_ARGUMENTS)(reset)
 
 
 @app.command()
@@ -206,26 +182,35 @@ def flush(
         str | None,
         typer.Option("--namespace", metavar="NAMESPACE", help="Default: EMBEDDING_CACHE_NAMESPACE."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write even if nothing is stored under that name.")] = False,
     url: Url = None,
 ) -> None:
     """Make every stored vector of a model a miss.
 
     Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS. Redis takes the
-    memory back as the vectors end.
+    memory back as the vectors end. Where nothing is stored under that name, exits with 1.
     """
     with complaints():
         settings = settings_for(url)
         refuse_memory(settings, vectors=True)
     vectors = next(server.settings for server in servers_of(settings) if server.vectors)
 
-    async def work() -> None:
+    async def work() -> bool:
         async with opened(vectors) as manager:
             await greet(manager)
-            await flush_model(model, namespace=namespace, redis=manager, settings=settings)
+            return await flush_model(
+                model, namespace=namespace, redis=manager, settings=settings, only_stored=not force
+            )
 
-    run(work())
+    flushed = run(work())
     within = settings.EMBEDDING_CACHE_NAMESPACE if namespace is None else namespace
     where = f" in namespace {within!r}" if within else ""
+    if not flushed:
+        output.error(
+            f"nothing is stored under {model!r}{where or ' without a namespace'}. Name the model as the requests do, "
+            "and its --namespace; --force writes anyway."
+        )
+        raise typer.Exit(FAILED)
     believed = settings.EMBEDDING_CACHE_L1_SECONDS if settings.EMBEDDING_CACHE_L1_BYTES else 0
     when = f"within {believed:g} s" if believed else "now"
     output.line(output.printable(f"Flushed {model!r}{where}: complete in every process {when}."))

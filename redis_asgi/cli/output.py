@@ -29,8 +29,9 @@ def line(text: str, style: str = "", *, to_stderr: bool = False) -> None:
 
 
 def error(text: str) -> None:
-    """What went wrong, on stderr."""
-    line(f"Error: {printable(text)}", "bold red", to_stderr=True)
+    """What went wrong, on stderr; a line for each that *text* has."""
+    for each in text.splitlines():
+        line(f"Error: {printable(each)}", "bold red", to_stderr=True)
 
 
 def note(text: str) -> None:

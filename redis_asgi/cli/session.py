@@ -4,13 +4,15 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import typer
 
 from ..connection import RedisManager
 from ..errors import ConfigurationError
-from ..inspection.servers import servers_of
+from ..inspection.servers import leave, servers_of
 from ..inspection.trouble import TROUBLE, explain
 from ..maintenance import MaintenanceError
 from ..settings import NO_SERVER, Settings
@@ -19,13 +21,15 @@ from . import output
 T = TypeVar("T")
 
 FAILED, MISUSED, WARNED, INTERRUPTED = 1, 2, 3, 130
+# The file that was named before the command.
+ENV_FILE: ContextVar[Path | None] = ContextVar("env_file", default=None)
 
 
 def settings_for(url: str | None, **more: Any) -> Settings:
     """The environment's settings, or those of another server: then nothing that says where the configured one is."""
     if url is not None:
         more |= {**NO_SERVER, "REDIS_URL": url, "EMBEDDING_CACHE_REDIS_URL": None}
-    return Settings(**more)
+    return Settings(_env_file=ENV_FILE.get(), **more)
 
 
 def refuse_memory(settings: Settings, *, vectors: bool = False) -> None:
@@ -94,13 +98,20 @@ class _Failed(Exception):
 async def opened(settings: Settings) -> AsyncIterator[RedisManager]:
     """A manager of *settings*, closed at the end; trouble inside becomes words."""
     manager = RedisManager(settings)
-    try:
+    async with talking_to(manager):
         yield manager
+
+
+@asynccontextmanager
+async def talking_to(manager: RedisManager) -> AsyncIterator[None]:
+    """The same for a manager of an app's."""
+    try:
+        yield
     except TROUBLE as error:
-        trouble = await explain(error, settings)
+        trouble = await explain(error, manager.settings)
         raise _Failed(f"{trouble.text}. {trouble.fix}") from None
     finally:
-        await manager.close()
+        await leave(manager)
 
 
 async def greet(manager: RedisManager) -> None:

@@ -1,13 +1,17 @@
 """What the commands found out, laid out for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..events import Explanation
 from ..inspection.findings import Finding
 from ..inspection.quotas import Standing
+from ..inspection.reference import Setting
 from ..inspection.sizing import Sizing
 from ..maintenance import Change
+from ..ratelimit.overview import LimitInForce
 from . import output
+
+_WIDEST = 80  # of a value, where a list may be long
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -53,6 +57,27 @@ def print_standings(label: str, standings: Sequence[Standing]) -> None:
         output.table(("policy", "strategy", "used", "quota", "window", "left", "next", "full again"), rows)
 
 
+def print_rules(limits: Sequence[LimitInForce]) -> None:
+    """A line for each rule; which Redis counts it, where there are several."""
+    several = len({limit.manager for limit in limits}) > 1
+    head = ("rule", "limits", "by", "strategy", "cost", "methods", "paths", "without Redis", "")
+    rows = [
+        (
+            limit.name,
+            limit.limits or "?",
+            limit.by,
+            limit.strategy,
+            "?" if limit.cost is None else limit.cost,
+            " ".join(limit.methods) if limit.methods else "all",
+            " ".join(limit.paths) if limit.paths else "all",
+            limit.on_redis_error,
+            ", ".join(filter(None, ("only watches" if limit.shadow else "", limit.manager.address if several else ""))),
+        )
+        for limit in limits
+    ]
+    output.table(head, rows)
+
+
 def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:
     """A line for each kind of thing; with *live*, whether each server has the memory."""
     rows = [(s.what, f"{s.count:,}", f"{s.each:,} B", output.size(s.bytes)) for s in sizings]
@@ -86,3 +111,26 @@ def print_changes(changes: Sequence[Change]) -> None:
 
 def _quoted(value: str | None) -> str:
     return "?" if value is None else f'"{value}"'
+
+
+def print_settings(settings: Sequence[Setting]) -> None:
+    """Two lines for each setting: what it is and why, and what it means."""
+    for each in settings:
+        default = "" if each.source == "default" else f", default {_brief(each.default)}"
+        text = f"{each.name} = {_brief(each.value)}  ({each.source}{default})"
+        output.line(output.printable(text), "" if each.source == "default" else "bold")
+        output.line(output.printable(f"    {each.meaning}"), "dim")
+
+
+def _brief(value: str | None) -> str:
+    if value is None:
+        return "none"
+    return value if len(value) <= _WIDEST else f"{value[:_WIDEST]}..."
+
+
+def print_markdown(rows: Iterable[Sequence[str]]) -> None:
+    """A table in Markdown; the first row is its head."""
+    for i, row in enumerate(rows):
+        output.line(f"| {' | '.join(row)} |")
+        if i == 0:
+            output.line("|" + "---|" * len(row))

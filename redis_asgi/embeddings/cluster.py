@@ -152,7 +152,7 @@ class ClusterVectors:
             return Failure.CONNECTION  # closed meanwhile, by whom this caller need not hear
         failure = opening.result() if opening.done() else Failure.TIMEOUT
         if failure is None:
-            breaker.worked()
+            breaker.worked(vectors=True)
         else:
             breaker.failed(failure, vectors=True)
         return failure

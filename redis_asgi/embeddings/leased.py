@@ -13,7 +13,7 @@ import hiredis
 import numpy as np
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AskError, RedisError, ResponseError, TryAgainError
+from redis.exceptions import AskError, MaxConnectionsError, RedisError, ResponseError, TryAgainError
 
 from .. import aside
 from ..client import Turnstile
@@ -72,8 +72,8 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
     connection, so that nobody else reads what was meant for us.
 
     Raises:
-        Exception: What redis-py does when there is no connection or no reply; `TimeoutError` at the deadline;
-            `OddReply`.
+        Exception: What redis-py does when there is no connection or no reply, none left in the pool among it;
+            `TimeoutError` at the deadline; `OddReply`.
     """
     connection: AbstractConnection | None = None
     try:
@@ -89,6 +89,11 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
             if not isinstance(pool, Turnstile):
                 await aside.freshen(connection)  # a user's pool may not have looked
             return await _through_redis_py(connection, commands, packed)
+    except TimeoutError:
+        if connection is None and isinstance(pool, Turnstile) and pool.exhausted:
+            # Our own load, and nothing about the server.
+            raise MaxConnectionsError(f"No free connection within {within} s") from None
+        raise
     finally:
         # Out of the deadline's reach: a release that is cut short would lose the connection.
         if connection is not None:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
 from ..errors import ConfigurationError
+from ..event_loop import check_at_start, running_loop
 from ..misuse import check_app, check_callable, constructor_says_what_was_meant
 from ..settings import Settings
 from .cache import EmbeddingCache
@@ -84,6 +85,7 @@ class EmbeddingCacheMiddleware:
             settings=settings,
         )
         self.app = app
+        self._has_loop = False
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
         self._core = Core(app, manager, options)
         self._records = (manager, options.namespace)
@@ -94,6 +96,9 @@ class EmbeddingCacheMiddleware:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        if not self._has_loop:
+            running_loop()
+            self._has_loop = True
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
@@ -108,6 +113,7 @@ class EmbeddingCacheMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
+        await check_at_start(receive, send)
         held: RedisManager | None = None
 
         async def ended() -> None:

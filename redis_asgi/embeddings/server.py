@@ -84,7 +84,7 @@ class RedisVectors:
             else:
                 self._failed(failure)
                 return failure
-        self._breaker.worked()
+        self._breaker.worked(vectors=True)
         return found
 
     def _reads(self, names: Sequence[bytes]) -> list[Command]:
@@ -105,7 +105,7 @@ class RedisVectors:
             if isinstance(reply, Exception):
                 self._failed(_classify(reply), write=True)
                 return None
-        self._breaker.worked()
+        self._breaker.worked(vectors=True)
         return _values(replies[-1])[0]
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
@@ -127,7 +127,7 @@ class RedisVectors:
             if failure is not None:
                 self._failed(failure, write=True)
                 return Done(count, failure)
-            self._breaker.worked()
+            self._breaker.worked(vectors=True)
         return Done(count)
 
     async def delete(self, names: Sequence[bytes], within: float) -> Done:
@@ -159,7 +159,7 @@ class RedisVectors:
         if failure is not None:
             self._failed(failure, write=True)
         else:
-            self._breaker.worked()
+            self._breaker.worked(vectors=True)
         return replies, failure
 
     def _failed(self, failure: Failure, *, write: bool = False) -> None:

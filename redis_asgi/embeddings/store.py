@@ -33,7 +33,7 @@ def resolve_vectors(redis: RedisArgument, settings: Settings | None) -> tuple[Re
     if settings.EMBEDDING_CACHE_REDIS_URL is not None:
         url = settings.EMBEDDING_CACHE_REDIS_URL.get_secret_value()
         elsewhere = {**NO_SERVER, "REDIS_CLUSTER": False, "REDIS_URL": url}
-        settings = Settings(**{**settings.model_dump(exclude_unset=True), **elsewhere})
+        settings = settings.but(**elsewhere)
     return resolve_manager(None, settings)
 
 

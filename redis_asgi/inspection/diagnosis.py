@@ -7,7 +7,7 @@ A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,10 +15,12 @@ import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
 from .. import aside
-from ..client import Client, build_client, describe
+from ..client import Client, build_client
 from ..connection import RedisManager
 from ..errors import Failure, classify
+from ..nodes import SLOTS, is_no_cluster
 from ..ratelimit.batch import A_TRIP
+from ..ratelimit.overview import LimitInForce
 from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..sentinels import is_refusal, master_of
 from ..settings import Settings
@@ -28,23 +30,25 @@ from .findings import (
     Info,
     client_findings,
     memory_findings,
+    misspelt_findings,
     persistence_findings,
     rights_findings,
     role_findings,
+    rules_findings,
     settings_finding,
     tls_findings,
     version_finding,
 )
 from .quotas import ask, reset
 from .rights import probe_keys, rights_of, try_rights
-from .servers import Server, servers_of
+from .servers import Server, leave, servers_of, servers_of_app
 from .trouble import TROUBLE, explain, explain_refusal
 
 OnStep = Callable[[str], None]
 
 PINGS = 100
 MAX_SKEW = 2.0  # seconds
-SLOTS = 16384
+SAMPLED_SLOTS = 20  # all of them on one of two nodes by chance: once in a million times
 
 
 class Node:
@@ -70,16 +74,29 @@ class Node:
         node = self._client.get_node_from_key(key.decode())
         return node is not None and node.name == self._target.name
 
-    async def is_whole(self, info: Info) -> bool:
-        """Whether all slots are here: a cluster of one node, or no cluster at all."""
+    async def is_whole(self, info: Info, prefix: str) -> bool:
+        """Whether all slots are here: a cluster of one node, or no cluster at all.
+
+        Args:
+            prefix: Of keys that may be read, for a node that says nothing of its cluster.
+        """
         if info.get("cluster_enabled") != 1:
             return True
         try:
             said = await self.run("CLUSTER INFO")
         except RedisError:
-            return False
+            return await self._serves_any_slot(prefix)
         said = said if isinstance(said, dict) else dict(aside.info_fields(said))
         return said.get("cluster_size") == "1" and said.get("cluster_slots_ok") == str(SLOTS)
+
+    async def _serves_any_slot(self, prefix: str) -> bool:
+        for _ in range(SAMPLED_SLOTS):
+            try:
+                await self.run("HGET", probe_keys(prefix)[0], "check")
+            except RedisError as error:
+                if classify(error) is Failure.CLUSTER:
+                    return False
+        return True
 
     async def info(self) -> Info:
         """``INFO``; empty where it is forbidden."""
@@ -92,7 +109,9 @@ class Node:
         return found if isinstance(found, dict) else {}
 
 
-async def diagnose(settings: Settings, on_step: OnStep = lambda _: None) -> AsyncIterator[Finding]:
+async def diagnose(
+    settings: Settings, on_step: OnStep = lambda _: None, limits: Sequence[LimitInForce] | None = None
+) -> AsyncIterator[Finding]:
     """Look at everything that can keep the package from working well with *settings*; never on ``memory://``.
 
     Leaves nothing behind: what is written for a trial is under a random name and taken away again.
@@ -100,15 +119,22 @@ async def diagnose(settings: Settings, on_step: OnStep = lambda _: None) -> Asyn
     Args:
         settings: ``REDIS_TIMEOUT`` bounds each command.
         on_step: Told what is looked at next.
+        limits: What limits an app, and with that the servers that it names; ``None`` = only the settings are known.
     """
-    yield settings_finding(settings)
-    for server in servers_of(settings):
+    if limits is None:
+        yield settings_finding(settings)
+    for misspelt in misspelt_findings(settings):
+        yield misspelt
+    servers = servers_of(settings) if limits is None else servers_of_app(settings, limits)
+    for rules in rules_findings(limits, servers) if limits is not None else ():
+        yield rules
+    for server in servers:
         async for finding in _look_at(server, on_step):
             yield finding
 
 
 async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
-    manager = RedisManager(server.settings)
+    manager = server.manager or RedisManager(server.settings)
     try:
         async for finding in _sentinels(server, on_step):
             yield finding
@@ -119,10 +145,14 @@ async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         if isinstance(nodes, Finding):
             yield nodes
             return
-        where = f"{describe(server.settings)} answers"
+        where = f"{manager.address} answers"
         if server.settings.REDIS_CLUSTER:
             where += f"; {SLOTS} slots on {len(nodes)} primaries"
         yield Finding("connection", "ok", where, server=server.name)
+        if is_no_cluster(await manager.get_connection()):
+            text = "the server tells nothing of a cluster: all keys are taken to be at its address"
+            fix = "Unset REDIS_CLUSTER, and set REDIS_BATCH=key if it is an endpoint for several shards."
+            yield Finding("cluster", "warn", text, fix, server.name)
         for tls in tls_findings(server):
             yield tls
         for node in nodes:
@@ -132,7 +162,7 @@ async def _look_at(server: Server, on_step: OnStep) -> AsyncIterator[Finding]:
         trouble = await explain(error, server.settings)
         yield Finding("connection", "fail", f"Lost while it was looked at: {trouble.text}", trouble.fix, server.name)
     finally:
-        await manager.close()
+        await leave(manager)
 
 
 async def _connect(manager: RedisManager, server: Server) -> "list[Node] | Finding":
@@ -197,7 +227,7 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
     info = await node.info()
     found = [
         version_finding(info),
-        *role_findings(server, info, is_whole=await node.is_whole(info)),
+        *role_findings(server, info, is_whole=await node.is_whole(info, server.settings.REDIS_KEY_PREFIX)),
         *rights_findings(server, rights, missing, info),
     ]
     on_step(f"{node.server}: script")

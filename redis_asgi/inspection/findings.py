@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..connection import RedisManager
 from ..errors import Failure
+from ..locations import weakened_by
 from ..notation import parse_limits
-from ..settings import Settings, weakened_by
+from ..ratelimit.overview import LimitInForce
+from ..settings import Settings
+from .apps import NOTHING_LIMITS
 from .rights import DISPENSABLE, Missing, Rights, user_of
-from .servers import Server
+from .servers import RULES, Server
 
 Level = Literal["ok", "warn", "fail"]
 Info = Mapping[str, Any]
@@ -48,6 +52,37 @@ def settings_finding(settings: Settings) -> Finding:
         f"{limits} by {settings.RATE_LIMIT_PARTITION}, {settings.RATE_LIMIT_STRATEGY}; "
         f"without Redis: {settings.RATE_LIMIT_ON_REDIS_ERROR}",
     )
+
+
+def misspelt_findings(settings: Settings) -> list[Finding]:
+    """Variables that look like settings and are none."""
+    return [
+        Finding("settings", "warn", f"{variable} is no setting and changes nothing", f"Is {meant} meant? Rename it.")
+        for variable, meant in settings.near_misses.items()
+    ]
+
+
+def rules_findings(limits: Sequence[LimitInForce], servers: Sequence[Server]) -> list[Finding]:
+    """Which of an app's limits are counted where."""
+    names: dict[RedisManager, list[str]] = {}
+    for limit in limits:
+        names.setdefault(limit.manager, []).append(limit.name)
+    found = []
+    for manager, its in names.items():
+        listed = ", ".join(dict.fromkeys(its))
+        if not manager.has_redis:
+            fix = "Each worker counts for itself, and a restart forgets: give the app a Redis."
+            found.append(Finding("rules", "warn", f"{listed}: counted in the app's process (memory://)", fix))
+            continue
+        where = manager.address
+        server = next((server for server in servers if server.where == where), None)
+        text = f"{listed}: counted in {where}"
+        if server is not None and server.name.startswith(RULES):
+            text += ", which the app names itself"
+        found.append(Finding("rules", "ok", text, server=server.name if server is not None else ""))
+    if not limits:
+        found.append(Finding("rules", "warn", "nothing limits this app", NOTHING_LIMITS))
+    return found
 
 
 def tls_findings(server: Server) -> list[Finding]:

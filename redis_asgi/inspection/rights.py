@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from redis.asyncio.connection import parse_url
 from redis.exceptions import ResponseError
 
-from ..errors import Failure, classify
+from ..errors import Failure, classify, is_unknown_command
 from ..settings import Settings
 
 Run: TypeAlias = Callable[..., Awaitable[Any]]
@@ -203,7 +203,7 @@ def _trials(
 def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> Missing | None:
     text = str(error)
     failure = classify(error)
-    if "unknown command" in text.lower():
+    if is_unknown_command(error):
         return Missing(f"+{command}", Failure.REPLY, "unknown command")
     if failure is Failure.PERMISSION:
         if "permissions to access" in text.lower():

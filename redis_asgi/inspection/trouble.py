@@ -13,7 +13,7 @@ from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisClusterException, RedisError
 
 from ..client import describe
-from ..errors import Failure, classify
+from ..errors import Failure, classify, is_unknown_command
 from ..events import REASONS
 from ..names import names
 from ..sentinels import SentinelRefusal
@@ -132,7 +132,7 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.PERMISSION and denied:
         fix = f"As an administrator: ACL SETUSER {user_of(settings)} +{denied}. `redis-asgi acl` prints all it takes."
         return Trouble(f"{where} lets us in, but not run {denied}", fix)
-    if "cluster" in text and ("not enabled" in text or "disabled" in text):
+    if settings.REDIS_CLUSTER and any(words in text for words in ("not enabled", "disabled", "not allowed")):
         return Trouble(f"{where} is no cluster", "Unset REDIS_CLUSTER.")
     covered = re.search(r"(\d+) of (\d+)", text)
     if failure is Failure.CLUSTER and covered:
@@ -144,7 +144,7 @@ def _refused(error: BaseException, failure: Failure, settings: Settings, where: 
     if failure is Failure.CLUSTER:
         fix = "Check the address, that the nodes run, and CLUSTER INFO."
         return Trouble(f"the cluster of {where} does not answer", fix)
-    if "unknown command" in text:
+    if is_unknown_command(error):
         fix = "Undo the rename-command of its configuration, or choose a server that has it."
         return Trouble(f"{where} does not know a command that it takes", fix)
     answers = {

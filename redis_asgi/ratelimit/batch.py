@@ -276,6 +276,7 @@ class Batcher:
             counters += check.charges.counters
             patience = max(patience, check.timeout)
         if not taken:
+            self.breaker.withdrawn()
             return None
         batch = Batch(taken, now, now + 2 * patience)
         self._written = now
@@ -369,9 +370,12 @@ class Batcher:
         now = self.loop.time()
         late, rest = _split(self._waiting, now)
         self._wait_on(rest)
-        # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
-        if late and not self._sent and self.breaker.state == "closed":
-            self.breaker.failed(self._wire.lacks())
+        if late and not self._sent:
+            if self.breaker.state == "closed":
+                self.breaker.failed(self._wire.lacks())
+            else:
+                # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+                self.breaker.withdrawn()
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):

@@ -26,6 +26,7 @@ from .local import LocalEngine
 from .policy import MICROSECONDS, Charge, Charges, Partition, PolicySet, log_key
 from .refusals import Refusal, RefusalMemory
 from .strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
+from .wires import NOTHING_ASKED
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -163,6 +164,7 @@ class Engine:
         names_are_fixed: bool = True,
     ) -> None:
         self.manager = manager
+        manager.needs = NOTHING_ASKED
         self.counts = Counts()
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings

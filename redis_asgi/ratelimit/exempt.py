@@ -47,12 +47,16 @@ class Exemptions:
         if not self._has_looked:
             self._has_looked = True
             self.any = bool(self._paths or self._says_so or self._routing.has_pages)
-        if self._routing.is_page(scope) or (self._paths and self._is_exempt_path(scope)):
+        if self.cover_path(scope):
             return True
         if self._says_so is None:
             return False
         said = self._says_so(HTTPConnection(scope))
         return bool(await said if isawaitable(said) else said)
+
+    def cover_path(self, scope: Scope) -> bool:
+        """Whether a request is left alone for its path, whatever a callable would say."""
+        return self._routing.is_page(scope) or bool(self._paths and self._is_exempt_path(scope))
 
     def _is_exempt_path(self, scope: Scope) -> bool:
         path = self._routing.path(scope)

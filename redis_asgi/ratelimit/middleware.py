@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, offer_manager, resolve_manager
-from ..event_loop import running_loop
+from ..event_loop import check_at_start, running_loop
 from ..misuse import check_app, constructor_says_what_was_meant
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
@@ -23,6 +23,7 @@ from .engine import Engine, Verdict
 from .exempt import Exempt, Exemptions
 from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
 from .lint import Linter
+from .overview import Protection
 from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
 from .policy import Charges
 from .request import RuleCheck
@@ -164,6 +165,10 @@ class RateLimitMiddleware(Covering):
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
 
+    def in_force(self) -> Protection:
+        """What it limits, for who asks from outside of a request."""
+        return Protection(self._engine, self._rules, self._routing, self._exemptions)
+
     def coverage(self) -> Coverage:
         """Its rules, and what they leave alone; `document_limits` asks for it."""
         return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
@@ -220,13 +225,7 @@ class RateLimitMiddleware(Covering):
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
-        try:
-            running_loop()
-        except RuntimeError as error:
-            await receive()
-            # A server takes an app that only raises for one without a lifespan, and serves it.
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            raise
+        await check_at_start(receive, send)
         holding = False
 
         async def starting() -> Message:

@@ -114,7 +114,7 @@ class RateLimit:
         )
         if callable(cost):
             check_callable("cost", cost, "conn", "cost=lambda conn: 2")
-        self._cost = cost
+        self.cost = cost
         self._redis = redis
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
@@ -176,8 +176,8 @@ class RateLimit:
         Raises:
             MissingIdentity: The identity is missing and must not be.
         """
-        engine = self._engine_for(conn.scope, decision_of(conn.scope))
-        return engine, await self._charge(self._compile(engine, self.name_at(endpoint), place), conn)
+        engine = self.engine_for(conn.scope)
+        return engine, await self._charge(self.compiled(engine, endpoint, place), conn)
 
     def settings_under(self, settings: Settings | None) -> Settings:
         """What it goes by below a middleware of *settings*; ``None`` = there is none."""
@@ -201,8 +201,10 @@ class RateLimit:
         """What its rule is called in front of *endpoint*."""
         return self._rule.name or endpoint_name(endpoint)
 
-    def _engine_for(self, scope: Scope, decision: RequestDecision | None) -> Engine:
+    def engine_for(self, scope: Scope) -> Engine:
+        """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
         if self._redis is None and self._settings is None:
+            decision = decision_of(scope)
             if decision is not None:
                 return decision.ledger.verdicts[0].engine
             standby: Standby | None = scope.get(STANDBY)
@@ -214,7 +216,9 @@ class RateLimit:
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         return self._engine
 
-    def _compile(self, engine: Engine, name: str, place: int) -> CompiledRule:
+    def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:
+        """Its rule in front of *endpoint*, at its *place* among the limits there."""
+        name = self.name_at(endpoint)
         rules = self._compiled.setdefault(engine, {})
         rule = rules.get((name, place))
         if rule is None:
@@ -241,9 +245,9 @@ class RateLimit:
         if found is None:
             return None
         policies, partition = found
-        said = self._cost(conn) if callable(self._cost) else self._cost
+        said = self.cost(conn) if callable(self.cost) else self.cost
         cost = check_cost(await said if isawaitable(said) else said)
-        if callable(self._cost):
+        if callable(self.cost):
             rule.note_cost(policies, cost)
         return rule.charge(policies, partition, cost)
 
@@ -388,10 +392,15 @@ def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[R
     return decorate
 
 
+def stack_of(endpoint: object) -> tuple[object, tuple[Placed, ...]]:
+    """The endpoint within its `rate_limit` decorators, and their limits, none for a plain one."""
+    _, within, limits = getattr(endpoint, _STACK, (None, endpoint, ()))
+    return within, limits
+
+
 def limits_of(endpoint: object) -> tuple[RateLimit, ...]:
     """The limits that `rate_limit` has put in front of *endpoint*."""
-    _, _, placed = getattr(endpoint, _STACK, (None, None, ()))
-    return tuple(limit for limit, _ in placed)
+    return tuple(limit for limit, _ in stack_of(endpoint)[1])
 
 
 def _returns_a_response(limits: object) -> bool:

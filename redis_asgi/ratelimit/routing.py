@@ -90,7 +90,7 @@ class Routing:
         found = list(islice(_below(self._app), _MOST_APPS))
         roots = [root for _, app in found if (root := _root_of(app))]
         self._roots = tuple(dict.fromkeys(roots))
-        self._mounts = next((_mounts_of(app) for _, app in found if _routes_of(app) is not None), [])
+        self._mounts = next((_mounts_of(app) for _, app in found if routes_of(app) is not None), [])
         # Of the app itself, which replaces what the server says; those of mounted ones matter below their mount only.
         self._own_root = next((root for prefix, app in found if prefix is None and (root := _root_of(app))), "")
         self._pages = frozenset(
@@ -109,9 +109,9 @@ def inwards(app: object) -> Iterator[object]:
         if app is None:
             return
         yield app
-        if isinstance(app, SubApp) or _routes_of(app) is not None:
+        if isinstance(app, SubApp) or routes_of(app) is not None:
             return
-        app = _inner(app)
+        app = inner_app(app)
 
 
 def _below(app: object, prefix: str | None = None, depth: int = 0) -> Iterator[tuple[str | None, object]]:
@@ -122,11 +122,11 @@ def _below(app: object, prefix: str | None = None, depth: int = 0) -> Iterator[t
         yield prefix, app
         if isinstance(app, SubApp):
             return
-        if _routes_of(app) is not None:
+        if routes_of(app) is not None:
             for route in _mounts_of(app) if depth < _DEEPEST else ():
                 yield from _below(route.app, (prefix or "") + route.path, depth + 1)
             return
-        app = _inner(app)
+        app = inner_app(app)
 
 
 def _answers(app: object, method: str, path: str) -> object:
@@ -136,12 +136,12 @@ def _answers(app: object, method: str, path: str) -> object:
     for _ in range(_DEEPEST):
         if app is None or isinstance(app, SubApp):
             return app
-        if (routes := _routes_of(app)) is not None:
+        if (routes := routes_of(app)) is not None:
             if mounted and (root := _root_of(app)):
                 scope["root_path"] = root  # for the outermost one *path* is below its root already
             app, mounted = _first_mount(routes, scope), True
         else:
-            app = _inner(app)
+            app = inner_app(app)
     return None
 
 
@@ -166,9 +166,9 @@ def _prefixes(mounts: list[Mount], path: str, depth: int = 0) -> Iterator[str]:
             yield prefix
             app: object = mount.app
             for _ in range(_DEEPEST):
-                if app is None or _routes_of(app) is not None:
+                if app is None or routes_of(app) is not None:
                     break
-                app = _inner(app)
+                app = inner_app(app)
             yield from (prefix + further for further in _prefixes(_mounts_of(app), path, depth + 1))
 
 
@@ -177,20 +177,22 @@ def _listed(app: object, name: str) -> list[Any]:
     return listed if isinstance(listed, list) else []
 
 
-def _routes_of(app: object) -> list[Any] | None:
+def routes_of(app: object) -> list[Any] | None:
+    """The routes of an app or a router; ``None`` for what is neither."""
     routes = getattr(app, "routes", None)
     return routes if isinstance(routes, list) else None
 
 
 def _mounts_of(app: object) -> list[Mount]:
-    return [route for route in _routes_of(app) or () if isinstance(route, Mount)]
+    return [route for route in routes_of(app) or () if isinstance(route, Mount)]
 
 
-def _inner(app: object) -> object:
+def inner_app(app: object) -> object:
+    """What a middleware wraps, wherever it keeps that; ``None`` when it is none."""
     return next((inner for name in _INNER if (inner := getattr(app, name, None)) is not None), None)
 
 
 def _root_of(app: object) -> str:
     """The ``root_path`` that an app sets by itself, as ``FastAPI(root_path=...)`` does; empty for none."""
-    root = getattr(app, "root_path", "") if _routes_of(app) is not None else ""
+    root = getattr(app, "root_path", "") if routes_of(app) is not None else ""
     return root if isinstance(root, str) else ""

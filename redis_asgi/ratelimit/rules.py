@@ -223,6 +223,7 @@ class CompiledRule:
         name: str = DEFAULT_NAME,
         named: tuple[str, str] | None = None,
     ) -> None:
+        self.written = rule
         self.name = rule.name or name
         self.cost = rule.cost
         self.count_if = rule.count_if
@@ -230,8 +231,8 @@ class CompiledRule:
         self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
         self._addressing = addressing
         self._limits = rule.limits
-        self._strategy: StrategyName = rule.strategy or strategy
-        self._shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
+        self.strategy: StrategyName = rule.strategy or strategy
+        self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
         self.everywhere = not self._paths and self._methods is None
@@ -295,7 +296,7 @@ class CompiledRule:
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""
         limits = parse_limits(self._default_limits)
-        if self._strategy == "moving-window":
+        if self.strategy == "moving-window":
             limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
         return self._make("; ".join(map(str, limits)))
 
@@ -305,15 +306,15 @@ class CompiledRule:
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
         name, ending = self._named
-        policies = make_policies(name, notation, self._strategy, self._shadow, least=least, ending=ending)
-        if self._strategy == "sliding-window-counter" and not self._has_warned:
+        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
+        if self.strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
 
     @property
     def statuses(self) -> frozenset[int]:
         """What it may answer in place of the app."""
-        enforces = not self._shadow
+        enforces = not self.shadow
         found = {
             429: enforces and self.cost != 0,
             503: enforces and self.on_redis_error == "closed",

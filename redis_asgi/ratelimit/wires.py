@@ -33,6 +33,10 @@ SCRIPT = _load_script()
 SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 
 
+# The script with nothing to decide: whether it may be called, and once it is loaded whether it runs.
+NOTHING_ASKED = (b"EVALSHA", SCRIPT_SHA, b"0", b"")
+
+
 def _arguments(checks: Sequence[Check], clock: int | None) -> list[bytes | int]:
     """What follows the script in a command for *checks*: number of keys, keys, clock, questions."""
     keys: list[bytes] = []

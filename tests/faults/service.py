@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Endpoints:
         return source
 
     async def limited(self, request: Request) -> Response:
-        return Response(b"ok", headers={"x-source": self.note(request)})
+        return Response(b"ok", headers={"x-source": self.note(request), "x-at": f"{time.monotonic()}"})
 
     async def upload(self, request: Request) -> Response:
         source = self.note(request)
@@ -84,8 +85,8 @@ class Endpoints:
         return JSONResponse({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
     async def process(self, _request: Request) -> Response:
-        """What this process holds."""
-        return JSONResponse(held())
+        """What this process holds, and its time."""
+        return JSONResponse(held(), headers={"x-at": f"{time.monotonic()}"})
 
 
 def held() -> dict[str, int]:

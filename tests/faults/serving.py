@@ -63,6 +63,8 @@ def serving(redis_url: str, folder: Path, *, workers: int, quota: int, **environ
     }
     command = [sys.executable, "-m", "uvicorn", "--factory", "tests.faults.service:served", "--port", str(port)]
     command += ["--workers", str(workers), "--no-access-log", "--log-level", "warning"]
+    # Its five seconds are what httpx keeps an idle connection, too: one might be closed while a request is on its way.
+    command += ["--timeout-keep-alive", "75"]
     # Not what else is installed: uvloop raises for what is written to a client who has gone.
     command += ["--loop", "asyncio", "--http", "h11"]
     with (folder / "uvicorn.log").open("wb") as log:

@@ -176,7 +176,6 @@ class _Story:
     async def run(self) -> None:
         row, told = self.row, self.told
         async with FaultProxy(self.server.host, self.server.port) as proxy, Control() as self.control:
-            scene = Scene(self.server, proxy)
             url = row.url.format(address=f"127.0.0.1:{proxy.port}")
             self.settings = Settings(
                 REDIS_URL=url,
@@ -188,6 +187,7 @@ class _Story:
                 **row.settings,
             )
             self.manager = RedisManager(self.settings)
+            scene = Scene(self.server, proxy, self.manager)
             self.app = build(self.manager, Endpoints())
             await row.before(scene)
             if row.from_start:

@@ -1,4 +1,9 @@
-"""Every way in which Redis can be ill, one row each: how it comes about and ends, and what is promised meanwhile."""
+"""Every way in which one Redis can be ill, one row each: how it comes about and ends, and what is promised meanwhile.
+
+A failover of sentinels, and nodes and slots of a cluster, are in ``test_topology``; clients of another event loop and
+forked processes, where nothing of Redis is ill, in ``tests/test_connection.py``, ``tests/test_names.py`` and
+``tests/test_telemetry.py``.
+"""
 
 import asyncio
 import contextlib
@@ -11,6 +16,8 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from redis_asgi import RedisManager
+
 from ..kit.proxy import FaultProxy, Mode
 from ..kit.servers import SLOTS, Server, wait_until
 
@@ -21,10 +28,11 @@ DEADLINE, LONG = 0.2, 1.0
 
 @dataclass
 class Scene:
-    """What a row may break: the server, the way to it, and whatever it has to put right again."""
+    """What a row may break: the server, the way to it, the app's own client, and whatever it has to put right again."""
 
     server: Server
     proxy: FaultProxy
+    manager: RedisManager
     undo: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     def disconnect(self) -> None:
@@ -67,6 +75,7 @@ class Row:
         from_start: The app has never seen Redis well.
         patience: Seconds that a request waits for Redis; ``None``: no longer than it takes to tell.
         slow: It takes seconds, for what its server or its machine does.
+        before_7: What is otherwise on Redis 6.2; ``None``: it cannot be brought about there.
     """
 
     inject: Step
@@ -87,11 +96,17 @@ class Row:
     from_start: bool = False
     patience: float | None = None
     slow: bool = False
+    before_7: Mapping[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether nothing tells that Redis is ill, but that it does not answer."""
+        return self.reason in ("timeout", "pool")
 
     @property
     def deadline(self) -> float:
         """Seconds that a request waits for Redis."""
-        return self.patience or (DEADLINE if self.reason == "timeout" else LONG)
+        return self.patience or (DEADLINE if self.is_waited_for else LONG)
 
 
 def way(mode: Mode, **options: Any) -> Step:
@@ -188,6 +203,7 @@ def _says(server: Server, word: str) -> bool:
 
 async def fail_to_save(scene: Scene) -> None:
     """A snapshot that cannot be written stops the writes."""
+    scene.server.command("CONFIG", "SET", "save", "3600 1")
     scene.server.folder.joinpath("dump.rdb").mkdir()
     scene.server.client().set("x", "1")
     with contextlib.suppress(Exception):
@@ -211,6 +227,28 @@ async def own_slots(scene: Scene) -> None:
     await asyncio.to_thread(scene.server.own_all_slots)
 
 
+async def hold_all_connections(scene: Scene) -> None:
+    """The app's own blocking command has the only connection."""
+    client: Any = await scene.manager.get_connection()
+    blocking = asyncio.create_task(client.blpop("nothing", 0))
+    await asyncio.to_thread(wait_until, lambda: _blocked(scene.server), "a blocked client")
+
+    async def end() -> None:
+        scene.server.command("LPUSH", "nothing", "x")
+        await blocking
+
+    scene.undo.append(end)
+
+
+def _blocked(server: Server) -> bool:
+    return bool(server.client().info("clients")["blocked_clients"])
+
+
+async def let_go_of_them(scene: Scene) -> None:
+    """It is answered."""
+    await scene.undo.pop()()
+
+
 async def forget_the_user(scene: Scene) -> None:
     """The app's password is another now; whoever is logged in is logged out."""
     scene.server.command("ACL", "SETUSER", USER, "resetpass", ">another")
@@ -228,22 +266,8 @@ _odd = partial(
 _fine = partial(Row, reason=None, health=None, breaker="closed", cache="works", log=())
 _probes_work = partial(Row, health="breaker_open", pings=True)
 
-ROWS: dict[str, Row] = {
-    # on the way
-    "refused": Row(way("refuse"), well),
-    "refused from the start": Row(way("refuse"), well, from_start=True),
-    "reset": Row(way("reset"), well),
-    "closed instead of replies": Row(way("cut_replies"), well),
-    "torn replies": Row(way("torn_replies"), well),
-    "one byte and silence": Row(way("begun_replies"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
-    "black hole": Row(way("blackhole"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
-    "black hole from the start": Row(way("blackhole"), well, reason="timeout", health="redis_timeout", from_start=True),
-    "lost replies": Row(way("drop_replies"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
-    "too slow": Row(way("delay", seconds=3 * DEADLINE), well, reason="timeout", also=BEHIND, health="redis_timeout"),
-    "slow": _fine(way("delay", seconds=DEADLINE / 10), well),
-    "replies in single bytes": _fine(way("chunk"), well),
-    "a name without an address": Row(nothing, None, url=f"redis://{USER}:{SECRET}@nowhere.invalid", from_start=True),
-    # the server
+# What the server itself does: on every version alike.
+OF_THE_SERVER: dict[str, Row] = {
     "killed": Row(kill, start_again, keeps=False),
     "killed under way": Row(pause, start_again, meanwhile=kill_under_way, keeps=False),
     "hung": Row(pause, resume, reason="timeout", also=BEHIND, health="redis_timeout"),
@@ -255,6 +279,7 @@ ROWS: dict[str, Row] = {
         health="redis_loading",
         keeps=False,
         arguments=("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024"),
+        before_7=None,
     ),
     "busy": Row(be_busy, stop_being_busy, reason="busy", health="redis_busy", arguments=("--lua-time-limit", "1")),
     "no password": Row(
@@ -308,13 +333,14 @@ ROWS: dict[str, Row] = {
         reason="cluster",
         health="redis_cluster",
         arguments=("--replica-serve-stale-data", "no"),
+        # It answers a PING.
+        before_7={"health": "redis_readonly"},
     ),
     "no snapshot": Row(
         fail_to_save,
         command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no"),
         reason="readonly",
         health="redis_readonly",
-        arguments=("--save", "3600 1"),
     ),
     "too few replicas": _probes_work(
         command("CONFIG", "SET", "min-replicas-to-write", 1),
@@ -344,15 +370,10 @@ ROWS: dict[str, Row] = {
         slow=True,
     ),
     "script cache flushed": _fine(command("SCRIPT", "FLUSH")),
-    # replies of another shape, to whatever was asked
-    "a number for a reply": _odd(way("answer", reply=b":42\r\n"), well),
-    "OK for a reply": _odd(way("answer", reply=b"+OK\r\n"), well),
-    "nothing for a reply": _odd(way("answer", reply=b"*-1\r\n"), well),
-    "an empty list for a reply": _odd(way("answer", reply=b"*0\r\n"), well),
-    "another protocol": Row(way("answer", reply=b"HTTP/1.1 400 Bad Request\r\n\r\n"), well),
-    # settings
     "a database that is not there": _odd(nothing, None, url="redis://{address}/99", from_start=True),
-    "no EVALSHA": _odd(nothing, None, cache="works", arguments=("--rename-command", "EVALSHA", ""), from_start=True),
+    "no EVALSHA": _odd(
+        nothing, None, pings=True, cache="works", arguments=("--rename-command", "EVALSHA", ""), from_start=True
+    ),
     "no MGET": _odd(
         nothing,
         None,
@@ -361,6 +382,39 @@ ROWS: dict[str, Row] = {
         health=None,
         arguments=("--rename-command", "MGET", ""),
         from_start=True,
+    ),
+}
+
+OF_ALL_ELSE: dict[str, Row] = {
+    # on the way
+    "refused": Row(way("refuse"), well),
+    "refused from the start": Row(way("refuse"), well, from_start=True),
+    "reset": Row(way("reset"), well),
+    "closed instead of replies": Row(way("cut_replies"), well),
+    "torn replies": Row(way("torn_replies"), well),
+    "one byte and silence": Row(way("begun_replies"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
+    "black hole": Row(way("blackhole"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
+    "black hole from the start": Row(way("blackhole"), well, reason="timeout", health="redis_timeout", from_start=True),
+    "lost replies": Row(way("drop_replies"), well, reason="timeout", also=BEHIND, health="redis_timeout"),
+    "too slow": Row(way("delay", seconds=3 * DEADLINE), well, reason="timeout", also=BEHIND, health="redis_timeout"),
+    "slow": _fine(way("delay", seconds=DEADLINE / 10), well),
+    "replies in single bytes": _fine(way("chunk"), well),
+    "a name without an address": Row(nothing, None, url=f"redis://{USER}:{SECRET}@nowhere.invalid", from_start=True),
+    # replies of another shape, to whatever was asked
+    "a number for a reply": _odd(way("answer", reply=b":42\r\n"), well),
+    "OK for a reply": _odd(way("answer", reply=b"+OK\r\n"), well),
+    "nothing for a reply": _odd(way("answer", reply=b"*-1\r\n"), well),
+    "an empty list for a reply": _odd(way("answer", reply=b"*0\r\n"), well),
+    "another protocol": Row(way("answer", reply=b"HTTP/1.1 400 Bad Request\r\n\r\n"), well),
+    # at this end
+    "all connections in use": Row(
+        hold_all_connections,
+        let_go_of_them,
+        reason="pool",
+        health=None,
+        breaker="closed",
+        log=("command_failed",),
+        settings={"REDIS_POOL_SIZE": 1},
     ),
     "a plain server for TLS": Row(
         nothing,
@@ -375,9 +429,4 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-EVERY_TEST = frozenset(["*"])
-# What a row promises and the package does not keep yet: tests by row, left out until it does. To be empty.
-NOT_YET: dict[str, frozenset[str]] = {
-    # Health asks with a PING, which is answered.
-    "no EVALSHA": frozenset(["test_health_names_the_reason", "test_operators_pages_answer"]),
-}
+ROWS = OF_THE_SERVER | OF_ALL_ELSE

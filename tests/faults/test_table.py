@@ -34,7 +34,7 @@ def test_nobody_waits_longer_than_the_deadline(told: Told) -> None:
     slack = 3 * (told.during.worst + work)
 
     # What can be known is not waited for.
-    most = told.row.deadline if told.row.reason == "timeout" else told.row.deadline / 2
+    most = told.row.deadline if told.row.is_waited_for else told.row.deadline / 2
     assert told.during.slowest < most + slack
     assert told.during.pages["/health/live"].seconds < slack
     assert all(answer.seconds < 0.5 + 0.1 + slack for answer in told.during.pages.values())

@@ -569,13 +569,27 @@ async def test_cluster_or_not(private_cluster: Cluster, redis_url: str) -> None:
     """A node of a cluster taken for a server alone, a server alone for a cluster, and slots that nobody serves."""
     alone = await wrong(REDIS_URL=private_cluster.url)
     assert alone[0].fix == "Set REDIS_CLUSTER=true."
-    assert (await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)).fix == "Unset REDIS_CLUSTER."
+    single = await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)
+    assert ("warn", "cluster") == (single.level, single.check)
+    assert single.fix.startswith("Unset REDIS_CLUSTER")
+    nodes = {"REDIS_CLUSTER_NODES": [redis_url.removeprefix("redis://").split("/")[0], "127.0.0.1:1"]}
+    assert (await the_only(REDIS_CLUSTER=True, **nodes)).fix == "Unset REDIS_CLUSTER."
 
     for node in private_cluster.nodes:
         with suppress(redis.exceptions.ResponseError):  # it has heard so from another one
             node.command("CLUSTER", "DELSLOTS", *range(16_000, 16_384))
     found = await the_only(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)
     assert "16000 of 16384 slots" in found.text
+
+
+async def test_a_node_that_says_nothing_of_its_cluster(private_cluster: Cluster, private_server: StartServer) -> None:
+    """Whether it has all keys is found out by asking for some."""
+    one = private_server("--cluster-enabled", "yes")
+    one.own_all_slots()
+    for server, level in ((one, "warn"), (private_cluster.nodes[0], "fail")):
+        server.command("ACL", "SETUSER", "default", "-cluster")
+        found = await wrong(REDIS_URL=server.url)
+        assert (level, "Set REDIS_CLUSTER=true.") == (found[0].level, found[0].fix)
 
 
 async def test_sentinels(sentinels: SentinelTrio) -> None:

@@ -24,6 +24,8 @@ Faults on the way (``proxy``)
 A browser (``browser``)
     ``with Browser(binary) as it``   a real Chromium, headless: ``visit(url) run(script) screenshot(path)
                                      resize(w, h) prefer(scheme)``; ``served(app)`` gives it something to look at
+Time (``fair_time``)
+    ``fair_time()``                  seconds without those for which the process waited for a core: for upper bounds
 Processes (``processes``)
     ``run_python(code)``             a script under ``-W error -X dev`` with a clean environment
 

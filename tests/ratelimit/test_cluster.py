@@ -1,7 +1,6 @@
 """Redis Cluster: limits hold across slots and nodes, and a node that dies takes only its own clients along."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from redis_asgi.ratelimit.engine import Engine, Verdict
 from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, Unread, make_partition
 from redis_asgi.settings import StrategyName
 
+from ..kit.fair_time import fair_time
 from ..kit.servers import SLOTS, Cluster, Server
 from .histories import policy
 
@@ -242,9 +242,9 @@ async def ask_all(limiter: RateLimiter, names: Sequence[str]) -> tuple[list[Deci
 
     async def ask(name: str) -> Decision:
         nonlocal slowest
-        started = time.monotonic()
+        started = fair_time()
         decision = await limiter.consume(name, "1000/hour")
-        slowest = max(slowest, time.monotonic() - started)
+        slowest = max(slowest, fair_time() - started)
         return decision
 
     return list(await asyncio.gather(*(ask(name) for name in names))), slowest

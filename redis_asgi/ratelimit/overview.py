@@ -1,0 +1,123 @@
+"""What is in force of a middleware's rules and a route's limits, for who asks without a request."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Scope
+
+from ..connection import RedisManager
+from ..settings import OnRedisError, Settings, StrategyName
+from .engine import Engine
+from .exempt import Exemptions
+from .ledger import STANDBY, Standby
+from .policy import Policy
+from .route import Placed, RateLimit
+from .routing import Routing
+from .rules import CompiledRule
+
+
+@dataclass(frozen=True, slots=True)
+class LimitInForce:
+    """One rule, or the limit of a route.
+
+    Attributes:
+        name: The rule's.
+        limits: Its notation; ``None`` when a callable says it for each request.
+        by: Who shares a counter: ``ip``, ``header:NAME``, ``user`` or ``custom``.
+        strategy: How it is counted.
+        cost: Units of a request; ``None`` when a callable says it.
+        paths: Patterns, or the one path of a route; ``None`` = every path.
+        methods: ``None`` = every method.
+        shadow: Whether it only watches.
+        on_redis_error: What it does while Redis does not answer.
+        policies: What is counted; empty when a callable says it.
+        manager: Which Redis it is counted in.
+        settings: Those it was built with.
+    """
+
+    name: str
+    limits: str | None
+    by: str
+    strategy: StrategyName
+    cost: int | None
+    paths: tuple[str, ...] | None
+    methods: tuple[str, ...] | None
+    shadow: bool
+    on_redis_error: OnRedisError
+    policies: tuple[Policy, ...] = field(repr=False)
+    manager: RedisManager = field(repr=False)
+    settings: Settings = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What one middleware limits.
+
+    Attributes:
+        engine: The one that decides.
+        rules: Its rules, in their order.
+    """
+
+    engine: Engine
+    rules: Sequence[CompiledRule]
+    routing: Routing
+    exemptions: Exemptions
+
+    def limits(self, rules: Iterable[CompiledRule] | None = None) -> list[LimitInForce]:
+        """All of them, or those of *rules*."""
+        return [_in_force(rule, self.engine) for rule in (self.rules if rules is None else rules)]
+
+    def limits_of(self, scope: Scope) -> list[LimitInForce] | None:
+        """Those that cover a request; ``None`` where it is exempt, by its path, from all of them.
+
+        What a callable says (``exempt=``, a partition or limits of ``None``) is not asked.
+        """
+        if self.exemptions.cover_path(scope):
+            return None
+        spelled = self.routing.spellings(scope)
+        return self.limits(rule for rule in self.rules if rule.covers(scope, spelled))
+
+
+def limits_of_route(
+    placed: Iterable[Placed], endpoint: object, path: str, methods: Sequence[str], around: Engine | None
+) -> list[LimitInForce]:
+    """The limits in front of an endpoint.
+
+    Args:
+        placed: As `RateLimit` itself knows them.
+        around: The engine of the outermost middleware, which decides for limits without a Redis of their own.
+    """
+    scope: dict[str, Any] = {} if around is None else {STANDBY: Standby(around, sees_end=False)}
+    found = []
+    for limit, place in placed:
+        engine = limit.engine_for(scope)
+        rule = limit.compiled(engine, endpoint, place)
+        cost = None if callable(limit.cost) else limit.cost
+        found.append(_in_force(rule, engine, paths=(path,), methods=tuple(methods), cost=cost))
+    return found
+
+
+def limits_among(calls: Iterable[object]) -> list[Placed]:
+    """Those of *calls*, FastAPI's dependencies of a route, that are limits, each with its place."""
+    return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
+
+
+def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInForce:
+    written: dict[str, Any] = {
+        "cost": rule.cost if isinstance(rule.cost, int) else None,
+        "paths": rule.written.paths,
+        "methods": rule.written.methods,
+    }
+    return LimitInForce(
+        name=rule.name,
+        limits=rule.written.limits if isinstance(rule.written.limits, str) else None,
+        by=rule.partition.kind,
+        strategy=rule.strategy,
+        shadow=rule.shadow,
+        on_redis_error=rule.on_redis_error,
+        policies=tuple(rule.policies or ()),
+        manager=engine.manager,
+        settings=engine.settings,
+        **{**written, **of_route},
+    )
