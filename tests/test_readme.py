@@ -3,6 +3,20 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware, Settings, by_user
 
 from .benchmarks.chart import on_page, text_of
 from .kit.documents import GUIDES, README, ROOT, section, table
@@ -94,3 +108,60 @@ def test_chart_is_of_the_figures_kept() -> None:
     for bar in lines:
         name, _, value = bar.strip().rpartition(" ")
         assert not value.isdigit() or f">{value}</text>" in picture, name
+
+
+class Named(AuthenticationBackend):
+    """Believes the name that a client says."""
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
+        return AuthCredentials(), SimpleUser(conn.headers["authorization"])
+
+
+async def embeddings(request: Request) -> JSONResponse:
+    """One vector, large enough for an answer to be compressed."""
+    await request.json()
+    data = [{"object": "embedding", "index": 0, "embedding": [0.5] * 1536}]
+    return JSONResponse(
+        {"object": "list", "data": data, "model": "m", "usage": {"prompt_tokens": 2, "total_tokens": 2}}
+    )
+
+
+@pytest.mark.anyio
+async def test_order_of_middlewares_is_right(settings: Settings) -> None:
+    """Added in that order: users are known, hits are counted and compressed, and a page may read the 429."""
+    (text,) = README.sections("## The order of middlewares")
+    options: dict[str, dict[str, Any]] = {
+        "EmbeddingCacheMiddleware": {"namespace": "m", "settings": settings},
+        "RateLimitMiddleware": {"limits": "2/minute", "partition_by": by_user, "settings": settings},
+        "AuthenticationMiddleware": {"backend": Named()},
+        "GZipMiddleware": {},
+        "CORSMiddleware": {"allow_origins": ["*"], "expose_headers": ["RateLimit"]},
+    }
+    classes = {
+        one.__name__: one
+        for one in (
+            EmbeddingCacheMiddleware,
+            RateLimitMiddleware,
+            AuthenticationMiddleware,
+            GZipMiddleware,
+            CORSMiddleware,
+        )
+    }
+    names = [re.findall(r"\w+Middleware", row[1])[0] for row in table(text)]
+    app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])
+    for name in names:
+        app.add_middleware(classes[name], **options[name])
+    answers = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        for user in ("ada", "ada", "ada", "bob"):
+            headers = {"authorization": user, "origin": "https://example.com"}
+            body = {"model": "m", "input": "a text"}
+            answers.append(await client.post("/v1/embeddings", json=body, headers=headers))
+
+    assert list(options) == names
+    assert [200, 200, 429, 200] == [answer.status_code for answer in answers]
+    assert "; hit;" in answers[1].headers["cache-status"]
+    assert "gzip" == answers[1].headers["content-encoding"]
+    assert ["*", "RateLimit"] == [
+        answers[2].headers[f"access-control-{name}"] for name in ("allow-origin", "expose-headers")
+    ]
