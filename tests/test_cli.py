@@ -990,7 +990,7 @@ def test_progress_is_for_terminals() -> None:
 
 def shown() -> list[tuple[str, str]]:
     """Each command line of the guide with what stands below it."""
-    text = section("## Command line")
+    text = section("## Command line") + section("## Capacity and persistence")
     blocks = re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     runs = [run for block in blocks for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     return [(line, said) for line, _, said in (run.partition("\n") for run in runs) if line.startswith("redis-asgi ")]

@@ -60,7 +60,7 @@ def test_configuration_table_is_what_settings_say() -> None:
     """The table is what `redis-asgi settings --markdown` writes, and every setting says what it means."""
     printed = CliRunner().invoke(command_line, ["settings", "--markdown"]).stdout
 
-    assert printed in section("## Configuration")
+    assert printed in section("## Every setting")
     assert all(field.description for field in Settings.model_fields.values())
 
 

@@ -92,7 +92,7 @@ def test_settings_are_told_with_their_defaults() -> None:
     """The settings that people set exist, and have those defaults."""
     (text,) = README.sections("## Ten settings")
     told = {row[0]: row[1] for row in table(text)}
-    defaults = {row[0]: row[2] for row in table(section("## Configuration"))}
+    defaults = {row[0]: row[2] for row in table(section("## Every setting"))}
 
     assert told == {name: defaults[name] for name in told}
     assert len(told) == 10
