@@ -90,6 +90,7 @@ class Notes:
         self._tick = tick
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
+        self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
         self._observed: deque[tuple[Callable[[float], None], float]] = deque()
 
     def count(self, what: Noted) -> None:
@@ -97,6 +98,16 @@ class Notes:
         counted = self._counted
         counted.append(what)
         waiting = len(counted)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
+        elif waiting >= _MOST_NOTES:
+            self.tell()
+
+    def add(self, *amounts: "tuple[Counter, float]") -> None:
+        """Count so much more of each counter. Call it in a loop that runs."""
+        added = self._added
+        added.append(amounts)
+        waiting = len(added)
         if waiting == 1:
             asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
         elif waiting >= _MOST_NOTES:
@@ -114,14 +125,18 @@ class Notes:
 
     def tell(self) -> None:
         """Tell the metrics."""
-        counted, observed = self._counted, self._observed
-        if counted or observed:
+        counted, added, observed = self._counted, self._added, self._observed
+        if counted or added or observed:
             self._tick(time.monotonic())
-        totals: dict[Noted, int] = {}
+        totals: dict[Noted, float] = {}
         with suppress(IndexError):  # another thread tells too
             while counted:
                 what = counted.popleft()
                 totals[what] = totals.get(what, 0) + 1
+        with suppress(IndexError):
+            while added:
+                for counter, amount in added.popleft():
+                    totals[counter] = totals.get(counter, 0) + amount
         for what, total in totals.items():
             for counter in what if isinstance(what, tuple) else (what,):
                 counter.inc(total)
@@ -133,6 +148,7 @@ class Notes:
     def drop(self) -> None:
         """Forget what was not told: somebody else tells it."""
         self._counted.clear()
+        self._added.clear()
         self._observed.clear()
 
 

@@ -15,7 +15,7 @@ from redis_asgi import Settings
 from redis_asgi.cli.commands import app as command_line
 from redis_asgi.events import explanations
 
-from .kit.documents import PAGES, ROOT, Page
+from .kit.documents import PAGES, ROOT, SOURCE, Page
 from .test_exports import PUBLIC_MODULES
 
 TEXT = "".join(page.text for page in PAGES)
@@ -73,6 +73,12 @@ def test_files_that_are_named_exist(page: Page) -> None:
     """A path in code font that begins in a folder of the repository leads to a file there."""
     for path in re.findall(r"`((?:examples|tests|redis_asgi)/[\w./]+)`", page.text):
         assert (ROOT / path).exists(), path
+
+
+def test_source_files_are_there() -> None:
+    """What the guide to the source names exists."""
+    for path in re.findall(r"`([a-z_./*]+\.(?:py|lua))`", SOURCE.text):
+        assert list(SOURCE.folder.glob(path)), path
 
 
 @pytest.mark.parametrize("module", PUBLIC_MODULES)
