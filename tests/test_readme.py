@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import HTTPException
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
 from starlette.middleware.authentication import AuthenticationMiddleware
@@ -17,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from redis_asgi import EmbeddingCacheMiddleware, RateLimitMiddleware, Settings, by_user
+from redis_asgi.testing import RateLimitClock
 
 from .benchmarks.chart import on_page, text_of
 from .kit.documents import GUIDES, README, ROOT, section, table
@@ -108,6 +112,69 @@ def test_chart_is_of_the_figures_kept() -> None:
     for bar in lines:
         name, _, value = bar.strip().rpartition(" ")
         assert not value.isdigit() or f">{value}</text>" in picture, name
+
+
+# six usual jobs
+
+
+def job(number: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the block of one job has made, on counters of its own."""
+    monkeypatch.setenv("REDIS_URL", "memory://")
+    monkeypatch.setenv("REDIS_KEY_PREFIX", f"job-{number}:")
+    (chapter,) = README.sections("## Six usual jobs")
+    codes = re.findall(r"^```python\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
+    module = types.ModuleType("job")
+    # Endpoints' annotations are looked up where they were defined.
+    monkeypatch.setitem(sys.modules, "job", module)
+    exec(compile(codes[number - 1], "README.md", "exec"), module.__dict__)  # noqa: S102 - our own README
+    return module.__dict__
+
+
+async def log_in(request: Request) -> None:
+    """Lets in whoever knows the password."""
+    if request.headers["x-password"] != "right":
+        raise HTTPException(401)
+
+
+async def ask(app: Any, method: str, path: str, times: int, **headers: str) -> list[httpx.Response]:
+    """The answers to so many equal requests, one after the other."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return [await client.request(method, path, headers=headers) for _ in range(times)]
+
+
+@pytest.mark.anyio
+async def test_jobs_are_done(monkeypatch: pytest.MonkeyPatch, rate_limit_clock: RateLimitClock) -> None:
+    """Each of the six does what is said of it."""
+    every = job(1, monkeypatch)["app"]
+    assert [404] * 20 + [429] == [each.status_code for each in await ask(every, "GET", "/", 21)]
+    assert [404] == [each.status_code for each in await ask(every, "GET", "/health/live", 1)]
+
+    login = job(2, monkeypatch)["app"]
+    login.add_api_route("/login", log_in, methods=["POST"])
+    right = await ask(login, "POST", "/login", 9, **{"x-password": "right"})
+    wrong = await ask(login, "POST", "/login", 6, **{"x-password": "wrong"})
+    assert [200] * 9 + [401] * 5 + [429] == [each.status_code for each in right + wrong]
+
+    plans = job(3, monkeypatch)["app"]
+    bob, ada, eve = [
+        await ask(plans, "GET", "/", 61, **{"x-api-key": f"key-of-{name}"}) for name in ("bob", "ada", "eve")
+    ]
+    assert [404, 429, 404, 404] == [each.status_code for each in (bob[59], bob[60], ada[60], eve[60])]
+
+    route = job(4, monkeypatch)["app"]
+    assert [200] * 5 + [429] == [each.status_code for each in await ask(route, "GET", "/report", 6)]
+
+    late = await ask(job(5, monkeypatch)["app"], "GET", "/story", 2)
+    assert ['"default";r=9999;t=60', '"default";r=9979;t=60'] == [each.headers["ratelimit"] for each in late]
+
+
+def test_limiter_of_the_last_job_decides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has a decision, and says what to do."""
+    assert job(6, monkeypatch)["decision"].allowed
+    assert "go\n" == capsys.readouterr().out
+
+
+# the order of middlewares
 
 
 class Named(AuthenticationBackend):
