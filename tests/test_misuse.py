@@ -228,6 +228,7 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("RateLimit cost takes nothing", lambda: RateLimit("5/minute", cost=lambda: 1), ["cost=<lambda>", "(conn)"]),
     ("@RateLimit(...)", lambda: RateLimit("5/minute")(index), ["no decorator", "@rate_limit('5/minute')"]),
     ("RateLimit as a type", lambda: endpoint_of(limit=RateLimit), ["Depends(RateLimit('5/minute'))"]),
+    ("RequestDecision as a type", lambda: endpoint_of(limit=redis_asgi.RequestDecision), ["limit: CurrentLimit"]),
     ("Depends(Rule)", lambda: depending(fastapi.Depends(Rule)), ["no dependency", "Depends(RateLimit('5/minute'))"]),
     ("Depends(RateLimiter)", lambda: depending(fastapi.Depends(RateLimiter)), ["clients choose", "Depends(lambda:"]),
     ("Depends(EmbeddingCache)", lambda: depending(fastapi.Depends(EmbeddingCache)), ["clients choose"]),

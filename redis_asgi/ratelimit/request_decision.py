@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
+from ..misuse import Uncalled
 from .decision import Decision, merged
 from .engine import Engine
 from .ledger import Ledger
@@ -38,6 +39,11 @@ class RequestDecision(Decision):
     __slots__ = ("first",)
 
     first: Verdict
+
+    # Where FastAPI takes it for a body, which no client sends.
+    __get_pydantic_core_schema__ = Uncalled(
+        "RequestDecision is what no request holds. Write limit: CurrentLimit, or take request.state.rate_limit."
+    ).__get_pydantic_core_schema__
 
     def __init__(self, first: Verdict) -> None:
         object.__setattr__(self, "first", first)
