@@ -37,7 +37,7 @@ PERSISTENCE = {
     "rdbcompression": "yes",
 }
 
-# Bytes, measured on Redis 7.0.15 with jemalloc (README.md, "What is in Redis"); the sizing below adds them up.
+# Bytes, measured on Redis 7.0.15 with jemalloc ("What is in Redis" in examples/production); the sizing adds them up.
 CLIENT_BYTES = 120  # MEMORY USAGE of one client's hash with one policy
 POLICY_BYTES = 40  # of each further policy in it
 KEYSPACE_BYTES = 77  # what a key with a TTL costs beside that: its places in two hash tables

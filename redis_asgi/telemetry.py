@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import repeat, starmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -90,13 +91,25 @@ class Notes:
         self._tick = tick
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
+        self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
         self._observed: deque[tuple[Callable[[float], None], float]] = deque()
+        self._telling = threading.Lock()
 
     def count(self, what: Noted) -> None:
         """Count one more of *what*: a counter, or several at once. Call it in a loop that runs."""
         counted = self._counted
         counted.append(what)
         waiting = len(counted)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
+        elif waiting >= _MOST_NOTES:
+            self.tell()
+
+    def add(self, *amounts: "tuple[Counter, float]") -> None:
+        """Count so much more of each counter. Call it in a loop that runs."""
+        added = self._added
+        added.append(amounts)
+        waiting = len(added)
         if waiting == 1:
             asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
         elif waiting >= _MOST_NOTES:
@@ -114,14 +127,14 @@ class Notes:
 
     def tell(self) -> None:
         """Tell the metrics."""
-        counted, observed = self._counted, self._observed
-        if counted or observed:
+        counted, added, observed = self._counted, self._added, self._observed
+        if counted or added or observed:
             self._tick(time.monotonic())
-        totals: dict[Noted, int] = {}
-        with suppress(IndexError):  # another thread tells too
-            while counted:
-                what = counted.popleft()
-                totals[what] = totals.get(what, 0) + 1
+        with self._telling:
+            totals: dict[Noted, float] = dict(Tally(starmap(counted.popleft, repeat((), len(counted)))))
+            for _ in range(len(added)):
+                for counter, amount in added.popleft():
+                    totals[counter] = totals.get(counter, 0) + amount
         for what, total in totals.items():
             for counter in what if isinstance(what, tuple) else (what,):
                 counter.inc(total)
@@ -132,7 +145,9 @@ class Notes:
 
     def drop(self) -> None:
         """Forget what was not told: somebody else tells it."""
+        self._telling = threading.Lock()  # who held it is not in this process
         self._counted.clear()
+        self._added.clear()
         self._observed.clear()
 
 

@@ -28,11 +28,11 @@ from redis_asgi.inspection.rights import rights_of
 from redis_asgi.maintenance import flush_model
 
 from .conftest import StartServer
+from .kit.documents import section
 from .kit.fair_time import fair_time
 from .kit.processes import clean_environment, run_python
 from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 from .test_layout import MODULES, _targets
-from .test_readme import section
 
 PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
@@ -985,12 +985,12 @@ def test_progress_is_for_terminals() -> None:
     assert b"connecting" in shown
 
 
-# the README
+# the guide
 
 
 def shown() -> list[tuple[str, str]]:
-    """Each command line of the README with what stands below it."""
-    text = section("## Command line")
+    """Each command line of the guide with what stands below it."""
+    text = section("## Command line") + section("## Capacity and persistence")
     blocks = re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     runs = [run for block in blocks for run in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     return [(line, said) for line, _, said in (run.partition("\n") for run in runs) if line.startswith("redis-asgi ")]
@@ -1002,10 +1002,10 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[ \n]+", " ", re.sub(r"\d[\d,.:-]*", "N", text)).strip()
 
 
-def test_readme_shows_what_is_printed(
+def test_guide_shows_what_is_printed(
     private_server: StartServer, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command of the README prints what stands there, in a clone of the repository."""
+    """Each command of the guide prints what stands there, in a clone of the repository."""
     monkeypatch.chdir(Path(redis_asgi.__file__).parent.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
     server = private_server("--maxmemory", "4gb", "--maxmemory-policy", "allkeys-lru")

@@ -31,7 +31,7 @@ ROOT = Path(redis_asgi.__file__).parent
 LOGGER = logging.getLogger("redis_asgi.test")
 
 # Who takes an event's name, and where among its arguments.
-_TAKES = {"say": 1, "say_once": 0, "_say": 0}
+_TAKES = {"say": 1, "warn": 0, "_say": 0}
 # What a field of every failure holds, see `words_for`.
 _OF_A_REASON = frozenset(words_for("timeout"))
 # For structured logs only: an address names the node, and vectors' writes pause for one reason.

@@ -3,13 +3,12 @@
 import ast
 import importlib
 import inspect
-import re
-from pathlib import Path
 
 import pytest
 
 import redis_asgi
 
+from .kit.documents import PAGES, ROOT
 from .kit.processes import run_python
 
 
@@ -33,7 +32,7 @@ def test_all_names_can_be_imported_without_fastapi() -> None:
         "import sys; sys.modules['fastapi'] = None\nfrom redis_asgi import *\nprint(CurrentLimit.__origin__)"
     )
 
-    assert ("<class 'redis_asgi.ratelimit.ledger.RequestDecision'>\n", "") == (done.stdout, done.stderr)
+    assert ("<class 'redis_asgi.ratelimit.request_decision.RequestDecision'>\n", "") == (done.stdout, done.stderr)
 
 
 def _is_ours(value: object) -> bool:
@@ -70,11 +69,10 @@ def test_public_module_says_what_is_public(name: str) -> None:
 
 def test_docs_and_examples_import_public_names_only() -> None:
     """What users copy is what stays."""
-    root = Path(__file__).parent.parent
-    readme = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    shown = [code for page in PAGES for code in page.blocks("python")]
     found = {
         (node.module, alias.name)
-        for code in (*readme, *(path.read_text("utf-8") for path in root.glob("examples/**/*.py")))
+        for code in (*shown, *(path.read_text("utf-8") for path in ROOT.glob("examples/**/*.py")))
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("redis_asgi")
         for alias in node.names

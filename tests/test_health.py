@@ -6,7 +6,6 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import fakeredis
@@ -41,6 +40,7 @@ from redis_asgi.telemetry import fresh_telemetry
 from redis_asgi.watch import Watch
 
 from .kit.certificates import Certificates
+from .kit.documents import section
 from .kit.fair_time import fair_time
 from .kit.processes import run_python
 from .kit.proxy import FaultProxy
@@ -1075,14 +1075,14 @@ def test_sync_client_is_refused(redis_server: ExternalServer) -> None:
         health_app(redis=redis_server.client())  # type: ignore[arg-type]  # what is tested
 
 
-# the README
+# the guide
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+GUIDE = section("## Health checks")
 
 
-async def test_readme_shows_what_is_answered(private_server: StartServer) -> None:
+async def test_guide_shows_what_is_answered(private_server: StartServer) -> None:
     """The two answers side by side are those with Redis and without, but for the numbers."""
-    (block,) = re.findall(r"^\$ curl -s localhost:8000/health/ .*?^```$", README, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^\$ curl -s localhost:8000/health/ .*?^```$", GUIDE, re.MULTILINE | re.DOTALL)
     middle = block.splitlines()[0].rindex("$ curl")
     lines = block.splitlines()[1:-1]
     shown = [json.loads("".join(line[part] for line in lines)) for part in (slice(middle), slice(middle, None))]
@@ -1100,12 +1100,12 @@ async def test_readme_shows_what_is_answered(private_server: StartServer) -> Non
             assert value == really[name] or name in FIELDS[4:], name
 
 
-async def test_readme_names_urls_and_codes_that_exist() -> None:
+async def test_guide_names_urls_and_codes_that_exist() -> None:
     """Probes in the manifest lead to pages, and every code named is one of a failure."""
-    paths = re.findall(r"httpGet: \{path: ([^,]+), port: 8000\}", README)
+    paths = re.findall(r"httpGet: \{path: ([^,]+), port: 8000\}", section("## Kubernetes"))
     async with client_of(_in_starlette(app_on("memory://"))) as client:
         assert [200, 200] == [(await client.get(path)).status_code for path in paths]
-    codes = set(re.findall(r"`redis_(\w+)`", re.findall(r"^`error` is a code: .*$", README, re.MULTILINE)[0]))
+    codes = set(re.findall(r"`redis_(\w+)`", re.findall(r"^`error` is a code: .*$", GUIDE, re.MULTILINE)[0]))
 
     assert codes < set(Failure)
     assert {"timeout", "connection", "auth", "permission", "readonly", "loading", "busy", "cluster"} <= codes

@@ -122,6 +122,42 @@ def _is_clock(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "CLOCK"
 
 
+EMBEDDINGS = "redis_asgi.embeddings"
+STORAGE = ("vector_cache", "lookup", "local", "store", "server", "cluster", "memory", "joint_lookup", "lease", "codec")
+ABOUT_REQUESTS = ("http_caching", "head", "headers", "keyspace", "question", "body", "routes", "wire", "piecewise")
+ABOUT_CALLS = ("single_flight", "landing", "asking", "calls", "waiting")
+ENDS = ("answers", "outcome", "exchange", "shared")
+# Each room of the embedding half, and what it never reaches, by whatever way.
+ROOMS = {
+    STORAGE: (*ABOUT_REQUESTS, *ABOUT_CALLS, *ENDS, "sub_call"),
+    ABOUT_REQUESTS: (*STORAGE[:-2], *ABOUT_CALLS, *ENDS),
+    ("keyspace", "identity"): (*STORAGE[:-2], "sub_call"),
+    ("counts", "outcome", "tokens"): (*STORAGE[:-2], *ABOUT_CALLS, "question", "exchange", "shared"),
+}
+
+
+def _reached(name: str) -> set[str]:
+    reached: set[str] = set()
+    left = {name}
+    while left:
+        at = left.pop()
+        reached.add(at)
+        # The fronts name what they load when it is first used.
+        left |= {target for target in _targets(at) if target in MODULES} - reached - {"redis_asgi", EMBEDDINGS}
+    return reached
+
+
+@pytest.mark.parametrize(("names", "others"), ROOMS.items(), ids=["storage", "requests", "keys", "what is said"])
+def test_a_room_knows_only_its_own(names: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Storage knows no HTTP, no wire formats and no flights; reading a request and naming its keys, no storage."""
+    for name in names:
+        inside = [module for module in MODULES if _within(module, f"{EMBEDDINGS}.{name}")]
+        reached = set[str]().union(*map(_reached, inside))
+
+        assert inside
+        assert not [(name, m) for m in reached for other in others if _within(m, f"{EMBEDDINGS}.{other}")]
+
+
 def _reads_environment(name: str) -> bool:
     tree = ast.parse(MODULES[name].read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

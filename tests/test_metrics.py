@@ -52,11 +52,11 @@ from redis_asgi.sub_app import SubApp
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from .kit.certificates import Certificates
+from .kit.documents import section, table
 from .kit.fair_time import fair_time
 from .kit.processes import clean_environment, run_python
 from .kit.proxy import FaultProxy
 from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, free_port, wait_until
-from .test_readme import section, table
 
 pytestmark = pytest.mark.anyio
 
@@ -701,7 +701,7 @@ async def test_json_has_both_halves(redis_server: ExternalServer, counted: Telem
     assert (0.75, 30) == (middleware["cache"]["hit_rate"], middleware["cache"]["saved_tokens"])
 
 
-async def test_readme_lists_every_metric(redis_server: ExternalServer, counted: Telemetry) -> None:
+async def test_guide_lists_every_metric(redis_server: ExternalServer, counted: Telemetry) -> None:
     """With its type and its labels; those of the server are one row."""
     use_every_metric(counted)
     text = (await scraped(metrics_app(redis=redis_server.url))).text

@@ -14,9 +14,9 @@ import redis
 
 from redis_asgi.telemetry import TOLD_WITHIN
 
+from .kit.documents import section
 from .kit.servers import Server, wait_until
 from .test_metrics import TLS, workers
-from .test_readme import section
 
 StartServer = Callable[..., Server]
 
@@ -175,7 +175,7 @@ def test_closed_is_unavailable(tmp_path: Path) -> None:
     assert 0 == after.sum("ratelimit_requests_total", outcome="refused")
 
 
-README_APP = """
+GUIDE_APP = """
 from fastapi import FastAPI
 from redis_asgi import RateLimitMiddleware, metrics_app
 
@@ -185,10 +185,10 @@ app.mount("/metrics", metrics_app())
 """
 
 
-def test_readme_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_client: redis.Redis) -> None:
+def test_guide_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_client: redis.Redis) -> None:
     """The first answer of the section comes back after six requests, and the second has those names."""
     shown = re.findall(r"^redis_asgi_ratelimit_\w+\{.*$", section("## Metrics"), re.MULTILINE)
-    with workers(tmp_path, README_APP, 1, REDIS_URL=redis_url) as url:
+    with workers(tmp_path, GUIDE_APP, 1, REDIS_URL=redis_url) as url:
         assert {404: 5, 429: 1} == statuses(url, "/", 6)
         text = httpx.get(f"{url}/metrics/", trust_env=False, verify=TLS).text
         figures = httpx.get(f"{url}/metrics/json", trust_env=False, verify=TLS).json()

@@ -398,3 +398,20 @@ async def test_notes_do_not_pile_up(counted: Telemetry) -> None:
     assert 8192 == told
     assert 10_000 == total(first)
     assert 10_000 == counted.redis_batch_size._sum.get()
+
+
+@pytest.mark.anyio
+async def test_amounts_add_up_until_they_are_told(counted: Telemetry) -> None:
+    """Of several counters at once; told once, and forgotten where somebody else tells them."""
+    bytes_, tokens = counted.cache_served_bytes, counted.cache_saved_tokens
+    for amount in (1, 2, 0):
+        counted.notes.add((bytes_, 10 * amount), (tokens, amount))
+    before = total(bytes_)
+    counted.notes.tell()
+    counted.notes.tell()
+
+    assert (0, 30, 3) == (before, total(bytes_), total(tokens))
+    counted.notes.add((tokens, 5))
+    counted.notes.drop()
+    counted.notes.tell()
+    assert 3 == total(tokens)

@@ -42,6 +42,9 @@ class Body:
         return replayed
 
 
+NOTHING_READ = Body((), None)
+
+
 async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float) -> tuple[Body, int]:
     """Read up to *limit* bytes in up to *seconds*; stops at a disconnect and where *budget* ends.
 
@@ -53,14 +56,14 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
     messages: list[Message] = []
     chunks: list[bytes] = []
     held = 0
-    deadline: float | None = None
+    deadline = 0.0
     coming: asyncio.Task[Message] | None = None
     try:
         while True:
-            if deadline is None:
+            if not messages:
                 message = await receive()
-                deadline = asyncio.get_running_loop().time() + seconds
             else:
+                deadline = deadline or asyncio.get_running_loop().time() + seconds
                 coming = asyncio.ensure_future(_next(receive))
                 # Not a time-out around it: a message that comes while it is cancelled could be lost.
                 await asyncio.wait({coming}, timeout=deadline - asyncio.get_running_loop().time())
@@ -78,7 +81,7 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
             messages.append(message)
             chunks.append(chunk)
             if not message.get("more_body", False):
-                return Body(messages, chunks[0] if len(chunks) == 1 else b"".join(chunks)), held
+                return Body(messages, bytes(chunks[0]) if len(chunks) == 1 else b"".join(chunks)), held
     except BaseException:
         # Cancelled, or stopped by what stands outside of us.
         let_go(coming)

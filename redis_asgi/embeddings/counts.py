@@ -5,7 +5,6 @@ from typing import Literal, get_args
 
 from ..errors import Failure
 from ..telemetry import telemetry
-from ..tracing import annotate_span
 
 Result = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
 Rejection = Literal["response-no-store", "vary", "not-understood", "status", "unique-header", "integers"]
@@ -62,49 +61,53 @@ class Counts:
 
     def __init__(self) -> None:
         made = telemetry()
-        self.items = Items()
-        self.requests = {result: made.cache_requests.labels(result) for result in _RESULTS}
-        self.bypasses = {token: made.cache_bypass.labels(token) for token in _BYPASSES}
+        items = made.cache_items
+        self._hits, self._misses, self._collapsed = (items.labels(name) for name in ("hit", "miss", "collapsed"))
+        self._requests = {result: made.cache_requests.labels(result) for result in _RESULTS}
+        self._bypasses = {token: made.cache_bypass.labels(token) for token in _BYPASSES}
         self._rejections = {reason: made.cache_rejected.labels(reason) for reason in _REJECTIONS}
-        self.lookup_seconds = made.cache_lookup_duration
+        self._served_bytes = made.cache_served_bytes
+        self._saved_tokens = made.cache_saved_tokens
+        self._add = made.notes.add
+        self._observe = made.notes.observe
+        self._lookup_seconds = made.cache_lookup_duration.observe
+        self.tell = made.notes.tell
         self.store_seconds = made.cache_store_duration
         self.origin_seconds = made.cache_origin_duration
         self.stored_bytes = made.cache_stored_bytes
-        self.served_bytes = made.cache_served_bytes
-        self.saved_tokens = made.cache_saved_tokens
+
+    def looked_up(self, seconds: float) -> None:
+        """Count a lookup in Redis."""
+        self._observe(self._lookup_seconds, seconds)
+
+    def request(
+        self, result: Result, reason: str, *, hits: int, misses: int, collapsed: int, size: int, tokens: int
+    ) -> None:
+        """Count a request.
+
+        Args:
+            result: What it turned out to be.
+            reason: The token of its bypass.
+            hits: Different inputs found.
+            misses: Different inputs computed.
+            collapsed: Different inputs that others were computing.
+            size: Bytes of the vectors that were found and went out.
+            tokens: Those that the app need not count.
+        """
+        self._add(
+            (self._requests[result], 1),
+            (self._hits, hits),
+            (self._misses, misses),
+            (self._collapsed, collapsed),
+            (self._served_bytes, size),
+            (self._saved_tokens, tokens),
+        )
+        if result == "bypass":
+            self._add((self._bypasses[reason if reason in self._bypasses else "other"], 1))
 
     def rejected(self, reason: str) -> None:
         """Count an answer of the app that is not stored; *reason* is a `Rejection`."""
         self._rejections[reason if reason in self._rejections else "not-understood"].inc()
-
-
-class Counted:
-    """One request: its result may change until it ends, and is counted then, once."""
-
-    __slots__ = ("_counts", "_reason", "_result")
-
-    def __init__(self, counts: Counts) -> None:
-        counts.items.tick()
-        self._counts = counts
-        self._result: Result = "error"
-        self._reason = ""
-
-    def turns_out(self, result: Result, reason: str = "") -> None:
-        """Say what the request turns out to be; *reason*: the token of its bypass."""
-        self._result, self._reason = result, reason
-        annotate_span(cache_result=result)
-
-    def served(self, size: int, saved_tokens: int) -> None:
-        """Count the bytes of the vectors that were found and go out, and the tokens the app need not count."""
-        self._counts.served_bytes.inc(size)
-        self._counts.saved_tokens.inc(saved_tokens)
-
-    def end(self) -> None:
-        """Count it."""
-        counts = self._counts
-        counts.requests[self._result].inc()
-        if self._result == "bypass":
-            counts.bypasses[self._reason if self._reason in counts.bypasses else "other"].inc()
 
 
 class Commands:

@@ -5,15 +5,10 @@ leaves the key only by standing in a group below, each with its reason, or by a 
 for all that begin so.
 """
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from enum import Enum
-from functools import lru_cache
 
-from ..keys import length_prefixed
 from ..settings import Settings
-from .http_caching import Fields, media_type
 
 
 class HeaderClass(Enum):
@@ -77,13 +72,7 @@ _NEITHER = (
 _ID_ENDINGS = (b"request-id", b"correlation-id", b"trace-id", b"span-id", b"transaction-id")
 
 _MAX_CLASSIFIED = 4096  # names, which are the client's
-_MAX_MEMORISED = 256  # sets of headers
-_MEMORISED_BYTES = 8 * 1024  # of one set
-# App Gateway sends address:port, with another port for each connection.
-_PORT = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|\]):\d{1,5}")
 _CONTENT_TYPE = b"content-type"
-# What clients without a key and proxies without a certificate put into a credential header.
-_OF_NOBODY = frozenset((b"", b"bearer", b"basic", b"none", b"null", b"(null)", b"-"))
 
 
 class _Names:
@@ -96,25 +85,6 @@ class _Names:
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._exact or (bool(self._prefixes) and name.startswith(self._prefixes))
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Told:
-    """What the headers of a request say, as far as it counts; each part an encoding of names and values.
-
-    Attributes:
-        key: Headers of the class *key*, without credentials.
-        credential: Credential headers.
-        lease: Headers of the class *lease*; where no credential header says anything the address headers, too.
-        has_credential: Whether a credential header says anything.
-        keyed: Name and value of each header in the key, credentials too when they are.
-    """
-
-    key: bytes
-    credential: bytes
-    lease: bytes
-    has_credential: bool
-    keyed: Sequence[tuple[bytes, bytes]]
 
 
 class Headers:
@@ -130,9 +100,7 @@ class Headers:
         self._keyed = _Names(settings.EMBEDDING_CACHE_KEYED_HEADERS)
         self._ignored = _Names(settings.EMBEDDING_CACHE_IGNORED_HEADERS)
         self._shared = shared
-        # Per instance, so that they die with it.
         self._classes: dict[bytes, HeaderClass] = {}
-        self._memorised = lru_cache(maxsize=_MAX_MEMORISED)(self._read)
 
     def class_of(self, name: bytes) -> HeaderClass:
         """Where the header *name* (lower case) counts."""
@@ -146,6 +114,10 @@ class Headers:
         kind = self._classes[name] = self._classify(name)
         return kind
 
+    def is_keyed(self, name: bytes) -> bool:
+        """Whether ``EMBEDDING_CACHE_KEYED_HEADERS`` names it: it is in the key whole, whatever else it is."""
+        return name in self._keyed
+
     def is_in_key(self, name: bytes) -> bool:
         """Whether two requests that differ in the header *name* never share a vector."""
         if name in self._keyed:
@@ -154,46 +126,6 @@ class Headers:
         # Of a content type only the media type is.
         return (kind is HeaderClass.KEY and name != _CONTENT_TYPE) or (
             kind is HeaderClass.CREDENTIAL and not self._shared
-        )
-
-    def read(self, fields: Fields) -> Told:
-        """Read the headers of one request."""
-        kept: list[tuple[bytes, tuple[bytes, ...]]] = []
-        size = 0
-        known = self._classes
-        for name, values in fields.items():
-            if (known.get(name) or self.class_of(name)) is not _NEITHER_CLASS:
-                kept.append((name, tuple(values)))
-                size += len(name) + sum(map(len, values))
-        return self._memorised(tuple(kept)) if size <= _MEMORISED_BYTES else self._read(tuple(kept))
-
-    def _read(self, kept: tuple[tuple[bytes, tuple[bytes, ...]], ...]) -> Told:
-        key: list[bytes] = []
-        credential: list[bytes] = []
-        lease: list[bytes] = []
-        addresses: list[bytes] = []
-        keyed: list[tuple[bytes, bytes]] = []
-        has_credential = False
-        for name, values in sorted(kept):
-            kind = self.class_of(name)
-            if kind is HeaderClass.CREDENTIAL:
-                credential += _flat(name, values)
-                has_credential = has_credential or not _OF_NOBODY.issuperset(value.strip().lower() for value in values)
-            elif kind is HeaderClass.LEASE:
-                lease += _flat(name, values)
-            elif kind is HeaderClass.ADDRESS:
-                addresses += _flat(name, [_PORT.sub(rb"\1", value) for value in values])
-            if kind is HeaderClass.KEY or name in self._keyed:
-                if name == _CONTENT_TYPE and name not in self._keyed:
-                    key += _flat(name, [media_type(value) for value in values])
-                    continue
-                key += _flat(name, values)
-            if self.is_in_key(name):
-                keyed.append((name, b",".join(values)))
-        if not has_credential:
-            lease += addresses
-        return Told(
-            length_prefixed(key), length_prefixed(credential), length_prefixed(lease), has_credential, tuple(keyed)
         )
 
     def _classify(self, name: bytes) -> HeaderClass:
@@ -214,9 +146,4 @@ _GROUPS = (
     (HeaderClass.ADDRESS, _Names(_ADDRESSES.split())),
     (HeaderClass.NEITHER, _Names(" ".join(_NEITHER).split())),
 )
-_NEITHER_CLASS = HeaderClass.NEITHER  # an enum's attribute costs as much as a call
 _LONGEST_NAME = 256  # bytes; what is longer is not kept in a cache
-
-
-def _flat(name: bytes, values: Sequence[bytes]) -> list[bytes]:
-    return [name, b"%d" % len(values), *values]

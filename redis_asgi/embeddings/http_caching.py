@@ -10,7 +10,7 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 Fields = Mapping[bytes, Sequence[bytes]]  # every value of each header, in order, by its name in lower case
 
 # Headers that bind a body to a digest, a signature or one use: a body of ours would not fit them.
-_BODY_BINDING = frozenset(
+BODY_BINDING = frozenset(
     {
         b"content-digest",
         b"content-md5",
@@ -48,6 +48,7 @@ _REPLAYED = frozenset(
     }
 )
 _SHOWN = 80  # characters of a name that the app chose, in a log
+_MAX_LENGTH_DIGITS = 19
 _MAX_DIGITS = 11  # three thousand years; more are no more
 # We answer the one ourselves, and the other chooses the lease.
 _VARY_ALLOWED = frozenset({b"accept-encoding", b"origin"})
@@ -142,7 +143,7 @@ def storable(fields: Fields, is_in_key: Callable[[bytes], bool]) -> Storable:
 
 def binds_its_body(fields: Fields) -> bool:
     """Whether a request carries a header that only fits its own bytes."""
-    return not _BODY_BINDING.isdisjoint(fields)
+    return not BODY_BINDING.isdisjoint(fields)
 
 
 def is_json(fields: Fields) -> bool:
@@ -172,16 +173,20 @@ def accepts_json(fields: Fields) -> bool:
     return not accepted or any(kind in accepted for kind in (b"json", b"application/*", b"*/*"))
 
 
-def content_length(fields: Fields) -> int | None:
-    """The length the request states; ``None`` when it states none."""
-    values = fields.get(b"content-length", ())
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < 19 else None
+def content_length(headers: RawHeaders) -> int:
+    """The length that a request states; 0 when it states none."""
+    values = [value for name, value in headers if name == b"content-length"]
+    return int(values[0]) if len(values) == 1 and values[0].isdigit() and len(values[0]) < _MAX_LENGTH_DIGITS else 0
 
 
-def with_body(headers: RawHeaders, length: int) -> list[tuple[bytes, bytes]]:
-    """An answer's headers for another body of *length* bytes."""
-    kept = [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
-    return [*kept, (b"content-length", b"%d" % length)]
+def is_success(status: int) -> bool:
+    """Whether *status* is two hundred and something."""
+    return 200 <= status < 300
+
+
+def less_body(headers: RawHeaders) -> RawHeaders:
+    """An answer's headers, less those that fit its own body only."""
+    return [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
 
 
 def is_gzip(fields: Fields) -> bool:

@@ -1,37 +1,13 @@
-"""Whose a request is: the keys of its vectors, its lease, its model's epoch and its caller's refusals. No I/O.
-
-Whatever may change a vector is in the key of each, so that what is unknown can only cause a miss. A lease is named by
-all of that but the item, by every credential, and by the headers that only open doors: it opens what the app has
-answered itself, and nothing else.
-"""
+"""Under which keys a request's records are, and which values are of which epoch and model. Pure."""
 
 import hashlib
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from starlette.types import Scope
-
-from ..keys import (
-    Digest,
-    cache_digest,
-    embedding_denied_key,
-    embedding_epoch_key,
-    embedding_input_key,
-    embedding_input_prefix,
-    embedding_lease_key,
-    length_prefixed,
-)
-from ..settings import Settings
-from .headers import Headers, Told
+from ..keys import Digest
 from .novelty import Marks
-from .wire import Batch, Input, WireFormat
 
-_LAYOUT = b"2"  # of what is hashed; a new one never reads an old one's vectors
 _HALF = 4  # bytes of a mark
-_MAX_MEMORISED = 256
-_MEMORISED_BYTES = 8 * 1024  # of what one is found by
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +20,6 @@ class Identity:
         lease_name: The lease's key.
         epoch_name: The epoch's key.
         denied_name: The key of when the app last did not know this caller.
-        told: What its headers say.
         marks: The digest of each value that is in the key, by name; ``None`` before `novelty` has looked.
     """
 
@@ -53,150 +28,18 @@ class Identity:
     lease_name: bytes
     epoch_name: bytes
     denied_name: bytes
-    told: Told = field(repr=False)
     marks: Marks | None = field(default=None, repr=False)
-
-
-class Identities:
-    """The identities of one middleware's requests.
-
-    Args:
-        settings: The key prefix and secret, and the classes of request headers.
-        namespace: In every key.
-        share: Whether all credentials share their vectors.
-        partitioned: Whether a ``partition_by`` stands in the keys for the credential.
-        trusting: Whether the cache stands inside the app's own authentication, so that leases name no caller.
-    """
-
-    def __init__(self, settings: Settings, *, namespace: str, share: bool, partitioned: bool, trusting: bool) -> None:
-        self.headers = Headers(settings, shared=share or partitioned)
-        self._namespace = namespace
-        self._share = share
-        self._trusting = trusting
-        self._secret = settings.key_secret
-        self._prefix = settings.REDIS_KEY_PREFIX
-        self._input_prefix = embedding_input_prefix(self._prefix)
-        self._memorised: dict[tuple[object, ...], Identity] = {}
-
-    def identify(self, scope: Scope, told: Told, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
-        """The keys of a request with these headers, this body and *partition*."""
-        # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
-        path: str = scope["path"]
-        raw_path: bytes | None = scope.get("raw_path")
-        query: bytes = scope.get("query_string", b"")
-        address, tls = _address(scope, told), _certificate(scope)
-        root: str = scope.get("root_path", "")  # of a mount that leaves it out of the path
-        routed = (wire.name, root, path, raw_path, query)
-        parts = (*routed, told, partition, batch.model, batch.scope, scope.get("scheme"), address, tls)
-        known = self._memorised.get(parts)
-        if known is not None:
-            return known
-        made = self._make(*parts)
-        size = sum(
-            map(len, (root, path, query, batch.scope, partition or "", tls, told.key, told.credential, told.lease))
-        )
-        if size <= _MEMORISED_BYTES:
-            self._memorised[parts] = made
-            if len(self._memorised) > _MAX_MEMORISED:
-                # The oldest; loops in several threads may share one middleware.
-                with suppress(KeyError, RuntimeError):
-                    del self._memorised[next(iter(self._memorised))]
-        return made
-
-    def denied_name(self, scope: Scope, told: Told) -> bytes:
-        """The key of when the app last did not know the caller, whatever his request is."""
-        return self._denied_name(self._who(told, _address(scope, told), _certificate(scope)))
-
-    def _who(self, told: Told, address: str | None, tls: bytes) -> tuple[bytes, ...]:
-        # An address is somebody where nothing else is; inside the app's authentication nobody is asked who he is.
-        return (b"",) if self._trusting else (_caller(told, tls), _encoded(address or ""))
-
-    def _denied_name(self, who: tuple[bytes, ...]) -> bytes:
-        return embedding_denied_key(self._prefix, (_LAYOUT, self._namespace.encode(), *who), secret=self._secret)
-
-    def input_names(self, identity: Identity, items: Iterable[Input]) -> list[bytes]:
-        """The keys of the vectors of *items*."""
-        prefix, scope = self._input_prefix, identity.scope
-        return [embedding_input_key(prefix, scope, item.kind, item.canonical) for item in items]
-
-    def _make(
-        self,
-        wire: str,
-        root: str,
-        path: str,
-        raw_path: bytes | None,
-        query: bytes,
-        told: Told,
-        partition: str | None,
-        model: str,
-        body: bytes,
-        scheme: str | None,
-        address: str | None,
-        tls: bytes,
-    ) -> Identity:
-        namespace, routed = self._namespace.encode(), _encoded(path)
-        sent = (raw_path or routed).partition(b"?")[0]
-        if partition is not None:
-            owner = (b"partition", _encoded(partition))
-        elif self._share:
-            owner = (b"share", b"")
-        else:
-            owner = (b"credential", _caller(told, tls))
-        scope = cache_digest(
-            (
-                _LAYOUT,
-                namespace,
-                *owner,
-                wire.encode(),
-                _encoded(root),
-                routed,
-                sent,
-                query,
-                told.key,
-                _encoded(model),
-                body,
-            ),
-            secret=self._secret,
-        )
-        name = scope.hexdigest().encode()
-        who = self._who(told, address, tls)
-        doors = (told.lease, _encoded(scheme or ""))
-        lease = embedding_lease_key(self._prefix, (_LAYOUT, name, *who, *doors), secret=self._secret)
-        epoch = embedding_epoch_key(self._prefix, self._namespace, model, secret=self._secret)
-        return Identity(scope, name, lease, epoch, self._denied_name(who), told)
 
 
 @lru_cache(maxsize=1024)
 def mark_of(epoch: bytes, model: str) -> bytes:
     """The 8 bytes that a value carries: half of them of the epoch, half of it and the model that its answer named."""
-    return epoch_part(epoch) + hashlib.blake2b(epoch + _encoded(model), digest_size=_HALF).digest()
+    return (
+        epoch_part(epoch) + hashlib.blake2b(epoch + model.encode("utf-8", "surrogatepass"), digest_size=_HALF).digest()
+    )
 
 
 @lru_cache(maxsize=256)
 def epoch_part(epoch: bytes) -> bytes:
     """What the marks of all values of an epoch begin with, whatever model answered."""
     return hashlib.blake2b(epoch, digest_size=_HALF).digest()
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _caller(told: Told, tls: bytes) -> bytes:
-    return length_prefixed((told.credential, tls))
-
-
-def _address(scope: Scope, told: Told) -> str | None:
-    client = scope.get("client")
-    return client[0] if client and not told.has_credential else None
-
-
-def _certificate(scope: Scope) -> bytes:
-    """The client's certificate, as the server tells it (ASGI's TLS extension); empty without one."""
-    extensions = scope.get("extensions")
-    tls = extensions.get("tls") if extensions else None
-    if not tls:
-        return b""
-    chain = tls.get("client_cert_chain") or ()
-    said = (tls.get("client_cert_name") or "", tls.get("client_cert_error") or "", *chain)
-    return length_prefixed([_encoded(str(part)) for part in said]) if any(said) else b""

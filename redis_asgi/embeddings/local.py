@@ -2,9 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from .clock import Clock
 from .codec import Value
 from .lease import Lease
 
@@ -27,10 +27,10 @@ class LocalVectors:
     Args:
         limit: Bytes; 0 turns the layer off.
         seconds: How long an epoch and a lease are believed without asking Redis.
-        clock: Monotonic seconds.
+        clock: Its monotonic seconds.
     """
 
-    def __init__(self, limit: int, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, limit: int, seconds: float, clock: Clock) -> None:
         self._limit = limit if seconds else 0
         self._seconds = seconds
         self._clock = clock
@@ -99,7 +99,7 @@ class LocalVectors:
     def seen(self, epoch_name: bytes, lease_name: bytes) -> Seen | None:
         """What Redis said of this epoch and lease less than `seconds` ago."""
         kept = self._seen.get((epoch_name, lease_name))
-        return kept if kept is not None and kept.until > self._clock() else None
+        return kept if kept is not None and kept.until > self._clock.monotonic() else None
 
     def note(self, epoch_name: bytes, lease_name: bytes, epoch: bytes, lease: Lease | None, asked_at: float) -> None:
         """Remember what Redis said to a question of *asked_at* (monotonic seconds)."""

@@ -13,9 +13,10 @@ from ..event_loop import check_at_start, running_loop
 from ..misuse import check_app, check_callable, constructor_says_what_was_meant
 from ..settings import Settings
 from .cache import EmbeddingCache
-from .core import Core, Options, PartitionBy
 from .exchange import Exchange
+from .options import Options, PartitionBy
 from .routes import read_routes
+from .shared import Shared
 from .store import resolve_vectors
 from .wire import WireFormat
 
@@ -87,7 +88,7 @@ class EmbeddingCacheMiddleware:
         self.app = app
         self._has_loop = False
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
-        self._core = Core(app, manager, options)
+        self._shared = Shared(app, manager, options)
         self._records = (manager, options.namespace)
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
 
@@ -102,14 +103,14 @@ class EmbeddingCacheMiddleware:
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
-            offer_manager(scope, self._core.manager)
+            offer_manager(scope, self._shared.vectors.manager)
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:
             await self.app(scope, receive, send)
             return
         scope[_AROUND] = (*around, self._records)
-        await Exchange(self._core, matched, scope, receive, send).run()
+        await Exchange(self._shared, matched, scope, receive, send).run()
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
@@ -120,7 +121,8 @@ class EmbeddingCacheMiddleware:
             nonlocal held
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SETTLES_WITHIN):
-                    await self._core.flights.settle()
+                    await self._shared.flights.settle()
+            self._shared.counts.tell()
             manager, held = held, None
             if manager is not None:
                 await manager.let_go()
@@ -136,7 +138,7 @@ class EmbeddingCacheMiddleware:
             message = await receive()
             # Before the app's own start, which may end with the only other user of the client.
             if message["type"] == "lifespan.startup" and self._is_ours and held is None:
-                held = self._core.manager
+                held = self._shared.vectors.manager
                 held.hold()
             return message
 

@@ -1,11 +1,13 @@
-"""What one request turns out to be, said in one place: to the header, the state, the metrics and the span at once."""
+"""What one request turns out to be, said in one place: to the header, the state, the metrics and the span."""
 
+import sys
 from typing import Literal
 
 from starlette.types import Message, Scope, Send
 
+from ..tracing import annotate_span, may_be_traced
 from . import http_caching as http
-from .counts import Counted, Counts, Result
+from .counts import Counts, Result
 from .result import EmbeddingCacheResult
 
 
@@ -27,12 +29,31 @@ class Outcome:
         looked_up: Whether the answer is made of what a lookup found, or did not find.
     """
 
+    __slots__ = (
+        "_counts",
+        "_reason",
+        "_result",
+        "_saved_tokens",
+        "_scope",
+        "_send",
+        "_served_bytes",
+        "_status",
+        "billed",
+        "collapsed",
+        "hits",
+        "looked_up",
+        "misses",
+        "tokens",
+    )
+
     def __init__(self, counts: Counts, scope: Scope, send: Send, *, status: bool) -> None:
         self._counts = counts
-        self._counted = Counted(counts)
         self._scope = scope
         self._send = send
         self._status = status
+        self._result: Result = "error"  # while nothing else is said
+        self._reason = ""
+        self._served_bytes = self._saved_tokens = 0
         self.hits = self.misses = self.collapsed = self.tokens = self.billed = 0
         self.looked_up = False
 
@@ -45,7 +66,8 @@ class Outcome:
             reason: The token of a bypass.
             error: Whether the answer is none that was asked for: the metrics count it as an error.
         """
-        self._counted.turns_out("error" if error else result, reason)
+        self._reason = reason
+        self._turns_out("error" if error else result)
         self._show(result)
         return _with_status(self._send, member) if self._status else self._send
 
@@ -57,12 +79,25 @@ class Outcome:
 
     def fails(self) -> None:
         """Say that there is no answer."""
-        self._counted.turns_out("error")
+        self._turns_out("error")
 
-    def note(self, result: Result) -> None:
-        """Say how the request looks before it is answered; it counts as that if nothing else is said."""
-        self._counted.turns_out(result)
+    def expects(self, inputs: int, misses: int, collapsed: int) -> None:
+        """Say how the request looks before it is answered; it counts as that if nothing else is said.
+
+        Args:
+            inputs: How many different ones it has.
+            misses: Those that the app is asked for.
+            collapsed: Those that others bring.
+        """
+        self.hits, self.misses, self.collapsed = inputs - misses - collapsed, misses, collapsed
+        result: Result = "partial" if self.hits else "miss"
+        self._turns_out(result)
         self._show(result)
+
+    def _turns_out(self, result: Result) -> None:
+        self._result = result
+        if "opentelemetry.trace" in sys.modules and may_be_traced():
+            annotate_span(cache_result=result)
 
     def _show(self, result: Result) -> None:
         outcome: Literal["hit", "miss", "partial", "bypass"]
@@ -74,15 +109,43 @@ class Outcome:
             outcome, self.hits, self.misses, self.collapsed, self.tokens, self.billed
         )
 
+    def member(self, *, stored: bool, refusal: str | None, forced: bool, anew: bool) -> str:
+        """What ``Cache-Status`` says of an answer that the app had a part in.
+
+        Args:
+            stored: Whether that is kept.
+            refusal: Why not, where the app's answer says so.
+            forced: Whether the app was asked only to let the caller in.
+            anew: Whether the client wanted no stored answer.
+        """
+        kept = ("stored",) if stored else ()
+        if forced:
+            return http.status("fwd=stale", "detail=lease", *kept)
+        if anew:
+            return http.status("fwd=request", *kept)
+        if self.hits:
+            collapsed = f" collapsed={self.collapsed}" if self.collapsed else ""
+            return http.status("fwd=partial", *kept, detail=f"hit={self.hits} miss={self.misses}{collapsed}")
+        if refusal is not None:
+            return http.status("fwd=bypass", detail=refusal)
+        return http.status("fwd=miss", *kept, *(("collapsed",) if self.collapsed else ()))
+
     def served(self, size: int, saved_tokens: int) -> None:
-        """Count the bytes of stored vectors that go out, and tokens that the app need not count."""
-        self._counted.served(size, saved_tokens)
+        """Say how many bytes of stored vectors go out, and how many tokens the app need not count."""
+        self._served_bytes, self._saved_tokens = size, saved_tokens
 
     def end(self) -> None:
         """Count the request."""
-        if self.looked_up:
-            self._counts.items.add(self.hits, self.misses, self.collapsed)
-        self._counted.end()
+        looked_up = self.looked_up
+        self._counts.request(
+            self._result,
+            self._reason,
+            hits=self.hits if looked_up else 0,
+            misses=self.misses if looked_up else 0,
+            collapsed=self.collapsed if looked_up else 0,
+            size=self._served_bytes,
+            tokens=self._saved_tokens,
+        )
 
 
 def _with_status(send: Send, member: str) -> Send:

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .codec import Value
-from .core import Core
+from .local import LocalVectors
 from .pace import Pace
-from .question import Question, say_broken
+from .question import Question
+from .shared import Shared
 from .vectors import Encoding, text_of
 from .wire import WIRE_FORMATS, Fresh, Usage
 
 
 async def rendered(
-    core: Core,
+    shared: Shared,
     question: Question,
     values: Mapping[bytes, Value],
     frame: dict[str, Any],
@@ -24,7 +25,7 @@ async def rendered(
     """The body in pieces, for the caller to take apart; ``None`` when the wire format fails.
 
     Args:
-        core: Of the middleware.
+        shared: Of the middleware.
         question: What is answered.
         values: A vector for each of its inputs, by key.
         frame: What an answer of the app had around its vectors.
@@ -34,7 +35,7 @@ async def rendered(
         pace: Of the request.
     """
     wire = question.wire
-    texts = await _texts(core, question, values, encodings, pace)
+    texts = await _texts(shared.vectors.local, question, values, encodings, pace)
     pieces: object
     try:
         pieces = wire.render(question.batch, frame, texts, usage, fresh)
@@ -44,14 +45,14 @@ async def rendered(
     ours = WIRE_FORMATS.get(wire.name) is wire
     if isinstance(pieces, list) and (ours or {*map(type, pieces)} == {bytes}):
         return list(pieces)
-    say_broken(core, wire, "render", pieces)
+    shared.once.wire_format_fails(wire.name, "render", pieces)
     return None
 
 
 async def _texts(
-    core: Core, question: Question, values: Mapping[bytes, Value], encodings: Sequence[Encoding], pace: Pace
+    local: LocalVectors, question: Question, values: Mapping[bytes, Value], encodings: Sequence[Encoding], pace: Pace
 ) -> dict[Encoding, list[bytes]]:
-    keep = core.local.on or len(question.slots) > len(question.inputs)
+    keep = local.on or len(question.slots) > len(question.inputs)
     texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
     for encoding, listed in texts.items():
         for name in question.slots:
@@ -59,7 +60,7 @@ async def _texts(
             text = value.texts.get(encoding)
             if text is None:
                 text = text_of(value, encoding, keep=keep)
-                core.local.weigh(name, value)
+                local.weigh(name, value)
                 if pace.due:
                     await pace.rest()
             listed.append(text)

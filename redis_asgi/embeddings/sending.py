@@ -3,7 +3,7 @@
 import orjson
 from starlette.types import Send
 
-from .http_caching import RawHeaders, with_body
+from .http_caching import RawHeaders
 from .pace import Pace
 
 _CHUNK = 256 * 1024  # bytes per body message
@@ -11,9 +11,13 @@ _IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
 
 
 async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list[bytes], pace: Pace) -> None:
-    """Send an answer whose body is *pieces*, joined so far that no copy stops the loop for long; takes them out."""
+    """Send an answer whose body is *pieces*, joined so far that no copy stops the loop for long; takes them out.
+
+    *headers* hold none that is about another body.
+    """
     length = sum(map(len, pieces))
-    await send({"type": "http.response.start", "status": status, "headers": with_body(headers, length)})
+    headers = [*headers, (b"content-length", b"%d" % length)]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     if length <= _IN_ONE:
         await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": False})
         return

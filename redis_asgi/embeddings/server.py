@@ -18,6 +18,7 @@ from ..connection import RedisManager
 from ..errors import Failure, classify, classify_reply, is_crossslot
 from ..events import say
 from .counts import Commands
+from .joint_lookup import JointLookups
 from .leased import Command, run, run_on_node
 from .owed import Owed, Told
 from .records import UNKNOWN, WRITE_TIMEOUT, Done, Write
@@ -47,6 +48,7 @@ class RedisVectors:
         self._turns = asyncio.Semaphore(manager.settings.REDIS_POOL_SIZE)
         self._no_writes_until = 0.0
         self._commands = Commands()
+        self._lookups = JointLookups(self._look_up)
         self._owed = Owed(lambda commands: self.tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
     @property
@@ -56,8 +58,13 @@ class RedisVectors:
     async def aclose(self) -> None:
         """End what is under way."""
         await self._owed.aclose()
+        await self._lookups.aclose()
 
     async def lookup(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
+        # A cluster has asked each node for a part already, and each part has a deadline of its own.
+        return await (self._look_up if self._node else self._lookups.look_up)(names, within)
+
+    async def _look_up(self, names: Sequence[bytes], within: float) -> "list[bytes | None] | Failure":
         if not self._breaker.admits():
             return self._breaker.reason
         deadline = time.monotonic() + within

@@ -13,7 +13,7 @@ from typing import cast
 from ..connection import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
-from ..ratelimit.batch import Check, Outcome
+from ..ratelimit.check import Check, Outcome
 from ..ratelimit.cluster import make_batcher
 from ..ratelimit.decision import PolicyState, read_reply
 from ..ratelimit.engine import Engine

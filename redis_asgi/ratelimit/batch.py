@@ -16,126 +16,26 @@ exceptions.
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-from typing import Any, Protocol, TypeAlias
+from bisect import bisect_right
+from itertools import accumulate, count
+from random import getrandbits
+from typing import TYPE_CHECKING
 
 from ..breaker import Breaker
-from ..errors import Failure, OddReply, classify_reply
+from ..errors import Failure
 from ..telemetry import telemetry
+from .check import Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
 from .clock import CLOCK
-from .policy import Charges
-from .strategies import VALUES_PER_COUNTER, Mode, Reply
+from .script import Call
 
-Outcome: TypeAlias = Reply | Failure
+if TYPE_CHECKING:
+    from .parts import ApartWhereAsked
+
 MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 # One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
 MAX_IN_FLIGHT = 10
 A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
-
-
-class Check:
-    """One request's question. Its deadline runs from its arrival.
-
-    Args:
-        read: Makes what the waiter is given of the outcome; ``None`` = the outcome itself. It runs for a whole batch in
-            one go, where the same few lines stay in the processor's caches: for each request by itself, between system
-            calls, they take twice as long.
-    """
-
-    __slots__ = ("at", "charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        mode: Mode,
-        charges: Charges,
-        timeout: float,
-        receipts: Sequence[int] = (),
-        read: "Callable[[Check, Outcome], object] | None" = None,
-    ) -> None:
-        self.mode = mode
-        self.charges = charges
-        self.receipts = receipts
-        self.timeout = timeout
-        self.deadline = loop.time() + timeout
-        self.written = 0.0  # when its batch was about to be written, on the loop's clock
-        self.at = 0.0  # and on the limits'
-        self.read = read
-        self.future: asyncio.Future[Any] = loop.create_future()
-
-    def answer(self, outcome: Outcome) -> None:
-        """Give *outcome* to who waits, if anybody still does."""
-        if not self.future.done():
-            try:
-                self.future.set_result(outcome if self.read is None else self.read(self, outcome))
-            except Exception as error:
-                # A defect of ours is its own request's, not its neighbours'.
-                self.future.set_exception(error)
-
-    @property
-    def left(self) -> float:
-        """Seconds that it had left for its trip when its batch was written."""
-        return self.deadline - self.written
-
-    def waited(self) -> float:
-        """Seconds since its arrival."""
-        return self.future.get_loop().time() - self.deadline + self.timeout
-
-
-class Batch:
-    """Checks that are sent together; from here on their command may run whatever happens."""
-
-    __slots__ = ("calls", "checks", "is_told", "limit", "worst", "written")
-
-    def __init__(self, checks: list[Check], written: float, limit: float) -> None:
-        self.checks = checks
-        self.written = written  # on the loop's clock
-        self.limit = limit  # when its connection is dropped
-        self.is_told = False  # whether the breaker has heard how it went
-        self.calls = 1  # commands that are not answered yet
-        self.worst: Failure | None = None  # of those that are
-
-
-class Apart(Protocol):
-    """What is to be done about a server that refuses keys of several slots in one command."""
-
-    @property
-    def now(self) -> bool:
-        """Whether each command has the keys of one partition only."""
-
-    def found(self) -> None:
-        """Note that the server has refused such a command; from here on it gets none."""
-
-    def takes(self, check: Check) -> bool:
-        """Ask *check* in parts, if it has several partitions; whether that is so."""
-
-
-class Wire(Protocol):
-    """How batches reach Redis."""
-
-    @property
-    def busy(self) -> int:
-        """How many batches are under way, or prepared."""
-
-    def start(self, batcher: "Batcher") -> None:
-        """Take what waits in *batcher* and send it, as soon as there is a connection."""
-
-    def read(self) -> None:
-        """Give out replies that have come and wait for their turn."""
-
-    def abort(self, batch: Batch) -> None:
-        """Drop the connection *batch* went out on."""
-
-    def renew(self) -> None:
-        """Drop all connections, those being made included: the next batch gets a new one."""
-
-    def lacks(self) -> Failure:
-        """What a check still in the queue at its deadline was waiting for."""
-
-    async def aclose(self) -> None:
-        """End what is under way."""
 
 
 class Batcher:
@@ -146,8 +46,9 @@ class Batcher:
     """
 
     def __init__(self, wire: Wire, breaker: Breaker) -> None:
-        self.apart: Apart | None = None
+        self.apart: ApartWhereAsked | None = None
         self.loop = asyncio.get_running_loop()
+        self._numbers = count(getrandbits(40))  # of another process on the way to one server: other numbers
         self.closed = False
         self._wire = wire
         self.breaker = breaker
@@ -170,11 +71,6 @@ class Batcher:
         self._commands = counted.redis_commands
         self._ok = counted.redis_commands.labels("check", "ok")
 
-    @property
-    def clock(self) -> int | None:
-        """The time that the script is given, in us; ``None`` = Redis's own."""
-        return CLOCK.redis
-
     def use(self, wire: Wire) -> None:
         """Send what is taken from now on over *wire*."""
         self._wire = wire
@@ -195,7 +91,7 @@ class Batcher:
                 self._renewed = self.breaker.good_probes
                 self._wire.renew()
             self.loop.call_soon(self.start_if_due)
-        if self.apart is not None and self.apart.now and self.apart.takes(check):
+        if check.charges.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
             return
         waiting = self._waiting
         waiting.append(check)
@@ -259,26 +155,22 @@ class Batcher:
         Half of it, when it is many and the first to be under way.
         """
         now, at = self.loop.time(), CLOCK.monotonic()
-        waiting, self._waiting, self._waiting_counters, self._hurry = self._waiting, [], 0, math.inf
-        most = len(waiting) // 2 if len(waiting) >= MANY and not self._sent else len(waiting)
-        taken: list[Check] = []
-        counters, patience = 0, 0.0
-        for i, check in enumerate(waiting):
-            if check.deadline <= now:
-                resolve([check], self._wire.lacks())
-            if check.future.done():
-                continue
-            if taken and (len(taken) == most or counters + check.charges.counters > MAX_COUNTERS):
-                self._wait_on(waiting[i:])
-                break
-            check.written, check.at = now, at
-            taken.append(check)
-            counters += check.charges.counters
-            patience = max(patience, check.timeout)
+        late, waiting = split_late(self._waiting, now)
+        resolve(late, self._wire.lacks())
+        taken = still_waiting(waiting)
         if not taken:
+            self._wait_on([])
             self.breaker.withdrawn()
             return None
-        batch = Batch(taken, now, now + 2 * patience)
+        room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
+        if self._waiting_counters > MAX_COUNTERS:
+            filled = list(accumulate(check.charges.counters for check in taken))
+            room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
+        self._wait_on(taken[room:])
+        del taken[room:]
+        for check in taken:
+            check.written, check.at = now, at
+        batch = Batch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
         self._observe(self._size, len(taken))
         self._sent.add(batch)
@@ -306,12 +198,11 @@ class Batcher:
         for check in checks:
             self.submit(check, is_admitted=True)
 
-    def groups(self, checks: list[Check]) -> list[list[Check]]:
-        """*checks* by what may go in one command: all of them, unless partitions are kept apart."""
-        if self.apart is None or not self.apart.now:
-            return [checks]
-        checks.sort(key=slot_key)
-        return [list(group) for _, group in groupby(checks, slot_key)]
+    def calls(self, checks: list[Check], *, apart: bool = False) -> list[Call]:
+        """The commands for *checks*: one for all of them, unless partitions are kept apart."""
+        apart = apart or (self.apart is not None and self.apart.now)
+        groups = by_slot(checks) if apart else [checks]
+        return [Call(group, next(self._numbers), CLOCK.redis) for group in groups]
 
     def lost(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
@@ -368,7 +259,7 @@ class Batcher:
         self._timer, self._armed_for = None, math.inf
         self._wire.read()
         now = self.loop.time()
-        late, rest = _split(self._waiting, now)
+        late, rest = split_late(self._waiting, now)
         self._wait_on(rest)
         if late and not self._sent:
             if self.breaker.state == "closed":
@@ -379,7 +270,7 @@ class Batcher:
         resolve(late, self._wire.lacks())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
-            late, rest = _split(batch.checks, now)
+            late, rest = split_late(batch.checks, now)
             late = still_waiting(late)
             # Of one that waited for long before it was written, for a connection far away, only the limit tells.
             if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
@@ -392,75 +283,3 @@ class Batcher:
                 deadlines.append(batch.limit)
         if deadlines:
             self._arm(min(deadlines))
-
-
-def _split(checks: Iterable[Check], now: float) -> tuple[list[Check], list[Check]]:
-    late: list[Check] = []
-    rest: list[Check] = []
-    for check in checks:
-        (late if check.deadline <= now else rest).append(check)
-    return late, rest
-
-
-def slot_key(check: Check) -> bytes:
-    """The key that says which slot, and so which node, a check of one partition belongs to."""
-    return check.charges[0].partition.key
-
-
-def spans_slots(checks: Iterable[Check]) -> bool:
-    """Whether a command for *checks* has keys of more than one partition."""
-    return len({charge.partition.key for check in checks for charge in check.charges}) > 1
-
-
-def graver(one: Failure | None, other: Failure | None) -> Failure | None:
-    """Of what went wrong with two commands of a batch, what is to be told of it: a `Failure.REPLY` says least."""
-    return other if one is None or (one is Failure.REPLY and other is not None) else one
-
-
-def still_waiting(checks: Iterable[Check]) -> list[Check]:
-    """Those of *checks* that somebody waits for, or that nobody ever did: what is settled after a response."""
-    return [check for check in checks if not check.future.done()]
-
-
-def resolve(checks: Iterable[Check], outcome: Outcome) -> None:
-    """Give *outcome* to everyone of *checks* who still waits."""
-    for check in checks:
-        check.answer(outcome)
-
-
-def distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
-    """Cut the script's flat *reply* into one outcome per check; an odd key costs its own request only.
-
-    Returns:
-        Why some have no verdict, the gravest reason; ``None`` when all have one.
-
-    Raises:
-        OddReply: If it is no reply to them; whoever has no outcome yet still waits then.
-    """
-    try:
-        return _distribute(checks, reply)
-    except (TypeError, LookupError):
-        raise OddReply("The reply is not one to these checks.") from None
-
-
-def _distribute(checks: Sequence[Check], reply: list[Any]) -> Failure | None:
-    at = 0
-    worst: Failure | None = None
-    for check in checks:
-        outcome: Outcome
-        if reply[at] == -1:
-            message = reply[at + 1]
-            outcome = classify_reply(message.decode() if isinstance(message, bytes) else str(message))
-            at += 2
-            worst = graver(worst, outcome)
-        else:
-            end = at + 1 + VALUES_PER_COUNTER * check.charges.counters
-            outcome = reply[at:end]
-            at = end
-            sum(outcome)  # of anything but numbers a TypeError
-            if at > len(reply):
-                break
-        check.answer(outcome)
-    if at != len(reply):
-        raise LookupError
-    return worst

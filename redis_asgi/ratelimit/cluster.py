@@ -6,7 +6,8 @@ import redis.asyncio as aioredis
 
 from ..client import Client, Turnstile
 from ..connection import RedisManager
-from .batch import Batcher, Check, Wire, slot_key
+from .batch import Batcher
+from .check import Check, Wire, slot_key
 from .line import LineWire
 from .parts import ApartWhereAsked, Parts
 from .wires import NodeWire, PoolWire, TableWire

@@ -1,14 +1,14 @@
 """What the limiter counts, with every metric's children bound once."""
 
-import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import Failure
 from ..settings import OnRedisError
 from ..telemetry import telemetry
 from ..tracing import annotate_span, may_be_traced
-from .policy import Charge, Charges
-from .strategies import VALUES_PER_COUNTER, Reply
+from .policy import Charge, Charges, counters_of
+from .reply import Reply, numbers_of
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -36,14 +36,19 @@ class Counts:
         self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
-        self._admissions: dict[tuple[str, ...], tuple[Counter, ...]] = {}
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
-    def request(self, outcome: str, source: str) -> None:
-        """Count one request, once."""
-        self._note(self._requests[outcome, source])
-        if "opentelemetry.trace" in sys.modules and may_be_traced():
+    def policies(self, said: "Sequence[Counter]") -> None:
+        """Count what the policies of a verdict said that is not its request's first."""
+        if said:
+            self._note(tuple(said))
+
+    def request(self, outcome: str, source: str, policies: "Sequence[Counter]" = ()) -> None:
+        """Count one request, once, and with it what *policies* said of it."""
+        counter = self._requests[outcome, source]
+        self._note((counter, *policies) if policies else counter)
+        if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
     def waited(self, source: str, seconds: float) -> None:
@@ -57,24 +62,21 @@ class Counts:
             bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
         self._note(bound)
 
+    def admission(self, charges: Charges) -> "tuple[Counter, ...]":
+        """What is counted of an admission by all policies of *charges*."""
+        if charges.admission is None:
+            charges.admission = tuple(self._bound(name)[0] for name in charges.names)
+        admission: tuple[Counter, ...] = charges.admission
+        return admission
+
     def decided(self, charges: Charges, reply: Reply) -> None:
         """Count what each policy of *charges* said by itself."""
-        if reply[0] and charges.enforce:
-            admission = self._admissions.get(charges.names)
-            if admission is None:
-                admission = self._admissions[charges.names] = tuple(self._bound(name)[0] for name in charges.names)
-            self._note(admission)
-            return
-        at = 1
-        for charge in charges:
-            for policy in charge.policies.policies:
-                bound = self._bound(charge.label or policy.name)
-                self._note(bound[0 if reply[at] else 2 if policy.shadow else 1])
-                at += VALUES_PER_COUNTER
+        for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
+            self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
-    def known(self, charge: Charge, policy: str) -> None:
-        """Count a refusal by *policy* that was known without asking."""
-        self._note(self._bound(charge.label or policy)[1])
+    def refusal(self, charge: Charge, policy: str) -> "Counter":
+        """What is counted of a refusal by *policy* that was known without asking."""
+        return self._bound(charge.label or policy)[1]
 
     def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
         bound = self._policies.get(name)

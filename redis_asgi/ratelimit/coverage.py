@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..paths import PathPattern, PathTemplate
 from ..settings import HeaderStyle, Settings
-from .rules import CompiledRule
+from .compiled import CompiledRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from .decision import Decision
-from .ledger import RequestDecision, decided_about
+from .request_decision import RequestDecision, decided_about
 
 _UNLIMITED = Decision(allowed=True, source="none")
 

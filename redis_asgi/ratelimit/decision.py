@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .policy import MICROSECONDS, Charge, Policy
-from .strategies import VALUES_PER_COUNTER, Reply
+from .policy import MICROSECONDS, Charge, Policy, counters_of
+from .reply import Reply, numbers_of
 
 Source: TypeAlias = Literal["redis", "memory", "local", "none"]
 
@@ -63,15 +63,9 @@ class Decision:
 
 def policy_state(policy: Policy, remaining: int, reset: int, retry: int) -> PolicyState:
     """The state in a strategy's numbers: units, us, and us with -1 for "never"."""
+    again = None if retry < 0 else retry / MICROSECONDS
     return PolicyState(
-        policy.name,
-        policy.quota,
-        policy.window,
-        remaining,
-        reset / MICROSECONDS,
-        None if retry < 0 else retry / MICROSECONDS,
-        policy.shadow,
-        policy.strategy,
+        policy.name, policy.quota, policy.window, remaining, reset / MICROSECONDS, again, policy.shadow, policy.strategy
     )
 
 
@@ -79,15 +73,11 @@ def read_reply(charges: Sequence[Charge], reply: Reply, source: Source) -> Decis
     """The decision in a strategy's reply to *charges*."""
     states = []
     violated = []
-    at = 1
-    for charge in charges:
-        for policy in charge.policies:
-            fits, *numbers, _ = reply[at : at + VALUES_PER_COUNTER]
-            at += VALUES_PER_COUNTER
-            state = policy_state(policy, *numbers)
-            states.append(state)
-            if not fits and not policy.shadow:
-                violated.append(state)
+    for (_, policy), numbers in zip(counters_of(charges), numbers_of(reply), strict=True):
+        state = policy_state(policy, numbers.remaining, numbers.reset, numbers.retry)
+        states.append(state)
+        if not numbers.fits and not policy.shadow:
+            violated.append(state)
     if reply[0]:
         return Decision(True, source, None, tuple(states))
     return refusal_of(tuple(states), violated, source)

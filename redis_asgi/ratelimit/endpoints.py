@@ -2,29 +2,26 @@
 
 import functools
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 from starlette.types import Scope
-
-_names: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 
 
 def endpoint_name(endpoint: object) -> str:
     """An endpoint's ``module.qualname``, the same in every worker."""
-    while isinstance(endpoint, functools.partial):
-        endpoint = endpoint.func
     try:
-        name = _names.get(endpoint)
-        if name is None:
-            name = _names[endpoint] = _full_name(endpoint)
-    except TypeError:  # neither hashable nor weakly referenced
+        return _known_name(endpoint)
+    except TypeError:  # not hashable
         return _full_name(endpoint)
-    return name
 
 
 def _full_name(endpoint: object) -> str:
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func
     named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+_known_name = functools.lru_cache(maxsize=1024)(_full_name)
 
 
 def dependant_of(scope: Scope) -> object:

@@ -9,138 +9,31 @@ import logging
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ..connection import PROCESS, RedisManager
 from ..errors import Failure, OddReply, classify
 from ..events import say, words_for
-from ..settings import HeaderStyle, OnRedisError, Settings
+from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
-from .batch import Batcher, Check, Outcome
+from .batch import Batcher
+from .check import Check, Outcome
 from .clock import CLOCK
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
-from .decision import Decision, Source, policy_state, read_reply, refusal_of
-from .headers import Fields, limit_fields, reply_fields
+from .decision import Decision, Source
 from .local import LocalEngine
-from .policy import MICROSECONDS, Charge, Charges, Partition, PolicySet, log_key
-from .refusals import Refusal, RefusalMemory
-from .strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
-from .wires import NOTHING_ASKED
+from .policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
+from .refusals import RefusalMemory
+from .reply import Reply
+from .script import NOTHING_ASKED
+from .strategies import Mode
+from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What a client is told when Redis is needed and gone.
 CLOSED_RETRY_AFTER = 1.0
-
-
-class Verdict:
-    """An engine's answer: whether the request is admitted, and on demand everything else about it.
-
-    Attributes:
-        allowed: Whether the request is admitted.
-        engine: Who answered.
-        charges: What the answer is about; fewer than were asked when some rules fail open.
-        source: Who decided.
-        reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
-        known: The remembered refusals that answered, and when (monotonic seconds).
-        is_counted: Whether the request that it is about was counted.
-        is_over: Whether that request's charges are settled.
-    """
-
-    __slots__ = (
-        "_decision",
-        "_fields",
-        "allowed",
-        "at",
-        "charges",
-        "engine",
-        "is_counted",
-        "is_over",
-        "known",
-        "reply",
-        "source",
-    )
-
-    def __init__(
-        self,
-        engine: "Engine",
-        charges: Charges,
-        source: Source,
-        reply: Reply | None = None,
-        *,
-        decision: Decision | None = None,
-        known: Sequence[tuple[Charge, Refusal]] = (),
-        at: float = 0.0,
-    ) -> None:
-        self.engine = engine
-        self.charges = charges
-        self.source: Source = source
-        self.reply = reply
-        self.known = known
-        self.at = at
-        self.is_counted = self.is_over = False
-        self._decision = decision
-        self._fields: Fields | None = None
-        if reply is not None:
-            self.allowed = reply[0] == 1
-            if engine.style == "ietf" and len(charges.each) == 1:
-                self._fields = reply_fields(charges.each[0].policies, reply)
-        else:
-            self.allowed = not known and (decision is None or decision.allowed)
-
-    def fields(self, style: HeaderStyle) -> Fields:
-        """The header fields of the answer. Do not change the list."""
-        if style == "ietf" and self._fields is not None:
-            return self._fields
-        return limit_fields(self.decision, style) if style != "none" else []
-
-    def count(self) -> None:
-        """Count the request, once, as what it says of it."""
-        if not self.is_counted:
-            self.is_counted = True
-            outcome = "allowed" if self.allowed else "unavailable" if self.source == "none" else "refused"
-            self.engine.counts.request(outcome, "refusal_memory" if self.known else self.source)
-
-    @property
-    def decision(self) -> Decision:
-        """The answer in full; read from the numbers when first asked for."""
-        if self._decision is None:
-            if self.reply is not None:
-                self._decision = read_reply(self.charges, self.reply, self.source)
-            else:
-                states = tuple(
-                    policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
-                    for charge, refusal in self.known
-                )
-                self._decision = refusal_of(states, states, self.source)
-        return self._decision
-
-    @property
-    def taken(self) -> list[int]:
-        """The units that were charged, one per policy of the charges."""
-        if self.reply is None or not self.allowed:
-            return [0] * self.charges.counters
-        fits = iter(self.reply[1::VALUES_PER_COUNTER])
-        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies]
-
-    def show(self, back: Sequence[int]) -> None:
-        """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
-        reply = list(self.reply or ())
-        policies = [policy for charge in self.charges for policy in charge.policies]
-        for i, (policy, units) in enumerate(zip(policies, back, strict=True)):
-            remaining, reset, retry = (1 + VALUES_PER_COUNTER * i + n for n in (1, 2, 3))
-            if units:
-                reply[remaining] = min(policy.quota, reply[remaining] + units)
-                reply[retry] = 0
-                if policy.strategy == "gcra":
-                    reply[reset] = max(0, reply[reset] - units * policy.window * MICROSECONDS // policy.quota)
-        self.reply, self._decision, self._fields = reply, None, None
-
-    @property
-    def receipts(self) -> list[int]:
-        """One per policy of the charges, for giving back: negative where nothing was charged."""
-        return charged_receipts(self.reply) if self.reply is not None and self.allowed else []
 
 
 class Engine:
@@ -149,26 +42,22 @@ class Engine:
     Args:
         timeout: The most a check waits for Redis, in seconds.
         settings: What its limits are configured by; ``None`` = the manager's.
-        style: How what it decides is put into header fields; ``None`` = the settings'.
         names_are_fixed: Whether the names of its policies are known before the first request; only then each policy's
             decisions are counted.
+
+    Attributes:
+        plans: What its owner keeps with it.
     """
 
     def __init__(
-        self,
-        manager: RedisManager,
-        *,
-        timeout: float,
-        settings: Settings | None = None,
-        style: HeaderStyle | None = None,
-        names_are_fixed: bool = True,
+        self, manager: RedisManager, *, timeout: float, settings: Settings | None = None, names_are_fixed: bool = True
     ) -> None:
         self.manager = manager
         manager.needs = NOTHING_ASKED
         self.counts = Counts()
         self._names_are_fixed = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
-        self.style: HeaderStyle = style or self.settings.RATE_LIMIT_HEADERS
+        self.plans: Any = None
         self._timeout = timeout
         self._has_redis = manager.has_redis
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
@@ -183,10 +72,10 @@ class Engine:
         known = self._refusals.find(charges, now)
         if not known:
             return None
+        verdict = Verdict(self, charges, "redis", known=known, at=now)
         if self._names_are_fixed:
-            for charge, refusal in known:
-                self.counts.known(charge, refusal.policy.name)
-        return Verdict(self, charges, "redis", known=known, at=now)
+            verdict.uncounted = [self.counts.refusal(charge, refusal.policy.name) for charge, refusal in known]
+        return verdict
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
@@ -231,9 +120,17 @@ class Engine:
         return self._decided(check.charges, check.mode, "redis", outcome)
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
+        verdict = Verdict(self, charges, source, reply)
         if self._names_are_fixed and mode == "consume":
-            self.counts.decided(charges, reply)
-        return Verdict(self, charges, source, reply)
+            if reply[0] and charges.enforce:
+                # Nearly always: counted together with the request.
+                verdict.uncounted = charges.admission or self.counts.admission(charges)
+            else:
+                self.counts.decided(charges, reply)
+        if charges.render is not None:
+            # Here, for a whole batch in one go, the same few lines stay in the processor's caches.
+            verdict.rendered = charges.render(reply)
+        return verdict
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
         """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.
@@ -242,24 +139,17 @@ class Engine:
             deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
                 goes to the window it was taken from, by receipt, or nowhere once that has passed.
         """
-        more: list[Charge] = []
-        back: list[Charge] = []
-        receipts: list[int] = []
-        kept = verdict.receipts
-        at = 0
-        for charge in verdict.charges:
-            for policy in charge.policies:
-                delta = deltas[at]
-                if delta > 0:
-                    more.append(Charge(PolicySet((policy,)), charge.partition, delta))
-                elif delta < 0:
-                    back.append(Charge(PolicySet((policy,)), charge.partition, -delta))
-                    receipts.append(kept[at])
-                at += 1
+        kept = verdict.receipts or [-1] * len(deltas)
+        changes = [
+            (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
+            for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
+        ]
+        more = [charge for charge, delta, _ in changes if delta > 0]
+        back = [charge for charge, delta, _ in changes if delta < 0]
         if more:
             self._apply("charge", Charges(more), (), verdict)
         if back:
-            self._apply("refund", Charges(back), receipts, verdict)
+            self._apply("refund", Charges(back), [receipt for _, delta, receipt in changes if delta < 0], verdict)
 
     def _apply(
         self, mode: Literal["charge", "refund"], charges: Charges, receipts: Sequence[int], verdict: Verdict
@@ -360,7 +250,7 @@ class Engine:
 
     def _without_redis(self, charges: Charges, mode: Mode, reason: Failure) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
-        answers = {charge.on_redis_error for charge in charges if charge.policies.shown}
+        answers = {charge.on_redis_error for charge in charges if charge.policies.enforces}
         local = charges
         if any(charge.on_redis_error != "local" for charge in charges):
             local = Charges(charge for charge in charges if charge.on_redis_error == "local")

@@ -1,11 +1,14 @@
 """`RateLimitExceeded`: the 429 an endpoint raises, which answers by itself in Starlette and FastAPI."""
 
+import math
+
 from starlette.exceptions import HTTPException
 
 from ..errors import RedisASGIError
 from ..settings import HeaderStyle
 from . import headers
 from .decision import Decision
+from .verdict import Verdict
 
 
 class RateLimitExceeded(RedisASGIError, HTTPException):
@@ -22,13 +25,7 @@ class RateLimitExceeded(RedisASGIError, HTTPException):
     """
 
     def __init__(
-        self,
-        client_id: str,
-        limit: int,
-        window: int,
-        *,
-        decision: Decision | None = None,
-        style: HeaderStyle = "ietf",
+        self, client_id: str, limit: int, window: int, *, decision: Decision | None = None, style: HeaderStyle = "ietf"
     ) -> None:
         self.client_id = client_id
         self.limit = limit
@@ -44,3 +41,15 @@ class RateLimitExceeded(RedisASGIError, HTTPException):
 
     def __str__(self) -> str:
         return f"Rate limit exceeded for {self.client_id}: {self.limit} requests per {self.window} seconds"
+
+
+def refusal_on(decision: Decision, verdict: Verdict, style: HeaderStyle) -> HTTPException:
+    """What an endpoint raises that *verdict*, a part of the *decision* on its request, refuses."""
+    refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
+    if not refusing:  # nobody could decide, and the limit fails closed
+        fields = headers.refusal_fields(verdict.decision)
+        detail = "The rate limit cannot be checked right now. Retry in 1 s."
+        return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
+    worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
+    whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
+    return RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style)

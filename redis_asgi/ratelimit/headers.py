@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -14,9 +14,10 @@ from starlette.types import Message
 
 from ..settings import HeaderStyle
 from .clock import CLOCK
-from .decision import Decision, PolicyState, policy_state, refusal_of
-from .policy import MICROSECONDS, Policy, PolicySet
-from .strategies import VALUES_PER_COUNTER, Reply
+from .decision import Decision, PolicyState, merged, policy_state, refusal_of
+from .policy import MICROSECONDS, Charges, Policy, PolicySet
+from .reply import place_of
+from .verdict import Verdict
 
 Fields: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -29,40 +30,69 @@ def whole_seconds(seconds: float) -> int:
     return max(1, math.ceil(seconds))
 
 
-def ietf_fields(states: Iterable[PolicyState]) -> Fields:
-    """``RateLimit-Policy`` and ``RateLimit``, a member per policy (draft-11, sections 3 and 4)."""
-    policies = []
-    limits = []
-    for state in states:
-        reset, retry = state.reset * MICROSECONDS, (state.retry_after or 0.0) * MICROSECONDS
-        t = effective_window(state.strategy, state.window, state.remaining, round(reset), round(retry))
-        policies.append(f'"{state.name}";q={state.quota};w={state.window}'.encode())
-        limits.append(f'"{state.name}";r={state.remaining};t={t}'.encode())
-    return [(b"ratelimit-policy", b", ".join(policies)), (b"ratelimit", b", ".join(limits))] if policies else []
+class Members:
+    """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of, a member each (draft-11, sections 3 and 4).
 
-
-def effective_window(strategy: str, window: int, remaining: int, reset: int, retry: int) -> int:
-    """The draft's ``t``: seconds within which no more than the *remaining* units can be used.
-
-    To a fixed window's end; for the others until more is admitted when nothing is left, else the window. *reset* and
-    *retry* are in us; 0 is "now", less is "never".
+    Args:
+        policies: Each with its place among the numbers: remaining, and reset and retry in us, where 0 is "now", and
+            less is "never". Shadows are left out. Names need no escapes in a structured-field string.
     """
-    left = reset if strategy == "fixed-window" else 0 if remaining else retry
-    return -(-left // MICROSECONDS) if left > 0 else window
+
+    __slots__ = ("_policies", "_shown", "_template")
+
+    def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
+        shown = [(place, policy) for place, policy in policies if not policy.shadow]
+        members = ", ".join(f'"{policy.name}";q={policy.quota};w={policy.window}' for _, policy in shown)
+        self._policies = (b"ratelimit-policy", members.encode())
+        self._template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in shown).encode()
+        self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
+
+    def fields(self, numbers: Sequence[int]) -> Fields:
+        """The fields that say *numbers*; none when all policies are shadows.
+
+        The draft's ``t`` is the seconds within which no more than the remaining units can be used: to a fixed window's
+        end; for the others until more is admitted when nothing is left, else the window.
+        """
+        values: tuple[int, ...] = ()
+        for place, is_fixed, window in self._shown:
+            remaining, reset, retry = numbers[place]
+            left = reset if is_fixed else 0 if remaining else retry
+            values += (remaining, (left + 999_999) // 1_000_000 if left > 0 else window)
+        return [self._policies, (b"ratelimit", self._template % values)] if values else []
 
 
-def reply_fields(policies: PolicySet, reply: Reply) -> Fields:
-    """`ietf_fields` straight from a strategy's numbers: what nearly every admitted response gets, so in one piece."""
-    values: list[int] = []
-    for i, fixed, window in policies.shown:
-        at = VALUES_PER_COUNTER * i + 2
-        remaining = reply[at]
-        left = reply[at + 1] if fixed else 0 if remaining else reply[at + 2]
-        values.append(remaining)
-        values.append(-(-left // MICROSECONDS) if left > 0 else window)
-    if not values:
-        return []
-    return [(b"ratelimit-policy", policies.members), (b"ratelimit", policies.template % tuple(values))]
+def ietf_fields(states: Sequence[PolicyState]) -> Fields:
+    """``RateLimit-Policy`` and ``RateLimit`` of what a decision says."""
+    numbers: list[int] = []
+    for state in states:
+        numbers += (
+            state.remaining,
+            round(state.reset * MICROSECONDS),
+            round((state.retry_after or 0.0) * MICROSECONDS),
+        )
+    return Members((slice(3 * i, 3 * i + 3), state) for i, state in enumerate(states)).fields(numbers)
+
+
+@lru_cache(maxsize=4096)
+def _members(sets: tuple[PolicySet, ...]) -> Members:
+    policies = (policy for policies in sets for policy in policies)
+    return Members((place_of(i), policy) for i, policy in enumerate(policies))
+
+
+def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
+    """What makes the fields of a reply to *charges*."""
+    return _members(tuple(charge.policies for charge in charges)).fields
+
+
+def fields_of(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
+    """The header fields of all that was decided about a request, in the configured style. Do not change the list."""
+    first = verdicts[0]
+    if len(verdicts) > 1 or style != "ietf" or first.reply is None:
+        return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+    if first.rendered is None:
+        first.rendered = renderer(first.charges)(first.reply)
+    fields: Fields = first.rendered
+    return fields
 
 
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:
@@ -99,14 +129,13 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
 
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
     """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
-    both = list(message.get("headers") or ())
-    for name, _ in both:
+    theirs = message.get("headers") or ()
+    for name, _ in theirs:
         if name in _OURS:
-            names = {name for name, _ in both}
+            names = dict(theirs)
             fields = [field for field in fields if field[0] not in names]
             break
-    both += fields
-    return {**message, "headers": both}
+    return {**message, "headers": [*theirs, *fields]}
 
 
 _OURS = frozenset(

@@ -17,8 +17,10 @@ from .. import aside
 from ..client import Turnstile
 from ..errors import Failure, OddReply, classify, classify_reply, is_crossslot
 from ..telemetry import telemetry
-from .batch import Batch, Batcher, Check, distribute, graver, resolve, spans_slots, still_waiting
-from .wires import SCRIPT, SCRIPT_SHA, PoolWire, packed
+from .batch import Batcher
+from .check import Batch, graver, resolve, spans_slots
+from .script import Call
+from .wires import PoolWire
 
 
 class Line(asyncio.Protocol):
@@ -28,8 +30,7 @@ class Line(asyncio.Protocol):
         self, wire: "LineWire", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
     ) -> None:
         self.connection = connection
-        # Each command: of which batch, for which of its checks, and whether with the script in full.
-        self.sent: deque[tuple[Batch, list[Check], bool]] = deque()
+        self.sent: deque[tuple[Batch, Call]] = deque()
         self.under_way = 0  # batches
         self._why: Failure | None = None  # it was dropped
         self._wire = wire
@@ -40,19 +41,14 @@ class Line(asyncio.Protocol):
         self._theirs = transport.get_protocol()
         transport.set_protocol(self)
 
-    @property
-    def has_to_go(self) -> bool:
-        """Whether the pool wants the connection made anew."""
-        return bool(self.connection.should_reconnect())  # type: ignore[no-untyped-call]  # theirs
-
     def send(self, batch: Batch) -> None:
         """Write *batch*."""
         self.under_way += 1
-        groups = self._batcher.groups(batch.checks)
-        batch.calls = len(groups)
-        for group in groups:
-            self.sent.append((batch, group, False))
-            self._transport.write(packed(b"EVALSHA", SCRIPT_SHA, group, self._batcher.clock))
+        calls = self._batcher.calls(batch.checks)
+        batch.calls = len(calls)
+        for call in calls:
+            self.sent.append((batch, call))
+            self._transport.write(call.command())
 
     def hang_up(self, why: Failure | None = None) -> None:
         """Drop the connection at once; what was sent is told so, or *why*."""
@@ -69,7 +65,7 @@ class Line(asyncio.Protocol):
         unread.append(data)
         if len(unread) > 1:
             return
-        if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][1]) == 1:
+        if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][1].checks) == 1:
             self.read()
             return
         # Two turns of the loop later the requests that came in together with it are waiting. They leave in the next
@@ -116,28 +112,27 @@ class Line(asyncio.Protocol):
     def _answer(self, reply: Any) -> None:
         if not self.sent:
             raise OddReply("Nothing was asked.")
-        batch, checks, in_full = self.sent[0]
+        batch, call = self.sent[0]
         if not isinstance(reply, hiredis.ReplyError):
-            failure = distribute(checks, reply)
+            failure = call.hand_out(reply)
             self.sent.popleft()  # not before the reply has proved to be one, else nobody would fail it
             self._answered(batch, failure)
             return
         self.sent.popleft()
-        if str(reply).startswith("NOSCRIPT") and not in_full:
-            # Nothing ran, so sending it again cannot count twice.
-            checks = still_waiting(checks)
-            if checks:
-                telemetry().redis_script_loads.inc()
-                self.sent.append((batch, checks, True))
-                self._transport.write(packed(b"EVAL", SCRIPT, checks, self._batcher.clock))
-            else:
+        if str(reply).startswith("NOSCRIPT") and not call.in_full:
+            command = call.command_in_full()
+            if command is None:
                 self._answered(batch, None)
-        elif is_crossslot(reply) and spans_slots(checks):
+            else:
+                telemetry().redis_script_loads.inc()
+                self.sent.append((batch, call))
+                self._transport.write(command)
+        elif is_crossslot(reply) and spans_slots(call.checks):
             self.under_way -= 1
             self._batcher.again(batch)
         else:
             failure = classify_reply(str(reply))
-            resolve(checks, failure)
+            resolve(call.checks, failure)
             self._answered(batch, failure)
 
     def _answered(self, batch: Batch, failure: Failure | None) -> None:
@@ -170,7 +165,8 @@ class LineWire:
 
     def start(self, batcher: Batcher) -> None:
         line = self._line
-        if line is not None and not line.sent and line.has_to_go:
+        # The pool may want the connection made anew.
+        if line is not None and not line.sent and line.connection.should_reconnect():  # type: ignore[no-untyped-call]
             self._return(line)
             line = None
         if line is None:

@@ -8,13 +8,13 @@ from starlette.types import Scope
 
 from ..events import say
 from ..scope import Addressing, peer_host
+from .compiled import CompiledRule
 from .routing import Routing
-from .rules import CompiledRule
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
-LOOKS = 10_000
+LOOKS = 1000
 
 
 class Linter:

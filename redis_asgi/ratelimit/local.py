@@ -11,7 +11,8 @@ from ..settings import Settings
 from ..telemetry import telemetry
 from .clock import CLOCK
 from .policy import MICROSECONDS, Charge, Policy
-from .strategies import COUNTERS, Counter, Log, Mode, Reply, Stored
+from .reply import Reply
+from .strategies import COUNTERS, Counter, Log, Mode, Stored
 
 # A counter is kept this much longer (us) than it counts, as its Redis key is, in case the clock steps back.
 _SLACK = MICROSECONDS

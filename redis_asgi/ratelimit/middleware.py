@@ -5,10 +5,8 @@ refused here, or on to the app with the fields added to its response → what th
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import get_args
 
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, offer_manager, resolve_manager
@@ -17,19 +15,22 @@ from ..misuse import check_app, constructor_says_what_was_meant
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry
-from . import headers
+from .compiled import compile_rules
 from .coverage import Coverage, Covering
-from .engine import Engine, Verdict
+from .engine import Engine
 from .exempt import Exempt, Exemptions
-from .ledger import STANDBY, RequestDecision, Standby, decision_of, keep_decision
+from .headers import fields_of
+from .limited_response import LimitedResponse, UncoveredResponse
 from .lint import Linter
 from .overview import Protection
-from .partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, PartitionBy
-from .policy import Charges
-from .request import RuleCheck
+from .partition import ADDRESSING, MissingIdentity, PartitionBy
+from .plan import PlanCache, Plans
+from .pricing import decide_priced, left_over
+from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
 from .routing import Routing
-from .rules import Limits, Rule, check_choice, compile_rules, same_identity
+from .rules import Limits, Rule, check_choice
+from .verdict import Verdict
 
 
 @constructor_says_what_was_meant("RateLimitMiddleware(app, '100/minute', rules=[Rule('5/minute', name='login')])")
@@ -82,7 +83,7 @@ class RateLimitMiddleware(Covering):
         settings = settings if settings is not None else self._manager.settings
         self._body_cap = settings.RATE_LIMIT_BODY_CAP
         self._addressing = Addressing(settings)
-        self._rules = compile_rules(
+        compiled = compile_rules(
             limits,
             rules,
             settings,
@@ -93,35 +94,32 @@ class RateLimitMiddleware(Covering):
         )
         if headers is not None:
             check_choice("headers", headers, get_args(HeaderStyle))
-        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings, style=headers)
-        self._style = self._engine.style
+        self._style: HeaderStyle = headers or settings.RATE_LIMIT_HEADERS
+        self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         self._counts = self._engine.counts
-        if any(rule.on_redis_error == "closed" for rule in self._rules):
+        if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
-        self._routing = Routing(app)
+        self._rules, self._routing = compiled, Routing(app)
+        self._engine.plans = PlanCache(self._style, self._addressing)
+        self._plans = Plans(compiled, self._routing, self._engine.plans)
         self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None:
             check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
         self._linter = Linter(self._addressing, self._routing, self._rules)
         self._has_loop = False
-        # When every rule covers every path and identifies alike, a client's charges are always the same: they are kept.
-        self._identify = same_identity(self._rules)
-        self._charges_of = lru_cache(maxsize=16_384)(self._plain_charges)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
-        if kind == "lifespan":
-            await self._lifespan(scope, receive, send)
-            return
         if kind not in ("http", "websocket"):
-            await self.app(scope, receive, send)
+            await (self._lifespan if kind == "lifespan" else self.app)(scope, receive, send)
             return
         if not self._has_loop:
             running_loop()
             self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
+        scope.setdefault(STYLE, self._style)
         offer_manager(scope, self._manager)
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
@@ -130,38 +128,36 @@ class RateLimitMiddleware(Covering):
         if self._linter.looks:
             self._linter.look(scope)
         outer = decision_of(scope)
-        charges = self._known_charges(scope) if outer is None else None
         try:
-            if charges is not None:
-                asked = self._engine.ask(charges)
-                verdict: Verdict | None = asked if isinstance(asked, Verdict) else await asked.future
-            else:
-                check = RuleCheck(
-                    self._rules, self._routing, self._engine, self._linter, self._body_cap, scope, receive, outer
-                )
-                verdict, receive = await check.decide(), check.receive
+            charges = await self._plans.of(scope).charges(scope)
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
             await refuse_identity(missing.what, scope, send)
             return
+        if outer is not None:
+            charges = left_over(charges, outer, self._engine, self._linter)
+        verdict: Verdict | None = None
+        if charges.is_priced:
+            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
+        elif charges.counters:
+            asked = self._engine.ask(charges)
+            verdict = asked if isinstance(asked, Verdict) else await asked.future
 
         if outer is not None:
             await self._join(outer, verdict, scope, receive, send)
         elif verdict is None:  # no rule covers it
             await self._stand_by(scope, receive, send)
         elif verdict.allowed:
-            decision = RequestDecision(verdict)
-            keep_decision(scope, decision)
-            response = _Response(decision, self._style, send)
+            response = LimitedResponse(keep_decision(scope, verdict), self._style, send)
             try:
                 await self.app(scope, receive, response.send)
             except BaseException as error:
                 response.failed(error)
                 raise
             if not verdict.is_over:
-                decision.settle(response.status)
+                verdict.settle(response.status)
         else:
-            keep_decision(scope, RequestDecision(verdict))
+            keep_decision(scope, verdict)
             verdict.count()
             await self._refuse(verdict, scope, receive, send)
 
@@ -182,7 +178,7 @@ class RateLimitMiddleware(Covering):
     async def _stand_by(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that no rule covers; a per-route limit may."""
         standby = scope[STANDBY] = Standby(self._engine, sees_end=True)
-        response = _UncoveredResponse(standby, self._style, send)
+        response = UncoveredResponse(standby, self._style, send)
         try:
             await self.app(scope, receive, response.send)
         except BaseException as error:
@@ -195,7 +191,7 @@ class RateLimitMiddleware(Covering):
             if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
                 await send_remembered(verdict, self._style, scope, send)
             else:
-                fields = verdict.fields(self._style)
+                fields = fields_of((verdict,), self._style)
                 await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
@@ -210,18 +206,6 @@ class RateLimitMiddleware(Covering):
             await self.app(scope, receive, send)
         else:
             await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
-
-    def _known_charges(self, scope: Scope) -> Charges | None:
-        """What the request is charged, where its identity alone says it; ``None``: ask the rules."""
-        if self._identify is None or scope.get("method") == "OPTIONS":
-            return None
-        identity = self._identify(scope)
-        if identity is None or len(identity) > LONGEST_CACHED:
-            return None
-        return self._charges_of(identity)
-
-    def _plain_charges(self, identity: str) -> Charges:
-        return Charges(rule.plain_charge(identity) for rule in self._rules)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
@@ -250,94 +234,3 @@ class RateLimitMiddleware(Covering):
         finally:
             if holding:
                 await self._manager.let_go()
-
-
-class _Response:
-    """The app's response on its way out: fields added once, at its start, and charges settled at its end.
-
-    Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
-    """
-
-    __slots__ = ("_gone", "_send", "_style", "decision", "status")
-
-    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
-        self.decision = decision
-        self._style: HeaderStyle = style
-        self._send = send
-        self._gone = False
-        self.status: int | None = None
-
-    async def send(self, message: Message) -> None:
-        kind = message["type"]
-        back = None
-        if kind in _STARTS:
-            self.status = status = message.get("status", 101)
-            if 300 <= status < 500:
-                back = self.decision.turned_down()
-            says = self.decision.says
-            says.count()
-            # The draft has no fields on redirects: their target is counted by itself.
-            if not 300 <= status < 400:
-                message = headers.with_fields(message, says.fields(self._style))
-        elif kind == "websocket.close" and self.status is None:
-            self.status = 403  # what the server answers a handshake that is closed before accept
-            back = self.decision.turned_down()
-        try:
-            await self._send(message)
-        except OSError:
-            self._gone = True
-            raise
-        for verdict, deltas in back or ():
-            self.decision.ledger.apply(verdict, deltas)
-        if kind == "http.response.body" and not message.get("more_body", False):
-            self.decision.settle(self.status)
-
-    def failed(self, error: BaseException) -> None:
-        """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
-        gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
-        self.decision.settle(self.status if gone else 500)
-
-
-class _UncoveredResponse:
-    """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
-
-    __slots__ = ("_is_counted", "_of_route", "_send", "_standby", "_style")
-
-    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
-        self._standby = standby
-        self._style: HeaderStyle = style
-        self._send = send
-        self._of_route: _Response | None = None
-        self._is_counted = False
-
-    async def send(self, message: Message) -> None:
-        response = self._response()
-        if response is None:
-            self._count()
-            await self._send(message)
-        else:
-            await response.send(message)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Settle what was decided, when the app has returned or raised."""
-        response = self._response()
-        if response is None:
-            self._count()
-        elif error is not None:
-            response.failed(error)
-        else:
-            response.decision.settle(response.status)
-
-    def _response(self) -> _Response | None:
-        decision = self._standby.decision
-        if self._of_route is None and decision is not None:
-            self._of_route = _Response(decision, self._style, self._send)
-        return self._of_route
-
-    def _count(self) -> None:
-        if not self._is_counted:
-            self._is_counted = True
-            self._standby.engine.counts.request("exempt", "none")
-
-
-_STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))

@@ -8,13 +8,13 @@ from starlette.types import Scope
 
 from ..connection import RedisManager
 from ..settings import OnRedisError, Settings, StrategyName
+from .compiled import CompiledRule
 from .engine import Engine
 from .exempt import Exemptions
-from .ledger import STANDBY, Standby
 from .policy import Policy
+from .request_decision import STANDBY, Standby
 from .route import Placed, RateLimit
 from .routing import Routing
-from .rules import CompiledRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from inspect import isawaitable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -93,7 +93,11 @@ def by_user(conn: HTTPConnection) -> str | None:
     Its ``identity``, else its ``display_name``. That middleware must be outside this one (added later). Nobody
     logged in is counted by ``RATE_LIMIT_MISSING_IDENTITY``.
     """
-    user = conn.scope.get("user")
+    return _read_user(conn.scope)
+
+
+def _read_user(scope: Scope) -> str | None:
+    user = scope.get("user")
     if user is None or not getattr(user, "is_authenticated", False):
         return None
     try:
@@ -136,75 +140,71 @@ class Partitioner:
 
     Args:
         partition_by: ``None`` = ``RATE_LIMIT_PARTITION``.
+        addressing: Whose addresses are believed; ``None`` = what the scope says.
 
     Attributes:
         kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
-        read: Reads the identity from a scope, where that takes no callable of the user's.
+        read: Reads the identity from a scope, where that takes no callable of the user's; ``None`` where it does.
+        by: That callable.
         missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
     """
 
-    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing) -> None:
+    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing | None) -> None:
         if partition_by is None:
             partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
         check_partition_by(partition_by)
-        self._by = partition_by
-        self._addressing = addressing
+        self.by = partition_by
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
         self.missing = settings.RATE_LIMIT_MISSING_IDENTITY
-        self.by_address = partition_by is client_ip
-        self.kind = (
-            "ip"
-            if self.by_address
-            else f"header:{partition_by.name}"
-            if isinstance(partition_by, by_header)
-            else "user"
-            if partition_by is by_user
-            else "custom"
-        )
+        self._by_address = partition_by is client_ip
+        self.kind = "custom"
         self.read: Callable[[Scope], str | None] | None = None
-        if self.by_address:
-            self.read = addressing.client
+        if partition_by is client_ip:
+            self.kind, self.read = "ip", self._read_address if addressing is None else addressing.client
         elif isinstance(partition_by, by_header):
-            self.read = partition_by.read
-        # Per instance, so that the cache dies with it.
+            self.kind, self.read = f"header:{partition_by.name}", partition_by.read
+        elif partition_by is by_user:
+            self.kind, self.read = "user", _read_user
+        # Per instance, so that the caches die with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
+        self._of_client = lru_cache(maxsize=16_384)(self.of_address)
 
     @property
     def refuses(self) -> bool:
         """Whether a request without the identity is refused."""
         return self.missing == "refuse" and self.kind not in ("ip", "custom")
 
-    async def __call__(self, scope: Scope) -> Partition | None:
-        """The partition of a request; ``None``: its rule does not apply.
+    async def settle(self, said: object, scope: Scope) -> "str | Partition | None":
+        """Whom a request is counted as for which `by` or `read` *said* this; ``None``: its rule does not apply.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.
         """
-        addressing: Addressing = scope.setdefault(ADDRESSING, self._addressing)
-        if self.by_address:
-            return self.of_address(addressing.client(scope))
-        by = self._by
-        if isinstance(by, by_header):
-            value = by.read(scope)
-        else:
-            said = by(HTTPConnection(scope))
-            value = await said if isawaitable(said) else said
-            if value is not None and not isinstance(value, str):
-                raise TypeError(
-                    f"partition_by returned {type(value).__name__}, not str or None. Return text, such as str(user.id)."
-                )
-        if value is not None:
-            return self._of_value(value) if len(value) <= LONGEST_CACHED else self._name_value(value)
+        if not isinstance(said, str) and isawaitable(said):
+            said = await said
+        if isinstance(said, str):
+            return said
+        if said is not None:
+            raise TypeError(
+                f"partition_by returned {type(said).__name__}, not str or None. Return text, such as str(user.id)."
+            )
+        if self._by_address:
+            return UNKNOWN
         if self.kind == "custom" or self.missing == "skip":
             return None
         if self.missing == "refuse":
             raise MissingIdentity(self.kind)
-        return self.of_address(addressing.client(scope)) if self.missing == "ip" else self._of_value("")
+        return self._of_client(self._read_address(scope)) if self.missing == "ip" else ""
 
-    def of_identity(self, identity: str) -> Partition:
-        """The partition of what `read` gave."""
-        return self.of_address(identity) if self.by_address else self._name_value(identity)
+    def of(self, name: "str | Partition") -> Partition:
+        """The partition of whom a request is counted as."""
+        if isinstance(name, Partition):
+            return name
+        return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
+
+    def _read_address(self, scope: Scope) -> str | None:
+        return cast("Addressing", scope[ADDRESSING]).client(scope)
 
     def of_address(self, client: str | None) -> Partition:
         """The partition of a client as `Addressing.client` names it."""
@@ -214,6 +214,8 @@ class Partitioner:
         )
 
     def _name_value(self, value: str) -> Partition:
+        if self._by_address:
+            return self.of_address(value)
         return make_partition(self.kind, value, prefix=self._prefix, secret=self._secret)
 
 

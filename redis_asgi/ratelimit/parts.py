@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from ..connection import RedisManager
 from ..errors import Failure
-from .batch import Batcher, Check, Outcome, resolve
+from .batch import Batcher
+from .check import Check, Outcome, resolve
 from .clock import CLOCK
-from .policy import Charge, Charges
+from .policy import Charge, Charges, Policy
 from .refusals import RefusalMemory
-from .strategies import VALUES_PER_COUNTER, Reply, charged_receipts
+from .reply import Numbers, Reply, charged_receipts, numbers_of, reply_of
 
 
 class Parts:
@@ -63,34 +65,26 @@ class Parts:
         failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
         replies = [outcome if isinstance(outcome, list) else [0] for outcome in outcomes]
         admitted = failure is None and all(reply[0] for reply in replies)
-        numbers: dict[int, Reply] = {}
+        numbers: dict[int, list[Numbers]] = {}
         for part, reply in zip(parts, replies, strict=True):
             back = check.mode == "consume" and reply[0] and not admitted
             if back and not self._is_closed():
                 self._give_back(part, reply)
-            at = 1
+            said = iter(numbers_of(reply))
             for charge in part.charges:
-                end = at + VALUES_PER_COUNTER * len(charge.policies)
-                numbers[id(charge)] = mine = reply[at:end]
-                at = end
-                for i, policy in enumerate(charge.policies if back else ()):
-                    fits, remaining = VALUES_PER_COUNTER * i, VALUES_PER_COUNTER * i + 1
-                    if mine[fits]:
-                        mine[remaining] = min(policy.quota, mine[remaining] + charge.taken(mine[fits]))
-        if failure is not None:
-            resolve([check], failure)
-            return
-        combined = [int(admitted)]
-        for charge in check.charges:
-            combined += numbers[id(charge)]
-        resolve([check], combined)
+                mine = list(islice(said, len(charge.policies)))
+                if back:
+                    mine = [_untaken(charge, policy, each) for policy, each in zip(charge.policies, mine, strict=True)]
+                numbers[id(charge)] = mine
+        outcome = failure or reply_of(admitted, [each for charge in check.charges for each in numbers[id(charge)]])
+        resolve([check], outcome)
 
     def _give_back(self, part: Check, reply: Reply) -> None:
         """Refund what *part* was charged by *reply*, and forget whom that refused meanwhile."""
-        fits = iter(reply[1::VALUES_PER_COUNTER])
+        said = iter(numbers_of(reply))
         charges = []
         for charge in part.charges:
-            taken = max(charge.taken(next(fits)) for _ in charge.policies)
+            taken = max(charge.taken(next(said).fits) for _ in charge.policies)
             charges.append(charge if charge.unread is None else replace(charge, cost=taken, unread=None))
         refund = Check(self._loop, "refund", Charges(charges), part.timeout, charged_receipts(reply))
 
@@ -126,3 +120,8 @@ def _by_partition(charges: Sequence[Charge]) -> dict[bytes, list[Charge]]:
     for charge in charges:
         parts.setdefault(charge.partition.key, []).append(charge)
     return parts
+
+
+def _untaken(charge: Charge, policy: Policy, numbers: Numbers) -> Numbers:
+    """*numbers* of before *charge* was made."""
+    return numbers._replace(remaining=min(policy.quota, numbers.remaining + charge.taken(numbers.fits)))

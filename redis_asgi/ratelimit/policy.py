@@ -2,12 +2,13 @@
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as attribute
-from typing import Any, overload
+from typing import Any, Protocol
 
 from ..keys import digest, partition_key
 from ..settings import OnRedisError, StrategyName
+from .reply import size_of
 
 # Part of every field's name, so that a new layout never reads an old one's numbers.
 LAYOUT = 1
@@ -33,7 +34,6 @@ class Policy:
         window: Seconds, whole.
         shadow: Counted and reported, but never refuses.
         field: Its field in the partition's hash.
-        member: Its member of ``RateLimit-Policy``. Names need no escapes in a structured-field string.
     """
 
     name: str
@@ -42,50 +42,33 @@ class Policy:
     strategy: StrategyName = "fixed-window"
     shadow: bool = False
     field: bytes = attribute(init=False, repr=False, compare=False)
-    member: bytes = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "member", f'"{self.name}";q={self.quota};w={self.window}'.encode())
         name = f"{self.name}:{_LETTERS[self.strategy]}{self.window}:{LAYOUT}"
         object.__setattr__(self, "field", name.encode())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class PolicySet:
-    """The policies of one rule, which are charged together.
+    """The policies of one rule, which are charged together. Do not change it.
 
     Attributes:
         spec: What the script is told about them.
         wire: The same as it goes over the wire.
         logs: The fields of those that keep a log beside the hash.
-        members: What of them ``RateLimit-Policy`` shows; empty when all are shadows.
-        template: The same of ``RateLimit``, to be filled with the remaining units and the effective window of each.
-        shown: Those that are shown: position, whether its window is fixed, its window.
+        enforces: Whether one of them may refuse.
     """
 
-    policies: tuple[Policy, ...]
-    spec: bytes = attribute(init=False, repr=False, compare=False)
-    wire: bytes = attribute(init=False, repr=False, compare=False)
-    logs: tuple[bytes, ...] = attribute(init=False, repr=False, compare=False)
-    members: bytes = attribute(init=False, repr=False, compare=False)
-    template: bytes = attribute(init=False, repr=False, compare=False)
-    shown: tuple[tuple[int, bool, int], ...] = attribute(init=False, repr=False, compare=False)
+    __slots__ = ("enforces", "logs", "policies", "spec", "wire")
 
-    def __post_init__(self) -> None:
-        lines = (
+    def __init__(self, policies: tuple[Policy, ...]) -> None:
+        self.policies = policies
+        self.spec = b"\n".join(
             b"%s %d %d %d %s" % (_LETTERS[p.strategy].encode(), p.quota, p.window * MICROSECONDS, p.shadow, p.field)
-            for p in self.policies
+            for p in policies
         )
-        object.__setattr__(self, "spec", b"\n".join(lines))
-        object.__setattr__(self, "wire", bulk(self.spec))
-        logs = tuple(policy.field for policy in self.policies if policy.strategy == "moving-window")
-        object.__setattr__(self, "logs", logs)
-        enforcing = [(i, policy) for i, policy in enumerate(self.policies) if not policy.shadow]
-        object.__setattr__(self, "members", b", ".join(policy.member for _, policy in enforcing))
-        template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in enforcing)
-        object.__setattr__(self, "template", template.encode())
-        shown = tuple((i, policy.strategy == "fixed-window", policy.window) for i, policy in enforcing)
-        object.__setattr__(self, "shown", shown)
+        self.wire = bulk(self.spec)
+        self.logs = tuple(policy.field for policy in policies if policy.strategy == "moving-window")
+        self.enforces = not all(policy.shadow for policy in policies)
 
     def __iter__(self) -> Iterator[Policy]:
         return iter(self.policies)
@@ -140,6 +123,15 @@ class Unread:
         self.is_abandoned = False
 
 
+class Pricer(Protocol):
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told."""
+
+    cost: Any
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Take note of what a request costs under *policies*."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Charge:
     """The policies of one rule, applied to one partition, at one cost in units of their quota.
@@ -150,6 +142,7 @@ class Charge:
         count_if: Given the response's status, whether the charge stays.
         label: What its policies are counted as, where their names are not known before the request.
         unread: The body that could not be priced: it takes what remains of the smallest quota.
+        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
     """
 
     policies: PolicySet
@@ -159,10 +152,18 @@ class Charge:
     count_if: Callable[[int], bool] | None = None
     label: str | None = None
     unread: Unread | None = None
+    price: Pricer | None = None
 
     def taken(self, fits: int) -> int:
         """The units that a policy was charged which replied that it *fits*."""
         return fits if self.unread is not None else self.cost if fits else 0
+
+
+def at_cost(charge: Charge, cost: int | Unread) -> Charge:
+    """*charge* when its cost is known, or known to be unreadable."""
+    if isinstance(cost, Unread):
+        return replace(charge, cost=1, unread=cost, price=None)
+    return replace(charge, cost=cost, price=None)
 
 
 class Charges(Sequence[Charge]):
@@ -171,36 +172,26 @@ class Charges(Sequence[Charge]):
     A client whose requests are always charged alike keeps one of these, so that a request builds none.
 
     Attributes:
-        each: The charges.
         counters: How many counters they touch.
         keys: Their keys as they go over the wire.
         key_count: How many those are.
-        terms: Their policies and costs as they go over the wire.
+        terms: Their number, policies and costs as they go over the wire.
         consume: The whole question about them, likewise, in the one mode that is asked often.
         names: What each counter's decisions are counted as.
+        words: How many arguments the question is.
+        reply_size: How many numbers the answer is.
         enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         wait_and_see: Whether the response's status decides if they stay.
         unread: Whether one of them holds what remains, for a body that could not be read.
+        is_spread: Whether they are of several partitions.
+        is_priced: Whether the cost of one of them is still to be asked for.
+        admission: The counters of their admission, kept by `counts`.
+        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
     """
 
-    __slots__ = (
-        "_limits",
-        "consume",
-        "counters",
-        "each",
-        "enforce",
-        "key_count",
-        "keys",
-        "known",
-        "names",
-        "terms",
-        "unread",
-        "wait_and_see",
-    )
-
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
-        self.each = each = tuple(charges)
+        self._each = each = tuple(charges)
         keys: list[bytes] = []
         terms: list[bytes] = []
         names: list[str] = []
@@ -215,40 +206,45 @@ class Charges(Sequence[Charge]):
             terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
         self.counters = len(names)
+        self.words = 2 + 2 * len(each)
+        self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self.terms = b"".join(terms)
-        self.consume = bulk(b"consume") + bulk(b"%d" % len(each)) + self.terms
+        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
+        self.consume = bulk(b"consume") + self.terms
         self.names = tuple(names)
-        self.enforce = all(len(charge.policies.shown) == len(charge.policies.policies) for charge in each)
+        self.enforce = not any(policy.shadow for _, policy in counters_of(each))
         self.wait_and_see = any(charge.count_if is not None for charge in each)
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self.is_spread = len({charge.partition.key for charge in each}) > 1
+        self.is_priced = any(charge.price is not None for charge in each)
+        self.admission: Any = None
+        self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None
 
     @property
     def limits(self) -> frozenset[tuple[bytes, bytes]]:
         """Which limits they are about: partition and policies of each."""
         if self._limits is None:
-            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self.each)
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
         return self._limits
 
-    @overload
-    def __getitem__(self, at: int) -> Charge: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> tuple[Charge, ...]: ...
-
-    def __getitem__(self, at: int | slice) -> Charge | tuple[Charge, ...]:
-        return self.each[at]
+    def __getitem__(self, at: Any) -> Any:
+        return self._each[at]
 
     def __iter__(self) -> Iterator[Charge]:
-        return iter(self.each)
+        return iter(self._each)
 
     def __len__(self) -> int:
-        return len(self.each)
+        return len(self._each)
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:
     """The list beside a partition's hash that holds one moving window's stamps."""
     return partition + b":" + field
+
+
+def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
+    """The counters that *charges* touch, in the order in which a reply tells of them."""
+    return [(charge, policy) for charge in charges for policy in charge.policies.policies]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..settings import HeaderStyle, Settings
-from .policy import MICROSECONDS, Charge, Charges, Policy
-from .strategies import VALUES_PER_COUNTER, Reply
+from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of
+from .reply import Reply, numbers_of
 
 # A refund or reset in another process is seen this much later at most (s).
 LONGEST = 1.0
@@ -93,13 +93,13 @@ class RefusalMemory:
                 return kept
             charges.known = None
         known = self._find(charges, now)
-        if len(known) == 1 and len(charges.each) == 1 and known[0][1].alone:
+        if len(known) == 1 and len(charges) == 1 and known[0][1].alone:
             charges.known = known
         return known
 
     def _find(self, charges: Charges, now: float) -> list[tuple[Charge, Refusal]]:
         known: list[tuple[Charge, Refusal]] = []
-        for charge in charges.each:
+        for charge in charges:
             key = charge.partition.key
             held = self.partitions.get(key)
             if held is None:
@@ -126,25 +126,22 @@ class RefusalMemory:
 
     def remember(self, charges: Charges, reply: Reply, at: float) -> None:
         """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""
-        position = 1
+        both = zip(counters_of(charges), numbers_of(reply), strict=True)
         with self._lock:
-            for charge in charges:
-                for policy in charge.policies.policies:
-                    fits, remaining, reset, retry, _ = reply[position : position + VALUES_PER_COUNTER]
-                    position += VALUES_PER_COUNTER
-                    if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
-                        continue
-                    until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
-                    held = self.partitions.setdefault(charge.partition.key, {})
-                    before = held.get(policy.field)
-                    if before is None or before.until < until or not before.answers(charge.cost):
-                        if before is not None:
-                            before.until = 0.0
-                        new = Refusal(policy, charge.cost, at, until, remaining, reset, retry, charges.limits)
-                        held[policy.field] = new
-                        for each in held.values() if len(held) > 1 else ():
-                            each.alone = False
-                    self.partitions.move_to_end(charge.partition.key)
+            for (charge, policy), (fits, remaining, reset, retry, _) in both:
+                if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
+                    continue
+                until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
+                held = self.partitions.setdefault(charge.partition.key, {})
+                before = held.get(policy.field)
+                if before is None or before.until < until or not before.answers(charge.cost):
+                    if before is not None:
+                        before.until = 0.0
+                    new = Refusal(policy, charge.cost, at, until, remaining, reset, retry, charges.limits)
+                    held[policy.field] = new
+                    for each in held.values() if len(held) > 1 else ():
+                        each.alone = False
+                self.partitions.move_to_end(charge.partition.key)
             while len(self.partitions) > self._size:
                 _end(self.partitions.popitem(last=False)[1])
 

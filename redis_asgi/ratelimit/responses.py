@@ -13,10 +13,10 @@ from ..misuse import check_callable, shown
 from ..settings import HeaderStyle
 from . import headers
 from .decision import Decision
-from .engine import Verdict
 from .headers import Fields
 from .policy import MICROSECONDS
 from .refusals import Refusal
+from .verdict import Verdict
 
 OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
 

@@ -3,11 +3,9 @@
 import functools
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
-from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack
-from weakref import WeakKeyDictionary
+from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
@@ -21,26 +19,20 @@ from ..event_loop import running_loop
 from ..events import say
 from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
 from ..scope import Addressing
-from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
-from . import headers
+from ..settings import OnRedisError, Settings, StrategyName
+from .compiled import CompiledRule
 from .endpoints import calls_of, dependant_of, endpoint_name
-from .engine import Engine, Verdict
-from .exceeded import RateLimitExceeded
-from .ledger import (
-    STANDBY,
-    Ledger,
-    RequestDecision,
-    Standby,
-    check_names,
-    decision_of,
-    is_over,
-    keep_decision,
-)
-from .partition import MissingIdentity, PartitionBy
+from .engine import Engine
+from .exceeded import refusal_on
+from .limited_response import style_of, text_fields
+from .partition import ADDRESSING, MissingIdentity, PartitionBy
+from .plan import PlanCache
 from .policies import fit_name
 from .policy import Charge, Charges
+from .recent import Recent
+from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, check_names, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
-from .rules import CompiledRule, Limits, Rule, check_cost
+from .rules import Cost, Limits, Rule, check_cost
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -103,23 +95,22 @@ class RateLimit:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        if callable(cost):
+            check_callable("cost", cost, "conn", "cost=lambda conn: 2")
+        self.cost = cost
         self._rule = Rule(
             limits,
             name=name,
             partition_by=partition_by,
-            cost=1 if callable(cost) else cost,
+            cost=cast("Cost", cost),  # on a route it is given what the others are
             strategy=strategy,
             on_redis_error=on_redis_error,
             shadow=shadow,
         )
-        if callable(cost):
-            check_callable("cost", cost, "conn", "cost=lambda conn: 2")
-        self.cost = cost
         self._redis = redis
         self._settings = settings
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
-        self._compiled: WeakKeyDictionary[Engine, dict[tuple[str, int], CompiledRule]] = WeakKeyDictionary()
         self._has_warned = False
         self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
 
@@ -132,18 +123,12 @@ class RateLimit:
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
         decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))
-        if decision is not None and decision.ledger.immediate:
-            for key, value in _fields(decision).items():
+        if decision is not None and decision.immediate:
+            for key, value in text_fields(decision, conn.scope).items():
                 response.headers[key] = value
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-        """Charge a request to *endpoint*; ``None`` when this limit does not apply to it.
-
-        Raises:
-            RateLimitExceeded: Over quota.
-            HTTPException: 503 when the limit fails closed, 400 when the identity is missing and must not be.
-            WebSocketException: Instead of any of them, where a handshake cannot be answered.
-        """
+        """Charge a request to *endpoint* alone; see `check_all`."""
         return await check_all(((self, 0),), conn, endpoint)
 
     def _with_neighbours(self, scope: Scope) -> "Sequence[Placed]":
@@ -167,18 +152,6 @@ class RateLimit:
             known = self._neighbours[id(dependant)] = dependant, tuple(ours.items())
         return known[1]
 
-    async def ask(self, conn: HTTPConnection, endpoint: object, place: int) -> tuple[Engine, Charge | None]:
-        """What a request to *endpoint* is to be charged, and who decides that; ``None``: this limit does not apply.
-
-        Args:
-            place: Its place among the limits of the endpoint.
-
-        Raises:
-            MissingIdentity: The identity is missing and must not be.
-        """
-        engine = self.engine_for(conn.scope)
-        return engine, await self._charge(self.compiled(engine, endpoint, place), conn)
-
     def settings_under(self, settings: Settings | None) -> Settings:
         """What it goes by below a middleware of *settings*; ``None`` = there is none."""
         if settings is not None and self._redis is None and self._settings is None:
@@ -188,14 +161,7 @@ class RateLimit:
 
     def statuses(self, settings: Settings | None) -> frozenset[int]:
         """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
-        settings = self.settings_under(settings)
-        return CompiledRule(
-            self._rule,
-            settings,
-            Addressing(settings),
-            strategy=settings.RATE_LIMIT_STRATEGY,
-            on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
-        ).statuses
+        return self._compile(self.settings_under(settings)).statuses
 
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
@@ -206,7 +172,7 @@ class RateLimit:
         if self._redis is None and self._settings is None:
             decision = decision_of(scope)
             if decision is not None:
-                return decision.ledger.verdicts[0].engine
+                return decision.first.engine
             standby: Standby | None = scope.get(STANDBY)
             if standby is not None:
                 return standby.engine
@@ -214,42 +180,38 @@ class RateLimit:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
+            self._engine.plans = PlanCache(settings.RATE_LIMIT_HEADERS, Addressing(settings))
         return self._engine
 
     def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:
         """Its rule in front of *endpoint*, at its *place* among the limits there."""
-        name = self.name_at(endpoint)
-        rules = self._compiled.setdefault(engine, {})
-        rule = rules.get((name, place))
-        if rule is None:
-            settings = engine.settings
-            # A counter whose quota a callable changes must stay the same one.
-            ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
-            rule = rules[name, place] = CompiledRule(
-                self._rule,
-                settings,
-                Addressing(settings),
-                name=fit_name(name),
-                named=(name, ending + "-{window}s") if self._rule.name is None else None,
-                strategy=settings.RATE_LIMIT_STRATEGY,
-                on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
-            )
-            engine.manager.fails_closed |= rule.on_redis_error == "closed"
+        known: Recent[tuple[Any, ...], CompiledRule] = engine.plans.rules
+        key = self, self.name_at(endpoint), place
+        return known.young.get(key) or known.find(key, lambda _: self._compiled(engine, *key[1:]))
+
+    def _compiled(self, engine: Engine, name: str, place: int) -> CompiledRule:
+        # A counter whose quota a callable changes must stay the same one.
+        ending = ("" if place == 0 else f"-{place + 1}") if callable(self._rule.limits) else "-{quota}"
+        named = (name, ending + "-{window}s") if self._rule.name is None else None
+        rule = self._compile(engine.settings, name=fit_name(name), named=named)
+        engine.manager.fails_closed |= rule.on_redis_error == "closed"
         return rule
 
-    async def _charge(self, rule: CompiledRule, conn: HTTPConnection) -> Charge | None:
-        if rule.partition.kind == "user" and "user" not in conn.scope and not self._has_warned:
+    def _compile(self, settings: Settings, **names: Any) -> CompiledRule:
+        return CompiledRule(
+            self._rule,
+            settings,
+            None,
+            strategy=settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=settings.RATE_LIMIT_ON_REDIS_ERROR,
+            **names,
+        )
+
+    def warn_of_no_user(self, rule: CompiledRule) -> None:
+        """Say once that it counts by a user whom no middleware outside looks up."""
+        if not self._has_warned and rule.partition.kind == "user":
             self._has_warned = True
             say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
-        found = await rule.ask(conn)
-        if found is None:
-            return None
-        policies, partition = found
-        said = self.cost(conn) if callable(self.cost) else self.cost
-        cost = check_cost(await said if isawaitable(said) else said)
-        if callable(self.cost):
-            rule.note_cost(policies, cost)
-        return rule.charge(policies, partition, cost)
 
 
 # A limit, and its place among those of an endpoint.
@@ -257,38 +219,70 @@ Placed: TypeAlias = tuple[RateLimit, int]
 
 
 async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-    """Put a request to *endpoint* to *limits*, those of one Redis together; see `RateLimit.check`."""
+    """Put a request to *endpoint* to *limits*, those of one Redis together; ``None`` when none of them applies.
+
+    Raises:
+        RateLimitExceeded: Over quota.
+        HTTPException: 503 when a limit fails closed, 400 when the identity is missing and must not be.
+        WebSocketException: Instead, where a handshake cannot be answered.
+    """
     running_loop()
-    decision = decision_of(conn.scope)
-    asked = _asked(conn.scope)
-    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Charge]]] = {}
+    scope = conn.scope
+    decision = decision_of(scope)
+    asked = _asked(scope)
+    groups: dict[tuple[RedisManager, int], tuple[Engine, list[CompiledRule]]] = {}
+    for limit, place in limits:
+        name = limit.name_at(endpoint)
+        if (limit, name) not in asked:
+            asked.add((limit, name))
+            engine = limit.engine_for(scope)
+            engine, rules = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
+            rule = limit.compiled(engine, endpoint, place)
+            rules.append(rule)
+            if "user" not in scope:
+                limit.warn_of_no_user(rule)
     try:
-        for limit, place in limits:
-            this = limit, limit.name_at(endpoint)
-            if this in asked:
-                continue
-            asked.add(this)
-            engine, charge = await limit.ask(conn, endpoint, place)
-            if charge is None:
-                continue
-            _, beside = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
-            # The very same limit is charged once.
-            if not _is_known(charge, engine, decision, beside):
-                beside.append(charge)
+        asking = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-    check_names(decision, itertools.chain(*(charges for _, charges in groups.values())))
-    for engine, charges in groups.values():
-        if not charges:
-            continue
-        verdict = await engine.decide(Charges(charges))
+    found = [(engine, charges) for engine, charges in asking if charges]
+    if decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found):
+        check_names(decision, itertools.chain(*(charges for _, charges in found)))
+    for engine, charges in found:
+        verdict = await engine.decide(charges)
         if decision is None:
-            decision = _begin(conn.scope, verdict)
+            decision = begin_decision(scope, verdict)
         else:
             decision.join(verdict)
         if not verdict.allowed:
-            raise _answerable(conn, _refusal(decision, verdict))
+            raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
     return decision
+
+
+async def _charges(
+    engine: Engine, rules: Sequence[CompiledRule], conn: HTTPConnection, decision: RequestDecision | None
+) -> Charges:
+    """What *rules* charge a request that has not been put to them yet."""
+    # For the callables of the user's, as a middleware would.
+    conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
+    charges: Charges = await engine.plans.of(tuple(rules)).charges(conn.scope)
+    # The very same limit is charged once.
+    if decision is not None or len(charges) > 1:
+        fresh: list[Charge] = []
+        for charge in charges:
+            if not _is_known(charge, engine, decision, fresh):
+                fresh.append(charge)
+        if len(fresh) < len(charges):
+            charges = Charges(fresh)
+    if charges.is_priced:
+        costs: list[int] = []
+        for charge in charges:
+            said = charge.cost if charge.price is None else charge.price.cost(conn)
+            costs.append(check_cost(await said if isawaitable(said) else said))
+            if charge.price is not None:
+                charge.price.note_cost(charge.policies, costs[-1])
+        charges = engine.plans.priced(charges, costs)
+    return charges
 
 
 def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, beside: Iterable[Charge]) -> bool:
@@ -302,49 +296,14 @@ def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, 
 
 def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
     """The limits that a request was put to, perhaps before its turn had come to them, and by what name."""
-    kept = scope.get(_ASKED)
+    kept: set[tuple[RateLimit, str]] | None = scope.get(_ASKED)
     if kept is None or is_over(scope):
         kept = scope[_ASKED] = set()
-    asked: set[tuple[RateLimit, str]] = kept
-    return asked
-
-
-def _begin(scope: Scope, verdict: Verdict) -> RequestDecision:
-    """The decision of a request about which a middleware has said nothing."""
-    standby: Standby | None = scope.get(STANDBY)
-    if standby is not None and standby.sees_end:
-        decision = standby.decision = RequestDecision(Ledger(verdict))
-    else:
-        decision = RequestDecision(Ledger(verdict, immediate=True))
-        decision.ledger.count()
-    keep_decision(scope, decision)
-    return decision
-
-
-def _refusal(decision: RequestDecision, verdict: Verdict) -> HTTPException:
-    refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
-    if not refusing:  # nobody could decide, and the limit fails closed
-        fields = headers.refusal_fields(verdict.decision)
-        detail = "The rate limit cannot be checked right now. Retry in 1 s."
-        return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
-    worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
-    whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
-    return RateLimitExceeded(
-        whose.partition.label, worst.quota, worst.window, decision=decision, style=_style(decision)
-    )
-
-
-def _fields(decision: RequestDecision) -> dict[str, str]:
-    """The header fields of everything decided about a request."""
-    return {name.decode(): value.decode() for name, value in decision.ledger.fields(_style(decision))}
-
-
-def _style(decision: RequestDecision) -> HeaderStyle:
-    return decision.ledger.verdicts[0].engine.style
+    return kept
 
 
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
-    """*error*, or for a handshake that the server cannot answer with a status, its refusal."""
+    """*error*, or a refused handshake where the server cannot answer one with a status."""
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
 
 
@@ -425,8 +384,8 @@ def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
             result = await endpoint(*args, **kwargs)
         else:
             result = await run_in_threadpool(endpoint, *args, **kwargs)
-        if decision is not None and decision.ledger.immediate and isinstance(result, Response):
-            for key, value in _fields(decision).items():
+        if decision is not None and decision.immediate and isinstance(result, Response):
+            for key, value in text_fields(decision, conn.scope).items():
                 result.headers.setdefault(key, value)
         return result
 

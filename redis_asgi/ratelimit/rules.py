@@ -5,21 +5,16 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeAlias, cast, get_args
+from typing import TypeAlias, get_args
 
 from starlette.requests import HTTPConnection, Request
-from starlette.types import Scope
 
 from ..errors import ConfigurationError
 from ..misuse import check_callable, constructor_says_what_was_meant, shown
-from ..notation import Limit, parse_limits
-from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
-from ..scope import Addressing, is_preflight
-from ..settings import OnRedisError, Settings, StrategyName
-from .last import LastLimits
-from .partition import ADDRESSING, PartitionBy, Partitioner, check_partition_by
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
-from .policy import Charge, Partition, PolicySet
+from ..notation import parse_limits
+from ..paths import path_patterns
+from ..settings import OnRedisError, StrategyName
+from .partition import PartitionBy, check_partition_by
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
@@ -208,147 +203,7 @@ def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, 
     return found
 
 
-class CompiledRule:
-    """A rule with every default filled in, ready to be asked of a request."""
-
-    def __init__(
-        self,
-        rule: Rule,
-        settings: Settings,
-        addressing: Addressing,
-        *,
-        strategy: StrategyName,
-        on_redis_error: OnRedisError,
-        partition_by: PartitionBy | None = None,
-        name: str = DEFAULT_NAME,
-        named: tuple[str, str] | None = None,
-    ) -> None:
-        self.written = rule
-        self.name = rule.name or name
-        self.cost = rule.cost
-        self.count_if = rule.count_if
-        self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
-        self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
-        self._addressing = addressing
-        self._limits = rule.limits
-        self.strategy: StrategyName = rule.strategy or strategy
-        self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
-        self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
-        self._methods = frozenset(rule.methods) if rule.methods is not None else None
-        self.everywhere = not self._paths and self._methods is None
-        # What its policies are called instead, and with which ending: see `make_policies`.
-        self._named = named or (self.name, None)
-        self._has_warned = False
-        self._has_warned_of_cost = False
-        # Known at construction unless the limits are a callable.
-        self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
-        self._last = (
-            None
-            if self.policies is not None
-            else LastLimits(self.name, self._make_dynamic, self._default, self._note_constant_cost)
-        )
-        self._default_limits = settings.default_limits
-        # Static limits and cost: the charge depends on the identity alone.
-        self.is_plain = self.policies is not None and isinstance(rule.cost, int) and self.everywhere
-
-    def charge(self, policies: PolicySet, partition: Partition, cost: int) -> Charge:
-        """A charge under this rule."""
-        label = None if self.policies is not None else self.name
-        return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label)
-
-    def plain_charge(self, identity: str) -> Charge:
-        """The charge of an identity under a rule that `is_plain`: nothing to call, nothing to wait for."""
-        policies = cast("PolicySet", self.policies)
-        return self.charge(policies, self.partition.of_identity(identity), cast("int", self.cost))
-
-    def note_cost(self, policies: PolicySet, cost: int) -> None:
-        """Say once that a request at this *cost*, known only now, can never be admitted."""
-        if cost > 1 and not self._has_warned_of_cost:
-            self._has_warned_of_cost = warns_of_cost(self.name, policies, cost)
-
-    def _note_constant_cost(self, policies: PolicySet) -> None:
-        if isinstance(self.cost, int):
-            self.note_cost(policies, self.cost)
-
-    async def ask(self, conn: HTTPConnection) -> tuple[PolicySet, Partition] | None:
-        """A request's policies and partition under this rule, asked of the user where they are dynamic.
-
-        Returns:
-            ``None`` where the rule does not apply: "not limited", or nobody to count by.
-
-        Raises:
-            MissingIdentity: No identity, and the setting says to refuse.
-        """
-        policies, said = self.policies, None
-        if not isinstance(self._limits, str):
-            conn.scope.setdefault(ADDRESSING, self._addressing)
-            said = self._limits(conn)
-            said = await said if inspect.isawaitable(said) else said
-            if said is None:
-                return None
-        partition = await self.partition(conn.scope)
-        if partition is None:
-            return None
-        if self._last is not None:
-            policies = self._last.read(said, partition)
-        return cast("PolicySet", policies), partition
-
-    def _default(self) -> PolicySet:
-        """The default limits of the settings under this rule, as far as its strategy goes."""
-        limits = parse_limits(self._default_limits)
-        if self.strategy == "moving-window":
-            limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
-        return self._make("; ".join(map(str, limits)))
-
-    def _make_dynamic(self, notation: str) -> PolicySet:
-        return self._make(notation, least=0)
-
-    def _make(self, notation: str, *, least: int = 1) -> PolicySet:
-        """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
-        name, ending = self._named
-        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
-        if self.strategy == "sliding-window-counter" and not self._has_warned:
-            self._has_warned = warns_of_small_quotas(policies)
-        return policies
-
-    @property
-    def statuses(self) -> frozenset[int]:
-        """What it may answer in place of the app."""
-        enforces = not self.shadow
-        found = {
-            429: enforces and self.cost != 0,
-            503: enforces and self.on_redis_error == "closed",
-            400: self.partition.refuses,
-        }
-        return frozenset(status for status, may in found.items() if may)
-
-    def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
-        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
-        methods = self._methods
-        if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
-            return False
-        return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
-
-    def covers(self, scope: Scope, spelled: Spellings) -> bool:
-        """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
-        if self.everywhere:
-            return scope.get("method") != "OPTIONS" or not is_preflight(scope)
-        # Some servers pass a method on as it is written, and some frameworks do not care.
-        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
-        if self._methods is None:
-            if method == "OPTIONS" and is_preflight(scope):
-                return False
-        elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
-            return False
-        if not self._paths:
-            return True
-        for pattern in self._paths:  # noqa: SIM110 - a generator would cost more than what it asks
-            if pattern.covers(spelled):
-                return True
-        return False
-
-
-def _listed_rules(rules: object) -> list[Rule]:
+def listed_rules(rules: object) -> list[Rule]:
     """*rules* as a list.
 
     Raises:
@@ -369,80 +224,3 @@ def _listed_rules(rules: object) -> list[Rule]:
             meant = rule if isinstance(rule, str) else "100/minute"
             raise ConfigurationError(f"rules holds {shown(rule)}, which is no Rule. Try rules=[Rule({meant!r})].")
     return listed
-
-
-def compile_rules(
-    limits: Limits | None,
-    rules: Iterable[Rule] | None,
-    settings: Settings,
-    addressing: Addressing,
-    *,
-    strategy: StrategyName | None,
-    on_redis_error: OnRedisError | None,
-    partition_by: PartitionBy | None,
-) -> tuple[CompiledRule, ...]:
-    """The rules of one middleware: *limits* as the rule ``default``, then *rules*; the environment's if neither.
-
-    Raises:
-        ConfigurationError: For a missing or repeated name, and whatever a rule cannot do.
-    """
-    if strategy is not None:
-        check_choice("strategy", strategy, get_args(StrategyName))
-    if on_redis_error is not None:
-        check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
-    written = [] if rules is None else _listed_rules(rules)
-    if rules is not None and not written and limits is None:
-        raise ConfigurationError("rules=[] limits nothing. Try limits='100/minute', or leave both out for RATE_LIMITS.")
-    if limits is not None:
-        written.insert(0, Rule(limits, name=DEFAULT_NAME))
-    elif rules is None:
-        written.append(Rule(settings.default_limits, name=DEFAULT_NAME))
-    if len(written) > 1:
-        names = [rule.name for rule in written]
-        if None in names:
-            raise ConfigurationError("With two rules or more each needs a name. Try Rule('5/minute', name='login').")
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigurationError(f"name={name!r} is used by two rules, which would share counters. Rename one.")
-    compiled = tuple(
-        CompiledRule(
-            rule,
-            settings,
-            addressing,
-            strategy=strategy or settings.RATE_LIMIT_STRATEGY,
-            on_redis_error=on_redis_error or settings.RATE_LIMIT_ON_REDIS_ERROR,
-            partition_by=partition_by,
-        )
-        for rule in written
-    )
-    _check_policy_names(compiled)
-    return compiled
-
-
-def same_identity(rules: Sequence[CompiledRule]) -> Callable[[Scope], str | None] | None:
-    """What reads the identity that alone decides what every one of *rules* charges; ``None`` where more does.
-
-    A request for which it returns ``None`` takes the long way: its identity is missing.
-    """
-    kinds = {rule.partition.kind for rule in rules}
-    return rules[0].partition.read if len(kinds) == 1 and all(rule.is_plain for rule in rules) else None
-
-
-def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
-    seen: dict[str, str] = {}
-    dynamic = [rule.name for rule in rules if rule.policies is None]
-    for rule in rules:
-        for name in dynamic:
-            # What its callable says decides whether a policy is named so.
-            if re.fullmatch(rf"{re.escape(name)}-\d+s", rule.name):
-                raise ConfigurationError(
-                    f"name={rule.name!r} may be a policy of the rule {name!r} too, whose limits are a callable. "
-                    "Rename one."
-                )
-    for rule in rules:
-        for policy in rule.policies or ():
-            other = seen.setdefault(policy.name, rule.name)
-            if other != rule.name:
-                raise ConfigurationError(
-                    f"name={rule.name!r}: its policy {policy.name!r} is one of the rule {other!r} too. Rename one."
-                )

@@ -19,9 +19,6 @@ from typing import Any, Literal, TypeAlias
 from .policy import MICROSECONDS, Policy
 
 Mode = Literal["consume", "peek", "charge", "refund"]
-# admitted, then per policy: itself admits, remaining, reset us, retry us, receipt us. What the script replies.
-Reply: TypeAlias = list[int]
-VALUES_PER_COUNTER = 5
 # What is kept of one counter: numbers, or the log of a moving window.
 Stored: TypeAlias = "tuple[float, ...] | Log"
 # Doubles near a quota differ from the exact number by less than this part of it.
@@ -297,9 +294,3 @@ COUNTERS: dict[str, type[Counter]] = {
     "moving-window": _MovingWindow,
     "gcra": _Gcra,
 }
-
-
-def charged_receipts(reply: Reply) -> list[int]:
-    """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
-    fits, receipts = reply[1::VALUES_PER_COUNTER], reply[VALUES_PER_COUNTER::VALUES_PER_COUNTER]
-    return [receipt if fit else -1 for fit, receipt in zip(fits, receipts, strict=True)]

@@ -4,11 +4,7 @@
 """
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from importlib.resources import files
-from itertools import groupby, islice
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import redis.asyncio as aioredis
@@ -19,72 +15,9 @@ from .. import aside
 from ..errors import Failure, OddReply, classify, is_crossslot
 from ..nodes import node_connection
 from ..telemetry import telemetry
-from .batch import Batch, Batcher, Check, distribute, graver, resolve, slot_key, spans_slots, still_waiting
-from .policy import WHAT_REMAINS, bulk, log_key
-
-
-def _load_script() -> bytes:
-    folder = files(__package__) / "scripts"
-    names = ("prelude", "fixed_window", "sliding_window_counter", "moving_window", "gcra", "batch")
-    return b"\n".join((folder / f"{name}.lua").read_bytes() for name in names)
-
-
-SCRIPT = _load_script()
-SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
-
-
-# The script with nothing to decide: whether it may be called, and once it is loaded whether it runs.
-NOTHING_ASKED = (b"EVALSHA", SCRIPT_SHA, b"0", b"")
-
-
-def _arguments(checks: Sequence[Check], clock: int | None) -> list[bytes | int]:
-    """What follows the script in a command for *checks*: number of keys, keys, clock, questions."""
-    keys: list[bytes] = []
-    args: list[bytes | int] = [b"" if clock is None else clock]
-    for check in checks:
-        args += (check.mode.encode(), len(check.charges))
-        receipts = iter(check.receipts)
-        for charge in check.charges:
-            keys.append(charge.partition.key)
-            keys += (log_key(charge.partition.key, field) for field in charge.policies.logs)
-            args += (charge.policies.spec, charge.cost if charge.unread is None else WHAT_REMAINS)
-            args += islice(receipts, len(charge.policies))
-    return [len(keys), *keys, *args]
-
-
-@lru_cache(maxsize=1024)
-def _number(value: int) -> bytes:
-    return bulk(b"%d" % value)
-
-
-def packed(command: bytes, script: bytes, checks: Sequence[Check], clock: int | None) -> bytes:
-    """The whole command of `_arguments` in RESP, joined from what charges keep ready."""
-    keys: list[bytes] = []
-    args: list[bytes] = []
-    key_count = words = 0
-    for check in checks:
-        if check.receipts:
-            # Rare, and interleaved with the charges: not worth a fast path.
-            return _pack(command, script, _arguments(checks, clock))
-        charges = check.charges
-        keys.append(charges.keys)
-        key_count += charges.key_count
-        if check.mode == "consume":
-            args.append(charges.consume)
-        else:
-            args += (bulk(check.mode.encode()), _number(len(charges)), charges.terms)
-        words += 2 + 2 * len(charges.each)
-    head = b"*%d\r\n" % (4 + key_count + words)
-    time = _number(clock) if clock is not None else _NO_CLOCK
-    return b"".join((head, bulk(command), bulk(script), _number(key_count), *keys, time, *args))
-
-
-_NO_CLOCK = bulk(b"")
-
-
-def _pack(command: bytes, script: bytes, arguments: Sequence[bytes | int]) -> bytes:
-    words = [command, script, *(arg if isinstance(arg, bytes) else b"%d" % arg for arg in arguments)]
-    return b"*%d\r\n" % len(words) + b"".join(map(bulk, words))
+from .batch import Batcher
+from .check import Batch, Check, graver, resolve, spans_slots
+from .script import Call
 
 
 class TaskWire:
@@ -186,33 +119,32 @@ class PoolWire(TaskWire):
             await self._pool.release(connection)
 
     async def _ask(self, batcher: Batcher, connection: AbstractConnection, batch: Batch) -> Failure | None:
-        groups = batcher.groups(batch.checks)
-        replies = await _call(connection, b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
-        if is_crossslot(replies[0]) and spans_slots(groups[0]):
+        calls = batcher.calls(batch.checks)
+        replies = await ask(connection, calls)
+        if is_crossslot(replies[0]) and spans_slots(calls[0].checks):
             batcher.again(batch)
             return None
-        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        for i in unknown:
-            # Nothing ran, so sending it again cannot count twice.
-            groups[i] = still_waiting(groups[i])
-        unknown = [i for i in unknown if groups[i]]
-        if unknown:
-            telemetry().redis_script_loads.inc(len(unknown))
-            more = await _call(connection, b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
-            for i, reply in zip(unknown, more, strict=True):
-                replies[i] = reply
-            if is_crossslot(replies[0]) and spans_slots(groups[0]):
-                batcher.again(batch)
-                return None
-        return hand_out(groups, replies)
+        return hand_out(zip(calls, replies, strict=True))
 
 
-async def _call(
-    connection: AbstractConnection, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None
-) -> list[Any]:
-    """A command for each of *groups* in one write, and its replies; error replies are among them."""
-    await connection.send_packed_command([packed(command, script, group, clock) for group in groups])
-    return [await _reply(connection) for _ in groups]
+async def ask(connection: AbstractConnection, calls: Sequence[Call]) -> list[Any]:
+    """The replies to *calls*, which are written at once, and again in full where the server did not know the script.
+
+    Error replies are among them.
+    """
+    replies = await _exchange(connection, [call.command() for call in calls])
+    unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    commands = {i: command for i in unknown if (command := calls[i].command_in_full()) is not None}
+    if commands:
+        telemetry().redis_script_loads.inc(len(commands))
+        for i, reply in zip(commands, await _exchange(connection, list(commands.values())), strict=True):
+            replies[i] = reply
+    return replies
+
+
+async def _exchange(connection: AbstractConnection, commands: Sequence[bytes]) -> list[Any]:
+    await connection.send_packed_command(commands)
+    return [await _reply(connection) for _ in commands]
 
 
 async def _reply(connection: AbstractConnection) -> Any:
@@ -222,26 +154,26 @@ async def _reply(connection: AbstractConnection) -> Any:
         return error
 
 
-def hand_out(groups: Sequence[list[Check]], replies: Sequence[Any]) -> Failure | None:
-    """Give each of *groups* what its reply says; why some have no verdict, the gravest reason.
+def hand_out(answered: Iterable[tuple[Call, Any]]) -> Failure | None:
+    """Give the checks of each call what its reply says; why some have no verdict, the gravest reason.
 
     Raises:
-        OddReply: When one is no reply to its group; the others are given theirs.
+        OddReply: When one is no reply to its call; the others are given theirs.
     """
     worst: Failure | None = None
     odd: OddReply | None = None
-    for group, reply in zip(groups, replies, strict=True):
-        if isinstance(reply, NoScriptError) and not group:
+    for call, reply in answered:
+        if isinstance(reply, NoScriptError) and not call.checks:
             continue
         if isinstance(reply, Exception):
             failure: Failure | None = classify(reply)
         else:
             try:
-                failure = distribute(group, reply)
+                failure = call.hand_out(reply)
             except OddReply as error:
                 failure, odd = Failure.REPLY, error
         if failure is not None:
-            resolve(group, failure)
+            resolve(call.checks, failure)
         worst = graver(worst, failure)
     if odd is not None:
         raise odd
@@ -293,46 +225,25 @@ class NodeWire(TaskWire):
             batch = self.take(batcher)
             if batch is None:
                 return None
-            checks = sorted(batch.checks, key=slot_key)
-            groups = [list(group) for _, group in groupby(checks, slot_key)]
-            replies = await _pipeline(connection, b"EVALSHA", SCRIPT_SHA, groups, batcher.clock)
-            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            for i in unknown:
-                groups[i] = still_waiting(groups[i])
-            unknown = [i for i in unknown if groups[i]]
-            if unknown:
-                telemetry().redis_script_loads.inc(len(unknown))
-                again = await _pipeline(connection, b"EVAL", SCRIPT, [groups[i] for i in unknown], batcher.clock)
-                for i, reply in zip(unknown, again, strict=True):
-                    replies[i] = reply
-        for i, reply in enumerate(replies):
-            if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
-                replies[i] = await self._follow(groups[i], batcher.clock)
-        return hand_out(groups, replies)
+            calls = batcher.calls(batch.checks, apart=True)
+            replies = await ask(connection, calls)
+            both = list(zip(calls, replies, strict=True))
+            moved = [call for call, reply in both if isinstance(reply, AskError | TryAgainError)]  # a MovedError is one
+            # Here, where a reply that is none drops the connection.
+            worst = hand_out((call, reply) for call, reply in both if call not in moved)
+        for call in moved:
+            worst = graver(worst, hand_out([(call, await self._follow(call))]))
+        return worst
 
-    async def _follow(self, group: list[Check], clock: int | None) -> Any:
-        """The reply of the node that the partition of *group* has moved to; here nothing ran."""
-        arguments = _arguments(group, clock)
+    async def _follow(self, call: Call) -> Any:
+        """The reply of the node that the partition of *call* has moved to; here nothing ran."""
         try:
             try:
-                return await self._client.execute_command("EVALSHA", SCRIPT_SHA, *arguments)
+                return await self._client.execute_command(*call.words())
             except NoScriptError:
                 telemetry().redis_script_loads.inc()
-                return await self._client.execute_command("EVAL", SCRIPT, *arguments)
+                call.in_full = True
+                return await self._client.execute_command(*call.words())
         except Exception as error:
             # A slot table in flux raises more than RedisErrors.
             return error
-
-
-async def _pipeline(
-    connection: AbstractConnection, command: bytes, script: bytes, groups: Sequence[list[Check]], clock: int | None
-) -> list[Any]:
-    """The reply to each of *groups*, an error reply being one."""
-    await connection.send_packed_command(b"".join(packed(command, script, group, clock) for group in groups))
-    replies: list[Any] = []
-    for _ in groups:
-        try:
-            replies.append(await connection.read_response(disable_decoding=True))
-        except ResponseError as error:
-            replies.append(error)
-    return replies

@@ -10,8 +10,8 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..embeddings import EmbeddingCache, EmbeddingCacheMiddleware
-from ..embeddings.core import Core
 from ..embeddings.routes import Matched, Routes
+from ..embeddings.shared import Shared
 from ..embeddings.wire import Batch
 from .replaced import replaced
 
@@ -26,14 +26,14 @@ def recorded_embedding_calls() -> Iterator[Calls]:
     cache cannot split is one input, itself. `EmbeddingCache.get_or_compute` adds the ids that it has computed.
     """
     calls: Calls = []
-    watched: dict[Core, ASGIApp] = {}
+    watched: dict[Shared, ASGIApp] = {}
 
     def watching(call: Callable[..., Any]) -> Callable[..., Any]:
         async def watched_call(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
-            core = self._core
-            if core not in watched:
-                watched[core] = core.app
-                core.app = _noting(core.app, self._routes, calls)
+            shared = self._shared
+            if shared not in watched:
+                watched[shared] = shared.app
+                shared.app = _noting(shared.app, self._routes, calls)
             await call(self, scope, receive, send)
 
         return watched_call
@@ -50,8 +50,8 @@ def recorded_embedding_calls() -> Iterator[Calls]:
         try:
             yield calls
         finally:
-            for core, app in watched.items():
-                core.app = app
+            for shared, app in watched.items():
+                shared.app = app
 
 
 def _noting(app: ASGIApp, routes: Routes, calls: Calls) -> ASGIApp:

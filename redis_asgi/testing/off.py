@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..ratelimit.engine import Engine, Verdict
-from ..ratelimit.policy import Charges
+from ..ratelimit.engine import Engine
+from ..ratelimit.policy import Charges, counters_of
+from ..ratelimit.reply import Numbers, reply_of
+from ..ratelimit.verdict import Verdict
 from .replaced import replaced
 
 
@@ -25,11 +27,8 @@ def limits_off() -> Iterator[None]:
 
 
 def _admit(engine: Engine, charges: Charges, _mode: str = "consume") -> Verdict:
-    reply = [1]
-    for charge in charges:
-        for policy in charge.policies:
-            reply += (1, policy.quota, 0, 0, 0)
-    return Verdict(engine, charges, "memory", reply)
+    numbers = [Numbers(1, policy.quota, 0, 0, 0) for _, policy in counters_of(charges)]
+    return Verdict(engine, charges, "memory", reply_of(admitted=True, numbers=numbers))
 
 
 def _nothing(*_args: Any) -> None:

@@ -306,7 +306,7 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
         return await asyncio.Future()
 
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
-    before = app._core.budget._left
+    before = app._shared.budget._left
     request = asyncio.ensure_future(drive(app, scope, receive))
     while reads[0] < 2:
         await asyncio.sleep(0)
@@ -314,7 +314,7 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
         request.cancel()
     with pytest.raises(OverflowError if how == "refused" else asyncio.CancelledError):
         await request
-    assert before == app._core.budget._left
+    assert before == app._shared.budget._left
 
 
 async def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(settings: Settings) -> None:
@@ -435,7 +435,7 @@ async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Se
     pieces = [body[at : at + 4_000] for at in range(0, len(body), 4_000)]
     go = asyncio.Event()
     left = iter(pieces)
-    before = app._core.budget._left
+    before = app._shared.budget._left
 
     async def receive() -> Message:
         piece = next(left)
@@ -447,7 +447,7 @@ async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Se
     request = asyncio.ensure_future(drive(app, scope, receive))
     while "embedding_cache_result" not in scope.get("state", {}):
         await asyncio.sleep(0.001)
-    assert before == app._core.budget._left
+    assert before == app._shared.budget._left
     go.set()
     [start, *_] = await request
     assert [body] == seen
@@ -512,12 +512,12 @@ async def test_a_full_budget_lets_requests_pass(settings: Settings) -> None:
     app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
     other = EmbeddingCacheMiddleware(echo(seen), settings=settings)
     held = 256 * 1024 * 1024
-    assert other._core.budget.take(held)
+    assert other._shared.budget.take(held)
     async with client(app) as c:
         response = await c.post("/v1/embeddings", json={"model": "m", "input": "a"})
         assert "detail=busy" in cache_status(response)
         assert [response.request.content] == seen
-        other._core.budget.give(held)
+        other._shared.budget.give(held)
         assert "busy" not in cache_status(await c.post("/v1/embeddings", json={"model": "m", "input": "a"}))
 
 
@@ -609,7 +609,7 @@ async def test_no_mistake_of_a_wire_format_is_an_error_of_the_app(
             assert 200 == actual.status_code
             for one, other in zip(expected.json()["data"], actual.json()["data"], strict=True):
                 assert np.allclose(one["embedding"], other["embedding"], atol=0.001 if half else 0)
-    flights = cached._core.flights
+    flights = cached._shared.flights
     assert ({}, 0) == (flights._by_name, flights.looking)
 
 
@@ -667,5 +667,5 @@ async def test_memory_stays_flat_over_many_different_requests(redis_url: str) ->
     await some(1000)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert app._core.local.bytes <= 200_000
+    assert app._shared.vectors.local.bytes <= 200_000
     assert after - before < 3_000_000

@@ -240,9 +240,10 @@ async def test_concurrent_calls_share_one_computation(cache: EmbeddingCache) -> 
 
 async def test_when_nobody_waits_the_computation_ends(cache: EmbeddingCache) -> None:
     """The last caller's cancellation is the computation's."""
-    ended = asyncio.Event()
+    begun, ended = asyncio.Event(), asyncio.Event()
 
     async def compute(_ids: list[str]) -> list[list[float]]:
+        begun.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -250,9 +251,9 @@ async def test_when_nobody_waits_the_computation_ends(cache: EmbeddingCache) -> 
         return []
 
     task = asyncio.ensure_future(cache.get_or_compute(["a"], compute))
-    await asyncio.sleep(0.02)
-    task.cancel()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
+        await begun.wait()
+        task.cancel()
         await ended.wait()
     assert [[1.0]] == (await cache.get_or_compute(["a"], lambda _: [[1.0]])).tolist()
 

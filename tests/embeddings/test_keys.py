@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi.embeddings.beside import names_of, scope_of
+from redis_asgi.embeddings.head import Heads
 from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.http_caching import by_name
-from redis_asgi.embeddings.identity import Identities, Identity
+from redis_asgi.embeddings.identity import Identity
+from redis_asgi.embeddings.keyspace import Identities
 from redis_asgi.embeddings.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
 from redis_asgi.settings import Settings
@@ -20,11 +21,12 @@ SETTINGS = Settings(REDIS_URL="memory://")
 
 def make(settings: Settings = SETTINGS, **options: Any) -> Identities:
     """The identities of a middleware."""
-    usual: dict[str, Any] = {"namespace": "", "share": False, "partitioned": False, "trusting": False}
+    usual: dict[str, Any] = {"namespace": "", "share": False, "trusting": False}
     return Identities(settings, **(usual | options))
 
 
 IDENTITIES = make()
+HEADS = Heads(Headers(SETTINGS, shared=False))
 
 
 def identity_of(
@@ -42,8 +44,8 @@ def identity_of(
     batch = WIRE_FORMATS[wire].split(parsed, None)
     assert isinstance(batch, Batch), batch
     batch.scope = scope_of(batch, names_of(SETTINGS.EMBEDDING_CACHE_IGNORED_FIELDS))
-    told = identities.headers.read(by_name(headers))
-    identity = identities.identify(scope, told, WIRE_FORMATS[wire], batch, partition)
+    told = HEADS.read(headers).told
+    identity = identities.identify(identities.route_of(scope, told), told, WIRE_FORMATS[wire], batch, partition)
     return identity, identities.input_names(identity, batch.inputs)[0]
 
 
@@ -285,8 +287,10 @@ def test_the_order_of_names_does_not_count_that_of_values_does() -> None:
 
 def test_no_credential_is_in_a_repr() -> None:
     """What names a caller is nowhere to be read."""
-    identity, _ = identity_of(headers=((b"authorization", b"hunter2"),))
-    assert "hunter2" not in repr(identity) + repr(identity.told)
+    headers = ((b"authorization", b"hunter2"),)
+    identity, _ = identity_of(headers=headers)
+    head = HEADS.read(headers)
+    assert "hunter2" not in repr(identity) + repr(head) + repr(head.told)
 
 
 @pytest.mark.parametrize(

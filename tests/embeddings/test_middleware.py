@@ -149,7 +149,7 @@ async def test_a_revoked_key_is_served_no_longer_than_the_lease(local: int, redi
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_LEASE=60, EMBEDDING_CACHE_L1_BYTES=local)
     keys, now = {"key"}, [time.time()]
     app = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings)
-    app._core.wall = lambda: now[0]
+    app._shared.clock.wall = lambda: now[0]
     await ask(app, "a", authorization="key")
     keys.clear()
     for passed in (20, 20, 13):  # in the last tenth of it the app is asked early
@@ -164,7 +164,7 @@ async def test_of_two_with_the_same_records_the_outer_one_caches(any_settings: S
     keys, now = {"key"}, [time.time()]
     inner = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=any_settings, lease=300)
     outer = EmbeddingCacheMiddleware(inner, settings=any_settings, lease=10)
-    inner._core.wall = outer._core.wall = lambda: now[0]
+    inner._shared.clock.wall = outer._shared.clock.wall = lambda: now[0]
     assert "redis-asgi; fwd=miss; stored" == cache_status(await ask(outer, "a", authorization="key"))
     keys.clear()
     now[0] += 11
@@ -356,7 +356,7 @@ async def test_a_flush_is_complete_in_the_process_after_its_seconds(redis_url: s
     settings = Settings(REDIS_URL=redis_url)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     now = [0.0]
-    app._core.monotonic = lambda: now[0]
+    app._shared.clock.monotonic = lambda: now[0]
     await ask(app, "a")
     await ask(app, "a")
     await flush_model("m", settings=settings)
@@ -373,7 +373,7 @@ async def test_a_flush_makes_no_second_worker_compute_again(redis_url: str, has_
     spies, now = [Spy(), Spy()], [0.0]
     workers = [EmbeddingCacheMiddleware(server(spy), settings=settings) for spy in spies]
     for worker in workers:
-        worker._core.monotonic = lambda: now[0]
+        worker._shared.clock.monotonic = lambda: now[0]
         await ask(worker, "a", "bb", "ccc")
     assert [1, 0] == [spy.calls for spy in spies]
     await flush_model("m", settings=settings)
@@ -410,7 +410,7 @@ async def test_another_representation_counts_in_the_process_at_once(redis_url: s
     limit = 100_000
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=limit)
     app = EmbeddingCacheMiddleware(server(Spy(dims=100)), settings=settings)
-    items, local = [str(number) for number in range(60)], app._core.local
+    items, local = [str(number) for number in range(60)], app._shared.vectors.local
     async with client(app) as c:
         await c.post("/v1/embeddings", json=body(*items, encoding_format="base64"))
         assert 60 == len(local._values)
@@ -437,11 +437,11 @@ async def test_request_directives(any_settings: Settings) -> None:
     assert 200 == (await say("only-if-cached", "a"))[0]
     assert (200, "fwd=request; stored", 1) == await say("max-age=0", "a")
     assert (200, "fwd=bypass; detail=no-store", 1) == await say("No-Store, max-age=5", "a")
-    app._core.wall = lambda: time.time() + 100
+    app._shared.clock.wall = lambda: time.time() + 100
     assert (200, "fwd=miss; stored", 1) == await say("max-age=50", "a")
     assert 0 == (await say("max-age=50", "a"))[2]
     assert 0 == (await say("max-age=nonsense", "a"))[2]
-    app._core.wall = time.time
+    app._shared.clock.wall = time.time
     old = await ask(app, "a", pragma="no-cache")
     assert "redis-asgi; fwd=request; stored" == cache_status(old)
     assert "; hit" in cache_status(await ask(app, "a", **{"pragma": "no-cache", "cache-control": "max-age=60"}))
@@ -708,7 +708,7 @@ def test_unknown_wire_formats_in_the_environment_are_found_at_construction() -> 
 async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings) -> None:
     """The lifespan opens it, and closes it before the server hears of the end; the app's own events pass."""
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
-    manager = app._core.manager
+    manager = app._shared.vectors.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
     sent = []
 
@@ -738,7 +738,7 @@ async def test_the_shared_client_is_held_before_the_app_starts(settings: Setting
         await send({"type": "lifespan.shutdown.complete"})
 
     cached = EmbeddingCacheMiddleware(app, settings=settings)
-    manager = cached._core.manager
+    manager = cached._shared.vectors.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
 
     async def receive() -> Any:
@@ -926,10 +926,10 @@ async def test_a_compressed_answer_that_is_too_large_is_passed_on(settings: Sett
 
     small = settings.model_copy(update={"EMBEDDING_CACHE_MAX_RESPONSE_BYTES": 500_000})
     cached = EmbeddingCacheMiddleware(app, settings=small)
-    before = cached._core.budget._left
+    before = cached._shared.budget._left
     said = await ask(cached, "a", **{"accept-encoding": "gzip"})
     assert "redis-asgi; fwd=bypass; detail=not-understood" == cache_status(said)
-    assert before == cached._core.budget._left
+    assert before == cached._shared.budget._left
 
 
 async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
@@ -939,7 +939,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     monkeypatch.setattr("redis_asgi.embeddings.middleware._SETTLES_WITHIN", 0.01)
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
     endless = asyncio.create_task(asyncio.sleep(60))
-    app._core.flights._tasks.add(endless)
+    app._shared.flights._tasks.add(endless)
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
     sent = []
 
@@ -954,7 +954,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     endless.cancel()
 
     assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == sent
-    assert app._core.manager.pool is None
+    assert app._shared.vectors.manager.pool is None
 
 
 async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings) -> None:
@@ -1043,7 +1043,7 @@ async def test_a_refusal_in_one_worker_ends_the_lease_in_all(redis_url: str) -> 
         apps.append(
             EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings, redis=RedisManager(settings))
         )
-        apps[-1]._core.monotonic = lambda: now[0]
+        apps[-1]._shared.clock.monotonic = lambda: now[0]
         for _ in range(2):
             assert 200 == (await ask(apps[-1], "a", authorization="key")).status_code
     without, within = apps

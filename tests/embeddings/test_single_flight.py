@@ -257,7 +257,7 @@ async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_set
             await respond(send, b"null")
 
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    flights = cached._core.flights
+    flights = cached._shared.flights
     leaders = Caller(cached, "one"), Caller(cached, "other")
     await until(lambda: len(flights._by_name) == 2)
     follower = Caller(cached, "one", "other")
@@ -631,11 +631,11 @@ async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: S
                 continue
             items = [f"a{n % 7}", f"b{(n * turn) % 11}", f"{turn}"]
             assert FORMATS["openai"][2]({"model": "m"}, items, Spy())["data"] == caller.answer["data"]
-    flights = app._core.flights
+    flights = app._shared.flights
     await flights.settle()
     assert not flights._by_name
-    assert app._core.budget.take(256 * 1024 * 1024)
-    app._core.budget.give(256 * 1024 * 1024)
+    assert app._shared.budget.take(256 * 1024 * 1024)
+    app._shared.budget.give(256 * 1024 * 1024)
 
 
 async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:
@@ -677,9 +677,9 @@ async def test_a_hit_does_not_wait_for_a_call_that_need_not_bring_it(
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings, share=True)
     gate.open.set()
     items = [f"text {number}" for number in range(inputs)]
-    app._core.wall = lambda: time.time() - 120
+    app._shared.clock.wall = lambda: time.time() - 120
     await Caller(app, *items).task
-    app._core.wall = time.time
+    app._shared.clock.wall = time.time
     gate.open.clear()
     gate.reached.clear()
     asking = Caller(app, *items, **leader)
@@ -754,7 +754,7 @@ async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.M
     await until(lambda: bool(first.sent))
     monkeypatch.setattr(MemoryVectors, "lookup", look_up_slowly)
     second = Caller(app, "a")
-    await until(lambda: app._core.flights.looking == 1)
+    await until(lambda: app._shared.flights.looking == 1)
     written.set()
     await first.task
     answered.set()
@@ -832,7 +832,7 @@ async def test_landed_flights_are_forgotten_when_no_lookup_can_need_them() -> No
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="forgotten:", EMBEDDING_CACHE_TIMEOUT=0.01)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     await Caller(app, "a", "b").task
-    flights = app._core.flights
+    flights = app._shared.flights
     assert (0, 0) == (flights.looking, len(flights._landed))
     flights.looking += 1
     await Caller(app, "c", "d").task

@@ -13,7 +13,7 @@ from redis_asgi.ratelimit.policy import STRATEGIES
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster
-from ..test_readme import not_found
+from ..test_guides import not_found
 
 pytestmark = pytest.mark.anyio
 

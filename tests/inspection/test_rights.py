@@ -26,7 +26,7 @@ from redis_asgi.ratelimit.policy import STRATEGIES
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster, ExternalServer, Server
-from ..test_readme import embedding_client, not_found
+from ..test_guides import embedding_client, not_found
 
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 

@@ -1,36 +1,23 @@
 """Random histories of requests, and the twin that they are put to: what the strategies' property tests share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Partition, Policy, PolicySet, make_partition
-from redis_asgi.ratelimit.strategies import VALUES_PER_COUNTER, Log, Mode, Reply, charged_receipts
+from redis_asgi.ratelimit.reply import Numbers, Reply, charged_receipts, numbers_of
+from redis_asgi.ratelimit.strategies import Log, Mode
 from redis_asgi.settings import StrategyName
 
 # A time like today's: 16 digits, which is where careless arithmetic loses microseconds.
 EPOCH = 1_763_848_800_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """One counter's part of a reply."""
-
-    fits: bool
-    remaining: int
-    reset: int
-    retry: int
-    receipt: int
-
-
 def numbers(reply: Reply) -> list[Numbers]:
     """A reply, counter by counter."""
-    size = VALUES_PER_COUNTER
-    groups = [reply[i : i + size] for i in range(1, len(reply), size)]
-    return [Numbers(bool(fits), *rest) for fits, *rest in groups]
+    return numbers_of(reply)
 
 
 def client(value: str) -> Partition:

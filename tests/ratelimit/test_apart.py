@@ -11,7 +11,7 @@ from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import Check
+from redis_asgi.ratelimit.check import Check
 from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 

@@ -17,9 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, Batcher, Check, Outcome
+from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.check import Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.script import Call
 from redis_asgi.ratelimit.wires import PoolWire
 
 from ..kit.fair_time import fair_time
@@ -336,10 +338,8 @@ async def test_given_client_is_used_as_it_is(redis_server: ExternalServer) -> No
     await client.aclose()
 
 
-async def testpacked_by_hand_equalspacked_by_redis_py(redis_server: ExternalServer) -> None:
-    """The joined command is byte for byte what the library's own packer makes of the same arguments."""
-    from redis_asgi.ratelimit import wires
-
+async def test_command_by_hand_equals_that_of_redis_py(redis_server: ExternalServer) -> None:
+    """The joined command is byte for byte what the library's own packer makes of the same words."""
     connection = aioredis.Redis.from_url(redis_server.url).connection_pool.make_connection()
     loop = asyncio.get_running_loop()
     checks = [
@@ -347,10 +347,9 @@ async def testpacked_by_hand_equalspacked_by_redis_py(redis_server: ExternalServ
         Check(loop, "peek", Charges((charge("c", PolicySet((Policy("m", 5, 60, "moving-window"),))),)), 1.0),
     ]
     for clock in (None, 123_456_789):
-        words = wires._arguments(checks, clock)
-        expected = b"".join(connection.pack_command("EVALSHA", wires.SCRIPT_SHA, *words))
+        call = Call(checks, 17, clock)
 
-        assert expected == wires.packed(b"EVALSHA", wires.SCRIPT_SHA, checks, clock)
+        assert b"".join(connection.pack_command(*call.words())) == call.command()
 
 
 def test_two_loops_in_turn_and_no_lifespan(redis_server: ExternalServer) -> None:

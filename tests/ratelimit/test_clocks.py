@@ -10,10 +10,11 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Policy, log_key
-from redis_asgi.ratelimit.strategies import Mode, charged_receipts
+from redis_asgi.ratelimit.reply import Numbers, charged_receipts
+from redis_asgi.ratelimit.strategies import Mode
 
 from ..kit.servers import Server, wait_until
-from .histories import EPOCH, Keeping, Numbers, Twin, charge, client, numbers, policy
+from .histories import EPOCH, Keeping, Twin, charge, client, numbers, policy
 from .test_scripts import Script, script  # noqa: F401 - a fixture
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)

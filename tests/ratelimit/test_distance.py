@@ -11,7 +11,8 @@ import redis.asyncio as aioredis
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.breaker import Breaker
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batch, Batcher, Check
+from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
+from redis_asgi.ratelimit.check import Batch, Check
 from redis_asgi.ratelimit.decision import Decision
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
 

@@ -1,16 +1,20 @@
 """The limiter's own way over a pooled connection: it gives way, survives its end, leaves redis-py's stream whole."""
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import hiredis
 import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.embeddings.leased import run
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import Batcher, Check, Outcome
+from redis_asgi.ratelimit.batch import MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.check import Check, Outcome
 from redis_asgi.ratelimit.cluster import make_batcher
 from redis_asgi.ratelimit.line import LineWire
 from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
@@ -154,24 +158,91 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
         pytest.param(b"*0", Failure.REPLY, id="empty"),
         pytest.param(b"*1\r\n:1", Failure.REPLY, id="short"),
         pytest.param(b"*1\r\n:-1", Failure.REPLY, id="no message"),
-        pytest.param(b"*3" + b"\r\n:1" * 3, Failure.REPLY, id="another question's"),
-        pytest.param(b"*6" + b"\r\n:1" * 5 + b"\r\n+OK", Failure.REPLY, id="no numbers"),
+        pytest.param(b"*2\r\n:%d\r\n*6" + b"\r\n:1" * 6, [1] * 6, id="a reply"),
+        pytest.param(b"*2\r\n:1\r\n*6" + b"\r\n:1" * 6, Failure.REPLY, id="another call's"),
+        pytest.param(b"*2\r\n:%d\r\n*3" + b"\r\n:1" * 3, Failure.REPLY, id="another question's"),
+        pytest.param(b"*3\r\n:%d" + b"\r\n*6" + b"\r\n:1" * 6 + b"\r\n:1", Failure.REPLY, id="one too many"),
+        pytest.param(b"*2\r\n:%d\r\n:1", Failure.REPLY, id="a number for numbers"),
+        pytest.param(b"*2\r\n:%d\r\n*6" + b"\r\n:1" * 5 + b"\r\n+OK", Failure.REPLY, id="no numbers"),
     ],
 )
-async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Failure) -> None:
+async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Outcome) -> None:
     """What is no reply to it ends the connection, and the check fails at once; nothing is read out of step."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
-            writer.write(b"+OK\r\n" * data.count(b"CLIENT") if b"EVAL" not in data else said + b"\r\n")
+            number = re.search(rb"\r\n(\d+)\r\n\$0\r\n\r\n", data)  # what stands before the clock
+            answer = said.replace(b"%d", number[1]) if number else said
+            writer.write(b"+OK\r\n" * data.count(b"CLIENT") if b"EVAL" not in data else answer + b"\r\n")
         writer.close()
 
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
     async with asyncio.timeout(2):
-        assert expected is await ask(batcher_of(manager))
+        assert expected == await ask(batcher_of(manager))
     assert not batcher_of(manager)._sent
     await manager.close()
+    listener.close()
+
+
+async def test_swallowed_reply_gives_nobody_anothers_verdict(private_server: StartServer) -> None:
+    """What is out of step fails, and its connection with it: a client without quota gets no one else's admission."""
+    server = private_server()
+    async with swallowing(server) as (port, swallow):
+        manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{port}"))
+        batcher = batcher_of(manager)
+        await asyncio.gather(*(ask(batcher, "full") for _ in range(100)))
+        before = wire_of(batcher)._line
+        swallow.append(1)
+        outcomes = await asyncio.gather(
+            *(ask(batcher, "full") for _ in range(MAX_COUNTERS)),
+            *(ask(batcher, f"192.0.{n // 200}.{n % 200}") for n in range(2 * MAX_COUNTERS)),
+        )
+
+        assert not swallow
+        assert {Failure.REPLY} == {outcome for outcome in outcomes if not isinstance(outcome, list)}
+        assert [] == [outcome for outcome in outcomes[:MAX_COUNTERS] if isinstance(outcome, list) and outcome[0]]
+        assert 98 == remaining(await ask(batcher, "192.0.0.1"))
+        assert before is not wire_of(batcher)._line
+        await manager.close()
+
+
+def wire_of(batcher: Batcher) -> LineWire:
+    """The line that a batcher goes over."""
+    assert isinstance(batcher._wire, LineWire)
+    return batcher._wire
+
+
+@asynccontextmanager
+async def swallowing(server: Server) -> AsyncIterator[tuple[int, list[int]]]:
+    """A proxy's port, and a list: for each element it swallows one reply to a script, whole."""
+    swallow: list[int] = []
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(server.host, server.port)
+
+        async def forth() -> None:
+            while data := await reader.read(65536):
+                back.write(data)
+            back.close()
+
+        going = asyncio.ensure_future(forth())
+        replies, reply = hiredis.Reader(), b""
+        while byte := await there.read(1):
+            reply += byte
+            replies.feed(byte)
+            whole = replies.gets()
+            if whole is not False:
+                if isinstance(whole, list) and swallow:
+                    swallow.pop()
+                else:
+                    writer.write(reply)
+                reply = b""
+        writer.close()
+        await going
+
+    listener = await asyncio.start_server(relay, "127.0.0.1", 0)
+    yield listener.sockets[0].getsockname()[1], swallow
     listener.close()
 
 

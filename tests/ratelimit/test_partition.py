@@ -21,7 +21,7 @@ from redis_asgi import (
     client_ip,
     rate_limit,
 )
-from redis_asgi.ratelimit.partition import LONGEST_CACHED, MissingIdentity, Partitioner
+from redis_asgi.ratelimit.partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, Partitioner
 from redis_asgi.ratelimit.policy import Partition, make_partition
 from redis_asgi.scope import Addressing
 
@@ -44,7 +44,17 @@ def request(*headers: tuple[str, str], client: Any = (ADDRESS, 50_000), user: An
 async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
     """The partition of that request."""
     settings = Settings(REDIS_URL="memory://", **values)
-    return await Partitioner(by, settings, Addressing(settings))(dict(scope))  # a request of its own
+    addressing = Addressing(settings)
+    # A request of its own, behind a door that has said whose addresses are believed.
+    return await ask(Partitioner(by, settings, addressing), {**scope, ADDRESSING: addressing})
+
+
+async def ask(partitioner: Partitioner, scope: Scope) -> Partition | None:
+    """What a plan makes of it."""
+    read: Any = partitioner.by
+    said = partitioner.read(scope) if partitioner.read is not None else read(HTTPConnection(scope))
+    name = await partitioner.settle(said, scope)
+    return None if name is None else partitioner.of(name)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ async def test_long_values_are_not_kept() -> None:
     settings = Settings(REDIS_URL="memory://")
     partitioner = Partitioner(by_header("x-key"), settings, Addressing(settings))
     for value in ("a" * LONGEST_CACHED, "b" * (LONGEST_CACHED + 1)):
-        await partitioner(request(("x-key", value)))
+        await ask(partitioner, request(("x-key", value)))
 
     assert 1 == partitioner._of_value.cache_info().currsize
 

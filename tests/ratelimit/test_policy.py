@@ -3,7 +3,8 @@
 import pytest
 
 from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Policy, PolicySet, bulk, log_key, make_partition
-from redis_asgi.ratelimit.strategies import COUNTERS, charged_receipts
+from redis_asgi.ratelimit.reply import charged_receipts
+from redis_asgi.ratelimit.strategies import COUNTERS
 from redis_asgi.settings import StrategyName
 
 from .histories import policy
@@ -44,11 +45,6 @@ def test_equal_policies_are_equal() -> None:
     assert one != policy("gcra", shadow=True)
 
 
-def test_member_is_a_structured_field() -> None:
-    """As ``RateLimit-Policy`` has it."""
-    assert b'"api";q=5;w=60' == EVERY[0].member
-
-
 def test_set_tells_the_script_about_each_policy() -> None:
     """One line each: letter, quota, window in microseconds, shadow, field."""
     made = PolicySet((policy("fixed-window", 5, 60, name="a"), policy("moving-window", 7, 1, name="b", shadow=True)))
@@ -57,16 +53,6 @@ def test_set_tells_the_script_about_each_policy() -> None:
     assert bulk(made.spec) == made.wire
     assert (b"b:m1:1",) == made.logs
     assert (2, ["a", "b"]) == (len(made), [p.name for p in made])
-
-
-def test_set_shows_enforcing_policies_only() -> None:
-    """A shadow is no client's business."""
-    made = PolicySet((policy("gcra", 5, 60, name="a", shadow=True), policy("fixed-window", 7, 1, name="b")))
-
-    assert b'"b";q=7;w=1' == made.members
-    assert b'"b";r=3;t=1' == made.template % (3, 1)
-    assert ((1, True, 1),) == made.shown
-    assert b"" == PolicySet((made.policies[0],)).members
 
 
 def test_address_stands_in_its_key() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from redis.exceptions import NoScriptError, ResponseError
 
 from redis_asgi.errors import Failure, classify_reply
-from redis_asgi.ratelimit.batch import Check, distribute
+from redis_asgi.ratelimit.check import Check
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policy import (
     MICROSECONDS,
@@ -26,8 +26,9 @@ from redis_asgi.ratelimit.policy import (
     Unread,
     log_key,
 )
-from redis_asgi.ratelimit.strategies import VALUES_PER_COUNTER, Mode, Reply, charged_receipts
-from redis_asgi.ratelimit.wires import SCRIPT, SCRIPT_SHA, _arguments, _pack, packed
+from redis_asgi.ratelimit.reply import Reply, charged_receipts, numbers_of
+from redis_asgi.ratelimit.script import SCRIPT, SCRIPT_SHA, Call
+from redis_asgi.ratelimit.strategies import Mode
 
 from ..conftest import StartServer
 from ..kit.servers import ExternalServer
@@ -59,8 +60,11 @@ class Script:
 
     def run(self, trace: Sequence[tuple[int, Check]]) -> list[Any]:
         """The replies to checks at their times, in one trip."""
-        self._connection.send_packed_command([packed(b"EVALSHA", SCRIPT_SHA, [check], now) for now, check in trace])
-        return [self._connection.read_response() for _ in trace]
+        calls = [Call([check], number, now) for number, (now, check) in enumerate(trace)]
+        self._connection.send_packed_command([call.command() for call in calls])
+        replies = [cast("list[Any]", self._connection.read_response()) for _ in trace]
+        assert [call.number for call in calls] == [reply[0] for reply in replies]
+        return [reply[1] for reply in replies]
 
     def decide(
         self,
@@ -72,8 +76,8 @@ class Script:
     ) -> Reply:
         """One reply, as `LocalEngine.decide` gives it."""
         check = self.check(mode, charges, receipts)
-        self._connection.send_packed_command([packed(b"EVALSHA", SCRIPT_SHA, [check], now)])
-        return cast(Reply, self._connection.read_response())
+        self._connection.send_packed_command([Call([check], 17, now).command()])
+        return cast(Reply, cast("list[Any]", self._connection.read_response())[1])
 
 
 @pytest.fixture
@@ -157,8 +161,8 @@ def traces(draw: st.DrawFn) -> list[Step]:
 
 def as_taken(charges: Sequence[Charge], reply: Reply) -> tuple[Charge, ...]:
     """*charges* at what they were charged: what remained, where that is what they asked."""
-    fits = iter(reply[1::VALUES_PER_COUNTER])
-    taken = [max(charge.taken(next(fits)) for _ in charge.policies) for charge in charges]
+    said = iter(numbers_of(reply))
+    taken = [max(charge.taken(next(said).fits) for _ in charge.policies) for charge in charges]
     return tuple(replace(charge, cost=cost, unread=None) for charge, cost in zip(charges, taken, strict=True))
 
 
@@ -218,7 +222,7 @@ def _keys(charges: Sequence[Charge]) -> set[bytes]:
 
 @example_settings(deadline=None)
 @given(trace=traces(), clock=st.none() | st.integers(0, 2 * EPOCH))
-def testpacked_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
+def test_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
     """The command joined from ready parts is byte for byte the one written out."""
     loop = asyncio.new_event_loop()
     try:
@@ -226,7 +230,26 @@ def testpacked_command_is_the_plain_one(trace: list[Step], clock: int | None) ->
     finally:
         loop.close()
 
-    assert _pack(b"EVALSHA", b"x", _arguments(checks, clock)) == packed(b"EVALSHA", b"x", checks, clock)
+    call = Call(checks, 17, clock)
+    words = plain_words(checks, 17, clock)
+    plain = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+    assert plain == call.command()
+    assert [words[0].decode(), *words[1:]] == call.words()
+
+
+def plain_words(checks: Sequence[Check], number: int, clock: int | None) -> list[bytes]:
+    """A call as the script's head describes it, written out."""
+    keys: list[bytes] = []
+    words: list[object] = [number, "" if clock is None else clock]
+    for check in checks:
+        words += (check.mode, len(check.charges))
+        for each in check.charges:
+            keys.append(each.partition.key)
+            keys += (log_key(each.partition.key, name) for name in each.policies.logs)
+            words += (each.policies.spec.decode(), each.cost if each.unread is None else -1)
+        words += check.receipts
+    return [b"EVALSHA", SCRIPT_SHA, b"%d" % len(keys), *keys, *(str(word).encode() for word in words)]
 
 
 @every_strategy
@@ -263,7 +286,7 @@ def test_peek_may_be_sent_as_read_only(script: Script, strategy: str) -> None:
     """The server itself lets a look pass as one that writes nothing."""
     asked = [charge(policy(strategy, 5, 1))]
     script.decide("consume", asked, now=EPOCH)
-    command = ("EVALSHA_RO", SCRIPT_SHA, *_arguments([script.check("peek", asked)], EPOCH))
+    command = ("EVALSHA_RO", *Call([script.check("peek", asked)], 17, EPOCH).words()[1:])
     try:
         read_only = script.server.execute_command(*command)
     except ResponseError as error:
@@ -271,7 +294,7 @@ def test_peek_may_be_sent_as_read_only(script: Script, strategy: str) -> None:
             pytest.skip("Redis 6.2 has no EVALSHA_RO")
         raise
 
-    assert (1, 4) == (read_only[0], read_only[2])
+    assert (1, 4) == (read_only[1][0], read_only[1][2])
 
 
 def _dump(server: redis.Redis) -> dict[bytes, Any]:
@@ -333,12 +356,12 @@ def test_no_key_without_ttl_when_the_acl_forbids_one(private_server: StartServer
     app = redis.Redis(host=server.host, port=server.port, username="app", password="secret", protocol=2)
     script = Script(app)
     try:
-        code, text = cast("list[Any]", script.decide("consume", [charge(policy(strategy))]))
+        text = cast(Any, script.decide("consume", [charge(policy(strategy))]))
     finally:
         script.close()
         app.close()
 
-    assert (-1, Failure.PERMISSION) == (code, classify_reply(text.decode()))
+    assert Failure.PERMISSION is classify_reply(text.decode())
     assert [] == [key for key in cast("list[bytes]", looking.keys("*")) if looking.pttl(key) == -1]
 
 
@@ -348,7 +371,8 @@ def test_odd_key_costs_only_its_own_request_the_verdict(script: Script) -> None:
     script.server.set(odd, "not a hash")
     checks = [script.check("consume", [charge(policy("fixed-window"), who=who)]) for who in ("a", "odd", "b")]
 
-    distribute(checks, script.server.execute_command("EVALSHA", SCRIPT_SHA, *_arguments(checks, EPOCH)))
+    call = Call(checks, 17, EPOCH)
+    call.hand_out(script.server.execute_command(*call.words()))
 
     assert [4, "reply", 4] == [
         outcome[2] if isinstance(outcome, list) else str(outcome)
@@ -372,15 +396,15 @@ def test_field_that_is_no_counter_is_an_error(script: Script, strategy: str, sto
 
     reply = script.decide("consume", [charge(asked)], now=EPOCH)
 
-    assert reply[0] == -1
-    assert b"not a counter of this package" in cast(bytes, reply[1])
+    assert b"not a counter of this package" in cast(bytes, reply)
 
 
 def test_requests_of_one_batch_are_decided_in_turn(script: Script) -> None:
     """Eight requests in one call against a quota of five: the first five are admitted."""
     for strategy in STRATEGIES:
         checks = [script.check("consume", [charge(policy(strategy), who=strategy)]) for _ in range(8)]
-        distribute(checks, script.server.execute_command("EVALSHA", SCRIPT_SHA, *_arguments(checks, EPOCH)))
+        call = Call(checks, 17, EPOCH)
+        call.hand_out(script.server.execute_command(*call.words()))
 
         assert [1] * 5 + [0] * 3 == [cast(Reply, check.future.result())[0] for check in checks]
 
@@ -397,7 +421,7 @@ def test_clock_is_the_servers_own(script: Script) -> None:
 def test_script_is_not_known_before_it_was_sent(redis_client: redis.Redis) -> None:
     """An EVALSHA of an unknown script runs nothing, which is why sending it again as EVAL counts once."""
     with pytest.raises(NoScriptError):
-        redis_client.execute_command("EVALSHA", SCRIPT_SHA, 0, "")
+        redis_client.execute_command("EVALSHA", SCRIPT_SHA, 0, 17, "")
 
 
 def test_three_limits_cost_little_memory(script: Script) -> None:
@@ -470,7 +494,8 @@ def test_what_remains_is_taken_whole_and_admitted_while_anything_does(script: Sc
     for asked, cost in story:
         reply = script.decide("consume", [replace(asked, cost=cost)], now=EPOCH)
         assert twin.decide("consume", [replace(asked, cost=cost)], now=EPOCH) == reply
-        said.append((reply[0], reply[1::VALUES_PER_COUNTER], reply[2::VALUES_PER_COUNTER]))
+        counters = numbers_of(reply)
+        said.append((reply[0], [each.fits for each in counters], [each.remaining for each in counters]))
 
     # The shadow does not fit two units, then not three, then not one of what remains: it has never been charged.
     assert [(1, [1, 0, 1], [3, 1, 48]), (1, [3, 0, 3], [0, 1, 45]), (0, [0, 1, 1], [0, 1, 45])] == said

@@ -17,7 +17,8 @@ from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
 from redis_asgi.ratelimit.local import LocalEngine
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Policy
-from redis_asgi.ratelimit.strategies import Mode, charged_receipts
+from redis_asgi.ratelimit.reply import charged_receipts
+from redis_asgi.ratelimit.strategies import Mode
 
 from .histories import EPOCH, Twin, charge, costs, deltas, deltas_and_back, numbers, policy
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.local import LocalEngine, _Held
 from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Policy, log_key
+from redis_asgi.ratelimit.reply import Numbers
 from redis_asgi.ratelimit.strategies import Log, Stored
 from redis_asgi.settings import StrategyName
 
-from .histories import EPOCH, Numbers, Twin, charge, client, numbers, policy
+from .histories import EPOCH, Twin, charge, client, numbers, policy
 from .test_scripts import Script, script  # noqa: F401 - a fixture
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)

@@ -8,8 +8,8 @@ from _pytest.pytester import Pytester
 
 import redis_asgi.testing.calls
 
+from ..kit.documents import README, section
 from ..kit.processes import run_python
-from ..test_readme import section
 from .clients import TestClient
 
 # What a project imports stays imported from one to the next: numpy cannot be loaded twice.
@@ -123,13 +123,15 @@ def test_tests_of_a_team(
             request.getfixturevalue("redis_client").flushdb()
 
 
-def test_readme_is_what_a_team_may_write(project: Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests that the README shows pass as pasted."""
+def test_pages_show_what_a_team_may_write(project: Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests that the README and the guide show pass as pasted."""
     monkeypatch.setenv("REDIS_URL", "memory://")
-    [code] = re.findall(r"^```python\n(.*?)^```$", section("## Test your app"), re.MULTILINE | re.DOTALL)
-    project.makepyfile(code)
+    found = (section("## Test your app"), *README.sections("## Test your app"))
+    for name, text in zip(("test_guide", "test_readme"), found, strict=True):
+        [code] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        project.makepyfile(**{name: code})
 
-    project.runpytest().assert_outcomes(passed=2)
+    project.runpytest().assert_outcomes(passed=3)
 
 
 def test_counters_start_anew(project: Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

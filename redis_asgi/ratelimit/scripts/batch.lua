@@ -2,13 +2,13 @@
 -- A request makes charges; a charge is some policies of one partition at one cost.
 -- KEYS, per charge: the partition's hash, then the list of each moving window. All keys of a call share a slot on
 --   Redis Cluster, where a batch is one call per partition.
--- ARGV[1] now (us); '' = Redis TIME. Then per request: mode (consume|peek|charge|refund), number of charges, and per
---   charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, cost (units; -1 = what
---   remains of the least of its enforcing policies, at least 1), for a refund also a receipt per policy, negative for one
---   that was not charged. A quota of 0 refuses every cost, 0 included.
--- Reply, flat, per request: 1 admitted | 0 refused, then per counter: 1|0 itself admits (at a cost of what remains: that),
---   remaining (units), reset (us), until the same cost, or 1 of what remains, is admitted next (us, -1 = can never fit),
---   receipt (us). One that failed: -1, message.
+-- ARGV[1] the number of this call; ARGV[2] now (us), '' = Redis TIME. Then per request: mode (consume|peek|charge|refund),
+--   number of charges, per charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, and its
+--   cost (units; -1 = what remains of the least of its enforcing policies, at least 1); for a refund then a receipt per
+--   counter, negative for one that was not charged. A quota of 0 refuses every cost, 0 included.
+-- Reply: the number of the call, then per request, as a list: 1 admitted | 0 refused, then per counter: 1|0 itself admits
+--   (at a cost of what remains: that), remaining (units), reset (us), until the same cost, or 1 of what remains, is admitted
+--   next (us, -1 = can never fit), receipt (us). In place of the list of one that failed: its message.
 
 local parsed = {}
 
@@ -102,8 +102,6 @@ local function price(counters, count)
   end
 end
 
-local reply, size = {}, 0
-
 local function decide(mode, counters, count, now, takes_rest)
   local admitted, changed = true, false
   read(counters, count, now)
@@ -135,8 +133,7 @@ local function decide(mode, counters, count, now, takes_rest)
     end
     if changed then write(counters, count, now) end
   end
-  local n = size + 1
-  reply[n] = admitted and 1 or 0
+  local reply, n = {admitted and 1 or 0}, 1
   for i = 1, count do
     local s = counters[i]
     local cost, free, quota = s.cost, s.free, s.policy.quota
@@ -154,11 +151,11 @@ local function decide(mode, counters, count, now, takes_rest)
     reply[n + 5] = s.receipt_now
     n = n + 5
   end
-  size = n
+  return reply
 end
 
-local now = ARGV[1] == '' and read_time() or tonumber(ARGV[1])
-local k, a, counters = 1, 2, {}
+local now = ARGV[2] == '' and read_time() or tonumber(ARGV[2])
+local k, a, counters, replies, size = 1, 3, {}, {tonumber(ARGV[1])}, 1
 while a <= #ARGV do
   local mode, charges = ARGV[a], tonumber(ARGV[a + 1])
   local count, takes_rest = 0, false
@@ -183,16 +180,16 @@ while a <= #ARGV do
       s.policy, s.strategy, s.cost, s.key, s.part = policy, policy.strategy, cost, key, part
       s.dirty, s.moved = false, false
       if policy.log then s.list = KEYS[k]; k = k + 1 end
-      if mode == 'refund' then s.receipt = tonumber(ARGV[a]); a = a + 1 end
     end
   end
-  local fine, result = pcall(decide, mode, counters, count, now, takes_rest)
-  if not fine then
-    for i = size + 1, #reply do reply[i] = nil end
-    reply[size + 1] = -1
-    -- Redis 7 raises a table, 6.2 a string.
-    reply[size + 2] = type(result) == 'table' and result.err or tostring(result)
-    size = size + 2
+  if mode == 'refund' then
+    for i = 1, count do counters[i].receipt = tonumber(ARGV[a + i - 1]) end
+    a = a + count
   end
+  local fine, result = pcall(decide, mode, counters, count, now, takes_rest)
+  -- Redis 7 raises a table, 6.2 a string.
+  if not fine then result = type(result) == 'table' and result.err or tostring(result) end
+  size = size + 1
+  replies[size] = result
 end
-return reply
+return replies

@@ -21,7 +21,7 @@ end
 
 -- A key stays this much longer (ms) than it counts: for the clock of a replica that takes over, or, under a clock that a
 -- test holds, while that stands still.
-local SLACK = ARGV[1] == '' and 1000 or 600000
+local SLACK = ARGV[2] == '' and 1000 or 600000
 
 -- After a write, so that a server out of memory refuses the write itself. Never shortens, and heals a key without a TTL;
 -- a new key that may have none does not stay, and where nobody may ask how long it has, it gets one all the same. Errors

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from redis_asgi.embeddings import lookup
 from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.identity import Identities, Identity
+from redis_asgi.embeddings.identity import Identity
+from redis_asgi.embeddings.keyspace import Identities
 from redis_asgi.embeddings.wire import Answer, Batch, Input
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings

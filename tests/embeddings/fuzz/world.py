@@ -131,7 +131,7 @@ class World:
 
     async def __aexit__(self, *exc: object) -> None:
         for worker in self._workers:
-            await worker._core.flights.settle()
+            await worker._shared.flights.settle()
         for manager in self._managers:
             await manager.close()
         await self._stack.aclose()
@@ -160,7 +160,7 @@ class World:
             partition_by=tenant if self.config.partition else None,
             redis=self._managers[-1],
         )
-        made._core.wall = made._core.monotonic = lambda: self.judge.now
+        made._shared.clock.wall = made._shared.clock.monotonic = lambda: self.judge.now
         return made
 
     async def _answer(self, worker: int, scope: Scope, receive: Receive, send: SendMessage) -> None:
@@ -279,7 +279,7 @@ class World:
         self._gate.set()
         await asyncio.wait(tasks)
         self._gate = None
-        await self._workers[worker]._core.flights.settle()
+        await self._workers[worker]._shared.flights.settle()
         for (ask, fate), task in zip(asks, tasks, strict=True):
             if fate == "stays":
                 if task.cancelled():

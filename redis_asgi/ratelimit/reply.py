@@ -1,0 +1,50 @@
+"""What the script and its twin answer about one request: numbers in a row, and the one reader of where each stands."""
+
+from typing import NamedTuple, TypeAlias
+
+# 1 admitted | 0 refused, then the `Numbers` of each counter, in the order of the charges and their policies.
+Reply: TypeAlias = list[int]
+VALUES_PER_COUNTER = 5
+
+
+class Numbers(NamedTuple):
+    """One counter's part of a reply.
+
+    Attributes:
+        fits: 1 | 0 whether it admits the cost by itself; of a charge that takes what remains, how much that was.
+        remaining: The largest cost admitted now (units).
+        reset: Until the full quota is back (us).
+        retry: Until the same cost is admitted (us); -1 = it never can be.
+        receipt: What gives the charge back (us).
+    """
+
+    fits: int
+    remaining: int
+    reset: int
+    retry: int
+    receipt: int
+
+
+def numbers_of(reply: Reply) -> list[Numbers]:
+    """A reply, counter by counter."""
+    return [Numbers(*reply[at : at + VALUES_PER_COUNTER]) for at in range(1, len(reply), VALUES_PER_COUNTER)]
+
+
+def reply_of(admitted: bool, numbers: list[Numbers]) -> Reply:
+    """The other way round."""
+    return [int(admitted), *(value for each in numbers for value in each)]
+
+
+def size_of(counters: int) -> int:
+    """How long a reply about so many *counters* is."""
+    return 1 + VALUES_PER_COUNTER * counters
+
+
+def place_of(counter: int) -> slice:
+    """Where a reply has `remaining`, `reset` and `retry` of its n-th *counter*."""
+    return slice(2 + VALUES_PER_COUNTER * counter, 5 + VALUES_PER_COUNTER * counter)
+
+
+def charged_receipts(reply: Reply) -> list[int]:
+    """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
+    return [each.receipt if each.fits else -1 for each in numbers_of(reply)]
