@@ -7,6 +7,7 @@ with a pool's, too, and `freshen` sees to it that nothing is left in it.
 
 import asyncio
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import InvalidResponse
 
 from .errors import OddReply
 
 _CANCEL_AGAIN = 0.05  # seconds
+_TOO_MUCH = re.compile(rb"(?:[*~>%|]\d{1,7}\r\n)*[*~>%|]\d{8}")  # arrays and what RESP3 has like them, nested or not
 
 
 async def connect(connection: AbstractConnection) -> None:
@@ -64,6 +67,19 @@ async def receive(connection: AbstractConnection) -> Any:
         Exception: What redis-py does, error replies included; `hang_up` is left to the caller.
     """
     return await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+
+
+def refuse_too_much(beginning: bytes) -> None:
+    """Refuse a reply of more elements than anybody asks for, which begins so.
+
+    hiredis makes room at once for what is announced, and Python's garbage collector walks through it again and again:
+    two thousand million elements that never come held a process up for a minute.
+
+    Raises:
+        InvalidResponse: It announces ten million or more.
+    """
+    if _TOO_MUCH.match(beginning):
+        raise InvalidResponse("The reply announces too much.")
 
 
 async def ping(connection: AbstractConnection, *more: tuple[bytes, ...]) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from . import aside
 from .errors import Failure, classify
@@ -25,6 +25,7 @@ BreakerState: TypeAlias = Literal["closed", "half_open", "open"]
 
 PROBE_EVERY = 0.2  # seconds, give or take a fifth, so that workers do not probe in step
 PROBE_WITHIN = 0.2
+_LOOKS = 20  # after a probe, within its limit
 # Far away a connection and its greeting take longer than that, so one probe a second goes on while others are sent.
 _KEPT_EVERY = 1.0
 _KEPT_FOR = 5.0
@@ -92,7 +93,7 @@ class Breaker:
         self._last_trouble = 0.0
         self._last_line = -_QUIET
         self._settling: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def admits(self) -> bool:
         """Whether a command may be sent now; half open, that is one."""
@@ -168,6 +169,8 @@ class Breaker:
         if not vectors or (self._failures and self.state == "closed"):
             self._count(failure)
             return
+        # Until that is known it was no trial; half open, the next one is, and that may be no vectors.
+        self.withdrawn()
         self._unconfirmed += 1
         if self._unconfirmed == 1:
             self._start(self._confirm(failure))
@@ -207,26 +210,39 @@ class Breaker:
         say(logger, "breaker", state=state, reason=self.reason.value, **self._whose)
 
     def _start(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+        self._keep_until_done(asyncio.ensure_future(work))
+
+    def _keep_until_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _alive(self, within: float) -> Failure | None:
-        """What a probe found: ``None`` is a sign of life."""
+        """What a probe found: ``None`` is a sign of life.
+
+        A loop that is kept busy could not have read an answer meanwhile, and its own slowness is no fault of the
+        server's: the limit is counted in looks, each of which takes a few of its turns.
+
+        Args:
+            within: Its limit in seconds, of a loop that has time.
+        """
+        probe = asyncio.ensure_future(self._probe())
         try:
-            async with asyncio.timeout(within):
-                await self._probe()
+            for _ in range(_LOOKS):
+                done, _ = await asyncio.wait([probe], timeout=within / _LOOKS)
+                if done:
+                    await probe
+                    return None
         except Exception as error:
             # Whatever a client raises says that it could not ask.
             return classify(error)
-        return None
+        finally:
+            await aside.end([probe])
+        return Failure.TIMEOUT
 
     async def _confirm(self, failure: Failure) -> None:
         found = await self._alive(PROBE_WITHIN)
         times, self._unconfirmed = self._unconfirmed, 0
-        if found is None:
-            self.withdrawn()
-        elif self.state != "open":
+        if found is not None and self.state != "open":
             self._count(failure if found in _NOT_COUNTED else found, times)
 
     async def _probing(self) -> None:
@@ -242,7 +258,7 @@ class Breaker:
                 if not answered:
                     probe = asyncio.ensure_future(self._alive(_KEPT_FOR))
                     kept.add(probe)
-                    await asyncio.wait([probe], timeout=PROBE_WITHIN)
+                    await _first_sign(kept, probe, PROBE_WITHIN)
                 answers = [each.result() for each in kept if each.done()]
                 kept = {each for each in kept if not each.done()}
                 if None in answers:
@@ -257,15 +273,13 @@ class Breaker:
                     self.reason = found
                 if probe in kept and self._loop.time() < kept_at + _KEPT_EVERY:
                     kept.discard(probe)
+                    # Its end is not waited for, while another one may have found life.
+                    self._keep_until_done(probe)
                     probe.cancel()
-                    await asyncio.wait([probe])
                 elif probe in kept:
                     kept_at = self._loop.time()
         finally:
-            for each in kept:
-                each.cancel()
-            if kept:
-                await asyncio.wait(kept)
+            await aside.end(kept)
 
 
 async def _first(tasks: set[asyncio.Task[Failure | None]], within: float) -> bool:
@@ -275,3 +289,15 @@ async def _first(tasks: set[asyncio.Task[Failure | None]], within: float) -> boo
         return False
     done, _ = await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
     return bool(done)
+
+
+async def _first_sign(
+    kept: set[asyncio.Task[Failure | None]], probe: asyncio.Task[Failure | None], within: float
+) -> None:
+    """Wait until *probe* ends or another one that is kept finds life, or for so many seconds."""
+    until = asyncio.get_running_loop().time() + within
+    waiting = {each for each in kept if not each.done()}
+    while probe in waiting and (left := until - asyncio.get_running_loop().time()) > 0:
+        done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if any(each.result() is None for each in done):
+            return

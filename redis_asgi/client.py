@@ -25,7 +25,7 @@ from .locations import URL_OPTIONS_NOT_TAKEN, read_address, weakened_by
 from .nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
 from .settings import Settings
-from .sockets import connection_class, master_connection_class
+from .sockets import BoundedParser, connection_class, master_connection_class
 from .telemetry import telemetry
 
 logger = logging.getLogger("redis_asgi.connection")
@@ -148,7 +148,9 @@ class SentinelTurnstile(SentinelConnectionPool, Turnstile):
 def _read_url(url: str) -> dict[str, Any]:
     """What *url* asks for, without what would undo the choices of `build_client`."""
     options = {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
-    if "path" not in options:
+    if "path" in options:
+        options["parser_class"] = BoundedParser
+    else:
         options["connection_class"] = connection_class(encrypted=options.get("connection_class") is SSLConnection)
     return options
 

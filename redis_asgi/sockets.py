@@ -1,19 +1,46 @@
-"""redis-py's connections, which find the addresses of host names by `names` instead of the loop's executor."""
+"""redis-py's connections: addresses of host names by `names`, not by the loop's executor, and bounded replies."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from redis.asyncio.connection import Connection, SSLConnection
+import hiredis
+from redis.asyncio.connection import Connection, DefaultParser, SSLConnection
 from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 
+from . import aside
 from .names import names
+
+
+class _Replies:
+    """A reader of hiredis that takes no reply which announces too much."""
+
+    def __init__(self, reader: hiredis.Reader) -> None:
+        self.gets = reader.gets
+        self.has_data = reader.has_data
+        self._feed = reader.feed
+
+    def feed(self, data: bytes) -> None:
+        if not self.has_data():
+            aside.refuse_too_much(data)
+        self._feed(data)
+
+
+class BoundedParser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses it when it is imported
+    """redis-py's, over `_Replies`."""
+
+    def on_connect(self, connection: Any) -> None:
+        super().on_connect(connection)
+        self._reader: Any = _Replies(self._reader)
 
 
 class NamedConnection(Connection):
     """A connection to the first address of its host that takes one; a certificate is checked for the host's name."""
 
     _address = ""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"parser_class": BoundedParser, **options})
 
     async def _connect(self) -> None:
         async with asyncio.timeout(self.socket_connect_timeout):

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import fakeredis
 import httpx
@@ -31,6 +31,7 @@ from redis_asgi import (
     check_redis_health,
     health_app,
 )
+from redis_asgi import watch as watch_module
 from redis_asgi.checkup import Checkup, _slots
 from redis_asgi.errors import Failure
 from redis_asgi.health import HealthApp, human_bytes
@@ -91,6 +92,13 @@ def app_manager(app: SubApp) -> RedisManager:
 def forget(app: SubApp) -> None:
     """Let a second pass: the next probe checks again."""
     app_manager(app).part(Watch)._last = None
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks with all the time that a busy machine may take for what is well."""
+    monkeypatch.setattr(watch_module, "DEADLINE", 10)
+    monkeypatch.setitem(cast("dict[str, object]", Checkup.__init__.__kwdefaults__), "deadline", 10)
 
 
 async def assert_ill(app: ASGIApp, error: str, *, status: int = 200) -> None:
@@ -465,6 +473,7 @@ async def test_stranger_with_a_good_certificate(stranger_server: Server, certifi
     await assert_ill(app_on(stranger_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert), "redis_connection")
 
 
+@pytest.mark.usefixtures("patient")
 async def test_tls(tls_server: Server, certificates: Certificates) -> None:
     """TLS with certificates on both sides; plain text to it, and TLS that trusts somebody else."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
@@ -669,14 +678,17 @@ async def test_hung_cluster(private_cluster: Cluster, *, connected: bool) -> Non
             node.resume()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_slot_that_moves_is_no_matter(private_cluster: Cluster) -> None:
     """While an operator moves slots, and after, every one of them is served by somebody."""
     app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
     source, target = private_cluster.nodes[:2]
     target.command("CLUSTER", "SETSLOT", 1, "IMPORTING", source.command("CLUSTER", "MYID"))
     source.command("CLUSTER", "SETSLOT", 1, "MIGRATING", target.command("CLUSTER", "MYID"))
+    private_cluster.wait()
     during = (await probe(app))[1]["status"]
     private_cluster.move_slot(1, target)
+    private_cluster.wait()
     forget(app)
     after = (await probe(app))[1]["status"]
 

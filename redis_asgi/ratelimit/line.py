@@ -99,6 +99,8 @@ class Line(asyncio.Protocol):
         unread, self._unread = self._unread, []
         try:
             for data in unread:
+                if not self._replies.has_data():
+                    aside.refuse_too_much(data)
                 self._replies.feed(data)
             while (reply := self._replies.gets()) is not False:
                 self._answer(reply)

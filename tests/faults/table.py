@@ -405,6 +405,7 @@ OF_ALL_ELSE: dict[str, Row] = {
     "OK for a reply": _odd(way("answer", reply=b"+OK\r\n"), well),
     "nothing for a reply": _odd(way("answer", reply=b"*-1\r\n"), well),
     "an empty list for a reply": _odd(way("answer", reply=b"*0\r\n"), well),
+    "the beginning of a reply without an end": Row(way("answer", reply=b"*1\r\n*2000000000\r\n"), well),
     "another protocol": Row(way("answer", reply=b"HTTP/1.1 400 Bad Request\r\n\r\n"), well),
     # at this end
     "all connections in use": Row(

@@ -150,6 +150,7 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
     ("said", "expected"),
     [
         pytest.param(b"HTTP/1.1 400 Bad Request", Failure.CONNECTION, id="no reply"),
+        pytest.param(b"*1\r\n*2000000000", Failure.CONNECTION, id="more than can be"),
         pytest.param(b":1", Failure.REPLY, id="number"),
         pytest.param(b"+OK", Failure.REPLY, id="status"),
         pytest.param(b"$-1", Failure.REPLY, id="nothing"),
