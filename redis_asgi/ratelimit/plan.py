@@ -26,8 +26,13 @@ _RULES_KEPT = 10_000
 
 def _weight(asked: Asked) -> int:
     """What the charges of *asked* take, with four bytes for each character that a client sent."""
-    names = (part if isinstance(part, tuple) else (part,) for part in asked)
-    return sum(1000 + 4 * len(each) if isinstance(each, str) else 700 for name in names for each in name)
+    return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
+
+
+def _names(part: Any) -> Sequence[Any]:
+    if isinstance(part, Charges):  # what is priced holds whom they name
+        return [charge.partition.value for charge in part]
+    return part if isinstance(part, tuple) else (part,)
 
 
 class Plan:
@@ -130,7 +135,7 @@ class Plans:
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
-        method: str = scope.get("method", "WEBSOCKET")
+        method: str = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
         if method == "OPTIONS" and is_preflight(scope):
             method = "OPTIONS preflight"  # no method has a blank
         shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)
