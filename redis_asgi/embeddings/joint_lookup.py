@@ -36,7 +36,7 @@ class JointLookups:
     def __init__(self, look_up: Callable[[Sequence[bytes], float], Awaitable[Values | Failure]]) -> None:
         self._look_up = look_up
         self._trip: _Trip | None = None  # which leaves at the loop's next turn
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Trip] = {}
 
     async def look_up(self, names: Sequence[bytes], within: float) -> Values | Failure:
         """The values of *names*; in one trip with those that others ask for in this turn of the loop.
@@ -50,8 +50,8 @@ class JointLookups:
         if trip is None or trip.within != within or len(trip.places) + len(names) > _MOST:
             trip = self._trip = _Trip(within)
             task = loop.create_task(self._leave(trip))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = trip
+            task.add_done_callback(self._ended)
         places = trip.places
         for name in names:
             places.setdefault(name, len(places))
@@ -66,8 +66,12 @@ class JointLookups:
     async def _leave(self, trip: _Trip) -> None:
         if self._trip is trip:
             self._trip = None
-        try:
-            if not all(future.done() for future, _ in trip.waiting):
-                trip.resolve(await self._look_up(list(trip.places), trip.within))
-        finally:
-            trip.resolve(Failure.CONNECTION)  # only where the line above did not: the store was closed
+        if not all(future.done() for future, _ in trip.waiting):
+            trip.resolve(await self._look_up(list(trip.places), trip.within))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        trip = self._tasks.pop(task)
+        # Here and not in `_leave`: a task that is cancelled before its first step runs none of its own lines.
+        if self._trip is trip:
+            self._trip = None
+        trip.resolve(Failure.CONNECTION)  # only where `_leave` did not: the store was closed

@@ -24,7 +24,7 @@ from .limited_response import LimitedResponse, UncoveredResponse
 from .lint import Linter
 from .overview import Protection
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
-from .plan import PlanCache, Plans
+from .plan import PlanCache, Plans, charges_kept
 from .pricing import decide_priced, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
@@ -103,7 +103,7 @@ class RateLimitMiddleware(Covering):
         if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
         self._rules, self._routing = compiled, Routing(app)
-        self._engine.plans = PlanCache(self._style, self._addressing)
+        self._engine.plans = PlanCache(self._style, self._addressing, self._manager.shared(charges_kept))
         self._plans = Plans(compiled, self._routing, self._engine.plans)
         self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None:

@@ -8,7 +8,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..scope import Addressing, is_preflight
-from ..settings import HeaderStyle
+from ..settings import HeaderStyle, Settings
 from .compiled import CompiledRule
 from .headers import renderer
 from .policy import Charge, Charges, Unread, at_cost
@@ -26,8 +26,21 @@ _RULES_KEPT = 10_000
 
 def _weight(asked: Asked) -> int:
     """What the charges of *asked* take, with four bytes for each character that a client sent."""
-    names = (part if isinstance(part, tuple) else (part,) for part in asked)
-    return sum(1000 + 4 * len(each) if isinstance(each, str) else 700 for name in names for each in name)
+    return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
+
+
+def _names(part: Any) -> Sequence[Any]:
+    if isinstance(part, Charges):  # what is priced holds whom they name
+        return [charge.partition.value for charge in part]
+    return part if isinstance(part, tuple) else (part,)
+
+
+def charges_kept(_settings: Settings) -> ChargesKept:
+    """What one manager keeps of charges, for all whose plans it serves: see `RedisManager.shared`.
+
+    So that it is one bound for a process however many limits it has, each of which may be asked by every client.
+    """
+    return Recent(_CHARGES_KEPT, _weight)
 
 
 class Plan:
@@ -71,19 +84,20 @@ class Plan:
 
 
 class PlanCache:
-    """What one engine keeps of the plans that it decides: by their rules, and of them all the charges.
+    """What one engine keeps of the plans that it decides: by their rules, and the charges of all.
 
     Args:
         style: The header fields that are made ready with a reply; only those that depend on nothing else can be.
         addressing: Whose addresses are believed, where no middleware has said so.
+        charges: Where charges are kept, see `charges_kept`; ``None`` = with it.
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
     """
 
-    def __init__(self, style: HeaderStyle, addressing: Addressing) -> None:
+    def __init__(self, style: HeaderStyle, addressing: Addressing, charges: ChargesKept | None = None) -> None:
         self.addressing = addressing
-        self.charges: ChargesKept = Recent(_CHARGES_KEPT, _weight)
+        self.charges: ChargesKept = charges if charges is not None else Recent(_CHARGES_KEPT, _weight)
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
         self._renders = style == "ietf"
@@ -130,7 +144,7 @@ class Plans:
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
-        method: str = scope.get("method", "WEBSOCKET")
+        method: str = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
         if method == "OPTIONS" and is_preflight(scope):
             method = "OPTIONS preflight"  # no method has a blank
         shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)

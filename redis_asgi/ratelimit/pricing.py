@@ -73,7 +73,8 @@ def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: 
             left.append(charge if len(fresh) == len(charge.policies) else replace(charge, policies=PolicySet(fresh)))
         if len(fresh) < len(charge.policies):
             linter.mounted_twice()
-    return Charges(left)
+    # The same, if that is all of them, so that what is kept of them is found again.
+    return charges if left == list(charges) else Charges(left)
 
 
 def _watching(receive: Receive, unread: Unread) -> Receive:

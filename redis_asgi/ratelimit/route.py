@@ -33,7 +33,7 @@ from .engine import Engine
 from .exceeded import refusal_on
 from .limited_response import style_of, text_fields
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
-from .plan import PlanCache
+from .plan import PlanCache, charges_kept
 from .policies import fit_name
 from .policy import Charge, Charges
 from .recent import Recent
@@ -191,7 +191,9 @@ class RateLimit:
             manager, _ = resolve_manager(self._redis, self._settings)
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
-            self._engine.plans = PlanCache(settings.RATE_LIMIT_HEADERS, Addressing(settings))
+            self._engine.plans = PlanCache(
+                settings.RATE_LIMIT_HEADERS, Addressing(settings), manager.shared(charges_kept)
+            )
         return self._engine
 
     def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:

@@ -89,6 +89,18 @@ async def test_a_failure_is_everybodys() -> None:
     assert [Failure.CONNECTION] * 2 == await asyncio.gather(*waiting)
 
 
+async def test_an_end_before_the_trip_has_left_reaches_all_who_wait() -> None:
+    """A store that is closed in the very turn in which somebody asks leaves nobody hanging, nor whoever comes later."""
+    joint = JointLookups(Trips())
+    waiting = [asyncio.ensure_future(joint.look_up([name], 1)) for name in (b"a", b"b")]
+    closing = asyncio.ensure_future(joint.aclose())
+
+    async with asyncio.timeout(5):
+        assert [Failure.CONNECTION] * 2 == await asyncio.gather(*waiting)
+        await closing
+        assert [b"c"] == await joint.look_up([b"c"], 1)
+
+
 @pytest.mark.parametrize("left", [0, 1])
 async def test_who_is_cancelled_takes_nothing_from_the_others(left: int) -> None:
     """Before and after the trip has left; and where nobody waits any more, none leaves."""

@@ -571,6 +571,28 @@ async def test_mounted_twice_counts_once(settings: Settings, caplog: pytest.LogC
     assert ["mounted_twice"] == [record.__dict__["code"] for record in caplog.records]
 
 
+async def test_an_inner_instance_keeps_what_it_charges(settings: Settings) -> None:
+    """What the outer one has left to it whole is the same as ever, so that made up requests push out nothing."""
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", name="b", cost=lambda _: 1)], settings=settings)
+    app = RateLimitMiddleware(inner, rules=[Rule("9/minute", name="a")], settings=settings)
+
+    kept = []
+    for _ in range(3):
+        assert 200 == (await drive(app, http_scope()))[0]["status"]
+        kept.append(len(inner._engine.plans.charges.young))
+
+    assert kept[0] == kept[2]
+
+
+async def test_a_handshake_is_one_whatever_else_its_scope_says(settings: Settings) -> None:
+    """A server that gives a handshake its method makes it no request, and no request one."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET", paths="/a")], settings=settings)
+    handshake = websocket_scope(path="/a", method="GET")
+    plans = [app._plans.of(scope) for scope in (handshake, http_scope(path="/a"), handshake)]
+
+    assert plans[0] is plans[2] is not plans[1]
+
+
 async def test_likely_misconfigurations_are_said_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     """A forwarding header from a stranger, and no client address at all, are logged once each, with a fix."""
     app = RateLimitMiddleware(Spy(), "100/minute", settings=settings)

@@ -72,6 +72,24 @@ async def test_dependency_limits_one_route(settings: Settings) -> None:
     assert "ratelimit" not in other.headers
 
 
+async def test_limits_of_one_redis_share_the_room_for_what_they_keep(settings: Settings) -> None:
+    """Each client may ask for each endpoint, so that a room for each limit would be one for each pair of them."""
+    limits = [RateLimit("9/minute", name=f"limit-{i}", settings=settings) for i in range(3)]
+    app = FastAPI()
+    for i, limit in enumerate(limits):
+        app.get(f"/{i}", dependencies=[Depends(limit)])(lambda: None)
+
+    for i in range(3):
+        assert [200] == await statuses(app, 1, f"/{i}")
+    kept = limits[0].engine_for({}).plans.charges
+    outside = RateLimitMiddleware(app, "9/minute", settings=settings)
+    assert all(kept is limit.engine_for({}).plans.charges for limit in limits)
+    assert kept is outside._engine.plans.charges
+    assert ["limit-0", "limit-1", "limit-2"] == [
+        name for charges in list(kept.young.values())[-3:] for name in charges.names
+    ]
+
+
 async def test_each_endpoint_of_a_router_has_its_own_counter(settings: Settings) -> None:
     """One dependency on a router counts per endpoint; under two prefixes the same endpoint shares by its name."""
     router = APIRouter(dependencies=[Depends(RateLimit("1/minute", settings=settings))])

@@ -336,6 +336,24 @@ async def test_readable_limits_of_many_clients_are_not_all_remembered() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("size", [8, 300, 30_000, 60_000])
+async def test_what_is_kept_of_made_up_identities_is_bounded(size: int) -> None:
+    """However long they are, and whether or not the cost is asked for each time: at most two generations."""
+    rule = compiled(Rule("5/minute", partition_by=by_header("x-key"), cost=lambda _: 1))
+    cache = PlanCache("ietf", Addressing(SETTINGS))
+    plan = cache.of((rule,))
+
+    for i in range(1200):
+        charges = await plan.charges(request(headers=[(b"x-key", (b"%d" % i).zfill(size))]))
+        cache.priced(charges, [1])
+
+    kept = [*cache.charges.young.values(), *cache.charges._old.values()]
+    values = {id(charge.partition.value): charge.partition.value for charges in kept for charge in charges}
+    assert sum(map(len, values.values())) <= 2 * 16_000_000 / 4
+    assert size > 30_000 or values
+
+
+@pytest.mark.anyio
 async def test_default_limits_fit_the_strategy() -> None:
     """A moving window keeps a stamp per unit, so that of a large default quota it has as much as it can."""
     settings = Settings(REDIS_URL="memory://", RATE_LIMITS="50000/minute; 9/hour")
