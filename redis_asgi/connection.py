@@ -548,7 +548,7 @@ _MANAGERS = "redis_asgi.managers"
 
 def offer_manager(scope: Scope, manager: RedisManager) -> None:
     """Tell the package's own sub-apps below that a middleware uses *manager*."""
-    outer = offered_managers(scope)
+    outer = scope.get(_MANAGERS, ())
     if manager not in outer:
         scope[_MANAGERS] = (*outer, manager)
 

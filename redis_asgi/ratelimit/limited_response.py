@@ -42,25 +42,24 @@ class LimitedResponse:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        is_body = message["type"] == "http.response.body"
+        kind = message["type"]
         back: Sequence[tuple[Verdict, list[int]]] = ()
-        if not is_body:
-            message, back = self._start(message)
+        if kind != "http.response.body":
+            message, back = self._start(kind, message)
         try:
             await self._send(message)
         except OSError:
             self._gone = True
             raise
-        if is_body:
+        if kind == "http.response.body":
             if not message.get("more_body"):
                 self._verdict.settle(self.status)
         elif back:
             for verdict, deltas in back:
                 self.decision.ledger.apply(verdict, deltas)
 
-    def _start(self, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
+    def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
         """*message* with the fields, if it is a start, and what its status gives back."""
-        kind = message["type"]
         if kind not in _STARTS:
             if kind != "websocket.close" or self.status is not None:
                 return message, ()

@@ -27,7 +27,7 @@ from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans, charges_kept
 from .pricing import decide_priced, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
-from .responses import OnExceeded, check_on_exceeded, refuse_identity, send_refusal, send_remembered
+from .responses import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
 from .routing import Routing
 from .rules import Limits, Rule, check_choice
 from .verdict import Verdict
@@ -133,7 +133,9 @@ class RateLimitMiddleware(Covering):
             self._linter.look(scope)
         outer = decision_of(scope)
         try:
-            charges = await self._plans.of(scope).charges(scope)
+            plan = self._plans.of(scope)
+            known = plan.known(scope)
+            charges = known if known is not None else await plan.charges(scope)
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
             await refuse_identity(missing.what, scope, send)
@@ -161,8 +163,6 @@ class RateLimitMiddleware(Covering):
             if not verdict.is_over:
                 verdict.settle(response.status)
         else:
-            keep_decision(scope, verdict)
-            verdict.count()
             await self._refuse(verdict, scope, receive, send)
 
     def in_force(self) -> Protection:
@@ -191,9 +191,13 @@ class RateLimitMiddleware(Covering):
         response.end()
 
     async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:
+        keep_decision(scope, verdict)
+        verdict.count()
         try:
             if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
-                await send_remembered(verdict, self._style, scope, send)
+                start, body = remembered_refusal(verdict, self._style, scope)
+                await send(start)
+                await send(body)
             else:
                 fields = fields_of((verdict,), self._style)
                 await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)

@@ -51,6 +51,11 @@ class Plan:
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
         self._asks_user = any(rule.asks_user for rule in rules)
+        self._reads: Any = [rule.partition.read for rule in rules]
+
+    def known(self, scope: Scope) -> Charges | None:
+        """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
+        return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
 
     async def charges(self, scope: Scope) -> Charges:
         """What a request is to be charged; empty where no rule applies to it.

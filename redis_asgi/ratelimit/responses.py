@@ -74,16 +74,16 @@ async def send_refusal(
     await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)
 
 
-async def send_remembered(verdict: Verdict, style: HeaderStyle, scope: Scope, send: Send) -> None:
-    """`send_refusal` for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
+def remembered_refusal(verdict: Verdict, style: HeaderStyle, scope: Scope) -> tuple[Message, Message]:
+    """What `send_refusal` sends for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
     charge, refusal = verdict.known[0]
     rendered = refusal.rendered
     is_current = verdict.at < refusal.rendered_until and refusal.rendered_in == style
     if rendered is None or not is_current or charge.cost != refusal.cost:  # a dearer one may never fit
         rendered = _render(charge.cost, refusal, style, verdict.at)
     fields, body = rendered
-    await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})
-    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+    start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
+    return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
 
 
 def _render(cost: int, refusal: Refusal, style: HeaderStyle, now: float) -> tuple[Fields, bytes]:
