@@ -73,7 +73,7 @@ class LimitedResponse:
         # The draft has no fields on redirects: their target is counted by itself.
         if not 300 <= status < 400:
             fields = verdict.rendered
-            if fields is None or verdict.ledger is not None or self._style != "ietf":
+            if fields is None or verdict.more or self._style != "ietf":
                 fields = headers.fields_of(self.decision.verdicts, self._style)
             message = headers.with_fields(message, fields)
         return message, back

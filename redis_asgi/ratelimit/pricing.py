@@ -67,7 +67,7 @@ def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: 
         fresh = tuple(
             policy
             for policy in charge.policies
-            if not outer.ledger.has_asked(engine.manager, charge.partition, policy, but_by=engine)
+            if not outer.has_asked(engine.manager, charge.partition, policy, but_by=engine)
         )
         if fresh:
             left.append(charge if len(fresh) == len(charge.policies) else replace(charge, policies=PolicySet(fresh)))
