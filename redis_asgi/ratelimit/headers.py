@@ -81,15 +81,15 @@ def _members(sets: tuple[PolicySet, ...]) -> Members:
 
 def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
     """What makes the fields of a reply to *charges*."""
-    return _members(tuple(charge.policies for charge in charges)).fields
+    return _members(charges.sets).fields
 
 
-def fields_of(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
-    """The header fields of all that was decided about a request, in the configured style. Do not change the list."""
+def fields_of(first: Verdict, style: HeaderStyle) -> Fields:
+    """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
     told: list[Fields] = []
-    for verdict in verdicts:
+    for verdict in first.all:
         if style != "ietf" or verdict.reply is None:
-            return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
+            return limit_fields(merged([verdict.decision for verdict in first.all]), style)
         if verdict.rendered is None:
             verdict.rendered = renderer(verdict.charges)(verdict.reply)
         if verdict.rendered:

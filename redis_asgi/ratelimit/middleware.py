@@ -191,7 +191,7 @@ class RateLimitMiddleware(Covering):
             if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
                 await send_remembered(verdict, self._style, scope, send)
             else:
-                fields = fields_of((verdict,), self._style)
+                fields = fields_of(verdict, self._style)
                 await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True

@@ -61,7 +61,7 @@ async def _ask(
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:
     """*charges* without the policies that an *outer* instance has put the request to already."""
     # A request that the app sends itself through this very instance counts again.
-    check_names(outer, charges, but_by=engine)
+    check_names(outer, (charges,), but_by=engine)
     left: list[Charge] = []
     for charge in charges:
         fresh = tuple(

@@ -14,7 +14,7 @@ from ..event_loop import running_loop
 from .decision import Decision, merged
 from .engine import Engine
 from .ledger import Ledger
-from .policy import Charge, Partition, Policy, PolicySet
+from .policy import Charges, Partition, Policy, PolicySet
 from .verdict import Verdict
 
 # Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
@@ -169,7 +169,7 @@ def is_over(scope: Scope) -> bool:
     return decision is not None and decision.first.is_over
 
 
-def check_names(decision: RequestDecision | None, charges: Iterable[Charge], *, but_by: Engine | None = None) -> bool:
+def check_names(decision: RequestDecision | None, asking: Iterable[Charges], *, but_by: Engine | None = None) -> bool:
     """Refuse two limits of one name on one request: they would share a counter, and look like one in the fields.
 
     Args:
@@ -182,15 +182,14 @@ def check_names(decision: RequestDecision | None, charges: Iterable[Charge], *, 
         ConfigurationError: Names them.
     """
     before = decision.verdicts if decision is not None else ()
-    known = [charge.policies for verdict in before if verdict.engine is not but_by for charge in verdict.charges]
-    known += [charge.policies for charge in charges]
-    return _has_twice(tuple(known))
+    known = [verdict.charges.sets for verdict in before if verdict.engine is not but_by]
+    return _has_twice((*known, *(charges.sets for charges in asking)))
 
 
 @lru_cache(maxsize=4096)
-def _has_twice(known: tuple[PolicySet, ...]) -> bool:
+def _has_twice(known: tuple[tuple[PolicySet, ...], ...]) -> bool:
     named: dict[str, Policy] = {}
-    policies = [policy for each in known for policy in each]
+    policies = [policy for sets in known for policies in sets for policy in policies]
     for policy in policies:
         other = named.setdefault(policy.name, policy)
         if other != policy:

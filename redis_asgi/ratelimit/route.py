@@ -87,6 +87,7 @@ class RateLimit:
     ) -> None:
         if callable(cost):
             check_callable("cost", cost, "conn", "cost=lambda conn: 2")
+        self.name = name
         self.cost = cost
         self._rule = Rule(
             limits,
@@ -116,7 +117,7 @@ class RateLimit:
         decision = await check_all(self._with_neighbours(scope), conn, scope.get("endpoint"))
         if decision is not None and decision.immediate:
             headers = response.headers
-            fields = fields_of(decision.verdicts, style_of(scope, decision))
+            fields = fields_of(decision.first, style_of(scope, decision))
             if headers.raw:
                 headers.update({name.decode(): value.decode() for name, value in fields})
             else:
@@ -160,7 +161,7 @@ class RateLimit:
 
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
-        return self._rule.name or endpoint_name(endpoint)
+        return self.name or endpoint_name(endpoint)
 
     def engine_for(self, scope: Scope) -> Engine:
         """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
@@ -245,27 +246,27 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
 def _plans(limits: Sequence[Placed], scope: Scope, endpoint: object) -> Iterable[tuple[Engine, Plan]]:
     """What those of *limits* ask that a request was not put to yet, one of each Redis."""
     asked = _asked(scope)
+    name = endpoint_name(endpoint)
     fresh = []
     for placed in limits:
-        known = placed[0], placed[0].name_at(endpoint)
+        known = placed[0], placed[0].name or name
         if known not in asked:
             asked.add(known)
             fresh.append(placed)
-    if len(fresh) < 2:
-        together = [(limit.engine_for(scope), fresh) for limit, _ in fresh]
-    else:
-        groups: dict[tuple[RedisManager, int], tuple[Engine, list[Placed]]] = {}
-        for placed in fresh:
-            engine = placed[0].engine_for(scope)
-            groups.setdefault((engine.manager, id(engine.settings)), (engine, []))[1].append(placed)
-        together = list(groups.values())
-    return [(engine, _plan(engine, placed, scope, endpoint)) for engine, placed in together]
+    if len(fresh) == 1:
+        engine = fresh[0][0].engine_for(scope)
+        return ((engine, _plan(engine, fresh, scope, endpoint, name)),)
+    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Placed]]] = {}
+    for placed in fresh:
+        engine = placed[0].engine_for(scope)
+        groups.setdefault((engine.manager, id(engine.settings)), (engine, []))[1].append(placed)
+    return [(engine, _plan(engine, together, scope, endpoint, name)) for engine, together in groups.values()]
 
 
-def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: object) -> Plan:
-    """What *limits* of one engine ask in front of *endpoint*."""
+def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: object, name: str) -> Plan:
+    """What *limits* of one engine ask in front of *endpoint*, whose name is *name*."""
     plans: PlanCache = engine.plans
-    key = endpoint_name(endpoint), *limits
+    key = name, *limits
     plan = plans.placed.young.get(key) or plans.placed.find(
         key, lambda _: plans.of(tuple(limit.compiled(engine, endpoint, place) for limit, place in limits))
     )
@@ -280,20 +281,22 @@ async def _charges(
 ) -> Sequence[tuple[Engine, Charges]]:
     """What *plans* charge a request beside what the *decision* on it has charged already."""
     found: list[tuple[Engine, Charges]] = []
+    counters = 0
+    is_priced = False
     for engine, plan in plans:
         # For the callables of the user's, as a middleware would.
         conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
         charges = await plan.charges(conn.scope)
         if charges.counters:
             found.append((engine, charges))
-    if (decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found)) and check_names(
-        decision, [charge for _, charges in found for charge in charges]
-    ):
+            counters += charges.counters
+            is_priced |= charges.is_priced
+    if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    return [
-        (engine, await _priced(charges, engine, conn) if charges.is_priced else charges) for engine, charges in found
-    ]
+    if is_priced:
+        found = [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
+    return found
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
@@ -306,7 +309,9 @@ def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None)
 
 
 async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Charges:
-    """*charges* at what their callables say they cost."""
+    """*charges* at what their callables, if they have any, say they cost."""
+    if not charges.is_priced:
+        return charges
     costs: list[int] = []
     for charge in charges:
         said = charge.cost if charge.price is None else charge.price.cost(conn)
