@@ -86,6 +86,9 @@ def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
 
 def fields_of(first: Verdict, style: HeaderStyle) -> Fields:
     """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
+    if first.rendered is not None and not first.more and style == "ietf":
+        alone: Fields = first.rendered
+        return alone
     told: list[Fields] = []
     for verdict in first.all:
         if style != "ietf" or verdict.reply is None:

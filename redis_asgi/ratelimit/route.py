@@ -303,7 +303,12 @@ def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None)
     """Those of *charges* by some policy that a request was not put to already."""
     fresh: list[Charge] = []
     for charge in charges:
-        if not _is_known(charge, engine, decision, fresh):
+        partition = charge.partition
+        beside = [policy for other in fresh if other.partition.key == partition.key for policy in other.policies]
+        if not all(
+            policy in beside or (decision is not None and decision.has_asked(engine.manager, partition, policy))
+            for policy in charge.policies
+        ):
             fresh.append(charge)
     return Charges(fresh) if len(fresh) < len(charges) else charges
 
@@ -320,15 +325,6 @@ async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Cha
             charge.price.note_cost(charge.policies, costs[-1])
     priced: Charges = engine.plans.priced(charges, costs)
     return priced
-
-
-def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, beside: Iterable[Charge]) -> bool:
-    """Whether a request was put to all policies of *charge* already, or is to be *beside* it."""
-    same = [policy for other in beside if other.partition.key == charge.partition.key for policy in other.policies]
-    return all(
-        policy in same or (decision is not None and decision.has_asked(engine.manager, charge.partition, policy))
-        for policy in charge.policies
-    )
 
 
 def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
