@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from inspect import isawaitable
 from typing import Annotated, Any, NoReturn, TypeAlias, cast
 
 from starlette.exceptions import HTTPException, WebSocketException
@@ -22,14 +21,14 @@ from .engine import Engine
 from .exceeded import refusal_on
 from .headers import fields_of
 from .limited_response import style_of
-from .partition import ADDRESSING, MissingIdentity, PartitionBy
+from .partition import MissingIdentity, PartitionBy
 from .plan import Plan, PlanCache
 from .policies import fit_name
-from .policy import Charge, Charges
+from .pricing import charges_beside
 from .recent import Recent
-from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, check_names, decision_of, is_over
+from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
-from .rules import Cost, Limits, Rule, check_cost
+from .rules import Cost, Limits, Rule
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -226,7 +225,7 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     scope = conn.scope
     decision = decision_of(scope)
     try:
-        asking = await _charges(_plans(limits, scope, endpoint), conn, decision)
+        asking = await charges_beside(_plans(limits, scope, endpoint), conn, decision)
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
     for engine, charges in asking:
@@ -274,57 +273,6 @@ def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: obje
         for (limit, _), rule in zip(limits, plan.rules, strict=True):
             limit.warn_of_no_user(rule)
     return plan
-
-
-async def _charges(
-    plans: Iterable[tuple[Engine, Plan]], conn: HTTPConnection, decision: RequestDecision | None
-) -> Sequence[tuple[Engine, Charges]]:
-    """What *plans* charge a request beside what the *decision* on it has charged already."""
-    found: list[tuple[Engine, Charges]] = []
-    counters = 0
-    is_priced = False
-    for engine, plan in plans:
-        # For the callables of the user's, as a middleware would.
-        conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
-        charges = await plan.charges(conn.scope)
-        if charges.counters:
-            found.append((engine, charges))
-            counters += charges.counters
-            is_priced |= charges.is_priced
-    if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
-        # The very same limit is charged once.
-        found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    if is_priced:
-        found = [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
-    return found
-
-
-def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
-    """Those of *charges* by some policy that a request was not put to already."""
-    fresh: list[Charge] = []
-    for charge in charges:
-        partition = charge.partition
-        beside = [policy for other in fresh if other.partition.key == partition.key for policy in other.policies]
-        if not all(
-            policy in beside or (decision is not None and decision.has_asked(engine.manager, partition, policy))
-            for policy in charge.policies
-        ):
-            fresh.append(charge)
-    return Charges(fresh) if len(fresh) < len(charges) else charges
-
-
-async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Charges:
-    """*charges* at what their callables, if they have any, say they cost."""
-    if not charges.is_priced:
-        return charges
-    costs: list[int] = []
-    for charge in charges:
-        said = charge.cost if charge.price is None else charge.price.cost(conn)
-        costs.append(check_cost(await said if isawaitable(said) else said))
-        if charge.price is not None:
-            charge.price.note_cost(charge.policies, costs[-1])
-    priced: Charges = engine.plans.priced(charges, costs)
-    return priced
 
 
 def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
