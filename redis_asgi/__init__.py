@@ -19,12 +19,13 @@ from .connection import RedisManager, redis_operation
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
 from .ratelimit.decision import Decision, PolicyState
+from .ratelimit.decorator import rate_limit
 from .ratelimit.exceeded import RateLimitExceeded
 from .ratelimit.limiter import RateLimiter
 from .ratelimit.middleware import RateLimitMiddleware
 from .ratelimit.partition import by_header, by_user, client_ip
 from .ratelimit.request_decision import RequestDecision
-from .ratelimit.route import RateLimit, rate_limit
+from .ratelimit.route import RateLimit
 from .ratelimit.rules import Rule
 from .settings import Settings
 

@@ -16,10 +16,10 @@ from starlette.routing import Host, Mount, compile_path
 
 from ..errors import ConfigurationError
 from ..locations import redact
+from ..ratelimit.decorator import stack_of
 from ..ratelimit.endpoints import calls_of
 from ..ratelimit.engine import Engine
 from ..ratelimit.overview import LimitInForce, Protection, limits_among, limits_of_route
-from ..ratelimit.route import stack_of
 from ..ratelimit.routing import inner_app, routes_of
 
 if TYPE_CHECKING:

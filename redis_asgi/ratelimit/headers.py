@@ -81,18 +81,26 @@ def _members(sets: tuple[PolicySet, ...]) -> Members:
 
 def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
     """What makes the fields of a reply to *charges*."""
-    return _members(tuple(charge.policies for charge in charges)).fields
+    return _members(charges.sets).fields
 
 
-def fields_of(verdicts: Sequence[Verdict], style: HeaderStyle) -> Fields:
-    """The header fields of all that was decided about a request, in the configured style. Do not change the list."""
-    first = verdicts[0]
-    if len(verdicts) > 1 or style != "ietf" or first.reply is None:
-        return limit_fields(merged([verdict.decision for verdict in verdicts]), style)
-    if first.rendered is None:
-        first.rendered = renderer(first.charges)(first.reply)
-    fields: Fields = first.rendered
-    return fields
+def fields_of(first: Verdict, style: HeaderStyle) -> Fields:
+    """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
+    if first.rendered is not None and not first.more and style == "ietf":
+        alone: Fields = first.rendered
+        return alone
+    told: list[Fields] = []
+    for verdict in first.all:
+        if style != "ietf" or verdict.reply is None:
+            return limit_fields(merged([verdict.decision for verdict in first.all]), style)
+        if verdict.rendered is None:
+            verdict.rendered = renderer(verdict.charges)(verdict.reply)
+        if verdict.rendered:
+            told.append(verdict.rendered)
+    if len(told) < 2:
+        return told[0] if told else []
+    # The members of each, in lists of the same names.
+    return [(same[0][0], b", ".join([members for _, members in same])) for same in zip(*told, strict=True)]
 
 
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:

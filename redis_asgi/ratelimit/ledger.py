@@ -1,15 +1,13 @@
 """What one request has been charged, and what its response changes about that.
 
-A request with one verdict, of which nothing changes, needs none; else a `Ledger` keeps what joins (per-route limits)
-and what changes, and `settle` sends the difference once, after the last body byte.
+A request of which nothing changes needs none; else a `Ledger` keeps what changes, and `settle` sends the difference
+once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
 """
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..connection import RedisManager
-from .policy import Partition, Policy, counters_of
+from .policy import counters_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -20,61 +18,41 @@ _MOST = 10**10
 
 
 class Ledger:
-    """The verdicts of one request, and what to add to or give back of them.
+    """What to add to the charges of one request, whose first verdict is *first*, or to give back of them."""
 
-    Args:
-        immediate: Apply each change at once: there is no middleware that would settle at the response's end.
-    """
+    __slots__ = ("_changes", "_first", "_sent")
 
-    __slots__ = ("_changes", "_loop", "_sent", "verdicts")
-
-    def __init__(self, verdict: "Verdict", *, immediate: bool = False) -> None:
-        self.verdicts = [verdict]
-        self._loop = asyncio.get_running_loop() if immediate else None
+    def __init__(self, first: "Verdict") -> None:
+        self._first = first
         self._changes: list[tuple[int, str | None]] = []
         self._sent: dict[Verdict, list[int]] = {}  # what was changed so far, per policy
-
-    @property
-    def immediate(self) -> bool:
-        """Whether each change is applied at once."""
-        return self._loop is not None
-
-    def has_asked(
-        self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: "Engine | None" = None
-    ) -> bool:
-        """Whether this request was put to that very limit already, by anybody but *but_by*."""
-        return any(
-            charge.partition.key == partition.key and policy in charge.policies
-            for verdict in self.verdicts
-            if verdict.engine is not but_by and verdict.engine.manager is manager
-            for charge in verdict.charges
-        )
 
     def charge(self, cost: int, policy: str | None) -> None:
         """See `RequestDecision.charge`."""
         if not isinstance(cost, int) or isinstance(cost, bool):
             raise ValueError(f"cost={cost!r} is not a whole number of units.")
-        names = {p.name for verdict in self.verdicts for charge in verdict.charges for p in charge.policies}
+        verdicts = self._first.all
+        names = {p.name for verdict in verdicts for charge in verdict.charges for p in charge.policies}
         # Without Redis, rules that fail open decide nothing: an app that names one of them is right all the same.
-        degraded = any(verdict.source in ("none", "local") for verdict in self.verdicts)
+        degraded = any(verdict.source in ("none", "local") for verdict in verdicts)
         if policy is not None and policy not in names and not degraded:
             raise ValueError(f"policy={policy!r} does not apply to this request. It is one of {sorted(names)}.")
-        if self.verdicts[0].is_over:
+        if self._first.is_over:
             raise RuntimeError("The response has ended, and its charges are settled. Charge before its last byte.")
         change = (max(-_MOST, min(cost, _MOST)), policy)
-        if self._loop is not None:
+        if self._first.loop is not None:
             # A sync endpoint runs in a thread.
-            self._loop.call_soon_threadsafe(self._send, None, [change])
+            self._first.loop.call_soon_threadsafe(self._send, None, [change])
         else:
             self._changes.append(change)
 
     def settle(self, status: int | None) -> None:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
-        if self._changes or any(verdict.charges.wait_and_see for verdict in self.verdicts):
+        if self._changes or any(verdict.charges.wait_and_see for verdict in self._first.all):
             self._send(status, self._changes)
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
-        for verdict in self.verdicts:
+        for verdict in self._first.all:
             deltas: list[int] = []
             sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
             taken = iter(verdict.taken)
@@ -92,7 +70,7 @@ class Ledger:
         """See `RequestDecision.reset`."""
         forgot = False
         done: set[tuple[Engine, bytes]] = set()
-        for verdict in list(self.verdicts):
+        for verdict in self._first.all:
             engine, taken = verdict.engine, verdict.taken
             counters = counters_of(verdict.charges)
             for i, (charge, policy) in enumerate(counters):
@@ -114,7 +92,7 @@ class Ledger:
         say so already.
         """
         found = []
-        for verdict in self.verdicts:
+        for verdict in self._first.all:
             if not verdict.charges.unread:
                 continue
             deltas = [

@@ -21,7 +21,7 @@ def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
 
 def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
     """The header fields of all that was decided about a request, as frameworks take them."""
-    fields = headers.fields_of(decision.verdicts, style_of(scope, decision))
+    fields = headers.fields_of(decision.first, style_of(scope, decision))
     return {name.decode(): value.decode() for name, value in fields}
 
 
@@ -72,8 +72,8 @@ class LimitedResponse:
         # The draft has no fields on redirects: their target is counted by itself.
         if not 300 <= status < 400:
             fields = verdict.rendered
-            if fields is None or verdict.ledger is not None or self._style != "ietf":
-                fields = headers.fields_of(self.decision.verdicts, self._style)
+            if fields is None or verdict.more or self._style != "ietf":
+                fields = headers.fields_of(verdict, self._style)
             message = headers.with_fields(message, fields)
         return message, back
 

@@ -199,7 +199,7 @@ class RateLimitMiddleware(Covering):
                 await send(start)
                 await send(body)
             else:
-                fields = fields_of((verdict,), self._style)
+                fields = fields_of(verdict, self._style)
                 await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True

@@ -20,9 +20,10 @@ from ..errors import ConfigurationError
 from ..paths import PathTemplate
 from ..settings import HeaderStyle, Settings
 from .coverage import Coverage, Covering
+from .decorator import limits_of
 from .endpoints import calls_of
 from .headers import PROBLEM_JSON
-from .route import RateLimit, limits_of
+from .route import RateLimit
 from .routing import inwards
 from .rules import check_choice
 

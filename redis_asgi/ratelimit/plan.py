@@ -44,9 +44,15 @@ def charges_kept(_settings: Settings) -> ChargesKept:
 
 
 class Plan:
-    """The rules that requests of one shape are put to."""
+    """The rules that requests of one shape are put to.
+
+    Attributes:
+        counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
+    """
 
     def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
+        self.rules = rules
+        self.counts_users = any(rule.partition.kind == "user" for rule in rules)
         self._cache = cache
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
@@ -98,12 +104,14 @@ class PlanCache:
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
+        placed: The plans of limits in front of an endpoint, by its name and them.
     """
 
     def __init__(self, style: HeaderStyle, addressing: Addressing, charges: ChargesKept | None = None) -> None:
         self.addressing = addressing
         self.charges: ChargesKept = charges if charges is not None else Recent(_CHARGES_KEPT, _weight)
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
+        self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
         self._renders = style == "ietf"
 

@@ -177,6 +177,7 @@ class Charges(Sequence[Charge]):
         key_count: How many those are.
         terms: Their number, policies and costs as they go over the wire.
         consume: The whole question about them, likewise, in the one mode that is asked often.
+        sets: The policies of each.
         names: What each counter's decisions are counted as.
         words: How many arguments the question is.
         reply_size: How many numbers the answer is.
@@ -205,6 +206,7 @@ class Charges(Sequence[Charge]):
                 unread, cost = True, WHAT_REMAINS
             terms += (policies.wire, bulk(b"%d" % cost))
             names += (charge.label or policy.name for policy in policies.policies)
+        self.sets = tuple(charge.policies for charge in each)
         self.counters = len(names)
         self.words = 2 + 2 * len(each)
         self.reply_size = size_of(len(names))

@@ -1,13 +1,17 @@
-"""Charges that are not settled by who asks: what a callable says they cost, and what an outer instance has charged."""
+"""Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from inspect import isawaitable
 
+from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine
 from .lint import Linter
+from .partition import ADDRESSING
+from .plan import Plan
 from .policy import Charge, Charges, PolicySet, Pricer, Unread
 from .request_decision import RequestDecision, check_names
 from .rules import check_cost
@@ -61,13 +65,13 @@ async def _ask(
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:
     """*charges* without the policies that an *outer* instance has put the request to already."""
     # A request that the app sends itself through this very instance counts again.
-    check_names(outer, charges, but_by=engine)
+    check_names(outer, (charges,), but_by=engine)
     left: list[Charge] = []
     for charge in charges:
         fresh = tuple(
             policy
             for policy in charge.policies
-            if not outer.ledger.has_asked(engine.manager, charge.partition, policy, but_by=engine)
+            if not outer.has_asked(engine.manager, charge.partition, policy, but_by=engine)
         )
         if fresh:
             left.append(charge if len(fresh) == len(charge.policies) else replace(charge, policies=PolicySet(fresh)))
@@ -87,3 +91,54 @@ def _watching(receive: Receive, unread: Unread) -> Receive:
         return message
 
     return watching
+
+
+async def charges_beside(
+    plans: Iterable[tuple[Engine, Plan]], conn: HTTPConnection, decision: RequestDecision | None
+) -> Sequence[tuple[Engine, Charges]]:
+    """What *plans* charge a request beside what the *decision* on it has charged already."""
+    found: list[tuple[Engine, Charges]] = []
+    counters = 0
+    is_priced = False
+    for engine, plan in plans:
+        # For the callables of the user's, as a middleware would.
+        conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
+        charges = await plan.charges(conn.scope)
+        if charges.counters:
+            found.append((engine, charges))
+            counters += charges.counters
+            is_priced |= charges.is_priced
+    if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
+        # The very same limit is charged once.
+        found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
+    if is_priced:
+        found = [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
+    return found
+
+
+def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
+    """Those of *charges* by some policy that a request was not put to already."""
+    fresh: list[Charge] = []
+    for charge in charges:
+        partition = charge.partition
+        beside = [policy for other in fresh if other.partition.key == partition.key for policy in other.policies]
+        if not all(
+            policy in beside or (decision is not None and decision.has_asked(engine.manager, partition, policy))
+            for policy in charge.policies
+        ):
+            fresh.append(charge)
+    return Charges(fresh) if len(fresh) < len(charges) else charges
+
+
+async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Charges:
+    """*charges* at what their callables, if they have any, say they cost."""
+    if not charges.is_priced:
+        return charges
+    costs: list[int] = []
+    for charge in charges:
+        said = charge.cost if charge.price is None else charge.price.cost(conn)
+        costs.append(check_cost(await said if isawaitable(said) else said))
+        if charge.price is not None:
+            charge.price.note_cost(charge.policies, costs[-1])
+    priced: Charges = engine.plans.priced(charges, costs)
+    return priced

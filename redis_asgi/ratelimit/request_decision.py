@@ -1,19 +1,21 @@
 """`RequestDecision`: what the app finds as ``request.state.rate_limit``, and where the scope keeps it."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 from starlette.types import Scope
 
+from ..connection import RedisManager
 from ..errors import ConfigurationError
+from ..event_loop import running_loop
 from ..misuse import Uncalled
 from .decision import Decision, merged
 from .engine import Engine
 from .ledger import Ledger
-from .policy import Charge, Policy
+from .policy import Charges, Partition, Policy, PolicySet
 from .verdict import Verdict
 
 # Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
@@ -50,18 +52,29 @@ class RequestDecision(Decision):
 
     @property
     def ledger(self) -> Ledger:
-        """All that is known about the request."""
+        """What the response changes about the request."""
         return self.first.open_ledger()
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
         """What was decided about the request, one by one."""
-        return (self.first,) if self.first.ledger is None else self.first.ledger.verdicts
+        return self.first.all
 
     @property
     def immediate(self) -> bool:
         """Whether nothing sees the response's end, so that each change is applied at once."""
-        return self.first.ledger is not None and self.first.ledger.immediate
+        return self.first.loop is not None
+
+    def has_asked(
+        self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: Engine | None = None
+    ) -> bool:
+        """Whether this request was put to that very limit already, by anybody but *but_by*."""
+        return any(
+            charge.partition.key == partition.key and policy in charge.policies
+            for verdict in self.verdicts
+            if verdict.engine is not but_by and verdict.engine.manager is manager
+            for charge in verdict.charges
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while a field, which is a slot, is empty.
@@ -74,13 +87,13 @@ class RequestDecision(Decision):
 
     def join(self, verdict: Verdict) -> None:
         """Add the verdict of a per-route limit or an inner middleware."""
-        self.ledger.verdicts.append(verdict)
+        self.first.more = (*self.first.more, verdict)
         verdict.engine.counts.policies(verdict.uncounted)
         self._read_again()
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
         """See `Ledger.turned_down`."""
-        if self.first.ledger is None and not self.first.charges.unread:
+        if not any(verdict.charges.unread for verdict in self.verdicts):
             return []
         found = self.ledger.turned_down()
         if found:
@@ -89,8 +102,8 @@ class RequestDecision(Decision):
 
     def _read_again(self) -> None:
         """Forget the fields that somebody has looked at."""
-        for field in _FIELDS:
-            with suppress(AttributeError):  # nobody has looked yet
+        with suppress(AttributeError):  # nobody has looked yet
+            for field in _FIELDS:
                 object.__delattr__(self, field)
 
     def charge(self, cost: int, policy: str | None = None) -> None:
@@ -162,26 +175,35 @@ def is_over(scope: Scope) -> bool:
     return decision is not None and decision.first.is_over
 
 
-def check_names(decision: RequestDecision | None, charges: Iterable[Charge], *, but_by: Engine | None = None) -> None:
+def check_names(decision: RequestDecision | None, asking: Iterable[Charges], *, but_by: Engine | None = None) -> bool:
     """Refuse two limits of one name on one request: they would share a counter, and look like one in the fields.
 
     Args:
         decision: What was decided about the request so far, by anybody but *but_by*.
 
+    Returns:
+        Whether some name stands twice, both times for the same.
+
     Raises:
         ConfigurationError: Names them.
     """
     before = decision.verdicts if decision is not None else ()
-    known = itertools.chain(*(verdict.charges for verdict in before if verdict.engine is not but_by), charges)
+    known = [verdict.charges.sets for verdict in before if verdict.engine is not but_by]
+    return _has_twice((*known, *(charges.sets for charges in asking)))
+
+
+@lru_cache(maxsize=4096)
+def _has_twice(known: tuple[tuple[PolicySet, ...], ...]) -> bool:
     named: dict[str, Policy] = {}
-    for charge in known:
-        for policy in charge.policies:
-            other = named.setdefault(policy.name, policy)
-            if other is not policy and other != policy:
-                raise ConfigurationError(
-                    f"name={policy.name!r} stands for two limits on one request, {_written(other)} and "
-                    f"{_written(policy)}, which would share a counter. Give each its own name=."
-                )
+    policies = [policy for sets in known for policies in sets for policy in policies]
+    for policy in policies:
+        other = named.setdefault(policy.name, policy)
+        if other != policy:
+            raise ConfigurationError(
+                f"name={policy.name!r} stands for two limits on one request, {_written(other)} and "
+                f"{_written(policy)}, which would share a counter. Give each its own name=."
+            )
+    return len(named) < len(policies)
 
 
 def _written(policy: Policy) -> str:
@@ -202,7 +224,7 @@ def begin_decision(scope: Scope, verdict: Verdict) -> RequestDecision:
     if standby is not None and standby.sees_end:
         standby.decision = decision
     else:
-        verdict.open_ledger(immediate=True)
+        verdict.loop = running_loop()
         verdict.count()
     return decision
 

@@ -1,60 +1,42 @@
-"""Limits on one endpoint: `RateLimit` as a FastAPI dependency, `rate_limit` as a decorator for Starlette."""
+"""Limits on one endpoint: `RateLimit`, a FastAPI dependency, and what it shares with `rate_limit`."""
 
-import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from inspect import isawaitable, iscoroutinefunction
-from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Annotated, Any, NoReturn, TypeAlias, cast
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
 from ..connection import RedisArgument, RedisManager, resolve_manager
-from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..events import say
-from ..misuse import (
-    Uncalled,
-    check_callable,
-    constructor_says_what_was_meant,
-    only_called_as,
-    says_what_was_meant,
-    shown,
-)
+from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, only_called_as
 from ..scope import Addressing
 from ..settings import OnRedisError, Settings, StrategyName
 from .compiled import CompiledRule
 from .endpoints import calls_of, dependant_of, endpoint_name
 from .engine import Engine
 from .exceeded import refusal_on
-from .limited_response import style_of, text_fields
-from .partition import ADDRESSING, MissingIdentity, PartitionBy
-from .plan import PlanCache, charges_kept
+from .headers import fields_of
+from .limited_response import style_of
+from .partition import MissingIdentity, PartitionBy
+from .plan import Plan, PlanCache, charges_kept
 from .policies import fit_name
-from .policy import Charge, Charges
+from .pricing import charges_beside
 from .recent import Recent
-from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, check_names, decision_of, is_over
+from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
-from .rules import Cost, Limits, Rule, check_cost
+from .rules import Cost, Limits, Rule
+from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _NOT_CALLED = Uncalled("Depends(RateLimit) is without a limit. Write Depends(RateLimit('5/minute')).")
-_NOT_A_DEPENDENCY = Uncalled(
-    "rate_limit is a decorator that takes its limit. Write @rate_limit('5/minute') right above the endpoint, or "
-    "Depends(RateLimit('5/minute')) for a dependency."
-)
 
 # Where a scope keeps the limits that its request was put to.
 _ASKED = "redis_asgi.route_limits"
-# Where a decorated endpoint keeps itself, what it decorates, and the limits in front.
-_STACK = "_redis_asgi_stack"
 # Routes that one dependency knows its neighbours of.
 _MOST_ROUTES = 4096
 
@@ -104,6 +86,7 @@ class RateLimit:
     ) -> None:
         if callable(cost):
             check_callable("cost", cost, "conn", "cost=lambda conn: 2")
+        self.name = name
         self.cost = cost
         self._rule = Rule(
             limits,
@@ -133,10 +116,15 @@ class RateLimit:
     @only_called_as("A dependency is no decorator: write Depends(RateLimit('5/minute')), or @rate_limit('5/minute').")
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
-        decision = await check_all(self._with_neighbours(conn.scope), conn, conn.scope.get("endpoint"))
+        scope = conn.scope
+        decision = await check_all(self._with_neighbours(scope), conn, scope.get("endpoint"))
         if decision is not None and decision.immediate:
-            for key, value in text_fields(decision, conn.scope).items():
-                response.headers[key] = value
+            headers = response.headers
+            fields = fields_of(decision.first, style_of(scope, decision))
+            if headers.raw:
+                headers.update({name.decode(): value.decode() for name, value in fields})
+            else:
+                headers.raw.extend(fields)
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
         """Charge a request to *endpoint* alone; see `check_all`."""
@@ -176,7 +164,7 @@ class RateLimit:
 
     def name_at(self, endpoint: object) -> str:
         """What its rule is called in front of *endpoint*."""
-        return self._rule.name or endpoint_name(endpoint)
+        return self.name or endpoint_name(endpoint)
 
     def engine_for(self, scope: Scope) -> Engine:
         """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
@@ -242,27 +230,15 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     running_loop()
     scope = conn.scope
     decision = decision_of(scope)
-    asked = _asked(scope)
-    groups: dict[tuple[RedisManager, int], tuple[Engine, list[CompiledRule]]] = {}
-    for limit, place in limits:
-        name = limit.name_at(endpoint)
-        if (limit, name) not in asked:
-            asked.add((limit, name))
-            engine = limit.engine_for(scope)
-            engine, rules = groups.setdefault((engine.manager, id(engine.settings)), (engine, []))
-            rule = limit.compiled(engine, endpoint, place)
-            rules.append(rule)
-            if "user" not in scope:
-                limit.warn_of_no_user(rule)
     try:
-        asking = [(engine, await _charges(engine, rules, conn, decision)) for engine, rules in groups.values()]
+        asking = await charges_beside(_plans(limits, scope, endpoint), conn, decision)
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-    found = [(engine, charges) for engine, charges in asking if charges]
-    if decision is not None or len(found) > 1 or any(len(charges) > 1 for _, charges in found):
-        check_names(decision, itertools.chain(*(charges for _, charges in found)))
-    for engine, charges in found:
-        verdict = await engine.decide(charges)
+    for engine, charges in asking:
+        if not charges.counters:
+            continue
+        asked = engine.ask(charges)
+        verdict: Verdict = asked if isinstance(asked, Verdict) else await asked.future
         if decision is None:
             decision = begin_decision(scope, verdict)
         else:
@@ -272,39 +248,37 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     return decision
 
 
-async def _charges(
-    engine: Engine, rules: Sequence[CompiledRule], conn: HTTPConnection, decision: RequestDecision | None
-) -> Charges:
-    """What *rules* charge a request that has not been put to them yet."""
-    # For the callables of the user's, as a middleware would.
-    conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
-    charges: Charges = await engine.plans.of(tuple(rules)).charges(conn.scope)
-    # The very same limit is charged once.
-    if decision is not None or len(charges) > 1:
-        fresh: list[Charge] = []
-        for charge in charges:
-            if not _is_known(charge, engine, decision, fresh):
-                fresh.append(charge)
-        if len(fresh) < len(charges):
-            charges = Charges(fresh)
-    if charges.is_priced:
-        costs: list[int] = []
-        for charge in charges:
-            said = charge.cost if charge.price is None else charge.price.cost(conn)
-            costs.append(check_cost(await said if isawaitable(said) else said))
-            if charge.price is not None:
-                charge.price.note_cost(charge.policies, costs[-1])
-        charges = engine.plans.priced(charges, costs)
-    return charges
+def _plans(limits: Sequence[Placed], scope: Scope, endpoint: object) -> Iterable[tuple[Engine, Plan]]:
+    """What those of *limits* ask that a request was not put to yet, one of each Redis."""
+    asked = _asked(scope)
+    name = endpoint_name(endpoint)
+    fresh = []
+    for placed in limits:
+        known = placed[0], placed[0].name or name
+        if known not in asked:
+            asked.add(known)
+            fresh.append(placed)
+    if len(fresh) == 1:
+        engine = fresh[0][0].engine_for(scope)
+        return ((engine, _plan(engine, fresh, scope, endpoint, name)),)
+    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Placed]]] = {}
+    for placed in fresh:
+        engine = placed[0].engine_for(scope)
+        groups.setdefault((engine.manager, id(engine.settings)), (engine, []))[1].append(placed)
+    return [(engine, _plan(engine, together, scope, endpoint, name)) for engine, together in groups.values()]
 
 
-def _is_known(charge: Charge, engine: Engine, decision: RequestDecision | None, beside: Iterable[Charge]) -> bool:
-    """Whether a request was put to all policies of *charge* already, or is to be *beside* it."""
-    same = [policy for other in beside if other.partition.key == charge.partition.key for policy in other.policies]
-    return all(
-        policy in same or (decision is not None and decision.ledger.has_asked(engine.manager, charge.partition, policy))
-        for policy in charge.policies
+def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: object, name: str) -> Plan:
+    """What *limits* of one engine ask in front of *endpoint*, whose name is *name*."""
+    plans: PlanCache = engine.plans
+    key = name, *limits
+    plan = plans.placed.young.get(key) or plans.placed.find(
+        key, lambda _: plans.of(tuple(limit.compiled(engine, endpoint, place) for limit, place in limits))
     )
+    if plan.counts_users and "user" not in scope:
+        for (limit, _), rule in zip(limits, plan.rules, strict=True):
+            limit.warn_of_no_user(rule)
+    return plan
 
 
 def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
@@ -318,90 +292,3 @@ def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
 def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
     """*error*, or a refused handshake where the server cannot answer one with a status."""
     return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
-
-
-class RateLimitOptions(TypedDict, total=False):
-    """The options of `RateLimit`, for `rate_limit`."""
-
-    name: str | None
-    partition_by: PartitionBy | None
-    cost: int | Callable[[HTTPConnection], Any]
-    strategy: StrategyName | None
-    on_redis_error: OnRedisError | None
-    shadow: bool
-    redis: RedisArgument
-    settings: Settings | None
-
-
-@says_what_was_meant("@rate_limit('5/minute', name='export')")
-def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[RateLimitOptions]) -> Callable[[F], F]:
-    """`RateLimit` as a decorator for Starlette endpoints: sync, async and WebSocket, functions and methods.
-
-    It finds the request among the endpoint's arguments by its type. The options are those of `RateLimit`.
-
-    Raises:
-        ConfigurationError: At decoration, naming what cannot work.
-    """
-    if _returns_a_response(limits):
-        raise ConfigurationError(
-            f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
-        )
-    limit = RateLimit(limits, **options)
-
-    def decorate(endpoint: Annotated[F, _NOT_A_DEPENDENCY]) -> F:
-        if isinstance(endpoint, HTTPConnection):
-            # It was taken for the endpoint itself, whose place its limits have.
-            raise ConfigurationError(
-                f"@rate_limit stands without a limit on {shown(limits)}. Write @rate_limit('5/minute')."
-            )
-        if isinstance(endpoint, type):
-            raise ConfigurationError(f"@rate_limit stands on the class {shown(endpoint)}. Put it on its methods.")
-        # One decorator right on another: both limits are decided together, in front of the endpoint itself.
-        of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
-        placed = limit, 1 + max((place for _, place in stacked), default=-1)
-        return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))
-
-    return decorate
-
-
-def stack_of(endpoint: object) -> tuple[object, tuple[Placed, ...]]:
-    """The endpoint within its `rate_limit` decorators, and their limits, none for a plain one."""
-    _, within, limits = getattr(endpoint, _STACK, (None, endpoint, ()))
-    return within, limits
-
-
-def limits_of(endpoint: object) -> tuple[RateLimit, ...]:
-    """The limits that `rate_limit` has put in front of *endpoint*."""
-    return tuple(limit for limit, _ in stack_of(endpoint)[1])
-
-
-def _returns_a_response(limits: object) -> bool:
-    """Whether what was given for limits says of itself that it is an endpoint."""
-    returned = getattr(limits, "__annotations__", {}).get("return")
-    return isinstance(returned, type) and issubclass(returned, Response)
-
-
-def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
-    """*endpoint* behind *limits*."""
-
-    @functools.wraps(endpoint)
-    async def limited(*args: Any, **kwargs: Any) -> Any:
-        conn = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, HTTPConnection)), None)
-        if conn is None:
-            raise RuntimeError(
-                f"@rate_limit found no Request or WebSocket among the arguments of {endpoint_name(endpoint)}. "
-                "Add a 'request: Request' parameter."
-            )
-        decision = await check_all(limits, conn, endpoint)
-        if iscoroutinefunction(endpoint):
-            result = await endpoint(*args, **kwargs)
-        else:
-            result = await run_in_threadpool(endpoint, *args, **kwargs)
-        if decision is not None and decision.immediate and isinstance(result, Response):
-            for key, value in text_fields(decision, conn.scope).items():
-                result.headers.setdefault(key, value)
-        return result
-
-    # Whose it is stands with it: another decorator may copy it to a function of its own.
-    setattr(limited, _STACK, (limited, endpoint, limits))
-    return limited  # type: ignore[return-value]  # wraps() keeps the signature

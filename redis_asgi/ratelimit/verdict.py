@@ -1,5 +1,6 @@
 """`Verdict`: an engine's answer about one request."""
 
+from asyncio import AbstractEventLoop
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,16 @@ class Verdict:
         known: The remembered refusals that answered, and when (monotonic seconds).
         uncounted: The counters of what its policies said, which are counted with the request.
         rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
-        ledger: What more there is to know about the request; ``None`` when that is nothing.
+        more: The other verdicts on the request: of per-route limits and inner middleware.
+        loop: Where each change is applied at once, as nothing sees the response's end; else ``None``.
+        ledger: What the response changes about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
     """
+
+    more: "Sequence[Verdict]" = ()
+    loop: AbstractEventLoop | None = None
+    ledger: Ledger | None = None
 
     def __init__(
         self,
@@ -49,7 +56,6 @@ class Verdict:
         self.is_counted = self.is_over = False
         self.rendered: Any = None
         self.uncounted: Sequence[Any] = ()
-        self.ledger: Ledger | None = None
         self._decision = decision
         if reply is not None:
             self.allowed = reply[0] == 1
@@ -62,8 +68,8 @@ class Verdict:
             return
         self.is_counted = True
         said = self
-        if self.ledger is not None:
-            said = next((verdict for verdict in self.ledger.verdicts if not verdict.allowed), self)
+        if self.more:
+            said = next((verdict for verdict in self.all if not verdict.allowed), self)
         outcome = "allowed" if said.allowed else "unavailable" if said.source == "none" else "refused"
         said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, self.uncounted)
 
@@ -72,13 +78,22 @@ class Verdict:
         if not self.is_over:
             self.is_over = True
             self.count()
-            if self.ledger is not None or self.charges.wait_and_see:
+            if (
+                self.ledger is not None
+                or self.charges.wait_and_see
+                or (self.more and any(verdict.charges.wait_and_see for verdict in self.more))
+            ):
                 self.open_ledger().settle(status)
 
-    def open_ledger(self, *, immediate: bool = False) -> Ledger:
+    @property
+    def all(self) -> "Sequence[Verdict]":
+        """What was decided about the request, one by one."""
+        return (self, *self.more)
+
+    def open_ledger(self) -> Ledger:
         """The request's ledger; begun when it is first asked for."""
         if self.ledger is None:
-            self.ledger = Ledger(self, immediate=immediate)
+            self.ledger = Ledger(self)
         return self.ledger
 
     @property
