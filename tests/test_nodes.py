@@ -217,6 +217,7 @@ async def test_slots_of_a_hung_node_are_followed(private_cluster: Cluster) -> No
             hung.resume()
 
 
+@pytest.mark.slow
 async def test_what_was_given_is_not_forgotten(private_server: StartServer) -> None:
     """A cluster that comes back with other addresses is found again by the one that was set."""
     old, new = (private_server("--cluster-enabled", "yes") for _ in range(2))

@@ -24,7 +24,7 @@ from .kit.servers import ExternalServer
 
 pytestmark = pytest.mark.anyio
 
-NOWHERE = "redis://127.0.0.1:1"
+NOWHERE = "redis://127.0.0.1:1/14"  # a part of its own: one that fails closed elsewhere says so here too
 MEMORY = "memory://"
 
 Part = Callable[..., ASGIApp]

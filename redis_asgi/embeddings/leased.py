@@ -25,7 +25,7 @@ Command = tuple[bytes | str | int, ...]
 # Read from the socket at most in one go, and for each word of a command: memory that is fresh costs more than it holds.
 _READ_BYTES = 256 * 1024
 _READ_BYTES_PER_WORD = 8 * 1024
-
+_BEGINNING = 64  # bytes of a chunk that say how long a reply is to be
 
 _VALUES = frozenset((bytes, NoneType))
 
@@ -171,6 +171,8 @@ class _Replies(asyncio.BufferedProtocol):
         if self.all.done():
             return  # cancelled: the connection is about to be dropped
         try:
+            if not self._reader.has_data():
+                aside.refuse_too_much(bytes(self._buffer[: min(nbytes, _BEGINNING)]))
             self._reader.feed(self._buffer, 0, nbytes)  # type: ignore[arg-type]  # it takes any buffer
             while (reply := self._reader.gets()) is not False:
                 self._come.append(reply)

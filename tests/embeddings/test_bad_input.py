@@ -317,6 +317,7 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
     assert before == app._shared.budget._left
 
 
+@pytest.mark.slow
 async def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(settings: Settings) -> None:
     """Byte by byte, with empty messages in between: the app gets the same bytes, in a few messages."""
     content = b"no json " * 6_000
@@ -650,6 +651,7 @@ def app_format() -> Any:
     return WIRE_FORMATS["openai"]
 
 
+@pytest.mark.slow
 async def test_memory_stays_flat_over_many_different_requests(redis_url: str) -> None:
     """Different models, credentials, origins and inputs leave nothing behind but bounded layers."""
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=200_000)

@@ -456,6 +456,7 @@ async def test_clock_skew(seconds: int, direction: str, private_server: StartSer
         assert float(told[1]) == pytest.approx(abs(seconds), abs=1)
 
 
+@pytest.mark.slow
 async def test_slow_answers(private_server: StartServer) -> None:
     """PINGs that take 0.8 of the deadline are a warning; slower ones mean that Redis decides nothing."""
     server = private_server()
