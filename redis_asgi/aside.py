@@ -15,7 +15,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import InvalidResponse
+from redis.exceptions import ConnectionError, InvalidResponse  # noqa: A004 - redis-py's, which `classify` knows
 
 from .errors import OddReply
 
@@ -55,8 +55,20 @@ async def connect(connection: AbstractConnection) -> None:
         connection.redis_connect_func = greet
 
 
+def see_it_open(connection: AbstractConnection) -> None:
+    """Refuse to write to a connection that was lost: Python 3.13's transports raise an `AttributeError` then.
+
+    Raises:
+        redis.exceptions.ConnectionError: It was.
+    """
+    transport = transport_of(connection)
+    if transport is not None and transport.is_closing():
+        raise ConnectionError("The connection was lost.")
+
+
 async def send(connection: AbstractConnection, *commands: tuple[bytes, ...]) -> None:
     """Send *commands* in one write."""
+    see_it_open(connection)
     await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
 
 

@@ -200,6 +200,7 @@ async def _through_redis_py(
     # Ours is the only clock: no task and no timer per command.
     timeout, connection.socket_timeout = connection.socket_timeout, None
     try:
+        aside.see_it_open(connection)
         await connection.send_packed_command(packed)
         return checked(commands, [await _reply(connection) for _ in packed])
     except BaseException:

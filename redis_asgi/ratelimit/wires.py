@@ -143,6 +143,7 @@ async def ask(connection: AbstractConnection, calls: Sequence[Call]) -> list[Any
 
 
 async def _exchange(connection: AbstractConnection, commands: Sequence[bytes]) -> list[Any]:
+    aside.see_it_open(connection)
     await connection.send_packed_command(commands)
     return [await _reply(connection) for _ in commands]
 
