@@ -18,6 +18,7 @@ from redis_asgi.ratelimit.policy import make_partition
 from redis_asgi.telemetry import fresh_telemetry
 from redis_asgi.watch import Watch
 
+from ..kit.logs import event_of
 from ..kit.servers import Cluster, SentinelTrio, Server
 from .asking import Answer, Exchange, assert_right, embedding, limited
 from .service import MODES, Endpoints, build
@@ -86,7 +87,7 @@ async def service(**settings: Any) -> AsyncIterator[Service]:
 def outages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """The lines about them, each with its node."""
     said = [record for record in caplog.records if record.name.startswith("redis_asgi")]
-    return [(record.getMessage().removeprefix("redis_asgi."), getattr(record, "node", "")) for record in said]
+    return [(event_of(record).removeprefix("redis_asgi."), getattr(record, "node", "")) for record in said]
 
 
 async def test_a_failover(sentinels: SentinelTrio, caplog: pytest.LogCaptureFixture) -> None:
