@@ -100,16 +100,16 @@ class PlanCache:
     Args:
         style: The header fields that are made ready with a reply; only those that depend on nothing else can be.
         addressing: Whose addresses are believed, where no middleware has said so.
-        charges: Where charges are kept, see `charges_kept`; ``None`` = with it.
+        charges: Where charges are kept, see `charges_kept`.
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
         placed: The plans of limits in front of an endpoint, by its name and them.
     """
 
-    def __init__(self, style: HeaderStyle, addressing: Addressing, charges: ChargesKept | None = None) -> None:
+    def __init__(self, style: HeaderStyle, addressing: Addressing, charges: ChargesKept) -> None:
         self.addressing = addressing
-        self.charges: ChargesKept = charges if charges is not None else Recent(_CHARGES_KEPT, _weight)
+        self.charges = charges
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
         self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
