@@ -133,12 +133,13 @@ async def hang_up(connection: AbstractConnection) -> None:
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel *tasks* and wait until they have ended.
+    """Cancel *tasks* and wait until they have ended, with whatever they raise: who ends them does not ask for it.
 
     Again and again: asyncio's ``open_connection`` swallows a cancellation that comes in the moment in which the
     connection is made, and who connects in a loop would go on for ever.
     """
-    left = {task for task in tasks if not task.done()}
+    ending = list(tasks)
+    left = {task for task in ending if not task.done()}
     cancelled: asyncio.CancelledError | None = None
     while left:
         for task in left:
@@ -149,6 +150,9 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
             # Who ends us has to wait, too: nobody else would cancel them again.
             cancelled = error
             left = {task for task in left if not task.done()}
+    for task in ending:
+        if not task.cancelled():
+            task.exception()  # asyncio would else log what one raised that had ended in this very moment
     if cancelled is not None:
         raise cancelled
 

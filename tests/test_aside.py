@@ -1,6 +1,7 @@
 """Connections aside from the pool leave no socket behind, wherever a TLS server hangs."""
 
 import asyncio
+import gc
 import socket
 import ssl
 import threading
@@ -139,3 +140,21 @@ async def test_a_connection_that_was_lost_is_an_outage(redis_server: ExternalSer
 
     assert Failure.CONNECTION is classify(caught.value)
     await aside.hang_up(connection)
+
+
+async def test_what_a_task_raised_that_is_ended_is_nobodys() -> None:
+    """One that had failed in that moment leaves no traceback of asyncio's in the log."""
+    said: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+
+    async def fail() -> None:
+        raise ConnectionError
+
+    task = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    assert task.done()
+    await end([task])
+    del task
+    gc.collect()
+
+    assert [] == said

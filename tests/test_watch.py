@@ -20,7 +20,7 @@ from redis_asgi import (
     status_app,
 )
 
-from .kit.servers import ExternalServer
+from .kit.servers import ExternalServer, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -156,4 +156,4 @@ async def test_ends_with_the_lifespan_of_the_middleware(redis_server: ExternalSe
     await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
 
     assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == sent
-    assert [] == redis_server.connections()
+    wait_until(lambda: redis_server.connections() == [], "no connection is left")
