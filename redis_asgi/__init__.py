@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .connection import RedisManager, redis_operation
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
+from .ratelimit.by_body import by_json, by_mcp_tool
 from .ratelimit.decision import Decision, PolicyState
 from .ratelimit.decorator import rate_limit
 from .ratelimit.exceeded import RateLimitExceeded
@@ -59,6 +60,8 @@ __all__ = [
     "Rule",
     "Settings",
     "by_header",
+    "by_json",
+    "by_mcp_tool",
     "by_user",
     "calculate_memory_usage",
     "check_redis_health",

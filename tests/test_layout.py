@@ -78,7 +78,7 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 FOUNDATION = (
     "events", "errors", "misuse", "event_loop", "locations", "notation", "paths", "networks",
     "setting_types", "environment", "server_settings", "settings",
-    "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
+    "telemetry", "tracing", "keys", "forwarded", "bodies", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
     "breaker", "client", "connection",
 )  # fmt: skip

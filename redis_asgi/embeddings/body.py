@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Receive
 
-from .sub_call import TOGETHER, Budget
+from ..bodies import Budget
+from .sub_call import TOGETHER
 
 
 @dataclass(frozen=True, slots=True)

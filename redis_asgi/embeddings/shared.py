@@ -5,6 +5,7 @@ import weakref
 
 from starlette.types import ASGIApp
 
+from ..bodies import process_budget
 from ..connection import RedisManager
 from .clock import Clock
 from .counts import Counts
@@ -13,7 +14,6 @@ from .once import Once
 from .options import Options
 from .question import Questions
 from .single_flight import Flights
-from .sub_call import process_budget
 from .vector_cache import VectorCache
 
 

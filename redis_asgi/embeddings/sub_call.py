@@ -1,19 +1,17 @@
 """One call of the wrapped app with a body of ours, its answer held back until it is known what it is."""
 
 import asyncio
-import threading
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 from starlette.types import ASGIApp, Message, Scope, Send
 
+from ..bodies import Budget
 from .http_caching import RawHeaders, by_name, is_encoded, is_gzip, is_json
 from .pace import Pace
 
 ANSWERS = (200, 201)  # other statuses of success say something else than that this is all of it
 _INFLATED_AT_ONCE = 256 * 1024  # bytes between two looks at the clock
-_BUFFERED_BYTES = 256 * 1024 * 1024  # of bodies, in the process
 TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take two hundred times their size
 
 _RESULT = "embedding_cache_result"
@@ -29,33 +27,6 @@ _UNREADABLE_EXTENSIONS = frozenset(
         "http.response.zerocopysend",
     }
 )
-
-
-class Budget:
-    """Bytes of bodies that are held at once, at most *limit*."""
-
-    def __init__(self, limit: int) -> None:
-        self._left = limit
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> bool:
-        """Whether *size* more bytes may be held; give them back later."""
-        with self._lock:
-            if size > self._left:
-                return False
-            self._left -= size
-            return True
-
-    def give(self, size: int) -> None:
-        """Give back what was taken."""
-        with self._lock:
-            self._left += size
-
-
-@lru_cache(maxsize=1)
-def process_budget() -> Budget:
-    """What all middlewares of this process share, whatever loops they run in."""
-    return Budget(_BUFFERED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
@@ -12,11 +13,16 @@ from ..notation import Limit, parse_limits
 from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
 from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
+from .by_body import ByBody
+from .joined import partitioner_of
 from .last import LastLimits
-from .partition import PartitionBy, Partitioner
+from .partition import PartitionBy
 from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, PolicySet
 from .rules import DEFAULT_NAME, Limits, Rule, check_choice, listed_rules
+
+# What rules cover that count by a body, where they do not say.
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class CompiledRule:
@@ -27,6 +33,8 @@ class CompiledRule:
         limits_of: That callable; ``None`` where there is none.
         last: What reads what it returns.
         cost: Units, or the callable that says them.
+        readers: What it counts by of a request's body.
+        methods: Those of the requests that it covers; ``None`` = every method.
         written: The rule as the user wrote it.
         asks_user: Whether a callable of the user's has to be asked for more than the cost.
         has_paths: Whether the path decides if it covers a request.
@@ -46,14 +54,17 @@ class CompiledRule:
     ) -> None:
         self.written = rule
         self.name = rule.name or name
-        self.cost: Any = rule.cost
         self.count_if = rule.count_if
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
-        self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
+        self.partition = partitioner_of(rule.partition_by or partition_by, settings, addressing)
+        self.readers = self.partition.readers
+        uses = next((reader for reader in self.readers if reader.counts_uses), None)
+        self.cost: Any = rule.cost if uses is None or callable(rule.cost) else partial(_of_uses, uses, rule.cost)
         self.strategy: StrategyName = rule.strategy or strategy
         self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
-        self._methods = frozenset(rule.methods) if rule.methods is not None else None
+        self.methods = _methods_of(rule, self.readers)
+        self._methods = frozenset(self.methods) if self.methods is not None else None
         self.has_paths = bool(self._paths)
         # What its policies are called instead, and with which ending: see `make_policies`.
         self._named = named or (self.name, None)
@@ -108,7 +119,7 @@ class CompiledRule:
         """What it may answer in place of the app."""
         enforces = not self.shadow
         found = {
-            429: enforces and self.cost != 0,
+            429: enforces and self.written.cost != 0,
             503: enforces and self.on_redis_error == "closed",
             400: self.partition.refuses,
         }
@@ -131,6 +142,28 @@ class CompiledRule:
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
         return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
+
+
+def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:
+    """The methods of the requests that *rule* covers.
+
+    Raises:
+        ConfigurationError: If it counts by a body that they do not have.
+    """
+    methods: Any = rule.methods
+    if readers and methods is None:
+        return METHODS_WITH_BODY
+    if readers and "WEBSOCKET" in methods:
+        raise ConfigurationError(
+            f"methods={methods!r}: a WebSocket handshake has no body, which partition_by={readers[0]!r} reads. "
+            "Try methods='POST', or leave it out for POST, PUT and PATCH."
+        )
+    return cast("tuple[str, ...] | None", methods)
+
+
+def _of_uses(reader: ByBody, cost: int, request: HTTPConnection) -> int:
+    """What a request costs each of whose uses costs *cost*."""
+    return cost * reader.said(request.scope).times
 
 
 def compile_rules(

@@ -25,7 +25,7 @@ from .lint import Linter
 from .overview import Protection
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans, charges_kept
-from .pricing import decide_priced, left_over
+from .pricing import decide_ahead, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
 from .routing import Routing
@@ -84,7 +84,6 @@ class RateLimitMiddleware(Covering):
         self.app = app
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
-        self._body_cap = settings.RATE_LIMIT_BODY_CAP
         self._addressing = Addressing(settings)
         compiled = compile_rules(
             limits,
@@ -132,22 +131,22 @@ class RateLimitMiddleware(Covering):
         if self._linter.looks:
             self._linter.look(scope)
         outer = decision_of(scope)
+        verdict: Verdict | None = None
         try:
             plan = self._plans.of(scope)
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
+            if outer is not None:
+                charges = left_over(charges, outer, self._engine, self._linter)
+            if charges.is_priced or plan.behind is not None:
+                verdict, receive = await decide_ahead(plan, charges, self._engine, outer, self._linter, scope, receive)
+            elif charges.counters:
+                asked = self._engine.ask(charges)
+                verdict = asked if isinstance(asked, Verdict) else await asked.future
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
             await refuse_identity(missing.what, scope, send)
             return
-        if outer is not None:
-            charges = left_over(charges, outer, self._engine, self._linter)
-        verdict: Verdict | None = None
-        if charges.is_priced:
-            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
-        elif charges.counters:
-            asked = self._engine.ask(charges)
-            verdict = asked if isinstance(asked, Verdict) else await asked.future
 
         if outer is not None:
             await self._join(outer, verdict, scope, receive, send)

@@ -24,7 +24,8 @@ class LimitInForce:
     Attributes:
         name: The rule's.
         limits: Its notation; ``None`` when a callable says it for each request.
-        by: Who shares a counter: ``ip``, ``header:NAME``, ``user`` or ``custom``.
+        by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or
+            several of these with a comma between them.
         strategy: How it is counted.
         cost: Units of a request; ``None`` when a callable says it.
         paths: Patterns, or the one path of a route; ``None`` = every path.
@@ -105,9 +106,9 @@ def limits_among(calls: Iterable[object]) -> list[Placed]:
 
 def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInForce:
     written: dict[str, Any] = {
-        "cost": rule.cost if isinstance(rule.cost, int) else None,
+        "cost": rule.written.cost if isinstance(rule.written.cost, int) else None,
         "paths": rule.written.paths,
-        "methods": rule.written.methods,
+        "methods": rule.methods,
     }
     return LimitInForce(
         name=rule.name,

@@ -48,11 +48,14 @@ class Plan:
 
     Attributes:
         counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
+        behind: The plan of those that count by the body, which is asked once that is read; ``None`` where none does.
+        readers: What they count by of the body, of a plan that is *behind*.
     """
 
-    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
-        self.rules = rules
-        self.counts_users = any(rule.partition.kind == "user" for rule in rules)
+    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache", behind: "Plan | None" = None) -> None:
+        self.behind = behind
+        self.readers = tuple(dict.fromkeys(reader for rule in rules for reader in rule.readers))
+        self.counts_users = any(rule.partition.counts_users for rule in rules)
         self._cache = cache
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
@@ -64,7 +67,7 @@ class Plan:
         return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
 
     async def charges(self, scope: Scope) -> Charges:
-        """What a request is to be charged; empty where no rule applies to it.
+        """What a request is to be charged, but for what is *behind*; empty where no rule applies to it.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.
@@ -117,7 +120,13 @@ class PlanCache:
 
     def of(self, rules: tuple[CompiledRule, ...]) -> Plan:
         """The plan of *rules*."""
-        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self))
+        return self._plans.young.get(rules) or self._plans.find(rules, self._plan)
+
+    def _plan(self, rules: tuple[CompiledRule, ...]) -> Plan:
+        behind = tuple(rule for rule in rules if rule.readers)
+        if not behind:
+            return Plan(rules, self)
+        return Plan([rule for rule in rules if not rule.readers], self, Plan(behind, self))
 
     def make(self, charges: Iterable[Charge]) -> Charges:
         """*charges* with what their answers need."""
@@ -125,6 +134,13 @@ class PlanCache:
         if self._renders:
             made.render = renderer(made)
         return made
+
+    def together(self, charges: Charges, behind: Charges) -> Charges:
+        """*charges* and those that were found out *behind* them, to be decided together."""
+        if not charges.counters or not behind.counters:
+            return charges if charges.counters else behind
+        asked = (charges, behind)
+        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
 
     def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
         """*charges* at these *costs*, one each."""

@@ -7,43 +7,69 @@ from inspect import isawaitable
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
+from ..bodies import Buffer
 from ..scope import BufferedRequest, UnreadableBody
 from .engine import Engine
 from .lint import Linter
 from .partition import ADDRESSING
 from .plan import Plan
 from .policy import Charge, Charges, PolicySet, Pricer, Unread
+from .reading import look, look_on_route
 from .request_decision import RequestDecision, check_names
 from .rules import check_cost
 from .verdict import Verdict
 
 
-async def decide_priced(
-    charges: Charges, engine: Engine, cap: int, scope: Scope, receive: Receive
-) -> tuple[Verdict, Receive]:
-    """The verdict on *charges* that a callable prices, and what the app is to receive from: what was read comes first.
+async def decide_ahead(
+    plan: Plan,
+    charges: Charges,
+    engine: Engine,
+    outer: RequestDecision | None,
+    linter: Linter,
+    scope: Scope,
+    receive: Receive,
+) -> tuple[Verdict | None, Receive]:
+    """The verdict on what *plan* charges a request whose body is asked, and what the app is to receive from.
 
     Args:
-        cap: The most that may be read of a body, in bytes.
+        charges: What does not depend on the body, but for its cost.
+        outer: What an outer instance has decided about the request.
+
+    Returns:
+        ``None`` when no rule applies; what was read comes first.
+
+    Raises:
+        MissingIdentity: See `Plan.charges`.
     """
     # A refusal that is known already spares the reading of a body.
     known = engine.remembered(Charges(charge for charge in charges if charge.price is None))
     if known is not None:
         return known, receive
+    buffer = Buffer(receive, cap=engine.settings.RATE_LIMIT_BODY_CAP)
+    if plan.behind is not None and await look(plan.behind, scope, buffer):
+        behind = await plan.behind.charges(scope)
+        if outer is not None:
+            behind = left_over(behind, outer, engine, linter)
+        charges = engine.plans.together(charges, behind)
+    if not charges.is_priced:
+        return (await engine.decide(charges) if charges.counters else None), buffer.replay()
     costs: list[int | Unread] = []
     for charge in charges:
         cost: int | Unread = charge.cost
         if charge.price is not None:
-            cost, receive = await _ask(charge.price, charge.policies, cap, scope, receive)
+            cost = await _ask(charge.price, charge.policies, buffer, scope, receive)
         costs.append(cost)
+    buffer.decided()
+    receive = buffer.replay()
+    for cost in costs:
+        if isinstance(cost, Unread):
+            receive = _watching(receive, cost)
     return await engine.decide(engine.plans.priced(charges, costs)), receive
 
 
-async def _ask(
-    price: Pricer, policies: PolicySet, cap: int, scope: Scope, receive: Receive
-) -> tuple[int | Unread, Receive]:
+async def _ask(price: Pricer, policies: PolicySet, buffer: Buffer, scope: Scope, receive: Receive) -> int | Unread:
     """What *price* says; what cannot be read takes what remains."""
-    request = BufferedRequest(scope, receive, cap=cap)
+    request = BufferedRequest(scope, receive, buffer=buffer)
     cost = 1
     try:
         said = price.cost(request)
@@ -51,15 +77,14 @@ async def _ask(
     except UnreadableBody:
         pass
     finally:
-        receive = request.replay()
         await request.close()  # the files of a form
     if not request.unreadable:
         price.note_cost(policies, cost)
-        return cost, receive
+        return cost
     # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
     unread = Unread()
     unread.is_abandoned = request.is_abandoned
-    return unread, _watching(receive, unread)
+    return unread
 
 
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:
@@ -104,6 +129,8 @@ async def charges_beside(
         # For the callables of the user's, as a middleware would.
         conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
         charges = await plan.charges(conn.scope)
+        if plan.behind is not None and await look_on_route(plan.behind, conn, engine.settings.RATE_LIMIT_BODY_CAP):
+            charges = engine.plans.together(charges, await plan.behind.charges(conn.scope))
         if charges.counters:
             found.append((engine, charges))
             counters += charges.counters

@@ -210,7 +210,7 @@ class RateLimit:
 
     def warn_of_no_user(self, rule: CompiledRule) -> None:
         """Say once that it counts by a user whom no middleware outside looks up."""
-        if not self._has_warned and rule.partition.kind == "user":
+        if not self._has_warned and rule.partition.counts_users:
             self._has_warned = True
             say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
 
@@ -276,8 +276,8 @@ def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: obje
         key, lambda _: plans.of(tuple(limit.compiled(engine, endpoint, place) for limit, place in limits))
     )
     if plan.counts_users and "user" not in scope:
-        for (limit, _), rule in zip(limits, plan.rules, strict=True):
-            limit.warn_of_no_user(rule)
+        for limit, place in limits:
+            limit.warn_of_no_user(limit.compiled(engine, endpoint, place))
     return plan
 
 

@@ -101,10 +101,12 @@ class Rule:
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
             spelling of such a path an app may serve it, see `redis_asgi.paths`.
         case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
-        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight. ``GET`` covers HEAD;
-            ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
+        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule that counts by the
+            body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers HEAD; ``WEBSOCKET`` is a handshake;
+            ``OPTIONS`` counts preflights too.
         partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
-            request out of this rule.
+            request out of this rule. Several in a list are one partition: who differs in one of them has another
+            counter.
         cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()``, ``json()`` and
             ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges
             nothing; more than the quota is refused for good. A body over the cap, or not the JSON or form that was
@@ -143,6 +145,8 @@ class Rule:
             check_choice("on_redis_error", self.on_redis_error, get_args(OnRedisError))
         if self.partition_by is not None:
             check_partition_by(self.partition_by)
+            if not callable(self.partition_by):
+                object.__setattr__(self, "partition_by", tuple(self.partition_by))
         if self.count_if is not None:
             check_callable("count_if", self.count_if, "status", "count_if=lambda status: status >= 400")
         if inspect.iscoroutinefunction(self.count_if):
