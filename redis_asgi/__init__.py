@@ -28,6 +28,7 @@ from .ratelimit.partition import by_header, by_user, client_ip
 from .ratelimit.request_decision import RequestDecision
 from .ratelimit.route import RateLimit
 from .ratelimit.rules import Rule
+from .ratelimit.tokens import tokens
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ __all__ = [
     "rate_limit_responses",
     "redis_operation",
     "status_app",
+    "tokens",
 ]
 
 # Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.

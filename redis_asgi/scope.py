@@ -24,6 +24,14 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key == name]
 
 
+def content_length(scope: Scope) -> int | None:
+    """The ``Content-Length`` of a request; ``None`` when it says none that can be read."""
+    for value in header_values(scope, b"content-length"):
+        if value.isdigit() and len(value) < 19:
+            return int(value)
+    return None
+
+
 def is_preflight(scope: Scope) -> bool:
     """Whether a request is a CORS preflight: the browser asks, not the client."""
     if scope.get("method") != "OPTIONS":

@@ -11,15 +11,17 @@ from starlette.types import Scope
 from ..errors import ConfigurationError
 from ..notation import Limit, parse_limits
 from ..paths import PathPattern, PathTemplate, Spellings, path_patterns
-from ..scope import Addressing, is_preflight
+from ..scope import Addressing, content_length, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
+from .budgets import Accuracy, Spending
 from .by_body import ByBody
 from .joined import partitioner_of
 from .last import LastLimits
 from .partition import PartitionBy
 from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
 from .policy import Charge, PolicySet
-from .rules import DEFAULT_NAME, Limits, Rule, check_choice, listed_rules
+from .rules import DEFAULT_NAME, Limits, Rule, check_choice, check_strategy_of_tokens, listed_rules
+from .tokens import Asked, Outputs, Tokens
 
 # What rules cover that count by a body, where they do not say.
 METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
@@ -32,7 +34,8 @@ class CompiledRule:
         policies: Known at construction, unless the limits are a callable.
         limits_of: That callable; ``None`` where there is none.
         last: What reads what it returns.
-        cost: Units, or the callable that says them.
+        cost: Units, or what says them.
+        tokens: The same where it is known only after the answer; else ``None``.
         readers: What it counts by of a request's body.
         methods: Those of the requests that it covers; ``None`` = every method.
         written: The rule as the user wrote it.
@@ -59,8 +62,13 @@ class CompiledRule:
         self.partition = partitioner_of(rule.partition_by or partition_by, settings, addressing)
         self.readers = self.partition.readers
         uses = next((reader for reader in self.readers if reader.counts_uses), None)
-        self.cost: Any = rule.cost if uses is None or callable(rule.cost) else partial(_of_uses, uses, rule.cost)
+        self.tokens = rule.cost if isinstance(rule.cost, Tokens) else None
+        self.cost: Any = partial(_of_uses, uses, rule.cost) if uses and isinstance(rule.cost, int) else rule.cost
+        self._outputs: dict[tuple[str | None, ...], Outputs] = {}
+        self._accuracy: Accuracy | None = None
         self.strategy: StrategyName = rule.strategy or strategy
+        if self.tokens is not None:
+            check_strategy_of_tokens(self.strategy)
         self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self.methods = _methods_of(rule, self.readers)
@@ -86,9 +94,34 @@ class CompiledRule:
         if policies is None:
             policies, name = name
             label = self.name
-        cost, price = (0, self) if callable(self.cost) else (self.cost, None)
+        cost, price = (self.cost, None) if isinstance(self.cost, int) else (0, self)
         partition = self.partition.of(name)
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
+
+    def estimate(self, policies: PolicySet, scope: Scope, asked: Asked | None, units: int | None) -> Spending:
+        """What a request is charged in tokens until it is known what it has used.
+
+        Args:
+            asked: What its body asks for; ``None``: nobody can read it.
+            units: What a callable of the user's takes it to cost.
+        """
+        tokens: Any = self.tokens
+        if self._accuracy is None:
+            self._accuracy = Accuracy(self.name)
+        # As many as there are buckets, which the rule names.
+        bucket = tuple([reader.said(scope).bucket for reader in self.readers])
+        outputs = self._outputs.get(bucket)
+        if outputs is None:
+            outputs = self._outputs[bucket] = Outputs()
+        quota = min([policy.quota for policy in policies])
+        units = tokens.estimate if isinstance(tokens.estimate, int) else units
+        if units is not None:
+            estimate = tokens.estimated_as(units, asked, quota=quota)
+        elif asked is None:
+            estimate = tokens.estimated_unread(content_length(scope), quota=quota)
+        else:
+            estimate = tokens.estimated(asked, quota=quota, outputs=outputs)
+        return Spending(tokens, estimate, outputs, self._accuracy)
 
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""
@@ -151,11 +184,12 @@ def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None
         ConfigurationError: If it counts by a body that they do not have.
     """
     methods: Any = rule.methods
-    if readers and methods is None:
+    reads = f"partition_by={readers[0]!r}" if readers else "cost=tokens()" if isinstance(rule.cost, Tokens) else None
+    if reads and methods is None:
         return METHODS_WITH_BODY
-    if readers and "WEBSOCKET" in methods:
+    if reads and "WEBSOCKET" in methods:
         raise ConfigurationError(
-            f"methods={methods!r}: a WebSocket handshake has no body, which partition_by={readers[0]!r} reads. "
+            f"methods={methods!r}: a WebSocket handshake has no body, which {reads} reads. "
             "Try methods='POST', or leave it out for POST, PUT and PATCH."
         )
     return cast("tuple[str, ...] | None", methods)

@@ -17,6 +17,7 @@ from ..events import say, words_for
 from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher
+from .budgets import InFlight
 from .check import Check, Outcome
 from .clock import CLOCK
 from .cluster import ClusterBatcher, make_batcher
@@ -47,6 +48,7 @@ class Engine:
 
     Attributes:
         plans: What its owner keeps with it.
+        in_flight: What requests hold whose cost is known after their answers.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Engine:
         self._has_redis = manager.has_redis
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.shared(LocalEngine.from_settings)
+        self.in_flight = manager.shared(InFlight.from_settings)
         self._refusals = manager.shared(RefusalMemory.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks

@@ -8,9 +8,12 @@ from starlette.types import Message, Scope, Send
 from ..settings import HeaderStyle
 from . import headers
 from .request_decision import STYLE, RequestDecision, Standby
+from .usage import UsageReader
 from .verdict import Verdict
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+# How a server sends a file by itself.
+_FILES = frozenset(("http.response.pathsend", "http.response.zerocopysend"))
 
 
 def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
@@ -31,7 +34,7 @@ class LimitedResponse:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_gone", "_send", "_style", "_verdict", "decision", "status")
+    __slots__ = ("_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
 
     def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
         self.decision = decision
@@ -39,6 +42,7 @@ class LimitedResponse:
         self._style: HeaderStyle = style
         self._send = send
         self._gone = False
+        self._reader: UsageReader | None = None  # of what it has used, where that is to be known
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -51,6 +55,8 @@ class LimitedResponse:
         except OSError:
             self._gone = True
             raise
+        if self._reader is not None:
+            _watch(self._reader, kind, message)
         if kind == "http.response.body":
             if not message.get("more_body"):
                 self._verdict.settle(self.status)
@@ -75,12 +81,27 @@ class LimitedResponse:
             if fields is None or verdict.more or self._style != "ietf":
                 fields = headers.fields_of(verdict, self._style)
             message = headers.with_fields(message, fields)
+        ledger = verdict.ledger
+        if ledger is not None and ledger.spends:
+            # An app may pass headers that can be read only once.
+            message = {**message, "headers": [*message.get("headers", ())]}
+            self._reader = ledger.reader = UsageReader(status, message["headers"])
         return message, back
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
         self._verdict.settle(self.status if gone else 500)
+
+
+def _watch(reader: UsageReader, kind: str, message: Message) -> None:
+    """Look at a *message* that has passed on for what the answer has used."""
+    if kind == "http.response.body":
+        reader.feed(message.get("body", b""))
+        if not message.get("more_body"):
+            reader.close(complete=True)
+    elif kind in _FILES and not message.get("more_body"):
+        reader.close(complete=True)
 
 
 class UncoveredResponse:

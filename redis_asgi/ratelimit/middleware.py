@@ -25,7 +25,7 @@ from .lint import Linter
 from .overview import Protection
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans, charges_kept
-from .pricing import decide_ahead, left_over
+from .pricing import Ahead, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
 from .routing import Routing
@@ -139,7 +139,9 @@ class RateLimitMiddleware(Covering):
             if outer is not None:
                 charges = left_over(charges, outer, self._engine, self._linter)
             if charges.is_priced or plan.behind is not None:
-                verdict, receive = await decide_ahead(plan, charges, self._engine, outer, self._linter, scope, receive)
+                ahead = Ahead(self._engine, outer, self._linter, scope, receive)
+                verdict = await ahead.decide(plan, charges)
+                receive = ahead.receive
             elif charges.counters:
                 asked = self._engine.ask(charges)
                 verdict = asked if isinstance(asked, Verdict) else await asked.future

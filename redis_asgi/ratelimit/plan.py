@@ -50,11 +50,13 @@ class Plan:
         counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
         behind: The plan of those that count by the body, which is asked once that is read; ``None`` where none does.
         readers: What they count by of the body, of a plan that is *behind*.
+        has_tokens: Whether the cost of one of them is known after the answer only.
     """
 
     def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache", behind: "Plan | None" = None) -> None:
         self.behind = behind
         self.readers = tuple(dict.fromkeys(reader for rule in rules for reader in rule.readers))
+        self.has_tokens = any(rule.tokens is not None for rule in rules)
         self.counts_users = any(rule.partition.counts_users for rule in rules)
         self._cache = cache
         self._kept = cache.charges
@@ -142,14 +144,27 @@ class PlanCache:
         asked = (charges, behind)
         return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
 
+    def least(self, charges: Charges) -> Charges:
+        """Those of *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
+        if not charges.has_tokens:
+            return Charges(charge for charge in charges if charge.price is None)
+
+        def make(_: object) -> Charges:
+            known = (charge for charge in charges if charge.price is None or charge.price.tokens is not None)
+            # No estimate is less than a unit.
+            return Charges(charge if charge.price is None else at_cost(charge, 1) for charge in known)
+
+        asked = (charges,)
+        return self.charges.young.get(asked) or self.charges.find(asked, make)
+
     def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
         """*charges* at these *costs*, one each."""
 
         def make(_: object) -> Charges:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
-        # What cannot be read is each time another.
-        if any(isinstance(cost, Unread) for cost in costs):
+        # What cannot be read is each time another, and so is nearly every estimate.
+        if charges.has_tokens or any(isinstance(cost, Unread) for cost in costs):
             return make(None)
         asked = (charges, *costs)
         return self.charges.young.get(asked) or self.charges.find(asked, make)

@@ -124,12 +124,20 @@ class Unread:
 
 
 class Pricer(Protocol):
-    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told."""
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told.
+
+    Attributes:
+        tokens: The same as *cost* where it is known only after the answer; else ``None``.
+    """
 
     cost: Any
+    tokens: Any
 
     def note_cost(self, policies: PolicySet, cost: int) -> None:
         """Take note of what a request costs under *policies*."""
+
+    def estimate(self, policies: PolicySet, scope: Any, asked: Any, units: int | None) -> Any:
+        """The `Spending` of a request whose cost is known after its answer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,6 +194,7 @@ class Charges(Sequence[Charge]):
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
         is_priced: Whether the cost of one of them is still to be asked for.
+        has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
         admission: The counters of their admission, kept by `counts`.
         render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
         known: What `refusals` last found to refuse them, if that was one thing alone; it says itself how long it holds.
@@ -221,6 +230,7 @@ class Charges(Sequence[Charge]):
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.is_spread = len({charge.partition.key for charge in each}) > 1
         self.is_priced = any(charge.price is not None for charge in each)
+        self.has_tokens = any(charge.price is not None and charge.price.tokens is not None for charge in each)
         self.admission: Any = None
         self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None

@@ -1,14 +1,16 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
+from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
 from ..bodies import Buffer
 from ..scope import BufferedRequest, UnreadableBody
+from .budgets import Spending
 from .engine import Engine
 from .lint import Linter
 from .partition import ADDRESSING
@@ -17,59 +19,130 @@ from .policy import Charge, Charges, PolicySet, Pricer, Unread
 from .reading import look, look_on_route
 from .request_decision import RequestDecision, check_names
 from .rules import check_cost
+from .tokens import Asked
 from .verdict import Verdict
 
 
-async def decide_ahead(
-    plan: Plan,
-    charges: Charges,
-    engine: Engine,
-    outer: RequestDecision | None,
-    linter: Linter,
-    scope: Scope,
-    receive: Receive,
-) -> tuple[Verdict | None, Receive]:
-    """The verdict on what *plan* charges a request whose body is asked, and what the app is to receive from.
+class Ahead:
+    """A request whose body is asked before the app sees it.
 
     Args:
-        charges: What does not depend on the body, but for its cost.
-        outer: What an outer instance has decided about the request.
+        engine: Decides about it.
+        outer: What an outer instance has decided about it.
+        receive: The server's.
 
-    Returns:
-        ``None`` when no rule applies; what was read comes first.
-
-    Raises:
-        MissingIdentity: See `Plan.charges`.
+    Attributes:
+        receive: What the app is to receive from: what was read comes first.
     """
-    # A refusal that is known already spares the reading of a body.
-    known = engine.remembered(Charges(charge for charge in charges if charge.price is None))
-    if known is not None:
-        return known, receive
-    buffer = Buffer(receive, cap=engine.settings.RATE_LIMIT_BODY_CAP)
-    if plan.behind is not None and await look(plan.behind, scope, buffer):
-        behind = await plan.behind.charges(scope)
-        if outer is not None:
-            behind = left_over(behind, outer, engine, linter)
-        charges = engine.plans.together(charges, behind)
-    if not charges.is_priced:
-        return (await engine.decide(charges) if charges.counters else None), buffer.replay()
-    costs: list[int | Unread] = []
-    for charge in charges:
-        cost: int | Unread = charge.cost
-        if charge.price is not None:
-            cost = await _ask(charge.price, charge.policies, buffer, scope, receive)
-        costs.append(cost)
-    buffer.decided()
-    receive = buffer.replay()
-    for cost in costs:
-        if isinstance(cost, Unread):
-            receive = _watching(receive, cost)
-    return await engine.decide(engine.plans.priced(charges, costs)), receive
+
+    def __init__(
+        self, engine: Engine, outer: RequestDecision | None, linter: Linter, scope: Scope, receive: Receive
+    ) -> None:
+        self._engine = engine
+        self._outer = outer
+        self._linter = linter
+        self._scope = scope
+        self._of_server = self.receive = receive
+
+    async def decide(self, plan: Plan, charges: Charges) -> Verdict | None:
+        """The verdict on what *plan* charges the request; ``None`` when no rule applies.
+
+        Args:
+            charges: What does not depend on the body, but for its cost.
+
+        Raises:
+            MissingIdentity: See `Plan.charges`.
+        """
+        engine = self._engine
+        # A refusal that is known already spares the reading of a body.
+        known = engine.remembered(engine.plans.least(charges))
+        if known is not None:
+            return known
+        buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
+        asked = None
+        if plan.behind is not None or charges.has_tokens:
+            charges, asked = await self._look(plan.behind, charges, buffer)
+        if not charges.is_priced:
+            self.receive = buffer.replay()
+            return await engine.decide(charges) if charges.counters else None
+        costs = [await self._cost(charge, buffer, asked) for charge in charges]
+        buffer.decided()
+        self.receive = buffer.replay()
+        for cost in costs:
+            if isinstance(cost, Unread):
+                self.receive = _watching(self.receive, cost)
+        priced, spendings = at_costs(charges, costs, engine)
+        verdict = await engine.decide(priced)
+        if spendings:
+            first = verdict if self._outer is None else self._outer.first
+            first.open_ledger().spend(verdict, spendings)
+        return verdict
+
+    async def _look(self, behind: Plan | None, charges: Charges, buffer: Buffer) -> tuple[Charges, Asked | None]:
+        """All charges, those that the body says included, and what it asks of a model."""
+        asks = charges.has_tokens or (behind is not None and behind.has_tokens)
+        looked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
+        if looked is None:  # there is no body
+            return without_tokens(charges), None
+        if behind is not None:
+            more = await behind.charges(self._scope)
+            if self._outer is not None:
+                more = left_over(more, self._outer, self._engine, self._linter)
+            charges = self._engine.plans.together(charges, more)
+        return charges, looked.asked
+
+    async def _cost(self, charge: Charge, buffer: Buffer, asked: Asked | None) -> "int | Unread | Spending":
+        price = charge.price
+        if price is None:
+            return charge.cost
+        request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
+        if price.tokens is not None:
+            return await estimate(charge, self._scope, asked, request)
+        return await _ask(price, charge.policies, request)
 
 
-async def _ask(price: Pricer, policies: PolicySet, buffer: Buffer, scope: Scope, receive: Receive) -> int | Unread:
+async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTPConnection) -> Spending:
+    """What a *charge* is taken to cost whose cost is known after the answer.
+
+    Args:
+        asked: What the request's body asks of a model; ``None`` when nobody can read it.
+        conn: What a callable of the user's is given.
+    """
+    price: Any = charge.price
+    by: Any = price.tokens.estimate
+    units: int | None = None
+    if callable(by):
+        try:
+            said = by(conn)
+            units = check_cost(await said if isawaitable(said) else said)
+        except UnreadableBody:
+            pass
+        finally:
+            if isinstance(conn, BufferedRequest):
+                await conn.close()  # the files of a form
+    spending: Spending = price.estimate(charge.policies, scope, asked, units)
+    return spending
+
+
+def at_costs(
+    charges: Charges, costs: Sequence[int | Unread | Spending], engine: Engine
+) -> tuple[Charges, dict[Charge, Spending]]:
+    """*charges* at these *costs*, and which of them are to be settled after the answer."""
+    numbers = [cost.estimate.cost if isinstance(cost, Spending) else cost for cost in costs]
+    priced: Charges = engine.plans.priced(charges, numbers)
+    both = zip(priced, costs, strict=True)
+    return priced, {charge: cost for charge, cost in both if isinstance(cost, Spending)}
+
+
+def without_tokens(charges: Charges) -> Charges:
+    """Those of *charges* that apply to a request without a body."""
+    if not charges.has_tokens:
+        return charges
+    return Charges(charge for charge in charges if charge.price is None or charge.price.tokens is None)
+
+
+async def _ask(price: Pricer, policies: PolicySet, request: BufferedRequest) -> int | Unread:
     """What *price* says; what cannot be read takes what remains."""
-    request = BufferedRequest(scope, receive, buffer=buffer)
     cost = 1
     try:
         said = price.cost(request)
@@ -120,17 +193,21 @@ def _watching(receive: Receive, unread: Unread) -> Receive:
 
 async def charges_beside(
     plans: Iterable[tuple[Engine, Plan]], conn: HTTPConnection, decision: RequestDecision | None
-) -> Sequence[tuple[Engine, Charges]]:
-    """What *plans* charge a request beside what the *decision* on it has charged already."""
+) -> "Sequence[tuple[Engine, Charges, Mapping[Charge, Spending]]]":
+    """What *plans* charge a request beside what the *decision* on it has charged already.
+
+    With what of it is to be settled after the answer.
+    """
     found: list[tuple[Engine, Charges]] = []
     counters = 0
     is_priced = False
+    asked: Asked | None = None
     for engine, plan in plans:
         # For the callables of the user's, as a middleware would.
         conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
         charges = await plan.charges(conn.scope)
-        if plan.behind is not None and await look_on_route(plan.behind, conn, engine.settings.RATE_LIMIT_BODY_CAP):
-            charges = engine.plans.together(charges, await plan.behind.charges(conn.scope))
+        if plan.behind is not None or charges.has_tokens:
+            charges, asked = await _look_on_route(plan.behind, charges, conn, engine)
         if charges.counters:
             found.append((engine, charges))
             counters += charges.counters
@@ -138,9 +215,22 @@ async def charges_beside(
     if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    if is_priced:
-        found = [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
-    return found
+    if not is_priced:
+        return [(engine, charges, {}) for engine, charges in found]
+    return [(engine, *await _priced(charges, engine, conn, asked)) for engine, charges in found]
+
+
+async def _look_on_route(
+    behind: Plan | None, charges: Charges, conn: HTTPConnection, engine: Engine
+) -> tuple[Charges, Asked | None]:
+    asks = charges.has_tokens or (behind is not None and behind.has_tokens)
+    readers = () if behind is None else behind.readers
+    looked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)
+    if looked is None:
+        return without_tokens(charges), None
+    if behind is not None:
+        charges = engine.plans.together(charges, await behind.charges(conn.scope))
+    return charges, looked.asked
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
@@ -157,15 +247,21 @@ def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None)
     return Charges(fresh) if len(fresh) < len(charges) else charges
 
 
-async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Charges:
-    """*charges* at what their callables, if they have any, say they cost."""
+async def _priced(
+    charges: Charges, engine: Engine, conn: HTTPConnection, asked: Asked | None
+) -> tuple[Charges, Mapping[Charge, Spending]]:
+    """*charges* at what their callables, if they have any, say they cost, or are taken to cost."""
     if not charges.is_priced:
-        return charges
-    costs: list[int] = []
+        return charges, {}
+    costs: list[int | Spending] = []
     for charge in charges:
-        said = charge.cost if charge.price is None else charge.price.cost(conn)
-        costs.append(check_cost(await said if isawaitable(said) else said))
-        if charge.price is not None:
-            charge.price.note_cost(charge.policies, costs[-1])
-    priced: Charges = engine.plans.priced(charges, costs)
-    return priced
+        price = charge.price
+        if price is not None and price.tokens is not None:
+            costs.append(await estimate(charge, conn.scope, asked, conn))
+            continue
+        said = charge.cost if price is None else price.cost(conn)
+        cost = check_cost(await said if isawaitable(said) else said)
+        costs.append(cost)
+        if price is not None:
+            price.note_cost(charge.policies, cost)
+    return at_costs(charges, costs, engine)

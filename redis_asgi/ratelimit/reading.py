@@ -1,38 +1,62 @@
-"""Reading a request's body for the rules that count by it: once, within bounds, and only where there is one."""
+"""Reading a request's body for the rules that ask it: once, within bounds, and only where there is one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ..bodies import Buffer, Document, take_document
-from ..scope import header_values
-from .by_body import keep_said
+from ..scope import content_length, header_values
+from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
-from .plan import Plan
+from .tokens import Asked
 
 
-async def look(plan: Plan, scope: Scope, buffer: Buffer) -> bool:
-    """Whether a request has a body for *plan*, which then finds in the scope what it says."""
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A body that was looked at; of a large one nothing else is kept, since parsed it takes many times its size.
+
+    Attributes:
+        asked: What it asks of a model, where somebody wants to know; ``None`` also when it cannot be read.
+    """
+
+    asked: Asked | None
+
+
+async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Looked | None:
+    """Look at a request's body; ``None`` when it has none.
+
+    What it says to *readers* is in the scope then.
+
+    Args:
+        asks: Whether to find out what it asks of a model.
+    """
+    if content_length(scope) == 0:
+        return None
     before = take_document(scope)
     content = await buffer.whole()
     if content == b"":
-        return False
-    if before is None or before.content != content:
-        before = _document(content, scope)
-    keep_said(scope, before, plan.readers)
-    # A large one is let go here: parsed it takes many times its size, which no pause is to hold.
-    buffer.keep(before, scope)
-    return True
+        return None
+    document = before if before is not None and before.content == content else _document(content, scope)
+    buffer.keep(document, scope)
+    return _looked(document, scope, readers, asks=asks)
 
 
-async def look_on_route(plan: Plan, conn: HTTPConnection, cap: int) -> bool:
-    """`look` in front of an endpoint, where the app may have read the body already."""
+async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody], *, asks: bool) -> Looked | None:
+    """`look` in front of an endpoint, where the app may have read the body already; ``None`` also for other methods."""
     if not isinstance(conn, Request) or conn.method not in METHODS_WITH_BODY:
-        return False
+        return None
     content = await _body_of(conn, cap)
     if content == b"":
-        return False
-    keep_said(conn.scope, _document(content, conn.scope), plan.readers)
-    return True
+        return None
+    return _looked(_document(content, conn.scope), conn.scope, readers, asks=asks)
+
+
+def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Looked:
+    if readers:
+        keep_said(scope, document, readers)
+    return Looked(Asked.by(document.value) if asks and document.is_read else None)
 
 
 def _document(content: bytes | None, scope: Scope) -> Document:

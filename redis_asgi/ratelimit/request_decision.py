@@ -123,6 +123,21 @@ class RequestDecision(Decision):
         """
         self.ledger.charge(cost, policy)
 
+    def used(self, units: int, policy: str | None = None) -> None:
+        """Say what this request has used of its budgets in tokens, in place of what its answer says.
+
+        For what no answer says, and for what the app knows better. Said several times, the last one counts.
+
+        Args:
+            units: Of the quota, in all, 0 or more; no weights are applied.
+            policy: Only this policy, or rule; ``None`` = all whose ``cost`` is `tokens`, of which there may be none.
+
+        Raises:
+            ValueError: If *units* is not a whole number, 0 or more, or *policy* does not count this request in tokens.
+            RuntimeError: After the response's last byte.
+        """
+        self.ledger.used(units, policy)
+
     async def reset(self, name: str) -> bool:
         """Give the client its full quota back under *name*, such as after a login that succeeded.
 

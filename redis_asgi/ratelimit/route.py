@@ -29,6 +29,7 @@ from .recent import Recent
 from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import Cost, Limits, Rule
+from .tokens import Tokens
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -60,7 +61,8 @@ class RateLimit:
             ``-<window>s``, ``-2-<window>s``. Each endpoint has its own counter, the same in every worker, and limits
             stacked on one endpoint are told apart.
         partition_by: Who shares a counter; ``None`` = ``RATE_LIMIT_PARTITION``.
-        cost: Units a request consumes, or a callable that says so for a connection.
+        cost: Units a request consumes, or a callable that says so for a connection; or `tokens`, which are settled
+            where a `RateLimitMiddleware` outside sees the answer, else when the app says what was ``used``.
         strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
         on_redis_error: ``None`` = ``RATE_LIMIT_ON_REDIS_ERROR``.
         shadow: Count and report, never refuse.
@@ -77,7 +79,7 @@ class RateLimit:
         *,
         name: str | None = None,
         partition_by: PartitionBy | None = None,
-        cost: int | Callable[[HTTPConnection], Any] = 1,
+        cost: int | Tokens | Callable[[HTTPConnection], Any] = 1,
         strategy: StrategyName | None = None,
         on_redis_error: OnRedisError | None = None,
         shadow: bool = False,
@@ -234,7 +236,7 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
         asking = await charges_beside(_plans(limits, scope, endpoint), conn, decision)
     except MissingIdentity as missing:
         raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-    for engine, charges in asking:
+    for engine, charges, spendings in asking:
         if not charges.counters:
             continue
         asked = engine.ask(charges)
@@ -243,6 +245,8 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
             decision = begin_decision(scope, verdict)
         else:
             decision.join(verdict)
+        if spendings:
+            decision.ledger.spend(verdict, spendings)
         if not verdict.allowed:
             raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
     return decision

@@ -15,9 +15,10 @@ from ..notation import parse_limits
 from ..paths import path_patterns
 from ..settings import OnRedisError, StrategyName
 from .partition import PartitionBy, check_partition_by
+from .tokens import Tokens, tokens
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
-Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
+Cost: TypeAlias = int | Tokens | Callable[[Request], int | Awaitable[int]]
 CountIf: TypeAlias = Callable[[int], bool]
 
 DEFAULT_NAME = "default"
@@ -111,7 +112,7 @@ class Rule:
             ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges
             nothing; more than the quota is refused for good. A body over the cap, or not the JSON or form that was
             asked for, takes what remains of the rule's smallest quota, and all but one unit of that comes back when
-            the answer is a 3xx or 4xx.
+            the answer is a 3xx or 4xx. Or `tokens`, a cost that is known after the answer.
         strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``; ``None`` = the
             middleware's. See ``redis_asgi.ratelimit.strategies``.
         on_redis_error: ``local``, ``open`` or ``closed``; ``None`` = the middleware's.
@@ -151,10 +152,7 @@ class Rule:
             check_callable("count_if", self.count_if, "status", "count_if=lambda status: status >= 400")
         if inspect.iscoroutinefunction(self.count_if):
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
-        if callable(self.cost):
-            check_callable("cost", self.cost, "request", "cost=lambda request: 2")
-        else:
-            _check_constant_cost(self.cost, self.limits)
+        self._check_cost()
         for label in ("shadow", "case_sensitive"):
             if not isinstance(getattr(self, label), bool):
                 raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
@@ -167,6 +165,40 @@ class Rule:
             for method in methods:
                 _check_method(method)
             object.__setattr__(self, "methods", methods)
+
+    def _check_cost(self) -> None:
+        cost: object = self.cost
+        if cost is tokens:
+            raise ConfigurationError("cost=tokens is not called. Try cost=tokens().")
+        if isinstance(cost, Tokens):
+            if self.strategy is not None:
+                check_strategy_of_tokens(self.strategy)
+            if self.count_if is not None:
+                raise ConfigurationError(
+                    f"count_if={shown(self.count_if)} stands beside cost=tokens(), which knows what a request has "
+                    "used: nothing, if it was answered 400 or more. Leave count_if out."
+                )
+        elif callable(cost):
+            check_callable("cost", cost, "request", "cost=lambda request: 2")
+        else:
+            _check_constant_cost(cost, self.limits)
+
+
+def check_strategy_of_tokens(strategy: str) -> None:
+    """Refuse a *strategy* that cannot give back what was estimated too high.
+
+    Raises:
+        ConfigurationError: Says why.
+    """
+    why = {
+        "gcra": "gives back only what has not drained",
+        "moving-window": "keeps a time for each token, and 10,000 at most",
+    }.get(strategy)
+    if why is not None:
+        raise ConfigurationError(
+            f"strategy={strategy!r} {why}, so that cost=tokens() does not go with it. "
+            "Try strategy='fixed-window' or 'sliding-window-counter'."
+        )
 
 
 def _check_method(method: str) -> None:
@@ -205,14 +237,14 @@ def check_limits(limits: object) -> None:
         )
 
 
-def _check_constant_cost(cost: int, limits: Limits) -> None:
+def _check_constant_cost(cost: object, limits: Limits) -> None:
     try:
-        check_cost(cost)
+        units = check_cost(cost)
     except ValueError as error:
         raise ConfigurationError(f"{error} Try 1.") from None
     if isinstance(limits, str):
         quota = min(limit.quota for limit in parse_limits(limits))
-        if cost > quota:
+        if units > quota:
             raise ConfigurationError(
                 f"cost={cost!r} is more than the quota of {quota} in limits={limits!r}: no request would ever be "
                 f"admitted. Try cost={quota} or less, or a larger quota."

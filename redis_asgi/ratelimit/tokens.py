@@ -60,6 +60,24 @@ class Estimate:
     output: int
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request's body says of what it will cost; of a large body all that need be kept.
+
+    Attributes:
+        quarters: Of a token, that are read.
+        output: See `asked_output`.
+    """
+
+    quarters: int
+    output: int | None
+
+    @classmethod
+    def by(cls, document: object) -> "Asked":
+        """What *document*, as JSON made it, asks for."""
+        return cls(_quarters(document), asked_output(document))
+
+
 class Outputs:
     """How long the last answers of one rule and bucket were, in this process; 128 numbers at most."""
 
@@ -104,18 +122,19 @@ class Tokens:
         """What a request is taken to cost: what it reads, and what it lets the model write.
 
         Args:
-            document: Its body as JSON made it.
+            document: Its body as JSON made it, or what that asks for.
             quota: The smallest of its rule, in units. The output alone is no more than a quarter of it.
             outputs: How long the answers of its rule and bucket were.
         """
+        said = document if isinstance(document, Asked) else Asked.by(document)
         likely = outputs.likely if outputs is not None else None
-        asked = asked_output(document)
+        asked = said.output
         if asked is None:
             output = UNKNOWN_OUTPUT if likely is None else likely
         else:
             output = asked if likely is None else min(asked, likely)
         return self._bounded(
-            _quarters(document) * self._factors["input"],
+            said.quarters * self._factors["input"],
             min(4 * output * self._factors["output"], self._share(quota)),
             quota,
         )
@@ -135,10 +154,11 @@ class Tokens:
         """What a request is taken to cost of which the app says so: *units* of the quota, 0 or more, as they are.
 
         Args:
-            document: Its body as JSON made it: what it reads is part of them.
+            document: Its body as JSON made it, or what that asks for: what it reads is part of them.
         """
+        said = document if isinstance(document, Asked) else Asked.by(document)
         whole = min(units, quota) * self._unit
-        read = min(_quarters(document) * self._factors["input"], whole)
+        read = min(said.quarters * self._factors["input"], whole)
         return self._bounded(read, whole - read, quota)
 
     def cost_of(self, usage: Usage, estimate: Estimate) -> int:
