@@ -269,7 +269,7 @@ class Telemetry:
         self.ratelimit_used_units = self._counter(
             "ratelimit_used_units", "Units that answers have cost, of what is known after them.", "policy"
         )
-        self.ratelimit_estimate_error = self._histogram(
+        self.ratelimit_estimate_error_units = self._histogram(
             "ratelimit_estimate_error_units",
             "How far what was charged before an answer was from what it cost.",
             "policy",

@@ -40,6 +40,7 @@ health_app = _ANY.health_app
 metrics_app = _ANY.metrics_app
 rate_limit = _ANY.rate_limit
 status_app = _ANY.status_app
+tokens = _ANY.tokens
 
 MEMORY = Settings(REDIS_URL="memory://")
 SECRET = "hunter2"
@@ -191,6 +192,11 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("cost=fraction", lambda: Rule("5/minute", cost=0.5), ["cost=0.5", "whole number"]),
     ("cost over quota", lambda: Rule("5/minute", cost=6), ["cost=6", "quota of 5", "cost=5 or less"]),
     ("cost takes nothing", lambda: Rule("5/minute", cost=lambda: 1), ["cost=<lambda>", "(request)"]),
+    ("cost=tokens", lambda: Rule("5/minute", cost=redis_asgi.tokens), ["cost=tokens is not called", "cost=tokens()"]),
+    ("tokens under gcra", lambda: Rule("5/minute", cost=tokens(), strategy="gcra"), ["'gcra'", "'fixed-window'"]),
+    ("tokens in a log", lambda: limited(rules=[Rule("5/hour", cost=tokens())], strategy="moving-window"), ["10,000"]),
+    ("count_if of tokens", lambda: Rule("5/hour", cost=tokens(), count_if=bool), ["cost=tokens()", "Leave count_if"]),
+    ("tokens of a handshake", lambda: limited(rules=[Rule("5/hour", cost=tokens(), methods="WEBSOCKET")]), ["no body"]),
     ("count_if=number", lambda: Rule("5/minute", count_if=401), ["count_if=401", "lambda status"]),
     ("count_if takes nothing", lambda: Rule("5/minute", count_if=lambda: True), ["(status)"]),
     ("path and query", lambda: Rule("5/minute", paths="/api?x=1"), ["a query", "write /api"]),

@@ -1,30 +1,42 @@
 """Charges in tokens while their requests are under way: estimated before the app is asked, settled after the answer."""
 
+import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+from ..events import say
 from ..settings import Settings
 from ..telemetry import telemetry
-from .policy import Charge, Policy, counters_of
+from .policy import Charge, counters_of
 from .tokens import Estimate, Outputs, Tokens
 from .usage import UsageReader
+
+logger = logging.getLogger("redis_asgi.ratelimit")
 
 
 class Accuracy:
     """What is counted of how the estimates of one rule fare."""
 
     def __init__(self, name: str) -> None:
+        self._name = name
+        self._has_warned = False
         counted = telemetry()
         self._notes = counted.notes
         self._used = counted.ratelimit_used_units.labels(name)
-        self._too_high = counted.ratelimit_estimate_error.labels(name, "too_high").observe
-        self._too_low = counted.ratelimit_estimate_error.labels(name, "too_low").observe
+        self._too_high = counted.ratelimit_estimate_error_units.labels(name, "too_high").observe
+        self._too_low = counted.ratelimit_estimate_error_units.labels(name, "too_low").observe
 
     def note(self, estimated: int, used: int) -> None:
         """Count a request that was *estimated* to cost so many units and has *used* so many."""
         self._notes.add((self._used, used))
         self._notes.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
+
+    def warn_of(self, encoding: str) -> None:
+        """Say once that answers are encoded so that nobody can read them."""
+        if not self._has_warned:
+            self._has_warned = True
+            say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +61,11 @@ class Spending:
         Args:
             reader: Of the answer, closed; ``None`` if none has begun.
         """
-        if reader is not None and reader.usage is not None and reader.complete:
-            self.outputs.note(reader.usage)
+        if reader is not None:
+            if reader.unread_encoding is not None:
+                self.accuracy.warn_of(reader.unread_encoding)
+            if reader.usage is not None and reader.complete:
+                self.outputs.note(reader.usage)
         return self.tokens.settled(self.estimate, reader)
 
 
@@ -76,6 +91,13 @@ class InFlight:
                 else:
                     self._held.pop(counter, None)
 
-    def held(self, charge: Charge, policy: Policy) -> int:
-        """What they hold of one counter."""
-        return self._held.get((charge.partition.key, policy.field), 0)
+    def most_of(self, charges: Iterable[Charge], names: Container[str]) -> int:
+        """The most that they hold of one of the policies of *charges* with such *names*."""
+        if not self._held:
+            return 0
+        held = (
+            self._held.get((charge.partition.key, policy.field), 0)
+            for charge, policy in counters_of(charges)
+            if policy.name in names
+        )
+        return max(held, default=0)

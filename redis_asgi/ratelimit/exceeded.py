@@ -52,4 +52,6 @@ def refusal_on(decision: Decision, verdict: Verdict, style: HeaderStyle) -> HTTP
         return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
     worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
     whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
-    return RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style)
+    error = RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style)
+    error.detail += headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, verdict.decision.violated))
+    return error

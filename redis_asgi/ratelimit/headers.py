@@ -183,9 +183,18 @@ def refusal_detail(decision: Decision) -> str:
     return f"Rate limit exceeded: {state.quota} per {state.window} s. Retry in {wait} s."
 
 
-def quota_exceeded(decision: Decision) -> bytes:
-    """The body of a 429: the draft's ``quota-exceeded`` problem."""
-    return _quota_exceeded(refusal_detail(decision), decision.violated)
+def quota_exceeded(decision: Decision, held: str = "") -> bytes:
+    """The body of a 429: the draft's ``quota-exceeded`` problem.
+
+    Args:
+        held: What is to be said of who holds the quota, see `held_words`.
+    """
+    return _quota_exceeded(refusal_detail(decision) + held, decision.violated)
+
+
+def held_words(units: int) -> str:
+    """What a refusal adds where requests whose cost is known after their answers hold *units*: some may come back."""
+    return f" Requests in flight in this process hold {units} of it." if units else ""
 
 
 def content_fields(body: bytes) -> Fields:
@@ -194,12 +203,12 @@ def content_fields(body: bytes) -> Fields:
 
 
 def rendered_refusal(
-    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle
+    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle, held: str = ""
 ) -> tuple[Fields, bytes]:
-    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us."""
+    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us, *held* as `held_words` says."""
     state = policy_state(policy, remaining, reset, retry)
     decision = refusal_of((state,), (state,), "redis")
-    body = quota_exceeded(decision)
+    body = quota_exceeded(decision, held)
     return limit_fields(decision, style) + refusal_fields(decision) + content_fields(body), body
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from starlette.types import Scope
 
@@ -15,6 +15,7 @@ from .policy import Policy
 from .request_decision import STANDBY, Standby
 from .route import Placed, RateLimit
 from .routing import Routing
+from .tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class LimitInForce:
         by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or
             several of these with a comma between them.
         strategy: How it is counted.
-        cost: Units of a request; ``None`` when a callable says it.
+        cost: Units of a request; ``tokens`` when its answer says it, ``None`` when a callable does.
         paths: Patterns, or the one path of a route; ``None`` = every path.
         methods: ``None`` = every method.
         shadow: Whether it only watches.
@@ -41,7 +42,7 @@ class LimitInForce:
     limits: str | None
     by: str
     strategy: StrategyName
-    cost: int | None
+    cost: int | Literal["tokens"] | None
     paths: tuple[str, ...] | None
     methods: tuple[str, ...] | None
     shadow: bool
@@ -94,7 +95,7 @@ def limits_of_route(
     for limit, place in placed:
         engine = limit.engine_for(scope)
         rule = limit.compiled(engine, endpoint, place)
-        cost = None if callable(limit.cost) else limit.cost
+        cost = _cost_of(limit.cost)
         found.append(_in_force(rule, engine, paths=(path,), methods=tuple(methods), cost=cost))
     return found
 
@@ -104,9 +105,13 @@ def limits_among(calls: Iterable[object]) -> list[Placed]:
     return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
 
 
+def _cost_of(cost: object) -> int | Literal["tokens"] | None:
+    return cost if isinstance(cost, int) else "tokens" if isinstance(cost, Tokens) else None
+
+
 def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInForce:
     written: dict[str, Any] = {
-        "cost": rule.written.cost if isinstance(rule.written.cost, int) else None,
+        "cost": _cost_of(rule.written.cost),
         "paths": rule.written.paths,
         "methods": rule.methods,
     }

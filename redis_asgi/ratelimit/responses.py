@@ -71,7 +71,8 @@ async def send_refusal(
                 )
             await response(scope, receive, _adding(fields, send))
             return
-    await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)
+    held = headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, decision.violated))
+    await _send_problem(429, headers.quota_exceeded(decision, held), fields, scope, send)
 
 
 def remembered_refusal(verdict: Verdict, style: HeaderStyle, scope: Scope) -> tuple[Message, Message]:
@@ -80,16 +81,17 @@ def remembered_refusal(verdict: Verdict, style: HeaderStyle, scope: Scope) -> tu
     rendered = refusal.rendered
     is_current = verdict.at < refusal.rendered_until and refusal.rendered_in == style
     if rendered is None or not is_current or charge.cost != refusal.cost:  # a dearer one may never fit
-        rendered = _render(charge.cost, refusal, style, verdict.at)
+        held = verdict.engine.in_flight.most_of((charge,), (refusal.policy.name,))
+        rendered = _render(charge.cost, refusal, style, verdict.at, headers.held_words(held))
     fields, body = rendered
     start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
     return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
 
 
-def _render(cost: int, refusal: Refusal, style: HeaderStyle, now: float) -> tuple[Fields, bytes]:
+def _render(cost: int, refusal: Refusal, style: HeaderStyle, now: float, held: str) -> tuple[Fields, bytes]:
     """The answer of a *refusal*, kept for as long as the whole seconds in it stay the same: a flood gets it often."""
     remaining, reset, retry = refusal.numbers(cost, now)
-    rendered = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
+    rendered = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
     refusal.rendered = rendered
     refusal.rendered_in = style
     # Legacy fields hold the time of day; a dearer request has numbers of its own.
