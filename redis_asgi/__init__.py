@@ -15,9 +15,11 @@ and ``testing``; every other module, and every other name in these, may change i
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .connection import RedisManager, redis_operation
+from ._version import __version__ as __version__
+from .connection import RedisManager
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
+from .operation import redis_operation
 from .ratelimit.decision import Decision, PolicyState
 from .ratelimit.decorator import rate_limit
 from .ratelimit.exceeded import RateLimitExceeded
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from .ratelimit.current import CurrentLimit
     from .ratelimit.openapi import document_limits, rate_limit_responses
     from .status import status_app
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ConfigurationError",

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from . import aside
+from ._version import __version__
 from .errors import ConfigurationError
 from .events import say
 from .locations import URL_OPTIONS_NOT_TAKEN, read_address, weakened_by
@@ -163,8 +164,6 @@ def build_client(settings: Settings) -> Built:
       server has closed;
     - ``driver_info`` instead of ``client_name``: an ACL without ``client|setname`` would fail every command.
     """
-    from . import __version__  # noqa: PLC0415 - the package imports this module first
-
     if settings.is_memory:
         raise ConfigurationError(
             "REDIS_URL='memory://' has no Redis client. Set REDIS_URL=redis://localhost:6379 to use one."

@@ -6,41 +6,34 @@ new one. A fork or a second ``asyncio.run`` therefore never meets somebody else'
 """
 
 import asyncio
-import functools
-import inspect
 import logging
-import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
+from typing import Annotated, ParamSpec, TypeVar, cast
 
-import redis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from starlette.types import Scope
 
 from .breaker import PROBE_EVERY, Breaker, BreakerState
-from .client import Client, build_client, describe, describe_client, drop_connections, ping
-from .errors import ConfigurationError, Failure, classify
+from .client import Client, build_client, describe, drop_connections, ping
+from .errors import Failure, classify
 from .event_loop import running_loop
 from .events import say, words_for
-from .locations import redact
-from .misuse import Uncalled, constructor_says_what_was_meant, shown
-from .settings import Settings
-from .telemetry import drop_notes, tell_notes
+from .misuse import Uncalled, constructor_says_what_was_meant
+from .opened import PROCESS, Clearable, Opened, Part, watch_forks
+from .settings import Settings, check_settings
+from .telemetry import tell_notes
 
 logger = logging.getLogger("redis_asgi.connection")
 
-_NO_DEPENDENCY = Uncalled(
+NO_DEPENDENCY = Uncalled(
     "FastAPI would ask each request for redis= and settings=, so that clients choose the server. Make it once, as in "
     "limiter = RateLimiter(), and write Depends(lambda: limiter)."
 )
@@ -49,88 +42,11 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class Part(Protocol):
-    """Something that lives beside an open client, in its loop, and ends before it."""
-
-    async def aclose(self) -> None: ...
-
-
-@runtime_checkable
-class Clearable(Protocol):
-    """Something that remembers what happened in this process, and can forget it."""
-
-    def clear(self) -> None: ...
-
-
-@dataclass(eq=False, slots=True)
-class _Opened:
-    """What one event loop has open."""
-
-    client: Client
-    own: bool  # whether it is ours to close
-    sentinels: tuple[aioredis.Redis, ...] = ()
-    parts: dict[object, Part] = field(default_factory=dict)
-    breakers: dict[str, Breaker] = field(default_factory=dict)
-    until_loop_ends: AsyncGenerator[None, None] | None = None
-    users: int = 0
-
-    def used_breakers(self) -> Iterator[Breaker]:
-        """Those of servers that commands go to; a node of a cluster may have left it, or be a replica now."""
-        for name, breaker in self.breakers.items():
-            if isinstance(self.client, aioredis.RedisCluster) and name:
-                node = self.client.get_node(node_name=name)
-                if node is None or node.server_type != "primary":
-                    continue
-            yield breaker
-
-    async def aclose(self) -> None:
-        parts, self.parts = list(self.parts.values()), {}
-        for part in parts:
-            await part.aclose()
-        for breaker in self.breakers.values():
-            await breaker.aclose()
-        if not self.own:
-            return
-        # A peer that is gone cannot be told goodbye; the sockets are closed all the same.
-        with suppress(RedisError, OSError):
-            await self.client.aclose()
-        if isinstance(self.client, aioredis.Redis):
-            with suppress(RedisError, OSError):
-                await self.client.connection_pool.disconnect()
-        for sentinel in self.sentinels:
-            with suppress(RedisError, OSError):
-                await sentinel.aclose()
-
-
 # What is open stays alive until its loop ends or it is closed, whoever still holds its manager.
-_open: set[_Opened] = set()
+_open: set[Opened] = set()
 
 
-class _Process:
-    """This process; what is asked of it for every request is an attribute, not a call.
-
-    Attributes:
-        forks: How often it was forked off since the first manager was made: other sockets for each number.
-    """
-
-    forks = 0
-
-
-PROCESS = _Process()
-
-
-def _note_fork() -> None:
-    PROCESS.forks += 1
-    drop_notes()
-
-
-@functools.lru_cache(maxsize=1)
-def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_note_fork)
-
-
-async def _closed_with_the_loop(manager: "RedisManager", opened: _Opened) -> AsyncGenerator[None, None]:
+async def _closed_with_the_loop(manager: "RedisManager", opened: Opened) -> AsyncGenerator[None, None]:
     """Close *opened* when the loop finalises its async generators: after its tasks, before it is closed.
 
     That is what lets an app without lifespan events end without a ResourceWarning, and an app's own
@@ -168,11 +84,11 @@ class RedisManager:
 
     owns_client = True
 
-    def __init__(self, settings: Annotated[Settings | None, _NO_DEPENDENCY] = None) -> None:
+    def __init__(self, settings: Annotated[Settings | None, NO_DEPENDENCY] = None) -> None:
         check_settings(settings)
         self._settings = settings if settings is not None else Settings()
-        _watch_forks()
-        self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
+        watch_forks()
+        self._opened: dict[asyncio.AbstractEventLoop, Opened] = {}
         self._shared: dict[object, object] = {}
         self._kept: weakref.WeakSet[Clearable] = weakref.WeakSet()
         self._inherited: list[object] = []
@@ -182,7 +98,7 @@ class RedisManager:
         self.keys_apart = self._settings.REDIS_BATCH == "key"
         self._forks = PROCESS.forks
         self._lock = threading.Lock()
-        with _managers_lock:
+        with managers_lock:
             _made.add(self)
 
     def __repr__(self) -> str:
@@ -356,7 +272,7 @@ class RedisManager:
             if isinstance(part, Clearable):
                 part.clear()
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Opened:
         loop = running_loop()
         if self._forks != PROCESS.forks:
             self._forget_parent()
@@ -372,13 +288,13 @@ class RedisManager:
                 self._opened[loop] = opened
         return opened
 
-    def forget(self, opened: _Opened) -> None:
+    def forget(self, opened: Opened) -> None:
         """Take *opened* for closed: its loop has ended."""
         for loop, held in list(self._opened.items()):
             if held is opened:
                 del self._opened[loop]
 
-    def _connect_if_reachable(self) -> _Opened:
+    def _connect_if_reachable(self) -> Opened:
         """`_connect`; what it raised (such as for a cluster's host without an address) is raised again for a moment."""
         if self._unreachable is not None:
             since, error = self._unreachable
@@ -395,9 +311,9 @@ class RedisManager:
         self._unreachable = None
         return opened
 
-    def _connect(self) -> _Opened:
+    def _connect(self) -> Opened:
         built = build_client(self._settings)
-        return _Opened(built.client, own=True, sentinels=built.sentinels)
+        return Opened(built.client, own=True, sentinels=built.sentinels)
 
     def _drop_closed_loops(self) -> None:
         # Only a loop that was closed without shutdown_asyncgens() is still here.
@@ -413,180 +329,16 @@ class RedisManager:
         self._forks = PROCESS.forks
 
 
-RedisArgument: TypeAlias = Annotated[RedisManager | Client | str | None, _NO_DEPENDENCY]
-
-
-class _GivenClient(RedisManager):
-    """A client the user made: used as it is, in its loop, never closed and never reconfigured."""
-
-    owns_client = False
-
-    def __init__(self, client: Client, settings: Settings) -> None:
-        super().__init__(settings)
-        self._client = client
-
-    @property
-    def address(self) -> str:
-        return describe_client(self._client)
-
-    @property
-    def has_redis(self) -> bool:
-        return True
-
-    def _connect(self) -> _Opened:
-        return _Opened(self._client, own=False)
-
-
 def _may_pass(error: Exception) -> bool:
     # A wrong password stays wrong; trying again only fills the server's ACL log.
     return classify(error) not in (Failure.AUTH, Failure.PERMISSION)
 
 
-# One shared default per settings for as long as the process lives: the counters of memory:// are in it.
-_managers: dict[Settings, RedisManager] = {}
-_given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
-_managers_lock = threading.RLock()  # who makes one for these tables holds it already
-_warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
-_misspelt: set[str] = set()
+managers_lock = threading.RLock()  # whoever makes one for a table of its own holds it already
 
 
 def all_managers() -> list[RedisManager]:
     """Every manager of this process that is still there, whoever made it."""
-    with _managers_lock:
+    with managers_lock:
         return list(_made)
-
-
-def check_settings(settings: object) -> None:
-    """Refuse what is given for settings and is none.
-
-    Raises:
-        ConfigurationError: Says what was meant, and shows no password.
-    """
-    if settings is None or isinstance(settings, Settings):
-        return
-    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
-    if isinstance(settings, str):
-        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
-    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
-    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")
-
-
-def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
-    """The manager behind a ``redis=`` argument, and whether its life is the package's business.
-
-    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager`` or a
-    client is the user's and is never closed by the package.
-
-    Raises:
-        ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
-    """
-    check_settings(settings)
-    if isinstance(redis, RedisManager):
-        return redis, False
-    settings = settings if settings is not None else Settings()
-    _warn_of_near_misses(settings)
-    if redis is None or isinstance(redis, str):
-        if redis is not None:
-            settings = settings.but(REDIS_URL=redis)
-        with _managers_lock:
-            manager = _managers.get(settings)
-            if manager is None:
-                manager = _managers[settings] = RedisManager(settings)
-        return manager, True
-    client = _checked_client(redis)
-    with _managers_lock:
-        # A living manager keeps its client alive, so that the id stays the client's.
-        given = _given.get((id(client), settings))
-        if given is None:
-            given = _given[id(client), settings] = _GivenClient(client, settings)
-    return given, False
-
-
-def _warn_of_near_misses(settings: Settings) -> None:
-    """Name variables that look like settings and are none, each once in a process."""
-    for variable, meant in settings.near_misses.items():
-        if variable not in _misspelt:
-            _misspelt.add(variable)
-            say(logger, "misspelt_setting", variable=variable, meant=meant)
-
-
-def _checked_client(client: object) -> Client:
-    kind = f"{type(client).__module__}.{type(client).__qualname__}"
-    if isinstance(client, aioredis.client.Pipeline):
-        raise ConfigurationError(f"redis={kind} is a pipeline. Pass the redis.asyncio client it came from.")
-    if isinstance(client, aioredis.Redis | aioredis.RedisCluster):
-        retry = client.get_retry() if isinstance(client, aioredis.Redis) else client.retry
-        if retry is not None and retry.get_retries() > 0 and client not in _warned_about:
-            _warned_about.add(client)
-            say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
-        return client
-    if isinstance(client, redis.Redis | redis.RedisCluster):
-        raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
-    if isinstance(client, Settings):
-        raise ConfigurationError("redis= is given Settings. Try settings=.")
-    if isinstance(client, type):
-        raise ConfigurationError(
-            f"redis={client.__name__} is not called: it is a class. Try redis={client.__name__}()."
-        )
-    if inspect.iscoroutine(client):
-        client.close()
-        raise ConfigurationError(f"redis={shown(client)} is not awaited. Pass the RedisManager itself, or a URL.")
-    if isinstance(client, aioredis.ConnectionPool):
-        raise ConfigurationError(f"redis={kind} is a pool. Try redis=redis.asyncio.Redis(connection_pool=pool).")
-    if isinstance(client, aioredis.Sentinel):
-        raise ConfigurationError(f"redis={kind} is no client. Try redis=sentinel.master_for('mymaster').")
-    raise ConfigurationError(
-        f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
-    )
-
-
-# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
-# becomes a key of the scope itself.
-_MANAGERS = "redis_asgi.managers"
-
-
-def offer_manager(scope: Scope, manager: RedisManager) -> None:
-    """Tell the package's own sub-apps below that a middleware uses *manager*."""
-    outer = scope.get(_MANAGERS, ())
-    if manager not in outer:
-        scope[_MANAGERS] = (*outer, manager)
-
-
-def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
-    """The managers of the middlewares that a request has come through, the outermost first."""
-    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
-    return offered
-
-
-@overload
-def redis_operation(function: Callable[P, Awaitable[R]], /) -> Callable[P, Awaitable[R]]: ...
-@overload
-def redis_operation() -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]: ...
-def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[..., Any]:
-    """Log a Redis error of an ``async def`` function by kind and re-raise it; with or without parentheses.
-
-    ``redis_asgi.connection_failed`` when Redis was not reached, ``redis_asgi.operation_failed`` for any
-    other ``RedisError``; the operation's name is in the record's ``operation``.
-
-    Raises:
-        TypeError: At decoration, if *function* is not an ``async def`` function.
-    """
-    if function is None:
-        return redis_operation
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"redis_operation needs an 'async def' function, not {function!r}.")
-    name = function.__qualname__
-
-    @functools.wraps(function)
-    async def logged(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return await function(*args, **kwargs)
-        except RedisConnectionError as error:
-            say(logger, "connection_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
-            raise
-        except RedisError as error:
-            say(logger, "operation_failed", operation=name, error=type(error).__name__, **words_for(classify(error)))
-            raise
-
-    return logged

@@ -18,8 +18,9 @@ from starlette.requests import HTTPConnection
 
 from .checkup import Mode, check, mode_of
 from .client import Client
-from .connection import RedisArgument, RedisManager
+from .connection import RedisManager
 from .errors import Failure
+from .redis_argument import RedisArgument
 from .server_info import Health
 from .settings import Settings
 from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call

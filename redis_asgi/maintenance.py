@@ -10,9 +10,10 @@ import redis.asyncio as aioredis
 from redis.exceptions import RedisClusterException, RedisError
 
 from .client import Client
-from .connection import RedisArgument, RedisManager
+from .connection import RedisManager
 from .errors import ConfigurationError, Failure, RedisASGIError, classify
 from .keys import embedding_epoch_key
+from .redis_argument import RedisArgument
 from .settings import Settings
 
 __all__ = [

@@ -18,12 +18,14 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import HTTPConnection
 
+from ._version import __version__
 from .checkup import check
 from .client import Client
-from .connection import RedisArgument, RedisManager, resolve_manager
+from .connection import RedisManager
 from .events import say
 from .exposition import Families, Scrape, counted, middleware_figures, read, redis_figures
 from .misuse import constructor_says_what_was_meant
+from .redis_argument import RedisArgument, resolve_manager
 from .settings import Settings
 from .sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
 from .telemetry import telemetry
@@ -93,7 +95,7 @@ class MetricsApp(SubApp):
             return await self._json(connection)
         manager = self._manager_for(connection)
         health, _mode = await watched(manager)
-        gauges = read(manager, await _client(manager), health, version=_version())
+        gauges = read(manager, await _client(manager), health, version=__version__)
         encode, content_type = choose_encoder(accept)
 
         def text(families: Families) -> Answer:
@@ -104,7 +106,7 @@ class MetricsApp(SubApp):
     async def _json(self, connection: HTTPConnection) -> Answer:
         manager = self._manager_for(connection)
         health, _mode = await watched(manager)
-        about = {"version": _version(), "breaker": manager.breaker_state}
+        about = {"version": __version__, "breaker": manager.breaker_state}
 
         def figures(families: Families) -> Answer:
             return json_answer({**redis_figures(health), "middleware": {**about, **middleware_figures(families)}})
@@ -162,12 +164,6 @@ def _wants_json(accept: str) -> bool:
     """Whether JSON is asked for, and no format of Prometheus beside it."""
     kinds = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
     return "application/json" in kinds and not kinds & {"text/plain", "application/openmetrics-text"}
-
-
-def _version() -> str:
-    from . import __version__  # noqa: PLC0415 - the package may be importing this module
-
-    return __version__
 
 
 @made_by_a_call

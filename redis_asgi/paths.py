@@ -23,6 +23,7 @@ from starlette.convertors import (
 from starlette.types import Scope
 
 from .errors import ConfigurationError
+from .setting_types import pattern_problem
 
 # The path as it stands, then what else it may be; none at all: it may be anything.
 Spellings: TypeAlias = tuple[str, ...]
@@ -196,22 +197,6 @@ class PathTemplate:
     def always_matches(self, pattern: PathPattern) -> bool:
         """Whether *pattern* covers each of the paths as it stands: of a parameter only a star covers all."""
         return pattern.matches("".join(part if isinstance(part, str) else _NOWHERE for part in self._parts))
-
-
-def pattern_problem(pattern: str) -> str | None:
-    """What is wrong with a path pattern and what to write instead; ``None`` if it can match."""
-    if not pattern.startswith(("/", "*")):
-        return "does not start with '/' or '*'. Try '/api/*'."
-    if "{" in pattern or "}" in pattern:
-        plain = re.sub(r"[{}]", "", re.sub(r"\{[^{}]*\}", "*", pattern))
-        return f"has a route's parameter, which no pattern knows: write {plain}"
-    if re.search(r"/<[^/]*>", pattern):
-        return f"has a route's parameter, which no pattern knows: write {re.sub('<[^/]*>', '*', pattern)}"
-    if re.search(r"\?[^/]*=", pattern):
-        return f"has a query, which is no part of a path: write {pattern.partition('?')[0]}"
-    if ",/" in pattern or ", /" in pattern:
-        return f"is several in one: write {[part.strip() for part in pattern.split(',')]}"
-    return None
 
 
 def path_patterns(paths: str | Iterable[str] | None, *, case_sensitive: bool = True) -> tuple[PathPattern, ...]:

@@ -10,12 +10,11 @@ from pydantic_settings import NoDecode
 from .locations import check_addresses, check_host, check_url, redact
 from .networks import read_network
 from .notation import read_limits
-from .paths import pattern_problem
 
 StrategyName = Literal["fixed-window", "sliding-window-counter", "moving-window", "gcra"]
 OnRedisError = Literal["local", "open", "closed"]
 HeaderStyle = Literal["ietf", "legacy", "both", "none"]
-MissingIdentity = Literal["ip", "skip", "shared", "refuse"]
+OnMissingIdentity = Literal["ip", "skip", "shared", "refuse"]
 CacheUsage = Literal["original", "billed"]
 CacheDType = Literal["float32", "float16"]
 
@@ -63,6 +62,22 @@ def _paths(value: tuple[str, ...]) -> tuple[str, ...]:
         if problem:
             raise ValueError(f"{path!r} {problem}")
     return value
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """What is wrong with a path pattern and what to write instead; ``None`` if it can match."""
+    if not pattern.startswith(("/", "*")):
+        return "does not start with '/' or '*'. Try '/api/*'."
+    if "{" in pattern or "}" in pattern:
+        plain = re.sub(r"[{}]", "", re.sub(r"\{[^{}]*\}", "*", pattern))
+        return f"has a route's parameter, which no pattern knows: write {plain}"
+    if re.search(r"/<[^/]*>", pattern):
+        return f"has a route's parameter, which no pattern knows: write {re.sub('<[^/]*>', '*', pattern)}"
+    if re.search(r"\?[^/]*=", pattern):
+        return f"has a query, which is no part of a path: write {pattern.partition('?')[0]}"
+    if ",/" in pattern or ", /" in pattern:
+        return f"is several in one: write {[part.strip() for part in pattern.split(',')]}"
+    return None
 
 
 def _readable(value: str) -> str:

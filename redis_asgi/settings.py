@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from .errors import ConfigurationError
+from .locations import redact
 from .notation import MAX_QUOTA, MAX_WINDOW, Limit
 from .server_settings import NO_SERVER, ServerSettings
 from .setting_types import (
@@ -18,9 +20,9 @@ from .setting_types import (
     HeaderNames,
     HeaderStyle,
     Identity,
-    MissingIdentity,
     Networks,
     Notation,
+    OnMissingIdentity,
     OnRedisError,
     Paths,
     Routes,
@@ -29,7 +31,7 @@ from .setting_types import (
     overlap,
 )
 
-__all__ = ["NO_SERVER", "HeaderStyle", "OnRedisError", "Settings", "StrategyName"]
+__all__ = ["NO_SERVER", "HeaderStyle", "OnRedisError", "Settings", "StrategyName", "check_settings"]
 
 # Who asks, wherever clients, gateways and meshes put that.
 _CREDENTIAL_HEADERS = """
@@ -72,7 +74,7 @@ class Settings(ServerSettings):
     RATE_LIMIT_PARTITION: Identity = Field(
         default="ip", examples=["header:x-api-key"], description="who shares a counter: `ip`, `user` or `header:NAME`"
     )
-    RATE_LIMIT_MISSING_IDENTITY: MissingIdentity = Field(
+    RATE_LIMIT_MISSING_IDENTITY: OnMissingIdentity = Field(
         default="ip",
         examples=["ip"],
         description="what a request without that header or user is counted by: its address, nothing, one counter "
@@ -275,3 +277,18 @@ class Settings(ServerSettings):
     def default_limits(self) -> str:
         """``RATE_LIMITS``, else the one limit of ``MAX_REQUESTS_PER_WINDOW`` and ``RATE_LIMIT_WINDOW``."""
         return self.RATE_LIMITS or str(Limit(self.MAX_REQUESTS_PER_WINDOW, self.RATE_LIMIT_WINDOW))
+
+
+def check_settings(settings: object) -> None:
+    """Refuse what is given for settings and is none.
+
+    Raises:
+        ConfigurationError: Says what was meant, and shows no password.
+    """
+    if settings is None or isinstance(settings, Settings):
+        return
+    meant = "settings=Settings(REDIS_URL='redis://localhost:6379')"
+    if isinstance(settings, str):
+        raise ConfigurationError(f"settings={redact(settings)} is a text, and no Settings. Try redis=, or {meant}.")
+    what = "the class Settings itself" if settings is Settings else f"a {type(settings).__name__}, and no Settings"
+    raise ConfigurationError(f"settings= is given {what}. Try {meant}.")

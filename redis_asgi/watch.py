@@ -11,8 +11,9 @@ from starlette.types import Scope
 
 from .checkup import DEADLINE, Checkup, Mode, mode_of
 from .client import Client
-from .connection import RedisArgument, RedisManager, offered_managers, resolve_manager
+from .connection import RedisManager
 from .errors import Failure, classify
+from .redis_argument import RedisArgument, offered_managers, resolve_manager
 from .server_info import Health
 from .settings import Settings
 from .telemetry import telemetry

@@ -11,7 +11,7 @@ from pydantic_settings import SettingsConfigDict
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, Settings
 from redis_asgi.client import describe
-from redis_asgi.connection import resolve_manager
+from redis_asgi.redis_argument import resolve_manager
 
 from .ratelimit.harness import Spy
 

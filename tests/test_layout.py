@@ -76,11 +76,11 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 
 
 FOUNDATION = (
-    "events", "errors", "misuse", "event_loop", "locations", "notation", "paths", "networks",
-    "setting_types", "environment", "server_settings", "settings",
+    "_version", "events", "errors", "misuse", "event_loop", "locations", "notation", "networks",
+    "setting_types", "paths", "environment", "server_settings", "settings",
     "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
     "names", "sockets", "sentinels", "nodes",
-    "breaker", "client", "connection",
+    "breaker", "client", "opened", "connection", "redis_argument", "operation",
 )  # fmt: skip
 
 

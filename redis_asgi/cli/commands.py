@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from .. import __version__
+from .._version import __version__
 from ..connection import RedisManager
 from ..errors import ConfigurationError
 from ..events import explain as explanation_of

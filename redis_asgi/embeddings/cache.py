@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..connection import RedisArgument
 from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key, id_mark
 from ..misuse import constructor_says_what_was_meant, shown
+from ..redis_argument import RedisArgument
 from ..settings import Settings
 from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
 from .computing import Changes, Computation, raisable

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
+from ..connection import RedisManager
 from ..errors import ConfigurationError
 from ..event_loop import check_at_start, running_loop
 from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
-from ..settings import Settings
+from ..redis_argument import RedisArgument, offer_manager
+from ..settings import Settings, check_settings
 from .cache import EmbeddingCache
 from .exchange import Exchange
 from .options import Options, PartitionBy

@@ -3,8 +3,9 @@
 import redis.asyncio as aioredis
 
 from ..client import Client
-from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..connection import RedisManager
 from ..errors import classify
+from ..redis_argument import RedisArgument, resolve_manager
 from ..settings import NO_SERVER, Settings
 from .absent import AbsentVectors
 from .cluster import ClusterVectors

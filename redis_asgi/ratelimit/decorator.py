@@ -9,9 +9,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from ..connection import RedisArgument
 from ..errors import ConfigurationError
 from ..misuse import Uncalled, says_what_was_meant, shown
+from ..redis_argument import RedisArgument
 from ..settings import OnRedisError, Settings, StrategyName
 from .endpoints import endpoint_name
 from .limited_response import text_fields

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, cast
 
-from ..connection import PROCESS, RedisManager
+from ..connection import RedisManager
 from ..errors import Failure, OddReply, classify
 from ..events import say, words_for
+from ..opened import PROCESS
 from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher

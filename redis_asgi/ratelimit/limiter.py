@@ -2,10 +2,10 @@
 
 from typing import get_args
 
-from ..connection import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..misuse import constructor_says_what_was_meant
+from ..redis_argument import RedisArgument, resolve_manager
 from ..settings import OnRedisError, Settings, StrategyName
 from .decision import Decision
 from .engine import Engine

@@ -9,9 +9,9 @@ from typing import Annotated, get_args
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisArgument, offer_manager, resolve_manager
 from ..event_loop import check_at_start, running_loop
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
+from ..redis_argument import RedisArgument, offer_manager, resolve_manager
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from ..telemetry import telemetry

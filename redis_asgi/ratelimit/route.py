@@ -9,10 +9,11 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
-from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..connection import RedisManager
 from ..event_loop import running_loop
 from ..events import say
 from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, only_called_as
+from ..redis_argument import RedisArgument, resolve_manager
 from ..scope import Addressing
 from ..settings import OnRedisError, Settings, StrategyName
 from .compiled import CompiledRule

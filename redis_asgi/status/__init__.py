@@ -11,9 +11,10 @@ from importlib.resources import files
 
 from starlette.requests import HTTPConnection
 
-from ..connection import RedisArgument, RedisManager
+from ..connection import RedisManager
 from ..health import Status, worst_standing
 from ..pool import Pool, pool_of
+from ..redis_argument import RedisArgument
 from ..settings import Settings
 from ..sub_app import Answer, Authorize, Page, SubApp, made_by_a_call
 from ..telemetry import telemetry
