@@ -9,11 +9,11 @@ from typing import Any, Literal
 import redis.asyncio as aioredis
 from redis.exceptions import RedisClusterException, RedisError
 
-from .client import Client
-from .connection import RedisManager
+from .connection.client_factory import Client
+from .connection.manager import RedisManager
+from .connection.redis_argument import RedisArgument
 from .errors import ConfigurationError, Failure, RedisASGIError, classify
 from .keys import embedding_epoch_key
-from .redis_argument import RedisArgument
 from .settings import Settings
 
 __all__ = [
@@ -128,7 +128,7 @@ async def flush_model(
         FlushError: When Redis did not take it.
     """
     # Here, because it brings numpy along, which nothing else in this module needs.
-    from .embeddings.store import Done, Write, resolve_vectors, vectors_of  # noqa: PLC0415
+    from .embeddings.storage.store import Done, Write, resolve_vectors, vectors_of  # noqa: PLC0415
 
     manager, is_ours = resolve_vectors(redis, settings)
     settings = settings if settings is not None else manager.settings

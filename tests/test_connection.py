@@ -28,9 +28,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
-from redis_asgi.client import Client, Turnstile
+from redis_asgi.connection.client_factory import Client, Turnstile
+from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.errors import Failure, classify
-from redis_asgi.redis_argument import resolve_manager
 
 from .conftest import StartServer
 from .kit.certificates import Certificates

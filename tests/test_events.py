@@ -18,11 +18,11 @@ from redis.backoff import NoBackoff
 
 import redis_asgi
 from redis_asgi import ConfigurationError, RedisManager, Settings
-from redis_asgi.breaker import Breaker
-from redis_asgi.client import describe, describe_client
+from redis_asgi.connection.breaker import Breaker
+from redis_asgi.connection.client_factory import describe, describe_client
+from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.errors import Failure
 from redis_asgi.events import EVENTS, REASONS, explain, explanations, near, say, words_for
-from redis_asgi.redis_argument import resolve_manager
 
 from .kit.logs import event_of
 from .kit.processes import run_python

@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import ConfigurationError
-from redis_asgi.sub_app import Answer, SubApp, json_answer
+from redis_asgi.asgi.sub_app import Answer, SubApp, json_answer
 
 pytestmark = pytest.mark.anyio
 

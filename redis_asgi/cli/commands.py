@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from .._version import __version__
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
 from ..events import explain as explanation_of
 from ..events import explanations, near
@@ -39,14 +39,7 @@ from .session import (
     some_server,
     talking_to,
 )
-from .views import (
-    print_changes,
-    print_explanations,
-    print_findings,
-    print_markdown,
-    print_settings,
-    print_sizes,
-)
+from .views import print_changes, print_explanations, print_findings, print_markdown, print_settings, print_sizes
 
 if TYPE_CHECKING:
     from ..embeddings.overview import CacheInForce

@@ -5,13 +5,13 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
 from ..inspection.apps import NOTHING_LIMITS, LimitedApp, limits_in, load_app
 from ..inspection.quotas import Standing, known_policies, look, partition_of
 from ..inspection.quotas import reset as reset_quota
+from ..ratelimit.limits.policy import Policy
 from ..ratelimit.overview import LimitInForce
-from ..ratelimit.policy import Policy
 from ..settings import Settings, StrategyName
 from . import output
 from .options import App, By, Client, Json, Name, Url

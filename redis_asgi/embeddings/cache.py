@@ -11,16 +11,16 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key, id_mark
 from ..misuse import constructor_says_what_was_meant, shown
-from ..redis_argument import RedisArgument
 from ..settings import Settings
-from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
-from .computing import Changes, Computation, raisable
-from .counts import Items
-from .pace import Pace
-from .store import Write, resolve_vectors, vectors_of
+from ..time_slice import Pace
+from .origin.computation import Changes, Computation, raisable
+from .records.codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
+from .records.metrics import Items
+from .storage.store import Write, resolve_vectors, vectors_of
 
 Compute = Callable[[list[str]], "Awaitable[ArrayLike] | ArrayLike"]
 

@@ -5,14 +5,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .asking import ask_app
-from .lease import shortest
-from .lookup import Found
-from .question import Question
+from .app_flight import ask_app
+from .origin.app_call import Untouched
+from .origin.single_flight import Flight
+from .origin.waiters import Waiting
+from .records.lease import shortest
+from .requests.question import Question
 from .shared import Shared
-from .single_flight import Flight
-from .sub_call import Untouched
-from .waiting import Waiting
+from .storage.lookup import Found
 
 REFUSALS = (401, 403)
 

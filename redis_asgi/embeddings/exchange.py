@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from starlette.types import Receive, Scope, Send
 
 from ..errors import Failure
-from . import http_caching as http
-from .answers import Answers
-from .body import NOTHING_READ, let_go, read_body
+from ..time_slice import Pace
+from .answers.outcome import Outcome
+from .answers.output import send_not_cached
+from .assembly import Answers
 from .calls import REFUSALS, Calls, pass_through
-from .counts import Result
-from .lease import Lease
-from .lookup import Found, look_up, recall
-from .outcome import Outcome
-from .pace import Pace
-from .question import Question, partition_of
-from .routes import Matched
-from .sending import send_not_cached
+from .origin.single_flight import Flight, Landing
+from .records.lease import Lease
+from .records.metrics import Result
+from .requests import http_caching as http
+from .requests.body import NOTHING_READ, let_go, read_body
+from .requests.question import Question, partition_of
+from .requests.routes import Matched
 from .shared import Shared
-from .single_flight import Flight, Landing
+from .storage.lookup import Found, look_up, recall
 from .wire import Uncacheable
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's

@@ -7,19 +7,19 @@ from typing import Annotated, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
+from ..connection.redis_argument import RedisArgument, offer_manager
 from ..errors import ConfigurationError
 from ..event_loop import check_at_start, running_loop
 from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
-from ..redis_argument import RedisArgument, offer_manager
 from ..settings import Settings, check_settings
 from .cache import EmbeddingCache
 from .exchange import Exchange
-from .options import Options, PartitionBy
 from .overview import CacheInForce
-from .routes import read_routes
+from .records.options import Options, PartitionBy
+from .requests.routes import read_routes
 from .shared import Shared
-from .store import resolve_vectors
+from .storage.store import resolve_vectors
 from .wire import WireFormat
 
 _MAX_TTL = 366 * 24 * 3600

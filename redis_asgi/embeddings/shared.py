@@ -5,16 +5,16 @@ import weakref
 
 from starlette.types import ASGIApp
 
-from ..connection import RedisManager
-from .clock import Clock
-from .counts import Counts
-from .misfits import Misfits
-from .once import Once
-from .options import Options
-from .question import Questions
-from .single_flight import Flights
-from .sub_call import process_budget
-from .vector_cache import VectorCache
+from ..asgi.body_budget import process_budget
+from ..connection.manager import RedisManager
+from .origin.misfits import Misfits
+from .origin.single_flight import Flights
+from .records.clock import Clock
+from .records.metrics import Counts
+from .records.options import Options
+from .records.warnings import Once
+from .requests.question import Questions
+from .storage.vector_cache import VectorCache
 
 
 class Shared:

@@ -15,12 +15,12 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Host, Mount, compile_path
 
 from ..errors import ConfigurationError
-from ..locations import redact
+from ..ratelimit.counting.engine import Engine
 from ..ratelimit.decorator import stack_of
-from ..ratelimit.endpoints import calls_of
-from ..ratelimit.engine import Engine
 from ..ratelimit.overview import LimitInForce, Protection, limits_among, limits_of_route
-from ..ratelimit.routing import inner_app, routes_of
+from ..ratelimit.rules.endpoints import calls_of
+from ..ratelimit.rules.routing import inner_app, routes_of
+from ..settings.locations import redact
 
 if TYPE_CHECKING:
     from ..embeddings.overview import CacheInForce

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import Failure
-from ..locations import weakened_by
-from ..notation import parse_limits
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
+from ..settings.locations import weakened_by
+from ..settings.notation import parse_limits
 from .rights import DISPENSABLE, Missing, Rights, user_of
 from .servers import CACHE, RULES, Server
 

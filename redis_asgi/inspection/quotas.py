@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ..connection import RedisManager
+from ..asgi.scope import Addressing, parse_address
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
-from ..ratelimit.check import Check, Outcome
-from ..ratelimit.cluster import make_batcher
-from ..ratelimit.decision import PolicyState, read_reply
-from ..ratelimit.engine import Engine
-from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
-from ..ratelimit.policies import MOVING_WINDOW_MAX, make_policies
-from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
-from ..ratelimit.rules import DEFAULT_NAME, check_name
-from ..ratelimit.strategies import Mode
-from ..scope import Addressing, parse_address
+from ..ratelimit.counting.engine import Engine
+from ..ratelimit.limits.decision import PolicyState, read_reply
+from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
+from ..ratelimit.limits.strategies import Mode
+from ..ratelimit.rules.partition import UNKNOWN, Partitioner, by_header, client_ip
+from ..ratelimit.rules.policies import MOVING_WINDOW_MAX, make_policies
+from ..ratelimit.rules.rule import DEFAULT_NAME, check_name
+from ..ratelimit.transport.check import Check, Outcome
+from ..ratelimit.transport.cluster_batcher import make_batcher
 from ..settings import Settings, StrategyName
 
 _STRATEGIES: dict[str, StrategyName] = {

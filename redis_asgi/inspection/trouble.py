@@ -12,11 +12,11 @@ from typing import Literal
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisClusterException, RedisError
 
-from ..client import describe
+from ..connection.client_factory import describe
+from ..connection.resolver import names
+from ..connection.sentinels import SentinelRefusal
 from ..errors import Failure, classify, is_unknown_command
 from ..events import REASONS
-from ..names import names
-from ..sentinels import SentinelRefusal
 from ..settings import Settings
 from .rights import user_of
 

@@ -10,7 +10,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..embeddings import EmbeddingCache, EmbeddingCacheMiddleware
-from ..embeddings.routes import Matched, Routes
+from ..embeddings.requests.routes import Matched, Routes
 from ..embeddings.shared import Shared
 from ..embeddings.wire import Batch
 from .replaced import replaced

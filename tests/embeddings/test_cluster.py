@@ -9,10 +9,10 @@ import redis.asyncio as aioredis
 from redis.crc import key_slot
 
 from redis_asgi import EmbeddingCache, EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.store import UNKNOWN, Done, VectorStore, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.store import UNKNOWN, Done, VectorStore, Write, vectors_of
 from redis_asgi.errors import Failure
-from redis_asgi.redis_argument import resolve_manager
 
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of

@@ -13,11 +13,11 @@ import redis as sync_redis
 import redis.asyncio as aioredis
 from starlette.types import Message, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.cache import EmbeddingCache
-from redis_asgi.embeddings.leased import run
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.store import MemoryVectors, RedisVectors, Write
+from redis_asgi.embeddings.storage.pipeline import run
+from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
@@ -43,7 +43,10 @@ async def ask(c: httpx.AsyncClient, *items: str) -> httpx.Response:
     return response
 
 
-@pytest.mark.parametrize("where", ["redis_asgi.connection.build_client", "redis_asgi.client.Turnstile.make_connection"])
+@pytest.mark.parametrize(
+    "where",
+    ["redis_asgi.connection.manager.build_client", "redis_asgi.connection.client_factory.Turnstile.make_connection"],
+)
 async def test_with_a_defect_the_app_answers(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
@@ -151,7 +154,7 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
         # Connections are open, and the model is new.
         await c.post("/v1/embeddings", json={"model": "other", "input": ["a"]})
     spy.bodies.clear()
-    monkeypatch.setattr("redis_asgi.embeddings.server.run", harmed)
+    monkeypatch.setattr("redis_asgi.embeddings.storage.redis_store.run", harmed)
     body = orjson.dumps({"model": "m", "input": ["a", "b"]})
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}

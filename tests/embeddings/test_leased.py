@@ -11,10 +11,10 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
-from redis_asgi import aside
-from redis_asgi.client import Turnstile
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.leased import run
+from redis_asgi.connection import side_connection
+from redis_asgi.connection.client_factory import Turnstile
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.storage.pipeline import run
 from redis_asgi.settings import Settings
 
 from ..kit.proxy import FaultProxy
@@ -179,7 +179,7 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     elif left == "half a reply":
         connection._parser._stream.feed_data(b"$4\r\nof")
     else:
-        cast("Any", aside.transport_of(connection)).abort()
+        cast("Any", side_connection.transport_of(connection)).abort()
     await pool.release(connection)
     assert [[b"of b"]] * 2 == [await run(pool, [("GET", "b")], 5) for _ in range(2)]
     await client.aclose()

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redis_asgi.embeddings.clock import Clock
-from redis_asgi.embeddings.codec import Value, encode
-from redis_asgi.embeddings.local import LocalVectors
-from redis_asgi.embeddings.store import MemoryVectors, Write
+from redis_asgi.embeddings.records.clock import Clock
+from redis_asgi.embeddings.records.codec import Value, encode
+from redis_asgi.embeddings.storage.l1 import LocalVectors
+from redis_asgi.embeddings.storage.store import MemoryVectors, Write
 from redis_asgi.settings import Settings
 
 EPOCHS = (b"e0", b"e1")

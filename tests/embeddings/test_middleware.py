@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.maintenance import flush_model

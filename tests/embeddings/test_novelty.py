@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.novelty import Novelty
+from redis_asgi.embeddings.records.novelty import Novelty
 from redis_asgi.settings import Settings
 
 from ..kit.logs import event_of

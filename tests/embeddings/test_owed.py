@@ -8,11 +8,11 @@ import redis as sync_redis
 from starlette.types import Receive, Scope, Send
 
 from redis_asgi import EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings import owed as module
-from redis_asgi.embeddings.leased import Command
-from redis_asgi.embeddings.owed import Owed, Told
-from redis_asgi.embeddings.store import Done, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.storage import owed_writes as module
+from redis_asgi.embeddings.storage.owed_writes import Owed, Told
+from redis_asgi.embeddings.storage.pipeline import Command
+from redis_asgi.embeddings.storage.store import Done, Write, vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.servers import Cluster, ExternalServer, Server

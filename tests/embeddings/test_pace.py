@@ -8,7 +8,7 @@ import orjson
 import pytest
 from starlette.types import Message
 
-from redis_asgi.embeddings import pace
+from redis_asgi import time_slice as pace
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 

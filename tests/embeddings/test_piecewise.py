@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings import pace, piecewise
-from redis_asgi.embeddings.pace import Pace
-from redis_asgi.embeddings.piecewise import (
+from redis_asgi import time_slice as pace
+from redis_asgi.embeddings.requests import chunked_json as piecewise
+from redis_asgi.embeddings.requests.chunked_json import (
     Most,
     TooManyValues,
     is_within,
@@ -22,6 +22,7 @@ from redis_asgi.embeddings.piecewise import (
     parse_whole,
     take_apart,
 )
+from redis_asgi.time_slice import Pace
 
 LONG = list(range(1000, 1100))  # as JSON longer than what is left where it is
 DOCUMENTS = st.recursive(

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.body import Body
-from redis_asgi.embeddings.head import Head, Heads
-from redis_asgi.embeddings.headers import Headers
-from redis_asgi.embeddings.once import Once
-from redis_asgi.embeddings.options import Options
-from redis_asgi.embeddings.pace import Pace
-from redis_asgi.embeddings.question import Question, Questions
-from redis_asgi.embeddings.routes import Matched
+from redis_asgi.embeddings.records.options import Options
+from redis_asgi.embeddings.records.warnings import Once
+from redis_asgi.embeddings.requests.body import Body
+from redis_asgi.embeddings.requests.head import Head, Heads
+from redis_asgi.embeddings.requests.headers import Headers
+from redis_asgi.embeddings.requests.question import Question, Questions
+from redis_asgi.embeddings.requests.routes import Matched
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Uncacheable
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
+from redis_asgi.time_slice import Pace
 
 SETTINGS = Settings(REDIS_URL="memory://")
 OPENAI = Matched(WIRE_FORMATS["openai"], None)

@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.records import WRITE_TIMEOUT
-from redis_asgi.embeddings.store import Done, MemoryVectors, RedisVectors, Write
+from redis_asgi.embeddings.storage.operations import WRITE_TIMEOUT
+from redis_asgi.embeddings.storage.store import Done, MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings

@@ -10,10 +10,10 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import EmbeddingCache, EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.store import Done, VectorStore, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.store import Done, VectorStore, Write, vectors_of
 from redis_asgi.errors import Failure
-from redis_asgi.redis_argument import resolve_manager
 
 from ..kit.logs import event_of
 from ..kit.servers import ExternalServer, Server

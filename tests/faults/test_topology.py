@@ -14,9 +14,9 @@ from redis.crc import key_slot
 from starlette.types import ASGIApp
 
 from redis_asgi import RedisManager, Settings
-from redis_asgi.ratelimit.policy import make_partition
+from redis_asgi.connection.health_cache import Watch
+from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.telemetry import fresh_telemetry
-from redis_asgi.watch import Watch
 
 from ..kit.logs import event_of
 from ..kit.servers import Cluster, SentinelTrio, Server

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from redis_asgi import ConfigurationError, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.inspection.quotas import QuotaError, Standing, known_policies, look, partition_of, reset
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster

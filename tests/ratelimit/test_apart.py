@@ -11,9 +11,9 @@ from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.check import Check
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.check import Check
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..conftest import StartServer
 from ..kit.logs import event_of

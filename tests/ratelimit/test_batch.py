@@ -17,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, Batcher
-from redis_asgi.ratelimit.check import Check, Outcome
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
-from redis_asgi.ratelimit.script import Call
-from redis_asgi.ratelimit.wires import PoolWire
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.transport.check import Check, Outcome
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
+from redis_asgi.ratelimit.transport.pooled_transport import PoolWire
+from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of

@@ -11,13 +11,13 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import RateLimiter, RedisManager, Settings
-from redis_asgi.embeddings.leased import run
+from redis_asgi.embeddings.storage.pipeline import run
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MAX_COUNTERS, Batcher
-from redis_asgi.ratelimit.check import Check, Outcome
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.line import LineWire
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.batcher import MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.transport.check import Check, Outcome
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
+from redis_asgi.ratelimit.transport.direct_transport import LineWire
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server

@@ -12,11 +12,11 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi import RateLimiter, RedisManager, Settings
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.engine import Engine
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
-from redis_asgi.ratelimit.refusals import RefusalMemory
+from redis_asgi.ratelimit.counting.engine import Engine
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
+from redis_asgi.ratelimit.limits.refusal_memory import RefusalMemory
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..kit.fair_time import fair_time
 from ..kit.servers import ExternalServer

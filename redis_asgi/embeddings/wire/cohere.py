@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,

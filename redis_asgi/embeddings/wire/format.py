@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from ..vectors import Encoding, trimmed
+from ..records.vectors import Encoding, trimmed
 from .content import is_inline
 
 _LATE_CHUNKING = ("late_chunking",)

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from ...errors import ConfigurationError
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,

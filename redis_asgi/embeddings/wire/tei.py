@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings import lookup
-from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.identity import Identity
-from redis_asgi.embeddings.keyspace import Identities
+from redis_asgi.embeddings.records.keys import Identity
+from redis_asgi.embeddings.requests.headers import HeaderClass, Headers
+from redis_asgi.embeddings.requests.keyspace import Identities
+from redis_asgi.embeddings.storage import lookup
 from redis_asgi.embeddings.wire import Answer, Batch, Input
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
