@@ -128,7 +128,8 @@ async def flush_model(
         FlushError: When Redis did not take it.
     """
     # Here, because it brings numpy along, which nothing else in this module needs.
-    from .embeddings.storage.store import Done, Write, resolve_vectors, vectors_of  # noqa: PLC0415
+    from .embeddings.storage.operations import Write, WriteResult  # noqa: PLC0415
+    from .embeddings.storage.store import resolve_vectors, vectors_of  # noqa: PLC0415
 
     manager, is_ours = resolve_vectors(redis, settings)
     settings = settings if settings is not None else manager.settings
@@ -139,9 +140,9 @@ async def flush_model(
     # Without an epoch nothing that may be stored is valid.
     found = await vectors.lookup([name], within) if only_stored else [b""]
     if isinstance(found, Failure):
-        done = Done(0, found)
+        done = WriteResult(0, found)
     elif found == [None]:
-        done = Done(0)
+        done = WriteResult(0)
     else:
         done = await vectors.write([Write(name, os.urandom(8), _EPOCH_TTL)], within)
     if not opened_before and not settings.REDIS_CLUSTER:

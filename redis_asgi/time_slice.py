@@ -6,8 +6,8 @@ from time import perf_counter
 _TURN = 0.002  # seconds of work between two looks at the loop
 
 
-class Pace:
-    """Says when the loop has been kept for long enough: ``if pace.due: await pace.rest()``.
+class TimeSlice:
+    """Says when the loop has been kept for long enough: ``if time_slice.expired: await time_slice.checkpoint()``.
 
     One for all that a request does, as several small pieces of work make a long one.
     """
@@ -15,18 +15,18 @@ class Pace:
     __slots__ = ("_until",)
 
     def __init__(self) -> None:
-        self.begin()
+        self.restart()
 
-    def begin(self) -> None:
+    def restart(self) -> None:
         """Start to count, as the loop has just run for others."""
         self._until = perf_counter() + _TURN
 
     @property
-    def due(self) -> bool:
+    def expired(self) -> bool:
         """Whether others should get a turn now."""
         return perf_counter() >= self._until
 
-    async def rest(self) -> None:
+    async def checkpoint(self) -> None:
         """Let the loop run what waits."""
         await asyncio.sleep(0)
-        self.begin()
+        self.restart()

@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
-from redis_asgi.connection.client_factory import Client, Turnstile
+from redis_asgi.connection.client_factory import Client, QueueingPool
 from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.errors import Failure, classify
 
@@ -129,7 +129,7 @@ async def test_pool_size_is_the_bound(private_server: StartServer) -> None:
 
         async with all_connections(manager, 2):
             pool = manager.pool
-            assert isinstance(pool, Turnstile)
+            assert isinstance(pool, QueueingPool)
             await pool.release(await pool.take())
         assert len(server.connections()) == 3
 
@@ -320,15 +320,15 @@ async def test_close_without_use_is_nothing() -> None:
 async def test_last_user_closes(redis_url: str) -> None:
     """Of several users in a loop the last to let go closes; letting go too often does no harm."""
     async with managed(REDIS_URL=redis_url) as manager:
-        manager.hold()
-        manager.hold()
+        manager.retain()
+        manager.retain()
         client = await manager.get_connection()
-        await manager.let_go()
+        await manager.release()
         assert manager.pool is not None
         assert client is await manager.get_connection()
-        await manager.let_go()
+        await manager.release()
         assert manager.pool is None
-        await manager.let_go()
+        await manager.release()
 
 
 async def test_parts_are_made_once_and_end_before_the_client(redis_url: str) -> None:
@@ -343,11 +343,11 @@ async def test_parts_are_made_once_and_end_before_the_client(redis_url: str) -> 
             ended.append(await ask(self.client, "PING"))
 
     async with managed(REDIS_URL=redis_url) as manager:
-        one = manager.part(Part)
-        assert one is manager.part(Part)
+        one = manager.per_client(Part)
+        assert one is manager.per_client(Part)
         await manager.close()
         assert ended == [True]
-        assert one is not manager.part(Part)
+        assert one is not manager.per_client(Part)
 
 
 async def test_shared_products_are_one_per_manager() -> None:
@@ -357,10 +357,10 @@ async def test_shared_products_are_one_per_manager() -> None:
     def make(_settings: Settings) -> object:
         return object()
 
-    one = manager.shared(make)
+    one = manager.per_process(make)
 
-    assert one is manager.shared(make)
-    assert one is not RedisManager(manager.settings).shared(make)
+    assert one is manager.per_process(make)
+    assert one is not RedisManager(manager.settings).per_process(make)
 
 
 # What a caller may pass as redis=
@@ -472,8 +472,8 @@ async def test_memory_has_no_client() -> None:
     for call in (manager.get_connection, manager.initialize_pool):
         with pytest.raises(ConfigurationError, match="Set REDIS_URL=redis://"):
             await call()
-    manager.hold()
-    await manager.let_go()
+    manager.retain()
+    await manager.release()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def app_manager(app: SubApp) -> RedisManager:
 
 def forget(app: SubApp) -> None:
     """Let a second pass: the next probe checks again."""
-    app_manager(app).part(Watch)._last = None
+    app_manager(app).per_client(Watch)._last = None
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ async def test_a_refused_login_is_tried_every_five_seconds(private_server: Start
     """However often probes come, the server's log of refusals is not filled."""
     server = private_server("--requirepass", "right")
     app = app_on(server.url.replace("redis://", "redis://:wrong@"))
-    watch = app_manager(app).part(Watch)
+    watch = app_manager(app).per_client(Watch)
     await assert_ill(app, "redis_auth")
     watch._last_at -= 4.9
     await assert_ill(app, "redis_auth")

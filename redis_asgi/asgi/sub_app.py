@@ -23,7 +23,7 @@ _POLICY_VIOLATION = 1008
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PageAnswer:
     """What a page says; `SubApp` adds ``Content-Length`` and what every answer carries.
 
     Attributes:
@@ -43,12 +43,12 @@ R = TypeVar("R")
 _MOUNT = "It is an app, and is mounted: write app.mount('/health', health_app())."
 _AUTHORIZE = "authorize=lambda conn: conn.headers.get('authorization') == expected"
 
-Page: TypeAlias = Callable[[HTTPConnection], Awaitable[Answer]]
+Page: TypeAlias = Callable[[HTTPConnection], Awaitable[PageAnswer]]
 
 
-def json_answer(value: Any, *, status: int = 200) -> Answer:
+def json_answer(value: Any, *, status: int = 200) -> PageAnswer:
     """*value* as JSON."""
-    return Answer(orjson.dumps(value), status=status)
+    return PageAnswer(orjson.dumps(value), status=status)
 
 
 def made_by_a_call(make: Callable[P, R]) -> Callable[P, R]:
@@ -119,7 +119,7 @@ class SubApp:
         elif scope["type"] == "http":
             await _send(await self._answer(scope), scope, send)
 
-    async def _answer(self, scope: Scope) -> Answer:
+    async def _answer(self, scope: Scope) -> PageAnswer:
         path = route_path(scope).removesuffix("/")
         page = self._pages.get(path)
         if page is None:
@@ -147,12 +147,12 @@ class SubApp:
         """Close what this loop has open for the app; for subclasses that open something."""
 
 
-def _problem(status: int, title: str, *headers: tuple[bytes, bytes]) -> Answer:
+def _problem(status: int, title: str, *headers: tuple[bytes, bytes]) -> PageAnswer:
     body = orjson.dumps({"type": "about:blank", "title": title, "status": status})
-    return Answer(body, _PROBLEM_JSON, status, headers)
+    return PageAnswer(body, _PROBLEM_JSON, status, headers)
 
 
-async def _send(answer: Answer, scope: Scope, send: Send) -> None:
+async def _send(answer: PageAnswer, scope: Scope, send: Send) -> None:
     headers = [
         (b"content-type", answer.content_type),
         (b"content-length", b"%d" % len(answer.body)),

@@ -35,7 +35,7 @@ Client: TypeAlias = aioredis.Redis | aioredis.RedisCluster
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class NewClient:
     """A client that has not connected yet.
 
     Attributes:
@@ -46,7 +46,7 @@ class Built:
     sentinels: tuple[aioredis.Redis, ...] = ()
 
 
-class Turnstile(ConnectionPool):
+class QueueingPool(ConnectionPool):
     """A pool whose caller waits for a free connection, where redis-py's raises "Too many connections".
 
     A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
@@ -144,7 +144,7 @@ class Turnstile(ConnectionPool):
             connection.mark_for_reconnect()  # type: ignore[no-untyped-call]  # theirs
 
 
-class SentinelTurnstile(SentinelConnectionPool, Turnstile):
+class SentinelTurnstile(SentinelConnectionPool, QueueingPool):
     """The same behind the pool that asks the sentinels where the master is."""
 
 
@@ -158,7 +158,7 @@ def _read_url(url: str) -> dict[str, Any]:
     return options
 
 
-def build_client(settings: Settings) -> Built:
+def build_client(settings: Settings) -> NewClient:
     """Make the client these settings describe. No I/O; every choice below avoids a measured trap.
 
     - no retries: a retried counting command counts again (connecting is retried by `initialize_pool` only);
@@ -203,7 +203,7 @@ def build_client(settings: Settings) -> Built:
         one = (common.pop("host", "localhost"), int(common.pop("port", 6379)))
         addresses = [read_address(each) for each in settings.REDIS_CLUSTER_NODES] or [one]
         kind = connection_class(encrypted=encrypted)
-        return Built(TurnstileCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
+        return NewClient(TurnstileCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
 
     common |= {"db": settings.REDIS_DB}
     pool_options: dict[str, Any] = {
@@ -229,12 +229,12 @@ def build_client(settings: Settings) -> Built:
             **pool_options,
             **tls,
         )
-        return Built(master, tuple(sentinel.sentinels))
+        return NewClient(master, tuple(sentinel.sentinels))
     if url:
         options = common | pool_options | tls | _read_url(url)
-        return Built(aioredis.Redis.from_pool(Turnstile(**options)))
+        return NewClient(aioredis.Redis.from_pool(QueueingPool(**options)))
     where["connection_class"] = connection_class(encrypted=encrypted)
-    return Built(aioredis.Redis.from_pool(Turnstile(**where, **common, **pool_options, **tls)))
+    return NewClient(aioredis.Redis.from_pool(QueueingPool(**where, **common, **pool_options, **tls)))
 
 
 def describe(settings: Settings) -> str:
@@ -310,7 +310,7 @@ async def drop_connections(client: Client) -> None:
         await learn_nodes(client)
         return
     pool = client.connection_pool
-    if isinstance(pool, Turnstile):
+    if isinstance(pool, QueueingPool):
         pool.renew()
     with suppress(RedisError, OSError):
         await pool.disconnect(inuse_connections=False)

@@ -13,7 +13,7 @@ from ..errors import Failure, classify
 from ..settings import Settings
 from ..telemetry import telemetry
 from .client_factory import Client
-from .health_check import DEADLINE, Checkup, Mode, mode_of
+from .health_check import DEADLINE, Checkup, Deployment, mode_of
 from .manager import RedisManager
 from .redis_argument import RedisArgument, offered_managers, resolve_manager
 from .server_info import Health
@@ -54,7 +54,7 @@ class Watch:
 
     def __init__(self, manager: RedisManager, client: Client) -> None:
         self._manager = manager
-        self.mode: Mode = mode_of(client)
+        self.mode: Deployment = mode_of(client)
         self._checkup = Checkup(client)
         self._last: Health | None = None
         self._last_at = 0.0
@@ -93,7 +93,7 @@ class Watch:
         await self._checkup.aclose()
 
 
-async def watched(manager: RedisManager) -> tuple[Health, Mode]:
+async def watched(manager: RedisManager) -> tuple[Health, Deployment]:
     """How the Redis of *manager* is; every caller in this event loop shares its checks.
 
     On ``memory://`` there is nobody to ask, and no failure either.
@@ -101,12 +101,12 @@ async def watched(manager: RedisManager) -> tuple[Health, Mode]:
     if not manager.has_redis:
         return Health(), "memory"
     try:
-        watch = manager.part(Watch)
+        watch = manager.per_client(Watch)
     except Exception as error:
         # No client can be built, such as for a certificate that cannot be read: the limits go on without, too.
         return Health(classify(error)), _mode_of_settings(manager.settings)
     return await watch.health(), watch.mode
 
 
-def _mode_of_settings(settings: Settings) -> Mode:
+def _mode_of_settings(settings: Settings) -> Deployment:
     return "cluster" if settings.REDIS_CLUSTER else "sentinel" if settings.REDIS_SENTINELS else "standalone"

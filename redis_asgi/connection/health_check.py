@@ -26,26 +26,26 @@ from .client_factory import Client
 from .cluster_nodes import SLOTS
 from .server_info import Health
 
-Mode: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
-Address: TypeAlias = tuple[str, int]
+Deployment: TypeAlias = Literal["standalone", "sentinel", "cluster", "memory"]
+NodeAddress: TypeAlias = tuple[str, int]
 Command: TypeAlias = tuple[bytes, ...]
 
 DEADLINE = 0.5  # seconds for connecting and every reply together
-_ALONE: Address = ("", 0)  # there is but one server, whatever its address is now
+_ALONE: NodeAddress = ("", 0)  # there is but one server, whatever its address is now
 
 
 @dataclass(slots=True)
 class _Report:
     """What one server said; filled in as its replies arrive."""
 
-    address: Address
+    address: NodeAddress
     failure: Failure | None = None
     latency: float | None = None
     reused: bool = False  # over a connection from an earlier check
     refused: Failure | None = None  # why it does not take the command that is needed
     about: Mapping[str, str] = field(default_factory=dict)  # INFO
     cluster: Mapping[str, str] = field(default_factory=dict)  # CLUSTER INFO
-    slots: Mapping[Address, int] | None = None  # how many each primary serves, as this node sees it
+    slots: Mapping[NodeAddress, int] | None = None  # how many each primary serves, as this node sees it
 
 
 async def check(client: Client) -> Health:
@@ -67,7 +67,7 @@ class Checkup:
         self._client = client
         self._deadline = deadline
         self._needs: Command = ()
-        self._connections: dict[Address, AbstractConnection] = {}
+        self._connections: dict[NodeAddress, AbstractConnection] = {}
 
     async def run(self, needs: Command = ()) -> Health:
         """Look once more; never raises but for a cancellation.
@@ -105,7 +105,7 @@ class Checkup:
         health = _health_of_server(report)
         return health, report.reused and health.failure is not None
 
-    async def _ask(self, address: Address, connect: Any, more: Sequence[Command], until: float) -> _Report:
+    async def _ask(self, address: NodeAddress, connect: Any, more: Sequence[Command], until: float) -> _Report:
         """PING, *more* and what is needed, in one write; what went wrong before the PONG is the report's failure."""
         report = _Report(address)
         connection = self._connections.pop(address, None)
@@ -141,10 +141,10 @@ class Checkup:
         primaries = {(str(n.host), int(n.port)) for n in current if n.server_type != "replica"}
         more = ((b"INFO",), (b"CLUSTER", b"INFO"), (b"CLUSTER", b"SLOTS"))
         reports: list[_Report] = []
-        seen: set[Address] = set()
+        seen: set[NodeAddress] = set()
         waiting: set[asyncio.Task[_Report]] = set()
 
-        def ask(addresses: Iterable[Address]) -> None:
+        def ask(addresses: Iterable[NodeAddress]) -> None:
             for address in set(addresses) - seen:
                 seen.add(address)
                 where = {"host": address[0], "port": address[1]}
@@ -206,11 +206,11 @@ async def _refusal(connection: AbstractConnection) -> Failure | None:
     return None
 
 
-def _slots(reply: object, asked: str) -> Mapping[Address, int] | None:
+def _slots(reply: object, asked: str) -> Mapping[NodeAddress, int] | None:
     """How many slots each primary serves, of a reply to ``CLUSTER SLOTS``."""
     if not isinstance(reply, list):
         return None
-    found: Counter[Address] = Counter()
+    found: Counter[NodeAddress] = Counter()
     for first, last, primary, *_replicas in reply:
         # A node that does not know its own address says nothing, and means the one that it was asked at.
         host = primary[0].decode() if primary[0] not in (None, b"", b"?") else asked
@@ -273,7 +273,7 @@ def _health(reports: Sequence[_Report], failure: Failure | None, *, partial: boo
     return Health(failure, partial, latency, () if latency is None else tuple(report.about for report in reports))
 
 
-def mode_of(client: Client) -> Mode:
+def mode_of(client: Client) -> Deployment:
     """What kind of deployment *client* talks to."""
     if isinstance(client, aioredis.RedisCluster):
         return "cluster"

@@ -208,14 +208,14 @@ class RedisManager:
         else:
             await opened.until_loop_ends.aclose()
 
-    def hold(self) -> None:
+    def retain(self) -> None:
         """Count one more user in this loop (an app whose lifespan has started)."""
         if self.has_redis:
             # The app starts all the same when no client can be built; the log has said so.
             with suppress(Exception):
                 self._open().users += 1
 
-    async def let_go(self) -> None:
+    async def release(self) -> None:
         """Count one user less; the last one closes."""
         opened = self._opened.get(running_loop())
         if opened is not None:
@@ -223,7 +223,7 @@ class RedisManager:
             if opened.users <= 0:
                 await self.close()
 
-    def part(self, factory: Callable[["RedisManager", Client], T]) -> T:
+    def per_client(self, factory: Callable[["RedisManager", Client], T]) -> T:
         """The one *factory* product of this loop's client, made at first use and closed before the client."""
         opened = self._open()
         made = opened.parts.get(factory)
@@ -252,7 +252,7 @@ class RedisManager:
         self.keys_apart = True
         say(logger, "slots_enforced", address=self.address)
 
-    def shared(self, factory: Callable[[Settings], T]) -> T:
+    def per_process(self, factory: Callable[[Settings], T]) -> T:
         """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
         with self._lock:
             if factory not in self._shared:

@@ -23,7 +23,7 @@ from ..events import say
 logger = logging.getLogger("redis_asgi.connection")
 
 T = TypeVar("T")
-Answer: TypeAlias = tuple[str, ...] | socket.gaierror
+Addresses: TypeAlias = tuple[str, ...] | socket.gaierror
 
 MAX_LOOKUPS = 4
 _PATIENCE = 0.05  # seconds for a look-up before the last answer is used meanwhile; a probe has 0.2 for everything
@@ -63,7 +63,7 @@ class _Lookup:
         self.host = host
         self.began = began
         self.is_told = False  # whether the log has a line about its silence
-        self.waiters: dict[asyncio.Future[Answer], asyncio.AbstractEventLoop] = {}
+        self.waiters: dict[asyncio.Future[Addresses], asyncio.AbstractEventLoop] = {}
 
 
 class Names:
@@ -102,7 +102,7 @@ class Names:
         if known:
             return known
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        future: asyncio.Future[Addresses] = loop.create_future()
         lookup = self._join(host, future, loop)
         last = self._last_of(host)
         try:
@@ -142,7 +142,7 @@ class Names:
                 return made
         raise first or socket.gaierror(socket.EAI_NONAME, "no address")
 
-    def _join(self, host: str, future: asyncio.Future[Answer], loop: asyncio.AbstractEventLoop) -> _Lookup:
+    def _join(self, host: str, future: asyncio.Future[Addresses], loop: asyncio.AbstractEventLoop) -> _Lookup:
         with self._lock:
             lookup = self._under_way.get(host)
             is_new = lookup is None
@@ -163,7 +163,7 @@ class Names:
                 self._settle(lookup, socket.gaierror(socket.EAI_AGAIN, "no thread for a look-up"))
         return lookup
 
-    def _leave(self, lookup: _Lookup, future: asyncio.Future[Answer]) -> None:
+    def _leave(self, lookup: _Lookup, future: asyncio.Future[Addresses]) -> None:
         with self._lock:
             lookup.waiters.pop(future, None)
             if not lookup.waiters:
@@ -191,7 +191,7 @@ class Names:
                     _bound(self._last)
             self._settle(lookup, answer)
 
-    def _answer(self, host: str) -> Answer:
+    def _answer(self, host: str) -> Addresses:
         try:
             found = self._look_up(host)
         except socket.gaierror as error:
@@ -201,7 +201,7 @@ class Names:
             return socket.gaierror(socket.EAI_NONAME, str(error))
         return found or socket.gaierror(socket.EAI_NONAME, "no address")
 
-    def _settle(self, lookup: _Lookup, answer: Answer) -> None:
+    def _settle(self, lookup: _Lookup, answer: Addresses) -> None:
         with self._lock:
             waiters = list(lookup.waiters.items())
         for future, loop in waiters:
@@ -240,7 +240,7 @@ def _bound(table: dict[str, T]) -> None:
         del table[next(iter(table))]
 
 
-def _wake(future: asyncio.Future[Answer], answer: Answer) -> None:
+def _wake(future: asyncio.Future[Addresses], answer: Addresses) -> None:
     if not future.done():
         future.set_result(answer)
 

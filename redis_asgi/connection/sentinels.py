@@ -16,7 +16,7 @@ from . import side_connection
 
 logger = logging.getLogger("redis_asgi.connection")
 
-Answer: TypeAlias = tuple[str, int] | Exception | None
+MasterAnswer: TypeAlias = tuple[str, int] | Exception | None
 
 
 class SentinelRefusal(AuthenticationError):
@@ -74,7 +74,7 @@ def is_refusal(error: Exception) -> bool:
     return classify(error) in (Failure.AUTH, Failure.PERMISSION)
 
 
-async def master_of(sentinel: aioredis.Redis, name: str) -> Answer:
+async def master_of(sentinel: aioredis.Redis, name: str) -> MasterAnswer:
     """Where *sentinel* says the master is; ``None`` when it knows none that is up, else why it says nothing."""
     connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
     try:

@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from time import perf_counter
 
-from ..time_slice import Pace
-from .origin.app_call import Reply, SubCall, Untouched, inflated
-from .origin.read_answer import Asked, read_reply
-from .origin.single_flight import Flight, Landing
+from ..time_slice import TimeSlice
+from .origin.app_call import AppCall, AppReply, Untouched, inflated
+from .origin.read_answer import SubRequest, read_answer
+from .origin.single_flight import Flight, FlightResult
 from .origin.waiters import Waiting
 from .requests import http_caching as http
 from .requests.question import Question
 from .shared import Shared
-from .storage.lookup import Found
+from .storage.lookup import Stored
 
 
 def ask_app(
     shared: Shared,
     untouched: Untouched,
     question: Question,
-    found: Found,
+    found: Stored,
     names: Sequence[bytes],
     waiting: Waiting,
     *,
@@ -47,7 +47,7 @@ def ask_app(
     except Exception as error:
         body = error
     if not isinstance(body, bytes):
-        shared.once.wire_format_fails(wire.name, "shrink", body)
+        shared.warnings.wire_format_fails(wire.name, "shrink", body)
         return None
     sent = untouched.headers
     half = shared.settings.EMBEDDING_CACHE_DTYPE == "float16"
@@ -55,23 +55,23 @@ def ask_app(
     gzip = names == question.slots and not half and http.accepts_gzip(sent)
     headers = http.for_sub_request(sent, len(body), gzip=gzip)
     limit = shared.settings.EMBEDDING_CACHE_MAX_RESPONSE_BYTES
-    call = SubCall(shared.app, untouched, headers, body, limit=limit, budget=shared.budget)
+    call = AppCall(shared.app, untouched, headers, body, limit=limit, budget=shared.budget)
     asked_at, began = shared.clock.wall(), perf_counter()
     flight = Flight(names, identity.lease_name, epoch, call, asked_at, filling=filling)
     model = found.lease.model if found.lease is not None else None
     is_in_key = shared.questions.headers.is_in_key
-    asked = Asked(wire, batch, inputs, epoch, model, asked_at, half, is_in_key, refusal)
+    asked = SubRequest(wire, batch, inputs, epoch, model, asked_at, half, is_in_key, refusal)
     call.reply.add_done_callback(lambda _: shared.counts.origin_seconds.observe(perf_counter() - began))
 
-    async def read(reply: Reply) -> Landing | None:
+    async def read(reply: AppReply) -> FlightResult | None:
         now = shared.clock.wall()
-        body, held = await inflated(reply, limit, shared.budget, Pace())
+        body, held = await inflated(reply, limit, shared.budget, TimeSlice())
         try:
-            return await read_reply(asked, reply, body, now) if body is not None else None
+            return await read_answer(asked, reply, body, now) if body is not None else None
         finally:
             shared.budget.give(held)
 
-    async def write(landing: Landing) -> None:
+    async def write(landing: FlightResult) -> None:
         rule = landing.rule
         if rule.refusal is not None:
             _say_not_kept(shared, rule)
@@ -86,10 +86,10 @@ def ask_app(
     return flight
 
 
-def _say_not_kept(shared: Shared, rule: http.Storable) -> None:
+def _say_not_kept(shared: Shared, rule: http.StorePermission) -> None:
     refusal = rule.refusal or ""
     shared.counts.rejected(refusal)
     if refusal == "response-no-store":
-        shared.once.warn("embedding_response_not_stored")
+        shared.warnings.warn("embedding_response_not_stored")
     elif refusal == "vary":
-        shared.once.warn("embedding_response_varies", header=rule.varies_by)
+        shared.warnings.warn("embedding_response_varies", header=rule.varies_by)

@@ -4,22 +4,22 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..time_slice import Pace
+from ..time_slice import TimeSlice
 from .answers.outcome import Outcome
 from .answers.output import send_joined
 from .answers.rendering import rendered
-from .calls import Calls
-from .origin.single_flight import Flight, Landing
+from .calls import AppCalls
+from .origin.single_flight import Flight, FlightResult
 from .origin.tokens import count_all, reported
 from .records.lease import Lease
-from .records.metrics import Result
+from .records.metrics import CacheResult
 from .records.vectors import Encoding
 from .requests import http_caching as http
-from .requests.http_caching import Wanted
+from .requests.http_caching import RequestDirectives
 from .requests.question import Question
 from .shared import Shared
-from .storage.lookup import Found
-from .wire import Fresh, Usage
+from .storage.lookup import Stored
+from .wire import FreshFields, Usage
 
 
 class Answers:
@@ -31,18 +31,24 @@ class Answers:
         question: What the request asks.
         found: What is at hand.
         outcome: Where it is said.
-        pace: Of the request.
+        time_slice: Of the request.
     """
 
     def __init__(
-        self, shared: Shared, wanted: Wanted, question: Question, found: Found, outcome: Outcome, pace: Pace
+        self,
+        shared: Shared,
+        wanted: RequestDirectives,
+        question: Question,
+        found: Stored,
+        outcome: Outcome,
+        time_slice: TimeSlice,
     ) -> None:
         self._shared = shared
         self._wanted = wanted
         self._question = question
         self._found = found
         self._outcome = outcome
-        self._pace = pace
+        self._time_slice = time_slice
 
     async def hit(self, lease: Lease) -> bool:
         """Answer with what was found."""
@@ -57,10 +63,10 @@ class Answers:
         self._outcome.hits, self._outcome.misses = len(self._question.inputs), 0
         return await self.kept(lease, "stale", http.status("fwd=stale", "detail=lease", "collapsed"))
 
-    async def kept(self, lease: Lease, result: Result, member: str) -> bool:
+    async def kept(self, lease: Lease, result: CacheResult, member: str) -> bool:
         """Answer without a call of our own: with what the app said last to this caller."""
         shared, question, outcome = self._shared, self._question, self._outcome
-        fresh = Fresh(int(shared.clock.wall()), os.urandom(16).hex())
+        fresh = FreshFields(int(shared.clock.wall()), os.urandom(16).hex())
         tokens, counted = count_all(question.slots, self._found.values, question.inputs)
         usage = reported(tokens, outcome.billed, shared.settings.EMBEDDING_CACHE_USAGE)
         encodings = question.batch.encodings
@@ -70,10 +76,10 @@ class Answers:
         outcome.tokens = tokens
         send = outcome.says(result, member)
         outcome.served(self._found.size, counted)
-        await send_joined(send, lease.status, lease.headers, pieces, self._pace)
+        await send_joined(send, lease.status, lease.headers, pieces, self._time_slice)
         return True
 
-    async def merged(self, calls: Calls, flight: Flight, landing: Landing) -> bool:
+    async def merged(self, calls: AppCalls, flight: Flight, landing: FlightResult) -> bool:
         """Answer with what *flight*, the request's own, has brought, and with what was at hand."""
         outcome, question, values = self._outcome, self._question, self._found.values
         settings, refusal, shrunken = self._shared.settings, landing.rule.refusal, calls.is_shrunken(flight)
@@ -105,17 +111,19 @@ class Answers:
             await flight.call.relay(send)
         else:
             headers = http.less_body(landing.reply.headers)
-            await send_joined(send, landing.reply.status, headers, pieces, self._pace)
+            await send_joined(send, landing.reply.status, headers, pieces, self._time_slice)
         return True
 
     async def _rendered(
-        self, frame: dict[str, Any], encodings: Sequence[Encoding], usage: Usage, fresh: Fresh | None
+        self, frame: dict[str, Any], encodings: Sequence[Encoding], usage: Usage, fresh: FreshFields | None
     ) -> list[bytes] | None:
-        vectors, once = self._shared.vectors, self._shared.once
+        vectors, warnings = self._shared.vectors, self._shared.warnings
         values = self._found.values
-        return await rendered(vectors.local, once, self._question, values, frame, encodings, usage, fresh, self._pace)
+        return await rendered(
+            vectors.local, warnings, self._question, values, frame, encodings, usage, fresh, self._time_slice
+        )
 
-    def member(self, calls: Calls, landing: Landing | None) -> str:
+    def member(self, calls: AppCalls, landing: FlightResult | None) -> str:
         """Our member of ``Cache-Status``; *landing*: our own sub-request's, if understood."""
         refusal = landing.rule.refusal if landing is not None else None
         stored = landing is not None and refusal is None and not landing.is_stray

@@ -12,12 +12,12 @@ from .origin.waiters import Waiting
 from .records.lease import shortest
 from .requests.question import Question
 from .shared import Shared
-from .storage.lookup import Found
+from .storage.lookup import Stored
 
 REFUSALS = (401, 403)
 
 
-class Calls:
+class AppCalls:
     """Those of one request.
 
     Args:
@@ -41,7 +41,7 @@ class Calls:
         shared: Shared,
         scope: Scope,
         question: Question,
-        found: Found,
+        found: Stored,
         carried: Mapping[bytes, Flight],
         refusal: str | None,
     ) -> None:
@@ -138,7 +138,7 @@ class Calls:
     def strike(self, *, lasting: bool = False) -> None:
         """Note a call more than without the cache: after two in a minute, requests of this scope go out whole."""
         if self._shared.misfits.strike(self._misfit, self._shared.clock.monotonic(), lasting=lasting):
-            self._shared.once.warn("embedding_answers_not_understood", wire_format=self._question.wire.name)
+            self._shared.warnings.warn("embedding_answers_not_understood", wire_format=self._question.wire.name)
 
     def fitted(self) -> None:
         """Note that the answer to a smaller request was understood."""

@@ -12,7 +12,7 @@ from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
 from ..settings.locations import weakened_by
 from ..settings.notation import parse_limits
-from .rights import DISPENSABLE, Missing, Rights, user_of
+from .rights import DISPENSABLE, MissingRight, Rights, user_of
 from .servers import CACHE, RULES, Server
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def role_findings(server: Server, info: Info, *, is_whole: bool = False) -> list
     return found
 
 
-def rights_findings(server: Server, rights: Rights, missing: Sequence[Missing], info: Info) -> list[Finding]:
+def rights_findings(server: Server, rights: Rights, missing: Sequence[MissingRight], info: Info) -> list[Finding]:
     """What `try_rights` found *missing*."""
     denied = [each.right for each in missing if each.failure is Failure.PERMISSION]
     unknown = [each.right.lstrip("+") for each in missing if each.failure is Failure.REPLY]
@@ -180,7 +180,7 @@ def rights_findings(server: Server, rights: Rights, missing: Sequence[Missing], 
     return found
 
 
-def _writes(refused: Missing) -> Finding:
+def _writes(refused: MissingRight) -> Finding:
     fixes = {
         Failure.OOM: "Raise maxmemory, or move vectors to a server of their own with EMBEDDING_CACHE_REDIS_URL.",
         Failure.READONLY: "A snapshot fails, or replicas are missing: the server's log says which.",

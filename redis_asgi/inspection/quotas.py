@@ -45,7 +45,7 @@ class QuotaError(MaintenanceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class QuotaRow:
     """One policy as one client stands to it.
 
     Attributes:
@@ -134,7 +134,7 @@ def known_policies(
 
 async def ask(manager: RedisManager, mode: Mode, charges: Charges, within: float) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     check = Check(batcher.loop, mode, charges, within)
     batcher.submit(check)
     return cast("Outcome", await check.future)
@@ -142,7 +142,7 @@ async def ask(manager: RedisManager, mode: Mode, charges: Charges, within: float
 
 async def look(
     manager: RedisManager, partition: Partition, known: Sequence[Policy], *, name: str | None = None
-) -> list[Standing]:
+) -> list[QuotaRow]:
     """How a client stands: to every stored policy (of the rule *name*), then to the *known* ones it has not used.
 
     Charges and writes nothing.
@@ -213,9 +213,9 @@ def _belongs(policy: Policy, name: str) -> bool:
     return policy.name in (name, f"{name}-{policy.window}s")
 
 
-def _known(state: PolicyState, *, stored: bool) -> Standing:
+def _known(state: PolicyState, *, stored: bool) -> QuotaRow:
     used = state.quota - state.remaining
-    return Standing(
+    return QuotaRow(
         state.name,
         state.strategy,
         state.window,
@@ -228,8 +228,8 @@ def _known(state: PolicyState, *, stored: bool) -> Standing:
     )
 
 
-def _unknown(state: PolicyState, *, used: int, reset: float | None) -> Standing:
-    return Standing(state.name, state.strategy, state.window, None, used, None, None, reset, stored=True)
+def _unknown(state: PolicyState, *, used: int, reset: float | None) -> QuotaRow:
+    return QuotaRow(state.name, state.strategy, state.window, None, used, None, None, reset, stored=True)
 
 
 def _owed(raw: bytes | str | None) -> int:

@@ -181,7 +181,7 @@ class RateLimit:
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
             self._engine.plans = PlanCache(
-                Addressing(settings), manager.shared(charges_kept), renderer_of(settings.RATE_LIMIT_HEADERS)
+                Addressing(settings), manager.per_process(charges_kept), renderer_of(settings.RATE_LIMIT_HEADERS)
             )
         return self._engine
 

@@ -19,13 +19,13 @@ from .types import (
     HeaderName,
     HeaderNames,
     HeaderStyle,
-    Identity,
     Networks,
     Notation,
     OnMissingIdentity,
     OnRedisError,
+    PartitionName,
     Paths,
-    Routes,
+    RouteNames,
     StrategyName,
     Url,
     overlap,
@@ -71,7 +71,7 @@ class Settings(ServerSettings):
     RATE_LIMIT_STRATEGY: StrategyName = Field(
         default="fixed-window", examples=["fixed-window"], description="how limits are counted"
     )
-    RATE_LIMIT_PARTITION: Identity = Field(
+    RATE_LIMIT_PARTITION: PartitionName = Field(
         default="ip", examples=["header:x-api-key"], description="who shares a counter: `ip`, `user` or `header:NAME`"
     )
     RATE_LIMIT_MISSING_IDENTITY: OnMissingIdentity = Field(
@@ -153,7 +153,7 @@ class Settings(ServerSettings):
     EMBEDDING_CACHE_NAMESPACE: str = Field(
         default="", max_length=200, examples=["bge-m3@5617a9f"], description="in every key: your model and its revision"
     )
-    EMBEDDING_CACHE_ROUTES: Routes = Field(
+    EMBEDDING_CACHE_ROUTES: RouteNames = Field(
         default=("openai", "ollama", "cohere", "tei"),
         examples=["openai,openai:/my/path"],
         description="wire formats at their usual paths, and `NAME:/path` for others",

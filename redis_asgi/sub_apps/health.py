@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 from starlette.requests import HTTPConnection
 
-from ..asgi.sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
+from ..asgi.sub_app import Authorize, PageAnswer, SubApp, json_answer, made_by_a_call
 from ..connection.client_factory import Client
 from ..connection.health_cache import Target, watched
-from ..connection.health_check import Mode, check, mode_of
+from ..connection.health_check import Deployment, check, mode_of
 from ..connection.manager import RedisManager
 from ..connection.redis_argument import RedisArgument
 from ..connection.server_info import Health
@@ -58,7 +58,7 @@ def code_of(failure: Failure | None) -> str | None:
     return None if failure is None else f"redis_{failure.value}"
 
 
-def _described(health: Health, mode: Mode | None) -> dict[str, Any]:
+def _described(health: Health, mode: Deployment | None) -> dict[str, Any]:
     saved = None if health.saved_at is None else datetime.fromtimestamp(health.saved_at, UTC)
     return {
         "mode": mode,
@@ -78,7 +78,7 @@ def human_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class AppHealth:
     """What a health check answers, and why.
 
     Attributes:
@@ -91,11 +91,11 @@ class Standing:
     error: str | None
     breaker: str
     health: Health
-    mode: Mode
+    mode: Deployment
     manager: RedisManager
 
 
-async def worst_standing(managers: Sequence[RedisManager], *, require_redis: bool | None = None) -> Standing:
+async def worst_standing(managers: Sequence[RedisManager], *, require_redis: bool | None = None) -> AppHealth:
     """How the app stands with the Redis that it stands worst with; of equal ones with the first.
 
     All are asked at the same time.
@@ -104,7 +104,7 @@ async def worst_standing(managers: Sequence[RedisManager], *, require_redis: boo
     return max(found, key=lambda each: _WORSE.index(each.status))
 
 
-async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> Standing:
+async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> AppHealth:
     """How the app stands with the Redis of *manager*; arguments as of `health_app`."""
     health, mode = await watched(manager)
     breaker = manager.breaker_state
@@ -122,7 +122,7 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
         status = "unhealthy"
     else:
         status = "degraded"
-    return Standing(status, error, breaker, health, mode, manager)
+    return AppHealth(status, error, breaker, health, mode, manager)
 
 
 def _serves_some(health: Health) -> bool:
@@ -141,17 +141,17 @@ class HealthApp(SubApp):
         self._target = target
         self._require_redis = require_redis
 
-    async def _live(self, _connection: HTTPConnection) -> Answer:
+    async def _live(self, _connection: HTTPConnection) -> PageAnswer:
         return _ALIVE
 
-    async def _now(self, connection: HTTPConnection) -> Standing:
+    async def _now(self, connection: HTTPConnection) -> AppHealth:
         return await worst_standing(self._target.managers(connection.scope), require_redis=self._require_redis)
 
-    async def _ready(self, connection: HTTPConnection) -> Answer:
+    async def _ready(self, connection: HTTPConnection) -> PageAnswer:
         now = await self._now(connection)
         return _answer(now, {"status": now.status, "error": now.error})
 
-    async def _overview(self, connection: HTTPConnection) -> Answer:
+    async def _overview(self, connection: HTTPConnection) -> PageAnswer:
         now = await self._now(connection)
         return _answer(
             now, {"status": now.status, "error": now.error, "breaker": now.breaker, **_described(now.health, now.mode)}
@@ -161,7 +161,7 @@ class HealthApp(SubApp):
 _ALIVE = json_answer({"status": "alive"})
 
 
-def _answer(now: Standing, body: Mapping[str, Any]) -> Answer:
+def _answer(now: AppHealth, body: Mapping[str, Any]) -> PageAnswer:
     return json_answer(body, status=503 if now.status == "unhealthy" else 200)
 
 

@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import HTTPConnection
 
 from .._version import __version__
-from ..asgi.sub_app import Answer, Authorize, SubApp, json_answer, made_by_a_call
+from ..asgi.sub_app import Authorize, PageAnswer, SubApp, json_answer, made_by_a_call
 from ..connection.client_factory import Client
 from ..connection.health_cache import Target, watched
 from ..connection.health_check import check
@@ -89,7 +89,7 @@ class MetricsApp(SubApp):
         """Sums over two servers would say nothing of either, so the outermost middleware's is told."""
         return self._target.managers(connection.scope)[0]
 
-    async def _metrics(self, connection: HTTPConnection) -> Answer:
+    async def _metrics(self, connection: HTTPConnection) -> PageAnswer:
         accept = ",".join(connection.headers.getlist("accept"))
         if _wants_json(accept):
             return await self._json(connection)
@@ -98,17 +98,17 @@ class MetricsApp(SubApp):
         gauges = read(manager, await _client(manager), health, version=__version__)
         encode, content_type = choose_encoder(accept)
 
-        def text(families: Families) -> Answer:
-            return Answer(encode(Scrape([*families, *gauges])), content_type.encode(), headers=_VARY)
+        def text(families: Families) -> PageAnswer:
+            return PageAnswer(encode(Scrape([*families, *gauges])), content_type.encode(), headers=_VARY)
 
         return await _with_counters(text)
 
-    async def _json(self, connection: HTTPConnection) -> Answer:
+    async def _json(self, connection: HTTPConnection) -> PageAnswer:
         manager = self._manager_for(connection)
         health, _mode = await watched(manager)
         about = {"version": __version__, "breaker": manager.breaker_state}
 
-        def figures(families: Families) -> Answer:
+        def figures(families: Families) -> PageAnswer:
             return json_answer({**redis_figures(health), "middleware": {**about, **middleware_figures(families)}})
 
         return await _with_counters(figures)
@@ -123,10 +123,10 @@ async def _client(manager: RedisManager) -> Client | None:
         return None  # none can be built, which the reading says already
 
 
-async def _with_counters(make: Callable[[Families], Answer]) -> Answer:
+async def _with_counters(make: Callable[[Families], PageAnswer]) -> PageAnswer:
     """What *make* makes of everything counted, off the event loop: it takes 2 ms, or with many policies 20."""
 
-    def made() -> Answer:
+    def made() -> PageAnswer:
         with _giving_way():
             return make(counted())
 

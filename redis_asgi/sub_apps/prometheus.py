@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from ..connection.client_factory import Client
 from ..connection.manager import RedisManager
-from ..connection.pool_usage import pool_of
+from ..connection.pool_usage import pool_usage
 from ..connection.server_info import Health
 from ..ratelimit.counting.local_engine import LocalEngine
 from ..ratelimit.limits.refusal_memory import RefusalMemory
@@ -109,7 +109,9 @@ def _process(manager: RedisManager, client: Client | None, health: Health, versi
     yield about
     yield _gauge("breaker_state", "The breaker: 0 closed, 1 half open, 2 open.", _BREAKER_STATES[manager.breaker_state])
     yield _gauge(
-        "ratelimit_local_partitions", "Clients counted in this process.", len(manager.shared(LocalEngine.from_settings))
+        "ratelimit_local_partitions",
+        "Clients counted in this process.",
+        len(manager.per_process(LocalEngine.from_settings)),
     )
     yield _gauge(
         "ratelimit_local_partitions_max",
@@ -119,14 +121,14 @@ def _process(manager: RedisManager, client: Client | None, health: Health, versi
     yield _gauge(
         "ratelimit_remembered_refusals",
         "Clients this process refuses without asking Redis.",
-        len(manager.shared(RefusalMemory.from_settings)),
+        len(manager.per_process(RefusalMemory.from_settings)),
     )
     if manager.has_redis:
         yield _gauge("redis_up", "Whether Redis answered a PING in time.", health.is_up)
         connections = GaugeMetricFamily(
             f"{PREFIX}_redis_pool_connections", "Connections of this process's pool.", labels=("state",)
         )
-        pool = None if client is None else pool_of(client)
+        pool = None if client is None else pool_usage(client)
         if pool is not None:
             for state, number in (("in_use", pool.in_use), ("idle", pool.idle), ("max", pool.most)):
                 connections.add_metric((state,), number)

@@ -92,7 +92,10 @@ class _Counted:
     def forget(self) -> None:
         """Forget them, here and in Redis: their times may be later than the real one."""
         for manager, partitions in self._keys.items():
-            engine, refusals = manager.shared(LocalEngine.from_settings), manager.shared(RefusalMemory.from_settings)
+            engine, refusals = (
+                manager.per_process(LocalEngine.from_settings),
+                manager.per_process(RefusalMemory.from_settings),
+            )
             for key in partitions:
                 engine.forget(key)
                 refusals.forget(key, CLOCK.monotonic())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.records.keys import Identity
+from redis_asgi.embeddings.records.keys import RecordKeys
 from redis_asgi.embeddings.requests.head import Heads
 from redis_asgi.embeddings.requests.headers import HeaderClass, Headers
 from redis_asgi.embeddings.requests.keyspace import Identities
@@ -37,7 +37,7 @@ def identity_of(
     partition: str | None = None,
     identities: Identities = IDENTITIES,
     **scope: Any,
-) -> tuple[Identity, bytes]:
+) -> tuple[RecordKeys, bytes]:
     """The identity of a request, and the key of its first input."""
     scope = {"path": "/v1/embeddings", "raw_path": None, "query_string": b"", "scheme": "http"} | scope
     parsed = orjson.loads(orjson.dumps(fields or {"model": "m", "input": "q"}))

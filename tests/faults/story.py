@@ -325,7 +325,7 @@ class _Story:
 
     def _forget_health(self) -> None:
         """A second passes: the next page looks again."""
-        self.manager.part(Watch)._last = None
+        self.manager.per_client(Watch)._last = None
 
     def _let_a_second_pass(self) -> None:
         """Without trouble: the outage is over."""

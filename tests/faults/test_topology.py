@@ -57,7 +57,7 @@ class Service:
 
     async def health(self) -> tuple[int, str, str | None]:
         """Of an app that needs Redis, as it is now."""
-        self.manager.part(Watch)._last = None
+        self.manager.per_client(Watch)._last = None
         answer = await Exchange(self.app, "/health/ready").run()
         return answer.status, answer.json["status"], answer.json["error"]
 

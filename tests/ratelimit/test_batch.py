@@ -50,7 +50,7 @@ def submit(batcher: Batcher, *charges: Charge, timeout: float = 5.0) -> "asyncio
 
 async def batcher_of(manager: RedisManager) -> Batcher:
     """The batcher of a manager's client in this loop."""
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     return batcher
 
@@ -306,7 +306,7 @@ async def test_settled_after_the_response_in_redis(redis_server: ExternalServer)
 
 async def _quiet(app: RateLimitMiddleware) -> None:
     """Wait until the batch that settles has come back."""
-    batcher = app._manager.part(make_batcher)
+    batcher = app._manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     while batcher._sent or batcher._waiting:
         await asyncio.sleep(0.001)

@@ -15,7 +15,7 @@ from starlette.routing import Host, Mount, Route, Router
 from starlette.types import ASGIApp
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, RedisManager, Settings, health_app, metrics_app
-from redis_asgi.asgi.sub_app import Answer, SubApp, json_answer
+from redis_asgi.asgi.sub_app import PageAnswer, SubApp, json_answer
 from redis_asgi.ratelimit.rules.routing import Routing
 
 from .harness import Spy, client_of, drive, header, http_scope, statuses, websocket_scope
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 MEMORY = Settings(REDIS_URL="memory://")
 
 
-async def page(conn: HTTPConnection) -> Answer:
+async def page(conn: HTTPConnection) -> PageAnswer:
     return json_answer({"status": "fine"})
 
 

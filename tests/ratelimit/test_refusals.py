@@ -225,7 +225,7 @@ async def test_loops_in_two_threads_may_share_an_engine(redis_url: str) -> None:
 
     manager = RedisManager(Settings(REDIS_URL=redis_url))
 
-    assert manager.part(make_batcher) is Raced(manager, timeout=1.0)._batcher()
+    assert manager.per_client(make_batcher) is Raced(manager, timeout=1.0)._batcher()
 
     await manager.close()
 

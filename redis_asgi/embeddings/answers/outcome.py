@@ -6,7 +6,7 @@ from typing import Literal
 from starlette.types import Message, Scope, Send
 
 from ...tracing import annotate_span, may_be_traced
-from ..records.metrics import Counts, Result
+from ..records.metrics import CacheMetrics, CacheResult
 from ..requests import http_caching as http
 from .result import EmbeddingCacheResult
 
@@ -46,18 +46,18 @@ class Outcome:
         "tokens",
     )
 
-    def __init__(self, counts: Counts, scope: Scope, send: Send, *, status: bool) -> None:
+    def __init__(self, counts: CacheMetrics, scope: Scope, send: Send, *, status: bool) -> None:
         self._counts = counts
         self._scope = scope
         self._send = send
         self._status = status
-        self._result: Result = "error"  # while nothing else is said
+        self._result: CacheResult = "error"  # while nothing else is said
         self._reason = ""
         self._served_bytes = self._saved_tokens = 0
         self.hits = self.misses = self.collapsed = self.tokens = self.billed = 0
         self.looked_up = False
 
-    def says(self, result: Result, member: str, *, reason: str = "", error: bool = False) -> Send:
+    def says(self, result: CacheResult, member: str, *, reason: str = "", error: bool = False) -> Send:
         """Say that the request is a *result*; gives the ``send`` of its answer, with *member* in ``Cache-Status``.
 
         Args:
@@ -90,16 +90,16 @@ class Outcome:
             collapsed: Those that others bring.
         """
         self.hits, self.misses, self.collapsed = inputs - misses - collapsed, misses, collapsed
-        result: Result = "partial" if self.hits else "miss"
+        result: CacheResult = "partial" if self.hits else "miss"
         self._turns_out(result)
         self._show(result)
 
-    def _turns_out(self, result: Result) -> None:
+    def _turns_out(self, result: CacheResult) -> None:
         self._result = result
         if "opentelemetry.trace" in sys.modules and may_be_traced():
             annotate_span(cache_result=result)
 
-    def _show(self, result: Result) -> None:
+    def _show(self, result: CacheResult) -> None:
         outcome: Literal["hit", "miss", "partial", "bypass"]
         if result in ("hit", "miss", "partial", "bypass"):
             outcome = result

@@ -3,14 +3,14 @@
 import orjson
 from starlette.types import Send
 
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..requests.http_caching import RawHeaders
 
 _CHUNK = 256 * 1024  # bytes per body message
 _IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
 
 
-async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list[bytes], pace: Pace) -> None:
+async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list[bytes], time_slice: TimeSlice) -> None:
     """Send an answer whose body is *pieces*, joined so far that no copy stops the loop for long; takes them out.
 
     *headers* hold none that is about another body.
@@ -31,8 +31,8 @@ async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list
         if size >= _CHUNK:
             await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": True})
             chunk, size = [], 0
-            if pace.due:
-                await pace.rest()
+            if time_slice.expired:
+                await time_slice.checkpoint()
     await send({"type": "http.response.body", "body": b"".join(chunk), "more_body": False})
 
 

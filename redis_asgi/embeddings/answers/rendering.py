@@ -3,41 +3,41 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..records.codec import Value
 from ..records.vectors import Encoding, text_of
-from ..records.warnings import Once
+from ..records.warnings import Warnings
 from ..requests.question import Question
-from ..storage.l1 import LocalVectors
-from ..wire import WIRE_FORMATS, Fresh, Usage
+from ..storage.l1 import L1Cache
+from ..wire import WIRE_FORMATS, FreshFields, Usage
 
 
 async def rendered(
-    local: LocalVectors,
-    once: Once,
+    local: L1Cache,
+    warnings: Warnings,
     question: Question,
     values: Mapping[bytes, Value],
     frame: dict[str, Any],
     encodings: Sequence[Encoding],
     usage: Usage,
-    fresh: Fresh | None,
-    pace: Pace,
+    fresh: FreshFields | None,
+    time_slice: TimeSlice,
 ) -> list[bytes] | None:
     """The body in pieces, for the caller to take apart; ``None`` when the wire format fails.
 
     Args:
         local: Where the middleware's process keeps vectors, and how they are written.
-        once: What the middleware has warned of.
+        warnings: What the middleware has warned of.
         question: What is answered.
         values: A vector for each of its inputs, by key.
         frame: What an answer of the app had around its vectors.
         encodings: The representations of the answer.
         usage: What it reports.
         fresh: What it has as new; ``None`` = the frame is of the app's answer to this request.
-        pace: Of the request.
+        time_slice: Of the request.
     """
     wire = question.wire
-    texts = await _texts(local, question, values, encodings, pace)
+    texts = await _texts(local, question, values, encodings, time_slice)
     pieces: object
     try:
         pieces = wire.render(question.batch, frame, texts, usage, fresh)
@@ -47,12 +47,16 @@ async def rendered(
     ours = WIRE_FORMATS.get(wire.name) is wire
     if isinstance(pieces, list) and (ours or {*map(type, pieces)} == {bytes}):
         return list(pieces)
-    once.wire_format_fails(wire.name, "render", pieces)
+    warnings.wire_format_fails(wire.name, "render", pieces)
     return None
 
 
 async def _texts(
-    local: LocalVectors, question: Question, values: Mapping[bytes, Value], encodings: Sequence[Encoding], pace: Pace
+    local: L1Cache,
+    question: Question,
+    values: Mapping[bytes, Value],
+    encodings: Sequence[Encoding],
+    time_slice: TimeSlice,
 ) -> dict[Encoding, list[bytes]]:
     keep = local.on or len(question.slots) > len(question.inputs)
     texts: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
@@ -63,7 +67,7 @@ async def _texts(
             if text is None:
                 text = text_of(value, encoding, keep=keep)
                 local.weigh(name, value)
-                if pace.due:
-                    await pace.rest()
+                if time_slice.expired:
+                    await time_slice.checkpoint()
             listed.append(text)
     return texts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Scope, Send
 
 from ...asgi.body_budget import TOGETHER, Budget
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..requests.http_caching import RawHeaders, by_name, is_encoded, is_gzip, is_json
 
 ANSWERS = (200, 201)  # other statuses of success say something else than that this is all of it
@@ -29,7 +29,7 @@ _UNREADABLE_EXTENSIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class AppReply:
     """A complete answer in JSON.
 
     Attributes:
@@ -81,7 +81,7 @@ class Untouched:
                     mine[name] = value
 
 
-class SubCall:
+class AppCall:
     """The app's view: a request with our body, a ``receive`` that then waits, a ``send`` that works as usual.
 
     Args:
@@ -93,7 +93,7 @@ class SubCall:
         budget: What all calls may hold together.
 
     Attributes:
-        reply: Resolves to the `Reply`, or to ``None`` when the answer can only be relayed, or there is none.
+        reply: Resolves to the `AppReply`, or to ``None`` when the answer can only be relayed, or there is none.
         start: The app's ``http.response.start``, once it has come.
         error: What the app raised, once it has.
         cancelled: Whether we ended it, as nobody waited any more; what it raised is then nobody's.
@@ -120,7 +120,7 @@ class SubCall:
         self._limit = limit
         self._budget = budget
         loop = asyncio.get_running_loop()
-        self.reply: asyncio.Future[Reply | None] = loop.create_future()
+        self.reply: asyncio.Future[AppReply | None] = loop.create_future()
         self.start: Message | None = None
         self.error: BaseException | None = None
         self.cancelled = False
@@ -258,7 +258,9 @@ class SubCall:
         bodies = [m.get("body", b"") for m in self._kept if m["type"] == "http.response.body"]
         whole = bytes(bodies[0]) if len(bodies) == 1 else b"".join(bodies)
         if not self.reply.done():
-            self.reply.set_result(Reply(self.start["status"], self.headers, whole) if self.start is not None else None)
+            self.reply.set_result(
+                AppReply(self.start["status"], self.headers, whole) if self.start is not None else None
+            )
         self._hung_up.set()
 
     async def _flow(self) -> None:
@@ -276,7 +278,7 @@ class SubCall:
             self._kept, self._drained = [], True
 
 
-async def inflated(reply: Reply, limit: int, budget: Budget, pace: Pace) -> tuple[bytes | None, int]:
+async def inflated(reply: AppReply, limit: int, budget: Budget, time_slice: TimeSlice) -> tuple[bytes | None, int]:
     """The body of *reply*, not compressed, and how many bytes of *budget* it holds.
 
     ``None`` when it is not the gzip that it says, or more than *limit* bytes.
@@ -294,8 +296,8 @@ async def inflated(reply: Reply, limit: int, budget: Budget, pace: Pace) -> tupl
                 return None, held
             held += len(piece)
             pieces.append(piece)
-            if pace.due:
-                await pace.rest()
+            if time_slice.expired:
+                await time_slice.checkpoint()
     except zlib.error:
         return None, held
     except BaseException:

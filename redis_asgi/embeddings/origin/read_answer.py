@@ -8,23 +8,23 @@ import orjson
 
 from ...events import say
 from ...keys import key_mark
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..records.codec import Flag, Value, encode
 from ..records.keys import mark_of
 from ..records.lease import Lease
 from ..records.vectors import Encoding, Parsed, narrowed, read_base64, read_floats, trimmed
 from ..requests.chunked_json import Skeleton, in_turns, parse_whole, take_apart
-from ..requests.http_caching import Storable, by_name, replayed, storable
+from ..requests.http_caching import StorePermission, by_name, replayed, storable
 from ..wire import Answer, Batch, Input, WireFormat
-from .app_call import Reply
-from .single_flight import Landing
+from .app_call import AppReply
+from .single_flight import FlightResult
 from .tokens import apportion
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SubRequest:
     """What a sub-request asked, as far as its answer's reading depends on it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Asked:
     refusal: str | None
 
 
-async def read_reply(asked: Asked, reply: Reply, body: bytes, now: float) -> Landing | None:
+async def read_answer(asked: SubRequest, reply: AppReply, body: bytes, now: float) -> FlightResult | None:
     """Read *reply* with its *body*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
     try:
         return await _read(asked, reply, body, now)
@@ -60,10 +60,10 @@ async def read_reply(asked: Asked, reply: Reply, body: bytes, now: float) -> Lan
         return None
 
 
-async def _read(asked: Asked, reply: Reply, body: bytes, now: float) -> Landing | None:
+async def _read(asked: SubRequest, reply: AppReply, body: bytes, now: float) -> FlightResult | None:
     inputs = list(asked.inputs.values())
     for parse in (take_apart, parse_whole):
-        skeleton = await in_turns(parse(body), Pace())
+        skeleton = await in_turns(parse(body), TimeSlice())
         if skeleton is None:
             continue
         answer = asked.wire.read(asked.batch, inputs, skeleton.document)
@@ -80,13 +80,15 @@ def _all_placed(answer: Answer, skeleton: Skeleton) -> bool:
     return len(placed) == len(skeleton.spans) == len(set(placed))
 
 
-async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, now: float) -> Landing | None:
-    pace = Pace()
+async def _land(
+    asked: SubRequest, reply: AppReply, answer: Answer, skeleton: Skeleton, now: float
+) -> FlightResult | None:
+    time_slice = TimeSlice()
     inputs = list(asked.inputs.values())
     tokens = apportion(answer.tokens, inputs)
     rule = storable(by_name(reply.headers), asked.is_in_key)
     if rule.refusal is None and asked.refusal is not None:
-        rule = Storable(asked.refusal)
+        rule = StorePermission(asked.refusal)
     mark = mark_of(asked.epoch, answer.model)
     is_stray = asked.model is not None and answer.model != asked.model
     encodings = tuple(answer.values)
@@ -123,12 +125,12 @@ async def _land(asked: Asked, reply: Reply, answer: Answer, skeleton: Skeleton, 
             flags=flags,
             texts=texts,
         )
-        if pace.due:
-            await pace.rest()
+        if time_slice.expired:
+            await time_slice.checkpoint()
     if integers and rule.refusal is None:
-        rule = Storable("integers")
+        rule = StorePermission("integers")
     lease = Lease(asked.asked_at, now, reply.status, answer.model, tuple(replayed(reply.headers)), answer.frame)
-    return Landing(values, encodings, lease, mark, reply, answer.tokens, rule, answer.repeatable, is_stray)
+    return FlightResult(values, encodings, lease, mark, reply, answer.tokens, rule, answer.repeatable, is_stray)
 
 
 def _read_vector(value: object, encoding: Encoding, skeleton: Skeleton, texts: dict[str, bytes]) -> Parsed | None:

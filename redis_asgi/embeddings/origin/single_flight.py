@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from ..records.codec import Value
 from ..records.lease import Lease
 from ..records.vectors import Encoding
-from ..requests.http_caching import Storable
-from .app_call import Reply, SubCall
+from ..requests.http_caching import StorePermission
+from .app_call import AppCall, AppReply
 
 MAX_INPUTS_FOR_ALL = 16  # a flight of more is joined only by requests that are as large
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class FlightResult:
     """What an understood answer brought.
 
     Attributes:
@@ -40,9 +40,9 @@ class Landing:
     encodings: tuple[Encoding, ...]
     lease: Lease
     mark: bytes
-    reply: Reply
+    reply: AppReply
     tokens: int | None
-    rule: Storable
+    rule: StorePermission
     repeatable: bool
     is_stray: bool
 
@@ -59,7 +59,7 @@ class Flight:
         filling: Whether its lookup found none of its inputs, so that others need not look for them.
 
     Attributes:
-        outcome: Resolves to the `Landing` for the request that began it, ``None`` when nothing was understood.
+        outcome: Resolves to the `FlightResult` for the request that began it, ``None`` when nothing was understood.
         landed: The same for those who joined, ``None`` also when the answer is only for whoever asked.
     """
 
@@ -68,7 +68,7 @@ class Flight:
         names: Sequence[bytes],
         lease_name: bytes,
         epoch: bytes,
-        call: SubCall,
+        call: AppCall,
         asked_at: float,
         *,
         filling: bool,
@@ -80,8 +80,8 @@ class Flight:
         self.call = call
         self.asked_at = asked_at
         self.filling = filling
-        self.outcome: asyncio.Future[Landing | None] = loop.create_future()
-        self.landed: asyncio.Future[Landing | None] = loop.create_future()
+        self.outcome: asyncio.Future[FlightResult | None] = loop.create_future()
+        self.landed: asyncio.Future[FlightResult | None] = loop.create_future()
         self._owner: object = None  # the first to wait, which began it
         self._waiting: set[object] = set()
         self._abandoned = False
@@ -113,7 +113,7 @@ class Flight:
             else:
                 self.call.hang_up()
 
-    def resolve(self, landing: Landing | None) -> None:
+    def resolve(self, landing: FlightResult | None) -> None:
         """Tell everybody; only the first call counts."""
         if self.outcome.done():
             return
@@ -169,8 +169,8 @@ class Flights:
     def begin(
         self,
         flight: Flight,
-        read: Callable[[Reply], Awaitable[Landing | None]],
-        write: Callable[[Landing], Awaitable[None]],
+        read: Callable[[AppReply], Awaitable[FlightResult | None]],
+        write: Callable[[FlightResult], Awaitable[None]],
         *,
         shared: bool,
     ) -> None:
@@ -215,8 +215,8 @@ class Flights:
         self,
         flight: Flight,
         app: "asyncio.Task[None]",
-        read: Callable[[Reply], Awaitable[Landing | None]],
-        write: Callable[[Landing], Awaitable[None]],
+        read: Callable[[AppReply], Awaitable[FlightResult | None]],
+        write: Callable[[FlightResult], Awaitable[None]],
     ) -> None:
         try:
             reply = await flight.call.reply

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Clock:
+class Clocks:
     """Two clocks of one middleware; a test sets others.
 
     Attributes:

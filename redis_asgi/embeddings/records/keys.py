@@ -11,7 +11,7 @@ _HALF = 4  # bytes of a mark
 
 
 @dataclass(slots=True, eq=False)
-class Identity:
+class RecordKeys:
     """Where a request's records are; requests that say the same share one.
 
     Attributes:

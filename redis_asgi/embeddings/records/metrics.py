@@ -6,10 +6,10 @@ from typing import Literal, get_args
 from ...errors import Failure
 from ...telemetry import telemetry
 
-Result = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
+CacheResult = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
 Rejection = Literal["response-no-store", "vary", "not-understood", "status", "unique-header", "integers"]
 
-_RESULTS: tuple[Result, ...] = ("hit", "miss", "partial", "bypass", "stale", "error")
+_RESULTS: tuple[CacheResult, ...] = ("hit", "miss", "partial", "bypass", "stale", "error")
 # The tokens of `Cache-Status`; "partition" is what a partition_by let pass, and "other" a wire format's own word.
 _BYPASSES = (
     "body-header",
@@ -56,7 +56,7 @@ class Items:
             self._collapsed.inc(collapsed)
 
 
-class Counts:
+class CacheMetrics:
     """What all requests of one middleware count into."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Counts:
         self._observe(self._lookup_seconds, seconds)
 
     def request(
-        self, result: Result, reason: str, *, hits: int, misses: int, collapsed: int, size: int, tokens: int
+        self, result: CacheResult, reason: str, *, hits: int, misses: int, collapsed: int, size: int, tokens: int
     ) -> None:
         """Count a request.
 

@@ -11,7 +11,7 @@ _MAX_SAID = 64  # warnings about what clients name
 _SHOWN = 80  # characters of a name that a client or the app chose
 
 
-class Once:
+class Warnings:
     """What one middleware has said."""
 
     def __init__(self) -> None:

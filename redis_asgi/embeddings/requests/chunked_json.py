@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import orjson
 
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..wire import TokenArray
 
 # A text this short is left where it is, and parsed with the rest.
@@ -168,7 +168,7 @@ def parse_whole(body: bytes) -> Generator[None, None, Skeleton | None]:
         return None
 
 
-async def in_turns(work: Generator[None, None, Result], pace: Pace) -> Result:
+async def in_turns(work: Generator[None, None, Result], time_slice: TimeSlice) -> Result:
     """What *work* returns; the loop gets its turns in between."""
     while True:
         try:
@@ -176,11 +176,11 @@ async def in_turns(work: Generator[None, None, Result], pace: Pace) -> Result:
         except StopIteration as end:
             result: Result = end.value
             return result
-        if pace.due:
-            await pace.rest()
+        if time_slice.expired:
+            await time_slice.checkpoint()
 
 
-async def parse_request(body: bytes, inputs: int, pace: Pace) -> object:
+async def parse_request(body: bytes, inputs: int, time_slice: TimeSlice) -> object:
     """`orjson.loads` of a request for at most so many *inputs*, token arrays one at a time.
 
     Raises:
@@ -192,15 +192,15 @@ async def parse_request(body: bytes, inputs: int, pace: Pace) -> object:
     most = Most.of(inputs)
     # With no such escape in the body, no text of it equals a placeholder.
     if len(body) >= _MIN_REQUEST and _PLACEHOLDER not in body:
-        skeleton = await in_turns(take_apart(body, most), pace)
-        if skeleton is not None and await _put_back(skeleton, pace):
+        skeleton = await in_turns(take_apart(body, most), time_slice)
+        if skeleton is not None and await _put_back(skeleton, time_slice):
             return skeleton.document
-    if not await in_turns(is_within(body, most), pace):
+    if not await in_turns(is_within(body, most), time_slice):
         raise TooManyValues
     return orjson.loads(body)
 
 
-async def _put_back(skeleton: Skeleton, pace: Pace) -> bool:
+async def _put_back(skeleton: Skeleton, time_slice: TimeSlice) -> bool:
     """Parse what was taken out, where inputs are: a field, or an item of one; whether that was all of it."""
     left = dict(skeleton.spans)
     fields = skeleton.document if isinstance(skeleton.document, dict) else {}
@@ -215,6 +215,6 @@ async def _put_back(skeleton: Skeleton, pace: Pace) -> bool:
                     holder[key] = TokenArray.of(orjson.loads(span))
                 except orjson.JSONDecodeError:
                     return False  # it ended inside of a string
-                if pace.due:
-                    await pace.rest()
+                if time_slice.expired:
+                    await time_slice.checkpoint()
     return not left

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...keys import length_prefixed
 from . import http_caching as http
 from .headers import HeaderClass, Headers
-from .http_caching import Fields, RawHeaders, Wanted
+from .http_caching import HeaderFields, RawHeaders, RequestDirectives
 
 _MAX_MEMORISED = 256  # heads
 _MEMORISED_BYTES = 8 * 1024  # of one
@@ -24,7 +24,7 @@ _DECIDING = http.BODY_BINDING | {b"accept", b"cache-control", b"content-encoding
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Told:
+class SaidByHead:
     """What the headers of a request say, as far as it counts; each part an encoding of names and values.
 
     Attributes:
@@ -53,8 +53,8 @@ class Head:
         is_json: Whether it says that its body is JSON.
     """
 
-    told: Told
-    wanted: Wanted
+    told: SaidByHead
+    wanted: RequestDirectives
     refusal: str | None
     is_json: bool
 
@@ -118,7 +118,7 @@ class Heads:
             refusal = "encoding"
         return Head(self._tell(fields), http.wanted(fields), refusal, http.is_json(fields))
 
-    def _tell(self, fields: Fields) -> Told:
+    def _tell(self, fields: HeaderFields) -> SaidByHead:
         headers = self._headers
         key: list[bytes] = []
         credential: list[bytes] = []
@@ -144,7 +144,7 @@ class Heads:
                 keyed.append((name, b",".join(values)))
         if not has_credential:
             lease += addresses
-        return Told(
+        return SaidByHead(
             length_prefixed(key), length_prefixed(credential), length_prefixed(lease), has_credential, tuple(keyed)
         )
 

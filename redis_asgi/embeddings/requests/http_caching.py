@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
-Fields = Mapping[bytes, Sequence[bytes]]  # every value of each header, in order, by its name in lower case
+HeaderFields = Mapping[bytes, Sequence[bytes]]  # every value of each header, in order, by its name in lower case
 
 # Headers that bind a body to a digest, a signature or one use: a body of ours would not fit them.
 BODY_BINDING = frozenset(
@@ -54,7 +54,7 @@ _MAX_DIGITS = 11  # three thousand years; more are no more
 _VARY_ALLOWED = frozenset({b"accept-encoding", b"origin"})
 
 
-def by_name(headers: RawHeaders) -> Fields:
+def by_name(headers: RawHeaders) -> HeaderFields:
     """Read *headers* once, for many questions about them."""
     fields: dict[bytes, list[bytes]] = {}
     for name, value in headers:
@@ -62,7 +62,7 @@ def by_name(headers: RawHeaders) -> Fields:
     return fields
 
 
-def directives(fields: Fields) -> dict[str, str]:
+def directives(fields: HeaderFields) -> dict[str, str]:
     """``Cache-Control`` as a mapping of lower-case names to arguments (``""`` when a directive has none)."""
     found: dict[str, str] = {}
     for value in fields.get(b"cache-control", ()):
@@ -79,7 +79,7 @@ def seconds(argument: str | None) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestDirectives:
     """What a request's ``Cache-Control`` asks for.
 
     Attributes:
@@ -95,7 +95,7 @@ class Wanted:
     max_age: int | None = None
 
 
-def wanted(fields: Fields) -> Wanted:
+def wanted(fields: HeaderFields) -> RequestDirectives:
     """Read a request's ``Cache-Control``."""
     asked = directives(fields)
     if not asked:
@@ -104,15 +104,17 @@ def wanted(fields: Fields) -> Wanted:
         return _ANYTHING if not old else _ANEW
     max_age = seconds(asked.get("max-age"))
     store = "no-store" not in asked
-    return Wanted(store and "no-cache" not in asked and max_age != 0, store, "only-if-cached" in asked, max_age)
+    return RequestDirectives(
+        store and "no-cache" not in asked and max_age != 0, store, "only-if-cached" in asked, max_age
+    )
 
 
-_ANYTHING = Wanted()
-_ANEW = Wanted(lookup=False)
+_ANYTHING = RequestDirectives()
+_ANEW = RequestDirectives(lookup=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Storable:
+class StorePermission:
     """Whether an answer may be stored, and for how long.
 
     Attributes:
@@ -126,27 +128,27 @@ class Storable:
     varies_by: str = ""
 
 
-def storable(fields: Fields, is_in_key: Callable[[bytes], bool]) -> Storable:
+def storable(fields: HeaderFields, is_in_key: Callable[[bytes], bool]) -> StorePermission:
     """Read an answer's ``Cache-Control`` and ``Vary``; *is_in_key*: whether a request header is in the key."""
     said = directives(fields)
     stated = said["s-maxage"] if "s-maxage" in said else said.get("max-age")
     max_age = seconds(stated)
     # What is no number counts as 0 (RFC 9111, 4.2.1).
     if (stated is not None and not max_age) or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
-        return Storable("response-no-store")
+        return StorePermission("response-no-store")
     for value in fields.get(b"vary", ()):
         for name in map(bytes.strip, value.lower().split(b",")):
             if name and name not in _VARY_ALLOWED and (name == b"*" or not is_in_key(name)):
-                return Storable("vary", varies_by=name.decode("latin-1")[:_SHOWN])
-    return Storable(None, max_age)
+                return StorePermission("vary", varies_by=name.decode("latin-1")[:_SHOWN])
+    return StorePermission(None, max_age)
 
 
-def binds_its_body(fields: Fields) -> bool:
+def binds_its_body(fields: HeaderFields) -> bool:
     """Whether a request carries a header that only fits its own bytes."""
     return not BODY_BINDING.isdisjoint(fields)
 
 
-def is_json(fields: Fields) -> bool:
+def is_json(fields: HeaderFields) -> bool:
     """Whether the content type is JSON in UTF-8, as JSON is unless it says otherwise."""
     values = fields.get(b"content-type", ())
     if len(values) != 1:
@@ -162,12 +164,12 @@ def media_type(value: bytes) -> bytes:
     return value.partition(b";")[0].strip().lower()
 
 
-def is_encoded(fields: Fields) -> bool:
+def is_encoded(fields: HeaderFields) -> bool:
     """Whether the body is compressed or otherwise not what its content type says."""
     return any(value.strip().lower() not in (b"", b"identity") for value in fields.get(b"content-encoding", ()))
 
 
-def accepts_json(fields: Fields) -> bool:
+def accepts_json(fields: HeaderFields) -> bool:
     """Whether ``Accept`` leaves room for JSON; a stored answer is nothing else."""
     accepted = b",".join(fields.get(b"accept", ())).lower()
     return not accepted or any(kind in accepted for kind in (b"json", b"application/*", b"*/*"))
@@ -189,7 +191,7 @@ def less_body(headers: RawHeaders) -> RawHeaders:
     return [(name, value) for name, value in headers if name.lower() not in _OF_THE_BODY]
 
 
-def is_gzip(fields: Fields) -> bool:
+def is_gzip(fields: HeaderFields) -> bool:
     """Whether the body is compressed with gzip, and in no other way."""
     return [value.strip().lower() for value in fields.get(b"content-encoding", ())] in ([b"gzip"], [b"x-gzip"])
 

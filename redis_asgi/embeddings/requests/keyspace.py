@@ -20,9 +20,9 @@ from ...keys import (
     length_prefixed,
 )
 from ...settings import Settings
-from ..records.keys import Identity
+from ..records.keys import RecordKeys
 from ..wire import Batch, Input, WireFormat
-from .head import Told
+from .head import SaidByHead
 
 _LAYOUT = b"2"  # of what is hashed; a new one never reads an old one's vectors
 _MAX_MEMORISED = 256
@@ -50,9 +50,9 @@ class Identities:
         self._secret = settings.key_secret
         self._prefix = settings.REDIS_KEY_PREFIX
         self._input_prefix = embedding_input_prefix(self._prefix)
-        self._memorised: dict[tuple[object, ...], Identity] = {}
+        self._memorised: dict[tuple[object, ...], RecordKeys] = {}
 
-    def route_of(self, scope: Scope, told: Told) -> Route:
+    def route_of(self, scope: Scope, told: SaidByHead) -> Route:
         """What keys hold of a request beside its headers and its body."""
         # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
         return (
@@ -65,7 +65,9 @@ class Identities:
             _certificate(scope),
         )
 
-    def identify(self, route: Route, told: Told, wire: WireFormat, batch: Batch, partition: str | None) -> Identity:
+    def identify(
+        self, route: Route, told: SaidByHead, wire: WireFormat, batch: Batch, partition: str | None
+    ) -> RecordKeys:
         """The keys of a request with these headers, this body and *partition*."""
         parts = (wire.name, route, told, partition, batch.model, batch.scope)
         known = self._memorised.get(parts)
@@ -82,23 +84,25 @@ class Identities:
                     del self._memorised[next(iter(self._memorised))]
         return made
 
-    def denied_name(self, scope: Scope, told: Told) -> bytes:
+    def denied_name(self, scope: Scope, told: SaidByHead) -> bytes:
         """The key of when the app last did not know the caller, whatever his request is."""
         return self._denied_name(self._who(told, _address(scope, told), _certificate(scope)))
 
-    def _who(self, told: Told, address: str | None, tls: bytes) -> tuple[bytes, ...]:
+    def _who(self, told: SaidByHead, address: str | None, tls: bytes) -> tuple[bytes, ...]:
         # An address is somebody where nothing else is; inside the app's authentication nobody is asked who he is.
         return (b"",) if self._trusting else (_caller(told, tls), _encoded(address or ""))
 
     def _denied_name(self, who: tuple[bytes, ...]) -> bytes:
         return embedding_denied_key(self._prefix, (_LAYOUT, self._namespace.encode(), *who), secret=self._secret)
 
-    def input_names(self, identity: Identity, items: Iterable[Input]) -> list[bytes]:
+    def input_names(self, identity: RecordKeys, items: Iterable[Input]) -> list[bytes]:
         """The keys of the vectors of *items*."""
         prefix, scope = self._input_prefix, identity.scope
         return [embedding_input_key(prefix, scope, item.kind, item.canonical) for item in items]
 
-    def _make(self, wire: str, route: Route, told: Told, partition: str | None, model: str, body: bytes) -> Identity:
+    def _make(
+        self, wire: str, route: Route, told: SaidByHead, partition: str | None, model: str, body: bytes
+    ) -> RecordKeys:
         root, path, raw_path, query, scheme, address, tls = route
         namespace, routed = self._namespace.encode(), _encoded(path)
         sent = (raw_path or routed).partition(b"?")[0]
@@ -129,18 +133,18 @@ class Identities:
         doors = (told.lease, _encoded(scheme or ""))
         lease = embedding_lease_key(self._prefix, (_LAYOUT, name, *who, *doors), secret=self._secret)
         epoch = embedding_epoch_key(self._prefix, self._namespace, model, secret=self._secret)
-        return Identity(scope, name, lease, epoch, self._denied_name(who))
+        return RecordKeys(scope, name, lease, epoch, self._denied_name(who))
 
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _caller(told: Told, tls: bytes) -> bytes:
+def _caller(told: SaidByHead, tls: bytes) -> bytes:
     return length_prefixed((told.credential, tls))
 
 
-def _address(scope: Scope, told: Told) -> str | None:
+def _address(scope: Scope, told: SaidByHead) -> str | None:
     client = scope.get("client")
     return client[0] if client and not told.has_credential else None
 

@@ -17,12 +17,12 @@ _BEYOND_INTEGERS = 2.0**63
 _OPEN = (dict, list, TokenArray)
 
 # Names by their first part; ``None`` = this field, whatever is in it.
-Names = Mapping[str, "Names | None"]
-_NONE: Names = {}
+FieldTree = Mapping[str, "FieldTree | None"]
+_NONE: FieldTree = {}
 _CANONICAL = orjson.OPT_SORT_KEYS
 
 
-def names_of(dotted: tuple[str, ...]) -> Names:
+def names_of(dotted: tuple[str, ...]) -> FieldTree:
     """*dotted* names of a setting, as a tree."""
     tree: dict[str, Any] = {}
     for name in dotted:
@@ -35,7 +35,7 @@ def names_of(dotted: tuple[str, ...]) -> Names:
     return tree
 
 
-def scope_of(batch: Batch, ignored: Names) -> bytes:
+def scope_of(batch: Batch, ignored: FieldTree) -> bytes:
     """Canonical JSON of all that may change a vector, except the inputs: every field that is not known better."""
     kept = _without(batch.fields, ignored)
     for name in (batch.input_field, *batch.represented):
@@ -43,7 +43,7 @@ def scope_of(batch: Batch, ignored: Names) -> bytes:
     return orjson.dumps(kept, option=_CANONICAL)
 
 
-def _without(fields: Mapping[str, Any], names: Names) -> dict[str, Any]:
+def _without(fields: Mapping[str, Any], names: FieldTree) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value in fields.items():
         below = names.get(name, _NONE)
@@ -52,16 +52,16 @@ def _without(fields: Mapping[str, Any], names: Names) -> dict[str, Any]:
     return kept
 
 
-def scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | float]]:
+def scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int | float]]:
     """The texts and numbers of *batch* that are in its scope, in objects of objects, by dotted name; the first 64."""
     return islice(_scalars(batch, ignored), _MAX_SCALARS)
 
 
-def _scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | float]]:
-    level: list[tuple[str, Mapping[str, Any], Names]] = [("", batch.fields, ignored)]
+def _scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int | float]]:
+    level: list[tuple[str, Mapping[str, Any], FieldTree]] = [("", batch.fields, ignored)]
     own = {batch.input_field, *batch.represented}
     while level:
-        below: list[tuple[str, Mapping[str, Any], Names]] = []
+        below: list[tuple[str, Mapping[str, Any], FieldTree]] = []
         for above, fields, names in level:
             for name, value in fields.items():
                 known = names.get(name, _NONE)
@@ -74,7 +74,7 @@ def _scalars(batch: Batch, ignored: Names) -> Iterator[tuple[str, str | int | fl
         level = below
 
 
-def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:
+def refusal_beside(batch: Batch, request_lists: FieldTree) -> Uncacheable | None:
     """Why what stands beside the inputs makes a request uncacheable; ``None`` when it does not.
 
     A list as long as the inputs, or an object with as many members all named by numbers, may belong to them one by
@@ -83,7 +83,7 @@ def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:
     """
     count = 0 if batch.bare else len(batch.inputs)
     own = batch.represented
-    level: list[tuple[str, Any, Names | None]] = [
+    level: list[tuple[str, Any, FieldTree | None]] = [
         (name, value, None if name in own else request_lists.get(name, _NONE))
         for name, value in batch.fields.items()
         if type(value) in _OPEN or type(value) is float
@@ -91,7 +91,7 @@ def refusal_beside(batch: Batch, request_lists: Names) -> Uncacheable | None:
     if not level:
         return None
     for _ in range(_MAX_DEPTH):
-        below: list[tuple[str, Any, Names | None]] = []
+        below: list[tuple[str, Any, FieldTree | None]] = []
         for name, value, known in level:
             if type(value) is float:
                 if abs(value) >= _BEYOND_INTEGERS:

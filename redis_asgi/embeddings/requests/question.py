@@ -9,21 +9,21 @@ import orjson
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ...time_slice import Pace
-from ..records.keys import Identity
+from ...time_slice import TimeSlice
+from ..records.keys import RecordKeys
 from ..records.novelty import Novelty
 from ..records.options import Options, PartitionBy
-from ..records.warnings import Once
+from ..records.warnings import Warnings
 from ..wire import ANY_CONTENT_TYPE, WIRE_FORMATS, Batch, Input, Uncacheable, WireFormat
 from ..wire.content import is_inline, names_media
 from . import http_caching as http
 from .body import Body
 from .chunked_json import TooManyValues, parse_request
-from .head import Head, Heads, Told
+from .head import Head, Heads, SaidByHead
 from .headers import HeaderClass, Headers
 from .keyspace import Identities, Route
 from .parallel_lists import names_of, refusal_beside, scalars, scope_of
-from .routes import Matched
+from .routes import Endpoint
 
 _NAMES_AT_ONCE = 64  # keys made between two looks at the clock
 _MAX_BESIDE = 256 * 1024  # bytes of JSON
@@ -49,8 +49,8 @@ class Question:
 
     wire: WireFormat
     batch: Batch
-    told: Told
-    identity: Identity
+    told: SaidByHead
+    identity: RecordKeys
     slots: Sequence[bytes]
     inputs: Mapping[bytes, Input]
 
@@ -60,13 +60,13 @@ class Questions:
 
     Args:
         options: Its configuration.
-        once: What it has warned of.
+        warnings: What it has warned of.
 
     Attributes:
         headers: The classes of its headers.
     """
 
-    def __init__(self, options: Options, once: Once) -> None:
+    def __init__(self, options: Options, warnings: Warnings) -> None:
         settings = options.settings
         partitioned = options.partition_by is not None
         self.headers = Headers(settings, shared=options.share or partitioned)
@@ -77,7 +77,7 @@ class Questions:
             share=options.share,
             trusting=options.lease is None,
         )
-        self._once = once
+        self._warnings = warnings
         self._max_bytes = settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES
         self._max_inputs = settings.EMBEDDING_CACHE_MAX_INPUTS
         self._ignored = names_of(settings.EMBEDDING_CACHE_IGNORED_FIELDS)
@@ -93,7 +93,7 @@ class Questions:
         """What the headers of a request say."""
         return self._heads.read(scope["headers"])
 
-    def refused_head(self, head: Head, scope: Scope, matched: Matched) -> str | None:
+    def refused_head(self, head: Head, scope: Scope, matched: Endpoint) -> str | None:
         """Why a request passes through by its headers alone; ``None`` when its body decides."""
         if head.refusal is not None:
             return head.refusal
@@ -102,7 +102,7 @@ class Questions:
         return "too-large" if http.content_length(scope["headers"]) > self._max_bytes else None
 
     async def read(
-        self, scope: Scope, head: Head, matched: Matched, body: Body, partition: str | None, pace: Pace
+        self, scope: Scope, head: Head, matched: Endpoint, body: Body, partition: str | None, time_slice: TimeSlice
     ) -> Question | Uncacheable:
         """Cut a request into inputs and name them, or say why not; hostile input raises nothing."""
         content = body.content
@@ -113,13 +113,13 @@ class Questions:
         question = self._memorised.get(said)
         if question is not None:
             return question
-        batch = await self._split(matched, content, pace)
+        batch = await self._split(matched, content, time_slice)
         if isinstance(batch, Uncacheable):
             return batch
         try:
-            question = await self._name(route, head, matched.wire, batch, partition, pace)
+            question = await self._name(route, head, matched.wire, batch, partition, time_slice)
         except Exception as error:
-            self._once.wire_format_fails(matched.wire.name, "split", error)
+            self._warnings.wire_format_fails(matched.wire.name, "split", error)
             return Uncacheable("not-understood")
         # A format of the user's may do with a batch what it likes.
         if WIRE_FORMATS.get(matched.wire.name) is matched.wire and len(question.slots) <= _MEMORISED_INPUTS:
@@ -157,17 +157,17 @@ class Questions:
         too_large = body.coming is None and held > self._max_bytes
         return Uncacheable("too-large" if too_large else "busy")
 
-    async def _split(self, matched: Matched, content: bytes, pace: Pace) -> Batch | Uncacheable:
+    async def _split(self, matched: Endpoint, content: bytes, time_slice: TimeSlice) -> Batch | Uncacheable:
         try:
-            fields = await parse_request(content, self._max_inputs, pace)
+            fields = await parse_request(content, self._max_inputs, time_slice)
         except orjson.JSONDecodeError:
             return Uncacheable("not-json")
         except TooManyValues:
             return Uncacheable("too-large")
         if not isinstance(fields, dict):
             return Uncacheable("not-understood")
-        if pace.due:
-            await pace.rest()
+        if time_slice.expired:
+            await time_slice.checkpoint()
         if self._has_too_many(fields):
             return Uncacheable("too-large")
         if _wants_no_cache(fields.get("cache")):
@@ -187,11 +187,11 @@ class Questions:
         except Exception as error:
             failure = type(error).__name__
         # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
-        self._once.warn("embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
+        self._warnings.warn("embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
         return Uncacheable("not-understood")
 
     async def _name(
-        self, route: Route, head: Head, wire: WireFormat, batch: Batch, partition: str | None, pace: Pace
+        self, route: Route, head: Head, wire: WireFormat, batch: Batch, partition: str | None, time_slice: TimeSlice
     ) -> Question:
         """Name the inputs of *batch*; raises whatever a user's wire format has put into it."""
         identity = self._identities.identify(route, head.told, wire, batch, partition)
@@ -202,8 +202,8 @@ class Questions:
             names = self._identities.input_names(identity, items)
             slots += names
             inputs.update(zip(names, items, strict=True))
-            if pace.due:
-                await pace.rest()
+            if time_slice.expired:
+                await time_slice.checkpoint()
         return Question(wire, batch, head.told, identity, slots, inputs)
 
     def _refused(self, batch: Batch, size: int) -> Uncacheable | None:
@@ -222,7 +222,7 @@ class Questions:
         return any(len(value) > self._max_inputs and isinstance(value[0], str | list | dict) for value in lists)
 
     def _say_item_lists(self, field: str) -> None:
-        self._once.warn("embedding_item_lists", about=field[:_SHOWN])
+        self._warnings.warn("embedding_item_lists", about=field[:_SHOWN])
 
 
 async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:

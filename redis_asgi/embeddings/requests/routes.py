@@ -13,7 +13,7 @@ _MODEL = "{model}"
 
 
 @dataclass(frozen=True, slots=True)
-class Matched:
+class Endpoint:
     """An embedding endpoint: its wire format, and what ``{model}`` stood for."""
 
     wire: WireFormat
@@ -24,10 +24,10 @@ class Routes:
     """Paths, exact or with a ``{model}`` that spans slashes, each with its wire format."""
 
     def __init__(self, paths: Mapping[str, WireFormat]) -> None:
-        self._exact = {path: Matched(wire, None) for path, wire in paths.items() if _MODEL not in path}
+        self._exact = {path: Endpoint(wire, None) for path, wire in paths.items() if _MODEL not in path}
         self._patterns = tuple((_pattern(path), wire) for path, wire in paths.items() if _MODEL in path)
 
-    def match(self, scope: MutableMapping[str, Any]) -> Matched | None:
+    def match(self, scope: MutableMapping[str, Any]) -> Endpoint | None:
         """The endpoint of *scope*, by its full path or by that less ``root_path``; ``None`` if it is none."""
         path: str = scope["path"]
         found = self._find(path)
@@ -36,14 +36,14 @@ class Routes:
             found = self._find(path[len(root) :])
         return found
 
-    def _find(self, path: str) -> Matched | None:
+    def _find(self, path: str) -> Endpoint | None:
         found = self._exact.get(path)
         if found is not None:
             return found
         for pattern, wire in self._patterns:
             matched = pattern.fullmatch(path)
             if matched:
-                return Matched(wire, matched["model"])
+                return Endpoint(wire, matched["model"])
         return None
 
 

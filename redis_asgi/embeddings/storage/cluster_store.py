@@ -9,8 +9,8 @@ import redis.asyncio as aioredis
 from ...connection import side_connection
 from ...connection.manager import RedisManager
 from ...errors import Failure, classify
-from .operations import UNKNOWN, WRITE_TIMEOUT, Done, Write
-from .owed_writes import Owed, Told
+from .operations import UNKNOWN, WRITE_TIMEOUT, Write, WriteResult
+from .owed_writes import Owed, Sent
 from .pipeline import Command
 from .redis_store import RedisVectors, revocation
 
@@ -65,19 +65,19 @@ class ClusterVectors:
             return None
         return answers[0][1]
 
-    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         return _sum(await self._at_each(writes, _name_of, within, RedisVectors.write))
 
-    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+    async def delete(self, names: Sequence[bytes], within: float) -> WriteResult:
         return _sum(await self._at_each(names, _same, within, RedisVectors.delete))
 
-    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> WriteResult:
         commands = revocation(names, notes)
         failed, failure = await self._tell(commands, within)
         self._owed.add(failed)
-        return Done(len(commands) - len(failed), failure)
+        return WriteResult(len(commands) - len(failed), failure)
 
-    async def _tell(self, commands: Sequence[Command], within: float) -> Told:
+    async def _tell(self, commands: Sequence[Command], within: float) -> Sent:
         answers = await self._at_each(commands, _key_of, within, RedisVectors.tell)
         if isinstance(answers, Failure):
             return commands, answers
@@ -179,8 +179,8 @@ def _key_of(command: Command) -> bytes:
     return cast("bytes", command[1])
 
 
-def _sum(answers: list[tuple[list[int], Done | Failure]] | Failure) -> Done:
+def _sum(answers: list[tuple[list[int], WriteResult | Failure]] | Failure) -> WriteResult:
     if isinstance(answers, Failure):
-        return Done(0, answers)
-    done = [Done(0, answer) if isinstance(answer, Failure) else answer for _, answer in answers]
-    return Done(sum(each.count for each in done), next((each.failure for each in done if each.failure), None))
+        return WriteResult(0, answers)
+    done = [WriteResult(0, answer) if isinstance(answer, Failure) else answer for _, answer in answers]
+    return WriteResult(sum(each.count for each in done), next((each.failure for each in done if each.failure), None))

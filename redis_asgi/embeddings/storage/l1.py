@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from ..records.clock import Clock
+from ..records.clock import Clocks
 from ..records.codec import Value
 from ..records.lease import Lease
 
@@ -13,7 +13,7 @@ _MAX_SEEN = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class LastSeen:
     """An epoch or lease as Redis had it, and until when (monotonic) it is believed unasked."""
 
     epoch: bytes
@@ -21,7 +21,7 @@ class Seen:
     until: float
 
 
-class LocalVectors:
+class L1Cache:
     """The least recently used values with their texts, at most *limit* bytes of them.
 
     Args:
@@ -30,12 +30,12 @@ class LocalVectors:
         clock: Its monotonic seconds.
     """
 
-    def __init__(self, limit: int, seconds: float, clock: Clock) -> None:
+    def __init__(self, limit: int, seconds: float, clock: Clocks) -> None:
         self._limit = limit if seconds else 0
         self._seconds = seconds
         self._clock = clock
         self._values: OrderedDict[bytes, tuple[Value, int]] = OrderedDict()
-        self._seen: OrderedDict[tuple[bytes, bytes], Seen] = OrderedDict()
+        self._seen: OrderedDict[tuple[bytes, bytes], LastSeen] = OrderedDict()
         self.bytes = 0
         self._lock = threading.Lock()  # loops in several threads may share one middleware
 
@@ -96,7 +96,7 @@ class LocalVectors:
         if kept is not None:
             self.bytes -= kept[1]
 
-    def seen(self, epoch_name: bytes, lease_name: bytes) -> Seen | None:
+    def seen(self, epoch_name: bytes, lease_name: bytes) -> LastSeen | None:
         """What Redis said of this epoch and lease less than `seconds` ago."""
         kept = self._seen.get((epoch_name, lease_name))
         return kept if kept is not None and kept.until > self._clock.monotonic() else None
@@ -106,7 +106,7 @@ class LocalVectors:
         if not self.on:
             return
         with self._lock:
-            self._seen[epoch_name, lease_name] = Seen(epoch, lease, asked_at + self._seconds)
+            self._seen[epoch_name, lease_name] = LastSeen(epoch, lease, asked_at + self._seconds)
             self._seen.move_to_end((epoch_name, lease_name))
             if len(self._seen) > _MAX_SEEN:
                 self._seen.popitem(last=False)
@@ -116,7 +116,7 @@ class LocalVectors:
         with self._lock:
             kept = self._seen.get((epoch_name, lease_name))
             if kept is not None:
-                self._seen[epoch_name, lease_name] = Seen(kept.epoch, lease, kept.until)
+                self._seen[epoch_name, lease_name] = LastSeen(kept.epoch, lease, kept.until)
 
     def forget(self, epoch_name: bytes) -> None:
         """Ask Redis again about this epoch."""

@@ -7,9 +7,9 @@ from time import perf_counter
 
 from ...errors import Failure
 from ...keys import key_marks
-from ...time_slice import Pace
+from ...time_slice import TimeSlice
 from ..records.codec import NO_EPOCH, Value, decode_finite
-from ..records.keys import Identity, epoch_part, mark_of
+from ..records.keys import RecordKeys, epoch_part, mark_of
 from ..records.lease import Lease, decode_denied, decode_lease
 from ..records.vectors import Encoding, text_of
 from .vector_cache import VectorCache, as_epoch
@@ -18,7 +18,7 @@ _AT_ONCE = 64  # values looked at between two looks at the clock
 
 
 @dataclass(slots=True)
-class Found:
+class Stored:
     """What a request has to start from.
 
     Attributes:
@@ -76,7 +76,7 @@ class Found:
         self.size = sum([len(value.raw) for value in (self.values or self.provisional).values()])
 
 
-def recall(vectors: VectorCache, identity: Identity, names: Collection[bytes], max_age: float | None) -> Found:
+def recall(vectors: VectorCache, identity: RecordKeys, names: Collection[bytes], max_age: float | None) -> Stored:
     """What this process has of *names*; with the lease if that is all, and known to be valid.
 
     Args:
@@ -86,7 +86,7 @@ def recall(vectors: VectorCache, identity: Identity, names: Collection[bytes], m
         max_age: Seconds; older vectors do not count. ``None`` = any age.
     """
     if not vectors.local.on:
-        return Found({})
+        return Stored({})
     now = vectors.clock.wall()
     oldest = _oldest(max_age, now)
     values: dict[bytes, Value] = {}
@@ -95,7 +95,7 @@ def recall(vectors: VectorCache, identity: Identity, names: Collection[bytes], m
         value = get(name, now)
         if value is not None and value.born >= oldest:
             values[name] = value
-    found = Found(values)
+    found = Stored(values)
     seen = vectors.local.seen(identity.epoch_name, identity.lease_name) if len(values) == len(names) else None
     if seen is not None and seen.lease is not None:
         mark = mark_of(seen.epoch, seen.lease.model)
@@ -108,15 +108,15 @@ def recall(vectors: VectorCache, identity: Identity, names: Collection[bytes], m
 
 async def look_up(
     vectors: VectorCache,
-    identity: Identity,
+    identity: RecordKeys,
     names: Sequence[bytes],
-    near: Found,
+    near: Stored,
     encodings: Sequence[Encoding],
-    pace: Pace,
+    time_slice: TimeSlice,
     max_age: float | None,
     *,
     claims: bool,
-) -> Found | Failure:
+) -> Stored | Failure:
     """Ask Redis for vectors, and for the epoch and the lease of a request.
 
     Args:
@@ -125,7 +125,7 @@ async def look_up(
         names: Keys of the vectors to ask for.
         near: What this process has.
         encodings: The representations that the answer needs.
-        pace: Of the request.
+        time_slice: Of the request.
         max_age: Seconds; older vectors do not count. ``None`` = any age.
         claims: Whether a model without an epoch gets one.
     """
@@ -143,26 +143,26 @@ async def look_up(
         # Before anything is computed, so that everyone who computes for this model has the same.
         found.epoch = await vectors.claim_epoch(identity.epoch_name, vectors.lookup_within - took)
     if found.epoch != NO_EPOCH:
-        pace.begin()
+        time_slice.restart()
         now = vectors.clock.wall()
-        await _take(vectors, found, names, reply[len(records) :], encodings, pace, now, _oldest(max_age, now))
+        await _take(vectors, found, names, reply[len(records) :], encodings, time_slice, now, _oldest(max_age, now))
         outdated = _sort(vectors, found, near.values)
         if outdated:
             # Flushed, or of another model: somebody else may have computed them since.
             again = await vectors.store.lookup(outdated, vectors.lookup_within - (perf_counter() - began))
             if not isinstance(again, Failure):
-                await _take(vectors, found, outdated, again, encodings, pace, now, _oldest(max_age, now))
+                await _take(vectors, found, outdated, again, encodings, time_slice, now, _oldest(max_age, now))
     found.weigh()
     return found
 
 
-def _start(vectors: VectorCache, identity: Identity, records: Sequence[bytes | None], asked_at: float) -> Found:
+def _start(vectors: VectorCache, identity: RecordKeys, records: Sequence[bytes | None], asked_at: float) -> Stored:
     epoch, raw, denied = records
     lease = decode_lease(identity.lease_name, raw)
     denied_at = decode_denied(denied)
     if lease is not None and denied_at is not None and denied_at >= lease.asked_at:
         lease = None
-    found = Found({}, as_epoch(epoch))
+    found = Stored({}, as_epoch(epoch))
     if found.epoch != NO_EPOCH:
         vectors.local.note(identity.epoch_name, identity.lease_name, found.epoch, lease, asked_at)
     # Also not after a refusal that Redis did not hear of, or that overtook this reply.
@@ -174,11 +174,11 @@ def _start(vectors: VectorCache, identity: Identity, records: Sequence[bytes | N
 
 async def _take(
     vectors: VectorCache,
-    found: Found,
+    found: Stored,
     names: Sequence[bytes],
     raws: Sequence[bytes | None],
     encodings: Sequence[Encoding],
-    pace: Pace,
+    time_slice: TimeSlice,
     now: float,
     oldest: float,
 ) -> None:
@@ -201,13 +201,13 @@ async def _take(
                 for encoding in encodings:
                     text_of(value, encoding, keep=True)
                 vectors.local.put(name, value)
-                if pace.due:
-                    await pace.rest()
-        if pace.due:
-            await pace.rest()
+                if time_slice.expired:
+                    await time_slice.checkpoint()
+        if time_slice.expired:
+            await time_slice.checkpoint()
 
 
-def _sort(vectors: VectorCache, found: Found, near: Mapping[bytes, Value]) -> list[bytes]:
+def _sort(vectors: VectorCache, found: Stored, near: Mapping[bytes, Value]) -> list[bytes]:
     """Put what this process had to what Redis has, by the model that the lease names; the names that do not count."""
     lease, part = found.lease, epoch_part(found.epoch)
     mark = mark_of(found.epoch, lease.model) if lease is not None else None

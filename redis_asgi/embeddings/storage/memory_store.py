@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ...errors import Failure
 from ...settings import Settings
-from .operations import WRITE_TIMEOUT, Done, Write
+from .operations import WRITE_TIMEOUT, Write, WriteResult
 
 _MEMORY_BYTES = 64 * 1024 * 1024
 _ENTRY_BYTES = 200  # what Python spends on a key and its place
@@ -45,11 +45,11 @@ class MemoryVectors:
             self._write([write])
             return self._get(write.name)
 
-    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         with self._lock:
             return self._write(writes)
 
-    def _write(self, writes: Sequence[Write]) -> Done:
+    def _write(self, writes: Sequence[Write]) -> WriteResult:
         count = 0
         for write in writes:
             present = self._get(write.name)
@@ -65,18 +65,18 @@ class MemoryVectors:
             count += write.mode == "set"
         while self.bytes > self._limit:
             self._drop(next(iter(self._values)))
-        return Done(count)
+        return WriteResult(count)
 
-    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+    async def delete(self, names: Sequence[bytes], within: float) -> WriteResult:
         with self._lock:
-            return Done(sum(self._get(name) is not None and self._drop(name) for name in names))
+            return WriteResult(sum(self._get(name) is not None and self._drop(name) for name in names))
 
-    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> WriteResult:
         with self._lock:
             for name in names:
                 self._drop(name)
             self._write(notes)
-            return Done(len(names) + len(notes))
+            return WriteResult(len(names) + len(notes))
 
     def _get(self, name: bytes) -> bytes | None:
         kept = self._values.get(name)

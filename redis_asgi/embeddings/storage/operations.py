@@ -31,7 +31,7 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class WriteResult:
     """How a write or a delete went.
 
     Attributes:
@@ -59,13 +59,13 @@ class VectorStore(Protocol):
     async def claim(self, write: Write, within: float) -> bytes | None:
         """Keep *write* if there is nothing of its name; what is there then, or ``None`` when that is not known."""
 
-    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         """Keep *writes*; those of mode ``set`` are counted."""
 
-    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+    async def delete(self, names: Sequence[bytes], within: float) -> WriteResult:
         """Forget *names*."""
 
-    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> WriteResult:
         """Forget *names* and keep *notes*; what fails is done as soon as Redis answers again.
 
         At most 10,000 of them wait for that, the oldest go first, and all with the process.

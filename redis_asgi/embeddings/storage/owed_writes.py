@@ -14,7 +14,7 @@ _EVERY = 0.5  # seconds between two attempts, which cost nothing while the break
 _SLOWLY = 30.0  # after an answer that will be the same again
 _REFUSED = frozenset((Failure.AUTH, Failure.PERMISSION, Failure.REPLY))
 
-Told = tuple[Sequence[Command], Failure | None]
+Sent = tuple[Sequence[Command], Failure | None]
 
 
 class Owed:
@@ -26,7 +26,7 @@ class Owed:
         tell: Sends some, and says which of them failed, and why the first did.
     """
 
-    def __init__(self, tell: Callable[[Sequence[Command]], Awaitable[Told]]) -> None:
+    def __init__(self, tell: Callable[[Sequence[Command]], Awaitable[Sent]]) -> None:
         self._tell = tell
         self._commands: OrderedDict[object, Command] = OrderedDict()
         self._task: asyncio.Task[None] | None = None

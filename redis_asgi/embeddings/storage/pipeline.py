@@ -16,7 +16,7 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import AskError, MaxConnectionsError, RedisError, ResponseError, TryAgainError
 
 from ...connection import side_connection
-from ...connection.client_factory import Turnstile
+from ...connection.client_factory import QueueingPool
 from ...connection.cluster_nodes import node_connection
 from ...errors import OddReply
 
@@ -65,7 +65,7 @@ def _are_values(found: list[Any]) -> bool:
     )
 
 
-async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
+async def execute(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
     """Send *commands* together and read their replies, undecoded; an error reply is a value among them.
 
     Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another shape, drops the
@@ -78,19 +78,19 @@ async def run(pool: ConnectionPool, commands: Sequence[Command], within: float) 
     connection: AbstractConnection | None = None
     try:
         async with asyncio.timeout(within) as clock:
-            ours = isinstance(pool, Turnstile)
+            ours = isinstance(pool, QueueingPool)
             connection = await (pool.take() if ours else pool.get_connection())  # type: ignore[no-untyped-call, attr-defined]  # a decorator of redis-py's
             _see_to_be_in_time(clock)
             packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
-            transport = side_connection.transport_of(connection) if isinstance(pool, Turnstile) else None
+            transport = side_connection.transport_of(connection) if isinstance(pool, QueueingPool) else None
             if transport is not None:
                 size = min(_READ_BYTES, _READ_BYTES_PER_WORD * sum(map(len, commands)))
                 return await _straight(connection, transport, commands, packed, size)
-            if not isinstance(pool, Turnstile):
+            if not isinstance(pool, QueueingPool):
                 await side_connection.freshen(connection)  # a user's pool may not have looked
             return await _through_redis_py(connection, commands, packed)
     except TimeoutError:
-        if connection is None and isinstance(pool, Turnstile) and pool.exhausted:
+        if connection is None and isinstance(pool, QueueingPool) and pool.exhausted:
             # Our own load, and nothing about the server.
             raise MaxConnectionsError(f"No free connection within {within} s") from None
         raise
@@ -110,7 +110,7 @@ def _see_to_be_in_time(clock: asyncio.Timeout) -> None:
 async def run_on_node(
     cluster: RedisCluster, node: str, commands: Sequence[Command], clock: asyncio.Timeout
 ) -> list[Any]:
-    """`run` on one node of a cluster, by its name; what has moved to another one is asked for there.
+    """`execute` on one node of a cluster, by its name; what has moved to another one is asked for there.
 
     Args:
         clock: The deadline that the caller has set.

@@ -19,9 +19,9 @@ from ...errors import Failure, classify, classify_reply, is_crossslot
 from ...events import say
 from ..records.metrics import Commands
 from .joint_lookup import JointLookups
-from .operations import UNKNOWN, WRITE_TIMEOUT, Done, Write
-from .owed_writes import Owed, Told
-from .pipeline import Command, run, run_on_node
+from .operations import UNKNOWN, WRITE_TIMEOUT, Write, WriteResult
+from .owed_writes import Owed, Sent
+from .pipeline import Command, execute, run_on_node
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
@@ -33,7 +33,7 @@ _SAYS_NOTHING = frozenset((Failure.OOM, Failure.POOL, Failure.REPLY))  # about w
 
 
 class RedisVectors:
-    """The store of one server in its loop: see `RedisManager.part`.
+    """The store of one server in its loop: see `RedisManager.per_client`.
 
     Args:
         node: Of a cluster, the name of the one that is meant.
@@ -115,17 +115,17 @@ class RedisVectors:
         self._breaker.worked(vectors=True)
         return _values(replies[-1])[0]
 
-    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         count, failure = 0, None
         deadline = time.monotonic() + within
         for start in range(0, len(writes), SET_VALUES):
             left = deadline - time.monotonic()
             if time.monotonic() < self._no_writes_until or left <= 0 or not self._breaker.admits():
-                return Done(count, failure or Failure.CONNECTION)
+                return WriteResult(count, failure or Failure.CONNECTION)
             chunk = writes[start : start + SET_VALUES]
             replies = await self._execute([_command(write) for write in chunk], left, op="store", write=True)
             if isinstance(replies, Failure):
-                return Done(count, replies)
+                return WriteResult(count, replies)
             for write, reply in zip(chunk, replies, strict=True):
                 if isinstance(reply, Exception):
                     failure = _classify(reply)
@@ -133,21 +133,21 @@ class RedisVectors:
                     count += 1
             if failure is not None:
                 self._failed(failure, write=True)
-                return Done(count, failure)
+                return WriteResult(count, failure)
             self._breaker.worked(vectors=True)
-        return Done(count)
+        return WriteResult(count)
 
-    async def delete(self, names: Sequence[bytes], within: float) -> Done:
+    async def delete(self, names: Sequence[bytes], within: float) -> WriteResult:
         replies, failure = await self._order([("DEL", name) for name in names], within)
-        return Done(sum(reply for reply in replies if isinstance(reply, int)), failure)
+        return WriteResult(sum(reply for reply in replies if isinstance(reply, int)), failure)
 
-    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> WriteResult:
         commands = revocation(names, notes)
         failed, failure = await self.tell(commands, within)
         self._owed.add(failed)
-        return Done(len(commands) - len(failed), failure)
+        return WriteResult(len(commands) - len(failed), failure)
 
-    async def tell(self, commands: Sequence[Command], within: float) -> Told:
+    async def tell(self, commands: Sequence[Command], within: float) -> Sent:
         """Send *commands*, each on its own: those that failed, and why the first did."""
         replies, failure = await self._order(commands, within)
         if not replies:
@@ -198,7 +198,7 @@ class RedisVectors:
             if isinstance(self._client, aioredis.RedisCluster):
                 async with asyncio.timeout(within) as clock, self._turns:
                     return await run_on_node(self._client, self._node, commands, clock)
-            return await run(self._client.connection_pool, commands, within)
+            return await execute(self._client.connection_pool, commands, within)
         except Exception as error:
             # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a
             # slot table in flux raises KeyErrors and more.

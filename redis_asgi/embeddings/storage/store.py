@@ -9,18 +9,18 @@ from ...errors import classify
 from ...settings import NO_SERVER, Settings
 from .cluster_store import ClusterVectors
 from .memory_store import MemoryVectors
-from .operations import UNKNOWN, Done, VectorStore, Write
+from .operations import UNKNOWN, VectorStore, Write, WriteResult
 from .redis_store import RedisVectors
 from .unavailable_store import AbsentVectors
 
 __all__ = [
     "UNKNOWN",
     "ClusterVectors",
-    "Done",
     "MemoryVectors",
     "RedisVectors",
     "VectorStore",
     "Write",
+    "WriteResult",
     "resolve_vectors",
     "vectors_of",
 ]
@@ -41,9 +41,9 @@ def resolve_vectors(redis: RedisArgument, settings: Settings | None) -> tuple[Re
 def vectors_of(manager: RedisManager) -> VectorStore:
     """The store behind *manager* in the running loop."""
     if not manager.has_redis:
-        return manager.shared(MemoryVectors)
+        return manager.per_process(MemoryVectors)
     try:
-        return manager.part(_make_vectors)
+        return manager.per_client(_make_vectors)
     except Exception as error:
         # No client can be built, such as for a cluster's host without an address.
         return AbsentVectors(classify(error))

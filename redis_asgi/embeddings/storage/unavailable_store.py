@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ...errors import Failure
-from .operations import WRITE_TIMEOUT, Done, Write
+from .operations import WRITE_TIMEOUT, Write, WriteResult
 
 
 class AbsentVectors:
@@ -20,11 +20,11 @@ class AbsentVectors:
     async def claim(self, write: Write, within: float) -> bytes | None:
         return None
 
-    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
-        return Done(0, self._reason)
+    async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
+        return WriteResult(0, self._reason)
 
-    async def delete(self, names: Sequence[bytes], within: float) -> Done:
-        return Done(0, self._reason)
+    async def delete(self, names: Sequence[bytes], within: float) -> WriteResult:
+        return WriteResult(0, self._reason)
 
-    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> Done:
-        return Done(0, self._reason)
+    async def revoke(self, names: Sequence[bytes], within: float, notes: Sequence[Write] = ()) -> WriteResult:
+        return WriteResult(0, self._reason)

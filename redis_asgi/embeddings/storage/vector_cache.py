@@ -8,15 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 
 from ...connection.manager import RedisManager
-from ...time_slice import Pace
-from ..records.clock import Clock
+from ...time_slice import TimeSlice
+from ..records.clock import Clocks
 from ..records.codec import NO_EPOCH, Flag, Value
-from ..records.keys import Identity
+from ..records.keys import RecordKeys
 from ..records.lease import Denials, Lease, encode_denied, encode_lease
-from ..records.metrics import Counts
+from ..records.metrics import CacheMetrics
 from ..records.options import Options
-from ..records.warnings import Once
-from .l1 import LocalVectors
+from ..records.warnings import Warnings
+from .l1 import L1Cache
 from .store import VectorStore, Write, vectors_of
 
 _CAPPED = int(Flag.CAPPED)
@@ -36,21 +36,23 @@ class VectorCache:
         options: Its configuration.
         clock: The time.
         counts: Of the middleware.
-        once: What it has warned of.
+        warnings: What it has warned of.
 
     Attributes:
         local: The layer in this process.
         lookup_within: Seconds that a lookup may take.
     """
 
-    def __init__(self, manager: RedisManager, options: Options, clock: Clock, counts: Counts, once: Once) -> None:
+    def __init__(
+        self, manager: RedisManager, options: Options, clock: Clocks, counts: CacheMetrics, warnings: Warnings
+    ) -> None:
         settings = options.settings
         self.manager = manager
         self.clock = clock
         self.counts = counts
         self.lookup_within = settings.EMBEDDING_CACHE_TIMEOUT
-        self.local = LocalVectors(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, clock)
-        self._once = once
+        self.local = L1Cache(settings.EMBEDDING_CACHE_L1_BYTES, settings.EMBEDDING_CACHE_L1_SECONDS, clock)
+        self._warnings = warnings
         self._denials = Denials()
         self._has_namespace = bool(options.namespace)
         self._lease = options.lease
@@ -100,7 +102,7 @@ class VectorCache:
 
     # Leases.
 
-    def lease_left(self, identity: Identity, lease: Lease | None) -> float:
+    def lease_left(self, identity: RecordKeys, lease: Lease | None) -> float:
         """Seconds for which *lease* lets a full hit through; 0 or less = not."""
         if lease is None or self.is_denied(identity, lease.asked_at):
             return 0.0
@@ -110,11 +112,11 @@ class VectorCache:
         """Whether a lease of which *left* seconds are left is in its last tenth."""
         return left < self._lease_seconds * _LAST
 
-    def is_denied(self, identity: Identity, asked_at: float) -> bool:
+    def is_denied(self, identity: RecordKeys, asked_at: float) -> bool:
         """Whether the app has refused this caller since he asked at *asked_at*, as far as this process knows."""
         return self._denials.since((identity.lease_name, identity.denied_name), asked_at)
 
-    async def deny(self, identity: Identity, status: int) -> None:
+    async def deny(self, identity: RecordKeys, status: int) -> None:
         """The app has refused this caller (401, 403): no full hit for him until the app answers him again.
 
         A 401 says that it does not know him, so that no lease of his stands, whatever it was for.
@@ -146,7 +148,7 @@ class VectorCache:
         claim = Write(epoch_name, _new_epoch(), _CLAIM_TTL, "absent")
         return as_epoch(await self.store.claim(claim, within))
 
-    async def renew_epoch(self, identity: Identity) -> None:
+    async def renew_epoch(self, identity: RecordKeys) -> None:
         """Make every stored vector of the model a miss."""
         self.local.forget(identity.epoch_name)
         await self.store.write([Write(identity.epoch_name, _new_epoch(), self._epoch_ttl)])
@@ -163,7 +165,7 @@ class VectorCache:
 
     async def keep(
         self,
-        identity: Identity,
+        identity: RecordKeys,
         epoch: bytes,
         values: Mapping[bytes, Value],
         lease: Lease,
@@ -184,17 +186,17 @@ class VectorCache:
         if epoch == NO_EPOCH:
             return
         if not self._has_namespace:
-            self._once.warn("embedding_namespace_empty", address=self.manager.address)
+            self._warnings.warn("embedding_namespace_empty", address=self.manager.address)
         now = self.clock.wall()
         vectors: list[Write] = []
-        pace = Pace()
+        time_slice = TimeSlice()
         for name, value in values.items():
             vectors.append(Write(name, value.raw, self.ttl_of(name, max_age)))
             if max_age is None and self.local.on:
                 value.expires_at = self.expires_at(name, value, now)
                 self.local.put(name, value)
-            if pace.due:
-                await pace.rest()
+            if time_slice.expired:
+                await time_slice.checkpoint()
         granted = self._grant(identity, lease) if repeatable else []
         renewal = Write(identity.epoch_name, b"", self._epoch_ttl, "renew")
         began = time.perf_counter()
@@ -207,7 +209,7 @@ class VectorCache:
         kept = vectors[: max(0, done.count - len(granted))]
         self.counts.stored_bytes.inc(sum(len(write.value) for write in kept))
 
-    def _grant(self, identity: Identity, lease: Lease) -> list[Write]:
+    def _grant(self, identity: RecordKeys, lease: Lease) -> list[Write]:
         if self._lease_seconds <= 0 or self.is_denied(identity, lease.asked_at):
             return []
         record = encode_lease(identity.lease_name, lease)

@@ -62,8 +62,8 @@ class Engine:
         self._timeout = timeout
         self._has_redis = manager.has_redis
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
-        self._local = manager.shared(LocalEngine.from_settings)
-        self._refusals = manager.shared(RefusalMemory.from_settings)
+        self._local = manager.per_process(LocalEngine.from_settings)
+        self._refusals = manager.per_process(RefusalMemory.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
 
@@ -196,7 +196,7 @@ class Engine:
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
         # Not read back: a loop in another thread may have put its own there meanwhile.
-        batcher = self._last_batcher = self.manager.part(make_batcher)
+        batcher = self._last_batcher = self.manager.per_client(make_batcher)
         self._forks = PROCESS.forks
         return batcher
 

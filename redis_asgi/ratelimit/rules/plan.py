@@ -37,7 +37,7 @@ def _names(part: Any) -> Sequence[Any]:
 
 
 def charges_kept(_settings: Settings) -> ChargesKept:
-    """What one manager keeps of charges, for all whose plans it serves: see `RedisManager.shared`.
+    """What one manager keeps of charges, for all whose plans it serves: see `RedisManager.per_process`.
 
     So that it is one bound for a process however many limits it has, each of which may be asked by every client.
     """

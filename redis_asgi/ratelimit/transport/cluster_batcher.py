@@ -4,7 +4,7 @@ import asyncio
 
 import redis.asyncio as aioredis
 
-from ...connection.client_factory import Client, Turnstile
+from ...connection.client_factory import Client, QueueingPool
 from ...connection.manager import RedisManager
 from .batcher import Batcher
 from .check import Check, Wire, slot_key
@@ -61,11 +61,11 @@ class ClusterBatcher:
 
 
 def make_batcher(manager: RedisManager, client: Client) -> "Batcher | ClusterBatcher":
-    """The batcher of a client in its loop: see `RedisManager.part`."""
+    """The batcher of a client in its loop: see `RedisManager.per_client`."""
     if isinstance(client, aioredis.RedisCluster):
         return ClusterBatcher(manager, client)
     pool = client.connection_pool
-    wire: Wire = LineWire(client, pool) if isinstance(pool, Turnstile) else PoolWire(client)
+    wire: Wire = LineWire(client, pool) if isinstance(pool, QueueingPool) else PoolWire(client)
     batcher = Batcher(wire, manager.breaker())
     batcher.apart = ApartWhereAsked(manager, batcher)
     return batcher

@@ -14,7 +14,7 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
 
 from ...connection import side_connection
-from ...connection.client_factory import Turnstile
+from ...connection.client_factory import QueueingPool
 from ...errors import Failure, OddReply, classify, classify_reply, is_crossslot
 from ...telemetry import telemetry
 from .batcher import Batcher
@@ -147,7 +147,7 @@ class Line(asyncio.Protocol):
 class LineWire:
     """The wire of a pool of our own."""
 
-    def __init__(self, client: aioredis.Redis, pool: Turnstile) -> None:
+    def __init__(self, client: aioredis.Redis, pool: QueueingPool) -> None:
         self._client = client
         self._pool = pool
         self._line: Line | None = None

@@ -29,7 +29,7 @@ class Parts:
         self._loop = asyncio.get_running_loop()
         self._route = route
         self._is_closed = is_closed
-        self._refusals = manager.shared(RefusalMemory.from_settings)
+        self._refusals = manager.per_process(RefusalMemory.from_settings)
 
     def takes(self, check: Check) -> bool:
         """Ask *check* in parts, if it has several partitions; whether that is so."""

@@ -11,10 +11,10 @@ from importlib.resources import files
 
 from starlette.requests import HTTPConnection
 
-from ...asgi.sub_app import Answer, Authorize, Page, SubApp, made_by_a_call
+from ...asgi.sub_app import Authorize, Page, PageAnswer, SubApp, made_by_a_call
 from ...connection.health_cache import Target
 from ...connection.manager import RedisManager
-from ...connection.pool_usage import Pool, pool_of
+from ...connection.pool_usage import PoolUsage, pool_usage
 from ...connection.redis_argument import RedisArgument
 from ...settings import Settings
 from ...telemetry import telemetry
@@ -55,7 +55,7 @@ class StatusApp(SubApp):
         self._is_open = authorize is None
         telemetry()  # history begins now
 
-    async def _page(self, connection: HTTPConnection) -> Answer:
+    async def _page(self, connection: HTTPConnection) -> PageAnswer:
         now = await worst_standing(self._target.managers(connection.scope))
         facts = Facts(
             standing=now,
@@ -66,34 +66,34 @@ class StatusApp(SubApp):
             is_open=self._is_open,
             query=connection.query_params.multi_items(),
         )
-        return Answer(render(facts).encode(), _HTML, headers=_SAFETY)
+        return PageAnswer(render(facts).encode(), _HTML, headers=_SAFETY)
 
 
-async def _pool(manager: RedisManager) -> Pool | None:
+async def _pool(manager: RedisManager) -> PoolUsage | None:
     if not manager.has_redis:
         return None
     try:
-        return pool_of(await manager.get_connection())
+        return pool_usage(await manager.get_connection())
     except Exception:
         return None  # no client can be built
 
 
-def _fixed(answer: Answer) -> Page:
-    async def page(_connection: HTTPConnection) -> Answer:
+def _fixed(answer: PageAnswer) -> Page:
+    async def page(_connection: HTTPConnection) -> PageAnswer:
         return answer
 
     return page
 
 
 @lru_cache(maxsize=1)
-def _stylesheet() -> Answer:
-    return Answer((files(__package__) / "status.css").read_bytes(), _CSS)
+def _stylesheet() -> PageAnswer:
+    return PageAnswer((files(__package__) / "status.css").read_bytes(), _CSS)
 
 
-def icon_answer(status: Status) -> Answer:
+def icon_answer(status: Status) -> PageAnswer:
     """The icon of the page's tab."""
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">%b</svg>' % _ICONS[status]
-    return Answer(svg, _SVG, headers=_SAFETY)
+    return PageAnswer(svg, _SVG, headers=_SAFETY)
 
 
 @made_by_a_call

@@ -9,10 +9,10 @@ from functools import lru_cache
 from importlib.resources import files
 from urllib.parse import urlencode
 
-from ...connection.pool_usage import Pool
+from ...connection.pool_usage import PoolUsage
 from ...events import explain
 from ...telemetry import SAMPLE_SECONDS, Sample
-from ..health import Standing, human_bytes
+from ..health import AppHealth, human_bytes
 from . import charts
 from .markup import Markup, joined, markup
 
@@ -35,9 +35,9 @@ class Facts:
         query: What the page was asked for with.
     """
 
-    standing: Standing
+    standing: AppHealth
     history: Sequence[Sample]
-    pool: Pool | None
+    pool: PoolUsage | None
     at: float
     process: int
     is_open: bool
@@ -89,7 +89,7 @@ def _toggle(facts: Facts) -> Markup:
     return markup('Paused. <a href="{url}">Reload every {s} seconds</a>', s=REFRESH, url="?" + urlencode(kept))
 
 
-def _reason(now: Standing) -> Markup:
+def _reason(now: AppHealth) -> Markup:
     if now.error is None:
         return Markup()
     explained = explain(now.error)
@@ -281,7 +281,7 @@ def _redis(facts: Facts) -> Markup:
             ("Clients", None if health.clients is None else f"{health.clients:,}"),
             ("Memory", None if health.memory is None else human_bytes(health.memory)),
             ("Last save", saved),
-            ("Pool of this process", None if pool is None else _pool(pool)),
+            ("PoolUsage of this process", None if pool is None else _pool(pool)),
         ]
     return markup(
         '<dl class="facts">{rows}</dl>',
@@ -296,7 +296,7 @@ def _redis(facts: Facts) -> Markup:
     )
 
 
-def _pool(pool: Pool) -> Markup:
+def _pool(pool: PoolUsage) -> Markup:
     if not pool.most:  # a cluster that has not been asked for its nodes yet
         return markup("No connection yet")
     most = f"of {pool.most:,}" if pool.most < 2**31 - 1 else "of any number"
