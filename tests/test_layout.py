@@ -80,6 +80,7 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
 FOLDERS = {
     "_version": "",
     "events": "",
+    "explanations": "events",
     "event_loop": "",
     "keys": "",
     "time_slice": "",
@@ -98,7 +99,7 @@ FOLDERS = {
     "ratelimit/answers": "connection errors event_loop misuse ratelimit/counting ratelimit/limits settings",
     "ratelimit": (
         "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/counting ratelimit/limits"
-        " ratelimit/rules settings telemetry"
+        " ratelimit/rules settings"
     ),
     # The embedding cache: values, who keeps them; what is asked; who computes; what is said; and the doors.
     "embeddings/records": "errors events keys settings telemetry",
@@ -119,13 +120,15 @@ FOLDERS = {
     "sub_apps": (
         "_version asgi connection errors events misuse ratelimit/counting ratelimit/limits settings telemetry"
     ),
-    "sub_apps/status": "asgi connection events settings sub_apps telemetry",
+    "sub_apps/status": "asgi connection explanations settings sub_apps telemetry",
     "inspection": (
         "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
         " ratelimit/limits ratelimit/rules ratelimit/transport settings"
     ),
     "testing": "connection embeddings embeddings/requests embeddings/wire ratelimit/counting ratelimit/limits",
-    "cli": ("_version connection embeddings errors events inspection maintenance ratelimit ratelimit/limits settings"),
+    "cli": (
+        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits settings"
+    ),
     "__main__": "cli",
 }
 

@@ -9,8 +9,8 @@ import typer
 from .._version import __version__
 from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
-from ..events import explain as explanation_of
-from ..events import explanations, near
+from ..explanations import explain as explanation_of
+from ..explanations import explanations, near
 from ..inspection.apps import limits_in, load_app
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding

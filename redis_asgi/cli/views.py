@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..events import Explanation
+from ..explanations import Explanation
 from ..inspection.findings import Finding
 from ..inspection.quotas import QuotaRow
 from ..inspection.reference import Setting

@@ -182,7 +182,7 @@ def build_client(settings: Settings) -> NewClient:
     }
     quiet = MaintNotificationsConfig(enabled=False)
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
-    encrypted = settings.REDIS_SSL or url.startswith("rediss:")
+    encrypted = settings.is_encrypted
     tls: dict[str, Any] = {}
     if encrypted:
         tls = {

@@ -90,6 +90,6 @@ def _say_not_kept(shared: Shared, rule: http.StorePermission) -> None:
     refusal = rule.refusal or ""
     shared.counts.rejected(refusal)
     if refusal == "response-no-store":
-        shared.warnings.warn("embedding_response_not_stored")
+        shared.warnings.say("embedding_response_not_stored")
     elif refusal == "vary":
-        shared.warnings.warn("embedding_response_varies", header=rule.varies_by)
+        shared.warnings.say("embedding_response_varies", header=rule.varies_by)

@@ -138,7 +138,7 @@ class AppCalls:
     def strike(self, *, lasting: bool = False) -> None:
         """Note a call more than without the cache: after two in a minute, requests of this scope go out whole."""
         if self._shared.misfits.strike(self._misfit, self._shared.clock.monotonic(), lasting=lasting):
-            self._shared.warnings.warn("embedding_answers_not_understood", wire_format=self._question.wire.name)
+            self._shared.warnings.say("embedding_answers_not_understood", wire_format=self._question.wire.name)
 
     def fitted(self) -> None:
         """Note that the answer to a smaller request was understood."""

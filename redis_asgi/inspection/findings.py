@@ -105,7 +105,7 @@ def tls_findings(server: Server) -> list[Finding]:
     """Whether the way there is safe; nothing without TLS."""
     settings = server.settings
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
-    if not (settings.REDIS_SSL or url.startswith("rediss:")):
+    if not settings.is_encrypted:
         return []
     weakness = weakened_by(url)
     if weakness is not None:

@@ -164,6 +164,13 @@ class ServerSettings(FromEnvironment):
         return self.REDIS_URL is not None and self.REDIS_URL.get_secret_value().startswith("memory:")
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether connections speak TLS."""
+        return self.REDIS_SSL or (
+            self.REDIS_URL is not None and self.REDIS_URL.get_secret_value().startswith("rediss:")
+        )
+
+    @property
     def key_secret(self) -> str | None:
         """``REDIS_KEY_SECRET`` in the clear, for the key scheme only."""
         return self.REDIS_KEY_SECRET.get_secret_value() if self.REDIS_KEY_SECRET else None

@@ -374,7 +374,7 @@ def test_endpoint_names_fit_and_stay_apart() -> None:
 
     assert 4 == len(names)
     assert all(len(name) <= 40 for name in names)
-    assert "redis_asgi.ratelimit.rules.Rule" == endpoint_name(Rule)
+    assert "redis_asgi.ratelimit.rules.rule.Rule" == endpoint_name(Rule)
 
 
 async def test_annotated_dependency(settings: Settings) -> None:

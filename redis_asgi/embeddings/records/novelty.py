@@ -11,7 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from ...events import say
+from ...events import SaidOnce, say
 
 logger = logging.getLogger("redis_asgi.embeddings")
 
@@ -31,7 +31,7 @@ class Novelty:
         self._key = os.urandom(16)
         self._seen: array[int] | None = None
         self._streaks: OrderedDict[str, int] = OrderedDict()
-        self._said: set[str] = set()
+        self._once = SaidOnce(logger, _MAX_NAMES)
 
     def marks(self, headers: Iterable[tuple[bytes, bytes]], fields: Iterable[tuple[str, object]]) -> Marks:
         """Digests of what stands in the key: header values, and scalar body fields by their dotted names."""
@@ -73,9 +73,8 @@ class Novelty:
         return int.from_bytes(hashed.digest(), "little") or 1
 
     def _say(self, name: str, is_credential: Callable[[bytes], bool]) -> None:
-        if name in self._said or len(self._said) >= _MAX_NAMES:
+        if not self._once.is_new("embedding_cache_defeated", name):
             return
-        self._said.add(name)
         kind, _, shown = name[: len(_HEADER) + _SHOWN].partition(" ")
         if kind == "header" and (shown == "host" or is_credential(shown.encode("latin-1"))):
             fix = (

@@ -187,7 +187,7 @@ class Questions:
         except Exception as error:
             failure = type(error).__name__
         # Fails open: whatever a client sends, a wire format's mistake is no error of the app.
-        self._warnings.warn("embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
+        self._warnings.say("embedding_request_unreadable", wire_format=matched.wire.name, failure=failure)
         return Uncacheable("not-understood")
 
     async def _name(
@@ -222,7 +222,7 @@ class Questions:
         return any(len(value) > self._max_inputs and isinstance(value[0], str | list | dict) for value in lists)
 
     def _say_item_lists(self, field: str) -> None:
-        self._warnings.warn("embedding_item_lists", about=field[:_SHOWN])
+        self._warnings.say("embedding_item_lists", about=field[:_SHOWN])
 
 
 async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:

@@ -186,7 +186,7 @@ class VectorCache:
         if epoch == NO_EPOCH:
             return
         if not self._has_namespace:
-            self._warnings.warn("embedding_namespace_empty", address=self.manager.address)
+            self._warnings.say("embedding_namespace_empty", address=self.manager.address)
         now = self.clock.wall()
         vectors: list[Write] = []
         time_slice = TimeSlice()

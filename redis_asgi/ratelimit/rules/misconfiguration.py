@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from ...asgi.scope import Addressing, peer_host
-from ...events import say
+from ...events import SaidOnce
 from .compiled import CompiledRule
 from .routing import Routing
 
@@ -34,7 +34,7 @@ class Linter:
         self._telling = frozenset((b"origin", b"x-forwarded-for", b"forwarded", addressing.header))
         self._by_user = next((rule for rule in rules if rule.partition.kind == "user"), None)
         self._has_looked_for_cors = False
-        self._said: set[str] = set()
+        self._say = SaidOnce(logger).say
         self.looks = LOOKS
 
     def look(self, scope: Scope) -> None:
@@ -67,8 +67,3 @@ class Linter:
     def mounted_twice(self) -> None:
         """An outer instance has put the request to the same counter."""
         self._say("mounted_twice")
-
-    def _say(self, event: str, **fields: object) -> None:
-        if event not in self._said:
-            self._said.add(event)
-            say(logger, event, **fields)

@@ -10,7 +10,7 @@ from importlib.resources import files
 from urllib.parse import urlencode
 
 from ...connection.pool_usage import PoolUsage
-from ...events import explain
+from ...explanations import explain
 from ...telemetry import SAMPLE_SECONDS, Sample
 from ..health import AppHealth, human_bytes
 from . import charts
