@@ -27,10 +27,12 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
+from redis_asgi import ConfigurationError, RateLimiter, RedisManager, Settings, redis_operation
 from redis_asgi.connection.client_factory import Client, QueueingPool
 from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure, classify
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from .conftest import StartServer
 from .kit.certificates import Certificates
@@ -1017,3 +1019,21 @@ def test_loops_are_not_kept(redis_url: str) -> None:
         asyncio.run(main())
 
     assert {} == manager._opened
+
+
+async def test_a_debugger_shows_states_and_no_secret(private_server: StartServer) -> None:
+    """Pool, breaker, batcher and stores say how they stand; none shows a password."""
+    server = private_server("--requirepass", SECRET)
+    async with managed(REDIS_URL=server.url.replace("://", f"://:{SECRET}@")) as manager:
+        await RateLimiter(manager).consume("client")
+        store, batcher = vectors_of(manager), manager.per_client(make_batcher)
+        await store.lookup([b"a"], 1)
+        shown = [repr(each) for each in (manager, manager.pool, manager.breaker(), batcher, store)]
+        manager.breaker().failed(Failure.AUTH)
+        shown.append(repr(manager.breaker()))
+
+    assert not [text for text in shown if SECRET in text]
+    assert shown[1].endswith("1 in use, 1 idle, at most 20>")
+    assert ["closed", "open for auth"] == [text.rstrip(">").split(", ")[-1] for text in (shown[2], shown[5])]
+    assert "0 checks wait, 0 under way" in shown[3]
+    assert "breaker closed" in shown[4]

@@ -95,6 +95,10 @@ class Breaker:
         self._settling: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
+    def __repr__(self) -> str:
+        why = "" if self.state == "closed" else f" for {self.reason}"
+        return f"<{type(self).__name__} of {self._whose['address']}, {self.state}{why}>"
+
     def admits(self) -> bool:
         """Whether a command may be sent now; half open, that is one."""
         if self.state == "closed":

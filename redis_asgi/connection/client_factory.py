@@ -68,6 +68,10 @@ class QueueingPool(ConnectionPool):
         self.on_shortage: Callable[[], None] | None = None
         self._waiting_for_any = 0
 
+    def __repr__(self) -> str:
+        idle, in_use = len(self._available_connections), len(self._in_use_connections)
+        return f"<{type(self).__name__} {in_use} in use, {idle} idle, at most {self.max_connections}>"
+
     @property
     def is_wanted(self) -> bool:
         """Whether somebody waits who would be helped by any connection."""
@@ -99,9 +103,8 @@ class QueueingPool(ConnectionPool):
         try:
             transport = side_connection.transport_of(connection)
             if transport is not None and transport.is_closing():
-                await side_connection.hang_up(
-                    connection
-                )  # reset while it was idle, which redis-py notices by its next command
+                # Reset while it was idle, which redis-py notices by its next command.
+                await side_connection.hang_up(connection)
             # The usual case, without the layers of redis-py's retries: connected, and nothing left to read.
             if not connection.is_connected or await connection.can_read():
                 await self.ensure_connection(connection)

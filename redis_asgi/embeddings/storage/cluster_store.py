@@ -31,6 +31,9 @@ class ClusterVectors:
         self._opening: asyncio.Task[Failure | None] | None = None
         self._owed = Owed(lambda commands: self._tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._manager.address}, {len(self._nodes)} nodes>"
+
     @property
     def writable(self) -> bool:
         return not self._nodes or any(node.writable for node in self._nodes.values())

@@ -39,6 +39,9 @@ class L1Cache:
         self.bytes = 0
         self._lock = threading.Lock()  # loops in several threads may share one middleware
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {len(self._values)} vectors, {self.bytes} of {self._limit} bytes>"
+
     @property
     def on(self) -> bool:
         """Whether anything is kept."""

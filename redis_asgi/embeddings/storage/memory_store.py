@@ -30,6 +30,9 @@ class MemoryVectors:
         self.bytes = 0
         self._lock = threading.Lock()  # loops in several threads may share one manager
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {len(self._values)} values, {self.bytes} of {self._limit} bytes>"
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -51,6 +51,9 @@ class RedisVectors:
         self._lookups = JointLookups(self._look_up)
         self._owed = Owed(lambda commands: self.tell(commands, manager.settings.EMBEDDING_CACHE_TIMEOUT))
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._address}, breaker {self._breaker.state}>"
+
     @property
     def writable(self) -> bool:
         return self._breaker.state == "closed" and time.monotonic() >= self._no_writes_until

@@ -52,6 +52,9 @@ class LocalEngine:
         self._admitted: OrderedDict[bytes, _Held] = OrderedDict()
         self._refused: OrderedDict[bytes, _Held] = OrderedDict()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} clients, at most {self._max_partitions}>"
+
     def __len__(self) -> int:
         return len(self._admitted) + len(self._refused)
 

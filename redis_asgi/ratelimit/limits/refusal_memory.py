@@ -77,6 +77,9 @@ class RefusalMemory:
         self._forgotten: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} clients, at most {self._size}>"
+
     def __len__(self) -> int:
         return len(self.partitions)
 

@@ -71,6 +71,10 @@ class Batcher:
         self._commands = counted.redis_commands
         self._ok = counted.redis_commands.labels("check", "ok")
 
+    def __repr__(self) -> str:
+        under_way = sum(len(batch.checks) for batch in self._sent)
+        return f"<{type(self).__name__} {len(self._waiting)} checks wait, {under_way} under way, {self.breaker!r}>"
+
     def use(self, wire: Wire) -> None:
         """Send what is taken from now on over *wire*."""
         self._wire = wire
