@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope
 
-from redis_asgi.bodies import KEPT_BYTES, Budget, Buffer, Document, Member, take_document
+from redis_asgi.asgi.bodies import KEPT_BYTES, Buffer, Document, Member, take_document
+from redis_asgi.asgi.body_budget import Budget
 
 pytestmark = pytest.mark.anyio
 

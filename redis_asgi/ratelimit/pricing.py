@@ -8,19 +8,19 @@ from typing import Any
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
-from ..bodies import Buffer
-from ..scope import BufferedRequest, UnreadableBody
-from .budgets import Spending
-from .engine import Engine
-from .lint import Linter
-from .partition import ADDRESSING
-from .plan import Plan
-from .policy import Charge, Charges, PolicySet, Pricer, Unread
-from .reading import look, look_on_route
-from .request_decision import RequestDecision, check_names
-from .rules import check_cost
-from .tokens import Asked
-from .verdict import Verdict
+from ..asgi.bodies import Buffer
+from ..asgi.scope import BufferedRequest, UnreadableBody
+from .answers.request_decision import RequestDecision, check_names
+from .budgets.spending import Spending
+from .budgets.tokens import Asked
+from .counting.engine import Engine
+from .counting.verdict import Verdict
+from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
+from .rules.misconfiguration import Linter
+from .rules.partition import ADDRESSING
+from .rules.plan import Plan
+from .rules.reading import look, look_on_route
+from .rules.rule import check_cost
 
 
 class Ahead:

@@ -25,17 +25,18 @@ from redis_asgi import (
     RedisManager,
     Rule,
     Settings,
-    bodies,
     by_header,
     by_json,
     by_mcp_tool,
     client_ip,
     rate_limit,
 )
-from redis_asgi.bodies import Document, process_budget
-from redis_asgi.embeddings import question
-from redis_asgi.ratelimit.joined import joined
-from redis_asgi.ratelimit.policy import make_partition
+from redis_asgi.asgi import bodies
+from redis_asgi.asgi.bodies import Document
+from redis_asgi.asgi.body_budget import process_budget
+from redis_asgi.embeddings.requests import question
+from redis_asgi.ratelimit.limits.policy import make_partition
+from redis_asgi.ratelimit.rules.joined import joined
 
 from .harness import Spy, client_of, drive, header, http_scope, websocket_scope
 
@@ -432,7 +433,7 @@ async def test_body_is_read_once_and_parsed_once_for_all(settings: Settings, mon
             return orjson.loads(content)
 
     monkeypatch.setattr(bodies, "orjson", Orjson)
-    monkeypatch.setattr("redis_asgi.bodies.json.loads", lambda *_: parsed.append(b"again"))
+    monkeypatch.setattr("redis_asgi.asgi.bodies.json.loads", lambda *_: parsed.append(b"again"))
 
     async def price(request: Request) -> int:
         return int((await request.json())["n"])

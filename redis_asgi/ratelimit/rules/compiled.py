@@ -1,0 +1,268 @@
+"""Rules as requests are put to them: every default filled in, every name given out."""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, cast, get_args
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ...asgi.paths import PathPattern, PathTemplate, Spellings, path_patterns
+from ...asgi.scope import Addressing, content_length, is_preflight
+from ...errors import ConfigurationError
+from ...settings import OnRedisError, Settings, StrategyName
+from ...settings.notation import Limit, parse_limits
+from ..budgets.spending import Accuracy, Spending
+from ..budgets.tokens import Asked, Outputs, Tokens
+from ..limits.policy import Charge, PolicySet
+from .by_body import ByBody
+from .joined import partitioner_of
+from .last_limits import LastLimits
+from .partition import PartitionBy
+from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
+from .rule import DEFAULT_NAME, Limits, Rule, check_choice, check_strategy_of_tokens, listed_rules
+
+# What rules cover that count by a body, where they do not say.
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
+
+
+class CompiledRule:
+    """A rule with every default filled in, ready to be asked of a request.
+
+    Attributes:
+        policies: Known at construction, unless the limits are a callable.
+        limits_of: That callable; ``None`` where there is none.
+        last: What reads what it returns.
+        cost: Units, or what says them.
+        tokens: The same where it is known only after the answer; else ``None``.
+        readers: What it counts by of a request's body.
+        methods: Those of the requests that it covers; ``None`` = every method.
+        written: The rule as the user wrote it.
+        asks_user: Whether a callable of the user's has to be asked for more than the cost.
+        has_paths: Whether the path decides if it covers a request.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        settings: Settings,
+        addressing: Addressing | None,
+        *,
+        strategy: StrategyName,
+        on_redis_error: OnRedisError,
+        partition_by: PartitionBy | None = None,
+        name: str = DEFAULT_NAME,
+        named: tuple[str, str] | None = None,
+    ) -> None:
+        self.written = rule
+        self.name = rule.name or name
+        self.count_if = rule.count_if
+        self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
+        self.partition = partitioner_of(rule.partition_by or partition_by, settings, addressing)
+        self.readers = self.partition.readers
+        uses = next((reader for reader in self.readers if reader.counts_uses), None)
+        self.tokens = rule.cost if isinstance(rule.cost, Tokens) else None
+        self.cost: Any = partial(_of_uses, uses, rule.cost) if uses and isinstance(rule.cost, int) else rule.cost
+        self._outputs: dict[tuple[str | None, ...], Outputs] = {}
+        self._accuracy: Accuracy | None = None
+        self.strategy: StrategyName = rule.strategy or strategy
+        if self.tokens is not None:
+            check_strategy_of_tokens(self.strategy)
+        self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
+        self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
+        self.methods = _methods_of(rule, self.readers)
+        self._methods = frozenset(self.methods) if self.methods is not None else None
+        self.has_paths = bool(self._paths)
+        # What its policies are called instead, and with which ending: see `make_policies`.
+        self._named = named or (self.name, None)
+        self._has_warned = False
+        self._has_warned_of_cost = False
+        self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
+        self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
+        self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
+        self._default_limits = settings.default_limits
+        self.asks_user = self.limits_of is not None or self.partition.read is None
+
+    def charge(self, name: Any) -> Charge:
+        """What a client is charged under this rule.
+
+        Args:
+            name: Whom it counts; of dynamic limits, by which policies and whom.
+        """
+        policies, label = self.policies, None
+        if policies is None:
+            policies, name = name
+            label = self.name
+        cost, price = (self.cost, None) if isinstance(self.cost, int) else (0, self)
+        partition = self.partition.of(name)
+        return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
+
+    def estimate(self, policies: PolicySet, scope: Scope, asked: Asked | None, units: int | None) -> Spending:
+        """What a request is charged in tokens until it is known what it has used.
+
+        Args:
+            asked: What its body asks for; ``None``: nobody can read it.
+            units: What a callable of the user's takes it to cost.
+        """
+        tokens: Any = self.tokens
+        if self._accuracy is None:
+            self._accuracy = Accuracy(self.name)
+        # As many as there are buckets, which the rule names.
+        bucket = tuple([reader.said(scope).bucket for reader in self.readers])
+        outputs = self._outputs.get(bucket)
+        if outputs is None:
+            outputs = self._outputs[bucket] = Outputs()
+        quota = min([policy.quota for policy in policies])
+        units = tokens.estimate if isinstance(tokens.estimate, int) else units
+        if units is not None:
+            estimate = tokens.estimated_as(units, asked, quota=quota)
+        elif asked is None:
+            estimate = tokens.estimated_unread(content_length(scope), quota=quota)
+        else:
+            estimate = tokens.estimated(asked, quota=quota, outputs=outputs)
+        return Spending(tokens, estimate, outputs, self._accuracy)
+
+    def _default(self) -> PolicySet:
+        """The default limits of the settings under this rule, as far as its strategy goes."""
+        limits = parse_limits(self._default_limits)
+        if self.strategy == "moving-window":
+            limits = tuple(Limit(min(limit.quota, MOVING_WINDOW_MAX), limit.window) for limit in limits)
+        return self._make("; ".join(map(str, limits)))
+
+    def _make(self, notation: str, *, least: int = 1) -> PolicySet:
+        """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
+        name, ending = self._named
+        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
+        if self.strategy == "sliding-window-counter" and not self._has_warned:
+            self._has_warned = warns_of_small_quotas(policies)
+        return policies
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Say once that a request at this *cost*, known only now, can never be admitted."""
+        if cost > 1 and not self._has_warned_of_cost:
+            self._has_warned_of_cost = warns_of_cost(self.name, policies, cost)
+
+    def _note_constant_cost(self, policies: PolicySet) -> None:
+        if isinstance(self.cost, int):
+            self.note_cost(policies, self.cost)
+
+    @property
+    def statuses(self) -> frozenset[int]:
+        """What it may answer in place of the app."""
+        enforces = not self.shadow
+        found = {
+            429: enforces and self.written.cost != 0,
+            503: enforces and self.on_redis_error == "closed",
+            400: self.partition.refuses,
+        }
+        return frozenset(status for status, may in found.items() if may)
+
+    def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
+        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
+        methods = self._methods
+        if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
+            return False
+        return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
+
+    def covers(self, scope: Scope, spelled: Spellings) -> bool:
+        """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
+        # Some servers pass a method on as it is written, and some frameworks do not care.
+        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
+        if self._methods is None:
+            if method == "OPTIONS" and is_preflight(scope):
+                return False
+        elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
+            return False
+        return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
+
+
+def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:
+    """The methods of the requests that *rule* covers.
+
+    Raises:
+        ConfigurationError: If it counts by a body that they do not have.
+    """
+    methods: Any = rule.methods
+    reads = f"partition_by={readers[0]!r}" if readers else "cost=tokens()" if isinstance(rule.cost, Tokens) else None
+    if reads and methods is None:
+        return METHODS_WITH_BODY
+    if reads and "WEBSOCKET" in methods:
+        raise ConfigurationError(
+            f"methods={methods!r}: a WebSocket handshake has no body, which {reads} reads. "
+            "Try methods='POST', or leave it out for POST, PUT and PATCH."
+        )
+    return cast("tuple[str, ...] | None", methods)
+
+
+def _of_uses(reader: ByBody, cost: int, request: HTTPConnection) -> int:
+    """What a request costs each of whose uses costs *cost*."""
+    return cost * reader.said(request.scope).times
+
+
+def compile_rules(
+    limits: Limits | None,
+    rules: Iterable[Rule] | None,
+    settings: Settings,
+    addressing: Addressing,
+    *,
+    strategy: StrategyName | None,
+    on_redis_error: OnRedisError | None,
+    partition_by: PartitionBy | None,
+) -> tuple[CompiledRule, ...]:
+    """The rules of one middleware: *limits* as the rule ``default``, then *rules*; the environment's if neither.
+
+    Raises:
+        ConfigurationError: For a missing or repeated name, and whatever a rule cannot do.
+    """
+    if strategy is not None:
+        check_choice("strategy", strategy, get_args(StrategyName))
+    if on_redis_error is not None:
+        check_choice("on_redis_error", on_redis_error, get_args(OnRedisError))
+    written = [] if rules is None else listed_rules(rules)
+    if rules is not None and not written and limits is None:
+        raise ConfigurationError("rules=[] limits nothing. Try limits='100/minute', or leave both out for RATE_LIMITS.")
+    if limits is not None:
+        written.insert(0, Rule(limits, name=DEFAULT_NAME))
+    elif rules is None:
+        written.append(Rule(settings.default_limits, name=DEFAULT_NAME))
+    if len(written) > 1:
+        names = [rule.name for rule in written]
+        if None in names:
+            raise ConfigurationError("With two rules or more each needs a name. Try Rule('5/minute', name='login').")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigurationError(f"name={name!r} is used by two rules, which would share counters. Rename one.")
+    compiled = tuple(
+        CompiledRule(
+            rule,
+            settings,
+            addressing,
+            strategy=strategy or settings.RATE_LIMIT_STRATEGY,
+            on_redis_error=on_redis_error or settings.RATE_LIMIT_ON_REDIS_ERROR,
+            partition_by=partition_by,
+        )
+        for rule in written
+    )
+    _check_policy_names(compiled)
+    return compiled
+
+
+def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
+    seen: dict[str, str] = {}
+    dynamic = [rule.name for rule in rules if rule.policies is None]
+    for rule in rules:
+        for name in dynamic:
+            # What its callable says decides whether a policy is named so.
+            if re.fullmatch(rf"{re.escape(name)}-\d+s", rule.name):
+                raise ConfigurationError(
+                    f"name={rule.name!r} may be a policy of the rule {name!r} too, whose limits are a callable. "
+                    "Rename one."
+                )
+    for rule in rules:
+        for policy in rule.policies or ():
+            other = seen.setdefault(policy.name, rule.name)
+            if other != rule.name:
+                raise ConfigurationError(
+                    f"name={rule.name!r}: its policy {policy.name!r} is one of the rule {other!r} too. Rename one."
+                )
