@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
@@ -65,7 +65,10 @@ class Ahead:
         if not charges.is_priced:
             self.receive = buffer.replay()
             return await engine.decide(charges) if charges.counters else None
-        costs = [await self._cost(charge, buffer, asked) for charge in charges]
+        costs = [
+            charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)
+            for charge in charges
+        ]
         buffer.decided()
         self.receive = buffer.replay()
         for cost in costs:
@@ -73,6 +76,7 @@ class Ahead:
                 self.receive = _watching(self.receive, cost)
         priced, spendings = at_costs(charges, costs, engine)
         verdict = await engine.decide(priced)
+        charges.admission = charges.admission or priced.admission  # for the next ones that are made of them
         if spendings:
             first = verdict if self._outer is None else self._outer.first
             first.open_ledger().spend(verdict, spendings)
@@ -91,10 +95,11 @@ class Ahead:
             charges = self._engine.plans.together(charges, more)
         return charges, looked.asked
 
-    async def _cost(self, charge: Charge, buffer: Buffer, asked: Asked | None) -> "int | Unread | Spending":
-        price = charge.price
-        if price is None:
-            return charge.cost
+    async def _cost(
+        self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
+    ) -> "int | Unread | Spending":
+        if price.tokens is not None and not callable(price.tokens.estimate):
+            return cast("Spending", price.estimate(charge.policies, self._scope, asked, None))
         request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
         if price.tokens is not None:
             return await estimate(charge, self._scope, asked, request)

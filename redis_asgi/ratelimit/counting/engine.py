@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from ...telemetry import telemetry
 from ..budgets.spending import InFlight
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision, Source
-from ..limits.policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
+from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.reply import Reply
 from ..limits.strategies import Mode
@@ -145,7 +146,7 @@ class Engine:
         """
         kept = verdict.receipts or [-1] * len(deltas)
         changes = [
-            (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
+            (Charge(_alone(policy), charge.partition, abs(delta)), delta, receipt)
             for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
         ]
         more = [charge for charge, delta, _ in changes if delta > 0]
@@ -169,7 +170,7 @@ class Engine:
         else:
             # On a cluster each charge may live on another node.
             for _, same in groupby(charges, lambda charge: charge.partition.key):
-                mine = Charges(same)
+                mine = Charges(same) if charges.is_spread else charges
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 try:
                     batcher = self._batcher()
@@ -265,6 +266,11 @@ class Engine:
             return self._decided(local, mode, "local", self._local.decide(mode, local, divisor=self._divisor))
         decision = Decision(True, "none") if chosen == "open" else Decision(False, "none", CLOSED_RETRY_AFTER)
         return Verdict(self, Charges(), "none", decision=decision)
+
+
+@lru_cache(maxsize=1024)
+def _alone(policy: Policy) -> PolicySet:
+    return PolicySet((policy,))
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

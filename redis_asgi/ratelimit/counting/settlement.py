@@ -121,9 +121,12 @@ class Ledger:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 spending = spendings.get(charge)
                 used = None if spending is None else spending.used(self.reader)
-                for policy in charge.policies:
+                for policy in charge.policies.policies:
                     charged = next(taken)
-                    delta = sum(cost for cost, name in changes if name is None or name == policy.name)
+                    delta = 0
+                    for cost, name in changes:
+                        if name is None or name == policy.name:
+                            delta += cost
                     if used is not None and charged:
                         delta += self._used_of(policy, used) - charged
                     # Nobody gets back more than was taken, however often they ask.
@@ -135,6 +138,8 @@ class Ledger:
 
     def _used_of(self, policy: Policy, used: int) -> int:
         """What the app says that counts for *policy*, else *used*, what the answer says."""
+        if not self._said:
+            return used
         return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
 
     def _book(self, name: str | None, units: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
 from ..limits.policy import MICROSECONDS, Charge, Charges, counters_of
 from ..limits.refusal_memory import Refusal
-from ..limits.reply import Reply, charged_receipts, numbers_of, reply_of
+from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
 from .settlement import Ledger
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class Verdict:
         """The units that were charged, one per policy of the charges."""
         if self.reply is None or not self.allowed:
             return [0] * self.charges.counters
-        both = zip(counters_of(self.charges), numbers_of(self.reply), strict=True)
-        return [charge.taken(each.fits) for (charge, _), each in both]
+        both = zip(counters_of(self.charges), fits_of(self.reply), strict=True)
+        return [charge.taken(fits) for (charge, _), fits in both]
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -147,8 +147,8 @@ class PlanCache:
 
     def least(self, charges: Charges) -> Charges:
         """Those of *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
-        if not charges.has_tokens:
-            return Charges(charge for charge in charges if charge.price is None)
+        if not charges.is_priced:
+            return charges
 
         def make(_: object) -> Charges:
             known = (charge for charge in charges if charge.price is None or charge.price.tokens is not None)
@@ -165,8 +165,10 @@ class PlanCache:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
         # What cannot be read is each time another, and so is nearly every estimate.
-        if charges.has_tokens or any(isinstance(cost, Unread) for cost in costs):
+        if any(isinstance(cost, Unread) for cost in costs):
             return make(None)
+        if charges.has_tokens:
+            return charges.at(cast("Sequence[int]", costs))
         asked = (charges, *costs)
         return self.charges.young.get(asked) or self.charges.find(asked, make)
 
