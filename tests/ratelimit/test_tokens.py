@@ -238,9 +238,11 @@ def test_cost_is_the_exact_sum_rounded_up_once(
     read = min(Fraction(len(text.encode()), 4) * exact["input"], quota - written)
     estimate = made.estimated({"m": text}, quota=quota)
     assert max(1, math.ceil(read + written)) == estimate.cost
-    total = Fraction(0)
-    for number, weight, missing in zip(numbers, exact.values(), (read, 0, 0, written, 0), strict=True):
-        total += missing if number is None else number * weight
+    missing = {"input": read, "output": written}
+    total = sum(
+        (missing.get(part, Fraction(0)) if number is None else number * exact[part])
+        for number, part in zip(numbers, exact, strict=True)
+    )
     assert min(2**53, math.ceil(total)) == made.cost_of(Usage(*numbers), estimate)
 
 
