@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.ratelimit.tokens import Estimate, Outputs, Tokens, asked_output, input_tokens, tokens
 from redis_asgi.ratelimit.usage import Usage, UsageReader
+
+from .test_usage import JSON as JSON_TYPE
+from .test_usage import answer_of, parts_of, read
 
 PLAIN = tokens()
 LARGE = 10**9
@@ -146,6 +150,7 @@ def test_outputs_count_what_was_thought_and_leave_out_what_is_not_known() -> Non
         outputs.note(Usage(output=5, reasoning=7))
         outputs.note(Usage(input=5))
     assert 12 == outputs.likely
+    assert 23 == outputs_of(*range(1, 26)).likely
 
 
 @pytest.mark.parametrize(
@@ -281,6 +286,44 @@ def test_each_end(body: bytes, complete: bool, status: int, expected: int) -> No
     """Of a request estimated at 100 read and 250 written."""
     estimate = PLAIN.estimated({"m": "x" * 400, "max_tokens": 250}, quota=LARGE)
     assert expected == PLAIN.settled(estimate, reader_of(body, complete=complete, status=status))
+
+
+@given(
+    st.randoms(use_true_random=False),
+    st.sampled_from(["json", "chat", "responses", "ollama"]),
+    st.sampled_from([200, 404, 500]),
+    st.booleans(),
+)
+def test_random_ends_cost_what_the_oracle_says(rng: random.Random, style: str, status: int, complete: bool) -> None:
+    """Of any format, after any of its events, with usage anywhere or nowhere in it."""
+    answer = answer_of(rng, style)
+    number = len(answer.pieces) if complete else rng.randrange(len(answer.pieces) + 1)
+    reader = read(b"".join(answer.pieces[:number]), answer.content_type, complete=complete, status=status)
+    estimate = PLAIN.estimated({"m": "x" * 400, "max_tokens": rng.choice([5, 250, 10**6])}, quota=LARGE)
+    quota_of_output = estimate.cost - 100
+
+    says = [said is not None and any(n is not None for n in said.values()) for said in answer.said[:number]]
+    found = [said for said, counts in zip(answer.said, says, strict=False) if counts and said is not None]
+    usage = None
+    if found:
+        usage = parts_of({n: found[0][n] if found[-1][n] is None else found[-1][n] for n in found[-1]})
+    sizes = [len(piece) for piece, counts in zip(answer.pieces[:number], answer.counts, strict=False) if counts]
+    passed = sum(map(len, answer.pieces[:number])) if answer.content_type == JSON_TYPE else sum(sizes)
+    guess = max(Fraction(len(sizes)), Fraction(passed - len(sizes) * min(sizes, default=0), 4))
+    spoken = [said for said, counts in zip(says, answer.counts, strict=False) if counts]
+    is_last = style != "chat" or spoken[-1:] == [True]
+    if usage is None:
+        whole = 0 if status >= 400 else estimate.cost
+        cost = whole if complete or status >= 400 else min(whole, math.ceil(100 + guess))
+    else:
+        read_of_it = (100 if usage.input is None else usage.input) + (usage.cached or 0) + (usage.cache_write or 0)
+        if complete or (is_last and usage.output is not None):
+            output = quota_of_output if usage.output is None else usage.output
+            cost = read_of_it + output + (usage.reasoning or 0)
+        else:
+            known = read_of_it + (usage.output or 0) + (usage.reasoning or 0)
+            cost = max(known, min(estimate.cost, math.ceil(read_of_it + guess)))
+    assert cost == PLAIN.settled(estimate, reader)
 
 
 def test_nothing_that_began_costs_nothing() -> None:

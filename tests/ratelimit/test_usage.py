@@ -273,6 +273,12 @@ def test_nothing_but_the_place_counts(forgery: dict[str, Any]) -> None:
         assert expected == read(json.dumps(padded).encode()).usage
 
 
+def test_places_belong_to_their_kind_of_answer() -> None:
+    """An event's place is none in a whole answer, and a line that is not the last says nothing."""
+    assert None is read(json.dumps(MESSAGE_START).encode()).usage
+    assert None is read(lines({**OLLAMA, "done": False}, OLLAMA_LINE), NDJSON).usage
+
+
 def test_usage_of_long_answers_is_that_of_their_end() -> None:
     """Above 1 MiB the last 64 KiB are read, of a document as of an event; what stands before them is not found."""
     vectors = {"data": [[0.123456789] * 1000] * 200}
@@ -337,6 +343,7 @@ def test_bomb_is_not_unpacked() -> None:
     tracemalloc.stop()
     assert peak < 16_000_000
     assert reader.usage is None
+    assert read(gzip.compress(b" " * 100_000_000), encoding=b"gzip").bytes_sent < 16_000_000
 
 
 @pytest.mark.parametrize("encoding", [b"br", b"zstd", b"gzip, br", b"x" * 100, b"\xff"])
@@ -401,6 +408,14 @@ def test_cut_stream_is_guessed_by_its_events() -> None:
     assert 300 == read(short * 300 + b": ping\n\n", SSE, complete=False).output_of_cut()
     long = events({**CHUNK, "choices": [{"delta": {"content": "a" * 401}}]})
     assert 101 * 100 / 2 == read((short + long) * 50, SSE, complete=False).output_of_cut() + 50
+
+
+def test_cut_event_says_nothing_of_how_small_one_is() -> None:
+    """Nor is one lost that only lacks its blank line."""
+    body = events(CHUNK)
+    cut = read(body + b"data: {", SSE, complete=False)
+    assert (2, len(body)) == (cut.events, cut.smallest_event)
+    assert ALL_OPENAI == read(events(LAST_CHUNK).rstrip(), SSE, complete=False).usage
 
 
 def test_cut_stream_knows_its_output_only_from_its_last_event() -> None:
@@ -681,6 +696,7 @@ def test_end_of_a_document_says_what_the_document_says(document: dict[str, Any],
     """Or nothing: no inner member and no text passes for one of the outermost object."""
     from redis_asgi.ratelimit.usage_bodies import _from_tail
 
+    assert None is _from_tail(b'"usage":{}}')  # nobody knows what stood before
     text = json.dumps(document, separators=(",", ":") if dense else None).encode()
     found = _from_tail(text)
     for name in ("usage", "meta", "done"):
