@@ -146,7 +146,8 @@ class Lines(Body):
         if left:
             smallest = self.smallest
             self._take(left)
-            if not complete:
+            # A CR was waited for that may have become a CRLF.
+            if not complete and not left.endswith((b"\r\r", b"\n\r")):
                 # What was cut says nothing of how small a whole one is.
                 self.smallest = smallest
         self._settle()

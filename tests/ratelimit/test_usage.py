@@ -415,6 +415,8 @@ def test_cut_event_says_nothing_of_how_small_one_is() -> None:
     body = events(CHUNK)
     cut = read(body + b"data: {", SSE, complete=False)
     assert (2, len(body)) == (cut.events, cut.smallest_event)
+    by_cr = read(body.replace(b"\n", b"\r"), SSE, complete=False)
+    assert (1, len(body)) == (by_cr.events, by_cr.smallest_event)
     assert ALL_OPENAI == read(events(LAST_CHUNK).rstrip(), SSE, complete=False).usage
 
 
