@@ -121,8 +121,12 @@ class UsageReader:
 
     def feed(self, body: bytes) -> None:
         """Look at a chunk that has passed."""
+        reading = self._body
         if self._decoder is None:
-            self._read(body)
+            if reading is not None and len(body) <= TAIL:
+                reading.feed(body)
+            else:
+                self._read(body)
         else:
             for decoded in self._decoder.decode(body):
                 self._read(decoded)
@@ -145,8 +149,6 @@ class UsageReader:
             self._start += chunk
             if len(self._start.lstrip()) >= _SNIFFED or len(self._start) >= _BLANKS_SNIFFED:
                 self._begin()
-        elif len(chunk) <= TAIL:
-            body.feed(chunk)
         else:
             _feed_slices(body, chunk)
 

@@ -63,13 +63,14 @@ class Body:
         """Read what is left, and return the body as it turned out to be."""
         return self
 
-    def note(self, document: object, *, streamed: bool) -> None:
-        """Keep what *document* says, if it does."""
-        said = find_usage(document, streamed=streamed)
-        if said is not None:
-            self.first = self.first or said
-            self.last = said
-            self._events_at_last = self.events
+    def _note(self, said: Said | None, at: int = 0) -> bool:
+        """Keep what an answer or its event number *at* says, and return whether it does."""
+        if not said:
+            return False
+        self.first = self.first or said
+        self.last = said
+        self._events_at_last = at
+        return True
 
 
 class Document(Body):
@@ -92,25 +93,28 @@ class Document(Body):
     def close(self, *, complete: bool) -> Body:
         kept, self._kept = bytes(self._kept), bytearray()
         if self._is_long:
-            self.note(_from_tail(kept), streamed=False)
+            self._note(find_usage(_from_tail(kept), streamed=False))
             return self
         document = _loads(kept)
         if document is None and b"\n" in kept.strip():
             lines = Lines()
             lines.feed(kept)
             return lines.close(complete=complete)
-        self.note(document, streamed=False)
+        self._note(find_usage(document, streamed=False))
         return self
 
 
 class Lines(Body):
     """Documents, each on a line of its own (NDJSON)."""
 
-    __slots__ = ("_dropped", "_head", "_pending")
+    __slots__ = ("_dropped", "_head", "_named", "_named_size", "_pending")
 
     def __init__(self) -> None:
         super().__init__()
         self._pending = bytearray()
+        # Those that name a usage but are not parsed yet, and their numbers: of many that say one, the last will do.
+        self._named: list[tuple[int, bytes]] = []
+        self._named_size = 0
         # Of one that is too long to be kept: how it began, and how many bytes are gone.
         self._head = b""
         self._dropped = 0
@@ -142,9 +146,11 @@ class Lines(Body):
         if left:
             smallest = self.smallest
             self._take(left)
-            if not complete:
+            # A CR was waited for that may have become a CRLF.
+            if not complete and not left.endswith((b"\r\r", b"\n\r")):
                 # What was cut says nothing of how small a whole one is.
                 self.smallest = smallest
+        self._settle()
         return self
 
     def _is_one(self, chunk: bytes) -> bool:
@@ -161,7 +167,34 @@ class Lines(Body):
             return
         is_long = self._count(line)
         if b'eval_count"' in line or (b'"usage"' in line and _NAMES_USAGE.search(line)):
-            self.note(_from_tail(line) if is_long else _loads(line), streamed=True)
+            self._keep(line, is_long=is_long)
+
+    def _keep(self, event: bytes, *, is_long: bool) -> None:
+        """Keep *event*, which names a usage, until it is known whether a later one says what it is."""
+        if is_long:
+            self._settle()
+            self._note(find_usage(self._end_of(event), streamed=True), self.events)
+        elif self.first is None:
+            self._note(self._said_by(event), self.events)
+        else:
+            self._named.append((self.events, event))
+            self._named_size += len(event)
+            if self._named_size > TAIL:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Parse what was kept, from the last on, until one says something."""
+        named, self._named, self._named_size = self._named, [], 0
+        for number, event in reversed(named):
+            if self._note(self._said_by(event), number):
+                return
+
+    def _said_by(self, line: bytes) -> Said | None:
+        return find_usage(_loads(line), streamed=True)
+
+    def _end_of(self, line: bytes) -> object:
+        """What the end of a long *line* holds."""
+        return _from_tail(line)
 
     def _count(self, event: bytes) -> bool:
         """Count *event*, and say whether it is only the end of one."""
@@ -184,7 +217,11 @@ class Events(Lines):
         self._has_cr = False
 
     def _is_one(self, chunk: bytes) -> bool:
-        return chunk.find(b"\n\n") == len(chunk) - 2 and b"\r" not in chunk and len(chunk) > 2
+        if b"\r" in chunk:
+            crlf = chunk.count(b"\r\n")
+            is_plain = crlf == chunk.count(b"\r") == chunk.count(b"\n")
+            return is_plain and chunk.find(b"\r\n\r\n") == len(chunk) - 4 and len(chunk) > 4
+        return chunk.find(b"\n\n") == len(chunk) - 2 and len(chunk) > 2
 
     def _end(self, pending: bytearray, start: int) -> int:
         if not self._has_cr:
@@ -196,17 +233,22 @@ class Events(Lines):
         return found.end() if found else -1
 
     def _take(self, event: bytes) -> None:
-        if not event.startswith(b"data:") and not _DATA.search(self._head if self._dropped else event):
+        # Of a long one it stands at its start.
+        has_data = event.startswith(b"data:") or b"\ndata:" in event
+        if not has_data and not _DATA.search(self._head if self._dropped else event):
             self._dropped = 0  # a comment, which no model said
             return
         if len(event) <= _LONGEST_DONE and not self._dropped and _DONE.fullmatch(event):
             return
         is_long = self._count(event)
         if b'"usage"' in event and _NAMES_USAGE.search(event):
-            self.note(self._end_of(event) if is_long else _loads(_data(event)), streamed=True)
+            self._keep(event, is_long=is_long)
+
+    def _said_by(self, event: bytes) -> Said | None:
+        return find_usage(_loads(_data(event)), streamed=True)
 
     def _end_of(self, event: bytes) -> object:
-        """What the end of a long *event* holds: of a response that has ended, or of a chunk."""
+        # Of a response that has ended, or of a chunk.
         data = _data(event, is_end=True)
         document = _from_tail(data, b'{"response":{')
         if document is None:

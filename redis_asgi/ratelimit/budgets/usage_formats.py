@@ -76,6 +76,10 @@ class Said:
     beside: bool = False
     is_final: bool = False
 
+    def __bool__(self) -> bool:
+        """Whether there is any number."""
+        return not (self.read is self.cached is self.cache_write is self.written is self.reasoning is None)
+
     def then(self, later: "Said") -> "Said":
         """This, and what *later* says instead; numbers are replaced, never added."""
         return Said(
