@@ -100,7 +100,7 @@ FOLDERS = {
     ),
     "ratelimit/rules": "asgi errors events keys misuse ratelimit/budgets ratelimit/limits settings",
     "ratelimit/answers": (
-        "connection errors event_loop misuse ratelimit/budgets ratelimit/counting ratelimit/limits settings"
+        "asgi connection errors event_loop misuse ratelimit/budgets ratelimit/counting ratelimit/limits settings"
     ),
     "ratelimit": (
         "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/budgets ratelimit/counting"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn, TypeAlias, cast
 
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -21,6 +21,7 @@ from .answers.limited_response import style_of
 from .answers.rate_limit_exceeded import refusal_on
 from .answers.refusal_response import POLICY_VIOLATION, can_respond
 from .answers.request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
+from .answers.rewording import refused_as, rewording_in
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .counting.verdict import Verdict
@@ -30,6 +31,7 @@ from .rules.endpoints import calls_of, dependant_of, endpoint_name
 from .rules.partition import MissingIdentity, PartitionBy
 from .rules.plan import Plan, PlanCache, charges_kept
 from .rules.policies import fit_name
+from .rules.reading import body_of
 from .rules.recent import Recent
 from .rules.rule import Cost, Limits, Rule
 
@@ -236,7 +238,8 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     try:
         asking = await charges_beside(_plans(limits, scope, endpoint), conn, decision)
     except MissingIdentity as missing:
-        raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
+        error = HTTPException(400, f"This request needs {missing.what}.")
+        raise await _answerable(conn, error) from None
     for engine, charges, spendings in asking:
         if not charges.counters:
             continue
@@ -249,7 +252,7 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
         if spendings:
             decision.ledger.spend(verdict, spendings)
         if not verdict.allowed:
-            raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
+            raise await _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)), verdict)
     return decision
 
 
@@ -294,6 +297,18 @@ def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
     return kept
 
 
-def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
-    """*error*, or a refused handshake where the server cannot answer one with a status."""
-    return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
+async def _answerable(conn: HTTPConnection, error: HTTPException, verdict: Verdict | None = None) -> Exception:
+    """*error*, or a refused handshake where the server cannot answer one with a status.
+
+    Args:
+        verdict: The one that refuses; ``None`` = no limit does.
+    """
+    if not can_respond(conn.scope):
+        return WebSocketException(POLICY_VIOLATION)
+    rewording = rewording_in(conn.scope)
+    if rewording is not None and isinstance(conn, Request):
+        content = None
+        if rewording.names_request:
+            content = await body_of(conn, rewording.style.body_cap)
+        rewording.offer(refused_as(error, None if verdict is None else verdict.decision), conn, content)
+    return error

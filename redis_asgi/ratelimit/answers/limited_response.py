@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
-from ...settings import HeaderStyle
 from ..budgets.usage import UsageReader
 from ..counting.verdict import Verdict
 from . import headers
+from .dialects import AnswerStyle, plain_style
 from .request_decision import STYLE, RequestDecision, Standby
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
@@ -16,10 +16,10 @@ _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.
 _FILES = frozenset(("http.response.pathsend", "http.response.zerocopysend"))
 
 
-def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
-    """The style of the header fields of a request: the outermost middleware's, else the settings'."""
-    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
-    return style
+def style_of(scope: Scope, decision: RequestDecision) -> AnswerStyle:
+    """The style of the answers to a request: of a middleware outside, else the settings'."""
+    style: AnswerStyle | None = scope.get(STYLE)
+    return style or plain_style(decision.first.engine.settings.RATE_LIMIT_HEADERS)
 
 
 def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
@@ -36,10 +36,10 @@ class LimitedResponse:
 
     __slots__ = ("_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
 
-    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
+    def __init__(self, decision: RequestDecision, style: AnswerStyle, send: Send) -> None:
         self.decision = decision
         self._verdict = decision.first
-        self._style: HeaderStyle = style
+        self._style = style
         self._send = send
         self._gone = False
         self._reader: UsageReader | None = None  # of what it has used, where that is to be known
@@ -78,7 +78,7 @@ class LimitedResponse:
         # The draft has no fields on redirects: their target is counted by itself.
         if not 300 <= status < 400:
             fields = verdict.rendered
-            if fields is None or verdict.more or self._style != "ietf":
+            if fields is None or verdict.more or not self._style.is_plain:
                 fields = headers.fields_of(verdict, self._style)
             message = headers.with_fields(message, fields)
         ledger = verdict.ledger
@@ -109,9 +109,9 @@ class UncoveredResponse:
 
     __slots__ = ("_of_route", "_send", "_standby", "_style")
 
-    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
+    def __init__(self, standby: Standby, style: AnswerStyle, send: Send) -> None:
         self._standby = standby
-        self._style: HeaderStyle = style
+        self._style = style
         self._send = send
         self._of_route: LimitedResponse | None = None
 

@@ -22,8 +22,8 @@ from ..limits.policy import Charges, Partition, Policy, PolicySet
 _DECISION = "redis_asgi.rate_limit"
 # Where a scope keeps the `Standby` of a middleware that decides nothing about the request.
 STANDBY = "redis_asgi.rate_limit_standby"
-# Where a scope keeps the style of header fields of the outermost middleware.
-STYLE = "redis_asgi.header_style"
+# Where a scope keeps the style of answers: the outermost middleware's, or the outermost one's that has a dialect.
+STYLE = "redis_asgi.answer_style"
 
 
 class RequestDecision(Decision):

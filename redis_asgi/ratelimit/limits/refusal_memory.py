@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...settings import HeaderStyle, Settings
+from ...settings import Settings
 from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of
 from .reply import Reply, numbers_of
 
@@ -26,7 +26,7 @@ class Refusal:
         asked: What was decided with it: of other limits it says nothing.
         alone: Whether no other refusal of its partition is known.
         rendered: Its last answer in full: header fields and body.
-        rendered_in: The style of header fields of that.
+        rendered_in: The style of that.
         rendered_until: How long, in monotonic seconds, the whole seconds in it stay the same.
     """
 
@@ -40,7 +40,7 @@ class Refusal:
     asked: frozenset[tuple[bytes, bytes]]
     alone: bool = True
     rendered: tuple[list[tuple[bytes, bytes]], bytes] | None = None
-    rendered_in: HeaderStyle | None = None
+    rendered_in: object = None
     rendered_until: float = 0.0
 
     def answers(self, cost: int) -> bool:

@@ -47,7 +47,7 @@ async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody
     """`look` in front of an endpoint, where the app may have read the body already; ``None`` also for other methods."""
     if not isinstance(conn, Request) or conn.method not in METHODS_WITH_BODY:
         return None
-    content = await _body_of(conn, cap)
+    content = await body_of(conn, cap)
     if content == b"":
         return None
     return _looked(_document(content, conn.scope), conn.scope, readers, asks=asks)
@@ -63,7 +63,7 @@ def _document(content: bytes | None, scope: Scope) -> Document:
     return Document(content, is_encoded=any(header_values(scope, b"content-encoding")))
 
 
-async def _body_of(request: Request, cap: int) -> bytes | None:
+async def body_of(request: Request, cap: int) -> bytes | None:
     """The body of *request*, at most *cap* bytes; ``None`` when it cannot be had."""
     content: bytes | None = getattr(request, "_body", None)  # where Starlette keeps it
     if content is not None:
