@@ -321,6 +321,17 @@ async def test_body_that_nobody_can_read_costs_by_its_length(settings: Settings)
     assert 898 == await remaining(app)
 
 
+async def test_spent_budget_refuses_no_request_without_a_body(redis_url: str) -> None:
+    """It is not covered, whatever is remembered of its key."""
+    app = limited(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5), "500/hour")
+    told = Ending(answer(json.dumps(usage(0, 500)).encode()), 500)
+    empty = [(b"x-key", b"k"), (b"content-length", b"0")]
+    statuses = [(await request(app, told))[0]["status"] for _ in range(3)]
+
+    assert [200, 429, 429] == statuses
+    assert 200 == (await request(app, Ending(answer(b"{}"), 0), body=b"", headers=empty))[0]["status"]
+
+
 async def test_requests_without_a_body_are_not_covered(settings: Settings) -> None:
     """No model is asked by a GET, an empty POST or a handshake."""
     app = limited(settings)
