@@ -1,6 +1,7 @@
 """What was decided about a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
 
 import sys
+from contextvars import copy_context
 from functools import lru_cache
 
 
@@ -28,8 +29,11 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
 def may_be_traced() -> bool:
     """Whether there is anything that a span could be in: cheaper to see than that there is no span.
 
-    redis-py imports the API wherever it is installed, also where nobody traces.
+    redis-py imports the API wherever it is installed, also where nobody traces. Without any context variable, which is
+    what a server's task begins with, there is no span either.
     """
+    if not copy_context():
+        return False
     context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
     return context is not None and bool(context())
 

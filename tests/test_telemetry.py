@@ -297,7 +297,7 @@ import asyncio, os
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis_asgi import RedisManager, Settings
-from redis_asgi.telemetry import telemetry
+from redis_asgi.telemetry import TOLD_WITHIN, telemetry
 
 manager = RedisManager(Settings(REDIS_URL="memory://"))
 loop = asyncio.new_event_loop()
@@ -311,10 +311,10 @@ async def count(times, wait):
 loop.run_until_complete(count(3, 0))
 pid = os.fork()
 if pid == 0:
-    {child}(count(1, 0.2))
+    {child}(count(1, 4 * TOLD_WITHIN))
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
-loop.run_until_complete(asyncio.sleep(0.2))
+loop.run_until_complete(asyncio.sleep(4 * TOLD_WITHIN))
 loop.close()
 registry = CollectorRegistry()
 MultiProcessCollector(registry)

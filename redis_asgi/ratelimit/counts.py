@@ -1,6 +1,5 @@
 """What the limiter counts, with every metric's children bound once."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import Failure
@@ -39,15 +38,15 @@ class Counts:
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
-    def policies(self, said: "Sequence[Counter]") -> None:
+    def policies(self, said: "tuple[Counter, ...]") -> None:
         """Count what the policies of a verdict said that is not its request's first."""
         if said:
-            self._note(tuple(said))
+            self._note(said)
 
-    def request(self, outcome: str, source: str, policies: "Sequence[Counter]" = ()) -> None:
+    def request(self, outcome: str, source: str, policies: "tuple[Counter, ...]" = ()) -> None:
         """Count one request, once, and with it what *policies* said of it."""
         counter = self._requests[outcome, source]
-        self._note((counter, *policies) if policies else counter)
+        self._note((counter, policies))
         if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 

@@ -55,7 +55,7 @@ class Verdict:
         self.at = at
         self.is_counted = self.is_over = False
         self.rendered: Any = None
-        self.uncounted: Sequence[Any] = ()
+        self.uncounted: tuple[Any, ...] = ()
         self._decision = decision
         if reply is not None:
             self.allowed = reply[0] == 1
