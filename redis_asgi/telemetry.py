@@ -74,8 +74,17 @@ class Sample:
 TOLD_WITHIN = 0.25  # seconds
 _MOST_NOTES = 4096
 
-# Counters, each by itself or with others that are counted at the same time.
-Noted: TypeAlias = "Counter | tuple[Noted, ...]"
+
+class Together:
+    """Counters that are counted at the same time; made once for what is counted often."""
+
+    __slots__ = ("counters",)
+
+    def __init__(self, counters: "tuple[Counter, ...]") -> None:
+        self.counters = counters
+
+
+Noted: TypeAlias = "Counter | Together"
 
 
 class Notes:
@@ -97,10 +106,13 @@ class Notes:
         self._is_due = False  # whether a timer is set
         self._telling = threading.Lock()
 
-    def count(self, what: Noted) -> None:
-        """Count one more of *what*: a counter, or several at once. Call it in a loop that runs."""
+    def count(self, what: "Noted | None", more: "Noted | None" = None) -> None:
+        """Count one more of *what*, and of *more*. Call it in a loop that runs."""
         counted = self._counted
-        counted.append(what)
+        if what is not None:
+            counted.append(what)
+        if more is not None:
+            counted.append(more)
         if not self._is_due or len(counted) >= _MOST_NOTES:
             self._see_to(len(counted))
 
@@ -134,7 +146,7 @@ class Notes:
                 for counter, amount in added.popleft():
                     totals[counter] = totals.get(counter, 0) + amount
         for what, total in totals.items():
-            for counter in _each(what):
+            for counter in what.counters if isinstance(what, Together) else (what,):
                 counter.inc(total)
         with suppress(IndexError):
             while observed:
@@ -148,15 +160,6 @@ class Notes:
         self._counted.clear()
         self._added.clear()
         self._observed.clear()
-
-
-def _each(what: Noted) -> "Iterator[Counter]":
-    """The counters of *what*."""
-    if isinstance(what, tuple):
-        for each in what:
-            yield from _each(each)
-    else:
-        yield what
 
 
 class Telemetry:

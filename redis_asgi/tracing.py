@@ -1,8 +1,12 @@
 """What was decided about a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
 
 import sys
-from contextvars import copy_context
+from contextvars import copy_context as may_be_traced
 from functools import lru_cache
+
+# Without any context variable, which is what a server's task begins with, there is no span: a call that costs next to
+# nothing, for what would annotate at every request.
+__all__ = ["annotate_span", "may_be_traced"]
 
 
 def annotate_span(**attributes: str | bool | float | None) -> None:
@@ -15,27 +19,17 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
     Args:
         attributes: Never an identity, a key or a text: traces are read by more people than Redis is.
     """
-    # It may be half imported by another thread.
+    # They may be half imported by another thread. redis-py imports them wherever they are installed, also where nobody
+    # traces; whether there is a context at all is cheaper to see than that it holds no span.
+    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
     current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
-    if current is None:
+    if context is None or current is None or not context():
         return
     span = current()
     if span.is_recording():
         for name, value in attributes.items():
             if value is not None:
                 span.set_attribute(_attribute(name), value)
-
-
-def may_be_traced() -> bool:
-    """Whether there is anything that a span could be in: cheaper to see than that there is no span.
-
-    redis-py imports the API wherever it is installed, also where nobody traces. Without any context variable, which is
-    what a server's task begins with, there is no span either.
-    """
-    if not copy_context():
-        return False
-    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
-    return context is not None and bool(context())
 
 
 @lru_cache(maxsize=64)

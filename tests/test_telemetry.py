@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import Counter, Histogram
 
-from redis_asgi.telemetry import SAMPLE_SECONDS, SAMPLES_KEPT, Sample, Telemetry, fresh_telemetry, telemetry
+from redis_asgi.telemetry import SAMPLE_SECONDS, SAMPLES_KEPT, Sample, Telemetry, Together, fresh_telemetry, telemetry
 
 from .kit.fair_time import fair_time
 from .kit.processes import run_python
@@ -353,8 +353,9 @@ def total(counter: Counter) -> float:
 async def noted(counted: Telemetry, times: int) -> tuple[Counter, Counter]:
     """Note an admission by two policies so many times."""
     both = tuple(counted.ratelimit_policy.labels(name, "allowed") for name in ("a", "b"))
+    together = Together(both)
     for _ in range(times):
-        counted.notes.count(both)
+        counted.notes.count(together)
     return both[0], both[1]
 
 

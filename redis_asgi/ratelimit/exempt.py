@@ -8,6 +8,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..errors import ConfigurationError
+from ..event_loop import running_loop
 from ..misuse import check_callable, shown
 from ..paths import PathPattern, path_patterns
 from ..settings import Settings
@@ -50,6 +51,7 @@ class Exemptions:
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""
         if not self._has_looked:
+            running_loop()  # here, where each first request comes by
             self._has_looked = True
             self.any = bool(self._paths or self._says_so or self._routing.has_pages)
         if self.cover_path(scope):

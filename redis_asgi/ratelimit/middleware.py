@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..connection import RedisArgument, offer_manager, resolve_manager
-from ..event_loop import check_at_start, running_loop
+from ..event_loop import check_at_start
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
@@ -110,7 +110,6 @@ class RateLimitMiddleware(Covering):
             check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
         self._linter = Linter(self._addressing, self._routing, self._rules)
-        self._has_loop = False
 
     @only_called_as(_ADD)
     async def __call__(self, scope: Scope, receive: Annotated[Receive, _NO_DEPENDENCY], send: Send) -> None:
@@ -118,9 +117,6 @@ class RateLimitMiddleware(Covering):
         if kind not in ("http", "websocket"):
             await (self._lifespan if kind == "lifespan" else self.app)(scope, receive, send)
             return
-        if not self._has_loop:
-            running_loop()
-            self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
         scope.setdefault(STYLE, self._style)
@@ -133,9 +129,8 @@ class RateLimitMiddleware(Covering):
             self._linter.look(scope)
         outer = decision_of(scope)
         try:
-            plan = self._plans.of(scope)
-            known = plan.known(scope)
-            charges = known if known is not None else await plan.charges(scope)
+            known = self._plans.known(scope)
+            charges = known if known is not None else await self._plans.charges(scope)
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
             await refuse_identity(missing.what, scope, send)
@@ -146,8 +141,9 @@ class RateLimitMiddleware(Covering):
         if charges.is_priced:
             verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
         elif charges.counters:
-            asked = self._engine.ask(charges)
-            verdict = asked if isinstance(asked, Verdict) else await asked.future
+            verdict = self._engine.ask(charges)
+            if verdict.is_asked:
+                await verdict.future
 
         if outer is not None:
             await self._join(outer, verdict, scope, receive, send)

@@ -57,11 +57,8 @@ class Plan:
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
         self._asks_user = any(rule.asks_user for rule in rules)
-        self._reads: Any = [rule.partition.read for rule in rules]
-
-    def known(self, scope: Scope) -> Charges | None:
-        """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
-        return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
+        # Where no callable of the user's has to say whom it counts.
+        self.reads: Any = None if self._asks_user else [rule.partition.read for rule in rules]
 
     async def charges(self, scope: Scope) -> Charges:
         """What a request is to be charged; empty where no rule applies to it.
@@ -154,6 +151,20 @@ class Plans:
         self._by_shape: Recent[tuple[str, ...], Plan] = Recent(
             _SHAPES_KEPT, lambda shape: 300 + 4 * len("".join(shape))
         )
+
+    async def charges(self, scope: Scope) -> Charges:
+        """See `Plan.charges`."""
+        return await self.of(scope).charges(scope)
+
+    def known(self, scope: Scope) -> Charges | None:
+        """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
+        plan = self.of(scope)
+        if plan.reads is None:
+            return None
+        asked: list[Any] = [plan]
+        for read in plan.reads:
+            asked.append(read(scope))  # noqa: PERF401 - a comprehension is one more call on Python 3.11
+        return self._cache.charges.young.get(tuple(asked))
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""

@@ -29,7 +29,6 @@ from .recent import Recent
 from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
 from .rules import Cost, Limits, Rule
-from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -237,8 +236,7 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     for engine, charges in asking:
         if not charges.counters:
             continue
-        asked = engine.ask(charges)
-        verdict: Verdict = asked if isinstance(asked, Verdict) else await asked.future
+        verdict = await engine.decide(charges)
         if decision is None:
             decision = begin_decision(scope, verdict)
         else:
