@@ -1,12 +1,12 @@
-"""What was decided about a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
+"""The decision on a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
 
 import sys
-from contextvars import copy_context as may_be_traced
+from contextvars import copy_context
 from functools import lru_cache
 
-# Without any context variable, which is what a server's task begins with, there is no span: a call that costs next to
-# nothing, for what would annotate at every request.
-__all__ = ["annotate_span", "may_be_traced"]
+# What a server's task begins with is no context variable at all, and then there is no span: seen at next to no cost, for
+# what would annotate at every request.
+may_be_traced = copy_context
 
 
 def annotate_span(**attributes: str | bool | float | None) -> None:
