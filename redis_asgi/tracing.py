@@ -4,8 +4,8 @@ import sys
 from contextvars import copy_context
 from functools import lru_cache
 
-# What a server's task begins with is no context variable at all, and then there is no span: seen at next to no cost, for
-# what would annotate at every request.
+# What a server's task begins with is no context variable at all, and then there is no span: seen at next to no cost,
+# for what would annotate at every request.
 may_be_traced = copy_context
 
 
