@@ -86,7 +86,7 @@ VALUES = st.recursive(
 )
 
 
-@given(st.lists(st.tuples(SPELLINGS, VALUES), max_size=4), st.sampled_from(["m", "é", "n", 'a"m', "m.m", "n.m", "m.é"]))
+@given(st.lists(st.tuples(SPELLINGS, VALUES), max_size=4), st.sampled_from(["m", "é", "n", "m.m", "n.m", "m.é"]))
 def test_member_stands_twice_where_a_reader_of_pairs_says_so(pairs: list[tuple[str, str]], path: str) -> None:
     """However a name is spelled, and whatever looks like it in texts and at other levels."""
     text = "{" + ",".join(f"{name}:{value}" for name, value in pairs) + "}"

@@ -98,7 +98,7 @@ FOLDERS = {
     "ratelimit/counting": (
         "connection errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings telemetry tracing"
     ),
-    "ratelimit/rules": "asgi errors events keys misuse ratelimit/budgets ratelimit/limits settings",
+    "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/budgets ratelimit/limits settings",
     "ratelimit/answers": (
         "asgi connection errors event_loop misuse ratelimit/budgets ratelimit/counting ratelimit/limits settings"
     ),

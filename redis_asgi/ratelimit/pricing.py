@@ -9,7 +9,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
 from ..asgi.bodies import Buffer
-from ..asgi.scope import BufferedRequest, UnreadableBody
+from ..asgi.scope import BufferedRequest, UnreadableBody, content_length
 from .answers.request_decision import RequestDecision, check_names
 from .budgets.spending import Spending
 from .budgets.tokens import Asked
@@ -54,6 +54,8 @@ class Ahead:
             MissingIdentity: See `Plan.charges`.
         """
         engine = self._engine
+        if charges.has_tokens and content_length(self._scope) == 0:
+            charges = without_tokens(charges)
         # A refusal that is known already spares the reading of a body.
         known = engine.remembered(engine.plans.least(charges))
         if known is not None:

@@ -24,7 +24,6 @@ from .answers.request_decision import STANDBY, RequestDecision, Standby, begin_d
 from .answers.rewording import refused_as, rewording_in
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
-from .counting.verdict import Verdict
 from .pricing import charges_beside
 from .rules.compiled import CompiledRule
 from .rules.endpoints import calls_of, dependant_of, endpoint_name
@@ -243,8 +242,9 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
     for engine, charges, spendings in asking:
         if not charges.counters:
             continue
-        asked = engine.ask(charges)
-        verdict: Verdict = asked if isinstance(asked, Verdict) else await asked.future
+        verdict = engine.ask(charges)
+        if verdict.is_asked:
+            await verdict.future
         if decision is None:
             decision = begin_decision(scope, verdict)
         else:

@@ -30,6 +30,7 @@ from redis_asgi import (
     by_mcp_tool,
     client_ip,
     rate_limit,
+    tokens,
 )
 from redis_asgi.asgi import bodies
 from redis_asgi.asgi.bodies import Document
@@ -338,6 +339,28 @@ async def test_sequence_without_a_body_is_one_partition(settings: Settings) -> N
     ]:
         async with client_of(app, address=address) as client:
             assert expected == (await client.get("/", headers={"x-key": key})).status_code
+
+
+def test_what_is_in_force_is_told(settings: Settings) -> None:
+    """The kind of a partition, the methods it covers, and that a cost is in tokens."""
+    rules = [
+        Rule("5/minute", name="m", partition_by=[by_header("x-key"), by_json("model", ["a"])], cost=tokens()),
+        Rule("5/minute", name="t", partition_by=by_mcp_tool(["a"]), cost=2, methods="POST"),
+    ]
+    limits = RateLimitMiddleware(Spy(), rules=rules, settings=settings).in_force().limits()
+
+    assert [("header:x-key,json:model", ("POST", "PUT", "PATCH"), "tokens"), ("mcp_tool", ("POST",), 2)] == [
+        (limit.by, limit.methods, limit.cost) for limit in limits
+    ]
+
+
+async def test_plain_encoding_is_none(settings: Settings) -> None:
+    """``Content-Encoding: identity`` hides nothing."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", partition_by=by_json("model", ["a"]))], settings=settings)
+
+    assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"content-encoding": "identity"})
+    assert 429 == await remaining(app, body(model="a"))
+    assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"content-encoding": "zstd"})
 
 
 class Body:

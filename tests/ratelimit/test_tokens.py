@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi.errors import ConfigurationError
-from redis_asgi.ratelimit.tokens import Estimate, Outputs, Tokens, asked_output, input_tokens, tokens
-from redis_asgi.ratelimit.usage import Usage, UsageReader
+from redis_asgi.ratelimit.budgets.tokens import Estimate, Outputs, Tokens, asked_output, input_tokens, tokens
+from redis_asgi.ratelimit.budgets.usage import Usage, UsageReader
 
 from .test_usage import JSON as JSON_TYPE
 from .test_usage import answer_of, parts_of, read

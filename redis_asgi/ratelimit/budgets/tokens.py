@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 
@@ -254,11 +254,6 @@ def tokens(estimate: EstimateBy | None = None, weights: Mapping[str, float] | No
     return Tokens(estimate, whole, factors, 4 * denominator)
 
 
-def _exactly(weight: float) -> Fraction:
-    """*weight* as it is written: 0.1 is a tenth."""
-    return Fraction(weight) if isinstance(weight, int) else Fraction(repr(float(weight)))
-
-
 def _checked_weights(weights: object) -> dict[str, float]:
     if weights is None:
         return {}
@@ -319,15 +314,16 @@ def _quarters(document: object) -> int:
     left = [document]
     # A stack: a body may be nested deeper than Python calls.
     while left:
-        node = left.pop()
-        if isinstance(node, str):
+        node: Any = left.pop()
+        kind = type(node)
+        if kind is str:
             # Most texts, without a call for each.
             quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
-        elif isinstance(node, dict):
+        elif kind is dict:
             if "data" in node or "images" in node:
                 quarters += _more_for_media(node)
             left += node.values()
-        elif isinstance(node, list):
+        elif kind is list:
             for item in node:
                 if type(item) is int:
                     quarters += 4

@@ -60,7 +60,8 @@ def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks
 
 
 def _document(content: bytes | None, scope: Scope) -> Document:
-    return Document(content, is_encoded=any(header_values(scope, b"content-encoding")))
+    codings = header_values(scope, b"content-encoding")
+    return Document(content, is_encoded=any(coding.strip().lower() not in (b"", b"identity") for coding in codings))
 
 
 async def body_of(request: Request, cap: int) -> bytes | None:
