@@ -24,6 +24,7 @@ from .answers.request_decision import STANDBY, RequestDecision, Standby, begin_d
 from .answers.rewording import refused_as, rewording_in
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
+from .limits.decision import Decision
 from .pricing import charges_beside
 from .rules.compiled import CompiledRule
 from .rules.endpoints import calls_of, dependant_of, endpoint_name
@@ -252,7 +253,8 @@ async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: ob
         if spendings:
             decision.ledger.spend(verdict, spendings)
         if not verdict.allowed:
-            raise await _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)), verdict)
+            error = refusal_on(decision, verdict, style_of(scope, decision))
+            raise await _answerable(conn, error, verdict.decision)
     return decision
 
 
@@ -297,11 +299,11 @@ def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
     return kept
 
 
-async def _answerable(conn: HTTPConnection, error: HTTPException, verdict: Verdict | None = None) -> Exception:
+async def _answerable(conn: HTTPConnection, error: HTTPException, refusal: Decision | None = None) -> Exception:
     """*error*, or a refused handshake where the server cannot answer one with a status.
 
     Args:
-        verdict: The one that refuses; ``None`` = no limit does.
+        refusal: Of the limit that refuses; ``None`` = none does.
     """
     if not can_respond(conn.scope):
         return WebSocketException(POLICY_VIOLATION)
@@ -310,5 +312,5 @@ async def _answerable(conn: HTTPConnection, error: HTTPException, verdict: Verdi
         content = None
         if rewording.names_request:
             content = await body_of(conn, rewording.style.body_cap)
-        rewording.offer(refused_as(error, None if verdict is None else verdict.decision), conn, content)
+        rewording.offer(refused_as(error, refusal), conn, content)
     return error
