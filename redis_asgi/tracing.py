@@ -30,8 +30,11 @@ def may_be_traced() -> bool:
 
     redis-py imports the API wherever it is installed, also where nobody traces.
     """
-    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
-    return context is not None and bool(context())
+    context = sys.modules.get("opentelemetry.context")
+    if context is None:
+        return False
+    current = getattr(context, "get_current", None)  # it may be half imported by another thread
+    return current is not None and bool(current())
 
 
 @lru_cache(maxsize=64)

@@ -1,13 +1,13 @@
 """What the limiter counts, with every metric's children bound once."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import Failure
 from ..settings import OnRedisError
 from ..telemetry import telemetry
 from ..tracing import annotate_span, may_be_traced
-from .policy import Charge, Charges, counters_of
+from .policy import Charges, counters_of
+from .refusals import Known
 from .reply import Reply, numbers_of
 
 if TYPE_CHECKING:
@@ -33,21 +33,26 @@ class Counts:
             for outcome in _OUTCOMES
             for source in _SOURCES
         }
+        # As many as there are policies that answer together.
+        self._counted: dict[tuple[str, str, tuple[Counter, ...]], tuple[Counter, ...]] = {}
         self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
-    def policies(self, said: "Sequence[Counter]") -> None:
+    def policies(self, said: "tuple[Counter, ...]") -> None:
         """Count what the policies of a verdict said that is not its request's first."""
         if said:
-            self._note(tuple(said))
+            self._note(said)
 
-    def request(self, outcome: str, source: str, policies: "Sequence[Counter]" = ()) -> None:
+    def request(self, outcome: str, source: str, policies: "tuple[Counter, ...]" = ()) -> None:
         """Count one request, once, and with it what *policies* said of it."""
-        counter = self._requests[outcome, source]
-        self._note((counter, *policies) if policies else counter)
+        said = outcome, source, policies
+        counted = self._counted.get(said)
+        if counted is None:
+            counted = self._counted[said] = self._requests[outcome, source], *policies
+        self._note(counted)
         if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
@@ -74,9 +79,11 @@ class Counts:
         for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
             self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
-    def refusal(self, charge: Charge, policy: str) -> "Counter":
-        """What is counted of a refusal by *policy* that was known without asking."""
-        return self._bound(charge.label or policy)[1]
+    def refusals(self, known: Known) -> "tuple[Counter, ...]":
+        """What is counted of refusals that were known without asking."""
+        known.counters = tuple(self._bound(charge.label or refusal.policy.name)[1] for charge, refusal in known)
+        counters: tuple[Counter, ...] = known.counters
+        return counters
 
     def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
         bound = self._policies.get(name)

@@ -74,7 +74,7 @@ class Engine:
             return None
         verdict = Verdict(self, charges, "redis", known=known, at=now)
         if self._names_are_fixed:
-            verdict.uncounted = [self.counts.refusal(charge, refusal.policy.name) for charge, refusal in known]
+            verdict.uncounted = known.counters or self.counts.refusals(known)
         return verdict
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:

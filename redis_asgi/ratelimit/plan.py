@@ -61,7 +61,12 @@ class Plan:
 
     def known(self, scope: Scope) -> Charges | None:
         """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
-        return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
+        if self._asks_user:
+            return None
+        asked: list[Any] = [self]  # a comprehension would be a call of its own
+        for read in self._reads:
+            asked.append(read(scope))  # noqa: PERF401
+        return self._kept.young.get(tuple(asked))
 
     async def charges(self, scope: Scope) -> Charges:
         """What a request is to be charged; empty where no rule applies to it.

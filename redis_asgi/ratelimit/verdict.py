@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .decision import Decision, Source, policy_state, read_reply, refusal_of
 from .ledger import Ledger
-from .policy import MICROSECONDS, Charge, Charges, counters_of
-from .refusals import Refusal
+from .policy import MICROSECONDS, Charges, counters_of
+from .refusals import Known
 from .reply import Reply, charged_receipts, numbers_of, reply_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Verdict:
         charges: What the answer is about; fewer than were asked when some rules fail open.
         source: Who decided.
         reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
-        known: The remembered refusals that answered, and when (monotonic seconds).
+        known: The remembered refusals that answered.
+        at: When they did, in monotonic seconds.
         uncounted: The counters of what its policies said, which are counted with the request.
         rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
         more: The other verdicts on the request: of per-route limits and inner middleware.
@@ -44,7 +45,7 @@ class Verdict:
         source: Source,
         reply: Reply | None = None,
         decision: Decision | None = None,
-        known: Sequence[tuple[Charge, Refusal]] = (),
+        known: Known | None = None,
         at: float = 0.0,
     ) -> None:
         self.engine = engine
@@ -55,7 +56,7 @@ class Verdict:
         self.at = at
         self.is_counted = self.is_over = False
         self.rendered: Any = None
-        self.uncounted: Sequence[Any] = ()
+        self.uncounted: tuple[Any, ...] = ()
         self._decision = decision
         if reply is not None:
             self.allowed = reply[0] == 1
@@ -105,7 +106,7 @@ class Verdict:
             else:
                 states = tuple(
                     policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
-                    for charge, refusal in self.known
+                    for charge, refusal in self.known or ()
                 )
                 self._decision = refusal_of(states, states, self.source)
         return self._decision
