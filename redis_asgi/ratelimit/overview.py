@@ -9,12 +9,14 @@ from starlette.types import Scope
 from ..connection import RedisManager
 from ..settings import OnRedisError, Settings, StrategyName
 from .compiled import CompiledRule
+from .endpoints import endpoint_name
 from .engine import Engine
 from .exempt import Exemptions
 from .policy import Policy
 from .request_decision import STANDBY, Standby
-from .route import Placed, RateLimit
+from .route import RateLimit
 from .routing import Routing
+from .stack import Placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def limits_of_route(
     found = []
     for limit, place in placed:
         engine = limit.engine_for(scope)
-        rule = limit.compiled(engine, endpoint, place)
+        rule = limit.compiled(engine, endpoint_name(endpoint), place)
         cost = None if callable(limit.cost) else limit.cost
         found.append(_in_force(rule, engine, paths=(path,), methods=tuple(methods), cost=cost))
     return found

@@ -109,14 +109,12 @@ class PlanCache:
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
-        placed: The plans of limits in front of an endpoint, by its name and them.
     """
 
     def __init__(self, style: HeaderStyle, addressing: Addressing, charges: ChargesKept) -> None:
         self.addressing = addressing
         self.charges = charges
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
-        self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
         self._renders = style == "ietf"
 
