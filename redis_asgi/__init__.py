@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .maintenance import calculate_memory_usage, configure_persistence
     from .metrics import RedisMetrics, metrics_app
     from .ratelimit.current import CurrentLimit
-    from .ratelimit.openapi import document_limits, rate_limit_responses
+    from .ratelimit.openapi import document_limits
+    from .ratelimit.response_objects import rate_limit_responses
     from .status import status_app
 
 __version__ = "0.1.0"
@@ -85,7 +86,7 @@ _LATE = {
     "document_limits": ".ratelimit.openapi",
     "health_app": ".health",
     "metrics_app": ".metrics",
-    "rate_limit_responses": ".ratelimit.openapi",
+    "rate_limit_responses": ".ratelimit.response_objects",
     "status_app": ".status",
 }
 
