@@ -11,16 +11,16 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..connection import RedisArgument
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key, id_mark
 from ..misuse import constructor_says_what_was_meant, shown
 from ..settings import Settings
-from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
-from .computing import Changes, Computation, raisable
-from .counts import Items
-from .pace import Pace
-from .store import Write, resolve_vectors, vectors_of
+from ..time_slice import TimeSlice
+from .origin.computation import Changes, Computation, raisable
+from .records.codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
+from .records.metrics import Items
+from .storage.store import Write, resolve_vectors, vectors_of
 
 Compute = Callable[[list[str]], "Awaitable[ArrayLike] | ArrayLike"]
 
@@ -75,7 +75,7 @@ class EmbeddingCache:
         self._computing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Computation]] = (
             weakref.WeakKeyDictionary()
         )
-        self._changes = self._manager.shared(Changes)
+        self._changes = self._manager.per_process(Changes)
         self._items = Items()
 
     async def get_embedding(self, context_id: str) -> Float32Array | None:
@@ -101,7 +101,7 @@ class EmbeddingCache:
         ids = list(dict.fromkeys(_checked_ids(context_ids)))
         self._items.tick()
         found: dict[str, Float32Array] = {}
-        pace = Pace()
+        time_slice = TimeSlice()
         for start in range(0, len(ids), _IDS_PER_LOOKUP):
             chunk = ids[start : start + _IDS_PER_LOOKUP]
             keys = [self._key(name) for name in chunk]
@@ -112,8 +112,8 @@ class EmbeddingCache:
                 vector = decode_vector(raw, id_mark(key))
                 if vector is not None:
                     found[name] = vector
-                if pace.due:
-                    await pace.rest()
+                if time_slice.expired:
+                    await time_slice.checkpoint()
         self._items.add(len(found), len(ids) - len(found))
         return found
 
@@ -142,7 +142,7 @@ class EmbeddingCache:
 
         Args:
             context_ids: Duplicates are fine; none at all gives shape ``(0, 0)``.
-            compute: Given the ids nobody has, different ones in first-seen order; returns as many vectors,
+            compute: Given the ids that are not stored, different ones in first-seen order; returns as many vectors,
                 shape ``(m, d)``. Async, or sync and then run in a worker thread. Concurrent calls for one id
                 share one computation, and its exception.
 
@@ -153,7 +153,7 @@ class EmbeddingCache:
         if isinstance(context_ids, str):
             raise TypeError("context_ids is one str. Pass a list of ids.")
         if not callable(compute):
-            raise TypeError(f"compute={shown(compute)} is not callable. Pass a function of the ids nobody has.")
+            raise TypeError(f"compute={shown(compute)} is not callable. Pass a function of the missing ids.")
         ids = _checked_ids(context_ids)
         if not ids:
             return np.zeros((0, 0), dtype=np.float32)
@@ -198,9 +198,9 @@ class EmbeddingCache:
             missing = [name for name in mine.ids if name not in found]
             values = self._computed(missing, await _call(compute, list(missing))) if missing else {}
             if mine.given_up:
-                return  # a compute that goes on when it is cancelled: somebody else may have begun anew
+                return  # a compute that goes on when it is cancelled: another call may have begun anew
             mine.vectors.set_result(found | {name: value.float32 for name, value in values.items()})
-            # Whoever has set or deleted an id meanwhile knows better.
+            # What was set or deleted meanwhile is newer.
             mine.writing = True
             kept = [name for name in missing if name not in mine.superseded]
             await self._write(kept, [values[name] for name in kept], self._ttl)

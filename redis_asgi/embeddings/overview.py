@@ -1,14 +1,14 @@
-"""What is in force of a middleware's cache, for who asks without a request."""
+"""The settings in force of a middleware's cache, for those who ask without a request."""
 
 from dataclasses import dataclass
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class CacheInForce:
-    """Where one middleware keeps vectors.
+    """The place where one middleware keeps vectors.
 
     Attributes:
         manager: Which Redis they are in.

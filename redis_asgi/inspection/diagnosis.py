@@ -1,4 +1,4 @@
-"""What `redis-asgi check` finds out about the settings and the servers behind them; nothing here prints.
+"""Findings of `redis-asgi check` about the settings and the servers behind them; nothing here prints.
 
 `diagnose` yields one `Finding` after the other: each says what is so and, unless all is well, what to do.
 A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary of a cluster.
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
-from .. import aside
-from ..client import Client, build_client
-from ..connection import RedisManager
+from ..connection import side_connection
+from ..connection.client_factory import Client, build_client
+from ..connection.cluster_nodes import SLOTS, is_no_cluster
+from ..connection.manager import RedisManager
+from ..connection.sentinels import is_refusal, master_of
 from ..errors import Failure, classify
-from ..nodes import SLOTS, is_no_cluster
-from ..ratelimit.batch import A_TRIP
+from ..ratelimit.limits.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..ratelimit.overview import LimitInForce
-from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
-from ..sentinels import is_refusal, master_of
+from ..ratelimit.transport.batcher import A_TRIP
 from ..settings import Settings
 from .apps import NOTHING_LIMITS
 from .batching import batch_finding
@@ -91,7 +91,7 @@ class Node:
             said = await self.run("CLUSTER INFO")
         except RedisError:
             return await self._serves_any_slot(prefix)
-        said = said if isinstance(said, dict) else dict(aside.info_fields(said))
+        said = said if isinstance(said, dict) else dict(side_connection.info_fields(said))
         return said.get("cluster_size") == "1" and said.get("cluster_slots_ok") == str(SLOTS)
 
     async def _serves_any_slot(self, prefix: str) -> bool:
@@ -260,7 +260,7 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
 
 async def _script(manager: RedisManager, node: Node) -> Finding:
     prefix = manager.settings.REDIS_KEY_PREFIX
-    # One policy of each strategy on a partition that nobody has, charged and then taken away.
+    # One policy of each strategy on a partition without a client, charged and then taken away.
     policies = PolicySet(tuple(Policy(f"check-{name}", 2, 60, name) for name in STRATEGIES))  # type: ignore[arg-type]  # its keys
     while True:
         partition = make_partition("check", secrets.token_hex(16), prefix=prefix)

@@ -10,10 +10,10 @@ from annotated_types import Ge, Gt, Le
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from ..environment import unknown_name
 from ..errors import ConfigurationError
-from ..locations import redact
 from ..settings import Settings
+from ..settings.environment import unknown_name
+from ..settings.locations import redact
 
 _WORDS = {bool: "`true` or `false`", str: "text", int: "whole number", float: "number", SecretStr: "secret"}
 
@@ -101,7 +101,7 @@ def _shown(name: str, value: object) -> str | None:
 
 
 def type_in_words(field: FieldInfo) -> str:
-    """What a value may be, such as ``whole number, 1 to 65,535``."""
+    """The values that are possible, such as ``whole number, 1 to 65,535``."""
     members = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
     kinds = [kind for kind in members or (field.annotation,) if kind is not type(None)]
     return ", or ".join(_word_for(kind, field.metadata) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Which commands on which keys the package uses of Redis: what an ACL has to allow, and whether one does."""
+"""Rights that an ACL has to give: the commands that the package uses, and on which keys; and whether one does."""
 
 import hashlib
 import re
@@ -32,7 +32,7 @@ _GLOB = re.compile(r"([*?\[\]\\^])")
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a server must allow these settings.
+    """The rights that a server must give these settings.
 
     Attributes:
         keys: Patterns of the keys that are touched.
@@ -63,7 +63,7 @@ def _quoted(word: str) -> str:
 
 
 def rights_of(settings: Settings, *, limits: bool = True, vectors: bool = True) -> Rights:
-    """What the package needs of the server of *settings*.
+    """The rights that the package needs of the server of *settings*.
 
     Args:
         limits: Whether counters are kept there.
@@ -94,15 +94,15 @@ def database_of(settings: Settings) -> int:
 
 
 def user_of(settings: Settings) -> str:
-    """Who these settings log in as."""
+    """The user that these settings log in as."""
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
     in_url = parse_url(url).get("username") if url else None
     return in_url or settings.REDIS_USERNAME or "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """What a server did not let us do.
+class MissingRight:
+    """A command that a server did not let us run.
 
     Attributes:
         right: As ``ACL SETUSER`` takes it: ``+hget`` or ``~rate_limit:*``; empty when it is no matter of rights.
@@ -116,7 +116,7 @@ class Missing:
 
 
 def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> tuple[str, str, tuple[str, ...]]:
-    """Keys that nobody uses, of every family: a hash and a list of counters, and one per kind of vector key.
+    """Unused keys of every family: a hash and a list of counters, and one per kind of vector key.
 
     Args:
         fits: Whether a key lives on the server that is asked, on a cluster; its tag is then looked for.
@@ -132,19 +132,19 @@ def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> t
 
 async def try_rights(
     run: Run, rights: Rights, hash_key: str, list_key: str, vector_keys: Sequence[str]
-) -> list[Missing]:
-    """Try each command of *rights* on keys nobody uses, so that nothing is left behind; what was not let through.
+) -> list[MissingRight]:
+    """Try each command of *rights* on unused keys, so that nothing is left behind; what was not let through.
 
     Rights are looked at before a command is carried out, so most are tried in a form that does nothing: on a key
     that is not there, or with an argument too many.
     """
-    missing: list[Missing] = []
+    missing: list[MissingRight] = []
     granted: set[str] = set()
     for command in rights.commands:
         trials = _trials(command, hash_key, list_key, vector_keys, granted)
         if command == "rpush" and not trials and any(each.right == "+unlink" for each in missing):
             # It could not be undone; granting it with the others does no harm if it is there.
-            missing.append(Missing("+rpush", Failure.PERMISSION, "not tried"))
+            missing.append(MissingRight("+rpush", Failure.PERMISSION, "not tried"))
         for words in trials:
             try:
                 await run(*words)
@@ -161,7 +161,7 @@ async def try_rights(
 def _trials(
     command: str, hash_key: str, list_key: str, vector_keys: Sequence[str], granted: set[str]
 ) -> list[tuple[Any, ...]]:
-    """What to send to find out about *command*; nothing for what connecting has shown already."""
+    """Commands that find out about *command*; none for what connecting has shown already."""
     forms: dict[str, tuple[Any, ...]] = {
         "evalsha": ("EVALSHA", "0" * 40, 0),
         "eval": ("EVAL", "return 1", 1, hash_key),
@@ -200,18 +200,18 @@ def _trials(
     return [vectors[command](key) for key in vector_keys] if command in vectors else []
 
 
-def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> Missing | None:
+def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> MissingRight | None:
     text = str(error)
     failure = classify(error)
     if is_unknown_command(error):
-        return Missing(f"+{command}", Failure.REPLY, "unknown command")
+        return MissingRight(f"+{command}", Failure.REPLY, "unknown command")
     if failure is Failure.PERMISSION:
         if "permissions to access" in text.lower():
             key = str(words[3] if command == "eval" else words[1])
-            return Missing(f"~{_pattern_of(key, rights)}", failure)
-        return Missing(f"+{command}", failure)
+            return MissingRight(f"~{_pattern_of(key, rights)}", failure)
+        return MissingRight(f"+{command}", failure)
     # NOSCRIPT, a wrong number of arguments, an expiry of 0: it was let through.
-    return None if failure is Failure.REPLY else Missing("", failure, text[:80])
+    return None if failure is Failure.REPLY else MissingRight("", failure, text[:80])
 
 
 def _pattern_of(key: str, rights: Rights) -> str:

@@ -6,16 +6,16 @@ from typing import Any
 
 from starlette.types import Scope
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..settings import OnRedisError, Settings, StrategyName
-from .compiled import CompiledRule
-from .endpoints import endpoint_name
-from .engine import Engine
-from .exempt import Exemptions
-from .policy import Policy
-from .request_decision import STANDBY, Standby
+from .answers.request_decision import STANDBY, Standby
+from .counting.engine import Engine
+from .limits.policy import Policy
 from .route import RateLimit
-from .routing import Routing
+from .rules.compiled import CompiledRule
+from .rules.endpoints import endpoint_name
+from .rules.exemptions import Exemptions
+from .rules.routing import Routing
 from .stack import Placed
 
 

@@ -4,8 +4,8 @@ import copy
 from typing import Any, TypeAlias, get_args
 
 from ..settings import HeaderStyle
-from .headers import PROBLEM_JSON
-from .rules import check_choice
+from .answers.headers import PROBLEM_JSON
+from .rules.rule import check_choice
 
 Document: TypeAlias = dict[str, Any]
 

@@ -8,22 +8,22 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
-from ..connection import RedisArgument, resolve_manager
+from ..asgi.scope import Addressing
+from ..connection.redis_argument import RedisArgument, resolve_manager
 from ..events import say
 from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, only_called_as
-from ..scope import Addressing
 from ..settings import OnRedisError, Settings, StrategyName
-from .compiled import CompiledRule
-from .endpoints import calls_of, dependant_of
-from .engine import Engine
-from .headers import fields_of
-from .limited_response import style_of
-from .partition import PartitionBy
-from .plan import PlanCache, charges_kept
-from .policies import fit_name
-from .recent import Recent
-from .request_decision import STANDBY, RequestDecision, Standby, decision_of
-from .rules import Cost, Limits, Rule
+from .answers.headers import fields_of, renderer_of
+from .answers.limited_response import style_of
+from .answers.request_decision import STANDBY, RequestDecision, Standby, decision_of
+from .counting.engine import Engine
+from .rules.compiled import CompiledRule
+from .rules.endpoints import calls_of, dependant_of
+from .rules.partition import PartitionBy
+from .rules.plan import PlanCache, charges_kept
+from .rules.policies import fit_name
+from .rules.recent import Recent
+from .rules.rule import Cost, Limits, Rule
 from .stack import Stack
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -168,7 +168,7 @@ class RateLimit:
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
             self._engine.plans = PlanCache(
-                settings.RATE_LIMIT_HEADERS, Addressing(settings), manager.shared(charges_kept)
+                Addressing(settings), manager.per_process(charges_kept), renderer_of(settings.RATE_LIMIT_HEADERS)
             )
         return self._engine
 

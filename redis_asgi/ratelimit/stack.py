@@ -7,19 +7,19 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..event_loop import running_loop
-from .endpoints import endpoint_name
-from .engine import Engine
-from .exceeded import refusal_on
-from .limited_response import style_of
-from .partition import ADDRESSING, MissingIdentity
-from .plan import Plan, PlanCache
-from .policy import Charges
+from .answers.limited_response import style_of
+from .answers.rate_limit_exceeded import refusal_on
+from .answers.refusal_response import POLICY_VIOLATION, can_respond
+from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
+from .counting.engine import Engine
+from .counting.verdict import Verdict
+from .limits.policy import Charges
 from .pricing import charges_beside
-from .request_decision import RequestDecision, begin_decision, decision_of, is_over
-from .responses import POLICY_VIOLATION, can_respond
-from .verdict import Verdict
+from .rules.endpoints import endpoint_name
+from .rules.partition import ADDRESSING, MissingIdentity
+from .rules.plan import Plan, PlanCache
 
 if TYPE_CHECKING:
     from .route import RateLimit

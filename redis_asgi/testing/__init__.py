@@ -1,4 +1,4 @@
-"""What tests of an app with limits need: a clock to move, limits to switch off, what was really computed.
+"""Tools for tests of an app with limits: a clock to move, limits to switch off, the computations really made.
 
 With pytest its fixtures are there without an import; elsewhere the same are context managers::
 
@@ -14,7 +14,7 @@ With pytest its fixtures are there without an import; elsewhere the same are con
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..connection import all_managers
+from ..connection.manager import all_managers
 from .clock import RateLimitClock, held_clock
 from .limited import assert_limited
 from .off import limits_off

@@ -37,7 +37,7 @@ from typing import cast
 
 import uvicorn
 
-from redis_asgi.ratelimit.clock import CLOCK
+from redis_asgi.ratelimit.limits.clock import CLOCK
 
 from ..kit.processes import clean_environment
 from ..kit.servers import Server, find_binaries, free_port

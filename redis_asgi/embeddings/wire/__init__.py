@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 
 from .cohere import Cohere
-from .format import (
-    Answer,
-    Batch,
-    Fresh,
-    Input,
-    TokenArray,
-    Uncacheable,
-    Usage,
-    WireFormat,
-)
+from .format import Answer, Batch, FreshFields, Input, TokenArray, Uncacheable, Usage, WireFormat
 from .ollama import Ollama, OllamaPrompt
 from .openai import OpenAI
 from .simple import Simple
@@ -27,7 +18,7 @@ WIRE_FORMATS: Mapping[str, WireFormat] = {
     wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI, Simple())
 }
 
-# Whoever writes a service by hand chooses its path, so `simple` has none here.
+# A hand-written service chooses its path, so `simple` has none here.
 DEFAULT_PATHS: Mapping[str, Mapping[str, WireFormat]] = {
     "openai": dict.fromkeys(
         (
@@ -56,7 +47,7 @@ __all__ = [
     "WIRE_FORMATS",
     "Answer",
     "Batch",
-    "Fresh",
+    "FreshFields",
     "Input",
     "Simple",
     "TokenArray",

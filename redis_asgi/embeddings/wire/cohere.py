@@ -5,11 +5,11 @@ from typing import Any
 
 import orjson
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -80,7 +80,7 @@ class Cohere:
             return None
         values: dict[Encoding, Sequence[object]] = {}
         for kind, vectors in by_type.items():
-            if vectors is None:  # vLLM names the types nobody asked for, too
+            if vectors is None:  # vLLM names the types that were not asked for, too
                 continue
             listed = vector_list(vectors, len(inputs))
             if listed is None or kind not in batch.encodings:
@@ -102,7 +102,7 @@ class Cohere:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = without_warnings(frame, usage)

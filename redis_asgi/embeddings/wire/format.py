@@ -1,4 +1,4 @@
-"""What a wire format is: the JSON dialect of an embedding server, as five pure names.
+"""A wire format: the JSON dialect of an embedding server, as five pure names.
 
 To add one, write a class with the names of `WireFormat` and give an instance to
 ``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from ..vectors import Encoding, trimmed
+from ..records.vectors import Encoding, trimmed
 from .content import is_inline
 
 _LATE_CHUNKING = ("late_chunking",)
@@ -122,7 +122,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What to report.
+    """The usage to report.
 
     Attributes:
         tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what it says.
@@ -134,8 +134,8 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
-    """What a full hit makes new where the app sends it: ``created`` (Unix seconds) and ``id``."""
+class FreshFields:
+    """Fields that a full hit makes new where the app sends them: ``created`` (Unix seconds) and ``id``."""
 
     created: int
     unique: str
@@ -163,7 +163,7 @@ class WireFormat(Protocol):
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """The body around *vectors* (JSON texts, one per input of *batch*), as pieces to be joined."""
 

@@ -6,11 +6,11 @@ from typing import Any
 import orjson
 
 from ...errors import ConfigurationError
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -101,7 +101,7 @@ class Simple:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = dict(frame["fields"])
@@ -116,7 +116,7 @@ class Simple:
 
 
 def _of_any_request(fields: Mapping[str, Any], usage: Usage, was: int, now: int, depth: int = 1) -> dict[str, Any]:
-    """What may be said of a request for *now* inputs by an answer for *was* of them."""
+    """The fields of an answer for *was* inputs that also hold for a request for *now* of them."""
     kept: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None or isinstance(value, bool | str):

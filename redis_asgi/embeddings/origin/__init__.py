@@ -1,0 +1,1 @@
+"""The origin of vectors: the wrapped app, called once for concurrent requests, and its answer read."""

@@ -1,0 +1,1 @@
+"""Records as values: vectors, leases, their keys and epochs; no I/O."""
