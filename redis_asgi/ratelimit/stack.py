@@ -14,7 +14,6 @@ from .answers.rate_limit_exceeded import refusal_on
 from .answers.refusal_response import POLICY_VIOLATION, can_respond
 from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
 from .counting.engine import Engine
-from .counting.verdict import Verdict
 from .limits.policy import Charges
 from .pricing import charges_beside
 from .rules.endpoints import endpoint_name
@@ -73,8 +72,9 @@ class Stack:
         for engine, charges in asking:
             if not charges.counters:
                 continue
-            asked = engine.ask(charges)
-            verdict: Verdict = asked if isinstance(asked, Verdict) else await asked.future
+            verdict = engine.ask(charges)
+            if verdict.is_asked:
+                await verdict.future
             if decision is None:
                 decision = begin_decision(scope, verdict)
             else:

@@ -243,8 +243,8 @@ def plain_words(checks: Sequence[Check], number: int, clock: int | None) -> list
     keys: list[bytes] = []
     words: list[object] = [number, "" if clock is None else clock]
     for check in checks:
-        words += (check.mode, len(check.charges))
-        for each in check.charges:
+        words += (check.mode, len(check.asked))
+        for each in check.asked:
             keys.append(each.partition.key)
             keys += (log_key(each.partition.key, name) for name in each.policies.logs)
             words += (each.policies.spec.decode(), each.cost if each.unread is None else -1)

@@ -33,7 +33,7 @@ class Parts:
 
     def takes(self, check: Check) -> bool:
         """Ask *check* in parts, if it has several partitions; whether that is so."""
-        parts = _by_partition(check.charges)
+        parts = _by_partition(check.asked)
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             return False
         asked = [Check(self._loop, check.mode, Charges(charges), check.timeout) for charges in parts.values()]
@@ -71,25 +71,25 @@ class Parts:
             if back and not self._is_closed():
                 self._give_back(part, reply)
             said = iter(numbers_of(reply))
-            for charge in part.charges:
+            for charge in part.asked:
                 mine = list(islice(said, len(charge.policies)))
                 if back:
                     mine = [_untaken(charge, policy, each) for policy, each in zip(charge.policies, mine, strict=True)]
                 numbers[id(charge)] = mine
-        outcome = failure or reply_of(admitted, [each for charge in check.charges for each in numbers[id(charge)]])
+        outcome = failure or reply_of(admitted, [each for charge in check.asked for each in numbers[id(charge)]])
         resolve([check], outcome)
 
     def _give_back(self, part: Check, reply: Reply) -> None:
         """Refund what *part* was charged by *reply*, and forget whom that refused meanwhile."""
         said = iter(numbers_of(reply))
         charges = []
-        for charge in part.charges:
+        for charge in part.asked:
             taken = max(charge.taken(next(said).fits) for _ in charge.policies)
             charges.append(charge if charge.unread is None else replace(charge, cost=taken, unread=None))
         refund = Check(self._loop, "refund", Charges(charges), part.timeout, charged_receipts(reply))
 
         def forget(_: asyncio.Future[Outcome]) -> None:
-            self._refusals.forget(part.charges[0].partition.key, CLOCK.monotonic())
+            self._refusals.forget(part.asked[0].partition.key, CLOCK.monotonic())
 
         refund.future.add_done_callback(forget)
         self._route(refund)
