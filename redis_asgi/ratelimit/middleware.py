@@ -193,8 +193,9 @@ class RateLimitMiddleware(Covering):
         keep_decision(scope, verdict)
         verdict.count()
         try:
-            if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
-                start, body = remembered_refusal(verdict, self._style, scope)
+            known = verdict.known
+            if known is not None and len(known) == 1 and self._on_exceeded is None and scope["type"] == "http":
+                start, body = remembered_refusal(verdict, known, self._style, scope)
                 await send(start)
                 await send(body)
             else:
