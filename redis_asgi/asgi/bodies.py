@@ -16,11 +16,11 @@ from .body_budget import Budget, process_budget
 _KEPT = "redis_asgi.parsed_body"
 # Parsed, a body may take thirty times its bytes: a longer one is looked at and parsed again by whoever needs more.
 KEPT_BYTES = 16 * 1024
-# Lists and objects of one body: as many take some 20 ms, whatever a body of the same size holds otherwise.
+# Lists and objects of one body, and the quotes around its texts: as many take some 20 ms each.
 _MOST_CONTAINERS = 100_000
 _MOST_QUOTES = 400_000
-# Objects of a body whose members have to be counted one by one.
-_MOST_OBJECTS = 50_000
+# Objects and members of a body whose members have to be counted one by one.
+_MOST_OBJECTS, _MOST_MEMBERS = 50_000, 100_000
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 # What may stand before the JSON that another parser than ours reads: blanks, the marks and the NULs of UTF-16 and 32.
 _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"
@@ -226,10 +226,11 @@ class Document:
         """The same value, for `has_twice`; ``None`` when it holds too much to tell."""
         if self._members is None:
             found = None
-            if self.content.count(b"{") <= _MOST_OBJECTS:
+            content = self.content
+            if content.count(b"{") <= _MOST_OBJECTS and content.count(b":") <= _MOST_MEMBERS:
                 # It may nest deeper, or have a longer number, than this one reads.
                 with suppress(ValueError, RecursionError):
-                    found = json.loads(self.content, object_pairs_hook=_members)
+                    found = json.loads(content, object_pairs_hook=_members)
             self._members = (found,)
         return self._members[0]
 
@@ -292,10 +293,13 @@ def _members(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_within(content: bytes) -> bool:
-    """Whether *content* is parsed in a time that its size explains: not a million lists."""
-    if len(content) <= _MOST_CONTAINERS or content.count(b"[") + content.count(b"{") <= _MOST_CONTAINERS:
+    """Whether *content* is parsed in a time that its size explains: not a million lists, or texts."""
+    if len(content) <= _MOST_CONTAINERS:
         return True
-    if content.count(b'"') > _MOST_QUOTES:
+    # Less those within texts, of which JSON that is a text has many.
+    if content.count(b'"') - content.count(b'\\"') > _MOST_QUOTES:
         return False
+    if content.count(b"[") + content.count(b"{") <= _MOST_CONTAINERS:
+        return True
     bare = _TEXT.sub(b"", content)
     return bare.count(b"[") + bare.count(b"{") <= _MOST_CONTAINERS

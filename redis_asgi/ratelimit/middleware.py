@@ -229,9 +229,10 @@ class RateLimitMiddleware(Covering):
         keep_decision(scope, verdict)
         verdict.count()
         try:
-            names_request = style.dialect is not None and style.dialect.names_request
-            if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http" and not names_request:
-                start, body = remembered_refusal(verdict, style, scope)
+            known = verdict.known
+            is_usual = self._on_exceeded is None and scope["type"] == "http" and not style.names_request
+            if is_usual and known is not None and len(known) == 1:
+                start, body = remembered_refusal(verdict, known, style, scope)
                 await send(start)
                 await send(body)
             else:

@@ -14,10 +14,12 @@ from .answers.request_decision import STANDBY, Standby
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .limits.policy import Policy
-from .route import Placed, RateLimit
+from .route import RateLimit
 from .rules.compiled import CompiledRule
+from .rules.endpoints import endpoint_name
 from .rules.exemptions import Exemptions
 from .rules.routing import Routing
+from .stack import Placed
 from .styles import DialectPaths
 
 
@@ -105,7 +107,7 @@ def limits_of_route(
     found = []
     for limit, place in placed:
         engine = limit.engine_for(scope)
-        rule = limit.compiled(engine, endpoint, place)
+        rule = limit.compiled(engine, endpoint_name(endpoint), place)
         cost = _cost_of(limit.cost)
         found.append(_in_force(rule, engine, spoken, paths=(path,), methods=tuple(methods), cost=cost))
     return found

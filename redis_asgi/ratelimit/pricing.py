@@ -1,6 +1,6 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
 from typing import Any, cast
@@ -17,7 +17,6 @@ from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
 from .rules.misconfiguration import Linter
-from .rules.partition import ADDRESSING
 from .rules.plan import Plan
 from .rules.reading import look, look_on_route
 from .rules.rule import check_cost
@@ -199,37 +198,35 @@ def _watching(receive: Receive, unread: Unread) -> Receive:
 
 
 async def charges_beside(
-    plans: Iterable[tuple[Engine, Plan]], conn: HTTPConnection, decision: RequestDecision | None
-) -> "Sequence[tuple[Engine, Charges, Mapping[Charge, Spending]]]":
-    """What *plans* charge a request beside what the *decision* on it has charged already.
+    found: Sequence[tuple[Engine, Charges]],
+    conn: HTTPConnection,
+    decision: RequestDecision | None,
+    asked: Asked | None,
+) -> tuple[Sequence[tuple[Engine, Charges]], Mapping[Charge, Spending]]:
+    """What of the charges *found* a request is to be charged, beside what the *decision* on it has charged.
 
-    With what of it is to be settled after the answer.
+    Args:
+        asked: What the request's body asks of a model, where somebody wants to know.
+
+    Returns:
+        With what of it is to be settled after the answer.
     """
-    found: list[tuple[Engine, Charges]] = []
-    counters = 0
-    is_priced = False
-    asked: Asked | None = None
-    for engine, plan in plans:
-        # For the callables of the user's, as a middleware would.
-        conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
-        charges = await plan.charges(conn.scope)
-        if plan.behind is not None or charges.has_tokens:
-            charges, asked = await _look_on_route(plan.behind, charges, conn, engine)
-        if charges.counters:
-            found.append((engine, charges))
-            counters += charges.counters
-            is_priced |= charges.is_priced
-    if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
+    if check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    if not is_priced:
-        return [(engine, charges, {}) for engine, charges in found]
-    return [(engine, *await _priced(charges, engine, conn, asked)) for engine, charges in found]
+    spendings: dict[Charge, Spending] = {}
+    priced = []
+    for engine, charges in found:
+        at, its = await _priced(charges, engine, conn, asked)
+        priced.append((engine, at))
+        spendings.update(its)
+    return priced, spendings
 
 
-async def _look_on_route(
+async def charges_on_route(
     behind: Plan | None, charges: Charges, conn: HTTPConnection, engine: Engine
 ) -> tuple[Charges, Asked | None]:
+    """*charges* of a request to an endpoint, and those that its body says, and what that asks of a model."""
     asks = charges.has_tokens or (behind is not None and behind.has_tokens)
     readers = () if behind is None else behind.readers
     looked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)

@@ -174,14 +174,17 @@ class AnswerStyle:
         dialect: Adds fields of its own and writes the bodies of refusals; ``None`` = problem documents.
         body_cap: The most that is read of a request's body for the name that the client gives it, in bytes.
         is_plain: Whether its fields are those that are made ready with every reply, and no others.
+        names_request: As of its dialect.
     """
 
     headers: HeaderStyle
     dialect: Dialect | None = None
     body_cap: int = 0
     is_plain: bool = field(init=False, compare=False)
+    names_request: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names_request", self.dialect is not None and self.dialect.names_request)
         object.__setattr__(self, "is_plain", self.headers == "ietf" and self.dialect is None)
 
 

@@ -13,7 +13,7 @@ from ...misuse import check_callable, shown
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from ..limits.policy import MICROSECONDS
-from ..limits.refusal_memory import Refusal
+from ..limits.refusal_memory import Known
 from . import headers
 from .dialects import SHORTEST_KEPT, AnswerStyle, Fields
 from .json_rpc import in_reply
@@ -78,36 +78,30 @@ async def send_refusal(
     await _send_body(429, headers.refusal_body(decision, style, held), fields, style, scope, receive, send)
 
 
-def remembered_refusal(verdict: Verdict, style: AnswerStyle, scope: Scope) -> tuple[Message, Message]:
-    """What `send_refusal` sends for what a flood consists of: a refusal remembered, by one policy, over HTTP.
+def remembered_refusal(verdict: Verdict, known: Known, style: AnswerStyle, scope: Scope) -> tuple[Message, Message]:
+    """What `send_refusal` sends for what a flood consists of: a refusal *known* to be one policy's, over HTTP.
 
     Not in a dialect that names the request.
     """
-    charge, refusal = verdict.known[0]
-    rendered = refusal.rendered
-    is_current = verdict.at < refusal.rendered_until and refusal.rendered_in is style
-    if rendered is None or not is_current or charge.cost != refusal.cost:  # a dearer one may never fit
-        held = verdict.engine.in_flight.most_of((charge,), (refusal.policy.name,))
-        rendered = _render(charge.cost, refusal, style, verdict.at, headers.held_words(held))
-    fields, body = rendered
+    if verdict.at >= known.answers_until or known.answered_in is not style:
+        held = verdict.engine.in_flight.most_of((known[0][0],), (known[0][1].policy.name,))
+        _render(known, style, verdict.at, headers.held_words(held))
+    fields, body = known.answer
+    # Anew for each: who is outside may change them.
     start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
     return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
 
 
-def _render(cost: int, refusal: Refusal, style: AnswerStyle, now: float, held: str) -> tuple[Fields, bytes]:
-    """The answer of a *refusal*, kept for as long as the whole seconds in it stay the same: a flood gets it often."""
-    remaining, reset, retry = refusal.numbers(cost, now)
-    rendered = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
-    refusal.rendered = rendered
-    refusal.rendered_in = style
-    # Legacy fields hold the time of day; a dearer request has numbers of its own.
-    if style.headers in ("legacy", "both") or cost != refusal.cost:
-        refusal.rendered_until = now
-    else:
+def _render(known: Known, style: AnswerStyle, now: float, held: str) -> None:
+    """Make the answer of what is *known*, kept for as long as the whole seconds in it stay the same."""
+    charge, refusal = known[0]
+    remaining, reset, retry = refusal.numbers(charge.cost, now)
+    known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
+    known.answered_in, known.answers_until = style, now
+    if style.headers in ("ietf", "none"):  # the others hold the time of day
         left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
         kept = min(left, default=MICROSECONDS) / MICROSECONDS
-        refusal.rendered_until = now + (kept if style.dialect is None else min(kept, SHORTEST_KEPT))
-    return rendered
+        known.answers_until = now + (kept if style.dialect is None else min(kept, SHORTEST_KEPT))
 
 
 async def refuse_identity(what: str, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,7 +121,7 @@ async def _send_body(
     if not can_respond(scope):
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
         return
-    if style.dialect is not None and style.dialect.names_request:
+    if style.names_request:
         status, body = await in_reply(status, body, scope, receive, style.body_cap)
     prefix = "websocket." if scope["type"] == "websocket" else ""
     sent = fields + headers.content_fields(body, style)

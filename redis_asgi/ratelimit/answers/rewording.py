@@ -38,11 +38,6 @@ class Rewording:
         self._held: list[Message] = []
         self._body = b""
 
-    @property
-    def names_request(self) -> bool:
-        """Whether the request's body is needed for `offer`."""
-        return self.style.dialect is not None and self.style.dialect.names_request
-
     def offer(self, refused: Refused, conn: HTTPConnection, content: bytes | None) -> None:
         """Answer so, where *refused* is about to be told by a framework's own handler.
 
@@ -52,7 +47,7 @@ class Rewording:
         dialect = self.style.dialect
         if dialect is not None:
             status, body = refused.status, dialect.body(refused)
-            if dialect.names_request:
+            if self.style.names_request:
                 status, body = answer_to(content, status, body, conn.scope)
             self._offered = refused.status, refused.message, status, body
 

@@ -25,6 +25,7 @@ from .usage_formats import MOST, PARTS, Usage
 EstimateBy: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
 
 UNKNOWN_OUTPUT = 1000  # tokens, where neither the request nor answers before say more
+_MANY = 64  # items of a list, which may be of tokens
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
 _REMEMBERED, _ENOUGH = 128, 20  # outputs
 _SHARE = 4  # an output alone is taken for no more than one in so many units of a quota
@@ -323,6 +324,8 @@ def _quarters(document: object) -> int:
             if "data" in node or "images" in node:
                 quarters += _more_for_media(node)
             left += node.values()
+        elif kind is list and len(node) > _MANY and set(map(type, node)) == {int}:
+            quarters += 4 * len(node)
         elif kind is list:
             for item in node:
                 if type(item) is int:

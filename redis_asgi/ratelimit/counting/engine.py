@@ -80,7 +80,7 @@ class Engine:
         verdict = Verdict(self, charges)
         verdict.refuse(known, now)
         if self.counts_policies:
-            verdict.uncounted = self.counts.refusals(known)
+            verdict.uncounted = known.counters or self.counts.refusals(known)
         return verdict
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:

@@ -1,6 +1,5 @@
 """What the limiter counts, with every metric's children bound once."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -8,8 +7,8 @@ from ...errors import Failure
 from ...settings import OnRedisError
 from ...telemetry import Noted, Together, telemetry
 from ...tracing import annotate_span, may_be_traced
-from ..limits.policy import Charge, Charges, counters_of
-from ..limits.refusal_memory import Refusal
+from ..limits.policy import Charges, counters_of
+from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 
 if TYPE_CHECKING:
@@ -75,9 +74,11 @@ class Counts:
         for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
             self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
-    def refusals(self, known: Sequence[tuple[Charge, Refusal]]) -> Together:
+    def refusals(self, known: Known) -> Together:
         """What is counted of refusals that were *known* without asking."""
-        return self._together(tuple(self._bound(charge.label or refusal.policy.name)[1] for charge, refusal in known))
+        names = (charge.label or refusal.policy.name for charge, refusal in known)
+        known.counters = counted = self._together(tuple(self._bound(name)[1] for name in names))
+        return counted
 
     def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
         bound = self._policies.get(name)

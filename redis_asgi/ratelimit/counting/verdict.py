@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...telemetry import Noted
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
-from ..limits.policy import MICROSECONDS, Charge, Charges, counters_of
-from ..limits.refusal_memory import Refusal
+from ..limits.policy import MICROSECONDS, Charges, counters_of
+from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
 from ..limits.strategies import Mode
 from ..transport.check import Check, Outcome
@@ -62,7 +62,7 @@ class Verdict(Check):
         self.source: Source = "redis"
         self.allowed = True
         self.is_asked = self.is_counted = self.is_over = False
-        self.known: Sequence[tuple[Charge, Refusal]] = ()
+        self.known: Known | None = None
         self.more: Sequence[Verdict] = ()
         self.receipts = ()
         self.reply: Reply | None = None
@@ -97,7 +97,7 @@ class Verdict(Check):
             # Here, for a whole batch in one go: see `Check.hear`.
             self.rendered = charges.render(reply)
 
-    def refuse(self, known: Sequence[tuple[Charge, Refusal]], at: float) -> None:
+    def refuse(self, known: Known, at: float) -> None:
         """Be what is remembered to refuse it at the moment *at* (monotonic seconds)."""
         self.allowed, self.known, self.at = False, known, at
 
@@ -149,7 +149,7 @@ class Verdict(Check):
             else:
                 states = tuple(
                     policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
-                    for charge, refusal in self.known
+                    for charge, refusal in self.known or ()
                 )
                 self._decision = refusal_of(states, states, self.source)
         return self._decision

@@ -48,6 +48,7 @@ class Plan:
     """The rules that requests of one shape are put to.
 
     Attributes:
+        rules: All of them, those *behind* last.
         counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
         behind: The plan of those that count by the body, which is asked once that is read; ``None`` where none does.
         readers: What they count by of the body, of a plan that is *behind*.
@@ -56,9 +57,10 @@ class Plan:
 
     def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache", behind: "Plan | None" = None) -> None:
         self.behind = behind
+        self.rules: tuple[CompiledRule, ...] = (*rules, *(behind.rules if behind is not None else ()))
         self.readers = tuple(dict.fromkeys(reader for rule in rules for reader in rule.readers))
         self.has_tokens = any(rule.tokens is not None for rule in rules)
-        self.counts_users = any(rule.partition.counts_users for rule in rules)
+        self.counts_users = any(rule.partition.counts_users for rule in self.rules)
         self._cache = cache
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
@@ -115,14 +117,12 @@ class PlanCache:
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
-        placed: The plans of limits in front of an endpoint, by its name and them.
     """
 
     def __init__(self, addressing: Addressing, charges: ChargesKept, renderer: Renderer | None = None) -> None:
         self.addressing = addressing
         self.charges = charges
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
-        self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
         self._renderer = renderer
 

@@ -43,6 +43,7 @@ def body_of(*parts: bytes) -> Receive:
         pytest.param(b'{"a":' * 1_000_000, id="objects nested too deep"),
         pytest.param(b"[" + b"[]," * 2_000_000 + b"[]]", id="too many lists"),
         pytest.param(b"[" + b'"",' * 2_000_000 + b"[]" * 200_000 + b"]", id="too many texts"),
+        pytest.param(b"[" + b'"ab",' * 1_000_000 + b"0]", id="texts alone"),
     ],
 )
 def test_what_is_no_json_raises_nothing_and_takes_no_time(content: bytes) -> None:
@@ -64,9 +65,18 @@ def test_numbers_and_texts_that_no_variable_holds_raise_nothing(text: str) -> No
     assert not document.has_twice([Member("a")])
 
 
+def test_members_without_number_are_not_counted_one_by_one() -> None:
+    """Where a name stands several times, and nobody can say in time at which level, it stands twice."""
+    many = b",".join(b'"k%d":{"m":1}' % n for n in range(60_000))
+    began = time.process_time()
+
+    assert Document(b'{"m":1,%b}' % many).has_twice([Member("m")])
+    assert time.process_time() - began < 5
+
+
 def test_code_in_texts_is_no_nesting() -> None:
     """A long text that is full of brackets is one text."""
-    document = Document(json.dumps({"messages": [{"content": "[{" * 200_000}]}).encode())
+    document = Document(json.dumps({"messages": [{"content": "[{" * 200_000 + '"' * 500_000}]}).encode())
 
     assert document.is_read
 
