@@ -238,6 +238,13 @@ EVENTS: Mapping[str, Event] = {
         "long its client waits.",
         "Raise the quota, or have cost= return no more than it.",
     ),
+    "concurrency_denied": Event(
+        logging.ERROR,
+        "The Redis user may not run what concurrency limits take: requests under a rule with concurrency= are decided "
+        "by each process alone.",
+        "`redis-asgi acl --user NAME` prints the rights it takes; those of an earlier version lack ZADD, ZCOUNT, ZREM, "
+        "ZRANGEBYSCORE and ZREMRANGEBYSCORE.",
+    ),
     "limits_unreadable": Event(
         logging.WARNING,
         "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s. Such a client has its last "

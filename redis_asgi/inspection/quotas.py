@@ -13,26 +13,27 @@ from typing import cast
 from ..connection import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
-from ..ratelimit.check import Check, Outcome
+from ..ratelimit.check import HoldingCheck, Outcome
 from ..ratelimit.cluster import make_batcher
 from ..ratelimit.decision import PolicyState, read_reply
 from ..ratelimit.engine import Engine
 from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
 from ..ratelimit.policies import MOVING_WINDOW_MAX, make_policies
-from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
+from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, Strategy, make_partition
 from ..ratelimit.rules import DEFAULT_NAME, check_name
 from ..ratelimit.strategies import Mode
 from ..scope import Addressing, parse_address
 from ..settings import Settings, StrategyName
 
-_STRATEGIES: dict[str, StrategyName] = {
+_STRATEGIES: dict[str, Strategy] = {
+    "c": "concurrency",
     "f": "fixed-window",
     "s": "sliding-window-counter",
     "m": "moving-window",
     "g": "gcra",
 }
 # A rule's name, with its window where the rule has several limits; what else is there is not ours.
-_FIELD = re.compile(rb"([A-Za-z0-9_.-]{1,60}):([fsmg])([1-9]\d{0,8}):1")
+_FIELD = re.compile(rb"([A-Za-z0-9_.-]{1,60}):(?:([fsmg])([1-9]\d{0,8})|(c)0):1")
 # Stand-ins where the quota is in the app's code only: what is used is what is missing from them.
 _ANY_QUOTA = 10**9
 
@@ -51,9 +52,10 @@ class Standing:
     Attributes:
         policy: Its name.
         strategy: How it is counted.
-        window: Seconds.
-        quota: Units per window; ``None`` when nothing here says.
-        used: Units that count now; of a ``gcra`` policy of unknown quota those that did at the last request.
+        window: Seconds; 0 of requests in flight.
+        quota: Units per window, or requests in flight; ``None`` when nothing here says.
+        used: Units that count now, or requests in flight; of a ``gcra`` policy of unknown quota those that did at the
+            last request.
         remaining: The largest cost admitted now; ``None`` when the quota is unknown.
         retry_after: Seconds until a request of one unit is admitted: 0.0 = now; ``None`` when the quota is unknown.
         reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota.
@@ -132,10 +134,13 @@ def known_policies(
     )
 
 
-async def ask(manager: RedisManager, mode: Mode, charges: Charges, within: float) -> Outcome:
+async def ask(
+    manager: RedisManager, mode: Mode, charges: Charges, within: float, holders: Sequence[bytes] = ()
+) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
     batcher = manager.part(make_batcher)
-    check = Check(batcher.loop, mode, charges, within)
+    check = HoldingCheck(batcher.loop, mode, charges, within)
+    check.slot, check.holders = None, holders
     batcher.submit(check)
     return cast("Outcome", await check.future)
 
@@ -204,9 +209,9 @@ def _stand_in(field: bytes) -> Policy | None:
     match = _FIELD.fullmatch(field)
     if match is None:
         return None
-    strategy = _STRATEGIES[match[2].decode()]
+    strategy = _STRATEGIES[(match[2] or match[4]).decode()]
     quota = MOVING_WINDOW_MAX * 10 if strategy == "moving-window" else _ANY_QUOTA
-    return Policy(match[1].decode(), quota, int(match[3]), strategy)
+    return Policy(match[1].decode(), quota, int(match[3] or 0), strategy)
 
 
 def _belongs(policy: Policy, name: str) -> bool:

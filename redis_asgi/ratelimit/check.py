@@ -12,6 +12,7 @@ from .strategies import Mode
 
 if TYPE_CHECKING:
     from .batch import Batcher
+    from .in_flight import Slot
 
 Outcome: TypeAlias = Reply | Failure
 
@@ -26,6 +27,10 @@ class Check:
     """
 
     __slots__ = ("at", "charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
+
+    # The requests in flight that it is about: see `HoldingCheck`.
+    holders: Sequence[bytes] = ()
+    slot: "Slot | None" = None
 
     def __init__(
         self,
@@ -63,6 +68,25 @@ class Check:
     def waited(self) -> float:
         """Seconds since its arrival."""
         return self.future.get_loop().time() - self.deadline + self.timeout
+
+
+class HoldingCheck(Check):
+    """A question about requests in flight.
+
+    Attributes:
+        holders: Their ids.
+        slot: What an admission gives to the one that waits.
+    """
+
+    __slots__ = ("holders", "slot")
+
+    holders: Sequence[bytes]
+    slot: "Slot | None"
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether Redis may have been asked, or be asked yet."""
+        return self.written > 0 or self.charges.is_spread
 
 
 class Batch:

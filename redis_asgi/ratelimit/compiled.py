@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from starlette.types import Scope
 
@@ -14,9 +14,9 @@ from ..scope import Addressing, is_preflight
 from ..settings import OnRedisError, Settings, StrategyName
 from .last import LastLimits
 from .partition import PartitionBy, Partitioner
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
-from .policy import Charge, PolicySet
-from .rules import DEFAULT_NAME, Limits, Rule, check_choice, listed_rules
+from .policies import MOVING_WINDOW_MAX, make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
+from .policy import Charge, Partition, PolicySet, Strategy
+from .rules import DEFAULT_NAME, Limits, Rule, check_choice, check_concurrency, listed_rules
 
 
 class CompiledRule:
@@ -24,7 +24,7 @@ class CompiledRule:
 
     Attributes:
         policies: Known at construction, unless the limits are a callable.
-        limits_of: That callable; ``None`` where there is none.
+        limits_of: That callable, of limits or of a number in flight; ``None`` where there is none.
         last: What reads what it returns.
         cost: Units, or the callable that says them.
         written: The rule as the user wrote it.
@@ -50,7 +50,7 @@ class CompiledRule:
         self.count_if = rule.count_if
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
         self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
-        self.strategy: StrategyName = rule.strategy or strategy
+        self.strategy: Strategy = rule.strategy or strategy
         self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
         self._methods = frozenset(rule.methods) if rule.methods is not None else None
@@ -61,7 +61,16 @@ class CompiledRule:
         self._has_warned_of_cost = False
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
         self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
-        self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
+        self.last: LastLimits | _Numbers
+        if rule.concurrency is None:
+            self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
+        else:
+            self.strategy = "concurrency"
+            self.last = _Numbers(self.name, self.shadow)
+            if callable(rule.concurrency):
+                self.limits_of = rule.concurrency
+            else:
+                self.policies = make_concurrency(self.name, rule.concurrency, self.shadow)
         self._default_limits = settings.default_limits
         self.asks_user = self.limits_of is not None or self.partition.read is None
 
@@ -89,7 +98,8 @@ class CompiledRule:
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
         name, ending = self._named
-        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
+        strategy = cast("StrategyName", self.strategy)  # of limits
+        policies = make_policies(name, notation, strategy, self.shadow, least=least, ending=ending)
         if self.strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
@@ -131,6 +141,25 @@ class CompiledRule:
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
         return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
+
+
+class _Numbers:
+    """What reads how many requests a rule's callable lets be in flight; see `LastLimits`."""
+
+    def __init__(self, rule: str, shadow: bool) -> None:
+        self._rule = rule
+        self._shadow = shadow
+
+    def read(self, said: object, _partition: Partition) -> PolicySet:
+        """The policy that the callable's number stands for.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        try:
+            return make_concurrency(self._rule, check_concurrency(said, least=0), self._shadow)
+        except ValueError as error:
+            raise ValueError(f"The rule {self._rule!r}: {error} Return one, or None for no limit.") from None
 
 
 def compile_rules(
@@ -183,7 +212,7 @@ def compile_rules(
 
 def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
     seen: dict[str, str] = {}
-    dynamic = [rule.name for rule in rules if rule.policies is None]
+    dynamic = [rule.name for rule in rules if rule.policies is None and rule.strategy != "concurrency"]
     for rule in rules:
         for name in dynamic:
             # What its callable says decides whether a policy is named so.

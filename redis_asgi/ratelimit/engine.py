@@ -17,11 +17,12 @@ from ..events import say, words_for
 from ..settings import OnRedisError, Settings
 from ..telemetry import telemetry
 from .batch import Batcher
-from .check import Check, Outcome
+from .check import Check, HoldingCheck, Outcome
 from .clock import CLOCK
 from .cluster import ClusterBatcher, make_batcher
 from .counts import Counts
 from .decision import Decision, Source
+from .in_flight import InFlight, Slot
 from .local import LocalEngine
 from .policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
 from .refusals import RefusalMemory
@@ -63,6 +64,7 @@ class Engine:
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.shared(LocalEngine.from_settings)
         self._refusals = manager.shared(RefusalMemory.from_settings)
+        self._in_flight = manager.shared(InFlight.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
 
@@ -80,16 +82,25 @@ class Engine:
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
         asked = self.ask(charges, mode)
-        return asked if isinstance(asked, Verdict) else cast("Verdict", await asked.future)
+        if isinstance(asked, Verdict):
+            return asked
+        try:
+            return cast("Verdict", await asked.future)
+        except BaseException:
+            # Also where the answer has come, and nobody takes it.
+            if isinstance(asked, HoldingCheck) and asked.slot is not None:
+                asked.slot.abandon(asked)
+            raise
 
     def ask(self, charges: Charges, mode: Mode = "consume") -> Check | Verdict:
         """The verdict, where Redis need not be asked, else the check that is on its way, whose future it becomes."""
-        if not self._has_redis:
-            return self._decided(charges, mode, "memory", self._local.decide(mode, charges))
         if mode == "consume" and self._refusals.partitions:
             known = self.remembered(charges)
             if known is not None:
                 return known
+        slot = self._in_flight.begin(self.manager, charges) if charges.holds and mode == "consume" else None
+        if not self._has_redis:
+            return self._decided_here(charges, mode, "memory", slot)
         batcher = self._last_batcher
         if (
             batcher is None
@@ -101,11 +112,15 @@ class Engine:
                 batcher = self._batcher()
             except Exception as error:
                 # The client cannot even be built, such as for a host without an address.
-                return self._without_redis(charges, mode, classify(error))
+                return self._without_redis(charges, mode, classify(error), slot)
         breaker = batcher.breaker
         if breaker is not None and breaker.state == "open":
-            return self._without_redis(charges, mode, breaker.reason)
-        check = Check(batcher.loop, mode, charges, self._timeout, (), self._read)
+            return self._without_redis(charges, mode, breaker.reason, slot)
+        if slot is None:
+            check = Check(batcher.loop, mode, charges, self._timeout, (), self._read)
+        else:
+            check = HoldingCheck(batcher.loop, mode, charges, self._timeout, (), self._read_holding)
+            check.slot, check.holders = slot, slot.holders
         batcher.submit(check)
         return check
 
@@ -118,6 +133,27 @@ class Engine:
         if not outcome[0] and check.mode == "consume":
             self._refusals.remember(check.charges, outcome, check.at)
         return self._decided(check.charges, check.mode, "redis", outcome)
+
+    def _read_holding(self, check: Check, outcome: Outcome) -> Verdict:
+        """`_read`, of a check that may have put a request in flight."""
+        slot = cast("Slot", check.slot)
+        if isinstance(outcome, Failure):
+            slot.is_doubtful = cast("HoldingCheck", check).may_have_run and outcome is not Failure.PERMISSION
+            verdict = self._without_redis(check.charges, check.mode, outcome, slot)
+            self.counts.waited(verdict.source, check.waited())
+            return verdict
+        # Of a refusal in parts one may have been admitted.
+        slot.is_doubtful = check.charges.is_spread and not outcome[0]
+        return slot.answered(self._read(check, outcome))
+
+    def _decided_here(
+        self, charges: Charges, mode: Mode, source: Source, slot: Slot | None, *, divisor: int = 1
+    ) -> Verdict:
+        """What this process's own counters say."""
+        if slot is None:
+            return self._decided(charges, mode, source, self._local.decide(mode, charges, divisor=divisor))
+        reply = self._local.decide(mode, charges, holders=slot.holders, divisor=divisor)
+        return slot.answered(self._decided(charges, mode, source, reply))
 
     def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
         verdict = Verdict(self, charges, source, reply)
@@ -248,7 +284,7 @@ class Engine:
             await client.execute_command("UNLINK", *logs)
         return bool(gone)
 
-    def _without_redis(self, charges: Charges, mode: Mode, reason: Failure) -> Verdict:
+    def _without_redis(self, charges: Charges, mode: Mode, reason: Failure, slot: Slot | None = None) -> Verdict:
         # A rule that is all shadow never refuses, whatever it says.
         answers = {charge.on_redis_error for charge in charges if charge.policies.enforces}
         local = charges
@@ -258,9 +294,10 @@ class Engine:
         if mode == "consume":
             self.counts.fell_back(chosen, reason)
         if chosen == "local":
-            return self._decided(local, mode, "local", self._local.decide(mode, local, divisor=self._divisor))
+            return self._decided_here(local, mode, "local", slot, divisor=self._divisor)
         decision = Decision(True, "none") if chosen == "open" else Decision(False, "none", CLOSED_RETRY_AFTER)
-        return Verdict(self, Charges(), "none", decision=decision)
+        verdict = Verdict(self, Charges(), "none", decision=decision)
+        return verdict if slot is None else slot.answered(verdict)
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
@@ -270,4 +307,4 @@ def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
 
 
 def _is_log(field: bytes) -> bool:
-    return field.split(b":")[1][:1] == b"m"
+    return field.split(b":")[1][:1] in b"mc"

@@ -32,7 +32,8 @@ class Ledger:
         if not isinstance(cost, int) or isinstance(cost, bool):
             raise ValueError(f"cost={cost!r} is not a whole number of units.")
         verdicts = self._first.all
-        names = {p.name for verdict in verdicts for charge in verdict.charges for p in charge.policies}
+        policies = [p for verdict in verdicts for charge in verdict.charges for p in charge.policies]
+        names = {p.name for p in policies if p.strategy != "concurrency"}
         # Without Redis, rules that fail open decide nothing: an app that names one of them is right all the same.
         degraded = any(verdict.source in ("none", "local") for verdict in verdicts)
         if policy is not None and policy not in names and not degraded:
@@ -60,6 +61,9 @@ class Ledger:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 for policy in charge.policies:
                     charged = next(taken)
+                    if policy.strategy == "concurrency":
+                        deltas.append(0)  # a request is one, until it ends
+                        continue
                     delta = sum(cost for cost, name in changes if name is None or name == policy.name)
                     # Nobody gets back more than was taken, however often they ask.
                     deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))

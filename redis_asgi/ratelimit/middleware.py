@@ -20,11 +20,12 @@ from .coverage import Coverage, Covering
 from .engine import Engine
 from .exempt import Exempt, Exemptions
 from .headers import fields_of
-from .limited_response import LimitedResponse, UncoveredResponse
+from .limited_response import LimitedResponse, UncoveredResponse, until_closed
 from .lint import Linter
 from .overview import Protection
 from .partition import ADDRESSING, MissingIdentity, PartitionBy
 from .plan import PlanCache, Plans, charges_kept
+from .policy import Charges
 from .pricing import decide_priced, left_over
 from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .responses import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
@@ -143,8 +144,8 @@ class RateLimitMiddleware(Covering):
         if outer is not None:
             charges = left_over(charges, outer, self._engine, self._linter)
         verdict: Verdict | None = None
-        if charges.is_priced:
-            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
+        if charges.is_priced or charges.holds:
+            verdict, receive = await self._decide(charges, scope, receive)
         elif charges.counters:
             asked = self._engine.ask(charges)
             verdict = asked if isinstance(asked, Verdict) else await asked.future
@@ -172,6 +173,16 @@ class RateLimitMiddleware(Covering):
     def coverage(self) -> Coverage:
         """Its rules, and what they leave alone; `document_limits` asks for it."""
         return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
+
+    async def _decide(self, charges: Charges, scope: Scope, receive: Receive) -> tuple[Verdict, Receive]:
+        """The verdict where a callable says the cost, or the request is held; and what the app is to receive from."""
+        if charges.is_priced:
+            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
+        else:
+            verdict = await self._engine.decide(charges)
+        if verdict.slot is not None and scope["type"] == "websocket":
+            receive = until_closed(receive, verdict)
+        return verdict, receive
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""

@@ -7,11 +7,11 @@ from typing import Any
 from starlette.types import Scope
 
 from ..connection import RedisManager
-from ..settings import OnRedisError, Settings, StrategyName
+from ..settings import OnRedisError, Settings
 from .compiled import CompiledRule
 from .engine import Engine
 from .exempt import Exemptions
-from .policy import Policy
+from .policy import Policy, Strategy
 from .request_decision import STANDBY, Standby
 from .route import Placed, RateLimit
 from .routing import Routing
@@ -23,9 +23,9 @@ class LimitInForce:
 
     Attributes:
         name: The rule's.
-        limits: Its notation; ``None`` when a callable says it for each request.
+        limits: Its notation, or how many in flight; ``None`` when a callable says it for each request.
         by: Who shares a counter: ``ip``, ``header:NAME``, ``user`` or ``custom``.
-        strategy: How it is counted.
+        strategy: How it is counted; ``concurrency`` for a limit of what is in flight.
         cost: Units of a request; ``None`` when a callable says it.
         paths: Patterns, or the one path of a route; ``None`` = every path.
         methods: ``None`` = every method.
@@ -39,7 +39,7 @@ class LimitInForce:
     name: str
     limits: str | None
     by: str
-    strategy: StrategyName
+    strategy: Strategy
     cost: int | None
     paths: tuple[str, ...] | None
     methods: tuple[str, ...] | None
@@ -103,6 +103,12 @@ def limits_among(calls: Iterable[object]) -> list[Placed]:
     return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
 
 
+def _written_limits(rule: CompiledRule) -> str | None:
+    if rule.strategy == "concurrency":
+        return None if rule.policies is None else f"{rule.policies.policies[0].quota} in flight"
+    return rule.written.limits if isinstance(rule.written.limits, str) else None
+
+
 def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInForce:
     written: dict[str, Any] = {
         "cost": rule.cost if isinstance(rule.cost, int) else None,
@@ -111,7 +117,7 @@ def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInFor
     }
     return LimitInForce(
         name=rule.name,
-        limits=rule.written.limits if isinstance(rule.written.limits, str) else None,
+        limits=_written_limits(rule),
         by=rule.partition.kind,
         strategy=rule.strategy,
         shadow=rule.shadow,

@@ -207,7 +207,8 @@ def _has_twice(known: tuple[tuple[PolicySet, ...], ...]) -> bool:
 
 
 def _written(policy: Policy) -> str:
-    return f"{policy.quota}/{policy.window} s by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
+    quota = f"{policy.quota}/{policy.window} s" if policy.window else f"{policy.quota} in flight"
+    return f"{quota} by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
 
 
 def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:

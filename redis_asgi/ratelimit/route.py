@@ -28,7 +28,7 @@ from .pricing import charges_beside
 from .recent import Recent
 from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
 from .responses import POLICY_VIOLATION, can_respond
-from .rules import Cost, Limits, Rule
+from .rules import Cost, Limits, Rule, check_limits
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -84,6 +84,7 @@ class RateLimit:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_limits(limits)
         if callable(cost):
             check_callable("cost", cost, "conn", "cost=lambda conn: 2")
         self.name = name

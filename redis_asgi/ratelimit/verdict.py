@@ -12,6 +12,7 @@ from .reply import Reply, charged_receipts, numbers_of, reply_of
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .in_flight import Slot
 
 
 class Verdict:
@@ -31,11 +32,13 @@ class Verdict:
         ledger: What the response changes about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
+        slot: Its place among the requests in flight, where one of its policies counts those.
     """
 
     more: "Sequence[Verdict]" = ()
     loop: AbstractEventLoop | None = None
     ledger: Ledger | None = None
+    slot: "Slot | None" = None
 
     def __init__(
         self,
@@ -77,6 +80,8 @@ class Verdict:
         """Settle the request, at the end of its response; see `Ledger.settle`."""
         if not self.is_over:
             self.is_over = True
+            if self.slot is not None or self.more:
+                self.release()
             self.count()
             if (
                 self.ledger is not None
@@ -84,6 +89,12 @@ class Verdict:
                 or (self.more and any(verdict.charges.wait_and_see for verdict in self.more))
             ):
                 self.open_ledger().settle(status)
+
+    def release(self) -> None:
+        """Let the request be in flight no longer, whatever else is still to be settled."""
+        for verdict in self.all:
+            if verdict.slot is not None:
+                verdict.slot.release()
 
     @property
     def all(self) -> "Sequence[Verdict]":

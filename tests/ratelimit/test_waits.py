@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import redis
@@ -15,7 +16,7 @@ from redis_asgi.ratelimit.reply import Numbers
 from redis_asgi.ratelimit.strategies import Log, Stored
 from redis_asgi.settings import StrategyName
 
-from .histories import EPOCH, Twin, charge, client, numbers, policy
+from .histories import EPOCH, Twin, charge, client, numbers, policy, strategy_of
 from .test_scripts import Script, script  # noqa: F401 - a fixture
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -82,7 +83,7 @@ def cases(draw: st.DrawFn, strategy: str) -> Case:
     quota = draw(quotas)
     debts = draw(st.lists(st.tuples(quotas, st.one_of(st.integers(1, 20), st.integers(1, 10**4))), max_size=2))
     cost = draw(st.one_of(st.sampled_from([1, quota]), st.integers(1, quota)))
-    return Case(policy(strategy).strategy, window, stored, tuple(debts), quota, cost)
+    return Case(strategy_of(strategy), window, stored, tuple(debts), quota, cost)
 
 
 def found(case: Case) -> Twin:
@@ -119,7 +120,7 @@ def kept(twin: Twin, case: Case) -> tuple[float, ...]:
     held = twin.engine._find(client(WHO).key)
     assert held is not None
     stored = held.counters[case.policy(case.quota).field]
-    return tuple(stored.stamps) if isinstance(stored, Log) else stored
+    return tuple(stored.stamps) if isinstance(stored, Log) else cast("tuple[float, ...]", stored)
 
 
 def kept_in_redis(server: redis.Redis, case: Case) -> tuple[float, ...]:
