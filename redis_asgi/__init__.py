@@ -1,10 +1,10 @@
 """Rate limits and an embedding cache for any ASGI app, kept in one Redis.
 
-``settings``    the environment, validated          ``connection``   one Redis client per loop, shared (``client``)
+``settings/``   the environment, validated          ``connection/``  one Redis client per loop, shared
 ``ratelimit/``  who may ask how often               ``embeddings/``  what need not be computed again
-``scope``       what is read from a request         ``keys``         names of Redis keys
-``health``      probes; ``status/`` a page          ``errors``       what is raised, and how failures are sorted
-``telemetry``   what is counted                     ``metrics``      and shown to Prometheus
+``asgi/``       what is read from a request         ``sub_apps/``    health checks, metrics, a status page
+``errors``      what is raised, and why             ``events``       what is logged, and what to do
+``telemetry``   what is counted                     ``keys``         names of Redis keys
 ``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
 ``testing/``    a clock to move, and what else tests of an app need
 
@@ -15,30 +15,30 @@ and ``testing``; every other module, and every other name in these, may change i
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .connection import RedisManager, redis_operation
+from ._version import __version__ as __version__
+from .connection.manager import RedisManager
+from .connection.operation import redis_operation
 from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
-from .ratelimit.decision import Decision, PolicyState
+from .ratelimit.answers.rate_limit_exceeded import RateLimitExceeded
+from .ratelimit.answers.request_decision import RequestDecision
 from .ratelimit.decorator import rate_limit
-from .ratelimit.exceeded import RateLimitExceeded
 from .ratelimit.limiter import RateLimiter
+from .ratelimit.limits.decision import Decision, PolicyState
 from .ratelimit.middleware import RateLimitMiddleware
-from .ratelimit.partition import by_header, by_user, client_ip
-from .ratelimit.request_decision import RequestDecision
 from .ratelimit.route import RateLimit
-from .ratelimit.rules import Rule
+from .ratelimit.rules.partition import by_header, by_user, client_ip
+from .ratelimit.rules.rule import Rule
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
-    from .health import check_redis_health, health_app
     from .maintenance import calculate_memory_usage, configure_persistence
-    from .metrics import RedisMetrics, metrics_app
     from .ratelimit.current import CurrentLimit
     from .ratelimit.openapi import document_limits, rate_limit_responses
-    from .status import status_app
-
-__version__ = "0.1.0"
+    from .sub_apps.health import check_redis_health, health_app
+    from .sub_apps.metrics import RedisMetrics, metrics_app
+    from .sub_apps.status import status_app
 
 __all__ = [
     "ConfigurationError",
@@ -78,15 +78,15 @@ _LATE = {
     "CurrentLimit": ".ratelimit.current",
     "EmbeddingCache": ".embeddings",
     "EmbeddingCacheMiddleware": ".embeddings",
-    "RedisMetrics": ".metrics",
+    "RedisMetrics": ".sub_apps.metrics",
     "calculate_memory_usage": ".maintenance",
-    "check_redis_health": ".health",
+    "check_redis_health": ".sub_apps.health",
     "configure_persistence": ".maintenance",
     "document_limits": ".ratelimit.openapi",
-    "health_app": ".health",
-    "metrics_app": ".metrics",
+    "health_app": ".sub_apps.health",
+    "metrics_app": ".sub_apps.metrics",
     "rate_limit_responses": ".ratelimit.openapi",
-    "status_app": ".status",
+    "status_app": ".sub_apps.status",
 }
 
 

@@ -2,10 +2,9 @@
 
 A line's message holds the event, its cause and the cure, so that Python's own format tells the whole story; for
 structured logs ``extra`` has the event's name in ``event`` (and without its prefix in ``code``), the cure in ``fix``,
-and what the message is about in fields of its own. ``redis-asgi explain`` prints the table.
+and what the message is about in fields of its own. ``redis-asgi explain`` prints the table (`explanations`).
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 PREFIX = "redis_asgi."
 
-_FIELD = re.compile(r"%\((\w+)\)s")
+FIELD = re.compile(r"%\((\w+)\)s")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*://)(\S*)", re.IGNORECASE)
 
 
@@ -36,24 +35,7 @@ class Event:
     @property
     def fields(self) -> frozenset[str]:
         """The fields that its message shows."""
-        return frozenset(_FIELD.findall(f"{self.cause} {self.fix}"))
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """A word of the log, of a health check or of a metric's label, in words.
-
-    Attributes:
-        word: As it is written there.
-        where: ``debug``, ``warning`` or ``error`` of the log, else ``health``.
-        cause: What it says; what differs from line to line is in capitals.
-        fix: What to do.
-    """
-
-    word: str
-    where: str
-    cause: str
-    fix: str
+        return frozenset(FIELD.findall(f"{self.cause} {self.fix}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,48 +332,37 @@ def say(logger: logging.Logger, event: str, error: BaseException | None = None, 
     logger.log(row.level, template, *([shown] if shown else []), exc_info=error, stacklevel=2, extra=extra | fields)
 
 
+class SaidOnce:
+    """Lines that are said the first time only.
+
+    Args:
+        logger: Where they are said.
+        most: How many are said at most of what clients name: an *about* that is not empty.
+    """
+
+    def __init__(self, logger: logging.Logger, most: int = 64) -> None:
+        self._logger = logger
+        self._most = most
+        self._said: set[tuple[str, str]] = set()
+
+    def is_new(self, event: str, about: str = "") -> bool:
+        """Whether *event* has still to be said of *about*; from now on it has been."""
+        known = (event, about)
+        if known in self._said or (about and len(self._said) >= self._most):
+            return False
+        self._said.add(known)
+        return True
+
+    def say(self, event: str, about: str = "", **fields: object) -> None:
+        """`say`, the first time only; *about*: for each of these, as long as there are few."""
+        if self.is_new(event, about):
+            say(self._logger, event, **({"about": about, **fields} if about else fields))
+
+
 def words_for(reason: str) -> dict[str, str]:
     """The fields of a line about *reason*, a `Failure`: itself, what it means, and what to do."""
     found = REASONS[reason]
     return {"reason": str(reason), "cause": found.cause, "cure": found.fix}
-
-
-def explanations() -> tuple[Explanation, ...]:
-    """Every event, and every code of a health check."""
-    events = (
-        Explanation(
-            PREFIX + name,
-            logging.getLevelName(row.level).lower(),
-            _general(row.cause, row),
-            _general(row.fix, row),
-        )
-        for name, row in EVENTS.items()
-    )
-    reasons = (Explanation(f"redis_{name}", "health", row.cause, row.fix) for name, row in REASONS.items())
-    return (*events, *reasons, Explanation("breaker_open", "health", BREAKER_OPEN.cause, BREAKER_OPEN.fix))
-
-
-def explain(word: str) -> Explanation | None:
-    """What *word* means: an event, with its prefix or without, a health check's code, or a reason (``timeout``)."""
-    # Also as it stands in a line, with its colon and what follows.
-    word = word.strip().partition(":")[0]
-    known = {each.word: each for each in explanations()}
-    return next((known[each] for each in (word, PREFIX + word, f"redis_{word}") if each in known), None)
-
-
-def near(word: str) -> list[str]:
-    """Words that *word* may have been meant for, the likeliest first."""
-    known = {each.word.removeprefix(PREFIX): each.word for each in explanations()}
-    bare = word.lower().removeprefix(PREFIX)
-    found = difflib.get_close_matches(bare, known, n=3, cutoff=0.5)
-    found += [name for name in known if bare and bare in name and name not in found]
-    return [known[name] for name in found[:3]]
-
-
-def _general(text: str, event: Event) -> str:
-    """A text of *event* without a line's fields: their names stand for them, in capitals."""
-    text = text.replace(". %(cause)s", ".").replace("%(cure)s", event.generally)
-    return _FIELD.sub(lambda found: found[1].upper(), text)
 
 
 def without_secrets(text: str) -> str:

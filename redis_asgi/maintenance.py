@@ -9,8 +9,9 @@ from typing import Any, Literal
 import redis.asyncio as aioredis
 from redis.exceptions import RedisClusterException, RedisError
 
-from .client import Client
-from .connection import RedisArgument, RedisManager
+from .connection.client_factory import Client
+from .connection.manager import RedisManager
+from .connection.redis_argument import RedisArgument
 from .errors import ConfigurationError, Failure, RedisASGIError, classify
 from .keys import embedding_epoch_key
 from .settings import Settings
@@ -127,7 +128,8 @@ async def flush_model(
         FlushError: When Redis did not take it.
     """
     # Here, because it brings numpy along, which nothing else in this module needs.
-    from .embeddings.store import Done, Write, resolve_vectors, vectors_of  # noqa: PLC0415
+    from .embeddings.storage.operations import Write, WriteResult  # noqa: PLC0415
+    from .embeddings.storage.store import resolve_vectors, vectors_of  # noqa: PLC0415
 
     manager, is_ours = resolve_vectors(redis, settings)
     settings = settings if settings is not None else manager.settings
@@ -138,9 +140,9 @@ async def flush_model(
     # Without an epoch nothing that may be stored is valid.
     found = await vectors.lookup([name], within) if only_stored else [b""]
     if isinstance(found, Failure):
-        done = Done(0, found)
+        done = WriteResult(0, found)
     elif found == [None]:
-        done = Done(0)
+        done = WriteResult(0)
     else:
         done = await vectors.write([Write(name, os.urandom(8), _EPOCH_TTL)], within)
     if not opened_before and not settings.REDIS_CLUSTER:

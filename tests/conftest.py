@@ -84,8 +84,9 @@ def _plain_server(request: pytest.FixtureRequest) -> Iterator[ExternalServer]:
 
 @pytest.fixture
 def redis_server(_plain_server: ExternalServer) -> ExternalServer:
-    """The server most tests share, flushed; look, do not break."""
+    """The server most tests share, flushed and without the connections of earlier tests; look, do not break."""
     _plain_server.flush()
+    _plain_server.disconnect_all()
     return _plain_server
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import redis.asyncio as aioredis
 
-from redis_asgi import Settings, aside
-from redis_asgi.aside import end
-from redis_asgi.checkup import Checkup
-from redis_asgi.client import build_client, ping
+from redis_asgi import Settings
+from redis_asgi.connection import side_connection
+from redis_asgi.connection.client_factory import build_client, ping
+from redis_asgi.connection.health_check import Checkup
+from redis_asgi.connection.side_connection import end
+from redis_asgi.connection.sockets import connection_class
 from redis_asgi.errors import Failure, classify
-from redis_asgi.sockets import connection_class
 
 from .kit.certificates import Certificates
 from .kit.servers import ExternalServer
@@ -130,16 +131,16 @@ async def test_a_connection_that_was_lost_is_an_outage(redis_server: ExternalSer
     """Writing to it is a failure of the network, whatever Python's transports raise: 3.13's an AttributeError."""
     where = redis_server.client().connection_pool.connection_kwargs
     connection = connection_class(encrypted=False)(host=where["host"], port=where["port"])
-    await aside.connect(connection)
-    transport = aside.transport_of(connection)
+    await side_connection.connect(connection)
+    transport = side_connection.transport_of(connection)
     assert transport is not None
     transport.abort()
 
     with pytest.raises(aioredis.ConnectionError, match=r"^The connection was lost\.$") as caught:
-        await aside.ping(connection)
+        await side_connection.ping(connection)
 
     assert Failure.CONNECTION is classify(caught.value)
-    await aside.hang_up(connection)
+    await side_connection.hang_up(connection)
 
 
 async def test_what_a_task_raised_that_is_ended_is_nobodys() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from redis.exceptions import AuthenticationError
 
-from redis_asgi import breaker as module
-from redis_asgi.breaker import Breaker
+from redis_asgi.connection import breaker as module
+from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
 
 from .kit.logs import event_of

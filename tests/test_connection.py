@@ -27,10 +27,12 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from redis_asgi import ConfigurationError, RedisManager, Settings, redis_operation
-from redis_asgi.client import Client, Turnstile
-from redis_asgi.connection import resolve_manager
+from redis_asgi import ConfigurationError, RateLimiter, RedisManager, Settings, redis_operation
+from redis_asgi.connection.client_factory import Client, QueueingPool
+from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure, classify
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from .conftest import StartServer
 from .kit.certificates import Certificates
@@ -129,7 +131,7 @@ async def test_pool_size_is_the_bound(private_server: StartServer) -> None:
 
         async with all_connections(manager, 2):
             pool = manager.pool
-            assert isinstance(pool, Turnstile)
+            assert isinstance(pool, QueueingPool)
             await pool.release(await pool.take())
         assert len(server.connections()) == 3
 
@@ -320,15 +322,15 @@ async def test_close_without_use_is_nothing() -> None:
 async def test_last_user_closes(redis_url: str) -> None:
     """Of several users in a loop the last to let go closes; letting go too often does no harm."""
     async with managed(REDIS_URL=redis_url) as manager:
-        manager.hold()
-        manager.hold()
+        manager.retain()
+        manager.retain()
         client = await manager.get_connection()
-        await manager.let_go()
+        await manager.release()
         assert manager.pool is not None
         assert client is await manager.get_connection()
-        await manager.let_go()
+        await manager.release()
         assert manager.pool is None
-        await manager.let_go()
+        await manager.release()
 
 
 async def test_parts_are_made_once_and_end_before_the_client(redis_url: str) -> None:
@@ -343,11 +345,11 @@ async def test_parts_are_made_once_and_end_before_the_client(redis_url: str) -> 
             ended.append(await ask(self.client, "PING"))
 
     async with managed(REDIS_URL=redis_url) as manager:
-        one = manager.part(Part)
-        assert one is manager.part(Part)
+        one = manager.per_client(Part)
+        assert one is manager.per_client(Part)
         await manager.close()
         assert ended == [True]
-        assert one is not manager.part(Part)
+        assert one is not manager.per_client(Part)
 
 
 async def test_shared_products_are_one_per_manager() -> None:
@@ -357,10 +359,10 @@ async def test_shared_products_are_one_per_manager() -> None:
     def make(_settings: Settings) -> object:
         return object()
 
-    one = manager.shared(make)
+    one = manager.per_process(make)
 
-    assert one is manager.shared(make)
-    assert one is not RedisManager(manager.settings).shared(make)
+    assert one is manager.per_process(make)
+    assert one is not RedisManager(manager.settings).per_process(make)
 
 
 # What a caller may pass as redis=
@@ -472,8 +474,8 @@ async def test_memory_has_no_client() -> None:
     for call in (manager.get_connection, manager.initialize_pool):
         with pytest.raises(ConfigurationError, match="Set REDIS_URL=redis://"):
             await call()
-    manager.hold()
-    await manager.let_go()
+    manager.retain()
+    await manager.release()
 
 
 @pytest.mark.parametrize(
@@ -1017,3 +1019,21 @@ def test_loops_are_not_kept(redis_url: str) -> None:
         asyncio.run(main())
 
     assert {} == manager._opened
+
+
+async def test_a_debugger_shows_states_and_no_secret(private_server: StartServer) -> None:
+    """Pool, breaker, batcher and stores say how they stand; none shows a password."""
+    server = private_server("--requirepass", SECRET)
+    async with managed(REDIS_URL=server.url.replace("://", f"://:{SECRET}@")) as manager:
+        await RateLimiter(manager).consume("client")
+        store, batcher = vectors_of(manager), manager.per_client(make_batcher)
+        await store.lookup([b"a"], 1)
+        shown = [repr(each) for each in (manager, manager.pool, manager.breaker(), batcher, store)]
+        manager.breaker().failed(Failure.AUTH)
+        shown.append(repr(manager.breaker()))
+
+    assert not [text for text in shown if SECRET in text]
+    assert shown[1].endswith("1 in use, 1 idle, at most 20>")
+    assert ["closed", "open for auth"] == [text.rstrip(">").split(", ")[-1] for text in (shown[2], shown[5])]
+    assert "0 checks wait, 0 under way" in shown[3]
+    assert "breaker closed" in shown[4]

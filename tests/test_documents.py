@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from redis_asgi import Settings
 from redis_asgi.cli.commands import app as command_line
-from redis_asgi.events import explanations
+from redis_asgi.explanations import explanations
 
 from .kit.documents import PAGES, ROOT, SOURCE, Page
 from .test_exports import PUBLIC_MODULES

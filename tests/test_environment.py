@@ -10,8 +10,8 @@ from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, Settings
-from redis_asgi.client import describe
-from redis_asgi.connection import resolve_manager
+from redis_asgi.connection.client_factory import describe
+from redis_asgi.connection.redis_argument import resolve_manager
 
 from .ratelimit.harness import Spy
 

@@ -9,14 +9,7 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message
 
-from redis_asgi import (
-    EmbeddingCacheMiddleware,
-    RateLimit,
-    RateLimiter,
-    RateLimitMiddleware,
-    RedisManager,
-    Settings,
-)
+from redis_asgi import EmbeddingCacheMiddleware, RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Settings
 
 from .ratelimit.harness import Spy, drive, http_scope
 

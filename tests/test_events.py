@@ -18,11 +18,12 @@ from redis.backoff import NoBackoff
 
 import redis_asgi
 from redis_asgi import ConfigurationError, RedisManager, Settings
-from redis_asgi.breaker import Breaker
-from redis_asgi.client import describe, describe_client
-from redis_asgi.connection import resolve_manager
+from redis_asgi.connection.breaker import Breaker
+from redis_asgi.connection.client_factory import describe, describe_client
+from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.errors import Failure
-from redis_asgi.events import EVENTS, REASONS, explain, explanations, near, say, words_for
+from redis_asgi.events import EVENTS, REASONS, say, words_for
+from redis_asgi.explanations import explain, explanations, near
 
 from .kit.logs import event_of
 from .kit.processes import run_python
@@ -31,7 +32,7 @@ ROOT = Path(redis_asgi.__file__).parent
 LOGGER = logging.getLogger("redis_asgi.test")
 
 # Who takes an event's name, and where among its arguments.
-_TAKES = {"say": 1, "warn": 0, "_say": 0}
+_TAKES = {"say": 1, ".say": 0, "._say": 0}
 # What a field of every failure holds, see `words_for`.
 _OF_A_REASON = frozenset(words_for("timeout"))
 # For structured logs only: an address names the node, and vectors' writes pause for one reason.
@@ -44,7 +45,7 @@ def _calls() -> Iterator[tuple[str, str, frozenset[str], bool]]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             at = _TAKES.get(name)
             if at is None or len(node.args) <= at:
                 continue

@@ -32,7 +32,10 @@ def test_all_names_can_be_imported_without_fastapi() -> None:
         "import sys; sys.modules['fastapi'] = None\nfrom redis_asgi import *\nprint(CurrentLimit.__origin__)"
     )
 
-    assert ("<class 'redis_asgi.ratelimit.request_decision.RequestDecision'>\n", "") == (done.stdout, done.stderr)
+    assert ("<class 'redis_asgi.ratelimit.answers.request_decision.RequestDecision'>\n", "") == (
+        done.stdout,
+        done.stderr,
+    )
 
 
 def _is_ours(value: object) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 
 import pytest
 
-from redis_asgi import forwarded, paths
+from redis_asgi.asgi import forwarded, paths
 
 
 class CountingText(str):

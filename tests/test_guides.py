@@ -21,12 +21,12 @@ from redis_asgi import (
     Settings,
 )
 from redis_asgi.cli.commands import app as command_line
-from redis_asgi.embeddings.codec import encode
+from redis_asgi.embeddings.records.codec import encode
 from redis_asgi.embeddings.wire import DEFAULT_PATHS
-from redis_asgi.events import explanations
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policies import make_policies
-from redis_asgi.ratelimit.policy import Charge, make_partition
+from redis_asgi.explanations import explanations
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import Charge, make_partition
+from redis_asgi.ratelimit.rules.policies import make_policies
 
 from .kit.documents import GUIDES, section, table
 

@@ -31,13 +31,13 @@ from redis_asgi import (
     check_redis_health,
     health_app,
 )
-from redis_asgi import watch as watch_module
-from redis_asgi.checkup import Checkup, _slots
+from redis_asgi.asgi.sub_app import SubApp
+from redis_asgi.connection import health_cache as watch_module
+from redis_asgi.connection.health_cache import Watch
+from redis_asgi.connection.health_check import Checkup, _slots
 from redis_asgi.errors import Failure
-from redis_asgi.health import HealthApp, human_bytes
-from redis_asgi.sub_app import SubApp
+from redis_asgi.sub_apps.health import HealthApp, human_bytes
 from redis_asgi.telemetry import fresh_telemetry
-from redis_asgi.watch import Watch
 
 from .kit.certificates import Certificates
 from .kit.documents import section
@@ -91,7 +91,7 @@ def app_manager(app: SubApp) -> RedisManager:
 
 def forget(app: SubApp) -> None:
     """Let a second pass: the next probe checks again."""
-    app_manager(app).part(Watch)._last = None
+    app_manager(app).per_client(Watch)._last = None
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ async def test_a_missing_right_within_the_script_is_permission(
     private_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It shows when limits are counted, and is told while they cannot be, and no longer than anybody tries."""
-    monkeypatch.setattr("redis_asgi.breaker._SLOW_PROBE_EVERY", 0.02)
+    monkeypatch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.02)
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-hset")
     app = app_on(server.url)
@@ -442,7 +442,7 @@ async def test_a_refused_login_is_tried_every_five_seconds(private_server: Start
     """However often probes come, the server's log of refusals is not filled."""
     server = private_server("--requirepass", "right")
     app = app_on(server.url.replace("redis://", "redis://:wrong@"))
-    watch = app_manager(app).part(Watch)
+    watch = app_manager(app).per_client(Watch)
     await assert_ill(app, "redis_auth")
     watch._last_at -= 4.9
     await assert_ill(app, "redis_auth")

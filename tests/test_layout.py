@@ -51,8 +51,8 @@ def _within(module: str, package: str) -> bool:
 
 def test_the_walk_sees_imports() -> None:
     """The tests below would pass on an empty list; this one would not."""
-    assert "redis_asgi.settings" in _targets("redis_asgi.connection")
-    assert "redis_asgi.ratelimit.headers" in _targets("redis_asgi.ratelimit.middleware")
+    assert "redis_asgi.settings" in _targets("redis_asgi.connection.manager")
+    assert "redis_asgi.ratelimit.answers.headers" in _targets("redis_asgi.ratelimit.middleware")
     assert len(MODULES) > 15
 
 
@@ -75,31 +75,89 @@ def test_only_init_files_import_a_middleware(name: str) -> None:
     assert taken == set()
 
 
-FOUNDATION = (
-    "events", "errors", "misuse", "event_loop", "locations", "notation", "paths", "networks",
-    "setting_types", "environment", "server_settings", "settings",
-    "telemetry", "tracing", "keys", "forwarded", "scope", "sub_app", "aside",
-    "names", "sockets", "sentinels", "nodes",
-    "breaker", "client", "connection",
-)  # fmt: skip
+# Which folder of the package imports from which: what stands on what, the lowest first. A module at the top is a room
+# of its own; the package's front, which everybody may see, is none.
+FOLDERS = {
+    "_version": "",
+    "events": "",
+    "explanations": "events",
+    "event_loop": "",
+    "keys": "",
+    "time_slice": "",
+    "tracing": "",
+    "errors": "events",
+    "misuse": "errors events",
+    "telemetry": "errors",
+    "settings": "errors misuse",
+    "asgi": "errors misuse settings",
+    "connection": "_version errors event_loop events misuse settings telemetry",
+    # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
+    "ratelimit/limits": "keys settings",
+    "ratelimit/transport": "connection errors ratelimit/limits telemetry",
+    "ratelimit/counting": "connection errors events ratelimit/limits ratelimit/transport settings telemetry tracing",
+    "ratelimit/rules": "asgi errors events keys misuse ratelimit/limits settings",
+    "ratelimit/answers": "connection errors event_loop misuse ratelimit/counting ratelimit/limits settings",
+    "ratelimit": (
+        "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/counting ratelimit/limits"
+        " ratelimit/rules settings"
+    ),
+    # The embedding cache: values, who keeps them; what is asked; who computes; what is said; and the doors.
+    "embeddings/records": "errors events keys settings telemetry",
+    "embeddings/wire": "embeddings/records errors",
+    "embeddings/storage": "connection embeddings/records errors events keys settings time_slice",
+    "embeddings/requests": "asgi embeddings/records embeddings/wire errors keys misuse settings time_slice",
+    "embeddings/origin": (
+        "asgi embeddings/records embeddings/requests embeddings/wire events keys settings time_slice"
+    ),
+    "embeddings/answers": (
+        "embeddings/records embeddings/requests embeddings/storage embeddings/wire time_slice tracing"
+    ),
+    "embeddings": (
+        "asgi connection embeddings/answers embeddings/origin embeddings/records embeddings/requests embeddings/storage"
+        " embeddings/wire errors event_loop keys misuse settings time_slice"
+    ),
+    "maintenance": "connection embeddings/storage errors keys settings",
+    "sub_apps": (
+        "_version asgi connection errors events misuse ratelimit/counting ratelimit/limits settings telemetry"
+    ),
+    "sub_apps/status": "asgi connection explanations settings sub_apps telemetry",
+    "inspection": (
+        "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
+        " ratelimit/limits ratelimit/rules ratelimit/transport settings"
+    ),
+    "testing": "connection embeddings embeddings/requests embeddings/wire ratelimit/counting ratelimit/limits",
+    "cli": (
+        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits settings"
+    ),
+    "__main__": "cli",
+}
 
 
-@pytest.mark.parametrize("name", [f"redis_asgi.{name}" for name in FOUNDATION if f"redis_asgi.{name}" in MODULES])
-def test_foundation_imports_no_feature(name: str) -> None:
-    """Errors, settings, keys, scope and connection know nothing of what stands on them."""
-    allowed = {f"redis_asgi.{each}" for each in FOUNDATION} | {"redis_asgi"}
-    ours = {target for target in _targets(name) if _within(target, "redis_asgi")}
-
-    assert ours <= allowed
+def _folder(name: str) -> str:
+    """The folder of a module; of one that lies at the top, its own name."""
+    parts = MODULES[name].relative_to(ROOT).with_suffix("").parts
+    return parts[0] if len(parts) == 1 else "/".join(parts[:-1])
 
 
-def test_foundation_has_no_circle() -> None:
-    """Each module of the foundation stands on the ones before it."""
-    order = [f"redis_asgi.{name}" for name in FOUNDATION]
-    for name in order:
-        if name in MODULES:
-            later = set(order[order.index(name) :])
-            assert not _targets(name) & later
+def _arrows() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name in MODULES.keys() - {"redis_asgi"}:
+        folders = {_folder(target) for target in _targets(name) if target in MODULES and target != "redis_asgi"}
+        found.setdefault(_folder(name), set()).update(folders - {_folder(name)})
+    return found
+
+
+def test_each_folder_imports_from_those_below_it() -> None:
+    """Every folder is in the table, imports what the table says and nothing else, and only what stands before it."""
+    assert {folder: set(below.split()) for folder, below in FOLDERS.items()} == _arrows()
+    order = list(FOLDERS)
+    for folder, below in FOLDERS.items():
+        assert set(below.split()) <= set(order[: order.index(folder)]), folder
+
+
+def test_nothing_within_imports_the_front() -> None:
+    """``redis_asgi/__init__.py`` imports the package's modules, and is imported by none of them."""
+    assert not [name for name in MODULES if "redis_asgi" in _targets(name)]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -122,42 +180,6 @@ def _is_clock(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "CLOCK"
 
 
-EMBEDDINGS = "redis_asgi.embeddings"
-STORAGE = ("vector_cache", "lookup", "local", "store", "server", "cluster", "memory", "joint_lookup", "lease", "codec")
-ABOUT_REQUESTS = ("http_caching", "head", "headers", "keyspace", "question", "body", "routes", "wire", "piecewise")
-ABOUT_CALLS = ("single_flight", "landing", "asking", "calls", "waiting")
-ENDS = ("answers", "outcome", "exchange", "shared")
-# Each room of the embedding half, and what it never reaches, by whatever way.
-ROOMS = {
-    STORAGE: (*ABOUT_REQUESTS, *ABOUT_CALLS, *ENDS, "sub_call"),
-    ABOUT_REQUESTS: (*STORAGE[:-2], *ABOUT_CALLS, *ENDS),
-    ("keyspace", "identity"): (*STORAGE[:-2], "sub_call"),
-    ("counts", "outcome", "tokens"): (*STORAGE[:-2], *ABOUT_CALLS, "question", "exchange", "shared"),
-}
-
-
-def _reached(name: str) -> set[str]:
-    reached: set[str] = set()
-    left = {name}
-    while left:
-        at = left.pop()
-        reached.add(at)
-        # The fronts name what they load when it is first used.
-        left |= {target for target in _targets(at) if target in MODULES} - reached - {"redis_asgi", EMBEDDINGS}
-    return reached
-
-
-@pytest.mark.parametrize(("names", "others"), ROOMS.items(), ids=["storage", "requests", "keys", "what is said"])
-def test_a_room_knows_only_its_own(names: tuple[str, ...], others: tuple[str, ...]) -> None:
-    """Storage knows no HTTP, no wire formats and no flights; reading a request and naming its keys, no storage."""
-    for name in names:
-        inside = [module for module in MODULES if _within(module, f"{EMBEDDINGS}.{name}")]
-        reached = set[str]().union(*map(_reached, inside))
-
-        assert inside
-        assert not [(name, m) for m in reached for other in others if _within(m, f"{EMBEDDINGS}.{other}")]
-
-
 def _reads_environment(name: str) -> bool:
     tree = ast.parse(MODULES[name].read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -169,7 +191,7 @@ def test_only_settings_read_the_environment() -> None:
     readers = {name for name in MODULES if any(_within(target, "pydantic_settings") for target in _targets(name))}
 
     assert [name for name in MODULES if _reads_environment(name)] == []
-    assert readers == {"redis_asgi.environment", "redis_asgi.setting_types"}
+    assert readers == {"redis_asgi.settings.environment", "redis_asgi.settings.types"}
 
 
 def test_import_has_no_effect() -> None:

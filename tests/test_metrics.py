@@ -44,11 +44,11 @@ from redis_asgi import (
     metrics_app,
     status_app,
 )
-from redis_asgi.client import build_client
+from redis_asgi.asgi.sub_app import SubApp
+from redis_asgi.connection.client_factory import build_client
+from redis_asgi.connection.server_info import Health
 from redis_asgi.errors import Failure
-from redis_asgi.exposition import counted as counted_families
-from redis_asgi.server_info import Health
-from redis_asgi.sub_app import SubApp
+from redis_asgi.sub_apps.prometheus import counted as counted_families
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from .kit.certificates import Certificates
@@ -575,7 +575,7 @@ async def test_scrape_leaves_the_loop_to_others(settings: Settings, monkeypatch:
         seen.append((sys.getswitchinterval(), threading.get_ident()))
         return counted_families()
 
-    monkeypatch.setattr("redis_asgi.metrics.counted", watching)
+    monkeypatch.setattr("redis_asgi.sub_apps.metrics.counted", watching)
     async with client_of(metrics_app(settings=settings)) as client:
         for path in ("/", "/", "/json"):
             assert 200 == (await client.get(path)).status_code

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from redis_asgi import RateLimiter, RedisManager, Settings, names
-from redis_asgi.names import MAX_LOOKUPS, Names
+from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi.connection import resolver as module
+from redis_asgi.connection.resolver import MAX_LOOKUPS, Names
 
 from .kit.certificates import Certificates
 from .kit.logs import event_of
@@ -186,7 +187,7 @@ def test_fork_in_mid_lookup() -> None:
     """A child that is forked off while the resolver hangs looks up for itself."""
     done = run_python(
         "import asyncio, os, socket, threading\n"
-        "from redis_asgi.names import names\n"
+        "from redis_asgi.connection.resolver import names\n"
         "goes_on, asked = threading.Event(), threading.Event()\n"
         "def getaddrinfo(host, *_, **__):\n"
         "    asked.set(); goes_on.wait(10)\n"
@@ -272,7 +273,7 @@ async def test_silence_is_said_once(resolver: Resolver, caplog: pytest.LogCaptur
 
 async def test_memory_is_bounded(resolver: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that were answered first are forgotten first."""
-    monkeypatch.setattr(names, "_MAX_NAMES", 2)
+    monkeypatch.setattr(module, "_MAX_NAMES", 2)
     ours = Names(resolver)
     for host in ("a", "b", "a", "c"):
         await ours.addresses_of(host)
@@ -337,8 +338,8 @@ def hosts(resolver: Resolver, monkeypatch: pytest.MonkeyPatch) -> Resolver:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(names._Process, "names", Names())
-    monkeypatch.setattr(names._Process, "pid", os.getpid())
+    monkeypatch.setattr(module._Process, "names", Names())
+    monkeypatch.setattr(module._Process, "pid", os.getpid())
     return resolver
 
 

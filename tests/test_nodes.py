@@ -11,11 +11,11 @@ from redis.crc import key_slot
 from redis.exceptions import AuthenticationError, RedisClusterException, RedisError
 
 from redis_asgi import RateLimiter, RedisManager, Settings, check_redis_health
-from redis_asgi.embeddings.store import vectors_of
+from redis_asgi.connection.cluster_nodes import Nodes
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 from redis_asgi.inspection.diagnosis import diagnose
-from redis_asgi.nodes import Nodes
-from redis_asgi.ratelimit.policy import make_partition
+from redis_asgi.ratelimit.limits.policy import make_partition
 
 from .conftest import StartServer
 from .kit.fair_time import fair_time

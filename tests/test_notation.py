@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi import ConfigurationError
-from redis_asgi.notation import MAX_QUOTA, MAX_WINDOW, Limit, parse_limits, read_limits
+from redis_asgi.settings.notation import MAX_QUOTA, MAX_WINDOW, Limit, parse_limits, read_limits
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from starlette._utils import get_route_path
 from starlette.types import Scope
 
 from redis_asgi import ConfigurationError
-from redis_asgi.paths import LONGEST_CACHED, PathPattern, path_patterns, route_path, spellings
+from redis_asgi.asgi.paths import LONGEST_CACHED, PathPattern, path_patterns, route_path, spellings
 
 
 def http(path: str, root_path: str = "") -> Scope:
@@ -119,7 +119,7 @@ def test_spellings_grow_with_the_path_only(piece: str, before: str) -> None:
 
 def test_long_paths_are_not_kept() -> None:
     """A cache must not hold what a client makes long."""
-    from redis_asgi.paths import _cached
+    from redis_asgi.asgi.paths import _cached
 
     before = _cached.cache_info().currsize
     for number in range(10):

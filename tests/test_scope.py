@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope
 
 from redis_asgi import Settings
-from redis_asgi.scope import (
+from redis_asgi.asgi.scope import (
     Addressing,
     BufferedRequest,
     UnreadableBody,

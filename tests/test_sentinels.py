@@ -8,11 +8,11 @@ import pytest
 from redis.asyncio.sentinel import MasterNotFoundError
 
 from redis_asgi import RateLimiter, RedisManager, Settings, check_redis_health
+from redis_asgi.connection.sentinels import SentinelRefusal
 from redis_asgi.errors import Failure, classify
 from redis_asgi.inspection.diagnosis import diagnose
 from redis_asgi.inspection.findings import Finding
 from redis_asgi.inspection.trouble import explain
-from redis_asgi.sentinels import SentinelRefusal
 
 from .kit.logs import event_of
 from .kit.servers import SentinelTrio

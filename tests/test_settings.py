@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from redis_asgi import ConfigurationError, RedisASGIError, Settings
-from redis_asgi.locations import read_address, redact, weakened_by
+from redis_asgi.settings.locations import read_address, redact, weakened_by
 
 SECRET = "s3cr3t-of-a-test"
 

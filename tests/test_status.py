@@ -16,10 +16,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from redis_asgi import ConfigurationError, RedisManager, Settings, status_app
-from redis_asgi.status import charts
-from redis_asgi.status.markup import Markup, joined, markup
-from redis_asgi.status.page import _percent, _rate
-from redis_asgi.sub_app import SubApp
+from redis_asgi.asgi.sub_app import SubApp
+from redis_asgi.sub_apps.status import charts
+from redis_asgi.sub_apps.status.markup import Markup, joined, markup
+from redis_asgi.sub_apps.status.page import _percent, _rate
 from redis_asgi.telemetry import SAMPLE_SECONDS, Sample, Telemetry, fresh_telemetry
 
 from .kit.browser import Browser, find_chromium, served

@@ -14,17 +14,17 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import ConfigurationError
-from redis_asgi.sub_app import Answer, SubApp, json_answer
+from redis_asgi.asgi.sub_app import PageAnswer, SubApp, json_answer
 
 pytestmark = pytest.mark.anyio
 
 
-async def _root(connection: HTTPConnection) -> Answer:
+async def _root(connection: HTTPConnection) -> PageAnswer:
     return json_answer({"page": "root", "asked": connection.query_params.get("q")})
 
 
-async def _deep(_connection: HTTPConnection) -> Answer:
-    return Answer(b"deep", b"text/plain", 503, ((b"x-more", b"1"),), b"max-age=60")
+async def _deep(_connection: HTTPConnection) -> PageAnswer:
+    return PageAnswer(b"deep", b"text/plain", 503, ((b"x-more", b"1"),), b"max-age=60")
 
 
 PAGES = {"": _root, "/deep": _deep}

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from .. import __version__
-from ..connection import RedisManager
+from .._version import __version__
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
-from ..events import explain as explanation_of
-from ..events import explanations, near
+from ..explanations import explain as explanation_of
+from ..explanations import explanations, near
 from ..inspection.apps import limits_in, load_app
 from ..inspection.diagnosis import diagnose
 from ..inspection.findings import Finding
@@ -22,7 +22,7 @@ from ..inspection.sizing import Sizing, compare, estimate
 from ..maintenance import configure_persistence, flush_model
 from ..settings import Settings, StrategyName
 from . import output
-from .options import ANY_ARGUMENTS, App, Json, Url
+from .options import ANY_ARGUMENTS, App, Json, UrlOption
 from .quotas import list_rules, peek, reset
 from .session import (
     ENV_FILE,
@@ -39,14 +39,7 @@ from .session import (
     some_server,
     talking_to,
 )
-from .views import (
-    print_changes,
-    print_explanations,
-    print_findings,
-    print_markdown,
-    print_settings,
-    print_sizes,
-)
+from .views import print_changes, print_explanations, print_findings, print_markdown, print_settings, print_sizes
 
 if TYPE_CHECKING:
     from ..embeddings.overview import CacheInForce
@@ -93,7 +86,7 @@ def _main(
 @app.command()
 def check(
     app_name: App = None,
-    url: Url = None,
+    url: UrlOption = None,
     as_json: Json = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
     timeout: Annotated[
@@ -150,7 +143,7 @@ def list_settings(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.", show_default=False)
     ] = None,
-    url: Url = None,
+    url: UrlOption = None,
     as_json: Json = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Write the table of the documentation; reads no environment.")
@@ -191,7 +184,7 @@ def flush(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write even if nothing is stored under that name.")] = False,
     app_name: App = None,
-    url: Url = None,
+    url: UrlOption = None,
 ) -> None:
     """Make every stored vector of a model a miss.
 
@@ -261,7 +254,7 @@ def memory(
         str | None, typer.Option("--strategy", metavar="STRATEGY", help="Default: RATE_LIMIT_STRATEGY.")
     ] = None,
     live: Annotated[bool, typer.Option("--live", help="Compare with the maxmemory of Redis; 1 if it is less.")] = False,
-    url: Url = None,
+    url: UrlOption = None,
     as_json: Json = False,
 ) -> None:
     """Estimate what vectors and clients take.
@@ -301,7 +294,7 @@ def acl(
     password_stdin: Annotated[
         bool, typer.Option("--password-stdin", help="Read its password from standard input; its SHA-256 goes in.")
     ] = False,
-    url: Url = None,
+    url: UrlOption = None,
     as_json: Json = False,
 ) -> None:
     """Print the least rights that will do.
@@ -367,7 +360,7 @@ def explain(
 
 
 @app.command()
-def persist(url: Url = None) -> None:
+def persist(url: UrlOption = None) -> None:
     """Make Redis save snapshots.
 
     Says what that changed; on a cluster, on every node.

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-Url = Annotated[
+UrlOption = Annotated[
     str | None,
     typer.Option(
         "--url",
@@ -14,7 +14,7 @@ Url = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-Client = Annotated[
+ClientArgument = Annotated[
     str,
     typer.Argument(
         metavar="CLIENT",

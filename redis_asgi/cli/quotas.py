@@ -5,16 +5,16 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
 from ..inspection.apps import NOTHING_LIMITS, LimitedApp, limits_in, load_app
-from ..inspection.quotas import Standing, known_policies, look, partition_of
+from ..inspection.quotas import QuotaRow, known_policies, look, partition_of
 from ..inspection.quotas import reset as reset_quota
+from ..ratelimit.limits.policy import Policy
 from ..ratelimit.overview import LimitInForce
-from ..ratelimit.policy import Policy
 from ..settings import Settings, StrategyName
 from . import output
-from .options import App, By, Client, Json, Name, Url
+from .options import App, By, ClientArgument, Json, Name, UrlOption
 from .session import alone, complaints, opened, read, refuse_memory, run, settings_for, talking_to
 from .views import print_rules, print_standings
 
@@ -67,7 +67,7 @@ def _as_json(limit: LimitInForce) -> dict[str, object]:
 
 def peek(
     context: typer.Context,
-    client: Client,
+    client: ClientArgument,
     app_name: App = None,
     by: By = None,
     name: Name = None,
@@ -78,7 +78,7 @@ def peek(
     strategy: Annotated[
         str | None, typer.Option("--strategy", metavar="STRATEGY", help="The rule's. Default: RATE_LIMIT_STRATEGY.")
     ] = None,
-    url: Url = None,
+    url: UrlOption = None,
     as_json: Json = False,
 ) -> None:
     """Show what a client has left, and until when.
@@ -105,7 +105,7 @@ def peek(
     seen: list[LimitInForce] = []
     kinds: set[str] = set()
 
-    async def work() -> list[tuple[str, str, list[Standing]]]:
+    async def work() -> list[tuple[str, str, list[QuotaRow]]]:
         if loaded is None:
             partition = await partition_of(value, by, settings)
             async with opened(settings) as manager:
@@ -144,11 +144,11 @@ def peek(
 
 def reset(
     context: typer.Context,
-    client: Client,
+    client: ClientArgument,
     app_name: App = None,
     by: By = None,
     name: Name = None,
-    url: Url = None,
+    url: UrlOption = None,
 ) -> None:
     """Give a client its full quota back.
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import typer
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError
 from ..inspection.servers import leave, servers_of
 from ..inspection.trouble import TROUBLE, explain

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from ..events import Explanation
+from ..explanations import Explanation
 from ..inspection.findings import Finding
-from ..inspection.quotas import Standing
+from ..inspection.quotas import QuotaRow
 from ..inspection.reference import Setting
 from ..inspection.sizing import Sizing
 from ..maintenance import Change
@@ -36,7 +36,7 @@ def print_explanations(explanations: Sequence[Explanation]) -> None:
         output.line(f"    -> {each.fix}")
 
 
-def print_standings(label: str, standings: Sequence[Standing]) -> None:
+def print_standings(label: str, standings: Sequence[QuotaRow]) -> None:
     """A client, and a line for each policy."""
     stored = any(standing.stored for standing in standings)
     output.line(output.printable(f"{label}{'' if stored else ': nothing is counted'}"), "bold")

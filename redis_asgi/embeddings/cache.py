@@ -11,16 +11,16 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..connection import RedisArgument
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError, Failure
 from ..keys import embedding_key, id_mark
 from ..misuse import constructor_says_what_was_meant, shown
 from ..settings import Settings
-from .codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
-from .computing import Changes, Computation, raisable
-from .counts import Items
-from .pace import Pace
-from .store import Write, resolve_vectors, vectors_of
+from ..time_slice import TimeSlice
+from .origin.computation import Changes, Computation, raisable
+from .records.codec import MAX_DIMS, Float32Array, Value, decode_vector, encode
+from .records.metrics import Items
+from .storage.store import Write, resolve_vectors, vectors_of
 
 Compute = Callable[[list[str]], "Awaitable[ArrayLike] | ArrayLike"]
 
@@ -75,7 +75,7 @@ class EmbeddingCache:
         self._computing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Computation]] = (
             weakref.WeakKeyDictionary()
         )
-        self._changes = self._manager.shared(Changes)
+        self._changes = self._manager.per_process(Changes)
         self._items = Items()
 
     async def get_embedding(self, context_id: str) -> Float32Array | None:
@@ -101,7 +101,7 @@ class EmbeddingCache:
         ids = list(dict.fromkeys(_checked_ids(context_ids)))
         self._items.tick()
         found: dict[str, Float32Array] = {}
-        pace = Pace()
+        time_slice = TimeSlice()
         for start in range(0, len(ids), _IDS_PER_LOOKUP):
             chunk = ids[start : start + _IDS_PER_LOOKUP]
             keys = [self._key(name) for name in chunk]
@@ -112,8 +112,8 @@ class EmbeddingCache:
                 vector = decode_vector(raw, id_mark(key))
                 if vector is not None:
                     found[name] = vector
-                if pace.due:
-                    await pace.rest()
+                if time_slice.expired:
+                    await time_slice.checkpoint()
         self._items.add(len(found), len(ids) - len(found))
         return found
 

@@ -5,19 +5,19 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .asking import ask_app
-from .lease import shortest
-from .lookup import Found
-from .question import Question
+from .app_flight import ask_app
+from .origin.app_call import Untouched
+from .origin.single_flight import Flight
+from .origin.waiters import Waiting
+from .records.lease import shortest
+from .requests.question import Question
 from .shared import Shared
-from .single_flight import Flight
-from .sub_call import Untouched
-from .waiting import Waiting
+from .storage.lookup import Stored
 
 REFUSALS = (401, 403)
 
 
-class Calls:
+class AppCalls:
     """Those of one request.
 
     Args:
@@ -41,7 +41,7 @@ class Calls:
         shared: Shared,
         scope: Scope,
         question: Question,
-        found: Found,
+        found: Stored,
         carried: Mapping[bytes, Flight],
         refusal: str | None,
     ) -> None:
@@ -138,7 +138,7 @@ class Calls:
     def strike(self, *, lasting: bool = False) -> None:
         """Note a call more than without the cache: after two in a minute, requests of this scope go out whole."""
         if self._shared.misfits.strike(self._misfit, self._shared.clock.monotonic(), lasting=lasting):
-            self._shared.once.warn("embedding_answers_not_understood", wire_format=self._question.wire.name)
+            self._shared.warnings.say("embedding_answers_not_understood", wire_format=self._question.wire.name)
 
     def fitted(self) -> None:
         """Note that the answer to a smaller request was understood."""

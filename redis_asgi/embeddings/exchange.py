@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from starlette.types import Receive, Scope, Send
 
 from ..errors import Failure
-from . import http_caching as http
-from .answers import Answers
-from .body import NOTHING_READ, let_go, read_body
-from .calls import REFUSALS, Calls, pass_through
-from .counts import Result
-from .lease import Lease
-from .lookup import Found, look_up, recall
-from .outcome import Outcome
-from .pace import Pace
-from .question import Question, partition_of
-from .routes import Matched
-from .sending import send_not_cached
+from ..time_slice import TimeSlice
+from .answers.outcome import Outcome
+from .answers.output import send_not_cached
+from .assembly import Answers
+from .calls import REFUSALS, AppCalls, pass_through
+from .origin.single_flight import Flight, FlightResult
+from .records.lease import Lease
+from .records.metrics import CacheResult
+from .requests import http_caching as http
+from .requests.body import NOTHING_READ, let_go, read_body
+from .requests.question import Question, partition_of
+from .requests.routes import Endpoint
 from .shared import Shared
-from .single_flight import Flight, Landing
+from .storage.lookup import Stored, look_up, recall
 from .wire import Uncacheable
 
 _OF_THE_WHOLE_REQUEST = (400, 413, 422)  # may be about the request we made smaller, not about the client's
@@ -34,21 +34,21 @@ _UNKNOWN_CALLER = 401
 class Exchange:
     """See the module; everything of one request lives here and ends with it."""
 
-    def __init__(self, shared: Shared, matched: Matched, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, shared: Shared, matched: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         self._shared = shared
         self._matched = matched
         self._scope = scope
         self._receive = receive
         self._head = shared.questions.head_of(scope)
         self._outcome = Outcome(shared.counts, scope, send, status=shared.settings.EMBEDDING_CACHE_STATUS)
-        self._pace = Pace()
+        self._time_slice = TimeSlice()
         self._body = NOTHING_READ
         self._question: Question
         self._is_known = False  # the line above is there
-        self._found: Found
+        self._found: Stored
         self._carried: Mapping[bytes, Flight] = {}
         self._refusal: str | None = None  # why nothing is written, whatever the app answers
-        self._calls: Calls | None = None
+        self._calls: AppCalls | None = None
         self._answers: Answers
 
     async def run(self) -> None:
@@ -85,8 +85,8 @@ class Exchange:
 
     async def _answer(self, partition: str | None) -> None:
         questions, wanted = self._shared.questions, self._head.wanted
-        self._pace.begin()
-        question = await questions.read(self._scope, self._head, self._matched, self._body, partition, self._pace)
+        self._time_slice.restart()
+        question = await questions.read(self._scope, self._head, self._matched, self._body, partition, self._time_slice)
         if isinstance(question, Uncacheable):
             await self._bypass(question.detail)
             return
@@ -96,7 +96,7 @@ class Exchange:
             return
         if questions.is_defeated_by(question):
             self._refusal = "unique-header"
-        near = Found({})
+        near = Stored({})
         if wanted.lookup:
             near = recall(self._shared.vectors, question.identity, question.inputs, wanted.max_age)
         found = near if near.lease is not None else await self._look_up(near)
@@ -104,7 +104,7 @@ class Exchange:
             await self._bypass("redis-down")
             return
         self._found = found
-        self._answers = Answers(self._shared, wanted, question, found, self._outcome, self._pace)
+        self._answers = Answers(self._shared, wanted, question, found, self._outcome, self._time_slice)
         self._outcome.looked_up = True
         missing = found.missing(question.inputs)
         if not found.fits:
@@ -118,7 +118,7 @@ class Exchange:
         else:
             await self._forward(self._begun(), missing)
 
-    async def _look_up(self, near: Found) -> Found | Failure:
+    async def _look_up(self, near: Stored) -> Stored | Failure:
         """Ask Redis for what the process does not have, but for what a flight brings anyway."""
         question, wanted, flights = self._question, self._head.wanted, self._shared.flights
         vectors, encodings = self._shared.vectors, question.batch.encodings
@@ -130,15 +130,17 @@ class Exchange:
         flights.looking += 1
         try:
             age, claims = wanted.max_age, not wanted.only_if_cached
-            return await look_up(vectors, question.identity, names, near, encodings, self._pace, age, claims=claims)
+            return await look_up(
+                vectors, question.identity, names, near, encodings, self._time_slice, age, claims=claims
+            )
         finally:
             # Only now: what lands while the reply is read would else be gone when it is looked for.
             flights.looking -= 1
 
-    def _begun(self) -> Calls:
+    def _begun(self) -> AppCalls:
         """The request's calls; none is made by this."""
         if self._calls is None:
-            self._calls = Calls(self._shared, self._scope, self._question, self._found, self._carried, self._refusal)
+            self._calls = AppCalls(self._shared, self._scope, self._question, self._found, self._carried, self._refusal)
         return self._calls
 
     def _asks_early(self, left: float) -> bool:
@@ -156,7 +158,7 @@ class Exchange:
 
     # Asking the app.
 
-    async def _forward(self, calls: Calls, missing: list[bytes]) -> None:
+    async def _forward(self, calls: AppCalls, missing: list[bytes]) -> None:
         """Join what is under way, forward the rest, and answer with all of it."""
         calls.watch(self._receive)
         cancelled = True
@@ -170,7 +172,7 @@ class Exchange:
             self._outcome.fails()
             raise error
 
-    async def _ask(self, calls: Calls, missing: list[bytes]) -> None:
+    async def _ask(self, calls: AppCalls, missing: list[bytes]) -> None:
         found, wanted = self._found, self._head.wanted
         if (missing or found.provisional) and calls.goes_whole():
             await self._answer_whole(calls, "not-understood")
@@ -200,8 +202,8 @@ class Exchange:
 
     # Answering.
 
-    async def _answer_with(self, calls: Calls, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
-        landing: Landing | None = None
+    async def _answer_with(self, calls: AppCalls, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
+        landing: FlightResult | None = None
         lease = self._found.lease
         if flight is not None:
             landing = await self._landing_of(flight)
@@ -237,17 +239,17 @@ class Exchange:
             if not await self._answers.merged(calls, flight, landing):
                 await self._replay(calls, flight)
             return
-        result: Result = "partial" if self._outcome.hits else "miss"
+        result: CacheResult = "partial" if self._outcome.hits else "miss"
         if lease is not None and not await self._answers.kept(lease, result, self._answers.member(calls, None)):
             await self._bypass("not-understood")
 
-    async def _agree(self, calls: Calls, lease: Lease | None) -> bool:
+    async def _agree(self, calls: AppCalls, lease: Lease | None) -> bool:
         """Whether all vectors at hand are of the model that the newest answer named; if not, the request is answered.
 
         All others are asked for anew, in one call with the rest, so that no answer holds vectors of two models.
         """
         if lease is not None and not self._found.settles_on(lease.model):
-            self._shared.once.model_changed(self._question.batch.model, self._found.lease, lease)
+            self._shared.warnings.model_changed(self._question.batch.model, self._found.lease, lease)
             calls.strike(lasting=True)
             await self._answer_whole(calls, "replayed")
             return False
@@ -264,14 +266,14 @@ class Exchange:
         elif lease is not None and not await self._answers.collapsed(lease):
             await self._bypass("not-understood")
 
-    async def _landing_of(self, flight: Flight) -> Landing | None:
+    async def _landing_of(self, flight: Flight) -> FlightResult | None:
         landing = await asyncio.shield(flight.outcome)
         if landing is not None:
             self._found.values.update(landing.values)
             self._outcome.billed += landing.tokens or 0
         return landing
 
-    async def _answer_whole(self, calls: Calls, detail: str) -> None:
+    async def _answer_whole(self, calls: AppCalls, detail: str) -> None:
         """Ask for all inputs in one call, and answer with its answer alone; *detail* where the cache cannot do that."""
         self._found.forget()
         calls.forced = calls.early = False
@@ -288,7 +290,7 @@ class Exchange:
         elif not await self._answers.merged(calls, flight, landing):
             await self._replay(calls, flight)
 
-    async def _relay(self, calls: Calls, flight: Flight) -> None:
+    async def _relay(self, calls: AppCalls, flight: Flight) -> None:
         """Pass on an answer that was not understood, or put the original request to the app instead."""
         status = flight.call.status
         outcome = self._outcome
@@ -314,14 +316,14 @@ class Exchange:
             send = outcome.says("miss", self._answers.member(calls, None), error=True)
         await flight.call.relay(send)
 
-    async def _replay(self, calls: Calls, flight: Flight) -> None:
+    async def _replay(self, calls: AppCalls, flight: Flight) -> None:
         calls.strike()
         await calls.give_up(flight)
         await self._bypass("replayed")
 
     async def _start_over(self) -> None:
         """Vectors of several lengths for one scope: the model behind the name has changed."""
-        self._shared.once.lengths_differ(self._question.batch.model)
+        self._shared.warnings.lengths_differ(self._question.batch.model)
         await self._shared.vectors.renew_epoch(self._question.identity)
         await self._bypass("replayed")
 

@@ -5,20 +5,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Literal
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..connection import RedisArgument, RedisManager, check_settings, offer_manager
+from ..connection.lifespan import live
+from ..connection.manager import RedisManager
+from ..connection.redis_argument import RedisArgument, offer_manager
 from ..errors import ConfigurationError
-from ..event_loop import check_at_start, running_loop
+from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
-from ..settings import Settings
+from ..settings import Settings, check_settings
 from .cache import EmbeddingCache
 from .exchange import Exchange
-from .options import Options, PartitionBy
 from .overview import CacheInForce
-from .routes import read_routes
+from .records.options import Options, PartitionBy
+from .requests.routes import read_routes
 from .shared import Shared
-from .store import resolve_vectors
+from .storage.store import resolve_vectors
 from .wire import WireFormat
 
 _MAX_TTL = 366 * 24 * 3600
@@ -123,38 +125,14 @@ class EmbeddingCacheMiddleware:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared client from the app's start to its end."""
-        await check_at_start(receive, send)
-        held: RedisManager | None = None
+        manager = self._shared.vectors.manager if self._is_ours else None
+        await live(self.app, manager, scope, receive, send, at_end=self._settle)
 
-        async def ended() -> None:
-            nonlocal held
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_SETTLES_WITHIN):
-                    await self._shared.flights.settle()
-            self._shared.counts.tell()
-            manager, held = held, None
-            if manager is not None:
-                await manager.let_go()
-
-        async def noting(message: Message) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                # The server may end the loop as soon as it hears so.
-                await ended()
-            await send(message)
-
-        async def holding() -> Message:
-            nonlocal held
-            message = await receive()
-            # Before the app's own start, which may end with the only other user of the client.
-            if message["type"] == "lifespan.startup" and self._is_ours and held is None:
-                held = self._shared.vectors.manager
-                held.hold()
-            return message
-
-        try:
-            await self.app(scope, holding, noting)
-        finally:
-            await ended()
+    async def _settle(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLES_WITHIN):
+                await self._shared.flights.settle()
+        self._shared.counts.tell()
 
 
 def _settings_of(redis: RedisArgument) -> Settings:

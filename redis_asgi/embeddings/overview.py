@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..settings import Settings
 
 

@@ -5,16 +5,16 @@ import weakref
 
 from starlette.types import ASGIApp
 
-from ..connection import RedisManager
-from .clock import Clock
-from .counts import Counts
-from .misfits import Misfits
-from .once import Once
-from .options import Options
-from .question import Questions
-from .single_flight import Flights
-from .sub_call import process_budget
-from .vector_cache import VectorCache
+from ..asgi.body_budget import process_budget
+from ..connection.manager import RedisManager
+from .origin.misfits import Misfits
+from .origin.single_flight import Flights
+from .records.clock import Clocks
+from .records.metrics import CacheMetrics
+from .records.options import Options
+from .records.warnings import Warnings
+from .requests.question import Questions
+from .storage.vector_cache import VectorCache
 
 
 class Shared:
@@ -26,7 +26,7 @@ class Shared:
         settings: The rest of it.
         clock: The time.
         counts: Its metrics.
-        once: What it has warned of.
+        warnings: What it has warned of.
         budget: Bytes of bodies that the process may hold.
         questions: Reads requests.
         vectors: What is kept.
@@ -37,12 +37,12 @@ class Shared:
         self.app = app
         self.options = options
         self.settings = options.settings
-        self.clock = Clock()
-        self.counts = Counts()
-        self.once = Once()
+        self.clock = Clocks()
+        self.counts = CacheMetrics()
+        self.warnings = Warnings()
         self.budget = process_budget()
-        self.questions = Questions(options, self.once)
-        self.vectors = VectorCache(manager, options, self.clock, self.counts, self.once)
+        self.questions = Questions(options, self.warnings)
+        self.vectors = VectorCache(manager, options, self.clock, self.counts, self.warnings)
         self.misfits = Misfits()
         self._flights: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Flights] = weakref.WeakKeyDictionary()
         manager.keep(self)

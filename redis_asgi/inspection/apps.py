@@ -15,12 +15,12 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Host, Mount, compile_path
 
 from ..errors import ConfigurationError
-from ..locations import redact
+from ..ratelimit.counting.engine import Engine
 from ..ratelimit.decorator import stack_of
-from ..ratelimit.endpoints import calls_of
-from ..ratelimit.engine import Engine
 from ..ratelimit.overview import LimitInForce, Protection, limits_among, limits_of_route
-from ..ratelimit.routing import inner_app, routes_of
+from ..ratelimit.rules.endpoints import calls_of
+from ..ratelimit.rules.routing import inner_app, routes_of
+from ..settings.locations import redact
 
 if TYPE_CHECKING:
     from ..embeddings.overview import CacheInForce
@@ -33,7 +33,7 @@ _DEEPEST = 64  # apps within apps, and mounts within mounts; a wrapper that hold
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LimitedPart:
     """A middleware that limits, or a route.
 
     Attributes:
@@ -114,7 +114,7 @@ class LimitedApp:
         return limits, is_exempt
 
 
-def _placed(found: Found, limits: Iterable[LimitInForce]) -> list[LimitInForce]:
+def _placed(found: LimitedPart, limits: Iterable[LimitInForce]) -> list[LimitInForce]:
     """The limits of a middleware as they are seen from outside of what it is mounted in."""
     if not found.path:
         return list(limits)
@@ -137,7 +137,7 @@ def _root_of(path: str, below: str) -> str | None:
     return None if match is None else path[: len(path) - len(match["path"]) - 1]
 
 
-def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterator[Found]:
+def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterator[LimitedPart]:
     """What limits at and below an app."""
     for _ in range(_DEEPEST):
         if app is None or depth > _DEEPEST:
@@ -148,14 +148,14 @@ def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterato
             continue
         protection = _protection(app)
         if protection is not None:
-            yield Found(below, protection=protection)
+            yield LimitedPart(below, protection=protection)
             around = around or protection.engine
         yield from _cache(app, below)
         if (routes := routes_of(app)) is not None:
             # A router may have middlewares of its own, which end in a method of it.
             for middleware in _chain(getattr(app, "middleware_stack", None)):
                 if (protection := _protection(middleware)) is not None:
-                    yield Found(below, protection=protection)
+                    yield LimitedPart(below, protection=protection)
                     around = around or protection.engine
                 yield from _cache(middleware, below)
             for route in routes:
@@ -179,7 +179,7 @@ def _protection(app: object) -> Protection | None:
     return found if isinstance(found, Protection) else None
 
 
-def _cache(app: object, below: str) -> Iterator[Found]:
+def _cache(app: object, below: str) -> Iterator[LimitedPart]:
     # What is not imported is in no app, and would bring numpy along.
     if "redis_asgi.embeddings" in sys.modules:
         from ..embeddings.overview import CacheInForce  # noqa: PLC0415
@@ -187,10 +187,10 @@ def _cache(app: object, below: str) -> Iterator[Found]:
         ask = getattr(app, "in_force", None)
         found = ask() if callable(ask) else None
         if isinstance(found, CacheInForce):
-            yield Found(below, cache=found)
+            yield LimitedPart(below, cache=found)
 
 
-def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterator[Found]:
+def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterator[LimitedPart]:
     candidates = getattr(route, "effective_candidates", None)
     if callable(candidates):  # FastAPI's included router
         for candidate in candidates():
@@ -204,7 +204,7 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
     if isinstance(route, Mount):
         yield from _walk(route.app, below + route.path, around, depth)
         # What none of its routes takes comes to no route behind it either.
-        yield Found(below + route.path, "/{path:path}")
+        yield LimitedPart(below + route.path, "/{path:path}")
         return
     endpoint, path = getattr(route, "endpoint", None), getattr(route, "path", None)
     if endpoint is None or not isinstance(path, str):
@@ -213,7 +213,7 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
     methods = tuple(sorted(route.methods or ())) if is_http else ("WEBSOCKET",)
     for middleware in _chain(getattr(route, "app", None)):
         if (protection := _protection(middleware)) is not None:
-            yield Found(below, path, methods, protection)
+            yield LimitedPart(below, path, methods, protection)
             around = around or protection.engine
         yield from _cache(middleware, below)
     depended = limits_among(calls_of(getattr(route, "dependant", None)))
@@ -221,7 +221,7 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
         *limits_of_route(depended, endpoint, below + path, methods, around),
         *_decorated(endpoint, below + path, methods, around),
     ]
-    yield Found(below, path, methods, limits=tuple(limits))
+    yield LimitedPart(below, path, methods, limits=tuple(limits))
 
 
 def _decorated(endpoint: object, path: str, methods: tuple[str, ...], around: Engine | None) -> Iterator[LimitInForce]:

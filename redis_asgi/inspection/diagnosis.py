@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
-from .. import aside
-from ..client import Client, build_client
-from ..connection import RedisManager
+from ..connection import side_connection
+from ..connection.client_factory import Client, build_client
+from ..connection.cluster_nodes import SLOTS, is_no_cluster
+from ..connection.manager import RedisManager
+from ..connection.sentinels import is_refusal, master_of
 from ..errors import Failure, classify
-from ..nodes import SLOTS, is_no_cluster
-from ..ratelimit.batch import A_TRIP
+from ..ratelimit.limits.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
 from ..ratelimit.overview import LimitInForce
-from ..ratelimit.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
-from ..sentinels import is_refusal, master_of
+from ..ratelimit.transport.batcher import A_TRIP
 from ..settings import Settings
 from .apps import NOTHING_LIMITS
 from .batching import batch_finding
@@ -91,7 +91,7 @@ class Node:
             said = await self.run("CLUSTER INFO")
         except RedisError:
             return await self._serves_any_slot(prefix)
-        said = said if isinstance(said, dict) else dict(aside.info_fields(said))
+        said = said if isinstance(said, dict) else dict(side_connection.info_fields(said))
         return said.get("cluster_size") == "1" and said.get("cluster_slots_ok") == str(SLOTS)
 
     async def _serves_any_slot(self, prefix: str) -> bool:

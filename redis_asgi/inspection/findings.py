@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..errors import Failure
-from ..locations import weakened_by
-from ..notation import parse_limits
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
-from .rights import DISPENSABLE, Missing, Rights, user_of
+from ..settings.locations import weakened_by
+from ..settings.notation import parse_limits
+from .rights import DISPENSABLE, MissingRight, Rights, user_of
 from .servers import CACHE, RULES, Server
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def tls_findings(server: Server) -> list[Finding]:
     """Whether the way there is safe; nothing without TLS."""
     settings = server.settings
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
-    if not (settings.REDIS_SSL or url.startswith("rediss:")):
+    if not settings.is_encrypted:
         return []
     weakness = weakened_by(url)
     if weakness is not None:
@@ -152,7 +152,7 @@ def role_findings(server: Server, info: Info, *, is_whole: bool = False) -> list
     return found
 
 
-def rights_findings(server: Server, rights: Rights, missing: Sequence[Missing], info: Info) -> list[Finding]:
+def rights_findings(server: Server, rights: Rights, missing: Sequence[MissingRight], info: Info) -> list[Finding]:
     """What `try_rights` found *missing*."""
     denied = [each.right for each in missing if each.failure is Failure.PERMISSION]
     unknown = [each.right.lstrip("+") for each in missing if each.failure is Failure.REPLY]
@@ -180,7 +180,7 @@ def rights_findings(server: Server, rights: Rights, missing: Sequence[Missing], 
     return found
 
 
-def _writes(refused: Missing) -> Finding:
+def _writes(refused: MissingRight) -> Finding:
     fixes = {
         Failure.OOM: "Raise maxmemory, or move vectors to a server of their own with EMBEDDING_CACHE_REDIS_URL.",
         Failure.READONLY: "A snapshot fails, or replicas are missing: the server's log says which.",

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ..connection import RedisManager
+from ..asgi.scope import Addressing, parse_address
+from ..connection.manager import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
-from ..ratelimit.check import HoldingCheck, Outcome
-from ..ratelimit.cluster import make_batcher
-from ..ratelimit.decision import PolicyState, read_reply
-from ..ratelimit.engine import Engine
-from ..ratelimit.partition import UNKNOWN, Partitioner, by_header, client_ip
-from ..ratelimit.policies import MOVING_WINDOW_MAX, make_policies
-from ..ratelimit.policy import Charge, Charges, Partition, Policy, PolicySet, Strategy, make_partition
-from ..ratelimit.rules import DEFAULT_NAME, check_name
-from ..ratelimit.strategies import Mode
-from ..scope import Addressing, parse_address
+from ..ratelimit.counting.engine import Engine
+from ..ratelimit.limits.decision import PolicyState, read_reply
+from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, Strategy, make_partition
+from ..ratelimit.limits.strategies import Mode
+from ..ratelimit.rules.partition import UNKNOWN, Partitioner, by_header, client_ip
+from ..ratelimit.rules.policies import MOVING_WINDOW_MAX, make_policies
+from ..ratelimit.rules.rule import DEFAULT_NAME, check_name
+from ..ratelimit.transport.check import HoldingCheck, Outcome
+from ..ratelimit.transport.cluster_batcher import make_batcher
 from ..settings import Settings, StrategyName
 
 _STRATEGIES: dict[str, Strategy] = {
@@ -46,7 +46,7 @@ class QuotaError(MaintenanceError):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class QuotaRow:
     """One policy as one client stands to it.
 
     Attributes:
@@ -138,7 +138,7 @@ async def ask(
     manager: RedisManager, mode: Mode, charges: Charges, within: float, holders: Sequence[bytes] = ()
 ) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     check = HoldingCheck(batcher.loop, mode, charges, within)
     check.slot, check.holders = None, holders
     batcher.submit(check)
@@ -147,7 +147,7 @@ async def ask(
 
 async def look(
     manager: RedisManager, partition: Partition, known: Sequence[Policy], *, name: str | None = None
-) -> list[Standing]:
+) -> list[QuotaRow]:
     """How a client stands: to every stored policy (of the rule *name*), then to the *known* ones it has not used.
 
     Charges and writes nothing.
@@ -218,9 +218,9 @@ def _belongs(policy: Policy, name: str) -> bool:
     return policy.name in (name, f"{name}-{policy.window}s")
 
 
-def _known(state: PolicyState, *, stored: bool) -> Standing:
+def _known(state: PolicyState, *, stored: bool) -> QuotaRow:
     used = state.quota - state.remaining
-    return Standing(
+    return QuotaRow(
         state.name,
         state.strategy,
         state.window,
@@ -233,8 +233,8 @@ def _known(state: PolicyState, *, stored: bool) -> Standing:
     )
 
 
-def _unknown(state: PolicyState, *, used: int, reset: float | None) -> Standing:
-    return Standing(state.name, state.strategy, state.window, None, used, None, None, reset, stored=True)
+def _unknown(state: PolicyState, *, used: int, reset: float | None) -> QuotaRow:
+    return QuotaRow(state.name, state.strategy, state.window, None, used, None, None, reset, stored=True)
 
 
 def _owed(raw: bytes | str | None) -> int:

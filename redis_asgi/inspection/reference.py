@@ -10,10 +10,10 @@ from annotated_types import Ge, Gt, Le
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from ..environment import unknown_name
 from ..errors import ConfigurationError
-from ..locations import redact
 from ..settings import Settings
+from ..settings.environment import unknown_name
+from ..settings.locations import redact
 
 _WORDS = {bool: "`true` or `false`", str: "text", int: "whole number", float: "number", SecretStr: "secret"}
 

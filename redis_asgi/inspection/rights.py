@@ -102,7 +102,7 @@ def user_of(settings: Settings) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
+class MissingRight:
     """What a server did not let us do.
 
     Attributes:
@@ -133,19 +133,19 @@ def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> t
 
 async def try_rights(
     run: Run, rights: Rights, hash_key: str, list_key: str, vector_keys: Sequence[str]
-) -> list[Missing]:
+) -> list[MissingRight]:
     """Try each command of *rights* on keys nobody uses, so that nothing is left behind; what was not let through.
 
     Rights are looked at before a command is carried out, so most are tried in a form that does nothing: on a key
     that is not there, or with an argument too many.
     """
-    missing: list[Missing] = []
+    missing: list[MissingRight] = []
     granted: set[str] = set()
     for command in rights.commands:
         trials = _trials(command, hash_key, list_key, vector_keys, granted)
         if command == "rpush" and not trials and any(each.right == "+unlink" for each in missing):
             # It could not be undone; granting it with the others does no harm if it is there.
-            missing.append(Missing("+rpush", Failure.PERMISSION, "not tried"))
+            missing.append(MissingRight("+rpush", Failure.PERMISSION, "not tried"))
         for words in trials:
             try:
                 await run(*words)
@@ -206,18 +206,18 @@ def _trials(
     return [vectors[command](key) for key in vector_keys] if command in vectors else []
 
 
-def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> Missing | None:
+def _refusal(error: ResponseError, command: str, rights: Rights, words: tuple[Any, ...]) -> MissingRight | None:
     text = str(error)
     failure = classify(error)
     if is_unknown_command(error):
-        return Missing(f"+{command}", Failure.REPLY, "unknown command")
+        return MissingRight(f"+{command}", Failure.REPLY, "unknown command")
     if failure is Failure.PERMISSION:
         if "permissions to access" in text.lower():
             key = str(words[3] if command == "eval" else words[1])
-            return Missing(f"~{_pattern_of(key, rights)}", failure)
-        return Missing(f"+{command}", failure)
+            return MissingRight(f"~{_pattern_of(key, rights)}", failure)
+        return MissingRight(f"+{command}", failure)
     # NOSCRIPT, a wrong number of arguments, an expiry of 0: it was let through.
-    return None if failure is Failure.REPLY else Missing("", failure, text[:80])
+    return None if failure is Failure.REPLY else MissingRight("", failure, text[:80])
 
 
 def _pattern_of(key: str, rights: Rights) -> str:

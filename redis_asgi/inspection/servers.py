@@ -5,8 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..client import describe
-from ..connection import RedisManager
+from ..connection.client_factory import describe
+from ..connection.manager import RedisManager
 from ..ratelimit.overview import LimitInForce
 from ..settings import Settings
 
@@ -55,7 +55,7 @@ def servers_of(settings: Settings) -> list[Server]:
     found = [Server("redis", settings, limits=True, vectors=settings.EMBEDDING_CACHE_REDIS_URL is None)]
     if settings.EMBEDDING_CACHE_REDIS_URL is not None:
         # Here, because it brings numpy along, which nothing else of this module needs.
-        from ..embeddings.store import resolve_vectors  # noqa: PLC0415
+        from ..embeddings.storage.store import resolve_vectors  # noqa: PLC0415
 
         found.append(Server("vectors", resolve_vectors(None, settings)[0].settings, limits=False, vectors=True))
     return [server for server in found if not server.settings.is_memory]

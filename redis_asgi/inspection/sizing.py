@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import redis.asyncio as aioredis
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..maintenance import client_bytes, vector_bytes
-from ..ratelimit.policy import Policy
+from ..ratelimit.limits.policy import Policy
 from ..settings import Settings
 from .servers import Server
 

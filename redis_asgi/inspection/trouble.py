@@ -12,11 +12,11 @@ from typing import Literal
 from redis.asyncio.connection import parse_url
 from redis.exceptions import RedisClusterException, RedisError
 
-from ..client import describe
+from ..connection.client_factory import describe
+from ..connection.resolver import names
+from ..connection.sentinels import SentinelRefusal
 from ..errors import Failure, classify, is_unknown_command
 from ..events import REASONS
-from ..names import names
-from ..sentinels import SentinelRefusal
 from ..settings import Settings
 from .rights import user_of
 
@@ -101,7 +101,7 @@ async def _unreachable(error: BaseException, settings: Settings, where: str) -> 
     if "certificate required" in text or "handshake failure" in text:
         fix = "Set REDIS_SSL_CERTFILE and REDIS_SSL_KEYFILE."
         return Trouble(f"{where} asks for a client certificate", fix)
-    encrypted = _is_encrypted(settings)
+    encrypted = settings.is_encrypted
     speaks = await _spoken_at(settings)
     if speaks == "full" or "max number of clients" in text:
         return Trouble(f"{where} has no connection left", "Raise its maxclients, or lower REDIS_POOL_SIZE.")
@@ -169,12 +169,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while each is not None:
         yield each
         each = each.__cause__ or each.__context__
-
-
-def _is_encrypted(settings: Settings) -> bool:
-    return settings.REDIS_SSL or bool(
-        settings.REDIS_URL and settings.REDIS_URL.get_secret_value().startswith("rediss:")
-    )
 
 
 async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | None:

@@ -1,12 +1,13 @@
 """Rate limiting: a request's rules become charges, decided together: all are made, or none.
 
-``rules``       which requests, who shares a counter (``partition``), at what cost; ``policy``: the nouns of a limit
-``strategies``  the arithmetic, kept in this process by ``local``; ``scripts/*.lua`` is the same in Redis
-``batch``       checks that share a round trip (``wires``, ``cluster``); ``refusals``: those that need none
-``engine``      refusal memory, then Redis, then ``on_redis_error``; ``limiter``: `RateLimiter` for direct use
-``headers``     fields and problem documents of a ``decision``; ``responses``: what a refused client gets
-``middleware``  all of it around an app (``request``: its rules; ``lint``: its mistakes); ``route``: around an endpoint
-``overview``    what of all that is in force, for who asks from outside
-``openapi``     what a refused client gets, in an app's document; ``current``: the decision as FastAPI injects it
-``ledger``      what a request has been charged, and what its response changes about that
+The doors lie here; imports point from each line to those below it.
+
+``middleware``   all of it around an app; ``route`` and ``decorator``: around an endpoint; ``limiter``: direct use
+``pricing``      what a callable says of the cost, and what is not charged twice; ``current``: for FastAPI's endpoints
+``overview``     what is in force, for who asks without a request; ``openapi``: in an app's document
+``answers/``     what is said: header fields, refusals, ``request.state.rate_limit``
+``counting/``    who counts: ``engine`` asks refusal memory, then Redis, then this process; ``settlement``: what changes
+``transport/``   how checks share a trip to Redis, and one script; ``scripts/*.lua``: the strategies there
+``rules/``       what is asked: a ``plan`` per shape of request, whom each ``rule`` counts (``partition``), for how much
+``limits/``      the nouns (``policy``), the strategies in this process, and the ``reply`` that both kinds give
 """

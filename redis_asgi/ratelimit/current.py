@@ -5,8 +5,8 @@ from typing import Annotated, Any, TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from .decision import Decision
-from .request_decision import RequestDecision, decided_about
+from .answers.request_decision import RequestDecision, decided_about
+from .limits.decision import Decision
 
 _UNLIMITED = Decision(allowed=True, source="none")
 

@@ -9,15 +9,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from ..connection import RedisArgument
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError
 from ..misuse import Uncalled, says_what_was_meant, shown
 from ..settings import OnRedisError, Settings, StrategyName
-from .endpoints import endpoint_name
-from .limited_response import text_fields
-from .partition import PartitionBy
+from .answers.limited_response import text_fields
 from .route import Placed, RateLimit, check_all
-from .rules import Limits
+from .rules.endpoints import endpoint_name
+from .rules.partition import PartitionBy
+from .rules.rule import Limits
 
 F = TypeVar("F", bound=Callable[..., Any])
 

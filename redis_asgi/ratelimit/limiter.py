@@ -4,18 +4,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import get_args
 
-from ..connection import RedisArgument, resolve_manager
+from ..connection.redis_argument import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..misuse import constructor_says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
-from .decision import Decision
-from .engine import Engine
-from .in_flight import SLOTS
-from .policies import make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
-from .policy import Charge, Charges, Partition, make_partition
-from .rules import check_choice, check_concurrency, check_cost, check_name
-from .strategies import Mode
+from .counting.engine import Engine
+from .counting.in_flight import SLOTS
+from .limits.decision import Decision
+from .limits.policy import Charge, Charges, Partition, make_partition
+from .limits.strategies import Mode
+from .rules.policies import make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
+from .rules.rule import check_choice, check_concurrency, check_cost, check_name
 
 
 @constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")

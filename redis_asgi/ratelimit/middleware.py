@@ -7,31 +7,31 @@ refused here, or on to the app with the fields added to its response → what th
 from collections.abc import Iterable
 from typing import Annotated, get_args
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..connection import RedisArgument, offer_manager, resolve_manager
-from ..event_loop import check_at_start, running_loop
+from ..asgi.scope import Addressing
+from ..connection.lifespan import live
+from ..connection.redis_argument import RedisArgument, offer_manager, resolve_manager
+from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
-from ..scope import Addressing
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
-from ..telemetry import telemetry
-from .compiled import compile_rules
-from .coverage import Coverage, Covering
-from .engine import Engine
-from .exempt import Exempt, Exemptions
-from .headers import fields_of
-from .limited_response import LimitedResponse, UncoveredResponse, until_closed
-from .lint import Linter
+from .answers.headers import fields_of, renderer_of
+from .answers.limited_response import LimitedResponse, UncoveredResponse, until_closed
+from .answers.refusal_response import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
+from .answers.request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
+from .counting.engine import Engine
+from .counting.verdict import Verdict
+from .limits.policy import Charges
 from .overview import Protection
-from .partition import ADDRESSING, MissingIdentity, PartitionBy
-from .plan import PlanCache, Plans, charges_kept
-from .policy import Charges
 from .pricing import decide_priced, left_over
-from .request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
-from .responses import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
-from .routing import Routing
-from .rules import Limits, Rule, check_choice
-from .verdict import Verdict
+from .rules.compiled import compile_rules
+from .rules.coverage import Coverage, Covering
+from .rules.exemptions import Exempt, Exemptions
+from .rules.misconfiguration import Linter
+from .rules.partition import ADDRESSING, MissingIdentity, PartitionBy
+from .rules.plan import PlanCache, Plans, charges_kept
+from .rules.routing import Routing
+from .rules.rule import Limits, Rule, check_choice
 
 _ADD = "A middleware is added as a class: write app.add_middleware(RateLimitMiddleware, limits='100/minute')."
 _NO_DEPENDENCY = Uncalled(f"RateLimitMiddleware is no dependency. {_ADD} Or Depends(RateLimit('5/minute')).")
@@ -104,7 +104,9 @@ class RateLimitMiddleware(Covering):
         if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
         self._rules, self._routing = compiled, Routing(app)
-        self._engine.plans = PlanCache(self._style, self._addressing, self._manager.shared(charges_kept))
+        self._engine.plans = PlanCache(
+            self._addressing, self._manager.per_process(charges_kept), renderer_of(self._style)
+        )
         self._plans = Plans(compiled, self._routing, self._engine.plans)
         self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None:
@@ -228,28 +230,4 @@ class RateLimitMiddleware(Covering):
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
-        await check_at_start(receive, send)
-        holding = False
-
-        async def starting() -> Message:
-            nonlocal holding
-            message = await receive()
-            if message["type"] == "lifespan.startup" and self._owned and not holding:
-                holding = True
-                self._manager.hold()
-            return message
-
-        async def ending(message: Message) -> None:
-            nonlocal holding
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed") and holding:
-                # The app is done with the client; the server may end the loop as soon as it hears so.
-                holding = False
-                await self._manager.let_go()
-                telemetry().notes.tell()
-            await send(message)
-
-        try:
-            await self.app(scope, starting, ending)
-        finally:
-            if holding:
-                await self._manager.let_go()
+        await live(self.app, self._manager if self._owned else None, scope, receive, send)

@@ -16,16 +16,16 @@ from starlette.middleware import Middleware
 from starlette.routing import Host, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..asgi.paths import PathTemplate
 from ..errors import ConfigurationError
-from ..paths import PathTemplate
 from ..settings import HeaderStyle, Settings
-from .coverage import Coverage, Covering
+from .answers.headers import PROBLEM_JSON
 from .decorator import limits_of
-from .endpoints import calls_of
-from .headers import PROBLEM_JSON
 from .route import RateLimit
-from .routing import inwards
-from .rules import check_choice
+from .rules.coverage import Coverage, Covering
+from .rules.endpoints import calls_of
+from .rules.routing import inwards
+from .rules.rule import check_choice
 
 Document: TypeAlias = dict[str, Any]
 

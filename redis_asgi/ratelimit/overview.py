@@ -6,15 +6,15 @@ from typing import Any
 
 from starlette.types import Scope
 
-from ..connection import RedisManager
+from ..connection.manager import RedisManager
 from ..settings import OnRedisError, Settings
-from .compiled import CompiledRule
-from .engine import Engine
-from .exempt import Exemptions
-from .policy import Policy, Strategy
-from .request_decision import STANDBY, Standby
+from .answers.request_decision import STANDBY, Standby
+from .counting.engine import Engine
+from .limits.policy import Policy, Strategy
 from .route import Placed, RateLimit
-from .routing import Routing
+from .rules.compiled import CompiledRule
+from .rules.exemptions import Exemptions
+from .rules.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ from inspect import isawaitable
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
-from ..scope import BufferedRequest, UnreadableBody
-from .engine import Engine
-from .lint import Linter
-from .partition import ADDRESSING
-from .plan import Plan
-from .policy import Charge, Charges, PolicySet, Pricer, Unread
-from .request_decision import RequestDecision, check_names
-from .rules import check_cost
-from .verdict import Verdict
+from ..asgi.scope import BufferedRequest, UnreadableBody
+from .answers.request_decision import RequestDecision, check_names
+from .counting.engine import Engine
+from .counting.verdict import Verdict
+from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
+from .rules.misconfiguration import Linter
+from .rules.partition import ADDRESSING
+from .rules.plan import Plan
+from .rules.rule import check_cost
 
 
 async def decide_priced(

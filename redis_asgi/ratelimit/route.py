@@ -9,27 +9,28 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
-from ..connection import RedisArgument, RedisManager, resolve_manager
+from ..asgi.scope import Addressing
+from ..connection.manager import RedisManager
+from ..connection.redis_argument import RedisArgument, resolve_manager
 from ..event_loop import running_loop
 from ..events import say
 from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, only_called_as
-from ..scope import Addressing
 from ..settings import OnRedisError, Settings, StrategyName
-from .compiled import CompiledRule
-from .endpoints import calls_of, dependant_of, endpoint_name
-from .engine import Engine
-from .exceeded import refusal_on
-from .headers import fields_of
-from .limited_response import style_of
-from .partition import MissingIdentity, PartitionBy
-from .plan import Plan, PlanCache, charges_kept
-from .policies import fit_name
+from .answers.headers import fields_of, renderer_of
+from .answers.limited_response import style_of
+from .answers.rate_limit_exceeded import refusal_on
+from .answers.refusal_response import POLICY_VIOLATION, can_respond
+from .answers.request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
+from .counting.engine import Engine
+from .counting.verdict import Verdict
 from .pricing import charges_beside
-from .recent import Recent
-from .request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
-from .responses import POLICY_VIOLATION, can_respond
-from .rules import Cost, Limits, Rule, check_limits
-from .verdict import Verdict
+from .rules.compiled import CompiledRule
+from .rules.endpoints import calls_of, dependant_of, endpoint_name
+from .rules.partition import MissingIdentity, PartitionBy
+from .rules.plan import Plan, PlanCache, charges_kept
+from .rules.policies import fit_name
+from .rules.recent import Recent
+from .rules.rule import Cost, Limits, Rule, check_limits
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -181,7 +182,7 @@ class RateLimit:
             settings = self._settings or manager.settings
             self._engine = Engine(manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
             self._engine.plans = PlanCache(
-                settings.RATE_LIMIT_HEADERS, Addressing(settings), manager.shared(charges_kept)
+                Addressing(settings), manager.per_process(charges_kept), renderer_of(settings.RATE_LIMIT_HEADERS)
             )
         return self._engine
 

@@ -14,7 +14,7 @@ With pytest its fixtures are there without an import; elsewhere the same are con
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..connection import all_managers
+from ..connection.manager import all_managers
 from .clock import RateLimitClock, held_clock
 from .limited import assert_limited
 from .off import limits_off

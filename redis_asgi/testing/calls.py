@@ -10,7 +10,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..embeddings import EmbeddingCache, EmbeddingCacheMiddleware
-from ..embeddings.routes import Matched, Routes
+from ..embeddings.requests.routes import Endpoint, Routes
 from ..embeddings.shared import Shared
 from ..embeddings.wire import Batch
 from .replaced import replaced
@@ -73,7 +73,7 @@ def _noting(app: ASGIApp, routes: Routes, calls: Calls) -> ASGIApp:
     return noted
 
 
-def _inputs(matched: Matched | None, body: bytes) -> list[Any]:
+def _inputs(matched: Endpoint | None, body: bytes) -> list[Any]:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError:

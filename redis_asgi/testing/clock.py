@@ -16,14 +16,14 @@ import redis.asyncio as aioredis
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection
 
-from .. import aside
-from ..client import Client
-from ..connection import RedisManager
-from ..ratelimit.clock import CLOCK
-from ..ratelimit.engine import Engine
-from ..ratelimit.local import LocalEngine
-from ..ratelimit.policy import MICROSECONDS, Charges, log_key
-from ..ratelimit.refusals import RefusalMemory
+from ..connection import side_connection
+from ..connection.client_factory import Client
+from ..connection.manager import RedisManager
+from ..ratelimit.counting.engine import Engine
+from ..ratelimit.counting.local_engine import LocalEngine
+from ..ratelimit.limits.clock import CLOCK
+from ..ratelimit.limits.policy import MICROSECONDS, Charges, log_key
+from ..ratelimit.limits.refusal_memory import RefusalMemory
 from .replaced import replaced
 
 _REMOVED_WITHIN = 2.0  # seconds
@@ -92,7 +92,10 @@ class _Counted:
     def forget(self) -> None:
         """Forget them, here and in Redis: their times may be later than the real one."""
         for manager, partitions in self._keys.items():
-            engine, refusals = manager.shared(LocalEngine.from_settings), manager.shared(RefusalMemory.from_settings)
+            engine, refusals = (
+                manager.per_process(LocalEngine.from_settings),
+                manager.per_process(RefusalMemory.from_settings),
+            )
             for key in partitions:
                 engine.forget(key)
                 refusals.forget(key, CLOCK.monotonic())
@@ -120,12 +123,12 @@ async def _remove_from(manager: RedisManager, groups: list[set[bytes]]) -> None:
             continue
         # The connections of a user's client belong to another loop.
         connection = _make_connection(client, next(iter(keys)))
-        await aside.connect(connection)
+        await side_connection.connect(connection)
         try:
-            await aside.send(connection, (b"UNLINK", *keys))
-            await aside.receive(connection)
+            await side_connection.send(connection, (b"UNLINK", *keys))
+            await side_connection.receive(connection)
         finally:
-            await aside.hang_up(connection)
+            await side_connection.hang_up(connection)
 
 
 def _make_connection(client: Client, key: bytes) -> AbstractConnection:

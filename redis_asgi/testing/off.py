@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..ratelimit.engine import Engine
-from ..ratelimit.policy import Charges, counters_of
-from ..ratelimit.reply import Numbers, reply_of
-from ..ratelimit.verdict import Verdict
+from ..ratelimit.counting.engine import Engine
+from ..ratelimit.counting.verdict import Verdict
+from ..ratelimit.limits.policy import Charges, counters_of
+from ..ratelimit.limits.reply import Numbers, reply_of
 from .replaced import replaced
 
 

@@ -22,7 +22,7 @@ import redis.asyncio as aioredis
 from starlette.types import Message, Receive, Scope, Send
 
 from redis_asgi import EmbeddingCacheMiddleware
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.settings import Settings
 
 URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/15")

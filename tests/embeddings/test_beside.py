@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.beside import names_of, refusal_beside, scalars, scope_of
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.requests.parallel_lists import names_of, refusal_beside, scalars, scope_of
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch, Uncacheable
 from redis_asgi.settings import Settings
 

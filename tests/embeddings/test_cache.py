@@ -10,9 +10,9 @@ import pytest
 import redis as sync_redis
 
 from redis_asgi import EmbeddingCache
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.computing import Computation
-from redis_asgi.embeddings.store import MemoryVectors, RedisVectors
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.origin.computation import Computation
+from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 

@@ -9,8 +9,10 @@ import redis.asyncio as aioredis
 from redis.crc import key_slot
 
 from redis_asgi import EmbeddingCache, EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager, resolve_manager
-from redis_asgi.embeddings.store import UNKNOWN, Done, VectorStore, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.operations import UNKNOWN, VectorStore, Write, WriteResult
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.fair_time import fair_time
@@ -60,7 +62,7 @@ async def filled(cluster: Cluster, store: VectorStore) -> dict[Server, list[byte
     """Twenty keys of each node, all written."""
     names = {node: names_of(cluster, node, 20) for node in cluster.nodes}
     every = [name for each in names.values() for name in each]
-    assert Done(60) == await store.write([Write(name, b"of " + name, 60) for name in every], 5)
+    assert WriteResult(60) == await store.write([Write(name, b"of " + name, 60) for name in every], 5)
     assert [b"of " + name for name in every] == await store.lookup(every, 5)
     return names
 
@@ -108,7 +110,7 @@ async def test_a_node_is_not_written_to_right_after_it_has_not_answered(
     assert fair_time() - began < 1
     lost.resume()
     async with asyncio.timeout(5):
-        while await store.write([Write(names[lost][0], b"new", 60)]) != Done(1):
+        while await store.write([Write(names[lost][0], b"new", 60)]) != WriteResult(1):
             await asyncio.sleep(0.05)
 
 
@@ -141,7 +143,7 @@ async def test_all_nodes_gone_is_a_failure(private_cluster: Cluster, manager: Re
         node.pause()
     every = [each[0] for each in names.values()]
     assert Failure.TIMEOUT == await store.lookup(every, 0.1)
-    assert Done(0, Failure.TIMEOUT) == await store.delete(every, 0.1)
+    assert WriteResult(0, Failure.TIMEOUT) == await store.delete(every, 0.1)
     for node in private_cluster.nodes:
         node.resume()
 
@@ -199,12 +201,12 @@ async def test_a_slot_that_moves_is_followed(cluster: Cluster, whose: str) -> No
     try:
         for turn, to in enumerate((cluster.nodes[1], cluster.nodes[0])):
             value = b"\xff%d" % turn
-            assert Done(1) == await store.write([Write(name, value, 60)], 5)
+            assert WriteResult(1) == await store.write([Write(name, value, 60)], 5)
             cluster.move_slot(key_slot(name), to)
             if turn == 1:
-                assert Done(1) == await store.write([Write(name, value, 60)], 5)
+                assert WriteResult(1) == await store.write([Write(name, value, 60)], 5)
             assert [value] == await store.lookup([name], 5)
-        assert Done(1) == await store.delete([name], 5)
+        assert WriteResult(1) == await store.delete([name], 5)
     finally:
         await manager.close()
         await theirs.aclose()

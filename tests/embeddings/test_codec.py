@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.codec import HEADER_BYTES, MAGIC, Flag, Value, decode, decode_finite, decode_vector, encode
+from redis_asgi.embeddings.records.codec import (
+    HEADER_BYTES,
+    MAGIC,
+    Flag,
+    Value,
+    decode,
+    decode_finite,
+    decode_vector,
+    encode,
+)
 
 OWN = bytes(range(1, 9))
 

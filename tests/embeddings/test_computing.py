@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from redis_asgi import EmbeddingCache
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.store import MemoryVectors
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.storage.store import MemoryVectors
 from redis_asgi.settings import Settings
 
 pytestmark = pytest.mark.anyio

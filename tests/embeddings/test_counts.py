@@ -11,10 +11,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from redis_asgi.asgi.body_budget import process_budget
 from redis_asgi.embeddings.cache import EmbeddingCache
-from redis_asgi.embeddings.counts import Items
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.sub_call import process_budget
+from redis_asgi.embeddings.records.metrics import Items
 from redis_asgi.embeddings.wire import Batch, Uncacheable
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings

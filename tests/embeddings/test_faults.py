@@ -13,11 +13,11 @@ import redis as sync_redis
 import redis.asyncio as aioredis
 from starlette.types import Message, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.cache import EmbeddingCache
-from redis_asgi.embeddings.leased import run
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.store import MemoryVectors, RedisVectors, Write
+from redis_asgi.embeddings.storage.pipeline import execute
+from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors, Write
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
@@ -43,7 +43,10 @@ async def ask(c: httpx.AsyncClient, *items: str) -> httpx.Response:
     return response
 
 
-@pytest.mark.parametrize("where", ["redis_asgi.connection.build_client", "redis_asgi.client.Turnstile.make_connection"])
+@pytest.mark.parametrize(
+    "where",
+    ["redis_asgi.connection.manager.build_client", "redis_asgi.connection.client_factory.Turnstile.make_connection"],
+)
 async def test_with_a_defect_the_app_answers(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
@@ -137,9 +140,9 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
         trips_made[0] += 1
         if trips_made[0] == trips[trip]:
             if when == "after":
-                await run(pool, commands, within)
+                await execute(pool, commands, within)
             harm(own_server)
-        return await run(pool, commands, within)
+        return await execute(pool, commands, within)
 
     async def send(message: Message) -> None:
         sent.append(message)
@@ -151,7 +154,7 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
         # Connections are open, and the model is new.
         await c.post("/v1/embeddings", json={"model": "other", "input": ["a"]})
     spy.bodies.clear()
-    monkeypatch.setattr("redis_asgi.embeddings.server.run", harmed)
+    monkeypatch.setattr("redis_asgi.embeddings.storage.redis_store.execute", harmed)
     body = orjson.dumps({"model": "m", "input": ["a", "b"]})
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}
@@ -296,7 +299,7 @@ async def test_embedding_cache_survives_everything(own_server: Server, caplog: p
 async def test_large_lookups_are_chunked(own_server: Server) -> None:
     """600 keys are three MGETs in one trip, 600 writes ten pipelines."""
     manager = RedisManager(settings_of(own_server.url))
-    store = manager.part(RedisVectors)
+    store = manager.per_client(RedisVectors)
     names = [b"k%d" % n for n in range(600)]
     assert 600 == (await store.write([Write(name, name, 60) for name in names])).count
     own_server.client().config_resetstat()
@@ -312,7 +315,7 @@ async def test_large_lookups_are_chunked(own_server: Server) -> None:
 async def test_a_lookup_cut_short_leaves_its_reply_to_nobody(own_server: Server, how: str) -> None:
     """The reply of an abandoned lookup comes when the server goes on: whoever asks next gets their own."""
     manager = RedisManager(settings_of(own_server.url, REDIS_POOL_SIZE=1))
-    store = manager.part(RedisVectors)
+    store = manager.per_client(RedisVectors)
     assert 2 == (await store.write([Write(b"a", b"of a", 60), Write(b"b", b"of b", 60)])).count
     own_server.pause()
     if how == "cancelled":
@@ -388,5 +391,5 @@ async def test_a_cluster_keeps_vectors_on_all_its_nodes(cluster: Cluster) -> Non
 async def test_a_refused_lookup_says_why(redis_url: str) -> None:
     """A failure is a value of a small closed set."""
     manager = RedisManager(settings_of("redis://127.0.0.1:1/0"))
-    assert Failure.CONNECTION == await manager.part(RedisVectors).lookup([b"a"], 1)
+    assert Failure.CONNECTION == await manager.per_client(RedisVectors).lookup([b"a"], 1)
     await manager.close()

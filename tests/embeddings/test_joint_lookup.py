@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from redis_asgi.embeddings.joint_lookup import JointLookups, Values
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.storage.joint_lookup import JointLookups, Values
 from redis_asgi.errors import Failure
 from redis_asgi.settings import Settings
 

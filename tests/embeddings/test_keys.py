@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.beside import names_of, scope_of
-from redis_asgi.embeddings.head import Heads
-from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.identity import Identity
-from redis_asgi.embeddings.keyspace import Identities
-from redis_asgi.embeddings.routes import read_routes
+from redis_asgi.embeddings.records.keys import RecordKeys
+from redis_asgi.embeddings.requests.head import Heads
+from redis_asgi.embeddings.requests.headers import HeaderClass, Headers
+from redis_asgi.embeddings.requests.keyspace import Identities
+from redis_asgi.embeddings.requests.parallel_lists import names_of, scope_of
+from redis_asgi.embeddings.requests.routes import read_routes
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch
 from redis_asgi.settings import Settings
 
@@ -37,7 +37,7 @@ def identity_of(
     partition: str | None = None,
     identities: Identities = IDENTITIES,
     **scope: Any,
-) -> tuple[Identity, bytes]:
+) -> tuple[RecordKeys, bytes]:
     """The identity of a request, and the key of its first input."""
     scope = {"path": "/v1/embeddings", "raw_path": None, "query_string": b"", "scheme": "http"} | scope
     parsed = orjson.loads(orjson.dumps(fields or {"model": "m", "input": "q"}))

@@ -11,9 +11,9 @@ import redis
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.lease import Lease, decode_denied, decode_lease, encode_denied, encode_lease
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
+from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lease, encode_denied, encode_lease
 from redis_asgi.settings import Settings
 
 from .servers import FORMATS, Spy, cache_status, client, listed, read, respond, server

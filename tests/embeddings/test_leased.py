@@ -11,10 +11,10 @@ import redis.asyncio as aioredis
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import RedisError
 
-from redis_asgi import aside
-from redis_asgi.client import Turnstile
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings.leased import run
+from redis_asgi.connection import side_connection
+from redis_asgi.connection.client_factory import QueueingPool
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.settings import Settings
 
 from ..kit.proxy import FaultProxy
@@ -34,10 +34,10 @@ async def test_an_error_reply_is_one_commands_own(redis_url: str) -> None:
     """The other replies of the same trip are read, and the connection is good for the next."""
     manager = RedisManager(Settings(REDIS_URL=redis_url, REDIS_POOL_SIZE=1))
     pool = await pool_of(manager)
-    await run(pool, [("DEL", "h", "a"), ("HSET", "h", "a", "b")], 5)
-    replies = await run(pool, [("GET", "h"), ("SET", b"a", b"1"), ("GET", b"a")], 5)
+    await execute(pool, [("DEL", "h", "a"), ("HSET", "h", "a", "b")], 5)
+    replies = await execute(pool, [("GET", "h"), ("SET", b"a", b"1"), ("GET", b"a")], 5)
     assert [True, b"OK", b"1"] == [isinstance(replies[0], hiredis.ReplyError), *replies[1:]]
-    assert [b"1"] == await run(pool, [("GET", b"a")], 5)
+    assert [b"1"] == await execute(pool, [("GET", b"a")], 5)
     await manager.close()
 
 
@@ -48,12 +48,12 @@ async def test_replies_larger_than_any_buffer_and_in_small_pieces(private_server
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_POOL_SIZE=1))
         pool = await pool_of(manager)
-        await run(pool, [("SET", "big", big), ("SET", "small", b"\r\n$-1\r\n")], 5)
-        assert [[big, None, b"\r\n$-1\r\n"], big] == await run(
+        await execute(pool, [("SET", "big", big), ("SET", "small", b"\r\n$-1\r\n")], 5)
+        assert [[big, None, b"\r\n$-1\r\n"], big] == await execute(
             pool, [("MGET", "big", "none", "small"), ("GET", "big")], 5
         )
         await proxy.set("chunk")
-        assert [[b"\r\n$-1\r\n", None]] == await run(pool, [("MGET", "small", "none")], 5)
+        assert [[b"\r\n$-1\r\n", None]] == await execute(pool, [("MGET", "small", "none")], 5)
         assert 1 == proxy.accepted
         await manager.close()
 
@@ -64,10 +64,10 @@ async def test_redis_py_uses_the_same_connection_in_between(private_server: Star
     manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=1))
     client = cast("aioredis.Redis", await manager.get_connection())
     for turn in range(5):
-        assert [b"%d" % turn] == await run(client.connection_pool, [("ECHO", turn)], 5)
+        assert [b"%d" % turn] == await execute(client.connection_pool, [("ECHO", turn)], 5)
         assert b"x" * 70_000 == await client.echo(b"x" * 70_000)
     both = await asyncio.gather(
-        *(run(client.connection_pool, [("ECHO", n)], 5) for n in range(20)), *(client.echo(n) for n in range(20))
+        *(execute(client.connection_pool, [("ECHO", n)], 5) for n in range(20)), *(client.echo(n) for n in range(20))
     )
     assert [*([b"%d" % n] for n in range(20)), *(b"%d" % n for n in range(20))] == both
     assert 1 == len(server.connections())
@@ -80,16 +80,16 @@ async def test_what_ends_early_takes_its_connection_along(private_server: StartS
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=1))
     pool = await pool_of(manager)
-    await run(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
+    await execute(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
     server.pause()
-    trip = asyncio.ensure_future(run(pool, [("GET", "a")], 0.02 if how == "deadline" else 5))
+    trip = asyncio.ensure_future(execute(pool, [("GET", "a")], 0.02 if how == "deadline" else 5))
     await asyncio.sleep(0.01)
     if how == "cancelled":
         trip.cancel()
     with pytest.raises(TimeoutError if how == "deadline" else asyncio.CancelledError):
         await trip
     server.resume()
-    assert [[b"of b"]] * 3 == [await run(pool, [("GET", "b")], 5) for _ in range(3)]
+    assert [[b"of b"]] * 3 == [await execute(pool, [("GET", "b")], 5) for _ in range(3)]
     assert 1 == len(server.connections())
     await manager.close()
 
@@ -100,11 +100,11 @@ async def test_a_connection_cut_in_the_middle_fails_the_trip(private_server: Sta
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_POOL_SIZE=1))
         pool = await pool_of(manager)
-        await run(pool, [("SET", "a", b"x" * 1_000_000)], 5)
+        await execute(pool, [("SET", "a", b"x" * 1_000_000)], 5)
         await proxy.set("cut_replies", times=1)
         with pytest.raises((OSError, RedisError)):
-            await run(pool, [("GET", "a")], 5)
-        assert [b"x" * 1_000_000] == await run(pool, [("GET", "a")], 5)
+            await execute(pool, [("GET", "a")], 5)
+        assert [b"x" * 1_000_000] == await execute(pool, [("GET", "a")], 5)
         await manager.close()
 
 
@@ -130,7 +130,7 @@ async def test_what_is_no_answer_is_hung_up_on(said: bytes) -> None:
     pool = await pool_of(manager)
     for turn in (1, 2):
         with pytest.raises(Exception, match=r"Protocol error|more replies|too much"):
-            await run(pool, [("GET", "a")], 5)
+            await execute(pool, [("GET", "a")], 5)
         assert turn == greeted
     await manager.close()
     listener.close()
@@ -141,7 +141,7 @@ async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
     manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = cast("aioredis.Redis", await manager.get_connection())
     for _ in range(3):
-        assert [b"y" * 500_000] == await run(client.connection_pool, [("ECHO", b"y" * 500_000)], 5)
+        assert [b"y" * 500_000] == await execute(client.connection_pool, [("ECHO", b"y" * 500_000)], 5)
         assert await client.ping()
     await manager.close()
 
@@ -153,7 +153,7 @@ async def test_a_connection_that_was_reset_while_idle_is_replaced(private_server
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_POOL_SIZE=1))
         client = cast("aioredis.Redis", await manager.get_connection())
         for _ in range(3):
-            assert [b"PONG"] == await run(client.connection_pool, [("PING",)], 5)
+            assert [b"PONG"] == await execute(client.connection_pool, [("PING",)], 5)
             await proxy.set("reset")
             await proxy.set("pass")
             await asyncio.sleep(0.01)
@@ -171,7 +171,7 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     """Whoever left it there, what waits is never taken for the answer to the next command."""
     client = aioredis.Redis.from_url(redis_server.url, max_connections=1)
     pool = client.connection_pool
-    await run(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
+    await execute(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
     connection = await pool.get_connection()
     if left == "a reply":
         await connection.send_command("GET", "a")
@@ -179,9 +179,9 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     elif left == "half a reply":
         connection._parser._stream.feed_data(b"$4\r\nof")
     else:
-        cast("Any", aside.transport_of(connection)).abort()
+        cast("Any", side_connection.transport_of(connection)).abort()
     await pool.release(connection)
-    assert [[b"of b"]] * 2 == [await run(pool, [("GET", "b")], 5) for _ in range(2)]
+    assert [[b"of b"]] * 2 == [await execute(pool, [("GET", "b")], 5) for _ in range(2)]
     await client.aclose()
 
 
@@ -191,7 +191,7 @@ async def test_a_deadline_that_a_connection_swallows_ends_the_trip_all_the_same(
     """As one does that is made in that very moment: nothing is sent, and the connection stays good."""
     manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
     pool = await pool_of(manager)
-    assert isinstance(pool, Turnstile)
+    assert isinstance(pool, QueueingPool)
     get = pool.take
 
     async def slowly() -> Any:
@@ -201,8 +201,8 @@ async def test_a_deadline_that_a_connection_swallows_ends_the_trip_all_the_same(
 
     monkeypatch.setattr(pool, "take", slowly)
     with pytest.raises(TimeoutError):
-        await run(pool, [("SET", "late", "1")], 0.01)
+        await execute(pool, [("SET", "late", "1")], 0.01)
     monkeypatch.undo()
-    assert [None] == await run(pool, [("GET", "late")], 5)
+    assert [None] == await execute(pool, [("GET", "late")], 5)
     assert 0 == redis_server.calls("set")
     await manager.close()

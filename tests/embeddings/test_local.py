@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redis_asgi.embeddings.clock import Clock
-from redis_asgi.embeddings.codec import Value, encode
-from redis_asgi.embeddings.local import LocalVectors
-from redis_asgi.embeddings.store import MemoryVectors, Write
+from redis_asgi.embeddings.records.clock import Clocks
+from redis_asgi.embeddings.records.codec import Value, encode
+from redis_asgi.embeddings.storage.l1 import L1Cache
+from redis_asgi.embeddings.storage.store import MemoryVectors, Write
 from redis_asgi.settings import Settings
 
 EPOCHS = (b"e0", b"e1")
@@ -58,7 +58,7 @@ def in_threads(work: Callable[[random.Random], object]) -> list[Exception]:
 @pytest.mark.usefixtures("often")
 def test_loops_in_several_threads_may_share_the_layer() -> None:
     """Nothing raises, and what it counts is what it holds."""
-    local = LocalVectors(20_000, 5, Clock(monotonic=lambda: 0.0))
+    local = L1Cache(20_000, 5, Clocks(monotonic=lambda: 0.0))
 
     def work(dice: random.Random) -> None:
         name, epoch = b"%d" % dice.randrange(40), dice.choice(EPOCHS)
@@ -77,7 +77,7 @@ def test_loops_in_several_threads_may_share_the_layer() -> None:
 
 def test_a_value_that_another_thread_drops_meanwhile_is_still_found() -> None:
     """It was there when it was asked for."""
-    local = LocalVectors(20_000, 5, Clock(monotonic=lambda: 0.0))
+    local = L1Cache(20_000, 5, Clocks(monotonic=lambda: 0.0))
     value = kept()
     local.put(b"a", value)
 
@@ -94,7 +94,7 @@ def test_a_value_that_another_thread_drops_meanwhile_is_still_found() -> None:
 
 def test_a_reader_does_not_disturb_who_makes_room() -> None:
     """What it finds becomes the youngest, also between looking for the oldest and dropping that."""
-    local = LocalVectors(3_000, 5, Clock(monotonic=lambda: 0.0))
+    local = L1Cache(3_000, 5, Clocks(monotonic=lambda: 0.0))
 
     class Raced(OrderedDict[bytes, Any]):
         def __iter__(self) -> Iterator[bytes]:

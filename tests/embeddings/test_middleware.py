@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.maintenance import flush_model
@@ -730,8 +730,8 @@ async def test_the_shared_client_is_held_before_the_app_starts(settings: Setting
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert "lifespan.startup" == (await receive())["type"]
         await manager.initialize_pool()
-        manager.hold()
-        await manager.let_go()
+        manager.retain()
+        await manager.release()
         seen.append(manager.pool is not None)
         await send({"type": "lifespan.startup.complete"})
         await receive()

@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.misfits import Misfits
+from redis_asgi.embeddings.origin.misfits import Misfits
 from redis_asgi.settings import Settings
 
 from ..kit.logs import event_of

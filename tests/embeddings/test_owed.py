@@ -8,11 +8,12 @@ import redis as sync_redis
 from starlette.types import Receive, Scope, Send
 
 from redis_asgi import EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager
-from redis_asgi.embeddings import owed as module
-from redis_asgi.embeddings.leased import Command
-from redis_asgi.embeddings.owed import Owed, Told
-from redis_asgi.embeddings.store import Done, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.embeddings.storage import owed_writes as module
+from redis_asgi.embeddings.storage.operations import Write, WriteResult
+from redis_asgi.embeddings.storage.owed_writes import Owed, Sent
+from redis_asgi.embeddings.storage.pipeline import Command
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.servers import Cluster, ExternalServer, Server
@@ -52,7 +53,7 @@ async def test_what_is_revoked_is_gone_at_once(redis_url: str, redis_client: syn
         manager = RedisManager(Settings(REDIS_URL=url))
         store = vectors_of(manager)
         await store.write([Write(b"a", b"1", 60), Write(b"b", b"2", 60)])
-        assert Done(3) == await store.revoke([b"a", b"absent"], 5, [NOTE])
+        assert WriteResult(3) == await store.revoke([b"a", b"absent"], 5, [NOTE])
         assert [None, b"2", b"at"] == await store.lookup([b"a", b"b", b"denied"], 5)
         await manager.close()
     assert 58 < redis_client.ttl("denied") <= 60
@@ -65,7 +66,7 @@ async def test_what_could_not_be_revoked_is_when_redis_is_back(
     """Nobody has to ask for anything in between, and nothing else is touched."""
     store = vectors_of(manager)
     every = [Write(b"%d" % number, b"lease", 60) for number in range(200)]
-    assert Done(200) == await store.write(every)
+    assert WriteResult(200) == await store.write(every)
     own_server.pause()
     for number in range(150):
         done = await store.revoke([b"%d" % number], 0.02, [NOTE] if number == 0 else [])
@@ -89,8 +90,8 @@ async def test_a_lost_right_is_tried_again_now_and_then(own_server: Server) -> N
     own_server.add_user("app", ">pw", "~*", "+@all", "-del")
     manager = RedisManager(settings_of(own_server.url, REDIS_USERNAME="app", REDIS_PASSWORD="pw"))
     store = vectors_of(manager)
-    assert Done(1) == await store.write([Write(b"a", b"1", 60)])
-    assert Done(1, Failure.PERMISSION) == await store.revoke([b"a"], 1, [NOTE])
+    assert WriteResult(1) == await store.write([Write(b"a", b"1", 60)])
+    assert WriteResult(1, Failure.PERMISSION) == await store.revoke([b"a"], 1, [NOTE])
     assert [b"1", b"at"] == await store.lookup([b"a", b"denied"], 1)
     own_server.add_user("app", ">pw", "~*", "+@all")
     await until(lambda: own_server.client().exists("a") == 0)
@@ -112,7 +113,7 @@ async def test_the_oldest_go_when_too_many_wait(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_MOST", 3)
     sent: list[Command] = []
 
-    async def tell(commands: Sequence[Command]) -> Told:
+    async def tell(commands: Sequence[Command]) -> Sent:
         sent.extend(commands)
         return (), None
 
@@ -128,7 +129,7 @@ async def test_what_is_owed_anew_while_it_is_sent_is_sent_again() -> None:
     """A refusal that comes meanwhile is newer than what Redis has just been told."""
     sent: list[Command] = []
 
-    async def tell(commands: Sequence[Command]) -> Told:
+    async def tell(commands: Sequence[Command]) -> Sent:
         sent.extend(commands)
         if len(sent) == 1:
             queue.add([("DEL", bytes([97]))])
@@ -146,7 +147,7 @@ async def test_a_cluster_is_told_node_by_node(private_cluster: Cluster) -> None:
     manager = RedisManager(settings)
     store = vectors_of(manager)
     names = [b"%d" % number for number in range(300)]
-    assert Done(300) == await store.write([Write(name, b"lease", 60) for name in names], 5)
+    assert WriteResult(300) == await store.write([Write(name, b"lease", 60) for name in names], 5)
     lost, *well = private_cluster.nodes
     theirs = [name for name in names if private_cluster.node_of(name) is lost]
     lost.pause()
@@ -175,7 +176,7 @@ async def test_a_shared_server_is_left_in_peace(redis_server: ExternalServer) ->
     """Where nothing is owed there is no task."""
     manager = RedisManager(Settings(REDIS_URL=redis_server.url))
     before = len(asyncio.all_tasks())
-    assert Done(1) == await vectors_of(manager).revoke([b"a"], 1)
+    assert WriteResult(1) == await vectors_of(manager).revoke([b"a"], 1)
     assert before == len(asyncio.all_tasks())
     await manager.close()
 

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from starlette.types import Message
 
-from redis_asgi.embeddings import pace
+from redis_asgi import time_slice
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
@@ -42,16 +42,16 @@ async def test_small_pieces_of_work_add_up(inputs: int, redis_url: str, monkeypa
     body = orjson.dumps({"model": "m", "input": [f"text {n}" for n in range(inputs)]})
     await post(app, body, [])
     ticks = count()
-    monkeypatch.setattr(pace, "perf_counter", lambda: next(ticks) * 0.0005)
+    monkeypatch.setattr(time_slice, "perf_counter", lambda: next(ticks) * 0.0005)
     rests = 0
-    rest = pace.Pace.rest
+    rest = time_slice.TimeSlice.checkpoint
 
-    async def counted(self: pace.Pace) -> None:
+    async def counted(self: time_slice.TimeSlice) -> None:
         nonlocal rests
         rests += 1
         await rest(self)
 
-    monkeypatch.setattr(pace.Pace, "rest", counted)
+    monkeypatch.setattr(time_slice.TimeSlice, "checkpoint", counted)
     await post(app, body, [])
     # Looks at the clock: one for the names, one for every four texts.
     assert (inputs > 1) is bool(rests)

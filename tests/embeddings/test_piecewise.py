@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings import pace, piecewise
-from redis_asgi.embeddings.pace import Pace
-from redis_asgi.embeddings.piecewise import (
+from redis_asgi import time_slice
+from redis_asgi.embeddings.requests import chunked_json as piecewise
+from redis_asgi.embeddings.requests.chunked_json import (
     Most,
     TooManyValues,
     is_within,
@@ -22,6 +22,7 @@ from redis_asgi.embeddings.piecewise import (
     parse_whole,
     take_apart,
 )
+from redis_asgi.time_slice import TimeSlice
 
 LONG = list(range(1000, 1100))  # as JSON longer than what is left where it is
 DOCUMENTS = st.recursive(
@@ -82,7 +83,7 @@ def parsed(body: bytes, inputs: int = 1000) -> object:
 
     async def parse() -> object:
         try:
-            return await parse_request(body, inputs, Pace())
+            return await parse_request(body, inputs, TimeSlice())
         except orjson.JSONDecodeError:
             return "no JSON"
         except TooManyValues:
@@ -142,16 +143,16 @@ def test_tricks(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop gets turns in between, and lists of another kind are not worth the search."""
     ticks = count()
-    monkeypatch.setattr(pace, "perf_counter", lambda: next(ticks) * 0.001)
+    monkeypatch.setattr(time_slice, "perf_counter", lambda: next(ticks) * 0.001)
     rests = 0
-    rest = Pace.rest
+    rest = TimeSlice.checkpoint
 
-    async def counted(self: Pace) -> None:
+    async def counted(self: TimeSlice) -> None:
         nonlocal rests
         rests += 1
         await rest(self)
 
-    monkeypatch.setattr(Pace, "rest", counted)
+    monkeypatch.setattr(TimeSlice, "rest", counted)
     body = orjson.dumps({"model": "m", "input": [LONG] * 200})
     assert len(body) > piecewise._MIN_REQUEST
     assert {"model": "m", "input": [LONG] * 200} == parsed(body)

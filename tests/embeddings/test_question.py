@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.body import Body
-from redis_asgi.embeddings.head import Head, Heads
-from redis_asgi.embeddings.headers import Headers
-from redis_asgi.embeddings.once import Once
-from redis_asgi.embeddings.options import Options
-from redis_asgi.embeddings.pace import Pace
-from redis_asgi.embeddings.question import Question, Questions
-from redis_asgi.embeddings.routes import Matched
+from redis_asgi.embeddings.records.options import Options
+from redis_asgi.embeddings.records.warnings import Warnings
+from redis_asgi.embeddings.requests.body import Body
+from redis_asgi.embeddings.requests.head import Head, Heads
+from redis_asgi.embeddings.requests.headers import Headers
+from redis_asgi.embeddings.requests.question import Question, Questions
+from redis_asgi.embeddings.requests.routes import Endpoint
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Uncacheable
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
+from redis_asgi.time_slice import TimeSlice
 
 SETTINGS = Settings(REDIS_URL="memory://")
-OPENAI = Matched(WIRE_FORMATS["openai"], None)
+OPENAI = Endpoint(WIRE_FORMATS["openai"], None)
 JSON = (b"content-type", b"application/json")
 NAMES = st.sampled_from([b"X-Tenant", b"x-tenant", b"authorization", b"x-request-id", b"accept", b"cache-control"])
 VALUES = st.sampled_from([b"", b"a", b"b", b"no-cache", b"text/html", b"application/json"])
@@ -31,14 +31,14 @@ pytestmark = pytest.mark.anyio
 
 def make(settings: Settings = SETTINGS) -> Questions:
     """The reader of a middleware."""
-    return Questions(Options(3600, "", False, 300, None, settings), Once())
+    return Questions(Options(3600, "", False, 300, None, settings), Warnings())
 
 
 async def read(
     questions: Questions,
     content: bytes,
     *headers: tuple[bytes, bytes],
-    matched: Matched = OPENAI,
+    matched: Endpoint = OPENAI,
     partition: str | None = None,
     **scope: Any,
 ) -> Question | Uncacheable:
@@ -50,7 +50,7 @@ async def read(
         "headers": [JSON, *headers],
     }
     made = usual | scope
-    return await questions.read(made, questions.head_of(made), matched, Body((), content), partition, Pace())
+    return await questions.read(made, questions.head_of(made), matched, Body((), content), partition, TimeSlice())
 
 
 def names(question: Question | Uncacheable) -> object:
@@ -93,9 +93,9 @@ DIFFERENT: list[dict[str, Any]] = [
     {"scheme": "https"},
     {"client": ("192.0.2.1", 1)},
     {"extensions": {"tls": {"client_cert_name": "CN=a"}}},
-    {"matched": Matched(WIRE_FORMATS["simple"], None)},
-    {"content": b'{"input":["a"]}', "matched": Matched(WIRE_FORMATS["openai"], "one")},
-    {"content": b'{"input":["a"]}', "matched": Matched(WIRE_FORMATS["openai"], "two")},
+    {"matched": Endpoint(WIRE_FORMATS["simple"], None)},
+    {"content": b'{"input":["a"]}', "matched": Endpoint(WIRE_FORMATS["openai"], "one")},
+    {"content": b'{"input":["a"]}', "matched": Endpoint(WIRE_FORMATS["openai"], "two")},
 ]
 
 
@@ -128,7 +128,7 @@ async def test_only_a_little_is_remembered() -> None:
     await read(questions, body(*"abcdefghi"))
     await read(questions, body("a"), query_string=b"a" * 5000)
     await read(questions, body("a"), partition="a" * 5000)
-    await read(questions, body("a"), matched=Matched(OpenAI(), None))
+    await read(questions, body("a"), matched=Endpoint(OpenAI(), None))
     await read(questions, b"{")
     assert not questions._memorised
 

@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.records import WRITE_TIMEOUT
-from redis_asgi.embeddings.store import Done, MemoryVectors, RedisVectors, Write
+from redis_asgi.embeddings.storage.operations import WRITE_TIMEOUT, Write, WriteResult
+from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
@@ -470,7 +470,7 @@ async def test_a_refusal_during_a_write_ends_the_lease_for_every_worker(
     writing, go = asyncio.Event(), asyncio.Event()
     write = RedisVectors.write
 
-    async def slowly(store: RedisVectors, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def slowly(store: RedisVectors, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         if not writing.is_set():  # that of the answer; a refusal's own record is written at once
             writing.set()
             await go.wait()
@@ -740,7 +740,7 @@ async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.M
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="lands-lease:")
     app = EmbeddingCacheMiddleware(server(spy), settings=settings)
 
-    async def write_slowly(store: MemoryVectors, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> Done:
+    async def write_slowly(store: MemoryVectors, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         await written.wait()
         return await write(store, writes, within)
 

@@ -10,8 +10,10 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import EmbeddingCache, EmbeddingCacheMiddleware, Settings
-from redis_asgi.connection import RedisManager, resolve_manager
-from redis_asgi.embeddings.store import Done, VectorStore, Write, vectors_of
+from redis_asgi.connection.manager import RedisManager
+from redis_asgi.connection.redis_argument import resolve_manager
+from redis_asgi.embeddings.storage.operations import VectorStore, Write, WriteResult
+from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.logs import event_of
@@ -52,7 +54,9 @@ OPERATIONS: dict[str, Callable[[VectorStore], Awaitable[Any]]] = {
     "renew": lambda store: store.write([Write(b"a", b"", 60, "renew")], 5),
     "delete": lambda store: store.delete([b"a"], 5),
 }
-FAILED = {"lookup": Failure.REPLY, "claim": None} | dict.fromkeys(("write", "renew", "delete"), Done(0, Failure.REPLY))
+FAILED = {"lookup": Failure.REPLY, "claim": None} | dict.fromkeys(
+    ("write", "renew", "delete"), WriteResult(0, Failure.REPLY)
+)
 ODD = {
     "an integer": (b":42\r\n", {"delete", "renew"}),
     "a status": (b"+OK\r\n", {"write", "claim"}),

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.codec import Flag, Value, encode
-from redis_asgi.embeddings.tokens import TokenCount, apportion, count_all, reported
+from redis_asgi.embeddings.origin.tokens import TokenCount, apportion, count_all, reported
+from redis_asgi.embeddings.records.codec import Flag, Value, encode
 from redis_asgi.embeddings.wire import Input, Usage
 
 

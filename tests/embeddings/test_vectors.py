@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings.codec import Flag, encode
-from redis_asgi.embeddings.vectors import (
-    Encoding,
-    read_base64,
-    read_floats,
-    render,
-    text_of,
-)
+from redis_asgi.embeddings.records.codec import Flag, encode
+from redis_asgi.embeddings.records.vectors import Encoding, read_base64, read_floats, render, text_of
 from redis_asgi.embeddings.wire.format import read_inputs
 
 FLOATS32 = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20)

@@ -16,8 +16,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from redis_asgi import RedisManager, Settings, check_redis_health
+from redis_asgi.connection.health_cache import Watch
 from redis_asgi.telemetry import fresh_telemetry
-from redis_asgi.watch import Watch
 
 from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
@@ -325,7 +325,7 @@ class _Story:
 
     def _forget_health(self) -> None:
         """A second passes: the next page looks again."""
-        self.manager.part(Watch)._last = None
+        self.manager.per_client(Watch)._last = None
 
     def _let_a_second_pass(self) -> None:
         """Without trouble: the outage is over."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 from redis_asgi.settings import StrategyName
 from redis_asgi.telemetry import fresh_telemetry
 

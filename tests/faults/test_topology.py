@@ -14,9 +14,9 @@ from redis.crc import key_slot
 from starlette.types import ASGIApp
 
 from redis_asgi import RedisManager, Settings
-from redis_asgi.ratelimit.policy import make_partition
+from redis_asgi.connection.health_cache import Watch
+from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.telemetry import fresh_telemetry
-from redis_asgi.watch import Watch
 
 from ..kit.logs import event_of
 from ..kit.servers import Cluster, SentinelTrio, Server
@@ -57,7 +57,7 @@ class Service:
 
     async def health(self) -> tuple[int, str, str | None]:
         """Of an app that needs Redis, as it is now."""
-        self.manager.part(Watch)._last = None
+        self.manager.per_client(Watch)._last = None
         answer = await Exchange(self.app, "/health/ready").run()
         return answer.status, answer.json["status"], answer.json["error"]
 

@@ -8,8 +8,8 @@ import redis
 from redis.exceptions import RedisError
 
 from redis_asgi import ConfigurationError, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
-from redis_asgi.inspection.quotas import QuotaError, Standing, known_policies, look, partition_of, reset
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.inspection.quotas import QuotaError, QuotaRow, known_policies, look, partition_of, reset
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster
@@ -155,7 +155,7 @@ async def test_every_policy_is_told(settings: Settings, manager: RedisManager) -
     partition = await partition_of("a", "custom", settings)
     known = tuple(known_policies("login", "5/minute; 9/hour", None, settings))
 
-    def told(standings: list[Standing]) -> list[tuple[str, int | None, bool]]:
+    def told(standings: list[QuotaRow]) -> list[tuple[str, int | None, bool]]:
         return [(each.policy, each.quota, each.stored) for each in standings]
 
     assert told(await look(manager, partition, known)) == [

@@ -18,11 +18,11 @@ from redis_asgi import (
     by_header,
     check_redis_health,
 )
-from redis_asgi.client import Client
-from redis_asgi.connection import resolve_manager
+from redis_asgi.connection.client_factory import Client
+from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.inspection.rights import NO_PASSWORD, probe_keys, rights_of, try_rights
 from redis_asgi.maintenance import flush_model
-from redis_asgi.ratelimit.policy import STRATEGIES, make_partition
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, make_partition
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster, ExternalServer, Server

@@ -117,6 +117,10 @@ class ExternalServer:
             return others
         return [c for c in others if name in c.get("lib-name", "") or name in c.get("name", "")]
 
+    def disconnect_all(self) -> None:
+        """Close every client's connection but the looking one's: apps that a test did not close leave some."""
+        self.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
     def command(self, *parts: str | bytes | int) -> Any:
         """Run any command from outside."""
         execute: Callable[..., Any] = self.client().execute_command

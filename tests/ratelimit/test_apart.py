@@ -11,9 +11,9 @@ from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.check import Check
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.check import Check
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..conftest import StartServer
 from ..kit.logs import event_of
@@ -93,7 +93,7 @@ async def test_key_asks_so_from_the_start(slots_server: Server, caplog: pytest.L
 async def test_refused_batch_goes_again_within_its_deadline_only(slots_server: Server) -> None:
     """What nobody waits for any more when the refusal comes is not asked again, nor charged."""
     manager = RedisManager(Settings(REDIS_URL=slots_server.url))
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     policies = PolicySet((Policy("default", 5, 60, "fixed-window"),))
     checks = [
         Check(batcher.loop, "consume", Charges((Charge(policies, make_partition("ip", who)),)), 1.0)
@@ -116,7 +116,7 @@ async def test_one_slot_that_nobody_serves_is_an_outage_of_its_own_clients(slots
     """Kept apart, a partition that Redis has no place for fails alone."""
     slots_server.command("CONFIG", "SET", "cluster-require-full-coverage", "no")
     manager = RedisManager(Settings(REDIS_URL=slots_server.url, REDIS_BATCH="key"))
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     policies = PolicySet((Policy("default", 5, 60, "fixed-window"),))
     partitions = [make_partition("ip", who) for who in ("192.0.2.1", "192.0.2.2", "192.0.2.3")]
     slot = slots_server.command("CLUSTER", "KEYSLOT", partitions[1].key)

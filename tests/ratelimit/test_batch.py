@@ -17,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, Batcher
-from redis_asgi.ratelimit.check import Check, Outcome
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
-from redis_asgi.ratelimit.script import Call
-from redis_asgi.ratelimit.wires import PoolWire
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.transport.check import Check, Outcome
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
+from redis_asgi.ratelimit.transport.pooled_transport import PoolWire
+from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
@@ -50,7 +50,7 @@ def submit(batcher: Batcher, *charges: Charge, timeout: float = 5.0) -> "asyncio
 
 async def batcher_of(manager: RedisManager) -> Batcher:
     """The batcher of a manager's client in this loop."""
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     return batcher
 
@@ -306,7 +306,7 @@ async def test_settled_after_the_response_in_redis(redis_server: ExternalServer)
 
 async def _quiet(app: RateLimitMiddleware) -> None:
     """Wait until the batch that settles has come back."""
-    batcher = app._manager.part(make_batcher)
+    batcher = app._manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     while batcher._sent or batcher._waiting:
         await asyncio.sleep(0.001)

@@ -12,9 +12,9 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
 from redis_asgi import Decision, RateLimiter, RedisManager, Settings
-from redis_asgi.ratelimit.engine import Engine
-from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, Unread, make_partition
-from redis_asgi.ratelimit.verdict import Verdict
+from redis_asgi.ratelimit.counting.engine import Engine
+from redis_asgi.ratelimit.counting.verdict import Verdict
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, Unread, make_partition
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time

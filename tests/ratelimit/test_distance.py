@@ -9,12 +9,12 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import RateLimiter, RedisManager, Settings
-from redis_asgi.breaker import Breaker
+from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
-from redis_asgi.ratelimit.check import Batch, Check
-from redis_asgi.ratelimit.decision import Decision
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.decision import Decision
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
+from redis_asgi.ratelimit.transport.check import Batch, Check
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import redis
 
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from ..kit.processes import clean_environment
 from ..kit.servers import ExternalServer

@@ -15,8 +15,8 @@ from starlette.routing import Host, Mount, Route, Router
 from starlette.types import ASGIApp
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, RedisManager, Settings, health_app, metrics_app
-from redis_asgi.ratelimit.routing import Routing
-from redis_asgi.sub_app import Answer, SubApp, json_answer
+from redis_asgi.asgi.sub_app import PageAnswer, SubApp, json_answer
+from redis_asgi.ratelimit.rules.routing import Routing
 
 from .harness import Spy, client_of, drive, header, http_scope, statuses, websocket_scope
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 MEMORY = Settings(REDIS_URL="memory://")
 
 
-async def page(conn: HTTPConnection) -> Answer:
+async def page(conn: HTTPConnection) -> PageAnswer:
     return json_answer({"status": "fine"})
 
 
@@ -238,8 +238,8 @@ async def test_exempt_is_what_no_router_takes_for_more(pattern: str, path: str, 
 @given(path=st.from_regex(r"/[a/.#\n\\]{0,10}", fullmatch=True))
 def test_exempt_patterns_take_in_no_more_than_a_rule(path: str) -> None:
     """Whatever is exempt by a pattern would be covered by a rule of it."""
-    from redis_asgi.paths import PathPattern, spellings
-    from redis_asgi.ratelimit.exempt import Exemptions
+    from redis_asgi.asgi.paths import PathPattern, spellings
+    from redis_asgi.ratelimit.rules.exemptions import Exemptions
 
     exemptions = Exemptions(Routing(Spy()), ["/a/*", "*a.a"], MEMORY)
     if exemptions._is_exempt_path(http_scope(path=path)):

@@ -4,10 +4,10 @@ import orjson
 import pytest
 
 from redis_asgi import Decision, PolicyState
-from redis_asgi.ratelimit import headers
-from redis_asgi.ratelimit.decision import merged
-from redis_asgi.ratelimit.policy import MICROSECONDS, Policy
-from redis_asgi.ratelimit.reply import place_of
+from redis_asgi.ratelimit.answers import headers
+from redis_asgi.ratelimit.limits.decision import merged
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, Policy
+from redis_asgi.ratelimit.limits.reply import place_of
 
 
 def state(

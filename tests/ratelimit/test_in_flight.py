@@ -14,16 +14,16 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
-from redis_asgi.connection import PROCESS
+from redis_asgi.connection.open_client import PROCESS
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.inspection.quotas import look
 from redis_asgi.inspection.rights import CONCURRENCY, rights_of
-from redis_asgi.ratelimit.cluster import ClusterBatcher, make_batcher
-from redis_asgi.ratelimit.in_flight import Heart, Ids, InFlight
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import make_partition
-from redis_asgi.ratelimit.request_decision import RequestDecision
-from redis_asgi.ratelimit.script import _say_denied
+from redis_asgi.ratelimit.answers.request_decision import RequestDecision
+from redis_asgi.ratelimit.counting.in_flight import Heart, Ids, InFlight
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import make_partition
+from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
+from redis_asgi.ratelimit.transport.script import _say_denied
 
 from ..conftest import StartServer
 from ..kit.logs import event_of
@@ -50,12 +50,12 @@ def patient(redis_url: str) -> RedisManager:
 
 def heart_of(manager: RedisManager) -> Heart:
     """What beats in the running loop."""
-    return manager.shared(InFlight.from_settings).heart(manager)
+    return manager.per_process(InFlight.from_settings).heart(manager)
 
 
 def running(manager: RedisManager) -> int:
     """How many requests are in flight in this process."""
-    return sum(manager.shared(LocalEngine.from_settings).in_flight().values())
+    return sum(manager.per_process(LocalEngine.from_settings).in_flight().values())
 
 
 def members(server: redis.Redis) -> list[bytes]:
@@ -67,7 +67,7 @@ def members(server: redis.Redis) -> list[bytes]:
 async def settled(manager: RedisManager) -> None:
     """Wait until all that was sent has been answered, and a heartbeat after that."""
     await asyncio.sleep(0)
-    made = manager.part(make_batcher)
+    made = manager.per_client(make_batcher)
     batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
     while any(batcher._waiting or batcher._sent or batcher._wire.busy for batcher in batchers):
         await asyncio.sleep(0.001)

@@ -19,8 +19,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from redis_asgi import ConfigurationError, Decision, PolicyState, RateLimiter, RedisManager, Settings
-from redis_asgi.ratelimit.batch import MAX_IN_FLIGHT
-from redis_asgi.ratelimit.policy import STRATEGIES, make_partition
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, make_partition
+from redis_asgi.ratelimit.transport.batcher import MAX_IN_FLIGHT
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time

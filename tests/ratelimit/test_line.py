@@ -11,13 +11,13 @@ import pytest
 import redis.asyncio as aioredis
 
 from redis_asgi import RateLimiter, RedisManager, Settings
-from redis_asgi.embeddings.leased import run
+from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.batch import MAX_COUNTERS, Batcher
-from redis_asgi.ratelimit.check import Check, Outcome
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.line import LineWire
-from redis_asgi.ratelimit.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.transport.batcher import MAX_COUNTERS, Batcher
+from redis_asgi.ratelimit.transport.check import Check, Outcome
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
+from redis_asgi.ratelimit.transport.direct_transport import LineWire
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
@@ -30,7 +30,7 @@ HUNDRED = PolicySet((Policy("default", 100, 60),))
 
 def batcher_of(manager: RedisManager) -> Batcher:
     """The batcher of a manager's client in this loop, which goes over a line."""
-    batcher = manager.part(make_batcher)
+    batcher = manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     assert isinstance(batcher._wire, LineWire)
     return batcher
@@ -91,7 +91,7 @@ async def test_blocking_commands_never_take_the_last_connection(private_server: 
         await asyncio.sleep(0.01)
     assert [99, 98] == [remaining(await ask(batcher_of(manager))) for _ in range(2)]
     assert manager.pool is not None
-    assert [None] == await run(manager.pool, [("GET", "nothing")], 5)
+    assert [None] == await execute(manager.pool, [("GET", "nothing")], 5)
     assert 2 == server.client().info("clients")["blocked_clients"]
     for each in blocked:
         each.cancel()

@@ -11,8 +11,8 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi import Settings
-from redis_asgi.ratelimit.local import LocalEngine, scaled
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, PolicySet
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine, scaled
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, PolicySet
 from redis_asgi.telemetry import fresh_telemetry
 
 from .histories import EPOCH, Twin, charge, client, policy, snapshot

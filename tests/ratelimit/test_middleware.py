@@ -20,16 +20,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from redis_asgi import (
-    ConfigurationError,
-    Decision,
-    RateLimitMiddleware,
-    Rule,
-    Settings,
-    by_header,
-    by_user,
-    client_ip,
-)
+from redis_asgi import ConfigurationError, Decision, RateLimitMiddleware, Rule, Settings, by_header, by_user, client_ip
 
 from .harness import Spy, client_of, drive, header, http_scope, memory, statuses, websocket_scope
 

@@ -33,7 +33,7 @@ from redis_asgi import (
     rate_limit,
     rate_limit_responses,
 )
-from redis_asgi.paths import PathPattern, PathTemplate, spellings
+from redis_asgi.asgi.paths import PathPattern, PathTemplate, spellings
 
 Limited = set[tuple[str, str, int]]
 

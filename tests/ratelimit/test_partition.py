@@ -21,9 +21,9 @@ from redis_asgi import (
     client_ip,
     rate_limit,
 )
-from redis_asgi.ratelimit.partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, Partitioner
-from redis_asgi.ratelimit.policy import Partition, make_partition
-from redis_asgi.scope import Addressing
+from redis_asgi.asgi.scope import Addressing
+from redis_asgi.ratelimit.limits.policy import Partition, make_partition
+from redis_asgi.ratelimit.rules.partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, Partitioner
 
 from .harness import drive, http_scope, memory
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from redis_asgi.ratelimit.policy import STRATEGIES, Charge, Policy, PolicySet, bulk, log_key, make_partition
-from redis_asgi.ratelimit.reply import charged_receipts
-from redis_asgi.ratelimit.strategies import COUNTERS
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, Charge, Policy, PolicySet, bulk, log_key, make_partition
+from redis_asgi.ratelimit.limits.reply import charged_receipts
+from redis_asgi.ratelimit.limits.strategies import COUNTERS
 from redis_asgi.settings import StrategyName
 
 from .histories import policy

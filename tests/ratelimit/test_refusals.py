@@ -12,11 +12,11 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi import RateLimiter, RedisManager, Settings
-from redis_asgi.ratelimit.cluster import make_batcher
-from redis_asgi.ratelimit.engine import Engine
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
-from redis_asgi.ratelimit.refusals import RefusalMemory
+from redis_asgi.ratelimit.counting.engine import Engine
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
+from redis_asgi.ratelimit.limits.refusal_memory import RefusalMemory
+from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..kit.fair_time import fair_time
 from ..kit.servers import ExternalServer
@@ -225,7 +225,7 @@ async def test_loops_in_two_threads_may_share_an_engine(redis_url: str) -> None:
 
     manager = RedisManager(Settings(REDIS_URL=redis_url))
 
-    assert manager.part(make_batcher) is Raced(manager, timeout=1.0)._batcher()
+    assert manager.per_client(make_batcher) is Raced(manager, timeout=1.0)._batcher()
 
     await manager.close()
 

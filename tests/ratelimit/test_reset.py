@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from redis_asgi import RateLimit, RateLimitMiddleware, Rule, Settings
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from .harness import client_of, memory, statuses
 

@@ -31,8 +31,8 @@ from redis_asgi import (
     by_header,
     rate_limit,
 )
-from redis_asgi.ratelimit.endpoints import endpoint_name
-from redis_asgi.ratelimit.policies import fit_name
+from redis_asgi.ratelimit.rules.endpoints import endpoint_name
+from redis_asgi.ratelimit.rules.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
 from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
@@ -343,7 +343,7 @@ def test_exceeded_answers_itself() -> None:
 
 def test_credentials_are_never_the_clients_name(settings: Settings) -> None:
     """What the package raises itself names a credential's partition by kind and 8 hex digits."""
-    from redis_asgi.ratelimit.policy import make_partition
+    from redis_asgi.ratelimit.limits.policy import make_partition
 
     label = make_partition("header:x-api-key", "sk-secret").label
 
@@ -374,7 +374,7 @@ def test_endpoint_names_fit_and_stay_apart() -> None:
 
     assert 4 == len(names)
     assert all(len(name) <= 40 for name in names)
-    assert "redis_asgi.ratelimit.rules.Rule" == endpoint_name(Rule)
+    assert "redis_asgi.ratelimit.rules.rule.Rule" == endpoint_name(Rule)
 
 
 async def test_annotated_dependency(settings: Settings) -> None:

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route, Router
 
-from redis_asgi.paths import PathPattern
-from redis_asgi.ratelimit.routing import Routing
+from redis_asgi.asgi.paths import PathPattern
+from redis_asgi.ratelimit.rules.routing import Routing
 
 from .harness import Spy, http_scope
 from .routers import Answer, ask, limited

@@ -10,13 +10,13 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from redis_asgi import ConfigurationError, Rule, Settings, by_header
-from redis_asgi.paths import spellings
-from redis_asgi.ratelimit.compiled import CompiledRule, compile_rules
-from redis_asgi.ratelimit.plan import PlanCache, charges_kept
-from redis_asgi.ratelimit.policies import make_policies
-from redis_asgi.ratelimit.policy import PolicySet
-from redis_asgi.ratelimit.rules import check_cost
-from redis_asgi.scope import Addressing
+from redis_asgi.asgi.paths import spellings
+from redis_asgi.asgi.scope import Addressing
+from redis_asgi.ratelimit.limits.policy import PolicySet
+from redis_asgi.ratelimit.rules.compiled import CompiledRule, compile_rules
+from redis_asgi.ratelimit.rules.plan import PlanCache, charges_kept
+from redis_asgi.ratelimit.rules.policies import make_policies
+from redis_asgi.ratelimit.rules.rule import check_cost
 from redis_asgi.settings import StrategyName
 
 SETTINGS = Settings(REDIS_URL="memory://")
@@ -45,7 +45,7 @@ def request(method: str = "GET", path: str = "/", *, root: str = "", headers: An
 
 async def policies_of(rule: CompiledRule, scope: Scope) -> PolicySet | None:
     """Which policies a request is put to."""
-    charges = await PlanCache("ietf", Addressing(SETTINGS), charges_kept(SETTINGS)).of((rule,)).charges(scope)
+    charges = await PlanCache(Addressing(SETTINGS), charges_kept(SETTINGS)).of((rule,)).charges(scope)
     return charges[0].policies if charges else None
 
 
@@ -340,7 +340,7 @@ async def test_readable_limits_of_many_clients_are_not_all_remembered() -> None:
 async def test_what_is_kept_of_made_up_identities_is_bounded(size: int) -> None:
     """However long they are, and whether or not the cost is asked for each time: at most two generations."""
     rule = compiled(Rule("5/minute", partition_by=by_header("x-key"), cost=lambda _: 1))
-    cache = PlanCache("ietf", Addressing(SETTINGS), charges_kept(SETTINGS))
+    cache = PlanCache(Addressing(SETTINGS), charges_kept(SETTINGS))
     plan = cache.of((rule,))
 
     for i in range(1200):

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from redis.exceptions import NoScriptError, ResponseError
 
 from redis_asgi.errors import Failure, classify_reply
-from redis_asgi.ratelimit.check import Check, HoldingCheck
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import (
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import (
     LEASE,
     MICROSECONDS,
     STRATEGIES,
@@ -27,9 +26,10 @@ from redis_asgi.ratelimit.policy import (
     Unread,
     log_key,
 )
-from redis_asgi.ratelimit.reply import Reply, charged_receipts, numbers_of
-from redis_asgi.ratelimit.script import SCRIPT, SCRIPT_SHA, Call
-from redis_asgi.ratelimit.strategies import Mode
+from redis_asgi.ratelimit.limits.reply import Reply, charged_receipts, numbers_of
+from redis_asgi.ratelimit.limits.strategies import Mode
+from redis_asgi.ratelimit.transport.check import Check, HoldingCheck
+from redis_asgi.ratelimit.transport.script import SCRIPT, SCRIPT_SHA, Call
 
 from ..conftest import StartServer
 from ..kit.servers import ExternalServer

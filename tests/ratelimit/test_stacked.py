@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from redis_asgi import ConfigurationError, RateLimit, RateLimitMiddleware, RedisManager, Settings, rate_limit
-from redis_asgi.ratelimit.policies import fit_name
+from redis_asgi.ratelimit.rules.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
 from .harness import client_of, drive, memory, statuses, websocket_scope
@@ -58,8 +58,8 @@ async def test_app_router_and_route_count_each_for_itself(settings: Settings) ->
 def test_names_are_the_same_in_every_worker() -> None:
     """They are made of the endpoint and the limit alone: another process finds the very same counter."""
     code = (
-        "from redis_asgi.ratelimit.endpoints import endpoint_name as name\n"
-        "from redis_asgi.ratelimit.policies import make_policies\n"
+        "from redis_asgi.ratelimit.rules.endpoints import endpoint_name as name\n"
+        "from redis_asgi.ratelimit.rules.policies import make_policies\n"
         "from redis_asgi import EmbeddingCacheMiddleware as a, RateLimit as b\n"
         "limits, ending = '5/minute; 1000000/366 days', '-{quota}-{window}s'\n"
         "made = [make_policies(name(one), limits, 'gcra', ending=ending) for one in (a, b)]\n"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from limits import RateLimitItemPerSecond
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
-from redis_asgi.ratelimit.local import LocalEngine
-from redis_asgi.ratelimit.policy import MICROSECONDS, STRATEGIES, Policy
-from redis_asgi.ratelimit.reply import charged_receipts
-from redis_asgi.ratelimit.strategies import Mode
+from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy
+from redis_asgi.ratelimit.limits.reply import charged_receipts
+from redis_asgi.ratelimit.limits.strategies import Mode
 
 from .histories import EPOCH, Twin, charge, costs, deltas, deltas_and_back, numbers, policy
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import RateLimitMiddleware, Rule, Settings
-from redis_asgi.ratelimit.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from .harness import client_of, drive, header, http_scope, websocket_scope
 from .histories import strategy_of

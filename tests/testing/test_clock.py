@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, rate_limit
-from redis_asgi.ratelimit.clock import CLOCK
+from redis_asgi.ratelimit.limits.clock import CLOCK
 from redis_asgi.settings import StrategyName
 from redis_asgi.testing import RateLimitClock, held_clock, start_anew
 

@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 
 from .cohere import Cohere
-from .format import (
-    Answer,
-    Batch,
-    Fresh,
-    Input,
-    TokenArray,
-    Uncacheable,
-    Usage,
-    WireFormat,
-)
+from .format import Answer, Batch, FreshFields, Input, TokenArray, Uncacheable, Usage, WireFormat
 from .ollama import Ollama, OllamaPrompt
 from .openai import OpenAI
 from .simple import Simple
@@ -56,7 +47,7 @@ __all__ = [
     "WIRE_FORMATS",
     "Answer",
     "Batch",
-    "Fresh",
+    "FreshFields",
     "Input",
     "Simple",
     "TokenArray",

@@ -5,11 +5,11 @@ from typing import Any
 
 import orjson
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -102,7 +102,7 @@ class Cohere:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = without_warnings(frame, usage)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from ..vectors import Encoding, trimmed
+from ..records.vectors import Encoding, trimmed
 from .content import is_inline
 
 _LATE_CHUNKING = ("late_chunking",)
@@ -134,7 +134,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class FreshFields:
     """What a full hit makes new where the app sends it: ``created`` (Unix seconds) and ``id``."""
 
     created: int
@@ -163,7 +163,7 @@ class WireFormat(Protocol):
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """The body around *vectors* (JSON texts, one per input of *batch*), as pieces to be joined."""
 

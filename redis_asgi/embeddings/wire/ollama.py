@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -83,7 +83,7 @@ class Ollama:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = _of_any_request(frame, usage)
@@ -120,7 +120,7 @@ class OllamaPrompt:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         [text] = vectors[Encoding.FLOAT]

@@ -6,11 +6,11 @@ from typing import Any
 
 import orjson
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -92,7 +92,7 @@ class OpenAI:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = without_warnings(frame["fields"], usage)

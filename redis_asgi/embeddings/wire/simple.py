@@ -6,11 +6,11 @@ from typing import Any
 import orjson
 
 from ...errors import ConfigurationError
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -101,7 +101,7 @@ class Simple:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         fields = dict(frame["fields"])

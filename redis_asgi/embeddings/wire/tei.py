@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..vectors import Encoding
+from ..records.vectors import Encoding
 from .format import (
     Answer,
     Batch,
-    Fresh,
+    FreshFields,
     Input,
     Uncacheable,
     Usage,
@@ -50,7 +50,7 @@ class TEI:
         frame: Mapping[str, Any],
         vectors: Mapping[Encoding, Sequence[bytes]],
         usage: Usage,
-        fresh: Fresh | None,
+        fresh: FreshFields | None,
     ) -> list[bytes]:
         """See `WireFormat.render`."""
         return array(vectors[Encoding.FLOAT])

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from redis_asgi.embeddings import lookup
-from redis_asgi.embeddings.headers import HeaderClass, Headers
-from redis_asgi.embeddings.identity import Identity
-from redis_asgi.embeddings.keyspace import Identities
+from redis_asgi.embeddings.records.keys import RecordKeys
+from redis_asgi.embeddings.requests.headers import HeaderClass, Headers
+from redis_asgi.embeddings.requests.keyspace import Identities
+from redis_asgi.embeddings.storage import lookup
 from redis_asgi.embeddings.wire import Answer, Batch, Input
 from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
@@ -147,14 +147,14 @@ class Sabotage:
     config: Config = field(default_factory=Config)
 
 
-def _identify(change: Callable[[Callable[..., Identity], dict[str, Any]], Identity]) -> Callable[..., None]:
+def _identify(change: Callable[[Callable[..., RecordKeys], dict[str, Any]], RecordKeys]) -> Callable[..., None]:
     """Put *change* around the naming of a request's records, whose arguments it gets by name."""
 
     def do(monkeypatch: pytest.MonkeyPatch) -> None:
         right = Identities.identify
         names = [name for name in inspect.signature(right).parameters if name != "self"]
 
-        def wrong(self: Identities, *given: Any) -> Identity:
+        def wrong(self: Identities, *given: Any) -> RecordKeys:
             return change(lambda **now: right(self, **now), dict(zip(names, given, strict=True)))
 
         monkeypatch.setattr(Identities, "identify", wrong)
@@ -171,13 +171,13 @@ def _without_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Headers, "_classify", wrong)
 
 
-def _without_field(identify: Callable[..., Identity], given: dict[str, Any]) -> Identity:
+def _without_field(identify: Callable[..., RecordKeys], given: dict[str, Any]) -> RecordKeys:
     scope = orjson.loads(given["batch"].scope)
     scope.pop("adapter", None)
     return identify(**given | {"batch": replace(given["batch"], scope=orjson.dumps(scope))})
 
 
-def _lease_without_partition(identify: Callable[..., Identity], given: dict[str, Any]) -> Identity:
+def _lease_without_partition(identify: Callable[..., RecordKeys], given: dict[str, Any]) -> RecordKeys:
     return replace(identify(**given), lease_name=identify(**given | {"partition": ""}).lease_name)
 
 

@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 from starlette.types import Send as SendMessage
 
-from redis_asgi.connection import RedisManager
+from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings

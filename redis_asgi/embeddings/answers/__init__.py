@@ -1,0 +1,1 @@
+"""What is said: the outcome of a request, and the body of an answer."""

@@ -1,0 +1,1 @@
+"""Who computes: the wrapped app, called once for concurrent requests, and its answer read."""

@@ -1,0 +1,253 @@
+"""Header fields and problem documents: pure functions, one per dialect.
+
+``RateLimit`` and ``RateLimit-Policy`` follow draft-ietf-httpapi-ratelimit-headers-11 (May 2026): structured-field lists
+(RFC 9651) of named policies. Problem types are the draft's; their format is RFC 9457.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import orjson
+from starlette.types import Message
+
+from ...settings import HeaderStyle
+from ..counting.verdict import Verdict
+from ..limits.clock import CLOCK
+from ..limits.decision import Decision, PolicyState, merged, policy_state, refusal_of
+from ..limits.policy import MICROSECONDS, Charges, Policy, PolicySet
+from ..limits.reply import place_of
+
+Fields: TypeAlias = list[tuple[bytes, bytes]]
+
+PROBLEM_JSON = b"application/problem+json"
+_TYPES = "https://iana.org/assignments/http-problem-types#"
+
+
+def whole_seconds(seconds: float) -> int:
+    """Seconds as a header may say them: rounded up, so never earlier than the truth, and at least 1."""
+    return max(1, math.ceil(seconds))
+
+
+class Members:
+    """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of, a member each (draft-11, sections 3 and 4).
+
+    Args:
+        policies: Each with its place among the numbers: remaining, and reset and retry in us, where 0 is "now", and
+            less is "never". Shadows are left out. Names need no escapes in a structured-field string.
+    """
+
+    __slots__ = ("_policies", "_shown", "_template")
+
+    def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
+        shown = [(place, policy) for place, policy in policies if not policy.shadow]
+        members = ", ".join(f'"{policy.name}";q={policy.quota};{_unit(policy)}' for _, policy in shown)
+        self._policies = (b"ratelimit-policy", members.encode())
+        # When one of those in flight ends nobody knows.
+        told = (f'"{policy.name}";r=%d;t=%d' if policy.window else f'"{policy.name}";r=%d' for _, policy in shown)
+        self._template = ", ".join(told).encode()
+        self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
+
+    def fields(self, numbers: Sequence[int]) -> Fields:
+        """The fields that say *numbers*; none when all policies are shadows.
+
+        The draft's ``t`` is the seconds within which no more than the remaining units can be used: to a fixed window's
+        end; for the others until more is admitted when nothing is left, else the window.
+        """
+        values: tuple[int, ...] = ()
+        for place, is_fixed, window in self._shown:
+            remaining, reset, retry = numbers[place]
+            if not window:
+                values += (remaining,)
+                continue
+            left = reset if is_fixed else 0 if remaining else retry
+            values += (remaining, (left + 999_999) // 1_000_000 if left > 0 else window)
+        return [self._policies, (b"ratelimit", self._template % values)] if values else []
+
+
+def _unit(policy: Policy | PolicyState) -> str:
+    """What the quota of *policy* is of: the draft's default unit in a window, or its unit for what is in flight."""
+    return f"w={policy.window}" if policy.window else 'qu="concurrent-requests"'
+
+
+def ietf_fields(states: Sequence[PolicyState]) -> Fields:
+    """``RateLimit-Policy`` and ``RateLimit`` of what a decision says."""
+    numbers: list[int] = []
+    for state in states:
+        numbers += (
+            state.remaining,
+            round(state.reset * MICROSECONDS),
+            round((state.retry_after or 0.0) * MICROSECONDS),
+        )
+    return Members((slice(3 * i, 3 * i + 3), state) for i, state in enumerate(states)).fields(numbers)
+
+
+@lru_cache(maxsize=4096)
+def _members(sets: tuple[PolicySet, ...]) -> Members:
+    policies = (policy for policies in sets for policy in policies)
+    return Members((place_of(i), policy) for i, policy in enumerate(policies))
+
+
+def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
+    """What makes the fields of a reply to *charges*."""
+    return _members(charges.sets).fields
+
+
+def renderer_of(style: HeaderStyle) -> Callable[[Charges], Callable[[Sequence[int]], Fields]] | None:
+    """`renderer`, for a *style* whose fields depend on the reply alone; others are made when they are sent."""
+    return renderer if style == "ietf" else None
+
+
+def fields_of(first: Verdict, style: HeaderStyle) -> Fields:
+    """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
+    if first.rendered is not None and not first.more and style == "ietf":
+        alone: Fields = first.rendered
+        return alone
+    told: list[Fields] = []
+    for verdict in first.all:
+        if style != "ietf" or verdict.reply is None:
+            return limit_fields(merged([verdict.decision for verdict in first.all]), style)
+        if verdict.rendered is None:
+            verdict.rendered = renderer(verdict.charges)(verdict.reply)
+        if verdict.rendered:
+            told.append(verdict.rendered)
+    if len(told) < 2:
+        return told[0] if told else []
+    # The members of each, in lists of the same names.
+    return [(same[0][0], b", ".join([members for _, members in same])) for same in zip(*told, strict=True)]
+
+
+def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:
+    """``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` of the one policy that matters most.
+
+    The violated one with the longest wait, else the one with the least of its quota left. The reset is epoch seconds.
+    """
+    if not states:
+        return []
+    refusing = [state for state in states if state.name in violated]
+    if refusing:
+        state = max(refusing, key=lambda s: math.inf if s.retry_after is None else s.retry_after)
+        until = state.retry_after or state.reset
+    else:
+        state = min(states, key=lambda s: s.remaining / max(1, s.quota))
+        until = state.reset
+    return [
+        (b"x-ratelimit-limit", str(state.quota).encode()),
+        (b"x-ratelimit-remaining", str(state.remaining).encode()),
+        (b"x-ratelimit-reset", str(math.ceil(now + until)).encode()),
+    ]
+
+
+def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
+    """The fields of a decision in the configured style; none for shadow policies or when nobody decided."""
+    if style == "none" or decision.source == "none":
+        return []
+    states = [state for state in decision.policies if not state.shadow]
+    fields = ietf_fields(states) if style != "legacy" else []
+    if style != "ietf":
+        fields += legacy_fields(states, decision.violated, now=CLOCK.unix())
+    return fields
+
+
+def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
+    """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
+    theirs = message.get("headers") or ()
+    for name, _ in theirs:
+        if name in _OURS:
+            names = dict(theirs)
+            fields = [field for field in fields if field[0] not in names]
+            break
+    return {**message, "headers": [*theirs, *fields]}
+
+
+_OURS = frozenset(
+    (
+        b"ratelimit-policy",
+        b"ratelimit",
+        b"x-ratelimit-limit",
+        b"x-ratelimit-remaining",
+        b"x-ratelimit-reset",
+        b"cache-control",
+        b"retry-after",
+    )
+)
+
+
+def refusal_fields(decision: Decision) -> Fields:
+    """``Retry-After``, if waiting helps, and ``Cache-Control``: RFC 6585 forbids caches to store a 429."""
+    fields = [(b"cache-control", b"no-store")]
+    if decision.retry_after is not None:
+        fields.append((b"retry-after", str(whole_seconds(decision.retry_after)).encode()))
+    return fields
+
+
+def refusal_detail(decision: Decision) -> str:
+    """One sentence or two for a person: limit, window and wait; never who asked."""
+    refusing = [state for state in decision.policies if state.name in decision.violated]
+    never = [state for state in refusing if state.retry_after is None]
+    if never:
+        state = min(never, key=lambda s: s.quota)
+        if state.quota == 0:
+            return "The quota is 0: no request is admitted."
+        return f"The cost of this request is more than the quota of {state.quota} and can never fit."
+    if not refusing:
+        return "Rate limit exceeded."
+    state = max(refusing, key=lambda s: s.retry_after or 0.0)
+    wait = whole_seconds(decision.retry_after or 0.0)
+    quota = f"{state.quota} per {state.window} s" if state.window else f"{state.quota} requests in flight"
+    return f"Rate limit exceeded: {quota}. Retry in {wait} s."
+
+
+def quota_exceeded(decision: Decision) -> bytes:
+    """The body of a 429: the draft's ``quota-exceeded`` problem."""
+    return _quota_exceeded(refusal_detail(decision), decision.violated)
+
+
+def content_fields(body: bytes) -> Fields:
+    """What says how to read a problem document."""
+    return [(b"content-type", PROBLEM_JSON), (b"content-length", b"%d" % len(body))]
+
+
+def rendered_refusal(
+    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle
+) -> tuple[Fields, bytes]:
+    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us."""
+    state = policy_state(policy, remaining, reset, retry)
+    decision = refusal_of((state,), (state,), "redis")
+    body = quota_exceeded(decision)
+    return limit_fields(decision, style) + refusal_fields(decision) + content_fields(body), body
+
+
+@lru_cache(maxsize=1024)
+def _quota_exceeded(detail: str, violated: tuple[str, ...]) -> bytes:
+    return orjson.dumps(
+        {
+            "type": _TYPES + "quota-exceeded",
+            "title": "Too Many Requests",
+            "status": 429,
+            "detail": detail,
+            "violated-policies": violated,
+        }
+    )
+
+
+def reduced_capacity() -> bytes:
+    """The body of a 503 while a rule that fails closed cannot be decided: ``temporary-reduced-capacity``."""
+    return orjson.dumps(
+        {
+            "type": _TYPES + "temporary-reduced-capacity",
+            "title": "Service Unavailable",
+            "status": 503,
+            "detail": "The rate limit cannot be checked right now. Retry in 1 s.",
+        }
+    )
+
+
+def identity_missing(what: str) -> bytes:
+    """The body of a 400: a rule counts by *what*, the request has none, and the setting says to refuse."""
+    kind, _, name = what.partition(":")
+    needed = f"the header {name!r}" if kind == "header" else "an authenticated user"
+    return orjson.dumps(
+        {"type": "about:blank", "title": "Bad Request", "status": 400, "detail": f"This request needs {needed}."}
+    )

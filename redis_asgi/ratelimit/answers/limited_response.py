@@ -1,0 +1,131 @@
+"""The app's response on its way out: fields are added at its start, charges are settled at its end."""
+
+from collections.abc import Sequence
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
+
+from ...settings import HeaderStyle
+from ..counting.verdict import Verdict
+from . import headers
+from .request_decision import STYLE, RequestDecision, Standby
+
+# What ends a request, beside the last part of its body, before the app returns.
+_ENDS = frozenset(("http.response.pathsend", "websocket.close"))
+_STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+
+
+def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
+    """The style of the header fields of a request: the outermost middleware's, else the settings'."""
+    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
+    return style
+
+
+def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
+    """The header fields of all that was decided about a request, as frameworks take them."""
+    fields = headers.fields_of(decision.first, style_of(scope, decision))
+    return {name.decode(): value.decode() for name, value in fields}
+
+
+class LimitedResponse:
+    """The app's response on its way out: fields added once, at its start, and charges settled at its end.
+
+    Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
+    """
+
+    __slots__ = ("_gone", "_send", "_style", "_verdict", "decision", "status")
+
+    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
+        self.decision = decision
+        self._verdict = decision.first
+        self._style: HeaderStyle = style
+        self._send = send
+        self._gone = False
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        back: Sequence[tuple[Verdict, list[int]]] = ()
+        if kind != "http.response.body":
+            message, back = self._start(kind, message)
+        try:
+            await self._send(message)
+        except OSError:
+            self._gone = True
+            raise
+        if kind == "http.response.body":
+            if not message.get("more_body"):
+                self._verdict.settle(self.status)
+            return
+        for verdict, deltas in back:
+            self.decision.ledger.apply(verdict, deltas)
+        if kind in _ENDS:
+            self._verdict.release()
+
+    def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
+        """*message* with the fields, if it is a start, and what its status gives back."""
+        if kind not in _STARTS:
+            if kind != "websocket.close" or self.status is not None:
+                return message, ()
+            self.status = 403  # what the server answers a handshake that is closed before accept
+            return message, self.decision.turned_down()
+        self.status = status = message.get("status", 101)
+        back = self.decision.turned_down() if 300 <= status < 500 else ()
+        verdict = self._verdict
+        verdict.count()
+        # The draft has no fields on redirects: their target is counted by itself.
+        if not 300 <= status < 400:
+            fields = verdict.rendered
+            if fields is None or verdict.more or self._style != "ietf":
+                fields = headers.fields_of(verdict, self._style)
+            message = headers.with_fields(message, fields)
+        return message, back
+
+    def failed(self, error: BaseException) -> None:
+        """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
+        gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
+        self._verdict.settle(self.status if gone else 500)
+
+
+def until_closed(receive: Receive, verdict: Verdict) -> Receive:
+    """*receive* of a WebSocket, which is in flight until its client closes it, whatever the app does after that."""
+
+    async def receiving() -> Message:
+        message = await receive()
+        if message["type"] == "websocket.disconnect":
+            verdict.release()
+        return message
+
+    return receiving
+
+
+class UncoveredResponse:
+    """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
+
+    __slots__ = ("_of_route", "_send", "_standby", "_style")
+
+    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
+        self._standby = standby
+        self._style: HeaderStyle = style
+        self._send = send
+        self._of_route: LimitedResponse | None = None
+
+    async def send(self, message: Message) -> None:
+        response = self._response()
+        await (self._send(message) if response is None else response.send(message))
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Count, and settle what was decided, when the app has returned or raised."""
+        response = self._response()
+        if response is None:
+            self._standby.engine.counts.request("exempt", "none")
+        elif error is not None:
+            response.failed(error)
+        else:
+            response.decision.first.settle(response.status)
+
+    def _response(self) -> LimitedResponse | None:
+        decision = self._standby.decision
+        if self._of_route is None and decision is not None:
+            self._of_route = LimitedResponse(decision, self._style, self._send)
+        return self._of_route

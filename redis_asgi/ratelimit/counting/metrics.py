@@ -1,0 +1,87 @@
+"""What the limiter counts, with every metric's children bound once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import Failure
+from ...settings import OnRedisError
+from ...telemetry import telemetry
+from ...tracing import annotate_span, may_be_traced
+from ..limits.policy import Charge, Charges, counters_of
+from ..limits.reply import Reply, numbers_of
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+_OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
+_SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
+
+
+class Counts:
+    """The counters of one engine; all engines of a process add to the same ones.
+
+    A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with
+    the traffic.
+    """
+
+    def __init__(self) -> None:
+        counted = telemetry()
+        self._note = counted.notes.count
+        self._observe = counted.notes.observe
+        self._requests = {
+            (outcome, source): counted.ratelimit_requests.labels(outcome, source)
+            for outcome in _OUTCOMES
+            for source in _SOURCES
+        }
+        self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
+        self._policy = counted.ratelimit_policy
+        self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._fallback = counted.ratelimit_fallback
+        self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
+
+    def policies(self, said: "Sequence[Counter]") -> None:
+        """Count what the policies of a verdict said that is not its request's first."""
+        if said:
+            self._note(tuple(said))
+
+    def request(self, outcome: str, source: str, policies: "Sequence[Counter]" = ()) -> None:
+        """Count one request, once, and with it what *policies* said of it."""
+        counter = self._requests[outcome, source]
+        self._note((counter, *policies) if policies else counter)
+        if may_be_traced():
+            annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
+
+    def waited(self, source: str, seconds: float) -> None:
+        """Note how long a check waited for Redis, which gave no answer."""
+        self._observe(self._waits[source], seconds)
+
+    def fell_back(self, mode: OnRedisError, reason: Failure) -> None:
+        """Count a check that Redis did not decide."""
+        bound = self._fallbacks.get((mode, reason))
+        if bound is None:
+            bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
+        self._note(bound)
+
+    def admission(self, charges: Charges) -> "tuple[Counter, ...]":
+        """What is counted of an admission by all policies of *charges*."""
+        if charges.admission is None:
+            charges.admission = tuple(self._bound(name)[0] for name in charges.names)
+        admission: tuple[Counter, ...] = charges.admission
+        return admission
+
+    def decided(self, charges: Charges, reply: Reply) -> None:
+        """Count what each policy of *charges* said by itself."""
+        for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
+            self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
+
+    def refusal(self, charge: Charge, policy: str) -> "Counter":
+        """What is counted of a refusal by *policy* that was known without asking."""
+        return self._bound(charge.label or policy)[1]
+
+    def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
+        bound = self._policies.get(name)
+        if bound is None:
+            labels = self._policy.labels
+            bound = labels(name, "allowed"), labels(name, "refused"), labels(name, "shadow_refused")
+            self._policies[name] = bound
+        return bound

@@ -1,0 +1,269 @@
+"""The nouns of a limit: what is allowed (`Policy`), who shares it (`Partition`), and one use of it (`Charge`)."""
+
+import base64
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as attribute
+from typing import Any, Literal, Protocol, TypeAlias
+
+from ...keys import digest, partition_key
+from ...settings import OnRedisError, StrategyName
+from .reply import size_of
+
+# Part of every field's name, so that a new layout never reads an old one's numbers.
+LAYOUT = 1
+_LETTERS: dict[str, str] = {"fixed-window": "f", "sliding-window-counter": "s", "moving-window": "m", "gcra": "g"}
+STRATEGIES: tuple[str, ...] = tuple(_LETTERS)
+_LETTERS["concurrency"] = "c"
+Strategy: TypeAlias = StrategyName | Literal["concurrency"]
+MICROSECONDS = 1_000_000
+# How long Redis takes a request for one in flight unless it is told so again, in seconds.
+LEASE = 30
+# The cost of a charge that takes whatever is left.
+WHAT_REMAINS = -1
+
+
+def bulk(value: bytes) -> bytes:
+    """*value* as a RESP bulk string, the form of every argument of a command."""
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named quota per window, counted by one strategy.
+
+    Attributes:
+        name: What ``RateLimit-Policy`` calls it; the counter belongs to this name.
+        quota: Units allowed per window, or requests in flight, up to 10^9; 0 refuses every request.
+        window: Seconds, whole; 0 for ``concurrency``.
+        shadow: Counted and reported, but never refuses.
+        field: Its field in the partition's hash.
+    """
+
+    name: str
+    quota: int
+    window: int
+    strategy: Strategy = "fixed-window"
+    shadow: bool = False
+    field: bytes = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name = f"{self.name}:{_LETTERS[self.strategy]}{self.window}:{LAYOUT}"
+        object.__setattr__(self, "field", name.encode())
+
+
+class PolicySet:
+    """The policies of one rule, which are charged together. Do not change it.
+
+    Attributes:
+        spec: What the script is told about them.
+        wire: The same as it goes over the wire.
+        logs: The fields of those that keep a list or a set beside the hash.
+        enforces: Whether one of them may refuse.
+        holds: Whether one of them counts requests in flight.
+    """
+
+    __slots__ = ("enforces", "holds", "logs", "policies", "spec", "wire")
+
+    def __init__(self, policies: tuple[Policy, ...]) -> None:
+        self.policies = policies
+        self.spec = b"\n".join(
+            b"%s %d %d %d %s"
+            % (_LETTERS[p.strategy].encode(), p.quota, (p.window or LEASE) * MICROSECONDS, p.shadow, p.field)
+            for p in policies
+        )
+        self.wire = bulk(self.spec)
+        self.logs = tuple(p.field for p in policies if p.strategy in ("moving-window", "concurrency"))
+        self.holds = any(policy.strategy == "concurrency" for policy in policies)
+        self.enforces = not all(policy.shadow for policy in policies)
+
+    def __iter__(self) -> Iterator[Policy]:
+        return iter(self.policies)
+
+    def __len__(self) -> int:
+        return len(self.policies)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Who shares a counter: a kind (``ip``, ``header:NAME``, ``user``, ``custom``) and a value.
+
+    Attributes:
+        key: The Redis key of the hash that holds all its counters.
+        wire: The key as it goes over the wire.
+        label: What may be shown of it: an address, or the kind and 8 hex digits, never a credential.
+    """
+
+    kind: str
+    value: str = attribute(repr=False)
+    key: bytes
+    label: str
+    wire: bytes = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "wire", bulk(self.key))
+
+
+def make_partition(
+    kind: str, value: str, *, prefix: str = "", secret: str | None = None, plain: bool = False
+) -> Partition:
+    """Name the partition of *value*; a *plain* one (an address) stands in its key as it is unless there is a secret.
+
+    The kind is hashed with the value, so that an API key that looks like an address is not one.
+    """
+    hashed = digest(kind, value, secret=secret)
+    tag = value if plain and secret is None else hashed
+    label = value if plain else f"{kind}:{base64.urlsafe_b64decode(hashed + '==').hex()[:8]}"
+    return Partition(kind, value, partition_key(prefix, tag), label)
+
+
+class Unread:
+    """A body whose cost nobody could read, while its request is under way.
+
+    Attributes:
+        is_abandoned: Whether the client has gone before the answer began.
+    """
+
+    __slots__ = ("is_abandoned",)
+
+    def __init__(self) -> None:
+        self.is_abandoned = False
+
+
+class Pricer(Protocol):
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told."""
+
+    cost: Any
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Take note of what a request costs under *policies*."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Charge:
+    """The policies of one rule, applied to one partition, at one cost in units of their quota.
+
+    Attributes:
+        cost: With *unread* what it costs at least, and in the end where the app turns it down.
+        on_redis_error: What its rule wants when Redis does not answer.
+        count_if: Given the response's status, whether the charge stays.
+        label: What its policies are counted as, where their names are not known before the request.
+        unread: The body that could not be priced: it takes what remains of the smallest quota.
+        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
+    """
+
+    policies: PolicySet
+    partition: Partition
+    cost: int = 1
+    on_redis_error: OnRedisError = "local"
+    count_if: Callable[[int], bool] | None = None
+    label: str | None = None
+    unread: Unread | None = None
+    price: Pricer | None = None
+
+    def taken(self, fits: int) -> int:
+        """The units that a policy was charged which replied that it *fits*."""
+        return fits if self.unread is not None else self.cost if fits else 0
+
+
+def at_cost(charge: Charge, cost: int | Unread) -> Charge:
+    """*charge* when its cost is known, or known to be unreadable."""
+    if isinstance(cost, Unread):
+        return replace(charge, cost=1, unread=cost, price=None)
+    return replace(charge, cost=cost, price=None)
+
+
+class Charges(Sequence[Charge]):
+    """The charges of one request, which are decided together, with what every decision needs of them kept ready.
+
+    A client whose requests are always charged alike keeps one of these, so that a request builds none.
+
+    Attributes:
+        counters: How many counters they touch.
+        keys: Their keys as they go over the wire.
+        key_count: How many those are.
+        terms: Their number, policies and costs as they go over the wire.
+        consume: The whole question about them, likewise, in the one mode that is asked often.
+        sets: The policies of each.
+        names: What each counter's decisions are counted as.
+        words: How many arguments the question is.
+        reply_size: How many numbers the answer is.
+        enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
+        wait_and_see: Whether the response's status decides if they stay.
+        unread: Whether one of them holds what remains, for a body that could not be read.
+        is_spread: Whether they are of several partitions.
+        is_priced: Whether the cost of one of them is still to be asked for.
+        holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
+        admission: The counters of their admission, kept by `metrics`.
+        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
+        known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
+    """
+
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
+        self._each = each = tuple(charges)
+        keys: list[bytes] = []
+        terms: list[bytes] = []
+        names: list[str] = []
+        unread = False
+        for charge in each:
+            policies, partition = charge.policies, charge.partition
+            keys.append(partition.wire)
+            keys += (bulk(log_key(partition.key, field)) for field in policies.logs)
+            cost = charge.cost
+            if charge.unread is not None:
+                unread, cost = True, WHAT_REMAINS
+            terms += (policies.wire, bulk(b"%d" % cost))
+            names += (charge.label or policy.name for policy in policies.policies)
+        self.sets = tuple(charge.policies for charge in each)
+        self.counters = len(names)
+        self.words = 2 + 2 * len(each)
+        self.reply_size = size_of(len(names))
+        self.keys = b"".join(keys)
+        self.key_count = len(keys)
+        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
+        self.consume = bulk(b"consume") + self.terms
+        self.names = tuple(names)
+        self.enforce = not any(policy.shadow for _, policy in counters_of(each))
+        self.wait_and_see = any(charge.count_if is not None for charge in each)
+        self.unread = unread
+        self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self._in_flight: Charges | None = None
+        self.is_spread = len({charge.partition.key for charge in each}) > 1
+        self.is_priced = any(charge.price is not None for charge in each)
+        self.holds = any(charge.policies.holds for charge in each)
+        self.admission: Any = None
+        self.render: Callable[[Sequence[int]], Any] | None = None
+        self.known: Any = None
+
+    @property
+    def limits(self) -> frozenset[tuple[bytes, bytes]]:
+        """Which limits they are about: partition and policies of each."""
+        if self._limits is None:
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
+        return self._limits
+
+    @property
+    def in_flight(self) -> "Charges":
+        """Those of them that count requests in flight."""
+        if self._in_flight is None:
+            self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
+        return self._in_flight
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._each[at]
+
+    def __iter__(self) -> Iterator[Charge]:
+        return iter(self._each)
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+
+def log_key(partition: bytes, field: bytes) -> bytes:
+    """The key beside a partition's hash of one moving window's stamps, or of one concurrency limit's leases."""
+    return partition + b":" + field
+
+
+def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
+    """The counters that *charges* touch, in the order in which a reply tells of them."""
+    return [(charge, policy) for charge in charges for policy in charge.policies.policies]

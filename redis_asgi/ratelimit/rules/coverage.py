@@ -1,0 +1,41 @@
+"""What a middleware may answer in place of the app, said to whoever documents the app."""
+
+from dataclasses import dataclass
+
+from ...asgi.paths import PathPattern, PathTemplate
+from ...settings import HeaderStyle, Settings
+from .compiled import CompiledRule
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The rules of one middleware and what they leave alone.
+
+    Attributes:
+        exempt: Paths that no rule covers.
+        style: Of the header fields.
+    """
+
+    rules: tuple[CompiledRule, ...]
+    exempt: tuple[PathPattern, ...]
+    settings: Settings
+    style: HeaderStyle
+
+    def statuses(self, method: str, own: PathTemplate, all_: tuple[PathTemplate, ...]) -> frozenset[int]:
+        """What it may answer to requests of *method* for a route.
+
+        Args:
+            own: The route's path as the middleware's app sees it.
+            all_: The same, and what else it may be.
+        """
+        if any(own.always_matches(pattern) for pattern in self.exempt):
+            return frozenset()
+        return frozenset().union(*(rule.statuses for rule in self.rules if rule.may_cover(method, all_)))
+
+
+class Covering:
+    """The base of a middleware that limits what it wraps, for who must not import the middleware itself."""
+
+    def coverage(self) -> Coverage:
+        """What it may answer in place of the app."""
+        raise NotImplementedError

@@ -1,0 +1,73 @@
+"""Which requests are never counted: paths, what a callable says, and the pages of the package's own sub-apps."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from inspect import isawaitable
+from typing import TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ...asgi.paths import PathPattern, path_patterns
+from ...errors import ConfigurationError
+from ...misuse import check_callable, shown
+from ...settings import Settings
+from .routing import Routing
+
+Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
+
+
+class Exemptions:
+    """What one middleware leaves alone.
+
+    Of the package's own sub-apps that is exactly the pages that they answer, and of the user's patterns what they cover
+    however the path is spelled: a request is served uncounted only if that is what every router would say.
+
+    Args:
+        routing: The routers of the wrapped app.
+        exempt: Path patterns, or a callable that is given the connection.
+    """
+
+    def __init__(self, routing: Routing, exempt: Exempt | None, settings: Settings) -> None:
+        self._routing = routing
+        self._paths = path_patterns(settings.RATE_LIMIT_EXEMPT_PATHS)
+        self._says_so = exempt if callable(exempt) else None
+        if callable(exempt) or not isinstance(exempt, Iterable | None):
+            check_callable("exempt", exempt, "conn", "exempt='/internal/*', or lambda conn: 'x-probe' in conn.headers")
+        else:
+            for path in [exempt] if isinstance(exempt, str) else exempt or ():
+                if not isinstance(path, str):
+                    hint = "Try exempt=['/internal/*'], or one callable."
+                    raise ConfigurationError(f"exempt holds {shown(path)}, which is no path pattern. {hint}")
+                self._paths += path_patterns(path)
+        self._has_looked = False
+        self.any = True
+
+    @property
+    def paths(self) -> tuple[PathPattern, ...]:
+        """The patterns of the user's."""
+        return self._paths
+
+    async def cover(self, scope: Scope) -> bool:
+        """Whether a request is left alone."""
+        if not self._has_looked:
+            self._has_looked = True
+            self.any = bool(self._paths or self._says_so or self._routing.has_pages)
+        if self.cover_path(scope):
+            return True
+        if self._says_so is None:
+            return False
+        said = self._says_so(HTTPConnection(scope))
+        return bool(await said if isawaitable(said) else said)
+
+    def cover_path(self, scope: Scope) -> bool:
+        """Whether a request is left alone for its path, whatever a callable would say."""
+        return self._routing.is_page(scope) or bool(self._paths and self._is_exempt_path(scope))
+
+    def _is_exempt_path(self, scope: Scope) -> bool:
+        path = self._routing.path(scope)
+        if not any(pattern.matches(path) for pattern in self._paths):
+            return False
+        spelled = self._routing.spell(path, scope)
+        return bool(spelled) and all(
+            any(pattern.matches(each) or pattern.covers((each,)) for pattern in self._paths) for each in spelled
+        )

@@ -1,0 +1,169 @@
+"""What is asked of a request: the rules that cover it (`Plans`), and what each of them charges its client (`Plan`)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from inspect import isawaitable
+from typing import Any, TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ...asgi.scope import Addressing, is_preflight
+from ...settings import Settings
+from ..limits.policy import Charge, Charges, Unread, at_cost
+from .compiled import CompiledRule
+from .recent import Recent
+from .routing import Routing
+
+# A plan, then of each of its rules whom it counts (and by which policies, where those may change).
+Asked: TypeAlias = tuple[Any, ...]
+ChargesKept: TypeAlias = Recent[Asked, Charges]
+# What makes, of some charges, what makes ready with each reply whatever an answer will say of it.
+Renderer: TypeAlias = Callable[[Charges], Callable[[Sequence[int]], Any]]
+# One generation of each, in bytes, about: charges of 8,000 clients at least, where they are short and the rule is one.
+_CHARGES_KEPT = 16_000_000
+_SHAPES_KEPT = 1_000_000
+_RULES_KEPT = 10_000
+
+
+def _weight(asked: Asked) -> int:
+    """What the charges of *asked* take, with four bytes for each character that a client sent."""
+    return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
+
+
+def _names(part: Any) -> Sequence[Any]:
+    if isinstance(part, Charges):  # what is priced holds whom they name
+        return [charge.partition.value for charge in part]
+    return part if isinstance(part, tuple) else (part,)
+
+
+def charges_kept(_settings: Settings) -> ChargesKept:
+    """What one manager keeps of charges, for all whose plans it serves: see `RedisManager.per_process`.
+
+    So that it is one bound for a process however many limits it has, each of which may be asked by every client.
+    """
+    return Recent(_CHARGES_KEPT, _weight)
+
+
+class Plan:
+    """The rules that requests of one shape are put to.
+
+    Attributes:
+        counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
+    """
+
+    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
+        self.rules = rules
+        self.counts_users = any(rule.partition.kind == "user" for rule in rules)
+        self._cache = cache
+        self._kept = cache.charges
+        self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
+        self._asks_user = any(rule.asks_user for rule in rules)
+        self._reads: Any = [rule.partition.read for rule in rules]
+
+    def known(self, scope: Scope) -> Charges | None:
+        """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
+        return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
+
+    async def charges(self, scope: Scope) -> Charges:
+        """What a request is to be charged; empty where no rule applies to it.
+
+        Raises:
+            MissingIdentity: No identity, and the setting says to refuse.
+        """
+        # What it is charged depends on this alone, so that a client who comes again finds it ready.
+        asked: list[Any] = [self]
+        conn: Any = HTTPConnection(scope) if self._asks_user else None
+        for limits, read, partition, rule in self._steps:
+            said = None
+            if limits is not None:
+                said = limits(conn)
+                if type(said) is not str and isawaitable(said):
+                    said = await said
+                if said is None:  # not limited
+                    asked.append(None)
+                    continue
+            name: Any = read(scope) if read is not None else partition.by(conn)
+            if type(name) is not str:
+                name = await partition.settle(name, scope)
+            asked.append(name if limits is None or name is None else (rule.last.read(said, partition.of(name)), name))
+        key = tuple(asked)
+        found = self._kept.young.get(key)
+        return found if found is not None else self._kept.find(key, self._charge)
+
+    def _charge(self, asked: Asked) -> Charges:
+        both = zip(self._steps, asked[1:], strict=True)
+        return self._cache.make(rule.charge(name) for (*_, rule), name in both if name is not None)
+
+
+class PlanCache:
+    """What one engine keeps of the plans that it decides: by their rules, and the charges of all.
+
+    Args:
+        addressing: Whose addresses are believed, where no middleware has said so.
+        charges: Where charges are kept, see `charges_kept`.
+        renderer: For what answers say of a reply and nothing else; ``None``: they are made when they are needed.
+
+    Attributes:
+        rules: Those that were made during a request, by what they were made of.
+        placed: The plans of limits in front of an endpoint, by its name and them.
+    """
+
+    def __init__(self, addressing: Addressing, charges: ChargesKept, renderer: Renderer | None = None) -> None:
+        self.addressing = addressing
+        self.charges = charges
+        self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
+        self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
+        self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
+        self._renderer = renderer
+
+    def of(self, rules: tuple[CompiledRule, ...]) -> Plan:
+        """The plan of *rules*."""
+        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self))
+
+    def make(self, charges: Iterable[Charge]) -> Charges:
+        """*charges* with what their answers need."""
+        made = Charges(charges)
+        if self._renderer is not None:
+            made.render = self._renderer(made)
+        return made
+
+    def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
+        """*charges* at these *costs*, one each."""
+
+        def make(_: object) -> Charges:
+            return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
+
+        # What cannot be read is each time another.
+        if any(isinstance(cost, Unread) for cost in costs):
+            return make(None)
+        asked = (charges, *costs)
+        return self.charges.young.get(asked) or self.charges.find(asked, make)
+
+
+class Plans:
+    """The plans of one middleware, by the shape of a request: its type and method, and its path where a rule has any.
+
+    Args:
+        routing: The routers of the wrapped app, for what they may take the path for.
+    """
+
+    def __init__(self, rules: Iterable[CompiledRule], routing: Routing, cache: PlanCache) -> None:
+        self._rules = tuple(rules)
+        self._routing = routing
+        self._cache = cache
+        self._has_paths = any(rule.has_paths for rule in self._rules)
+        self._by_shape: Recent[tuple[str, ...], Plan] = Recent(
+            _SHAPES_KEPT, lambda shape: 300 + 4 * len("".join(shape))
+        )
+
+    def of(self, scope: Scope) -> Plan:
+        """The plan of a request."""
+        method: str = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
+        if method == "OPTIONS" and is_preflight(scope):
+            method = "OPTIONS preflight"  # no method has a blank
+        shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)
+        return self._by_shape.young.get(shape) or self._by_shape.find(shape, lambda _: self._make(scope))
+
+    def _make(self, scope: Scope) -> Plan:
+        spelled = self._routing.spellings(scope) if self._has_paths else ()
+        return self._cache.of(tuple(rule for rule in self._rules if rule.covers(scope, spelled)))

@@ -1,0 +1,289 @@
+"""Checks that share a round trip: what waits while a batch is under way leaves together in the next one.
+
+An idle limiter waits for nobody: a check that finds nothing in flight leaves at the end of the loop's turn, with those
+that arrived in it. Under load the queue fills while Redis works, so that batches grow with the load and trips per
+request fall. Many leave in two halves, so that the process has answers to work on while Redis decides the other half:
+without that all come to wait at once, and process and Redis take turns at being idle.
+
+Far from Redis nobody waits for the trip of others: a tenth of the deadline after the last batch was written the next
+one leaves, so that a check has nine tenths for a trip of its own, however many ask.
+
+The life of a check: `Batcher.submit` puts it in the queue. When a wire has a connection in hand it takes what waits as
+a `Batch` and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and
+never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters get values, never
+exceptions.
+"""
+
+import asyncio
+import math
+from bisect import bisect_right
+from itertools import accumulate, count
+from random import getrandbits
+from typing import TYPE_CHECKING
+
+from ...connection.breaker import Breaker
+from ...errors import Failure
+from ...telemetry import telemetry
+from ..limits.clock import CLOCK
+from .check import Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
+from .script import Call
+
+if TYPE_CHECKING:
+    from .slot_parts import ApartWhereAsked
+
+MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
+# One leaves every tenth of the deadline, so that a trip may take as long as the deadline does.
+MAX_IN_FLIGHT = 10
+A_TRIP = 0.8  # of the deadline: what a round trip may take of it
+MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
+
+
+class Batcher:
+    """The queue and the batches in flight of one server.
+
+    Attributes:
+        apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
+    """
+
+    def __init__(self, wire: Wire, breaker: Breaker) -> None:
+        self.apart: ApartWhereAsked | None = None
+        self.loop = asyncio.get_running_loop()
+        self._numbers = count(getrandbits(40))  # of another process on the way to one server: other numbers
+        self.closed = False
+        self._wire = wire
+        self.breaker = breaker
+        self._waiting: list[Check] = []
+        self._waiting_counters = 0
+        self._hurry = math.inf  # the shortest timeout of those that wait, in seconds
+        self._sent: set[Batch] = set()
+        self._renewed = -1  # after which good probe of the breaker's the connections were last made anew
+        self._written = 0.0  # the last of all batches, on the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = math.inf
+        self._departure: asyncio.TimerHandle | None = None
+        self._departs_at = math.inf
+        counted = telemetry()
+        self._note = counted.notes.count
+        self._observe = counted.notes.observe
+        self._size = counted.redis_batch_size.observe
+        self._duration = counted.redis_command_duration.labels("check").observe
+        self._wait = counted.ratelimit_check_duration.labels("redis").observe
+        self._commands = counted.redis_commands
+        self._ok = counted.redis_commands.labels("check", "ok")
+
+    def __repr__(self) -> str:
+        under_way = sum(len(batch.checks) for batch in self._sent)
+        return f"<{type(self).__name__} {len(self._waiting)} checks wait, {under_way} under way, {self.breaker!r}>"
+
+    def use(self, wire: Wire) -> None:
+        """Send what is taken from now on over *wire*."""
+        self._wire = wire
+
+    def submit(self, check: Check, *, is_admitted: bool = False) -> None:
+        """Queue *check*; its future resolves by its deadline, to a reply or a failure.
+
+        Args:
+            is_admitted: Whether the breaker has been asked about it.
+        """
+        if self.breaker.state != "closed" and not is_admitted:
+            if not self.breaker.admits():
+                check.answer(self.breaker.reason)
+                return
+            # The trial must not wait for a connection of the outage, nor behind those who did. One that is made since
+            # then is left to it: far away that takes longer than a trial waits.
+            if self._renewed != self.breaker.good_probes:
+                self._renewed = self.breaker.good_probes
+                self._wire.renew()
+            self.loop.call_soon(self.start_if_due)
+        if check.charges.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
+            return
+        waiting = self._waiting
+        waiting.append(check)
+        self._waiting_counters += check.charges.counters
+        if check.deadline < self._armed_for:
+            self._arm(check.deadline)
+        # Behind one that waits already, and is in no less of a hurry, there is nothing to do until the batch is full.
+        if self._waiting_counters >= MAX_COUNTERS:
+            self.start_if_due()
+        elif check.timeout < self._hurry:
+            self._hurry = check.timeout
+            if self._wire.busy == 0:
+                self.loop.call_soon(self.start_if_due)
+            else:
+                self.plan()
+
+    def start_if_due(self) -> None:
+        """Send what waits, if nothing is under way or it fills a batch; else plan when."""
+        if self.closed:
+            self._fail_waiting(Failure.CONNECTION)
+        elif self._waiting:
+            busy, many = self._wire.busy, len(self._waiting) >= MANY
+            if busy == 0 or (self._waiting_counters >= MAX_COUNTERS and busy < MAX_IN_FLIGHT):
+                self._wire.start(self)
+                if busy == 0 and many:
+                    self._wire.start(self)
+            elif busy < MAX_IN_FLIGHT:
+                self.plan()
+
+    def plan(self, since: float | None = None) -> None:
+        """See to it that what waits leaves a tenth of its deadline after the last batch did.
+
+        Args:
+            since: Count from then instead, on the loop's clock.
+        """
+        due = (self._written if since is None else since) + self._hurry / MAX_IN_FLIGHT
+        # Nearly always there is one already: the last batch was written after it was planned, and `_depart` plans anew.
+        if due < self._departs_at:
+            if self._departure is not None:
+                self._departure.cancel()
+            self._departure, self._departs_at = self.loop.call_at(due, self._depart), due
+
+    def _depart(self) -> None:
+        self._departure, self._departs_at = None, math.inf
+        self._wire.read()
+        # One that is getting ready takes all that waits; with too many under way the next reply plans anew.
+        if self._waiting and len(self._sent) >= self._wire.busy < MAX_IN_FLIGHT:
+            if self.loop.time() >= self._written + self._hurry / MAX_IN_FLIGHT:
+                self._wire.start(self)
+            else:
+                self.plan()
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._waiting)
+
+    def take(self) -> Batch | None:
+        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters.
+
+        Half of it, when it is many and the first to be under way.
+        """
+        now, at = self.loop.time(), CLOCK.monotonic()
+        late, waiting = split_late(self._waiting, now)
+        resolve(late, self._wire.lacks())
+        taken = still_waiting(waiting)
+        if not taken:
+            self._wait_on([])
+            self.breaker.withdrawn()
+            return None
+        room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
+        if self._waiting_counters > MAX_COUNTERS:
+            filled = list(accumulate(check.charges.counters for check in taken))
+            room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
+        self._wait_on(taken[room:])
+        del taken[room:]
+        for check in taken:
+            check.written, check.at = now, at
+        batch = Batch(taken, now, now + 2 * max([check.timeout for check in taken]))
+        self._written = now
+        self._observe(self._size, len(taken))
+        self._sent.add(batch)
+        if batch.limit < self._armed_for:
+            self._arm(batch.limit)
+        return batch
+
+    def done(self, batch: Batch, failure: Failure | None) -> None:
+        """Note how *batch* went; who still waits for an answer of it is given *failure*."""
+        self._sent.discard(batch)
+        if failure is not None:
+            resolve(batch.checks, failure)
+        self._tell(batch, failure)
+
+    def again(self, batch: Batch) -> None:
+        """Ask once more what *batch* did, each partition by a command of its own: it was refused, and nothing ran.
+
+        That is a fact about the server, not about its health, so the breaker hears nothing.
+        """
+        self._sent.discard(batch)
+        batch.is_told = True
+        checks, batch.checks = still_waiting(batch.checks), []
+        if self.apart is not None:
+            self.apart.found()
+        for check in checks:
+            self.submit(check, is_admitted=True)
+
+    def calls(self, checks: list[Check], *, apart: bool = False) -> list[Call]:
+        """The commands for *checks*: one for all of them, unless partitions are kept apart."""
+        apart = apart or (self.apart is not None and self.apart.now)
+        groups = by_slot(checks) if apart else [checks]
+        return [Call(group, next(self._numbers), CLOCK.redis) for group in groups]
+
+    def lost(self, failure: Failure) -> None:
+        """Note that no connection could be made: nobody who waits now would fare better."""
+        self._commands.labels("check", failure.value).inc()
+        self.breaker.failed(failure)
+        self._fail_waiting(failure)
+
+    async def aclose(self) -> None:
+        """End the batches under way; whoever waits is told that the connection is gone."""
+        self.closed = True
+        await self._wire.aclose()
+        self._fail_waiting(Failure.CONNECTION)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._armed_for = None, math.inf
+        if self._departure is not None:
+            self._departure.cancel()
+            self._departure, self._departs_at = None, math.inf
+
+    def _tell(self, batch: Batch, failure: Failure | None) -> None:
+        if batch.is_told or self.closed:
+            return
+        batch.is_told = True
+        now = self.loop.time()
+        self._observe(self._duration, now - batch.written)
+        if failure is None:
+            self._note(self._ok)
+            oldest = batch.checks[0]
+            self._observe(self._wait, now - oldest.deadline + oldest.timeout)
+            self.breaker.worked()
+        else:
+            self._commands.labels("check", failure.value).inc()
+            self.breaker.failed(failure)
+
+    def _fail_waiting(self, failure: Failure) -> None:
+        waiting = self._waiting
+        self._wait_on([])
+        resolve(waiting, failure)
+
+    def _wait_on(self, checks: list[Check]) -> None:
+        """Let just *checks* wait."""
+        self._waiting = checks
+        self._waiting_counters = sum(check.charges.counters for check in checks)
+        self._hurry = min((check.timeout for check in checks), default=math.inf)
+
+    def _arm(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        # One turn of the loop later: when the loop itself was held up, replies that have come are read first.
+        self._timer, self._armed_for = self.loop.call_at(when, self.loop.call_soon, self._tick), when
+
+    def _tick(self) -> None:
+        """The only clock: end waits past their deadline and batches past their limit, then sleep to the next."""
+        self._timer, self._armed_for = None, math.inf
+        self._wire.read()
+        now = self.loop.time()
+        late, rest = split_late(self._waiting, now)
+        self._wait_on(rest)
+        if late and not self._sent:
+            if self.breaker.state == "closed":
+                self.breaker.failed(self._wire.lacks())
+            else:
+                # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+                self.breaker.withdrawn()
+        resolve(late, self._wire.lacks())
+        deadlines = [check.deadline for check in self._waiting]
+        for batch in tuple(self._sent):
+            late, rest = split_late(batch.checks, now)
+            late = still_waiting(late)
+            # Of one that waited for long before it was written, for a connection far away, only the limit tells.
+            if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
+                self._tell(batch, Failure.TIMEOUT)
+            resolve(late, Failure.TIMEOUT)
+            deadlines += [check.deadline for check in rest if not check.future.done()]
+            if batch.limit <= now:
+                self._wire.abort(batch)
+            else:
+                deadlines.append(batch.limit)
+        if deadlines:
+            self._arm(min(deadlines))

@@ -1,0 +1,1 @@
+"""The apps to mount: health checks, metrics and a status page."""
