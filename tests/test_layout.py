@@ -93,7 +93,7 @@ FOLDERS = {
     "connection": "_version errors event_loop events misuse settings telemetry",
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
-    "ratelimit/transport": "connection errors ratelimit/limits telemetry",
+    "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/counting": "connection errors events ratelimit/limits ratelimit/transport settings telemetry tracing",
     "ratelimit/rules": "asgi errors events keys misuse ratelimit/limits settings",
     "ratelimit/answers": "connection errors event_loop misuse ratelimit/counting ratelimit/limits settings",
