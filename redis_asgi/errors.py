@@ -1,4 +1,4 @@
-"""What the package raises, and the one reader of Redis exception classes.
+"""Exceptions of the package, and the one reader of Redis exception classes.
 
 ::
 
@@ -57,7 +57,7 @@ class ConfigurationError(RedisASGIError, ValueError):
 
 
 class ArgumentError(ConfigurationError, TypeError):
-    """What is called does not take these arguments, or was to be called and is not; the text says what was meant."""
+    """A call with arguments that cannot work, or a missing call; the text says what was meant."""
 
 
 class Failure(StrEnum):
@@ -69,7 +69,7 @@ class Failure(StrEnum):
     PERMISSION = "permission"  # NOPERM: the ACL lacks a right
     READONLY = "readonly"  # a replica, or writes are stopped
     LOADING = "loading"  # the dataset is being read from disk
-    BUSY = "busy"  # somebody's script blocks the server
+    BUSY = "busy"  # a script blocks the server
     OOM = "oom"  # maxmemory reached and nothing may be evicted
     CLUSTER = "cluster"  # slot not served, master unknown
     POOL = "pool"  # no free connection in time: our own load, not Redis
@@ -103,7 +103,7 @@ _REPLY_CODES = {
 
 # What a script may not do, or not there, comes without a word of its own.
 _DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
-# Of somebody who is not logged in Redis takes no more than ten words, and none that is long.
+# Of a client that is not logged in Redis takes no more than ten words, and none that is long.
 _NOT_LOGGED_IN = "Protocol error: unauthenticated"
 _ELSEWHERE_IN_SCRIPT = tuple(
     f"{who}ttempted to access a {what}"
@@ -111,7 +111,7 @@ _ELSEWHERE_IN_SCRIPT = tuple(
     for what in ("non local key", "slot not served")
 )
 
-# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice if nobody caught it,
+# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice if uncaught,
 # and Lua's own error() does so on every version.
 _BEFORE_FIRST_WORD = re.compile(
     r"(?:-|ERR |Error running script \(call to \w+\): |[@=]?(?:user_script|user_function|\[C\]): ?-?\d+: )*"

@@ -73,7 +73,7 @@ def partition_key(prefix: str, tag: str) -> bytes:
 
 
 class Digest(Protocol):
-    """What `hashlib` and `hmac` objects have in common."""
+    """The common part of `hashlib` and `hmac` objects."""
 
     def update(self, data: bytes, /) -> None: ...
     def copy(self) -> Self: ...
@@ -123,7 +123,7 @@ def id_mark(name: bytes, size: int = 8) -> bytes:
 
 
 def embedding_input_prefix(prefix: str) -> bytes:
-    """What every `embedding_input_key` begins with."""
+    """The beginning of every `embedding_input_key`."""
     return f"{prefix}embedding_input:v1:".encode()
 
 
@@ -138,6 +138,6 @@ def embedding_denied_key(prefix: str, parts: Iterable[bytes], *, secret: str | N
 
 
 def embedding_epoch_key(prefix: str, namespace: str, model: str, *, secret: str | None = None) -> bytes:
-    """The key of a model's epoch: whoever writes other bytes there flushes the model."""
+    """The key of a model's epoch: other bytes there flush the model."""
     parts = (namespace.encode(), model.encode())
     return f"{prefix}embedding_epoch:v1:{cache_digest(parts, secret=secret).hexdigest()}".encode()

@@ -1,4 +1,4 @@
-"""What an operator does now and then: flush a model, make Redis persist, work out what it will hold."""
+"""Operations done now and then: flush a model, make Redis persist, work out what it will hold."""
 
 import math
 import os
@@ -146,7 +146,7 @@ async def flush_model(
     else:
         done = await vectors.write([Write(name, os.urandom(8), _EPOCH_TTL)], within)
     if not opened_before and not settings.REDIS_CLUSTER:
-        # Nobody else in this loop uses the client; a cluster's has no pool to tell by and ends with the loop.
+        # No other part in this loop uses the client; a cluster's has no pool to tell by and ends with the loop.
         await manager.close()
     if done.failure is not None:
         raise FlushError(done.failure)

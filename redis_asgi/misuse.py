@@ -1,4 +1,4 @@
-"""What a call was meant to be: arguments that cannot work are refused where they are given, with what to write instead.
+"""Misuse, named where it happens: arguments that cannot work are refused, with what to write instead.
 
 Only construction pays for it. Python's own words (``__init__() takes 2 positional arguments but 3 were given``) say
 what is wrong, but not what is right.
@@ -187,7 +187,7 @@ def _misfit(
 
 
 def _keyword_for(value: object, free: set[str] | None) -> str | None:
-    """Which of the *free* arguments (``None``: any) *value* was most likely meant for."""
+    """The one of the *free* arguments (``None``: any) that *value* was most likely meant for."""
     return next((name for name in _meant_for(value) if free is None or name in free), None)
 
 
@@ -227,7 +227,7 @@ class Uncalled:
         self._text = text
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> NoReturn:
-        """What FastAPI asks when it reads a signature.
+        """The schema that FastAPI asks for when it reads a signature.
 
         Raises:
             ConfigurationError: The text.

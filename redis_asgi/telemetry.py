@@ -43,7 +43,7 @@ _NO_POLICIES: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What this process counted in one interval.
+    """The counts of this process in one interval.
 
     Attributes:
         at: The end of the interval, in Unix seconds.
@@ -144,7 +144,7 @@ class Notes:
                 observe(value)
 
     def drop(self) -> None:
-        """Forget what was not told: somebody else tells it."""
+        """Forget what was not told: the parent tells it."""
         self._telling = threading.Lock()  # who held it is not in this process
         self._counted.clear()
         self._added.clear()
@@ -205,7 +205,7 @@ class Telemetry:
             self._sample(now)
 
     def history(self, now: float | None = None) -> tuple[Sample, ...]:
-        """What was counted in each interval of 5 s, oldest first; the last ten minutes at most.
+        """The counts of each interval of 5 s, oldest first; the last ten minutes at most.
 
         Intervals in which nothing happened are there, with zeros; the one that has not ended is not. In
         multi-process mode it is the history of this process alone.
@@ -230,13 +230,13 @@ class Telemetry:
             totals = self._totals()
             self._samples.append(_sample_of(self._due, _difference(totals, self._counted)))
             self._counted = totals
-            # Whoever counts ticks first, so that in the intervals after it nobody counted.
+            # Counting ticks first, so that nothing was counted in the intervals after it.
             for n in range(max(1, ended - SAMPLES_KEPT), ended):
                 self._samples.append(Sample(self._due + n * SAMPLE_SECONDS, SAMPLE_SECONDS))
             self._due += ended * SAMPLE_SECONDS
 
     def _totals(self) -> Mapping[tuple[str, ...], float]:
-        """What history is made of, by metric and the labels that matter to it."""
+        """The totals that history is made of, by metric and the labels that matter to it."""
         totals: Tally[tuple[str, ...]] = Tally()
         for kind, metric, labels in (
             ("requests", self.ratelimit_requests, ("outcome",)),

@@ -1,4 +1,4 @@
-"""What was decided about a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
+"""The decision on a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
 
 import sys
 from functools import lru_cache

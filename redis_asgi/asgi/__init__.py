@@ -1,1 +1,1 @@
-"""What is read of an ASGI scope, whatever for, and the base of the package's own mountable apps."""
+"""Reading an ASGI scope: paths, client addresses, bodies. And the base of the package's own apps."""

@@ -1,4 +1,4 @@
-"""How many bytes of bodies are held at once, by all middlewares of this process together."""
+"""The bytes of bodies that all middlewares of this process may hold at once."""
 
 import threading
 from functools import lru_cache
@@ -30,5 +30,5 @@ class Budget:
 
 @lru_cache(maxsize=1)
 def process_budget() -> Budget:
-    """What all middlewares of this process share, whatever loops they run in."""
+    """The budget of this process, shared by all middlewares and all loops."""
     return Budget(_BUFFERED_BYTES)

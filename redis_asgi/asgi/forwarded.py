@@ -39,7 +39,7 @@ def _forwarded(lines: list[bytes]) -> Iterator[str]:
 
 
 def _elements(text: str) -> Iterator[str]:
-    """What stands between the commas outside quotes, from the right: what is written to the left changes nothing."""
+    """The parts between commas outside quotes, from the right: nothing written further left changes them."""
     end = at = len(text)
     comma = quote = at
     while True:
@@ -60,7 +60,7 @@ def _elements(text: str) -> Iterator[str]:
 
 
 def _opening(text: str, closing: int) -> int:
-    """Where the quoted string that ends at *closing* begins; -1 for nowhere."""
+    """The index at which the quoted string that ends at *closing* begins; -1 for nowhere."""
     at = text.rfind('"', 0, closing)
     while at > 0 and text[at - 1] == "\\":
         first = at - 1

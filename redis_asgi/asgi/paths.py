@@ -1,4 +1,4 @@
-"""What a request's path may be to an app: its spellings, and the patterns that cover or exempt them.
+"""Paths as an app may read them: the spellings of each, and the patterns that cover or exempt them.
 
 A rule and the app's router must never disagree in the client's favour. Routers forgive: slashes too many or too few, a
 fragment, a final newline, whatever stands before the path. So a path is looked at in each spelling that some router
@@ -206,7 +206,7 @@ def path_patterns(paths: str | Iterable[str] | None, *, case_sensitive: bool = T
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
-    """What may stand for a route's parameter: characters that *fits* is true of, or nothing if it *may_be_empty*."""
+    """A route's parameter: any characters that *fits* is true of, or nothing if it *may_be_empty*."""
 
     fits: Callable[[str], bool]
     may_be_empty: bool = False

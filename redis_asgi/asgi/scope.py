@@ -1,4 +1,4 @@
-"""What is read from an ASGI scope: header fields, the client's address behind proxies, a buffered body."""
+"""Reading an ASGI scope: header fields, the client's address behind proxies, a buffered body."""
 
 import ipaddress
 import json
@@ -68,7 +68,7 @@ def peer_host(scope: Scope) -> str:
 
 
 class Addressing:
-    """Who a request comes from, given which proxies are believed.
+    """The addresses of clients, given which proxies are believed.
 
     Args:
         settings: ``RATE_LIMIT_TRUSTED_PROXIES``, ``_FORWARDED_HEADER`` and ``_IPV6_PREFIX`` of it.
@@ -86,7 +86,7 @@ class Addressing:
         self._shared_by = lru_cache(maxsize=16_384)(self._shared_by_uncached)
 
     def client(self, scope: Scope) -> str | None:
-        """What the client's counter is called: its address, or the network an IPv6 client shares it with.
+        """The name of the client's counter: its address, or the network that an IPv6 client shares it with.
 
         The peer's address, unless the peer is trusted: then the believed header is walked from the right, over all
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the

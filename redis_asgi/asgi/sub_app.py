@@ -24,7 +24,7 @@ _POLICY_VIOLATION = 1008
 
 @dataclass(frozen=True, slots=True)
 class PageAnswer:
-    """What a page says; `SubApp` adds ``Content-Length`` and what every answer carries.
+    """An answer of a page, to which `SubApp` adds ``Content-Length`` and the fields of every answer.
 
     Attributes:
         headers: More fields, names in lower case.

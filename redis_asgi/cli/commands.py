@@ -79,7 +79,7 @@ def _main(
         ),
     ] = None,
 ) -> None:
-    """What stands before a command."""
+    """Options that stand before a command."""
     ENV_FILE.set(env_file)
 
 
@@ -228,7 +228,7 @@ def flush(
 
 
 def _places(caches: Sequence["CacheInForce"], instead: Settings | None) -> list[tuple[RedisManager, str, Settings]]:
-    """Where an app keeps vectors, in which namespace, and how names are made there; *instead* = all are there."""
+    """The (servers, namespaces, key schemes) in which an app keeps vectors; *instead* = all are there."""
     if not caches:
         raise ConfigurationError("Nothing caches in this app: it has no EmbeddingCacheMiddleware. Leave out --app.")
     elsewhere = None if instead is None else RedisManager(instead)

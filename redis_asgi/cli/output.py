@@ -1,4 +1,4 @@
-"""How the command line speaks: plain text, JSON, a progress line; colour and movement on a terminal only."""
+"""Output of the command line: plain text, JSON, a progress line; colour and movement on a terminal only."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +29,13 @@ def line(text: str, style: str = "", *, to_stderr: bool = False) -> None:
 
 
 def error(text: str) -> None:
-    """What went wrong, on stderr; a line for each that *text* has."""
+    """Print an error on stderr; a line for each that *text* has."""
     for each in text.splitlines():
         line(f"Error: {printable(each)}", "bold red", to_stderr=True)
 
 
 def note(text: str) -> None:
-    """What is good to know beside the result, on stderr."""
+    """Print a remark beside the result, on stderr."""
     line(printable(text), "dim", to_stderr=True)
 
 

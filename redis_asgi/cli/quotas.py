@@ -179,7 +179,7 @@ def reset(
 
 
 def _some_limits(loaded: object) -> LimitedApp:
-    """What limits an app.
+    """The limits of an app.
 
     Raises:
         ConfigurationError: When nothing does.
@@ -210,7 +210,7 @@ def _by_manager(app: LimitedApp, url: str | None, settings: Settings) -> list[tu
 
 
 def _policies(limits: Sequence[LimitInForce], kind: str, name: str | None) -> list[Policy]:
-    """What clients of that kind are counted by, each once."""
+    """The policies that clients of that kind are counted by, each once."""
     found: dict[bytes, Policy] = {}
     for limit in limits:
         if limit.by == kind:

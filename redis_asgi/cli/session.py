@@ -1,4 +1,4 @@
-"""What every command needs: settings, a manager that closes, and trouble told in a line with an exit code."""
+"""A command's frame: settings, a manager that closes, and trouble told in a line with an exit code."""
 
 import asyncio
 import sys
@@ -120,7 +120,7 @@ async def greet(manager: RedisManager) -> None:
 
 
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """What *work* returns; an interrupt ends it, although Python 3.11 loses one that meets `asyncio.wait_for`'s end."""
+    """Await *work*; an interrupt ends it, although Python 3.11 loses one that meets `asyncio.wait_for`'s end."""
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
@@ -132,7 +132,7 @@ async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """What *work* returns; Redis at fault ends the command with exit code 1, an interrupt with 130."""
+    """Run *work* and return its result; trouble with Redis exits with 1, an interrupt with 130."""
     try:
         return asyncio.run(_interruptible(work))
     except (ConfigurationError, UnicodeError) as error:

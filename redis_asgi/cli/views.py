@@ -1,4 +1,4 @@
-"""What the commands found out, laid out for people."""
+"""Results of the commands, laid out for people."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""The circuit breaker: after repeated failures nobody waits for Redis any more, until a probe has found it well.
+"""The circuit breaker: after repeated failures no request waits for Redis any more, until a probe has found it well.
 
 ::
 
@@ -36,8 +36,8 @@ _REMEMBERED = (1 << 20) - 1  # the last 20 outcomes, one bit each
 _TOO_MANY = 10
 _QUIET = 60.0  # seconds between two lines about commands whose failure says nothing about the server
 _SETTLED = 1.0  # seconds without trouble before an outage counts as over
-_IN_DOUBT = 10.0  # seconds after the last trouble in which one that nobody tries is taken for as ill as it was
-_REFUSED = 20  # odd replies in a row that are more than a key which is somebody else's
+_IN_DOUBT = 10.0  # seconds after the last trouble in which one that is not tried is taken for as ill as it was
+_REFUSED = 20  # odd replies in a row that are more than a key of another program
 
 # Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
 _SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
@@ -48,7 +48,7 @@ _OF_THE_CONNECTIONS = frozenset((Failure.READONLY, Failure.CLUSTER))
 
 
 class Breaker:
-    """What is known about one server of an open client, in its loop.
+    """The circuit breaker of one server of an open client, in its loop.
 
     The unit is one command sent, whose outcome is told to `worked` or `failed`; ask `admits` before the next. The log
     has one line when Redis is lost, one when it is back, and few about single commands.
@@ -186,7 +186,7 @@ class Breaker:
         await side_connection.end(self._tasks)
 
     def _say_back(self) -> None:
-        """Once there was no trouble for long enough; whoever is asked next, if anybody."""
+        """Once there was no trouble for long enough; the next check asked for tells it."""
         self._settling = None
         if not self._lost or self.state != "closed":
             return
@@ -221,7 +221,7 @@ class Breaker:
         task.add_done_callback(self._tasks.discard)
 
     async def _alive(self, within: float) -> Failure | None:
-        """What a probe found: ``None`` is a sign of life.
+        """The failure that a probe met; ``None`` is a sign of life.
 
         A loop that is kept busy could not have read an answer meanwhile, and its own slowness is no fault of the
         server's: the limit is counted in looks, each of which takes a few of its turns.

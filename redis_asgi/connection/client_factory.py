@@ -1,4 +1,4 @@
-"""Which client some settings describe: alone, behind sentinels, or a cluster; every trap avoided at construction."""
+"""Clients as settings describe them: alone, behind sentinels, or a cluster; every trap avoided at construction."""
 
 import asyncio
 import logging
@@ -56,7 +56,7 @@ class QueueingPool(ConnectionPool):
     long as they like (``BLPOP``, a subscription), and limits and vectors, which `take` theirs, still find one.
 
     Attributes:
-        on_shortage: Called when somebody has to wait; whoever keeps an idle connection at hand gives it back then.
+        on_shortage: Called when a caller has to wait; holders of an idle connection give it back then.
     """
 
     def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ class QueueingPool(ConnectionPool):
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits who would be helped by any connection."""
+        """Whether a caller waits that any connection would help."""
         return self._waiting_for_any > 0
 
     @property
@@ -152,7 +152,7 @@ class SentinelTurnstile(SentinelConnectionPool, QueueingPool):
 
 
 def _read_url(url: str) -> dict[str, Any]:
-    """What *url* asks for, without what would undo the choices of `build_client`."""
+    """The options of *url*, without those that would undo the choices of `build_client`."""
     options = {name: value for name, value in parse_url(url).items() if name not in URL_OPTIONS_NOT_TAKEN}
     if "path" in options:
         options["parser_class"] = BoundedParser
@@ -241,7 +241,7 @@ def build_client(settings: Settings) -> NewClient:
 
 
 def describe(settings: Settings) -> str:
-    """Where these settings point, without user or password."""
+    """The address that these settings point to, without user or password."""
     if settings.REDIS_SENTINELS:
         return f"sentinel master {settings.REDIS_SENTINEL_MASTER!r}"
     if settings.REDIS_CLUSTER_NODES:
@@ -267,7 +267,7 @@ def _describe_url(url: str) -> str:
 
 
 def describe_client(client: Client) -> str:
-    """Where a client of the user's points, without user or password."""
+    """The address that a client of the user's points to, without user or password."""
     if isinstance(client, aioredis.RedisCluster):
         return f"cluster {','.join(list(client.nodes_manager.startup_nodes)[:8])}"
     pool = client.connection_pool

@@ -78,7 +78,7 @@ class Nodes(NodesManager):
                 await self._ask(dict.fromkeys([*((n.host, n.port) for n in self.nodes_cache.values()), *self._given]))
 
     async def _ask(self, addresses: Iterable[tuple[str, str | int]]) -> None:
-        # Not over connections that somebody uses, or that a node that was restarted has left behind.
+        # Not over connections in use, or that a node that was restarted has left behind.
         is_only = len(self._given) == 1
         left = [_Asked(host, port, is_only=is_only, **self.connection_kwargs) for host, port in addresses]
         known = self.startup_nodes
@@ -178,7 +178,7 @@ def is_no_cluster(client: object) -> bool:
 
 
 async def learn_nodes(client: aioredis.RedisCluster) -> None:
-    """Read the slot table of *client* again, if anybody tells it."""
+    """Read the slot table of *client* again, if a node tells it."""
     # What it raises when no node answers, or when they disagree, is no RedisError.
     with suppress(Exception):
         await client.nodes_manager.initialize()

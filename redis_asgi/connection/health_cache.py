@@ -1,7 +1,7 @@
 """One look a second at the server behind a manager, for its health checks, its metrics and its status page together.
 
-However many ask, one check is in flight in a process and event loop, in a task that nobody's going away cancels, and
-nobody waits for it longer than its deadline.
+However many ask, one check is in flight in a process and event loop, in a task that no caller's end cancels, and
+no caller waits for it longer than its deadline.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _GRACE = 0.05  # seconds after the deadline in which a check ends
 
 
 class Target:
-    """Whose Redis a mounted part looks at.
+    """The Redis that a mounted part looks at.
 
     That of its own arguments if it was given any; else those of the middlewares that a request has come through; where
     there are none, the shared default.
@@ -94,9 +94,9 @@ class Watch:
 
 
 async def watched(manager: RedisManager) -> tuple[Health, Deployment]:
-    """How the Redis of *manager* is; every caller in this event loop shares its checks.
+    """The health of *manager*'s Redis; every caller in this event loop shares its checks.
 
-    On ``memory://`` there is nobody to ask, and no failure either.
+    On ``memory://`` there is no server to ask, and no failure either.
     """
     if not manager.has_redis:
         return Health(), "memory"

@@ -1,4 +1,4 @@
-"""How the server behind a client is: one PING, with INFO beside it, over a connection of its own.
+"""A look at the server behind a client: one PING, with INFO beside it, over a connection of its own.
 
 A PING takes less than what the package does, so a command that it cannot do without may be sent along.
 
@@ -36,7 +36,7 @@ _ALONE: NodeAddress = ("", 0)  # there is but one server, whatever its address i
 
 @dataclass(slots=True)
 class _Report:
-    """What one server said; filled in as its replies arrive."""
+    """The replies of one server, filled in as they arrive."""
 
     address: NodeAddress
     failure: Failure | None = None
@@ -60,7 +60,7 @@ async def check(client: Client) -> Health:
 class Checkup:
     """Checks one client's server or servers, and keeps the connections from one check to the next.
 
-    Not for concurrent checks; whoever holds it closes it, in the same event loop.
+    Not for concurrent checks; its holder closes it, in the same event loop.
     """
 
     def __init__(self, client: Client, *, deadline: float = DEADLINE) -> None:
@@ -73,7 +73,7 @@ class Checkup:
         """Look once more; never raises but for a cancellation.
 
         Args:
-            needs: A command that the server has to take, too, and nobody may have denied or renamed; empty = none.
+            needs: A command that the server has to take, and which may be neither denied nor renamed; empty = none.
         """
         self._needs = needs
         until = asyncio.get_running_loop().time() + self._deadline
@@ -96,7 +96,7 @@ class Checkup:
         await asyncio.sleep(0)  # in which the loop closes the sockets
 
     async def _look(self, until: float) -> tuple[Health, bool]:
-        """What is found, and whether that is owed to a connection from an earlier check."""
+        """The health found, and whether a connection of an earlier check is to blame for it."""
         if isinstance(self._client, aioredis.RedisCluster):
             reports = await self._ask_cluster(self._client, until)
             is_stale = any(report.reused and report.failure is not None for report in reports)
@@ -207,7 +207,7 @@ async def _refusal(connection: AbstractConnection) -> Failure | None:
 
 
 def _slots(reply: object, asked: str) -> Mapping[NodeAddress, int] | None:
-    """How many slots each primary serves, of a reply to ``CLUSTER SLOTS``."""
+    """The number of slots that each primary serves, of a reply to ``CLUSTER SLOTS``."""
     if not isinstance(reply, list):
         return None
     found: Counter[NodeAddress] = Counter()
@@ -263,7 +263,7 @@ def _health_of_cluster(reports: Sequence[_Report]) -> Health:
 
 
 def _authority(report: _Report) -> tuple[bool, bool, int]:
-    """Whose view of a cluster counts: who sees it, sees it well, and has seen the latest election."""
+    """The node whose view of a cluster counts: it sees the cluster well, and has seen the latest election."""
     epoch = report.cluster.get("cluster_current_epoch", "0")
     return report.slots is not None, report.cluster.get("cluster_state") != "fail", int(epoch)
 
@@ -274,7 +274,7 @@ def _health(reports: Sequence[_Report], failure: Failure | None, *, partial: boo
 
 
 def mode_of(client: Client) -> Deployment:
-    """What kind of deployment *client* talks to."""
+    """The kind of deployment that *client* talks to."""
     if isinstance(client, aioredis.RedisCluster):
         return "cluster"
     return "sentinel" if isinstance(client.connection_pool, SentinelConnectionPool) else "standalone"

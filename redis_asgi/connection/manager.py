@@ -2,7 +2,7 @@
 
 `RedisManager` owns the client and what hangs on it. Nothing connects when it is built: the first use inside a
 running loop opens a pool for that loop, `close()` or the loop's own end closes it, and the next use opens a
-new one. A fork or a second ``asyncio.run`` therefore never meets somebody else's sockets.
+new one. A fork or a second ``asyncio.run`` therefore never meets another loop's sockets.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-# What is open stays alive until its loop ends or it is closed, whoever still holds its manager.
+# What is open stays alive until its loop ends or it is closed, even if no part holds its manager any more.
 _open: set[Opened] = set()
 
 
@@ -111,7 +111,7 @@ class RedisManager:
 
     @property
     def address(self) -> str:
-        """Where its Redis is, for people: no user and no password."""
+        """The address of its Redis, for people: no user and no password."""
         return describe(self._settings)
 
     @property
@@ -260,7 +260,7 @@ class RedisManager:
         return cast(T, self._shared[factory])
 
     def keep(self, part: Clearable) -> None:
-        """Let `clear` clear *part* too, for as long as somebody else holds it."""
+        """Let `clear` clear *part* too, for as long as its holder keeps it."""
         with self._lock:
             self._kept.add(part)
 
@@ -335,10 +335,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 _made: weakref.WeakSet[RedisManager] = weakref.WeakSet()
-managers_lock = threading.RLock()  # whoever makes one for a table of its own holds it already
+managers_lock = threading.RLock()  # held already by those who make one for a table of their own
 
 
 def all_managers() -> list[RedisManager]:
-    """Every manager of this process that is still there, whoever made it."""
+    """Every manager of this process that is still there."""
     with managers_lock:
         return list(_made)

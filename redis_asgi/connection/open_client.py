@@ -1,4 +1,4 @@
-"""What one event loop has open of a manager's, and how a process notices that it was forked off."""
+"""A manager's client in one event loop with all that hangs on it, and the forks of this process."""
 
 import functools
 import os
@@ -30,7 +30,7 @@ class Clearable(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Opened:
-    """What one event loop has open."""
+    """A client in one event loop, with all that hangs on it."""
 
     client: Client
     own: bool  # whether it is ours to close
@@ -41,7 +41,7 @@ class Opened:
     users: int = 0
 
     def used_breakers(self) -> Iterator[Breaker]:
-        """Those of servers that commands go to; a node of a cluster may have left it, or be a replica now."""
+        """The breakers of servers that commands go to; a node may have left its cluster, or be a replica now."""
         for name, breaker in self.breakers.items():
             if isinstance(self.client, aioredis.RedisCluster) and name:
                 node = self.client.get_node(node_name=name)

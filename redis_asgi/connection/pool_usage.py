@@ -1,4 +1,4 @@
-"""How many connections a client has open now, for those who look."""
+"""The connections that a client has open now, for those who look."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class PoolUsage:
 
 
 def pool_usage(client: Client) -> PoolUsage | None:
-    """How many connections *client* has, and may have; ``None`` for a pool of the user's own making."""
+    """The connections that *client* has, and may have; ``None`` for a pool of the user's own making."""
     try:
         if isinstance(client, aioredis.RedisCluster):
             nodes = client.get_nodes()

@@ -1,4 +1,4 @@
-"""What a part is given as ``redis=`` and ``settings=``, and the manager that it then uses."""
+"""The manager that a part uses, given its ``redis=`` and ``settings=``."""
 
 import inspect
 import logging

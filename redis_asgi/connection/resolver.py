@@ -93,7 +93,7 @@ class Names:
         self._failed: dict[str, dict[str, float]] = {}
 
     async def addresses_of(self, host: str) -> tuple[str, ...]:
-        """Where *host* is; the caller has the only deadline.
+        """The addresses of *host*; the caller has the only deadline.
 
         Raises:
             socket.gaierror: When the resolver says that it is nowhere, or says nothing and never did lately.
@@ -121,7 +121,7 @@ class Names:
         raise socket.gaierror(*(answer.args if answer is not None else ()))
 
     async def reach(self, host: str, connect: Callable[[str], Awaitable[T]]) -> T:
-        """What *connect* makes of the first address of *host* with which it works; those that did not lately come last.
+        """Connect to the first address of *host* that works; those that lately did not are tried last.
 
         Raises:
             OSError: What the first address raised, when none works.
@@ -217,7 +217,7 @@ class Names:
         if lookup.is_told or self._clock() - lookup.began < _SILENT:
             return
         lookup.is_told = True
-        say(logger, "resolver_silent")  # the name is nobody's business
+        say(logger, "resolver_silent")  # the name stays out of the log
 
     def _in_order(self, host: str, addresses: Sequence[str]) -> list[str]:
         with self._lock:
@@ -246,14 +246,14 @@ def _wake(future: asyncio.Future[Addresses], answer: Addresses) -> None:
 
 
 class _Process:
-    """Whose names they are: after a fork the threads are gone, and a lock may be held for ever."""
+    """The names of this process: after a fork the threads are gone, and a lock may be held for ever."""
 
     pid = 0
     names = Names()
 
 
 def names() -> Names:
-    """Those of this process."""
+    """The names of this process."""
     pid = os.getpid()
     if _Process.pid != pid:
         _Process.names, _Process.pid = Names(), pid

@@ -1,4 +1,4 @@
-"""Where the master is, asked of all sentinels at once."""
+"""The master's address, asked of all sentinels at once."""
 
 import asyncio
 import logging
@@ -75,7 +75,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 async def master_of(sentinel: aioredis.Redis, name: str) -> MasterAnswer:
-    """Where *sentinel* says the master is; ``None`` when it knows none that is up, else why it says nothing."""
+    """The master's address as *sentinel* has it; ``None`` when it knows none that is up, else its error."""
     connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
     try:
         await side_connection.connect(connection)

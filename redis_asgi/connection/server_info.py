@@ -1,4 +1,4 @@
-"""What is learnt of a server by looking at it: does it answer, does it serve, and what it says of itself (``INFO``)."""
+"""The health of a server: does it answer, does it serve, and what it says of itself (``INFO``)."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ..errors import Failure
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What one look found; ``None`` stands for what is not known.
+    """The findings of one look; ``None`` stands for what is not known.
 
     Attributes:
         failure: What is wrong, if anything is.

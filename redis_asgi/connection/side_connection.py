@@ -82,7 +82,7 @@ async def receive(connection: AbstractConnection) -> Any:
 
 
 def refuse_too_much(beginning: bytes) -> None:
-    """Refuse a reply of more elements than anybody asks for, which begins so.
+    """Refuse a reply of more elements than any command asks for, which begins so.
 
     hiredis makes room at once for what is announced, and Python's garbage collector walks through it again and again:
     two thousand million elements that never come held a process up for a minute.
@@ -110,7 +110,7 @@ async def ping(connection: AbstractConnection, *more: tuple[bytes, ...]) -> None
 async def freshen(connection: AbstractConnection) -> None:
     """Make a pooled connection fit for the next command: connected, and with nothing left to read.
 
-    What waits there is nobody's, and would be taken for the answer to whatever is asked next, so the connection is
+    What waits there belongs to no command, and would be taken for the answer to the next one, so the connection is
     dropped. redis-py leaves that look out when maintenance notifications are on, as they are by default.
 
     Raises:
@@ -147,7 +147,7 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
         try:
             _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN)
         except asyncio.CancelledError as error:
-            # Who ends us has to wait, too: nobody else would cancel them again.
+            # Who ends us has to wait, too: no other task would cancel them again.
             cancelled = error
             left = {task for task in left if not task.done()}
     for task in ending:
@@ -167,7 +167,7 @@ def info_fields(reply: object) -> Iterator[tuple[str, str]]:
 
 
 def transport_of(connection: AbstractConnection) -> asyncio.Transport | None:
-    """What *connection* writes to; ``None`` when it is not open, or not redis-py's own kind of connection."""
+    """The transport of *connection*; ``None`` when it is not open, or not redis-py's own kind of connection."""
     writer = getattr(connection, "_writer", None)
     return writer.transport if isinstance(writer, asyncio.StreamWriter) else None  # type: ignore[return-value]  # a stream's
 

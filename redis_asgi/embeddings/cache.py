@@ -142,7 +142,7 @@ class EmbeddingCache:
 
         Args:
             context_ids: Duplicates are fine; none at all gives shape ``(0, 0)``.
-            compute: Given the ids nobody has, different ones in first-seen order; returns as many vectors,
+            compute: Given the ids that are not stored, different ones in first-seen order; returns as many vectors,
                 shape ``(m, d)``. Async, or sync and then run in a worker thread. Concurrent calls for one id
                 share one computation, and its exception.
 
@@ -153,7 +153,7 @@ class EmbeddingCache:
         if isinstance(context_ids, str):
             raise TypeError("context_ids is one str. Pass a list of ids.")
         if not callable(compute):
-            raise TypeError(f"compute={shown(compute)} is not callable. Pass a function of the ids nobody has.")
+            raise TypeError(f"compute={shown(compute)} is not callable. Pass a function of the missing ids.")
         ids = _checked_ids(context_ids)
         if not ids:
             return np.zeros((0, 0), dtype=np.float32)
@@ -198,9 +198,9 @@ class EmbeddingCache:
             missing = [name for name in mine.ids if name not in found]
             values = self._computed(missing, await _call(compute, list(missing))) if missing else {}
             if mine.given_up:
-                return  # a compute that goes on when it is cancelled: somebody else may have begun anew
+                return  # a compute that goes on when it is cancelled: another call may have begun anew
             mine.vectors.set_result(found | {name: value.float32 for name, value in values.items()})
-            # Whoever has set or deleted an id meanwhile knows better.
+            # What was set or deleted meanwhile is newer.
             mine.writing = True
             kept = [name for name in missing if name not in mine.superseded]
             await self._write(kept, [values[name] for name in kept], self._ttl)

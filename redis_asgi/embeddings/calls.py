@@ -18,7 +18,7 @@ REFUSALS = (401, 403)
 
 
 class AppCalls:
-    """Those of one request.
+    """The calls of one request.
 
     Args:
         shared: Of the middleware.
@@ -126,7 +126,7 @@ class AppCalls:
 
     @property
     def _misfit(self) -> bytes:
-        """What `Misfits` knows such requests by."""
+        """The key by which `Misfits` knows such requests."""
         return b" ".join(
             [self._question.identity.scope_name, *(encoding.encode() for encoding in self._question.batch.encodings)]
         )

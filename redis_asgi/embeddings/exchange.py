@@ -222,7 +222,7 @@ class Exchange:
         if leftover:
             if calls.waiting.gone:
                 return
-            # An error is always the app's answer to the request that gets it: ask, and join nobody.
+            # An error is always the app's answer to the request that gets it: ask, and join no flight.
             flight = calls.begin(leftover, joinable=False)
             if flight is None:
                 await self._bypass("not-understood")

@@ -26,7 +26,7 @@ from .wire import WireFormat
 _MAX_TTL = 366 * 24 * 3600
 _MAX_LEASE = 86_400
 _AROUND = "redis_asgi.embedding_caches"  # in a scope: the store and namespace of each that stands around the app
-_SETTLES_WITHIN = 1.0  # seconds for computations and writes that nobody waits for any more when the app ends
+_SETTLES_WITHIN = 1.0  # seconds for computations and writes without a waiter when the app ends
 _ADD = "A middleware is added as a class: write app.add_middleware(EmbeddingCacheMiddleware)."
 _NO_DEPENDENCY = Uncalled(f"EmbeddingCacheMiddleware is no dependency. {_ADD}")
 
@@ -120,7 +120,7 @@ class EmbeddingCacheMiddleware:
         await Exchange(self._shared, matched, scope, receive, send).run()
 
     def in_force(self) -> CacheInForce:
-        """Where its vectors are."""
+        """The place of its vectors."""
         return CacheInForce(*self._records, self._settings)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:

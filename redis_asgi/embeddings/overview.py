@@ -1,4 +1,4 @@
-"""What is in force of a middleware's cache, for who asks without a request."""
+"""The settings in force of a middleware's cache, for those who ask without a request."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ..settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class CacheInForce:
-    """Where one middleware keeps vectors.
+    """The place where one middleware keeps vectors.
 
     Attributes:
         manager: Which Redis they are in.

@@ -1,4 +1,4 @@
-"""What all requests of one middleware share."""
+"""State that all requests of one middleware share."""
 
 import asyncio
 import weakref

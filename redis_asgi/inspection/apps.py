@@ -54,7 +54,7 @@ class LimitedPart:
 
     @property
     def path(self) -> str:
-        """Where it is, parameters as they stand in the route."""
+        """Its path, parameters as they stand in the route."""
         return self.below + (self.route or "")
 
     def leads(self, method: str, path: str) -> bool:
@@ -65,7 +65,7 @@ class LimitedPart:
 
 
 class LimitedApp:
-    """What limits an app.
+    """The limits of an app.
 
     Args:
         app: Any ASGI app; routers are known of Starlette and FastAPI, and of what is built on them.
@@ -130,7 +130,7 @@ def _scope(method: str, path: str, root: str) -> dict[str, Any]:
 
 
 def _root_of(path: str, below: str) -> str | None:
-    """What mounts take of *path* as their own part; ``None`` when it does not lead below them."""
+    """The part of *path* that mounts take as their own; ``None`` when it does not lead below them."""
     if not below:
         return ""
     match = compile_path(below + "/{path:path}")[0].match(path)
@@ -138,7 +138,7 @@ def _root_of(path: str, below: str) -> str | None:
 
 
 def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterator[LimitedPart]:
-    """What limits at and below an app."""
+    """The limits at and below an app."""
     for _ in range(_DEEPEST):
         if app is None or depth > _DEEPEST:
             return
@@ -287,7 +287,7 @@ def limits_in(app: object) -> LimitedApp:
 
 @contextlib.contextmanager
 def _blamed(doing: str, module_name: str = "") -> Iterator[None]:
-    """What the app's own code raises, in a line: what, and where."""
+    """The exception that the app's own code raises, in a line: what, and where."""
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""What `redis-asgi check` finds out about the settings and the servers behind them; nothing here prints.
+"""Findings of `redis-asgi check` about the settings and the servers behind them; nothing here prints.
 
 `diagnose` yields one `Finding` after the other: each says what is so and, unless all is well, what to do.
 A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary of a cluster.
@@ -260,7 +260,7 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
 
 async def _script(manager: RedisManager, node: Node) -> Finding:
     prefix = manager.settings.REDIS_KEY_PREFIX
-    # One policy of each kind on a partition that nobody has, charged and then taken away.
+    # One policy of each kind on a partition without a client, charged and then taken away.
     rates = (Policy(f"check-{name}", 2, 60, name) for name in STRATEGIES)  # type: ignore[arg-type]  # its keys
     policies = PolicySet((*rates, Policy("check-concurrency", 2, 0, "concurrency")))
     while True:

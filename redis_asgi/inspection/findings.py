@@ -1,4 +1,4 @@
-"""What the settings and a server's INFO say about how well the package will work with them: no I/O."""
+"""Findings from the settings and a server's INFO: how well the package will work with them. No I/O."""
 
 import re
 import time
@@ -46,7 +46,7 @@ class Finding:
 
 
 def settings_finding(settings: Settings) -> Finding:
-    """What the settings say a client gets."""
+    """The limits that the settings give a client."""
     limits = "; ".join(f"{limit.quota} per {limit.window} s" for limit in parse_limits(settings.default_limits))
     return Finding(
         "settings",
@@ -65,7 +65,7 @@ def misspelt_findings(settings: Settings) -> list[Finding]:
 
 
 def rules_findings(limits: Sequence[LimitInForce], servers: Sequence[Server]) -> list[Finding]:
-    """Which of an app's limits are counted where."""
+    """The servers that an app's limits are counted on."""
     names: dict[RedisManager, list[str]] = {}
     for limit in limits:
         names.setdefault(limit.manager, []).append(limit.name)
@@ -86,7 +86,7 @@ def rules_findings(limits: Sequence[LimitInForce], servers: Sequence[Server]) ->
 
 
 def cache_findings(caches: Sequence["CacheInForce"], servers: Sequence[Server]) -> list[Finding]:
-    """Which of an app's caches keep vectors where."""
+    """The servers that an app's caches keep vectors on."""
     found = []
     for cache in caches:
         if not cache.manager.has_redis:
@@ -153,7 +153,7 @@ def role_findings(server: Server, info: Info, *, is_whole: bool = False) -> list
 
 
 def rights_findings(server: Server, rights: Rights, missing: Sequence[MissingRight], info: Info) -> list[Finding]:
-    """What `try_rights` found *missing*."""
+    """The rights that `try_rights` found *missing*."""
     denied = [each.right for each in missing if each.failure is Failure.PERMISSION]
     unknown = [each.right.lstrip("+") for each in missing if each.failure is Failure.REPLY]
     # A node that is addressed as if it were alone is told about already.

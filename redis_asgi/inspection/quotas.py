@@ -148,7 +148,7 @@ async def ask(
 async def look(
     manager: RedisManager, partition: Partition, known: Sequence[Policy], *, name: str | None = None
 ) -> list[QuotaRow]:
-    """How a client stands: to every stored policy (of the rule *name*), then to the *known* ones it has not used.
+    """A client's quotas: every stored policy (of the rule *name*), then the *known* ones it has not used.
 
     Charges and writes nothing.
 

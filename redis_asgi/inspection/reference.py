@@ -101,7 +101,7 @@ def _shown(name: str, value: object) -> str | None:
 
 
 def type_in_words(field: FieldInfo) -> str:
-    """What a value may be, such as ``whole number, 1 to 65,535``."""
+    """The values that are possible, such as ``whole number, 1 to 65,535``."""
     members = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
     kinds = [kind for kind in members or (field.annotation,) if kind is not type(None)]
     return ", or ".join(_word_for(kind, field.metadata) for kind in kinds)

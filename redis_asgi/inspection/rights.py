@@ -1,4 +1,4 @@
-"""Which commands on which keys the package uses of Redis: what an ACL has to allow, and whether one does."""
+"""Rights that an ACL has to give: the commands that the package uses, and on which keys; and whether one does."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ _GLOB = re.compile(r"([*?\[\]\\^])")
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a server must allow these settings.
+    """The rights that a server must give these settings.
 
     Attributes:
         keys: Patterns of the keys that are touched.
@@ -64,7 +64,7 @@ def _quoted(word: str) -> str:
 
 
 def rights_of(settings: Settings, *, limits: bool = True, vectors: bool = True) -> Rights:
-    """What the package needs of the server of *settings*.
+    """The rights that the package needs of the server of *settings*.
 
     Args:
         limits: Whether counters are kept there.
@@ -95,7 +95,7 @@ def database_of(settings: Settings) -> int:
 
 
 def user_of(settings: Settings) -> str:
-    """Who these settings log in as."""
+    """The user that these settings log in as."""
     url = settings.REDIS_URL.get_secret_value() if settings.REDIS_URL else ""
     in_url = parse_url(url).get("username") if url else None
     return in_url or settings.REDIS_USERNAME or "default"
@@ -103,7 +103,7 @@ def user_of(settings: Settings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MissingRight:
-    """What a server did not let us do.
+    """A command that a server did not let us run.
 
     Attributes:
         right: As ``ACL SETUSER`` takes it: ``+hget`` or ``~rate_limit:*``; empty when it is no matter of rights.
@@ -117,7 +117,7 @@ class MissingRight:
 
 
 def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> tuple[str, str, tuple[str, ...]]:
-    """Keys that nobody uses, of every family: a hash and a list of counters, and one per kind of vector key.
+    """Unused keys of every family: a hash and a list of counters, and one per kind of vector key.
 
     Args:
         fits: Whether a key lives on the server that is asked, on a cluster; its tag is then looked for.
@@ -134,7 +134,7 @@ def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> t
 async def try_rights(
     run: Run, rights: Rights, hash_key: str, list_key: str, vector_keys: Sequence[str]
 ) -> list[MissingRight]:
-    """Try each command of *rights* on keys nobody uses, so that nothing is left behind; what was not let through.
+    """Try each command of *rights* on unused keys, so that nothing is left behind; what was not let through.
 
     Rights are looked at before a command is carried out, so most are tried in a form that does nothing: on a key
     that is not there, or with an argument too many.
@@ -162,7 +162,7 @@ async def try_rights(
 def _trials(
     command: str, hash_key: str, list_key: str, vector_keys: Sequence[str], granted: set[str]
 ) -> list[tuple[Any, ...]]:
-    """What to send to find out about *command*; nothing for what connecting has shown already."""
+    """Commands that find out about *command*; none for what connecting has shown already."""
     forms: dict[str, tuple[Any, ...]] = {
         "evalsha": ("EVALSHA", "0" * 40, 0),
         "eval": ("EVAL", "return 1", 1, hash_key),

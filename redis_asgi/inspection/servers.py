@@ -42,7 +42,7 @@ class Server:
 
 
 async def leave(manager: RedisManager) -> None:
-    """Close a manager that nobody else uses, with the client that an app has given it."""
+    """Close a manager without other users, with the client that an app has given it."""
     await manager.close()
     if type(manager) is not RedisManager and manager.has_redis:
         with suppress(Exception):

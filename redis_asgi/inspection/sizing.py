@@ -1,4 +1,4 @@
-"""How much memory a number of vectors and limited clients take, and whether the servers have it."""
+"""Memory that a number of vectors and limited clients take, and whether the servers have it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from .servers import Server
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """What one kind of thing takes.
+    """The memory that one kind of thing takes.
 
     Attributes:
         what: In words.
@@ -47,7 +47,7 @@ def estimate(
     clients: int | None,
     policies: Sequence[Policy],
 ) -> list[Sizing]:
-    """What *vectors* of *dims* numbers, and *clients* counted by *policies*, take in Redis at most.
+    """The most memory in Redis of *vectors* of *dims* numbers, and of *clients* counted by *policies*.
 
     Raises:
         ValueError: When nothing is asked about, or with half of what it takes.
@@ -78,7 +78,7 @@ def _checked(count: int) -> int:
 
 
 async def compare(manager: RedisManager, server: Server, sizings: Sequence[Sizing]) -> list[Sizing]:
-    """Those of *sizings* that are kept on *server*, with what it has.
+    """The *sizings* that are kept on *server*, beside the memory that it has.
 
     Raises:
         redis.exceptions.RedisError: When it does not say.

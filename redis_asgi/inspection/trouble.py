@@ -28,14 +28,14 @@ _CHECK = "Check REDIS_URL, or REDIS_HOST and REDIS_PORT"
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What is wrong, and what to do."""
+    """A fault, and its cure."""
 
     text: str
     fix: str
 
 
 async def explain(error: BaseException, settings: Settings) -> Trouble:
-    """What *error*, raised by a client of *settings*, is about; may ask the port what it speaks."""
+    """The trouble behind *error*, raised by a client of *settings*; may ask the port what it speaks."""
     # A cluster's client tells of its nodes' trouble in an error of its own.
     error = next((each for each in _chain(error) if classify(each) is not Failure.CLUSTER), error)
     refusal = next((each for each in _chain(error) if isinstance(each, SentinelRefusal)), None)
@@ -52,7 +52,7 @@ async def explain(error: BaseException, settings: Settings) -> Trouble:
 
 
 def explain_refusal(error: BaseException, settings: Settings, who: str) -> Trouble:
-    """What *error* is about, with which one or more sentinels, *who*, refuse us."""
+    """The trouble behind *error*, with which one or more sentinels, *who*, refuse us."""
     denied = _denied(error)
     if denied is None:
         return _refused_login(error, who, "REDIS_SENTINEL_USERNAME", "REDIS_SENTINEL_PASSWORD")
@@ -172,7 +172,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | None:
-    """What the port speaks, or that it has no connection left; ``None`` where it does not say, or is no port."""
+    """The protocol of the port, or that it has no connection left; ``None`` where it does not say, or is no port."""
     if settings.REDIS_SENTINELS or settings.REDIS_CLUSTER_NODES:
         return None
     url = parse_url(settings.REDIS_URL.get_secret_value()) if settings.REDIS_URL else {}
@@ -204,7 +204,7 @@ async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | No
 
 
 async def _first_bytes(host: str, port: int) -> bytes:
-    """What the port answers to a PING in the clear."""
+    """The port's answer to a PING in the clear."""
     writer = None
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT):

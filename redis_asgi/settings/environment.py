@@ -1,4 +1,4 @@
-"""How settings read the environment: what is noted of it, what is said of a value that cannot work, what was misspelt.
+"""Reading the environment: the origin of each value, the words about one that cannot work, and misspelt names.
 
 pydantic-settings does the reading. Noted beside it is where each value came from, and which variables are no settings
 but look like one; `FromEnvironment` is the class that does so, whatever its fields are.
@@ -33,7 +33,7 @@ ENVIRONMENT, ARGUMENT = "environment", "argument"
 
 @dataclass(slots=True)
 class Reading:
-    """What one construction of settings read.
+    """The values that one construction of settings read.
 
     Attributes:
         origins: Where each value came from that is no default: ``argument``, ``environment``, a file's name.
@@ -178,7 +178,7 @@ class FromEnvironment(BaseSettings):
         return self
 
     def conflicts(self) -> Iterator[str]:
-        """What settings say that cannot be true together, and which of them to change."""
+        """The settings that cannot be true together, and which of them to change."""
         yield from ()
 
     @property
@@ -187,7 +187,7 @@ class FromEnvironment(BaseSettings):
         return near_misses(self._read, type(self).model_fields)
 
     def origin_of(self, name: str) -> str:
-        """Where a field's value came from: ``default``, ``argument``, ``environment``, or a file's name."""
+        """The origin of a field's value: ``default``, ``argument``, ``environment``, or a file's name."""
         if name not in self.model_fields_set:
             return "default"
         # What was taken apart, or read by a source of a subclass, has no note of its own.
@@ -217,7 +217,7 @@ class FromEnvironment(BaseSettings):
 
 
 def _aliases(field: FieldInfo) -> Iterator[str]:
-    """What a field of a subclass is called from outside instead of by its name."""
+    """The names that a field of a subclass has from outside instead of its own."""
     alias = field.validation_alias
     for each in alias.choices if isinstance(alias, AliasChoices) else (alias,):
         if isinstance(each, str):
@@ -260,7 +260,7 @@ _SAID_BY_URL = ("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USERNAME", "REDIS
 
 @lru_cache(maxsize=1024)
 def _meant(name: str, known: tuple[str, ...]) -> str | None:
-    """Which of *known* a variable's *name* may mean."""
+    """The one of *known* that a variable's *name* may mean."""
     likely = {each.upper(): each for each in known if _word_by_word(name.upper(), each.upper())}
     near = difflib.get_close_matches(name.upper(), likely, n=1, cutoff=_NEAR)
     return likely[near[0]] if near else None
@@ -280,7 +280,7 @@ def _is_near_word(word: str, known: str) -> bool:
 
 
 def unknown_name(name: str, fields: Mapping[str, object]) -> str:
-    """That there is no setting of that name, and which one is meant."""
+    """The words about a name that is no setting, and the one that is meant."""
     near = difflib.get_close_matches(name.upper(), fields, n=1)
     hint = f"Did you mean {near[0]}?" if near else "`redis-asgi settings` lists every one."
     return f"{name} is not a setting. {hint}"
@@ -333,7 +333,7 @@ def _with_prefix(text: str, model: type[FromEnvironment], reading: Reading) -> s
 
 
 def _other_conflicts(model: type[FromEnvironment], reading: Reading, bad: Mapping[str, str]) -> list[str]:
-    """What the settings that can work contradict each other in, beside those that cannot."""
+    """The contradictions of the settings that can work, beside those that cannot."""
     values = {name: value for name, value in reading.values.items() if name in model.model_fields and name not in bad}
     token = _reading.set(Reading(reads=False, again=True))
     try:

@@ -1,4 +1,4 @@
-"""Where a server is, as settings say it: URLs and ``host:port``, read, checked, and shown without what is secret."""
+"""Addresses of servers in settings: URLs and ``host:port``, read, checked, and shown without secrets."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""Where Redis is and how it is reached: the ``REDIS_*`` settings, and which of them contradict each other."""
+"""The ``REDIS_*`` settings: where Redis is, how it is reached, and which of them contradict each other."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://(.+)")
 
 
 class ServerSettings(FromEnvironment):
-    """Where Redis is, how it is reached, and what its keys are called."""
+    """The address of Redis, the way to reach it, and the names of its keys."""
 
     REDIS_HOST: Host = Field(
         default="localhost", examples=["localhost"], description="host name or address of the server"

@@ -1,4 +1,4 @@
-"""What a setting may be: the types of the fields of `Settings`, each with the check that says why a value is none."""
+"""The types of the fields of `Settings`, each with the check that says why a value is none."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def _paths(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """What is wrong with a path pattern and what to write instead; ``None`` if it can match."""
+    """The fault of a path pattern and what to write instead; ``None`` if it can match."""
     if not pattern.startswith(("/", "*")):
         return "does not start with '/' or '*'. Try '/api/*'."
     if "{" in pattern or "}" in pattern:

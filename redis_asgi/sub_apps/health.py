@@ -79,7 +79,7 @@ def human_bytes(count: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AppHealth:
-    """What a health check answers, and why.
+    """The answer of a health check, and its reason.
 
     Attributes:
         error: A code, ``None`` when all is well.
@@ -96,7 +96,7 @@ class AppHealth:
 
 
 async def worst_standing(managers: Sequence[RedisManager], *, require_redis: bool | None = None) -> AppHealth:
-    """How the app stands with the Redis that it stands worst with; of equal ones with the first.
+    """The health of the app with the Redis that it stands worst with; of equal ones with the first.
 
     All are asked at the same time.
     """
@@ -105,7 +105,7 @@ async def worst_standing(managers: Sequence[RedisManager], *, require_redis: boo
 
 
 async def standing(manager: RedisManager, *, require_redis: bool | None = None) -> AppHealth:
-    """How the app stands with the Redis of *manager*; arguments as of `health_app`."""
+    """The health of the app with the Redis of *manager*; arguments as of `health_app`."""
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
@@ -114,7 +114,7 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     failure = health.failure or (Failure.PERMISSION if denied else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
-        # What is odd may be few clients' keys: no reason to send the others nobody.
+        # What is odd may be few clients' keys: no reason to send the others no requests.
         refused = manager.is_refused
         error = code_of(Failure.REPLY) if refused else None
         status: Status = "degraded" if refused else "healthy"
@@ -131,7 +131,7 @@ def _serves_some(health: Health) -> bool:
 
 
 class HealthApp(SubApp):
-    """What `health_app` makes."""
+    """The app that `health_app` makes."""
 
     def __init__(self, target: Target, *, authorize: Authorize | None, require_redis: bool | None) -> None:
         pages = {"": self._overview, "/ready": self._ready, "/live": self._live}
@@ -185,7 +185,7 @@ def health_app(
             the shared default. Of several, the one that the app stands worst with is told.
         settings: ``None`` = from the environment.
         authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async; ``False`` is a 403.
-            ``/live`` says nothing and asks nobody.
+            ``/live`` says nothing and asks no server.
         require_redis: Whether the app is ``unhealthy`` without Redis; ``None`` = whether any part on the same
             manager fails closed.
 

@@ -73,7 +73,7 @@ class RedisMetrics:
 
 
 class MetricsApp(SubApp):
-    """What `metrics_app` returns."""
+    """The app that `metrics_app` makes."""
 
     def __init__(self, target: Target, authorize: Authorize | None) -> None:
         # A directory for counters that is missing is told now, not to the first scrape.
@@ -124,7 +124,7 @@ async def _client(manager: RedisManager) -> Client | None:
 
 
 async def _with_counters(make: Callable[[Families], PageAnswer]) -> PageAnswer:
-    """What *make* makes of everything counted, off the event loop: it takes 2 ms, or with many policies 20."""
+    """Run *make* on everything counted, off the event loop: it takes 2 ms, or with many policies 20."""
 
     def made() -> PageAnswer:
         with _giving_way():

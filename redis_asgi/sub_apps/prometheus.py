@@ -1,4 +1,4 @@
-"""What a scrape is made of: the counters of this process or of all of them, and gauges read at that moment.
+"""The parts of a scrape: the counters of this process or of all of them, and gauges read at that moment.
 
 Nothing here waits for anything: what Redis says of itself has been asked before (`health_cache`).
 """
@@ -76,7 +76,7 @@ def counted() -> Families:
 
 
 def _without_created(family: Metric) -> Metric:
-    """*family* without the time stamps that prometheus-client adds, a third of all series, that nobody looks at."""
+    """*family* without the time stamps that prometheus-client adds, a third of all series, that are not looked at."""
     family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
     return family
 
@@ -155,7 +155,7 @@ def _server(health: Health) -> Iterator[Metric]:
 
 
 def redis_figures(health: Health) -> dict[str, Any]:
-    """What ``INFO`` says of a server's whole work, other apps' included; memory in bytes, ``None`` = not known.
+    """The ``INFO`` of a server about its whole work, other apps' included; memory in bytes, ``None`` = not known.
 
     ``hit_rate`` is hits per lookup, 0.0 when there were none.
     """
@@ -177,7 +177,7 @@ def redis_figures(health: Health) -> dict[str, Any]:
 
 
 def middleware_figures(families: Families) -> dict[str, Any]:
-    """What the package itself has counted, for people and scripts rather than for Prometheus."""
+    """The counts of the package itself, for people and scripts rather than for Prometheus."""
     sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     policies: dict[str, dict[str, int]] = {}
     for sample in (sample for family in families for sample in family.samples):

@@ -1,4 +1,4 @@
-"""What tests of an app with limits need: a clock to move, limits to switch off, what was really computed.
+"""Tools for tests of an app with limits: a clock to move, limits to switch off, the computations really made.
 
 With pytest its fixtures are there without an import; elsewhere the same are context managers::
 

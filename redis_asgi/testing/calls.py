@@ -1,4 +1,4 @@
-"""What an app below the embedding cache has really computed."""
+"""The computations that an app below the embedding cache has really made."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

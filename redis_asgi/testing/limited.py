@@ -9,7 +9,7 @@ from .clock import RateLimitClock, current_clock, held_clock
 
 
 class Response(Protocol):
-    """What a client's request returns."""
+    """The response to a client's request."""
 
     @property
     def status_code(self) -> int: ...
@@ -122,7 +122,7 @@ def _check(which: str, response: Response, *, refused: bool, hint: str = "") -> 
 
 
 def _hint(response: Response, *, refused: bool) -> str:
-    """What may help to understand an answer that should have been another one."""
+    """A hint at why an answer is not the one that was expected."""
     if refused:
         said = "; ".join(f"{name}: {response.headers[name]}" for name in _TELLING if name in response.headers)
         return f" It says {said}." if said else " It has no fields of a limit: none applies, or none is shown."

@@ -1,1 +1,1 @@
-"""What is said: the outcome of a request, and the body of an answer."""
+"""Answers: the outcome of a request, told everywhere at once, and the body of an answer."""

@@ -1,4 +1,4 @@
-"""What one request turns out to be, said in one place: to the header, the state, the metrics and the span."""
+"""The outcome of one request, said in one place: to the header, the state, the metrics and the span."""
 
 import sys
 from typing import Literal
@@ -12,7 +12,7 @@ from .result import EmbeddingCacheResult
 
 
 class Outcome:
-    """One request's; whoever answers it says here what the answer is, and sends by what he gets.
+    """One request's; the one that answers it says here what the answer is, and gets what to send it by.
 
     Args:
         counts: Of the middleware.
@@ -110,7 +110,7 @@ class Outcome:
         )
 
     def member(self, *, stored: bool, refusal: str | None, forced: bool, anew: bool) -> str:
-        """What ``Cache-Status`` says of an answer that the app had a part in.
+        """The ``Cache-Status`` of an answer that the app had a part in.
 
         Args:
             stored: Whether that is kept.

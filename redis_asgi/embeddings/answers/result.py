@@ -1,4 +1,4 @@
-"""What the cache did for one request: for the app, and for whoever charges by it."""
+"""The cache's part in one request, for the app and for billing."""
 
 from dataclasses import dataclass
 from typing import Literal

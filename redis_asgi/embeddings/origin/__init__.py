@@ -1,1 +1,1 @@
-"""Who computes: the wrapped app, called once for concurrent requests, and its answer read."""
+"""The origin of vectors: the wrapped app, called once for concurrent requests, and its answer read."""

@@ -44,7 +44,7 @@ class AppReply:
 
 
 async def _nowhere(_message: Message) -> None:
-    """Take a message nobody waits for."""
+    """Take a message and drop it."""
 
 
 class Untouched:
@@ -96,7 +96,7 @@ class AppCall:
         reply: Resolves to the `AppReply`, or to ``None`` when the answer can only be relayed, or there is none.
         start: The app's ``http.response.start``, once it has come.
         error: What the app raised, once it has.
-        cancelled: Whether we ended it, as nobody waited any more; what it raised is then nobody's.
+        cancelled: Whether we ended it, as no request waited any more; what it raised is then dropped.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class AppCall:
         return self.start.get("headers", ()) if self.start is not None else ()
 
     def hang_up(self) -> None:
-        """Let the app see a disconnect: nobody waits for its answer any more."""
+        """Let the app see a disconnect: no request waits for its answer any more."""
         self._hung_up.set()
 
     def discard(self) -> None:
@@ -264,7 +264,7 @@ class AppCall:
         self._hung_up.set()
 
     async def _flow(self) -> None:
-        """From here on the answer is somebody else's to understand: wait for whoever takes it."""
+        """Leave the answer to be understood elsewhere, and wait until it is taken."""
         if not self.reply.done():
             self.reply.set_result(None)
         self._flowing = True

@@ -15,13 +15,13 @@ class Computation:
 
     Args:
         ids: What it is to find.
-        under_way: Where callers find it by id; it takes its place there at once, and leaves it with whoever is the last
-            to wait, so that nobody joins what is being given up.
+        under_way: Where callers find it by id; it takes its place there at once, and leaves it with the last
+            caller that waits, so that none joins what is being given up.
     """
 
     def __init__(self, ids: Sequence[str], under_way: dict[str, "Computation"]) -> None:
         self.ids = tuple(ids)
-        self.superseded: set[str] = set()  # ids of which somebody else knows better
+        self.superseded: set[str] = set()  # ids that were set or deleted meanwhile
         self.writing = False
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.task: asyncio.Task[None] | None = None
@@ -36,7 +36,7 @@ class Computation:
         self._waiting += 1
 
     def leave(self) -> None:
-        """Note one less; when that was the last and there are no vectors yet, nobody joins any more and it ends."""
+        """Note one less; when that was the last and there are no vectors yet, no caller joins any more and it ends."""
         self._waiting -= 1
         if self._waiting == 0 and not self.vectors.done():
             self.given_up = True
@@ -48,7 +48,7 @@ class Computation:
         """Let everyone who waits raise *error*."""
         if not self.vectors.done():
             self.vectors.set_exception(raisable(error))
-            self.vectors.exception()  # seen, also when nobody waits any more
+            self.vectors.exception()  # seen, also when no caller waits any more
 
     def step_down(self) -> None:
         """Be found no longer; ids that another one has taken over stay his."""
@@ -58,7 +58,7 @@ class Computation:
 
 
 class Changes:
-    """Who computes which ids and who changes them, in all caches of one manager and all loops of the process."""
+    """The ids being computed or changed now, in all caches of one manager and all loops of the process."""
 
     def __init__(self, _settings: Settings) -> None:
         self._changing: Counter[str] = Counter()
@@ -104,10 +104,10 @@ class Changes:
 
 
 def raisable(error: BaseException) -> BaseException:
-    """What a future can raise in place of *error*.
+    """An exception that a future can raise in place of *error*.
 
-    With a `StopIteration` it would never be done, and a `CancelledError` would tell callers whom nobody has cancelled
-    that somebody had.
+    With a `StopIteration` it would never be done, and a `CancelledError` would tell callers that were not cancelled
+    that they were.
     """
     if isinstance(error, StopIteration | asyncio.CancelledError):
         raised = RuntimeError(f"compute raised {type(error).__name__}. Ask again.")

@@ -16,7 +16,7 @@ class _Struck:
 
 
 class Misfits:
-    """What a call more than without the cache has taught: two of them, and for a minute there are no more. Bounded.
+    """Lessons of calls that the app would not have had without the cache: after two, none for a minute. Bounded.
 
     A *scope* is everything in the key but the item, so the caller's own unless callers share, and the representation
     asked for, of which an app may refuse one.

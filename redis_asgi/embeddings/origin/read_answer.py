@@ -25,7 +25,7 @@ logger = logging.getLogger("redis_asgi.embeddings")
 
 @dataclass(frozen=True, slots=True)
 class SubRequest:
-    """What a sub-request asked, as far as its answer's reading depends on it.
+    """The part of a sub-request that the reading of its answer depends on.
 
     Attributes:
         wire: The wire format.

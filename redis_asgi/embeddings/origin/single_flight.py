@@ -1,7 +1,7 @@
 """Single-flight: concurrent misses of one input share one call of the app.
 
 A flight is one sub-request in a task of its own, so that no caller's disconnect fails another. It can be
-joined until its write has ended: whoever comes later finds its vectors in the store. Only when nobody waits
+joined until its write has ended: later requests find its vectors in the store. Only when no request waits
 any more does the app see a disconnect. A flight that ends without vectors releases its followers, and each
 asks the app itself.
 """
@@ -21,7 +21,7 @@ MAX_INPUTS_FOR_ALL = 16  # a flight of more is joined only by requests that are 
 
 @dataclass(frozen=True, slots=True)
 class FlightResult:
-    """What an understood answer brought.
+    """The vectors and the lease of an understood answer.
 
     Attributes:
         values: Vectors by key.
@@ -33,7 +33,7 @@ class FlightResult:
         rule: Whether it is stored, and given to others.
         repeatable: Whether a full hit may repeat what stands around its vectors.
         is_stray: Whether it names another model than the caller's living lease, as a fallback's does: it answers
-            whoever waits for it, and is not kept.
+            those that wait for it, and is not kept.
     """
 
     values: Mapping[bytes, Value]
@@ -60,7 +60,7 @@ class Flight:
 
     Attributes:
         outcome: Resolves to the `FlightResult` for the request that began it, ``None`` when nothing was understood.
-        landed: The same for those who joined, ``None`` also when the answer is only for whoever asked.
+        landed: The same for those who joined, ``None`` also when the answer is only for the request that asked.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Flight:
         self.outcome.set_result(landing)
         self.landed.set_result(landing if landing is not None and landing.rule.refusal is None else None)
         if landing is None:
-            # It may still be on its way to whoever began it, and is nobody else's to end.
+            # It may still be on its way to the request that began it, which alone may end it.
             self._waiting &= {self._owner}
             if not self._waiting:
                 self.call.hang_up()
@@ -160,7 +160,7 @@ class Flights:
     def renewal(self, lease_name: bytes, epoch: bytes, asked_at: float) -> Flight | None:
         """The call whose answer brings this lease, or has since *asked_at* (the loop's clock).
 
-        Only one that somebody with nothing else to ask may wait for.
+        Only one that a request with nothing else to ask may wait for.
         """
         landed, landed_at = self._landed.get(lease_name, (None, 0.0))
         flight = self._renewals.get(lease_name) or (landed if landed_at >= asked_at else None)

@@ -52,7 +52,7 @@ def apportion(total: int | None, inputs: Sequence[Input]) -> list[TokenCount] | 
 
 
 def count_all(slots: Sequence[bytes], values: Mapping[bytes, Value], inputs: Mapping[bytes, Input]) -> tuple[int, int]:
-    """What the app would have counted for all inputs sent, and how much of that it did count itself.
+    """The tokens that the app would have counted for all inputs, and those that it did count itself.
 
     Args:
         slots: One key per input sent.
@@ -73,7 +73,7 @@ def count_all(slots: Sequence[bytes], values: Mapping[bytes, Value], inputs: Map
 
 
 def reported(tokens: int, billed: int, mode: Literal["original", "billed"], *, counted: int | None = None) -> Usage:
-    """What a client is told: of *tokens* in all, the app has counted *billed* for this request.
+    """The usage to report: of *tokens* in all, the app has counted *billed* for this request.
 
     Args:
         counted: What the app's last answer says; when that is all of *billed*, its own words are those to repeat.

@@ -1,4 +1,4 @@
-"""Whom a request waits for, and whether its client still waits for the request."""
+"""The flights one request waits for, and its disconnect watcher."""
 
 import asyncio
 
@@ -29,7 +29,7 @@ class Waiting:
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
 
     async def stop_watching(self) -> None:
-        """Leave the client's next message to somebody else."""
+        """Leave the client's next message to the app."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait({self._watcher})

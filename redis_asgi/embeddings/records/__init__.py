@@ -1,1 +1,1 @@
-"""What is kept, as values: vectors, leases, their keys and epochs; no I/O."""
+"""Records as values: vectors, leases, their keys and epochs; no I/O."""

@@ -1,4 +1,4 @@
-"""How a vector is kept: a 32-byte header and the raw little-endian numbers. Never pickle.
+"""A stored vector: a 32-byte header and the raw little-endian numbers. Never pickle.
 
 ::
 
@@ -34,7 +34,7 @@ Numbers = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 
 
 class DType(IntEnum):
-    """How the numbers of one value are kept."""
+    """The type of the numbers of one value."""
 
     FLOAT32 = 1
     FLOAT64 = 2
@@ -73,7 +73,7 @@ class Value:
         tokens: What the app counted for the input; 0 when unknown.
         born: Unix seconds.
         epoch: 8 bytes.
-        expires_at: Unix seconds; ``None`` when nobody has asked, or the key does not tell.
+        expires_at: Unix seconds; ``None`` when it was not asked for, or the key does not tell.
         texts: JSON by representation (an `Encoding`).
     """
 

@@ -1,4 +1,4 @@
-"""Under which keys a request's records are, and which values are of which epoch and model. Pure."""
+"""Keys of a request's records, and the marks that tell a value's epoch and model. Pure."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ _HALF = 4  # bytes of a mark
 
 @dataclass(slots=True, eq=False)
 class RecordKeys:
-    """Where a request's records are; requests that say the same share one.
+    """The keys of a request's records; requests that say the same share one.
 
     Attributes:
         scope: The digest that input keys begin with.
@@ -41,5 +41,5 @@ def mark_of(epoch: bytes, model: str) -> bytes:
 
 @lru_cache(maxsize=256)
 def epoch_part(epoch: bytes) -> bytes:
-    """What the marks of all values of an epoch begin with, whatever model answered."""
+    """The first bytes of the marks of all values of an epoch, whatever model answered."""
     return hashlib.blake2b(epoch, digest_size=_HALF).digest()

@@ -76,8 +76,8 @@ def encode_lease(name: bytes, lease: Lease) -> bytes | None:
 def decode_lease(name: bytes, raw: object) -> Lease | None:
     """Read the record of the key *name*; ``None`` for anything else, so that the app is asked.
 
-    A record carries the digits of its own key, so that no other one, read by mistake, opens anything. Whoever gets it
-    changes nothing in it.
+    A record carries the digits of its own key, so that no other one, read by mistake, opens anything. A client that
+    gets it changes nothing in it.
     """
     return _decode(name, raw) if isinstance(raw, bytes) and len(raw) <= _MAX_BYTES else None
 
@@ -118,7 +118,7 @@ def _value(text: str) -> bytes:
 
 
 class Denials:
-    """When the app last refused whom, so that an older 2xx, still on its way, grants nothing. Bounded."""
+    """The times at which the app last refused callers, so that an older 2xx on its way grants nothing. Bounded."""
 
     def __init__(self) -> None:
         self._denied_at: OrderedDict[bytes, float] = OrderedDict()

@@ -1,4 +1,4 @@
-"""What the cache adds to the process's telemetry, its children bound once; no label carries a text or a key."""
+"""The cache's metrics, their children bound once; no label carries a text or a key."""
 
 from time import monotonic
 from typing import Literal, get_args
@@ -35,7 +35,7 @@ _REJECTIONS: tuple[Rejection, ...] = get_args(Rejection)
 
 
 class Items:
-    """Inputs, or ids: found, computed, and waited for while somebody else computed them."""
+    """Inputs, or ids: found, computed, and waited for while another request computed them."""
 
     def __init__(self) -> None:
         self._telemetry = telemetry()
@@ -57,7 +57,7 @@ class Items:
 
 
 class CacheMetrics:
-    """What all requests of one middleware count into."""
+    """The metrics that all requests of one middleware count into."""
 
     def __init__(self) -> None:
         made = telemetry()

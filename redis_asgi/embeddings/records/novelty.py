@@ -1,6 +1,6 @@
 """Noticing what defeats the cache: a header or a field in the key that is new in every request.
 
-Such a request can hit nothing, and what it would store nobody could find again: while that lasts nothing is written,
+Such a request can hit nothing, and what it would store could not be found again: while that lasts nothing is written,
 and the log names the header or the field once, with the setting that leaves it out of the key. Only digests are kept.
 """
 
@@ -25,7 +25,7 @@ _HEADER, _FIELD = "header ", "field "
 
 
 class Novelty:
-    """What values one middleware has seen, in a fixed room."""
+    """The values that one middleware has seen, in a fixed room."""
 
     def __init__(self) -> None:
         self._key = os.urandom(16)
@@ -61,7 +61,7 @@ class Novelty:
             streak = self._streaks[name] = self._streaks.pop(name, 0) + 1
             if len(self._streaks) > _MAX_NAMES:
                 self._streaks.popitem(last=False)
-            # The first ones were stored; from here on nobody would find them.
+            # The first ones were stored; from here on none would be found.
             if streak > _IN_A_ROW:
                 defeated = True
                 self._say(name, is_credential)

@@ -1,4 +1,4 @@
-"""How one middleware is configured."""
+"""The configuration of one middleware."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ PartitionBy = Callable[[HTTPConnection], "str | Awaitable[str | None] | None"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the arguments of a middleware say, else its settings; units are those of ``EMBEDDING_CACHE_*``."""
+    """The arguments of a middleware, else its settings; units are those of ``EMBEDDING_CACHE_*``."""
 
     ttl: float
     namespace: str

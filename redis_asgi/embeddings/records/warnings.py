@@ -11,7 +11,7 @@ _SHOWN = 80  # characters of a name that a client or the app chose
 
 
 class Warnings(SaidOnce):
-    """What one middleware has said."""
+    """The warnings of one middleware."""
 
     def __init__(self) -> None:
         super().__init__(logger)

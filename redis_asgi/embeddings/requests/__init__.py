@@ -1,1 +1,1 @@
-"""What is asked: a request's head and body, read into inputs, each under its key; knows no storage."""
+"""Requests: a head and a body, read into inputs, each under its key; knows no storage."""

@@ -11,7 +11,7 @@ from ...asgi.body_budget import TOGETHER, Budget
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What was read of a request.
+    """The part of a request that was read.
 
     Attributes:
         messages: As they came, small ones put together.
@@ -90,7 +90,7 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
 
 
 def let_go(coming: "asyncio.Task[Message] | None") -> None:
-    """Wait no more for a message that nobody will ask for; once it has come or failed, that is all."""
+    """Wait no more for a message that will not be asked for; once it has come or failed, that is all."""
     if coming is not None and not coming.cancel() and not coming.cancelled():
         coming.exception()  # seen
 

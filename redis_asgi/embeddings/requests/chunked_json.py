@@ -38,7 +38,7 @@ class TooManyValues(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Most:
-    """How much a request may hold that is parsed in one go.
+    """The most that a request may hold to be parsed in one go.
 
     Attributes:
         lists: And objects.
@@ -52,7 +52,7 @@ class Most:
 
     @classmethod
     def of(cls, inputs: int) -> Self:
-        """That of a request for so many *inputs*, and a generous something beside them."""
+        """The most for so many *inputs*, and a generous something beside them."""
         return cls(
             _LISTS_PER_INPUT * inputs + _LISTS_BESIDE,
             inputs + _STRINGS_BESIDE,
@@ -100,7 +100,7 @@ def _chunks(body: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _outside_strings(body: bytes) -> Iterator[tuple[bytes, int]]:
-    """What is outside of strings, and how many quotes were cut out, piece by piece."""
+    """The bytes outside of strings, and how many quotes were cut out, piece by piece."""
     at, inside = 0, False
     while at < len(body):
         chunk = body[at : at + _AT_ONCE]
@@ -125,7 +125,7 @@ def take_apart(body: bytes, most: Most | None = None) -> Generator[None, None, S
     With more than *most* beside those arrays, a hostile body's, it is left whole: ``None``, too.
 
     A text that only looks like an array, inside of a string, breaks that string's quotes and so the rest's
-    syntax, or leaves a placeholder nobody asks for: see `Skeleton.spans` and what uses it.
+    syntax, or leaves a placeholder that is not asked for: see `Skeleton.spans` and what uses it.
     """
     parts: list[bytes] = []
     spans: dict[str, bytes] = {}
@@ -169,7 +169,7 @@ def parse_whole(body: bytes) -> Generator[None, None, Skeleton | None]:
 
 
 async def in_turns(work: Generator[None, None, Result], time_slice: TimeSlice) -> Result:
-    """What *work* returns; the loop gets its turns in between."""
+    """Run *work* to its result; the loop gets its turns in between."""
     while True:
         try:
             next(work)

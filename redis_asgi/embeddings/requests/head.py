@@ -1,4 +1,4 @@
-"""What the head of a request says to the cache: read in one pass, and once for all requests that say the same. Pure."""
+"""The head of a request as the cache reads it: in one pass, and once for all requests that say the same. Pure."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _DECIDING = http.BODY_BINDING | {b"accept", b"cache-control", b"content-encoding
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SaidByHead:
-    """What the headers of a request say, as far as it counts; each part an encoding of names and values.
+    """The headers of a request, as far as they count; each part an encoding of names and values.
 
     Attributes:
         key: Headers of the class *key*, without credentials.
@@ -71,7 +71,7 @@ class _Counting(dict[bytes, bool]):
         counts = lowered in _DECIDING or self._headers.class_of(lowered) is not HeaderClass.NEITHER
         if len(name) <= _LONGEST_NAME:
             if len(self) >= _MAX_NAMES:
-                self.clear()  # somebody makes names up; the usual ones are back at once
+                self.clear()  # a client makes names up; the usual ones are back at once
             self[name] = counts
         return counts
 

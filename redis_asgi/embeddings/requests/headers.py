@@ -1,4 +1,4 @@
-"""What each request header is to the cache: part of the key, of the lease only, or of neither.
+"""The class of each request header: part of the key, of the lease only, or of neither.
 
 An unknown header is in the key, so it can cause a miss, never another caller's vector and never a permission. A header
 leaves the key only by standing in a group below, each with its reason, or by a setting. Names that end in ``*`` stand
@@ -12,7 +12,7 @@ from ...settings import Settings
 
 
 class HeaderClass(Enum):
-    """Where a header counts."""
+    """The place where a header counts."""
 
     KEY = "key"  # and the lease
     CREDENTIAL = "credential"  # always the lease; the key, unless callers share or a partition stands for them
@@ -103,14 +103,14 @@ class Headers:
         self._classes: dict[bytes, HeaderClass] = {}
 
     def class_of(self, name: bytes) -> HeaderClass:
-        """Where the header *name* (lower case) counts."""
+        """The class of the header *name* (lower case)."""
         kind = self._classes.get(name)
         if kind is not None:
             return kind
         if len(name) > _LONGEST_NAME:
             return HeaderClass.KEY
         if len(self._classes) >= _MAX_CLASSIFIED:
-            self._classes.clear()  # somebody makes names up; the usual ones are back at once
+            self._classes.clear()  # a client makes names up; the usual ones are back at once
         kind = self._classes[name] = self._classify(name)
         return kind
 

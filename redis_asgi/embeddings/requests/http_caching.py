@@ -1,4 +1,4 @@
-"""What HTTP says about caching: ``Cache-Control`` of requests and answers, ``Vary``, ``Cache-Status``. Pure.
+"""HTTP's rules of caching: ``Cache-Control`` of requests and answers, ``Vary``, ``Cache-Status``. Pure.
 
 RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
 """
@@ -80,7 +80,7 @@ def seconds(argument: str | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class RequestDirectives:
-    """What a request's ``Cache-Control`` asks for.
+    """The wishes of a request's ``Cache-Control``.
 
     Attributes:
         lookup: Whether a stored answer will do.

@@ -1,4 +1,4 @@
-"""Whose a request is: the keys of its vectors, its lease, its model's epoch and its caller's refusals. No I/O.
+"""The keys of a request: of its vectors, its lease, its model's epoch and its caller's refusals. No I/O.
 
 Whatever may change a vector is in the key of each, so that what is unknown can only cause a miss. A lease is named by
 all of that but the item, by every credential, and by the headers that only open doors: it opens what the app has
@@ -53,7 +53,7 @@ class Identities:
         self._memorised: dict[tuple[object, ...], RecordKeys] = {}
 
     def route_of(self, scope: Scope, told: SaidByHead) -> Route:
-        """What keys hold of a request beside its headers and its body."""
+        """The part of keys that is neither of a request's headers nor of its body."""
         # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
         return (
             scope.get("root_path", ""),  # of a mount that leaves it out of the path

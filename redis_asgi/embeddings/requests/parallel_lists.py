@@ -1,4 +1,4 @@
-"""What stands beside the inputs of a request: what of it is in the key, and whether it belongs to them one by one.
+"""Fields beside the inputs of a request: which of them are in the key, and which belong to inputs one by one.
 
 Names of fields in settings are dotted (``metadata.tags``), and name all that is below. Pure.
 """

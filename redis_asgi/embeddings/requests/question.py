@@ -1,4 +1,4 @@
-"""What a request asks: whether it can be cached, into which inputs it falls, and the key of each. No I/O."""
+"""A request's question: whether it can be cached, into which inputs it falls, and the key of each. No I/O."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -90,7 +90,7 @@ class Questions:
         self._novelty = Novelty()
 
     def head_of(self, scope: Scope) -> Head:
-        """What the headers of a request say."""
+        """The headers of a request, read."""
         return self._heads.read(scope["headers"])
 
     def refused_head(self, head: Head, scope: Scope, matched: Endpoint) -> str | None:
@@ -226,7 +226,7 @@ class Questions:
 
 
 async def partition_of(scope: Scope, partition_by: PartitionBy) -> str | None:
-    """What the user's callable says; its exceptions are the app's to handle.
+    """The partition that the user's callable names; its exceptions are the app's to handle.
 
     Raises:
         TypeError: When it says something other than a text or ``None``.

@@ -1,4 +1,4 @@
-"""Which paths are embedding endpoints, and which wire format each speaks."""
+"""Paths that are embedding endpoints, and the wire format of each."""
 
 import re
 from collections.abc import Iterable, Mapping, MutableMapping

@@ -1,1 +1,1 @@
-"""Who keeps: this process, one Redis or a cluster; knows no HTTP and no wire format."""
+"""Storage in this process, on one Redis or on a cluster; knows no HTTP and no wire format."""

@@ -114,7 +114,7 @@ class ClusterVectors:
 
         async def part(name: str, places: list[int]) -> tuple[list[int], R | Failure]:
             if not name:
-                # A slot that nobody serves; the table may be old.
+                # A slot without a node; the table may be old.
                 self._manager.breaker().failed(Failure.CLUSTER, vectors=True)
                 return places, Failure.CLUSTER
             return places, await do(self._node(name), [items[place] for place in places], deadline - loop.time())

@@ -13,7 +13,7 @@ _MOST = 64  # keys of a trip
 
 
 class _Trip:
-    """What goes together: keys, each once, and who waits for which."""
+    """A trip that lookups share: keys, each once, and the lookups that wait for them."""
 
     def __init__(self, within: float) -> None:
         self.within = within
@@ -41,7 +41,7 @@ class JointLookups:
     async def look_up(self, names: Sequence[bytes], within: float) -> Values | Failure:
         """The values of *names*; in one trip with those that others ask for in this turn of the loop.
 
-        Whoever is cancelled takes nothing from the others: what has left goes on until its deadline.
+        A cancelled lookup takes nothing from the others: what has left goes on until its deadline.
         """
         if len(names) > _MOST_OF_ONE:
             return await self._look_up(names, within)

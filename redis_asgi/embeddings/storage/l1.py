@@ -100,7 +100,7 @@ class L1Cache:
             self.bytes -= kept[1]
 
     def seen(self, epoch_name: bytes, lease_name: bytes) -> LastSeen | None:
-        """What Redis said of this epoch and lease less than `seconds` ago."""
+        """The words of Redis about this epoch and lease, if less than `seconds` old."""
         kept = self._seen.get((epoch_name, lease_name))
         return kept if kept is not None and kept.until > self._clock.monotonic() else None
 

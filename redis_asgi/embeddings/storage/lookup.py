@@ -19,7 +19,7 @@ _AT_ONCE = 64  # values looked at between two looks at the clock
 
 @dataclass(slots=True)
 class Stored:
-    """What a request has to start from.
+    """The records that a request has to start from.
 
     Attributes:
         values: Vectors by key, of the model that the lease names; without a lease those that this process had.
@@ -77,7 +77,7 @@ class Stored:
 
 
 def recall(vectors: VectorCache, identity: RecordKeys, names: Collection[bytes], max_age: float | None) -> Stored:
-    """What this process has of *names*; with the lease if that is all, and known to be valid.
+    """The values that this process has of *names*; with the lease if that is all, and known to be valid.
 
     Args:
         vectors: Where.
@@ -148,7 +148,7 @@ async def look_up(
         await _take(vectors, found, names, reply[len(records) :], encodings, time_slice, now, _oldest(max_age, now))
         outdated = _sort(vectors, found, near.values)
         if outdated:
-            # Flushed, or of another model: somebody else may have computed them since.
+            # Flushed, or of another model: another worker may have computed them since.
             again = await vectors.store.lookup(outdated, vectors.lookup_within - (perf_counter() - began))
             if not isinstance(again, Failure):
                 await _take(vectors, found, outdated, again, encodings, time_slice, now, _oldest(max_age, now))

@@ -1,4 +1,4 @@
-"""What is kept, and what a store of it has to do; trouble with Redis is a value here, never an exception."""
+"""Operations of a store, and their results; trouble with Redis is a value here, never an exception."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from ...errors import Failure
 
-WRITE_TIMEOUT = 2.0  # seconds; nobody waits for a write but the flight it belongs to
+WRITE_TIMEOUT = 2.0  # seconds; only the flight it belongs to waits for a write
 
 # What stands for a value that may be there or not, since its server did not say. No record of ours is empty, so whoever
 # reads it as one finds none; only ``None`` says that there is nothing.
@@ -32,7 +32,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """How a write or a delete went.
+    """The result of a write or a delete.
 
     Attributes:
         count: Values written, or deleted.
@@ -44,7 +44,7 @@ class WriteResult:
 
 
 class VectorStore(Protocol):
-    """What the cache and the middleware need of a store."""
+    """A store as the cache and the middleware need it."""
 
     @property
     def writable(self) -> bool:

@@ -1,4 +1,4 @@
-"""What Redis could not be told, and is told as soon as it answers again."""
+"""Writes that did not reach Redis, and are made as soon as it answers again."""
 
 import asyncio
 from collections import OrderedDict

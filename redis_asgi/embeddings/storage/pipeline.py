@@ -69,7 +69,7 @@ async def execute(pool: ConnectionPool, commands: Sequence[Command], within: flo
     """Send *commands* together and read their replies, undecoded; an error reply is a value among them.
 
     Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another shape, drops the
-    connection, so that nobody else reads what was meant for us.
+    connection, so that no other caller reads what was meant for us.
 
     Raises:
         Exception: What redis-py does when there is no connection or no reply, none left in the pool among it;
@@ -147,7 +147,7 @@ async def _straight(
 
 
 class _Replies(asyncio.BufferedProtocol):
-    """What the socket of a connection of our own pools reports to until all replies have come."""
+    """The protocol of a connection of our own pools until all replies have come."""
 
     def __init__(self, transport: asyncio.Transport, count: int, size: int) -> None:
         self.all: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
@@ -184,7 +184,7 @@ class _Replies(asyncio.BufferedProtocol):
         if len(self._come) > self._count or self._reader.has_data():
             self.all.set_exception(ConnectionError("more replies than commands"))
             return
-        # At once: whatever comes now is nobody's, and redis-py's stream will show that to the pool.
+        # At once: whatever comes now belongs to no command, and redis-py's stream will show that to the pool.
         self.give_back()
         self.all.set_result(self._come)
 

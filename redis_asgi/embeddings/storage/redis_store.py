@@ -216,7 +216,7 @@ def revocation(names: Sequence[bytes], notes: Sequence[Write]) -> list[Command]:
 
 
 def _values(reply: Any) -> "list[bytes | None]":
-    """What an ``MGET`` or a ``GET`` found; an error for one key is a proxy's word that it cannot reach its server."""
+    """The values that an ``MGET`` or a ``GET`` found; an error for one key is of a proxy that lost its server."""
     if not isinstance(reply, list):
         return [reply]
     return [UNKNOWN if isinstance(value, Exception) else value for value in reply]

@@ -1,4 +1,4 @@
-"""Which store is behind a manager, and what others need to use one."""
+"""The store behind a manager, and all that others need to use one."""
 
 import redis.asyncio as aioredis
 

@@ -1,4 +1,4 @@
-"""What is kept by key, in this process and in Redis: vectors, leases, epochs and refusals of callers.
+"""Records by key, in this process and in Redis: vectors, leases, epochs and refusals of callers.
 
 Knows keys and values, and nothing of requests, wire formats or calls of the app. Reading is `look_up`'s.
 """
@@ -22,7 +22,7 @@ from .store import VectorStore, Write, vectors_of
 _CAPPED = int(Flag.CAPPED)
 _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
 _EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
-_CLAIM_TTL = 600.0  # seconds; whoever names models that the app does not have fills Redis no longer
+_CLAIM_TTL = 600.0  # seconds; names of models that the app does not have fill Redis no longer
 _EPOCH_BYTES = 8
 _LAST = 0.1  # of a lease, in which one request asks the app early
 _UNKNOWN_CALLER = 401
@@ -78,14 +78,14 @@ class VectorCache:
         return ttl if cap is None or cap > ttl else cap
 
     def expires_at(self, name: bytes, value: Value, now: float) -> float | None:
-        """When a stored vector ends, in Unix seconds; ``None`` when only Redis knows."""
+        """The end of a stored vector, in Unix seconds; ``None`` when only Redis knows."""
         if value.flags & _CAPPED:
             return None
         # A value of a clock ahead of ours is no younger than one of this moment.
         return (min(now, value.born)) + self.ttl_of(name)
 
     def first_end(self, values: Mapping[bytes, Value], now: float) -> float | None:
-        """When the first of *values*, by key, ends; ``None`` when only Redis knows of one."""
+        """The end of the first of *values*, by key; ``None`` when only Redis knows of one."""
         if next(iter(values.values())).expires_at is not None:
             ends = [value.expires_at for value in values.values() if value.expires_at is not None]
             if len(ends) == len(values):
@@ -220,7 +220,7 @@ class VectorCache:
 
 
 def as_epoch(raw: object) -> bytes:
-    """What Redis has as an epoch; `NO_EPOCH` when that is none."""
+    """The epoch in a reply of Redis; `NO_EPOCH` when that is none."""
     return raw if isinstance(raw, bytes) and len(raw) == _EPOCH_BYTES else NO_EPOCH
 
 

@@ -18,7 +18,7 @@ WIRE_FORMATS: Mapping[str, WireFormat] = {
     wire.name: wire for wire in (_OPENAI, _OLLAMA, _OLLAMA_PROMPT, _COHERE, _COHERE_V1, _TEI, Simple())
 }
 
-# Whoever writes a service by hand chooses its path, so `simple` has none here.
+# A hand-written service chooses its path, so `simple` has none here.
 DEFAULT_PATHS: Mapping[str, Mapping[str, WireFormat]] = {
     "openai": dict.fromkeys(
         (

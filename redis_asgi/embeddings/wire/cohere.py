@@ -80,7 +80,7 @@ class Cohere:
             return None
         values: dict[Encoding, Sequence[object]] = {}
         for kind, vectors in by_type.items():
-            if vectors is None:  # vLLM names the types nobody asked for, too
+            if vectors is None:  # vLLM names the types that were not asked for, too
                 continue
             listed = vector_list(vectors, len(inputs))
             if listed is None or kind not in batch.encodings:

@@ -1,4 +1,4 @@
-"""What a wire format is: the JSON dialect of an embedding server, as five pure names.
+"""A wire format: the JSON dialect of an embedding server, as five pure names.
 
 To add one, write a class with the names of `WireFormat` and give an instance to
 ``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
@@ -122,7 +122,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What to report.
+    """The usage to report.
 
     Attributes:
         tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what it says.
@@ -135,7 +135,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class FreshFields:
-    """What a full hit makes new where the app sends it: ``created`` (Unix seconds) and ``id``."""
+    """Fields that a full hit makes new where the app sends them: ``created`` (Unix seconds) and ``id``."""
 
     created: int
     unique: str

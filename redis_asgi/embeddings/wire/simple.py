@@ -116,7 +116,7 @@ class Simple:
 
 
 def _of_any_request(fields: Mapping[str, Any], usage: Usage, was: int, now: int, depth: int = 1) -> dict[str, Any]:
-    """What may be said of a request for *now* inputs by an answer for *was* of them."""
+    """The fields of an answer for *was* inputs that also hold for a request for *now* of them."""
     kept: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None or isinstance(value, bool | str):

@@ -41,7 +41,7 @@ _ICONS: dict[Status, bytes] = {
 
 
 class StatusApp(SubApp):
-    """What `status_app` makes."""
+    """The app that `status_app` makes."""
 
     def __init__(self, target: Target, *, authorize: Authorize | None) -> None:
         assets = {f"/{status}.svg": icon_answer(status) for status in _ICONS} | {"/status.css": _stylesheet()}

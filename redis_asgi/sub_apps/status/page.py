@@ -1,4 +1,4 @@
-"""What stands on the status page, and in which words; all numbers are of this process, but those of Redis."""
+"""The words and numbers of the status page; all numbers are of this process, but those of Redis."""
 
 import re
 from collections import Counter
