@@ -16,7 +16,8 @@ from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from .answers.headers import fields_of, renderer_of
-from .answers.limited_response import LimitedResponse, UncoveredResponse, until_closed
+from .answers.held_request import until_ended
+from .answers.limited_response import LimitedResponse, UncoveredResponse
 from .answers.refusal_response import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
 from .answers.request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
 from .counting.engine import Engine
@@ -147,7 +148,7 @@ class RateLimitMiddleware(Covering):
             charges = left_over(charges, outer, self._engine, self._linter)
         verdict: Verdict | None = None
         if charges.is_priced or charges.holds:
-            verdict, receive = await self._decide(charges, scope, receive)
+            verdict, receive, send = await self._decide(charges, scope, receive, send)
         elif charges.counters:
             asked = self._engine.ask(charges)
             verdict = asked if isinstance(asked, Verdict) else await asked.future
@@ -176,15 +177,17 @@ class RateLimitMiddleware(Covering):
         """Its rules, and what they leave alone; `document_limits` asks for it."""
         return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
 
-    async def _decide(self, charges: Charges, scope: Scope, receive: Receive) -> tuple[Verdict, Receive]:
-        """The verdict where a callable says the cost, or the request is held; and what the app is to receive from."""
+    async def _decide(
+        self, charges: Charges, scope: Scope, receive: Receive, send: Send
+    ) -> tuple[Verdict, Receive, Send]:
+        """The verdict where a callable says the cost, or the request is held; and what its app is to talk to."""
         if charges.is_priced:
             verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
         else:
             verdict = await self._engine.decide(charges)
-        if verdict.slot is not None and scope["type"] == "websocket":
-            receive = until_closed(receive, verdict)
-        return verdict, receive
+        if verdict.slot is not None:
+            receive, send = until_ended(verdict, receive, send)
+        return verdict, receive, send
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""

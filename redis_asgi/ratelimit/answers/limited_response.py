@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Scope, Send
 
 from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from . import headers
 from .request_decision import STYLE, RequestDecision, Standby
 
-# What ends a request, beside the last part of its body, before the app returns.
-_ENDS = frozenset(("http.response.pathsend", "websocket.close"))
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 
 
@@ -56,11 +54,9 @@ class LimitedResponse:
         if kind == "http.response.body":
             if not message.get("more_body"):
                 self._verdict.settle(self.status)
-            return
-        for verdict, deltas in back:
-            self.decision.ledger.apply(verdict, deltas)
-        if kind in _ENDS:
-            self._verdict.release()
+        elif back:
+            for verdict, deltas in back:
+                self.decision.ledger.apply(verdict, deltas)
 
     def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
         """*message* with the fields, if it is a start, and what its status gives back."""
@@ -85,18 +81,6 @@ class LimitedResponse:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
         self._verdict.settle(self.status if gone else 500)
-
-
-def until_closed(receive: Receive, verdict: Verdict) -> Receive:
-    """*receive* of a WebSocket, which is in flight until its client closes it, whatever the app does after that."""
-
-    async def receiving() -> Message:
-        message = await receive()
-        if message["type"] == "websocket.disconnect":
-            verdict.release()
-        return message
-
-    return receiving
 
 
 class UncoveredResponse:

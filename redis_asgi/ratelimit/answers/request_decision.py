@@ -88,6 +88,8 @@ class RequestDecision(Decision):
     def join(self, verdict: Verdict) -> None:
         """Add the verdict of a per-route limit or an inner middleware."""
         self.first.more = (*self.first.more, verdict)
+        if verdict.slot is not None:
+            self.first.open_ledger()
         verdict.engine.counts.policies(verdict.uncounted)
         self._read_again()
 

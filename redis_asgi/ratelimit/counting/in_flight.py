@@ -91,7 +91,7 @@ class Slot:
             self.charges = self._under(verdict)
             if self.charges.counters:
                 self._heart.run(self)
-                verdict.slot = self
+                verdict.hold(self)
                 return verdict
         if self.is_doubtful:
             self.release()

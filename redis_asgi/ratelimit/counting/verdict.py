@@ -80,15 +80,19 @@ class Verdict:
         """Settle the request, at the end of its response; see `Ledger.settle`."""
         if not self.is_over:
             self.is_over = True
-            if self.slot is not None or self.more:
-                self.release()
             self.count()
             if (
                 self.ledger is not None
                 or self.charges.wait_and_see
                 or (self.more and any(verdict.charges.wait_and_see for verdict in self.more))
             ):
+                self.release()
                 self.open_ledger().settle(status)
+
+    def hold(self, slot: "Slot") -> None:
+        """Let the request be in flight in *slot*, until it ends."""
+        self.slot = slot
+        self.open_ledger()  # by which its end is looked at
 
     def release(self) -> None:
         """Let the request be in flight no longer, whatever else is still to be settled."""
