@@ -120,7 +120,7 @@ FOLDERS = {
     "sub_apps": (
         "_version asgi connection errors events misuse ratelimit/counting ratelimit/limits settings telemetry"
     ),
-    "sub_apps/status": "asgi connection explanations settings sub_apps telemetry",
+    "sub_apps/status": "asgi connection explanations ratelimit/counting settings sub_apps telemetry",
     "inspection": (
         "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
         " ratelimit/limits ratelimit/rules ratelimit/transport settings"

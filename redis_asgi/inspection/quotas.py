@@ -58,7 +58,8 @@ class QuotaRow:
             last request.
         remaining: The largest cost admitted now; ``None`` when the quota is unknown.
         retry_after: Seconds until a request of one unit is admitted: 0.0 = now; ``None`` when the quota is unknown.
-        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota.
+        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota, and while
+            requests are in flight.
         stored: Whether Redis has a counter of it.
     """
 
@@ -181,7 +182,7 @@ async def look(
             raw = await client.execute_command("HGET", partition.key, policy.field)
             standings.append(_unknown(state, used=_owed(raw), reset=None))
         else:
-            standings.append(_unknown(state, used=policy.quota - state.remaining, reset=state.reset))
+            standings.append(_unknown(state, used=policy.quota - state.remaining, reset=_full_again(state)))
     return standings
 
 
@@ -228,9 +229,14 @@ def _known(state: PolicyState, *, stored: bool) -> QuotaRow:
         used,
         state.remaining,
         state.retry_after,
-        state.reset,
+        _full_again(state),
         stored,
     )
+
+
+def _full_again(state: PolicyState) -> float | None:
+    """When requests in flight end nobody knows."""
+    return None if state.reset and state.strategy == "concurrency" else state.reset
 
 
 def _unknown(state: PolicyState, *, used: int, reset: float | None) -> QuotaRow:

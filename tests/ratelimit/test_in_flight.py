@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
@@ -27,6 +29,7 @@ from redis_asgi.ratelimit.transport.script import _say_denied
 
 from ..conftest import StartServer
 from ..kit.logs import event_of
+from ..kit.processes import clean_environment
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer
 from .harness import Spy, drive, header, http_scope, memory, statuses, websocket_scope
@@ -669,6 +672,28 @@ async def test_a_heartbeat_is_one_command(patient: RedisManager, redis_client: r
 
 
 @on_redis
+async def test_it_beats_by_itself(patient: RedisManager, redis_client: redis.Redis) -> None:
+    """Every ten seconds while something runs; one that failed is followed by another after a second."""
+    heart = heart_of(patient)
+    loop = asyncio.get_running_loop()
+    async with RateLimiter(patient, timeout=5).slot("a", 1):
+        timer = heart._timer
+        assert timer is not None
+        assert 9 < timer.when() - loop.time() <= 10
+        redis_client.flushall()
+        timer._run()
+        timer.cancel()
+        assert heart._under_way is not None
+        await heart._under_way
+        assert 1 == len(members(redis_client))
+        heart._has_failed = True
+        heart._timer.cancel()  # type: ignore[union-attr]  # it is planned
+        heart._timer = None
+        heart._has_beaten()
+        assert 0 < heart._timer.when() - loop.time() <= 1  # type: ignore[attr-defined]  # likewise
+
+
+@on_redis
 async def test_a_release_waits_for_the_renewal_under_way(patient: RedisManager, redis_client: redis.Redis) -> None:
     """Whichever of the two Redis carries out first over two connections, the place is free in the end."""
     heart = heart_of(patient)
@@ -964,6 +989,54 @@ async def test_an_operator_sees_what_is_in_flight(patient: RedisManager) -> None
     await settled(patient)
     (unknown,) = await look(patient, partition, ())
     assert 0 == unknown.used
+
+
+WORKER = """
+import asyncio, sys
+from redis_asgi import RateLimiter, RedisManager, Settings
+from redis_asgi.ratelimit.limits import policy
+
+policy.LEASE = 2
+limiter = RateLimiter(RedisManager(Settings(REDIS_URL=sys.argv[1], RATE_LIMIT_TIMEOUT=5.0)), timeout=5)
+
+async def main():
+    held = [limiter.slot("a", 8) for _ in range(2)]
+    for slot in held:
+        assert (await slot.__aenter__()).allowed
+    print("held", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def started(url: str) -> subprocess.Popen[bytes]:
+    """A worker of its own process."""
+    return subprocess.Popen([sys.executable, "-c", WORKER, url], stdout=subprocess.PIPE, env=clean_environment())
+
+
+@on_redis
+@pytest.mark.slow
+async def test_a_killed_worker_holds_its_places_for_a_lease(redis_url: str, patient: RedisManager) -> None:
+    """Four processes hold two each; two are killed, and what they held is free when its lease has ended."""
+    limiter = RateLimiter(patient, timeout=5)
+    workers = [started(redis_url) for _ in range(4)]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert b"held\n" == await asyncio.to_thread(worker.stdout.readline)
+        async with limiter.slot("a", 8) as decision:
+            assert not decision.allowed
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    for _ in range(100):
+        await asyncio.sleep(0.1)
+        async with limiter.slot("a", 1) as decision:
+            if decision.allowed:
+                return
+    pytest.fail("the dead hold their places")
 
 
 @on_redis

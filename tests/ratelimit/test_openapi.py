@@ -114,6 +114,9 @@ def test_a_rule_for_all_is_written_to_all() -> None:
         pytest.param({"methods": "WEBSOCKET"}, set(), id="handshakes"),
         pytest.param({"shadow": True}, set(), id="shadow"),
         pytest.param({"cost": 0}, set(), id="free"),
+        pytest.param(
+            {"limits": None, "concurrency": 4, "paths": "/users/*"}, {("GET", "/users/{user}")}, id="in-flight"
+        ),
     ],
 )
 def test_a_rule_is_written_where_it_may_cover(rule: dict[str, Any], expected: set[tuple[str, str]] | None) -> None:
@@ -125,7 +128,7 @@ def test_a_rule_is_written_where_it_may_cover(rule: dict[str, Any], expected: se
         "GET /numbers/{number:int}",
         "GET /files/{it:path}",
     )
-    found = documented(app_of(*operations, rules=[Rule("5/minute", **rule)]))
+    found = documented(app_of(*operations, rules=[Rule(**{"limits": "5/minute", **rule})]))
 
     if expected is None:
         assert len(operations) == len(found)
