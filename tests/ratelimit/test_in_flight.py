@@ -402,17 +402,22 @@ async def test_over_when_the_app_is(either: RedisManager, app: ASGIApp) -> None:
 
 async def test_an_inner_instance_holds_until_the_outer_answer_ends(either: RedisManager) -> None:
     """Each has its place, and one limit on both has one."""
-    app = Stream()
-    inner = RateLimitMiddleware(app, rules=[streams(1, name="inner"), streams(2, name="both")], redis=either)
-    limited = RateLimitMiddleware(inner, rules=[streams(2, name="both")], redis=either)
-    first, second = await opened(limited, 1), await opened(limited, 1)
+    for outer, held in ((streams(2, name="both"), 2), (Rule("9/hour", name="rate"), 1)):
+        app = Stream()
+        both = [streams(1, name="inner"), *([outer] if held == 2 else [])]
+        limited = RateLimitMiddleware(RateLimitMiddleware(app, rules=both, redis=either), rules=[outer], redis=either)
+        first, second = await opened(limited, 1), await opened(limited, 1)
 
-    assert (200, 429) == (await first[0].status(), await second[0].status())
-    assert 2 == running(either)
-    app.ends[0].set()
-    await first[0].task
-    assert 0 == running(either)
-    assert (await opened(limited, 1))[0].sent[0]["status"] == 200
+        assert (200, 429) == (await first[0].status(), await second[0].status())
+        assert held == running(either)
+        app.ends[0].set()
+        while len(first[0].sent) < 3:
+            await asyncio.sleep(0)
+        assert 0 == running(either)
+        await first[0].task
+        third = await opened(limited, 1)
+        assert 200 == await third[0].status()
+        await ended(third)
 
 
 # A block of code
@@ -707,6 +712,92 @@ async def test_a_release_waits_for_the_renewal_under_way(patient: RedisManager, 
 
     assert [] == members(redis_client)
     assert 0 == heart.owes
+
+
+@on_redis
+async def test_each_request_is_two_trips_at_most(patient: RedisManager, redis_client: redis.Redis) -> None:
+    """One to ask, one to release, whatever else it says of itself, and however often it ends."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["rate_limit"].charge(5)
+        await Spy()(scope, receive, send)
+        raise LookupError
+
+    limited = RateLimitMiddleware(app, rules=[streams(1)], redis=patient)
+    await RateLimiter(patient, timeout=5).consume("warm")
+    redis_client.config_resetstat()
+    with suppress(LookupError):
+        await drive(limited, http_scope())
+    await settled(patient)
+    stats: Any = redis_client.info("commandstats")
+
+    assert (2, 1, 1) == tuple(stats[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "zadd", "zrem"))
+
+
+@on_redis
+async def test_what_redis_never_heard_of_is_owed_to_nobody(private_server: StartServer) -> None:
+    """Requests that come and go while it is away leave nothing to say when it is back."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url))
+    limiter = RateLimiter(manager)
+    await limiter.consume("warm")
+    server.kill()
+    while manager.breaker_state == "closed":
+        await limiter.consume("warm")
+    for _ in range(50):
+        async with limiter.slot("a", 1) as decision:
+            assert ("local", True) == (decision.source, decision.allowed)
+    assert 0 == heart_of(manager).owes
+    await manager.close()
+
+
+@on_redis
+async def test_much_that_is_owed_leaves_in_parts(patient: RedisManager, redis_client: redis.Redis) -> None:
+    """A batch at a time, so that no request waits behind all of it."""
+    limiter = RateLimiter(patient, timeout=5)
+    async with AsyncExitStack() as stack:
+        for i in range(300):
+            await stack.enter_async_context(limiter.slot(f"client-{i}", 1))
+        heart = heart_of(patient)
+        beating = heart.beat()
+        assert 128 == heart._checks_left
+        await beating
+        for slot in heart._running.values():
+            slot.is_doubtful = True
+    await settled(patient)
+    assert 0 == heart.owes
+    assert [] == members(redis_client)
+
+
+@pytest.mark.slow
+async def test_a_node_that_is_gone_takes_no_place_along(private_cluster: Cluster) -> None:
+    """Decided here because of one node, a request keeps its place at another, and gives it back there."""
+    settings = Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)
+    manager = RedisManager(settings)
+    address = make_partition("ip", "203.0.113.7", plain=True)
+    gone = private_cluster.node_of(address.key)
+    keys = (f"key-{i}" for i in range(1000))
+    key = next(k for k in keys if private_cluster.node_of(make_partition("header:x-api-key", k).key) is not gone)
+    there = private_cluster.node_of(make_partition("header:x-api-key", key).key)
+    app = Stream()
+    rules = [streams(2, partition_by=by_header("x-api-key")), Rule("5/hour", name="requests")]
+    limited = RateLimitMiddleware(app, rules=rules, redis=manager, settings=settings)
+    headers = [(b"x-api-key", key.encode())]
+    before = await opened(limited, 1, headers=headers)
+    gone.kill()
+    after = await opened(limited, 2, headers=headers)
+    assert [200, 200, 429] == sorted([await request.status() for request in (*before, *after)])
+    assert 2 == running(manager)
+    await heart_of(manager).beat()
+    assert 2 == len(members(there.client()))
+    await ended([*before, *after])
+    for _ in range(100):
+        await heart_of(manager).beat()
+        if not members(there.client()):
+            break
+        await asyncio.sleep(0.05)
+    assert [] == members(there.client())
+    await manager.close()
 
 
 @on_redis

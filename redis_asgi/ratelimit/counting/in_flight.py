@@ -16,7 +16,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import count
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ...connection.manager import RedisManager
@@ -27,8 +27,9 @@ from ..limits.clock import CLOCK
 from ..limits.policy import Charge, Charges, counters_of
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.reply import numbers_of
+from ..transport.batcher import MAX_COUNTERS, Batcher
 from ..transport.check import HoldingCheck, Outcome
-from ..transport.cluster_batcher import make_batcher
+from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from .local_engine import LocalEngine
 
 if TYPE_CHECKING:
@@ -72,21 +73,23 @@ class Slot:
         holders: The same, as checks take it.
         charges: What it is in flight under.
         is_doubtful: Whether Redis may come to know it after it was released.
+        is_known: Whether Redis may know it.
     """
 
-    __slots__ = ("_heart", "_is_answered", "_is_over", "charges", "holder", "holders", "is_doubtful")
+    __slots__ = ("_heart", "_is_answered", "_is_over", "charges", "holder", "holders", "is_doubtful", "is_known")
 
     def __init__(self, heart: "Heart", holder: bytes, charges: Charges) -> None:
         self._heart = heart
         self.holder = holder
         self.holders = (holder,)
         self.charges = charges
-        self.is_doubtful = False
+        self.is_doubtful = self.is_known = False
         self._is_answered = self._is_over = False
 
     def answered(self, verdict: "Verdict") -> "Verdict":
         """Run, if *verdict*, which is on its request, admits it; *verdict*, which has the slot then."""
         self._is_answered = True
+        self.is_known = self.is_doubtful or verdict.source == "redis"
         if verdict.allowed:
             self.charges = self._under(verdict)
             if self.charges.counters:
@@ -111,9 +114,7 @@ class Slot:
     def abandon(self, check: HoldingCheck) -> None:
         """Release it, whose *check* nobody waits for any more."""
         if not self._is_answered:
-            if not check.may_have_run:
-                self._is_over = True
-            self.is_doubtful = True
+            self.is_doubtful = self.is_known = check.may_have_run
         self.release()
 
     def release(self) -> None:
@@ -137,7 +138,8 @@ class Heart:
         self._late: list[Slot] = []  # released during a heartbeat that renews them
         self._owed: dict[Place, Charge] = {}
         self._under_way: asyncio.Future[None] | None = None
-        self._checks_left = 0
+        self._to_say: Iterator[HoldingCheck] = iter(())
+        self._checks_left = 0  # of those that were sent
         self._has_failed = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -159,11 +161,9 @@ class Heart:
         """Count *slot* as in flight no longer, and tell Redis so; of what a heartbeat renews right now, after that."""
         self.drop(slot)
         self._refusals.end(slot.charges, CLOCK.monotonic())
-        if not self._manager.has_redis:
-            return
         if slot.holder in self._renewing:
             self._late.append(slot)
-        else:
+        elif slot.is_known:
             self._tell(slot)
 
     def drop(self, slot: Slot) -> None:
@@ -187,20 +187,30 @@ class Heart:
         self._has_failed = False
         self._renewing = dict(self._running)
         renewed = [place for slot in self._renewing.values() for place in _places(slot)]
-        checks = [*self._checks("charge", renewed), *self._checks("refund", self._owed.items())]
-        self._checks_left = len(checks)
-        if not checks:
-            self._has_beaten()
-        try:
-            batcher = self._manager.per_client(make_batcher)
-        except Exception:
-            # The client cannot even be built.
-            for check in checks:
-                check.answer(Failure.CONNECTION)
-        else:
-            for check in checks:
-                batcher.submit(check)
+        self._to_say = chain(self._checks("charge", renewed), self._checks("refund", list(self._owed.items())))
+        self._say_more()
         return done
+
+    def _say_more(self) -> None:
+        """Send of the heartbeat as much as one batch takes, so that no request waits behind more than that."""
+        batcher = self._batcher()
+        if batcher is None or (batcher.breaker is not None and batcher.breaker.state == "open"):
+            self._has_failed = True
+            self._to_say = iter(())
+        else:
+            for check in islice(self._to_say, MAX_COUNTERS - self._checks_left):
+                self._checks_left += 1
+                batcher.submit(check)
+        if not self._checks_left:
+            self._has_beaten()
+
+    def _batcher(self) -> Batcher | ClusterBatcher | None:
+        """What takes checks in the running loop; ``None`` where no client can be built, or, as one ends, in no loop."""
+        try:
+            is_here = asyncio.get_running_loop() is self.loop
+            return self._manager.per_client(make_batcher) if is_here else None
+        except Exception:
+            return None
 
     def _checks(
         self, mode: Literal["charge", "refund"], places: Iterable[tuple[Place, Charge]]
@@ -212,6 +222,8 @@ class Heart:
         for charge, holders in by_counter.values():
             for first in range(0, len(holders), IDS_PER_CHECK):
                 check = self._check(mode, Charges((charge,)), holders[first : first + IDS_PER_CHECK])
+                for holder in check.holders if mode == "charge" else ():
+                    self._renewing[holder].is_known = True
                 check.future.add_done_callback(partial(self._has_said, check))
                 yield check
 
@@ -235,15 +247,15 @@ class Heart:
             for holder in check.holders:
                 self._owed.pop((holder, charge.partition.key, policy.field), None)
         self._checks_left -= 1
-        if not self._checks_left:
-            self._has_beaten()
+        self._say_more()
 
     def _has_beaten(self) -> None:
         done, self._under_way = self._under_way, None
         self._renewing = {}
         late, self._late = self._late, []
         for slot in late:
-            self._tell(slot)
+            if slot.is_known:
+                self._tell(slot)
         self._plan(BEAT_AGAIN if self._has_failed else BEAT)
         if done is not None and not done.done():
             done.set_result(None)
@@ -262,12 +274,7 @@ class Heart:
         """Let Redis remove *slot*, in the next shared batch."""
         if slot.is_doubtful:
             self._owe(slot)
-        try:
-            is_here = asyncio.get_running_loop() is self.loop
-            batcher = self._manager.per_client(make_batcher) if is_here else None
-        except Exception:
-            # No client can be built; or no loop runs, while the last one ends.
-            batcher = None
+        batcher = self._batcher()
         if batcher is None:
             self._owe(slot)
             return
