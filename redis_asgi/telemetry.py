@@ -71,17 +71,27 @@ class Sample:
     policies: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: _NO_POLICIES)
 
 
-TOLD_WITHIN = 0.05  # seconds
+TOLD_WITHIN = 0.25  # seconds
 _MOST_NOTES = 4096
 
-Noted: TypeAlias = "Counter | tuple[Counter, ...]"
+
+class Together:
+    """Counters that are counted at the same time; made once for what is counted often."""
+
+    __slots__ = ("counters",)
+
+    def __init__(self, counters: "tuple[Counter, ...]") -> None:
+        self.counters = counters
+
+
+Noted: TypeAlias = "Counter | Together"
 
 
 class Notes:
     """What was counted but not told to the metrics yet: a counter's lock for each request costs as much as deciding it.
 
-    Notes are told 50 ms after the first of them, in one go, and before anybody reads the registry or the history; so
-    only a worker that answers for others in multi-process mode sees theirs that much later.
+    Notes are told a quarter of a second after the first of them, in one go, and before anybody reads the registry or
+    the history; so only a worker that answers for others in multi-process mode sees theirs that much later.
 
     Args:
         tick: See `Telemetry.tick`.
@@ -93,40 +103,40 @@ class Notes:
         self._counted: deque[Noted] = deque()
         self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
         self._observed: deque[tuple[Callable[[float], None], float]] = deque()
+        self._is_due = False  # whether a timer is set
         self._telling = threading.Lock()
 
-    def count(self, what: Noted) -> None:
-        """Count one more of *what*: a counter, or several at once. Call it in a loop that runs."""
+    def count(self, what: "Noted | None", more: "Noted | None" = None) -> None:
+        """Count one more of *what*, and of *more*. Call it in a loop that runs."""
         counted = self._counted
-        counted.append(what)
-        waiting = len(counted)
-        if waiting == 1:
-            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
-        elif waiting >= _MOST_NOTES:
-            self.tell()
+        if what is not None:
+            counted.append(what)
+        if more is not None:
+            counted.append(more)
+        if not self._is_due or len(counted) >= _MOST_NOTES:
+            self._see_to(len(counted))
 
     def add(self, *amounts: "tuple[Counter, float]") -> None:
         """Count so much more of each counter. Call it in a loop that runs."""
-        added = self._added
-        added.append(amounts)
-        waiting = len(added)
-        if waiting == 1:
-            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
-        elif waiting >= _MOST_NOTES:
-            self.tell()
+        self._added.append(amounts)
+        self._see_to(len(self._added))
 
     def observe(self, observe: "Callable[[float], None]", value: float) -> None:
         """Note a *value* for a histogram's *observe*. Call it in a loop that runs."""
-        observed = self._observed
-        observed.append((observe, value))
-        waiting = len(observed)
-        if waiting == 1:
-            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
-        elif waiting >= _MOST_NOTES:
+        self._observed.append((observe, value))
+        self._see_to(len(self._observed))
+
+    def _see_to(self, waiting: int) -> None:
+        """See to it that notes, of which so many of one kind are *waiting*, are told."""
+        if waiting >= _MOST_NOTES:
             self.tell()
+        elif not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
 
     def tell(self) -> None:
         """Tell the metrics."""
+        self._is_due = False
         counted, added, observed = self._counted, self._added, self._observed
         if counted or added or observed:
             self._tick(time.monotonic())
@@ -136,7 +146,7 @@ class Notes:
                 for counter, amount in added.popleft():
                     totals[counter] = totals.get(counter, 0) + amount
         for what, total in totals.items():
-            for counter in what if isinstance(what, tuple) else (what,):
+            for counter in what.counters if isinstance(what, Together) else (what,):
                 counter.inc(total)
         with suppress(IndexError):
             while observed:
@@ -145,7 +155,8 @@ class Notes:
 
     def drop(self) -> None:
         """Forget what was not told: the parent tells it."""
-        self._telling = threading.Lock()  # who held it is not in this process
+        self._telling = threading.Lock()  # who held it is not in this process, and neither is the timer
+        self._is_due = False
         self._counted.clear()
         self._added.clear()
         self._observed.clear()

@@ -1,7 +1,12 @@
 """The decision on a request, as attributes of the OpenTelemetry span it runs in; no spans of our own."""
 
 import sys
+from contextvars import copy_context
 from functools import lru_cache
+
+# What a server's task begins with is no context variable at all, and then there is no span: seen at next to no cost,
+# for what would annotate at every request.
+may_be_traced = copy_context
 
 
 def annotate_span(**attributes: str | bool | float | None) -> None:
@@ -14,24 +19,17 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
     Args:
         attributes: Never an identity, a key or a text: traces are read by more people than Redis is.
     """
-    # It may be half imported by another thread.
+    # They may be half imported by another thread. redis-py imports them wherever they are installed, also where nobody
+    # traces; whether there is a context at all is cheaper to see than that it holds no span.
+    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
     current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
-    if current is None:
+    if context is None or current is None or not context():
         return
     span = current()
     if span.is_recording():
         for name, value in attributes.items():
             if value is not None:
                 span.set_attribute(_attribute(name), value)
-
-
-def may_be_traced() -> bool:
-    """Whether there is anything that a span could be in: cheaper to see than that there is no span.
-
-    redis-py imports the API wherever it is installed, also where nobody traces.
-    """
-    context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
-    return context is not None and bool(context())
 
 
 @lru_cache(maxsize=64)

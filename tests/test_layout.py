@@ -95,7 +95,7 @@ FOLDERS = {
     "ratelimit/limits": "keys settings",
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/counting": "connection errors events ratelimit/limits ratelimit/transport settings telemetry tracing",
-    "ratelimit/rules": "asgi errors events keys misuse ratelimit/limits settings",
+    "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/limits settings",
     "ratelimit/answers": "connection errors event_loop misuse ratelimit/counting ratelimit/limits settings",
     "ratelimit": (
         "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/counting ratelimit/limits"

@@ -25,7 +25,7 @@ from ..settings import Settings
 from ..settings.locations import URL_OPTIONS_NOT_TAKEN, read_address, weakened_by
 from ..telemetry import telemetry
 from . import side_connection
-from .cluster_nodes import TurnstileCluster, first_to_answer, learn_nodes, ping_node, ping_over
+from .cluster_nodes import QueueingCluster, first_to_answer, learn_nodes, ping_node, ping_over
 from .sentinels import Sentinels
 from .sockets import BoundedParser, connection_class, master_connection_class
 
@@ -147,7 +147,7 @@ class QueueingPool(ConnectionPool):
             connection.mark_for_reconnect()  # type: ignore[no-untyped-call]  # theirs
 
 
-class SentinelTurnstile(SentinelConnectionPool, QueueingPool):
+class QueueingSentinelPool(SentinelConnectionPool, QueueingPool):
     """The same behind the pool that asks the sentinels where the master is."""
 
 
@@ -206,7 +206,7 @@ def build_client(settings: Settings) -> NewClient:
         one = (common.pop("host", "localhost"), int(common.pop("port", 6379)))
         addresses = [read_address(each) for each in settings.REDIS_CLUSTER_NODES] or [one]
         kind = connection_class(encrypted=encrypted)
-        return NewClient(TurnstileCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
+        return NewClient(QueueingCluster(addresses, turns=settings.REDIS_POOL_SIZE, kind=kind, **common))
 
     common |= {"db": settings.REDIS_DB}
     pool_options: dict[str, Any] = {
@@ -226,7 +226,7 @@ def build_client(settings: Settings) -> NewClient:
         sentinel = Sentinels([read_address(each) for each in settings.REDIS_SENTINELS], to_sentinels)
         master = sentinel.master_for(
             settings.REDIS_SENTINEL_MASTER or "",
-            connection_pool_class=SentinelTurnstile,
+            connection_pool_class=QueueingSentinelPool,
             connection_class=master_connection_class(encrypted=encrypted),
             **common,
             **pool_options,
@@ -300,7 +300,7 @@ async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
             await first_to_answer(client.get_primaries())
     except BaseException as error:
         # Its slots may have moved to a replica, be it dead or silent until we are cancelled.
-        if isinstance(client, TurnstileCluster):
+        if isinstance(client, QueueingCluster):
             client.learn_soon()
         elif isinstance(error, RedisError | OSError):
             await learn_nodes(client)

@@ -131,7 +131,7 @@ class Nodes(NodesManager):
         old.update(kept)
 
 
-class TurnstileCluster(aioredis.RedisCluster):
+class QueueingCluster(aioredis.RedisCluster):
     """A cluster client whose callers wait for one of so many turns; its nodes' pools only raise.
 
     Args:
@@ -174,7 +174,7 @@ class TurnstileCluster(aioredis.RedisCluster):
 
 def is_no_cluster(client: object) -> bool:
     """Whether *client* is one of a cluster whose only address tells nothing of one."""
-    return isinstance(client, TurnstileCluster) and isinstance(nodes := client.nodes_manager, Nodes) and nodes.is_alone
+    return isinstance(client, QueueingCluster) and isinstance(nodes := client.nodes_manager, Nodes) and nodes.is_alone
 
 
 async def learn_nodes(client: aioredis.RedisCluster) -> None:

@@ -140,8 +140,7 @@ async def ask(
 ) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
     batcher = manager.per_client(make_batcher)
-    check = HoldingCheck(batcher.loop, mode, charges, within)
-    check.slot, check.holders = None, holders
+    check = HoldingCheck(batcher.loop, mode, charges, within, holders=holders)
     batcher.submit(check)
     return cast("Outcome", await check.future)
 

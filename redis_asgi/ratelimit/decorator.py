@@ -14,10 +14,11 @@ from ..errors import ConfigurationError
 from ..misuse import Uncalled, says_what_was_meant, shown
 from ..settings import OnRedisError, Settings, StrategyName
 from .answers.limited_response import text_fields
-from .route import Placed, RateLimit, check_all
+from .route import RateLimit
 from .rules.endpoints import endpoint_name
 from .rules.partition import PartitionBy
 from .rules.rule import Limits
+from .stack import Placed, Stack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,6 +93,7 @@ def _returns_a_response(limits: object) -> bool:
 
 def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
     """*endpoint* behind *limits*."""
+    stack = Stack(limits, endpoint)
 
     @functools.wraps(endpoint)
     async def limited(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +103,7 @@ def _decorated(endpoint: F, limits: tuple[Placed, ...]) -> F:
                 f"@rate_limit found no Request or WebSocket among the arguments of {endpoint_name(endpoint)}. "
                 "Add a 'request: Request' parameter."
             )
-        decision = await check_all(limits, conn, endpoint)
+        decision = await stack.check(conn)
         if iscoroutinefunction(endpoint):
             result = await endpoint(*args, **kwargs)
         else:

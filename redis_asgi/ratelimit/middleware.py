@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..asgi.scope import Addressing
 from ..connection.lifespan import live
 from ..connection.redis_argument import RedisArgument, offer_manager, resolve_manager
-from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from .answers.headers import fields_of, renderer_of
@@ -114,7 +113,6 @@ class RateLimitMiddleware(Covering):
             check_on_exceeded(on_exceeded)
         self._on_exceeded = on_exceeded
         self._linter = Linter(self._addressing, self._routing, self._rules)
-        self._has_loop = False
 
     @only_called_as(_ADD)
     async def __call__(self, scope: Scope, receive: Annotated[Receive, _NO_DEPENDENCY], send: Send) -> None:
@@ -122,9 +120,6 @@ class RateLimitMiddleware(Covering):
         if kind not in ("http", "websocket"):
             await (self._lifespan if kind == "lifespan" else self.app)(scope, receive, send)
             return
-        if not self._has_loop:
-            running_loop()
-            self._has_loop = True
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
         scope.setdefault(STYLE, self._style)
@@ -150,8 +145,9 @@ class RateLimitMiddleware(Covering):
         if charges.is_priced or charges.holds:
             verdict, receive, send = await self._decide(charges, scope, receive, send)
         elif charges.counters:
-            asked = self._engine.ask(charges)
-            verdict = asked if isinstance(asked, Verdict) else await asked.future
+            verdict = self._engine.ask(charges)
+            if verdict.is_asked:
+                await verdict.future
 
         if outer is not None:
             await self._join(outer, verdict, scope, receive, send)
@@ -185,7 +181,7 @@ class RateLimitMiddleware(Covering):
             verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
         else:
             verdict = await self._engine.decide(charges)
-        if verdict.slot is not None:
+        if verdict.allowed and verdict.slot is not None:
             receive, send = until_ended(verdict, receive, send)
         return verdict, receive, send
 
@@ -210,8 +206,9 @@ class RateLimitMiddleware(Covering):
         keep_decision(scope, verdict)
         verdict.count()
         try:
-            if len(verdict.known) == 1 and self._on_exceeded is None and scope["type"] == "http":
-                start, body = remembered_refusal(verdict, self._style, scope)
+            known = verdict.known
+            if known is not None and len(known) == 1 and self._on_exceeded is None and scope["type"] == "http":
+                start, body = remembered_refusal(verdict, known, self._style, scope)
                 await send(start)
                 await send(body)
             else:

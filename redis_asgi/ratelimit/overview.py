@@ -11,10 +11,12 @@ from ..settings import OnRedisError, Settings
 from .answers.request_decision import STANDBY, Standby
 from .counting.engine import Engine
 from .limits.policy import Policy, Strategy
-from .route import Placed, RateLimit
+from .route import RateLimit
 from .rules.compiled import CompiledRule
+from .rules.endpoints import endpoint_name
 from .rules.exemptions import Exemptions
 from .rules.routing import Routing
+from .stack import Placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def limits_of_route(
     found = []
     for limit, place in placed:
         engine = limit.engine_for(scope)
-        rule = limit.compiled(engine, endpoint, place)
+        rule = limit.compiled(engine, endpoint_name(endpoint), place)
         cost = None if callable(limit.cost) else limit.cost
         found.append(_in_force(rule, engine, paths=(path,), methods=tuple(methods), cost=cost))
     return found

@@ -1,6 +1,6 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import isawaitable
 
@@ -13,8 +13,6 @@ from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
 from .rules.misconfiguration import Linter
-from .rules.partition import ADDRESSING
-from .rules.plan import Plan
 from .rules.rule import check_cost
 
 
@@ -94,26 +92,13 @@ def _watching(receive: Receive, unread: Unread) -> Receive:
 
 
 async def charges_beside(
-    plans: Iterable[tuple[Engine, Plan]], conn: HTTPConnection, decision: RequestDecision | None
+    found: Sequence[tuple[Engine, Charges]], conn: HTTPConnection, decision: RequestDecision | None
 ) -> Sequence[tuple[Engine, Charges]]:
-    """What *plans* charge a request beside what the *decision* on it has charged already."""
-    found: list[tuple[Engine, Charges]] = []
-    counters = 0
-    is_priced = False
-    for engine, plan in plans:
-        # For the callables of the user's, as a middleware would.
-        conn.scope.setdefault(ADDRESSING, engine.plans.addressing)
-        charges = await plan.charges(conn.scope)
-        if charges.counters:
-            found.append((engine, charges))
-            counters += charges.counters
-            is_priced |= charges.is_priced
-    if (decision is not None or counters > 1) and check_names(decision, [charges for _, charges in found]):
+    """What of the charges *found* a request is to be charged, beside what the *decision* on it has charged."""
+    if check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    if is_priced:
-        found = [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
-    return found
+    return [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:

@@ -1,43 +1,35 @@
 """Limits on one endpoint: `RateLimit`, a FastAPI dependency, and what it shares with `rate_limit`."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NoReturn, TypeAlias, cast
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NoReturn, cast
 
-from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Scope
 
 from ..asgi.scope import Addressing
-from ..connection.manager import RedisManager
 from ..connection.redis_argument import RedisArgument, resolve_manager
-from ..event_loop import running_loop
 from ..events import say
 from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, only_called_as
 from ..settings import OnRedisError, Settings, StrategyName
 from .answers.headers import fields_of, renderer_of
 from .answers.limited_response import style_of
-from .answers.rate_limit_exceeded import refusal_on
-from .answers.refusal_response import POLICY_VIOLATION, can_respond
-from .answers.request_decision import STANDBY, RequestDecision, Standby, begin_decision, decision_of, is_over
+from .answers.request_decision import STANDBY, RequestDecision, Standby, decision_of
 from .counting.engine import Engine
-from .counting.verdict import Verdict
-from .pricing import charges_beside
 from .rules.compiled import CompiledRule
-from .rules.endpoints import calls_of, dependant_of, endpoint_name
-from .rules.partition import MissingIdentity, PartitionBy
-from .rules.plan import Plan, PlanCache, charges_kept
+from .rules.endpoints import calls_of, dependant_of
+from .rules.partition import PartitionBy
+from .rules.plan import PlanCache, charges_kept
 from .rules.policies import fit_name
 from .rules.recent import Recent
 from .rules.rule import Cost, Limits, Rule, check_limits
+from .stack import Stack
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
 _NOT_CALLED = Uncalled("Depends(RateLimit) is without a limit. Write Depends(RateLimit('5/minute')).")
 
-# Where a scope keeps the limits that its request was put to.
-_ASKED = "redis_asgi.route_limits"
 # Routes that one dependency knows its neighbours of.
 _MOST_ROUTES = 4096
 
@@ -104,7 +96,7 @@ class RateLimit:
         # Built at the first request: a decorator runs at import, which must read no environment.
         self._engine: Engine | None = None
         self._has_warned = False
-        self._neighbours: dict[int, tuple[object, tuple[Placed, ...]]] = {}
+        self._neighbours: dict[int, tuple[object, Stack]] = {}
 
     # Where it is taken for the type of a parameter.
     __get_pydantic_core_schema__ = _NOT_CALLED.__get_pydantic_core_schema__
@@ -119,24 +111,23 @@ class RateLimit:
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:
         """Decide for the endpoint that FastAPI is about to call."""
         scope = conn.scope
-        decision = await check_all(self._with_neighbours(scope), conn, scope.get("endpoint"))
+        decision = await self._with_neighbours(scope).check(conn)
         if decision is not None and decision.immediate:
-            headers = response.headers
             fields = fields_of(decision.first, style_of(scope, decision))
-            if headers.raw:
-                headers.update({name.decode(): value.decode() for name, value in fields})
+            if response.raw_headers:
+                response.headers.update({name.decode(): value.decode() for name, value in fields})
             else:
-                headers.raw.extend(fields)
+                response.raw_headers.extend(fields)
 
     async def check(self, conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-        """Charge a request to *endpoint* alone; see `check_all`."""
-        return await check_all(((self, 0),), conn, endpoint)
+        """Charge a request to *endpoint* alone; see `Stack.check`."""
+        return await Stack([(self, 0)], endpoint).check(conn)
 
-    def _with_neighbours(self, scope: Scope) -> "Sequence[Placed]":
+    def _with_neighbours(self, scope: Scope) -> Stack:
         """This one, and those that FastAPI calls right behind it, with nothing between that they could depend on."""
         dependant = dependant_of(scope)
         if dependant is None:
-            return ((self, 0),)
+            return Stack([(self, 0)], scope.get("endpoint"))
         known = self._neighbours.get(id(dependant))
         if known is None:
             if len(self._neighbours) >= _MOST_ROUTES:
@@ -150,7 +141,7 @@ class RateLimit:
                     break
                 ours[call] = places[call]
             # The dependant is kept with them, so that its id stays its own.
-            known = self._neighbours[id(dependant)] = dependant, tuple(ours.items())
+            known = self._neighbours[id(dependant)] = dependant, Stack(ours.items(), scope.get("endpoint"))
         return known[1]
 
     def settings_under(self, settings: Settings | None) -> Settings:
@@ -163,10 +154,6 @@ class RateLimit:
     def statuses(self, settings: Settings | None) -> frozenset[int]:
         """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
         return self._compile(self.settings_under(settings)).statuses
-
-    def name_at(self, endpoint: object) -> str:
-        """What its rule is called in front of *endpoint*."""
-        return self.name or endpoint_name(endpoint)
 
     def engine_for(self, scope: Scope) -> Engine:
         """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
@@ -186,10 +173,10 @@ class RateLimit:
             )
         return self._engine
 
-    def compiled(self, engine: Engine, endpoint: object, place: int) -> CompiledRule:
-        """Its rule in front of *endpoint*, at its *place* among the limits there."""
+    def compiled(self, engine: Engine, name: str, place: int) -> CompiledRule:
+        """Its rule in front of the endpoint of that *name*, at its *place* among the limits there."""
         known: Recent[tuple[Any, ...], CompiledRule] = engine.plans.rules
-        key = self, self.name_at(endpoint), place
+        key = self, self.name or name, place
         return known.young.get(key) or known.find(key, lambda _: self._compiled(engine, *key[1:]))
 
     def _compiled(self, engine: Engine, name: str, place: int) -> CompiledRule:
@@ -210,87 +197,9 @@ class RateLimit:
             **names,
         )
 
-    def warn_of_no_user(self, rule: CompiledRule) -> None:
-        """Say once that it counts by a user whom no middleware outside looks up."""
-        if not self._has_warned and rule.partition.kind == "user":
-            self._has_warned = True
-            say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)
-
-
-# A limit, and its place among those of an endpoint.
-Placed: TypeAlias = tuple[RateLimit, int]
-
-
-async def check_all(limits: Sequence[Placed], conn: HTTPConnection, endpoint: object) -> RequestDecision | None:
-    """Put a request to *endpoint* to *limits*, those of one Redis together; ``None`` when none of them applies.
-
-    Raises:
-        RateLimitExceeded: Over quota.
-        HTTPException: 503 when a limit fails closed, 400 when the identity is missing and must not be.
-        WebSocketException: Instead, where a handshake cannot be answered.
-    """
-    running_loop()
-    scope = conn.scope
-    decision = decision_of(scope)
-    try:
-        asking = await charges_beside(_plans(limits, scope, endpoint), conn, decision)
-    except MissingIdentity as missing:
-        raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
-    for engine, charges in asking:
-        if not charges.counters:
-            continue
-        asked = engine.ask(charges)
-        verdict: Verdict = asked if isinstance(asked, Verdict) else await asked.future
-        if decision is None:
-            decision = begin_decision(scope, verdict)
-        else:
-            decision.join(verdict)
-        if not verdict.allowed:
-            raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
-    return decision
-
-
-def _plans(limits: Sequence[Placed], scope: Scope, endpoint: object) -> Iterable[tuple[Engine, Plan]]:
-    """What those of *limits* ask that a request was not put to yet, one of each Redis."""
-    asked = _asked(scope)
-    name = endpoint_name(endpoint)
-    fresh = []
-    for placed in limits:
-        known = placed[0], placed[0].name or name
-        if known not in asked:
-            asked.add(known)
-            fresh.append(placed)
-    if len(fresh) == 1:
-        engine = fresh[0][0].engine_for(scope)
-        return ((engine, _plan(engine, fresh, scope, endpoint, name)),)
-    groups: dict[tuple[RedisManager, int], tuple[Engine, list[Placed]]] = {}
-    for placed in fresh:
-        engine = placed[0].engine_for(scope)
-        groups.setdefault((engine.manager, id(engine.settings)), (engine, []))[1].append(placed)
-    return [(engine, _plan(engine, together, scope, endpoint, name)) for engine, together in groups.values()]
-
-
-def _plan(engine: Engine, limits: Sequence[Placed], scope: Scope, endpoint: object, name: str) -> Plan:
-    """What *limits* of one engine ask in front of *endpoint*, whose name is *name*."""
-    plans: PlanCache = engine.plans
-    key = name, *limits
-    plan = plans.placed.young.get(key) or plans.placed.find(
-        key, lambda _: plans.of(tuple(limit.compiled(engine, endpoint, place) for limit, place in limits))
-    )
-    if plan.counts_users and "user" not in scope:
-        for (limit, _), rule in zip(limits, plan.rules, strict=True):
-            limit.warn_of_no_user(rule)
-    return plan
-
-
-def _asked(scope: Scope) -> "set[tuple[RateLimit, str]]":
-    """The limits that a request was put to, perhaps before its turn had come to them, and by what name."""
-    kept: set[tuple[RateLimit, str]] | None = scope.get(_ASKED)
-    if kept is None or is_over(scope):
-        kept = scope[_ASKED] = set()
-    return kept
-
-
-def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
-    """*error*, or a refused handshake where the server cannot answer one with a status."""
-    return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
+    def warn_of_no_user(self, rules: Iterable[CompiledRule]) -> None:
+        """Say once if that one of *rules* which is its own counts by a user whom no middleware outside looks up."""
+        for rule in rules:
+            if not self._has_warned and rule.written is self._rule and rule.partition.kind == "user":
+                self._has_warned = True
+                say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)

@@ -28,7 +28,9 @@ def limits_off() -> Iterator[None]:
 
 def _admit(engine: Engine, charges: Charges, _mode: str = "consume") -> Verdict:
     numbers = [Numbers(1, policy.quota, 0, 0, 0) for _, policy in counters_of(charges)]
-    return Verdict(engine, charges, "memory", reply_of(admitted=True, numbers=numbers))
+    verdict = Verdict(engine, charges)
+    verdict.source, verdict.reply = "memory", reply_of(admitted=True, numbers=numbers)
+    return verdict
 
 
 def _nothing(*_args: Any) -> None:

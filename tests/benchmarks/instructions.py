@@ -31,10 +31,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import cast
 
 import uvicorn
+
+from redis_asgi.ratelimit.limits.clock import CLOCK
 
 from ..kit.processes import clean_environment
 from ..kit.servers import Server, find_binaries, free_port
@@ -117,6 +120,9 @@ def _serve() -> None:
         pid = os.fork()
         if not pid:
             try:
+                if ROWS[name].refuses:
+                    # A refusal is remembered for a second, in which this slow motion answers a few dozen requests.
+                    CLOCK.monotonic = repeat(CLOCK.monotonic()).__next__
                 app = ROWS[name].build(url)
                 uvicorn.run(app, port=int(port), access_log=False, log_level="warning", loop="uvloop", http="httptools")
             except KeyboardInterrupt:

@@ -45,7 +45,7 @@ async def ask(c: httpx.AsyncClient, *items: str) -> httpx.Response:
 
 @pytest.mark.parametrize(
     "where",
-    ["redis_asgi.connection.manager.build_client", "redis_asgi.connection.client_factory.Turnstile.make_connection"],
+    ["redis_asgi.connection.manager.build_client", "redis_asgi.connection.client_factory.QueueingPool.make_connection"],
 )
 async def test_with_a_defect_the_app_answers(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str

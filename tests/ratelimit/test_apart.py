@@ -108,7 +108,7 @@ async def test_refused_batch_goes_again_within_its_deadline_only(slots_server: S
     await manager.close()
 
     assert [1, 1] == [outcome[0] for outcome in outcomes]
-    keys = {check.charges[0].partition.key for check in (checks[0], checks[2])}
+    keys = {check.asked[0].partition.key for check in (checks[0], checks[2])}
     assert keys == set(slots_server.command("KEYS", "*"))
 
 

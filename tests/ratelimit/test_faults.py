@@ -248,7 +248,7 @@ async def test_a_defect_is_decided_as_without_redis(
     if where == "building":
         monkeypatch.setattr("redis_asgi.connection.manager.build_client", raise_it)
     else:
-        monkeypatch.setattr("redis_asgi.connection.client_factory.Turnstile.make_connection", raise_it)
+        monkeypatch.setattr("redis_asgi.connection.client_factory.QueueingPool.make_connection", raise_it)
     app = RateLimitMiddleware(Spy(), "2/minute", on_redis_error=on, redis=RedisManager(Settings(REDIS_URL=redis_url)))
     statuses = [(await timed(app))[0] for _ in range(3)]
     await app._manager.close()

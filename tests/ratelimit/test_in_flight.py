@@ -498,7 +498,7 @@ async def test_never_more_than_so_many(redis_server: ExternalServer, redis_url: 
                         await asyncio.sleep(chance.random() / 500)
                 else:
                     refused += 1
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(chance.random() / 100)
             if chance.random() < 0.02:
                 redis_server.command("SCRIPT", "FLUSH")
         working -= 1
@@ -518,7 +518,7 @@ async def test_never_more_than_so_many(redis_server: ExternalServer, redis_url: 
 
     assert 4 == outside.most
     assert 24 * 50 == outside.came + refused
-    assert outside.came > 40
+    assert outside.came > 20
     assert [] == members(redis_server.client())
     for user in users:
         await user.aclose()
@@ -976,7 +976,7 @@ async def test_cancelled_in_the_moment_of_its_answer(patient: RedisManager, redi
         await task
     await settled(patient)
 
-    assert asked[-1].future.result().allowed
+    assert asked[-1].allowed
     assert 0 == running(patient)
     assert [] == members(redis_client)
 
@@ -1013,7 +1013,7 @@ async def test_a_refusal_is_remembered_for_a_tenth_of_a_second(patient: RedisMan
     limited = RateLimitMiddleware(app, rules=[streams(1), Rule("9/hour", name="rate")], redis=patient)
     (first,) = await opened(limited, 1)
     await opened(limited, 1)
-    (held,) = limited._engine._refusals.partitions.values()
+    (held,) = limited._engine.refusals.partitions.values()
     ((field, refusal),) = held.items()
 
     assert b"streams:c0:1" == field

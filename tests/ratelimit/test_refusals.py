@@ -94,6 +94,21 @@ def test_says_nothing_where_another_limit_applies_too() -> None:
     ]
 
 
+def test_what_was_found_is_kept_until_more_is_known() -> None:
+    """A flood's answer is made once, but the other limit of the same request may come to refuse it too."""
+    burst, key = charge(WINDOW, cost=6), charge(policy("fixed-window", 5, 3600, name="key"), who="key", cost=6)
+    both, memory, engine = Charges([burst, key]), RefusalMemory(), LocalEngine()
+    reply = engine.decide("consume", both, now=EPOCH)
+    memory.remember(both, reply, 100.0)
+    memory.forget(key.partition.key, 100.0)
+    found = [memory.find(both, at) for at in (100.1, 100.2)]
+    memory.remember(both, reply, 100.3)
+
+    assert [burst] == [each for each, _ in found[0]]
+    assert found[0] is found[1]
+    assert [burst, key] == [each for each, _ in memory.find(both, 100.4)]
+
+
 def test_older_replies_do_not_undo_a_reset() -> None:
     """A refusal that was asked for before the reset is not remembered after it."""
     engine, memory = LocalEngine(), RefusalMemory()

@@ -92,9 +92,7 @@ def check_of(
     holders: Sequence[bytes] = (),
 ) -> Check:
     """A question, about requests in flight where it has *holders*."""
-    check = HoldingCheck(loop, mode, Charges(charges), 1.0, tuple(receipts))
-    check.slot, check.holders = None, holders
-    return check
+    return HoldingCheck(loop, mode, Charges(charges), 1.0, tuple(receipts), holders=holders)
 
 
 @pytest.fixture
@@ -279,13 +277,13 @@ def plain_words(checks: Sequence[Check], number: int, clock: int | None) -> list
     keys: list[bytes] = []
     words: list[object] = [number, "" if clock is None else clock]
     for check in checks:
-        words += (check.mode, len(check.charges))
-        for each in check.charges:
+        words += (check.mode, len(check.asked))
+        for each in check.asked:
             keys.append(each.partition.key)
             keys += (log_key(each.partition.key, name) for name in each.policies.logs)
             words += (each.policies.spec.decode(), each.cost if each.unread is None else -1)
         words += check.receipts
-        if check.charges.holds and check.mode != "peek":
+        if check.asked.holds and check.mode != "peek":
             words.append(b" ".join(check.holders).decode())
     return [b"EVALSHA", SCRIPT_SHA, b"%d" % len(keys), *keys, *(str(word).encode() for word in words)]
 

@@ -1,6 +1,5 @@
 """The outcome of one request, said in one place: to the header, the state, the metrics and the span."""
 
-import sys
 from typing import Literal
 
 from starlette.types import Message, Scope, Send
@@ -96,7 +95,7 @@ class Outcome:
 
     def _turns_out(self, result: CacheResult) -> None:
         self._result = result
-        if "opentelemetry.trace" in sys.modules and may_be_traced():
+        if may_be_traced():
             annotate_span(cache_result=result)
 
     def _show(self, result: CacheResult) -> None:

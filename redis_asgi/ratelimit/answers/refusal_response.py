@@ -14,7 +14,7 @@ from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from ..limits.policy import MICROSECONDS
-from ..limits.refusal_memory import Refusal
+from ..limits.refusal_memory import Known
 from . import headers
 from .headers import Fields
 
@@ -74,31 +74,24 @@ async def send_refusal(
     await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)
 
 
-def remembered_refusal(verdict: Verdict, style: HeaderStyle, scope: Scope) -> tuple[Message, Message]:
-    """What `send_refusal` sends for what a flood consists of: a refusal remembered, by one policy, over HTTP."""
-    charge, refusal = verdict.known[0]
-    rendered = refusal.rendered
-    is_current = verdict.at < refusal.rendered_until and refusal.rendered_in == style
-    if rendered is None or not is_current or charge.cost != refusal.cost:  # a dearer one may never fit
-        rendered = _render(charge.cost, refusal, style, verdict.at)
-    fields, body = rendered
+def remembered_refusal(verdict: Verdict, known: Known, style: HeaderStyle, scope: Scope) -> tuple[Message, Message]:
+    """What `send_refusal` sends for what a flood consists of: a refusal *known* to be one policy's, over HTTP."""
+    if verdict.at >= known.answers_until:
+        _render(known, style, verdict.at)
+    fields, body = known.answer
+    # Anew for each: who is outside may change them.
     start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
     return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
 
 
-def _render(cost: int, refusal: Refusal, style: HeaderStyle, now: float) -> tuple[Fields, bytes]:
-    """The answer of a *refusal*, kept for as long as the whole seconds in it stay the same: a flood gets it often."""
-    remaining, reset, retry = refusal.numbers(cost, now)
-    rendered = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
-    refusal.rendered = rendered
-    refusal.rendered_in = style
-    # Legacy fields hold the time of day; a dearer request has numbers of its own.
-    if style in ("legacy", "both") or cost != refusal.cost:
-        refusal.rendered_until = now
-    else:
+def _render(known: Known, style: HeaderStyle, now: float) -> None:
+    """Make the answer of what is *known*, kept for as long as the whole seconds in it stay the same."""
+    charge, refusal = known[0]
+    remaining, reset, retry = refusal.numbers(charge.cost, now)
+    known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
+    if style in ("ietf", "none"):  # the others hold the time of day
         left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
-        refusal.rendered_until = now + min(left, default=MICROSECONDS) / MICROSECONDS
-    return rendered
+        known.answers_until = now + min(left, default=MICROSECONDS) / MICROSECONDS
 
 
 async def refuse_identity(what: str, scope: Scope, send: Send) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ...connection.manager import RedisManager
 from ...connection.open_client import PROCESS
@@ -18,16 +18,15 @@ from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ...telemetry import telemetry
 from ..limits.clock import CLOCK
-from ..limits.decision import Decision, Source
+from ..limits.decision import Decision
 from ..limits.policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
 from ..limits.refusal_memory import RefusalMemory
-from ..limits.reply import Reply
 from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
-from ..transport.check import Check, HoldingCheck, Outcome
+from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
-from .in_flight import InFlight, Slot
+from .in_flight import HeldVerdict, InFlight
 from .local_engine import LocalEngine
 from .metrics import Counts
 from .verdict import Verdict
@@ -49,6 +48,7 @@ class Engine:
 
     Attributes:
         plans: What its owner keeps with it.
+        refusals: Those that this process remembers.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Engine:
         self.manager = manager
         manager.needs = NOTHING_ASKED
         self.counts = Counts()
-        self._names_are_fixed = names_are_fixed
+        self.counts_policies = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.plans: Any = None
         self._timeout = timeout
         self._has_redis = manager.has_redis
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.per_process(LocalEngine.from_settings)
-        self._refusals = manager.per_process(RefusalMemory.from_settings)
+        self.refusals = manager.per_process(RefusalMemory.from_settings)
         self._in_flight = manager.per_process(InFlight.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
@@ -72,36 +72,41 @@ class Engine:
     def remembered(self, charges: Charges) -> Verdict | None:
         """The refusal of *charges* that this process knows already."""
         now = CLOCK.monotonic()
-        known = self._refusals.find(charges, now)
+        known = self.refusals.find(charges, now)
         if not known:
             return None
-        verdict = Verdict(self, charges, "redis", known=known, at=now)
-        if self._names_are_fixed:
-            verdict.uncounted = [self.counts.refusal(charge, refusal.policy.name) for charge, refusal in known]
+        verdict = Verdict(self, charges)
+        verdict.refuse(known, now)
+        if self.counts_policies:
+            verdict.uncounted = known.counters or self.counts.refusals(known)
         return verdict
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
-        asked = self.ask(charges, mode)
-        if isinstance(asked, Verdict):
-            return asked
-        try:
-            return cast("Verdict", await asked.future)
-        except BaseException:
-            # Also where the answer has come, and nobody takes it.
-            if isinstance(asked, HoldingCheck) and asked.slot is not None:
-                asked.slot.abandon(asked)
-            raise
+        verdict = self.ask(charges, mode)
+        if verdict.is_asked:
+            try:
+                await verdict.future
+            except BaseException:
+                # Also where the answer has come, and nobody takes it.
+                if verdict.slot is not None:
+                    verdict.slot.abandon(verdict)
+                raise
+        return verdict
 
-    def ask(self, charges: Charges, mode: Mode = "consume") -> Check | Verdict:
-        """The verdict, where Redis need not be asked, else the check that is on its way, whose future it becomes."""
-        if mode == "consume" and self._refusals.partitions:
+    def ask(self, charges: Charges, mode: Mode = "consume") -> Verdict:
+        """What becomes the verdict: at once, or where it *is_asked* when its future is done."""
+        if mode == "consume" and self.refusals.partitions and self._has_redis:
             known = self.remembered(charges)
             if known is not None:
                 return known
-        slot = self._in_flight.begin(self.manager, charges) if charges.holds and mode == "consume" else None
+        if charges.holds and mode == "consume":
+            verdict: Verdict = HeldVerdict(self, charges, self._in_flight.begin(self.manager, charges))
+        else:
+            verdict = Verdict(self, charges, mode)
         if not self._has_redis:
-            return self._decided_here(charges, mode, "memory", slot)
+            verdict.decide("memory", self._local.decide(mode, charges, holders=verdict.holders))
+            return verdict
         batcher = self._last_batcher
         if (
             batcher is None
@@ -113,60 +118,14 @@ class Engine:
                 batcher = self._batcher()
             except Exception as error:
                 # The client cannot even be built, such as for a host without an address.
-                return self._without_redis(charges, mode, classify(error), slot)
+                self.go_without(verdict, classify(error))
+                return verdict
         breaker = batcher.breaker
         if breaker is not None and breaker.state == "open":
-            return self._without_redis(charges, mode, breaker.reason, slot)
-        if slot is None:
-            check = Check(batcher.loop, mode, charges, self._timeout, (), self._read)
+            self.go_without(verdict, breaker.reason)
         else:
-            check = HoldingCheck(batcher.loop, mode, charges, self._timeout, (), self._read_holding)
-            check.slot, check.holders = slot, slot.holders
-        batcher.submit(check)
-        return check
-
-    def _read(self, check: Check, outcome: Outcome) -> Verdict:
-        """The verdict in what came of *check*."""
-        if isinstance(outcome, Failure):
-            verdict = self._without_redis(check.charges, check.mode, outcome)
-            self.counts.waited(verdict.source, check.waited())
-            return verdict
-        if not outcome[0] and check.mode == "consume":
-            self._refusals.remember(check.charges, outcome, check.at)
-        return self._decided(check.charges, check.mode, "redis", outcome)
-
-    def _read_holding(self, check: Check, outcome: Outcome) -> Verdict:
-        """`_read`, of a check that may have put a request in flight."""
-        slot = cast("Slot", check.slot)
-        if isinstance(outcome, Failure):
-            slot.is_doubtful = cast("HoldingCheck", check).may_have_run and outcome is not Failure.PERMISSION
-            verdict = self._without_redis(check.charges, check.mode, outcome, slot)
-            self.counts.waited(verdict.source, check.waited())
-            return verdict
-        # Of a refusal in parts one may have been admitted.
-        slot.is_doubtful = check.charges.is_spread and not outcome[0]
-        return slot.answered(self._read(check, outcome))
-
-    def _decided_here(
-        self, charges: Charges, mode: Mode, source: Source, slot: Slot | None, *, divisor: int = 1
-    ) -> Verdict:
-        """What this process's own counters say."""
-        if slot is None:
-            return self._decided(charges, mode, source, self._local.decide(mode, charges, divisor=divisor))
-        reply = self._local.decide(mode, charges, holders=slot.holders, divisor=divisor)
-        return slot.answered(self._decided(charges, mode, source, reply))
-
-    def _decided(self, charges: Charges, mode: Mode, source: Source, reply: Reply) -> Verdict:
-        verdict = Verdict(self, charges, source, reply)
-        if self._names_are_fixed and mode == "consume":
-            if reply[0] and charges.enforce:
-                # Nearly always: counted together with the request.
-                verdict.uncounted = charges.admission or self.counts.admission(charges)
-            else:
-                self.counts.decided(charges, reply)
-        if charges.render is not None:
-            # Here, for a whole batch in one go, the same few lines stay in the processor's caches.
-            verdict.rendered = charges.render(reply)
+            verdict.begin(batcher.loop, charges, self._timeout)
+            batcher.submit(verdict)
         return verdict
 
     def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
@@ -176,7 +135,7 @@ class Engine:
             deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
                 goes to the window it was taken from, by receipt, or nowhere once that has passed.
         """
-        kept = verdict.receipts or [-1] * len(deltas)
+        kept = verdict.refundable or [-1] * len(deltas)
         changes = [
             (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
             for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
@@ -193,7 +152,7 @@ class Engine:
     ) -> None:
         def done(_: object = None) -> None:
             for charge in charges:
-                self._refusals.forget(charge.partition.key, CLOCK.monotonic())
+                self.refusals.forget(charge.partition.key, CLOCK.monotonic())
 
         if mode == "refund":
             done()
@@ -207,18 +166,14 @@ class Engine:
                 try:
                     batcher = self._batcher()
                 except Exception as error:
-                    self._settled(mode, mine, classify(error))
+                    self.settled(mode, mine, classify(error))
                     continue
-                check = Check(batcher.loop, mode, mine, self._timeout, theirs, self._read_settled)
+                check = _Settlement(self, batcher.loop, mode, mine, self._timeout, theirs)
                 if mode == "refund":
                     check.future.add_done_callback(done)
                 batcher.submit(check)
 
-    def _read_settled(self, check: Check, outcome: Outcome) -> Outcome:
-        self._settled(check.mode, check.charges, outcome)
-        return outcome
-
-    def _settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
+    def settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
         """Count what came of a charge or a refund; one that Redis did not take is made here, or dropped."""
         failure = outcome.value if isinstance(outcome, Failure) else ""
         telemetry().redis_commands.labels("settle", failure or "ok").inc()
@@ -258,7 +213,7 @@ class Engine:
             return False
         finally:
             # A reply that is older than the reset says nothing any more.
-            self._refusals.forget(partition.key, CLOCK.monotonic())
+            self.refusals.forget(partition.key, CLOCK.monotonic())
 
     async def reset_in_redis(self, partition: Partition, name: str | None) -> bool:
         """`reset`, in Redis only.
@@ -285,7 +240,9 @@ class Engine:
             await client.execute_command("UNLINK", *logs)
         return bool(gone)
 
-    def _without_redis(self, charges: Charges, mode: Mode, reason: Failure, slot: Slot | None = None) -> Verdict:
+    def go_without(self, verdict: Verdict, reason: Failure) -> None:
+        """Decide *verdict* where Redis gives no answer."""
+        charges, mode = verdict.charges, verdict.mode
         # A rule that is all shadow never refuses, whatever it says.
         answers = {charge.on_redis_error for charge in charges if charge.policies.enforces}
         local = charges
@@ -295,10 +252,33 @@ class Engine:
         if mode == "consume":
             self.counts.fell_back(chosen, reason)
         if chosen == "local":
-            return self._decided_here(local, mode, "local", slot, divisor=self._divisor)
-        decision = Decision(True, "none") if chosen == "open" else Decision(False, "none", CLOSED_RETRY_AFTER)
-        verdict = Verdict(self, Charges(), "none", decision=decision)
-        return verdict if slot is None else slot.answered(verdict)
+            verdict.charges = local
+            verdict.decide("local", self._local.decide(mode, local, holders=verdict.holders, divisor=self._divisor))
+        else:
+            closed = chosen == "closed"
+            verdict.leave(Decision(not closed, "none", CLOSED_RETRY_AFTER if closed else None))
+
+
+class _Settlement(Check):
+    """A charge or a refund that nobody waits for."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        mode: Mode,
+        charges: Charges,
+        timeout: float,
+        receipts: Sequence[int],
+    ) -> None:
+        super().__init__(loop, mode, charges, timeout, receipts)
+        self._engine = engine
+
+    def hear(self, outcome: Outcome) -> Outcome:
+        self._engine.settled(self.mode, self.asked, outcome)
+        return outcome
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

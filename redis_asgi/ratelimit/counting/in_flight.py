@@ -24,16 +24,18 @@ from ...connection.open_client import PROCESS
 from ...errors import Failure
 from ...settings import Settings
 from ..limits.clock import CLOCK
+from ..limits.decision import Decision, Source
 from ..limits.policy import Charge, Charges, counters_of
 from ..limits.refusal_memory import RefusalMemory
-from ..limits.reply import numbers_of
+from ..limits.reply import Reply, numbers_of
 from ..transport.batcher import MAX_COUNTERS, Batcher
-from ..transport.check import HoldingCheck, Outcome
+from ..transport.check import Check, HoldingCheck, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from .local_engine import LocalEngine
+from .verdict import Verdict
 
 if TYPE_CHECKING:
-    from .verdict import Verdict
+    from .engine import Engine
 
 # Seconds between heartbeats, a third of a lease; and after one that failed.
 BEAT = 10.0
@@ -86,22 +88,21 @@ class Slot:
         self.is_doubtful = self.is_known = False
         self._is_answered = self._is_over = False
 
-    def answered(self, verdict: "Verdict") -> "Verdict":
-        """Run, if *verdict*, which is on its request, admits it; *verdict*, which has the slot then."""
+    def answered(self, verdict: Verdict) -> None:
+        """Run, if *verdict*, which is on its request, admits it."""
         self._is_answered = True
         self.is_known = self.is_doubtful or verdict.source == "redis"
         if verdict.allowed:
             self.charges = self._under(verdict)
             if self.charges.counters:
                 self._heart.run(self)
-                verdict.hold(self)
-                return verdict
+                verdict.open_ledger()  # by which its end is looked at
+                return
         if self.is_doubtful:
             self.release()
         self._is_over = True
-        return verdict
 
-    def _under(self, verdict: "Verdict") -> Charges:
+    def _under(self, verdict: Verdict) -> Charges:
         """What of its charges *verdict* has made: not those of shadows that would have refused."""
         # Redis may have made them all.
         if self.is_doubtful or verdict.reply is None:
@@ -111,7 +112,7 @@ class Slot:
         fit = [c for c, policy in counters_of(self.charges) if (c.partition.key, policy.field) not in unmade]
         return self.charges if len(fit) == len(self.charges) else Charges(fit)
 
-    def abandon(self, check: HoldingCheck) -> None:
+    def abandon(self, check: Check) -> None:
         """Release it, whose *check* nobody waits for any more."""
         if not self._is_answered:
             self.is_doubtful = self.is_known = check.may_have_run
@@ -122,6 +123,34 @@ class Slot:
         if not self._is_over:
             self._is_over = True
             self._heart.release(self)
+
+
+class HeldVerdict(Verdict):
+    """A verdict by which a request is in flight until it ends, if it is admitted: its *slot* is the request's."""
+
+    __slots__ = ("holders", "slot")
+
+    def __init__(self, engine: "Engine", charges: Charges, slot: Slot) -> None:
+        super().__init__(engine, charges)
+        self.slot: Slot = slot
+        self.holders = slot.holders
+
+    def hear(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Failure):
+            # What is denied has not run.
+            self.slot.is_doubtful = self.may_have_run and outcome is not Failure.PERMISSION
+        else:
+            # Of a refusal in parts one may have been admitted.
+            self.slot.is_doubtful = self.asked.is_spread and not outcome[0]
+        super().hear(outcome)
+
+    def decide(self, source: Source, reply: Reply) -> None:
+        super().decide(source, reply)
+        self.slot.answered(self)
+
+    def leave(self, decision: Decision) -> None:
+        super().leave(decision)
+        self.slot.answered(self)
 
 
 class Heart:
@@ -229,10 +258,7 @@ class Heart:
 
     def _check(self, mode: Literal["charge", "refund"], charges: Charges, holders: Sequence[bytes]) -> HoldingCheck:
         receipts = [0] * charges.counters if mode == "refund" else ()
-        check = HoldingCheck(self.loop, mode, charges, self._timeout, receipts)
-        check.holders = holders
-        check.slot = None
-        return check
+        return HoldingCheck(self.loop, mode, charges, self._timeout, receipts, holders=holders)
 
     def _has_said(self, check: HoldingCheck, answered: "asyncio.Future[Outcome]") -> None:
         """Note what came of one *check* of the heartbeat, and of the last one that it has beaten."""
@@ -243,7 +269,7 @@ class Heart:
             for holder in check.holders if failed else ():
                 self._renewing[holder].is_doubtful = True
         elif not failed or answered.result() is Failure.PERMISSION:
-            ((charge, policy),) = counters_of(check.charges)
+            ((charge, policy),) = counters_of(check.asked)
             for holder in check.holders:
                 self._owed.pop((holder, charge.partition.key, policy.field), None)
         self._checks_left -= 1

@@ -1,13 +1,14 @@
 """What the limiter counts, with every metric's children bound once."""
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import Failure
 from ...settings import OnRedisError
-from ...telemetry import telemetry
+from ...telemetry import Noted, Together, telemetry
 from ...tracing import annotate_span, may_be_traced
-from ..limits.policy import Charge, Charges, counters_of
+from ..limits.policy import Charges, counters_of
+from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 
 if TYPE_CHECKING:
@@ -35,19 +36,18 @@ class Counts:
         }
         self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
+        self._together = lru_cache(maxsize=4096)(Together)
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
-    def policies(self, said: "Sequence[Counter]") -> None:
-        """Count what the policies of a verdict said that is not its request's first."""
-        if said:
-            self._note(tuple(said))
+    def policies(self, said: "Noted | None") -> None:
+        """Count what the policies of a verdict *said* that is not its request's first."""
+        self._note(said)
 
-    def request(self, outcome: str, source: str, policies: "Sequence[Counter]" = ()) -> None:
-        """Count one request, once, and with it what *policies* said of it."""
-        counter = self._requests[outcome, source]
-        self._note((counter, *policies) if policies else counter)
+    def request(self, outcome: str, source: str, said: "Noted | None" = None) -> None:
+        """Count one request, once, and with it what the policies *said*."""
+        self._note(self._requests[outcome, source], said)
         if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
@@ -62,11 +62,11 @@ class Counts:
             bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
         self._note(bound)
 
-    def admission(self, charges: Charges) -> "tuple[Counter, ...]":
+    def admission(self, charges: Charges) -> Together:
         """What is counted of an admission by all policies of *charges*."""
         if charges.admission is None:
-            charges.admission = tuple(self._bound(name)[0] for name in charges.names)
-        admission: tuple[Counter, ...] = charges.admission
+            charges.admission = self._together(tuple(self._bound(name)[0] for name in charges.names))
+        admission: Together = charges.admission
         return admission
 
     def decided(self, charges: Charges, reply: Reply) -> None:
@@ -74,9 +74,11 @@ class Counts:
         for name, (_, policy), numbers in zip(charges.names, counters_of(charges), numbers_of(reply), strict=True):
             self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
-    def refusal(self, charge: Charge, policy: str) -> "Counter":
-        """What is counted of a refusal by *policy* that was known without asking."""
-        return self._bound(charge.label or policy)[1]
+    def refusals(self, known: Known) -> Together:
+        """What is counted of refusals that were *known* without asking."""
+        names = (charge.label or refusal.policy.name for charge, refusal in known)
+        known.counters = counted = self._together(tuple(self._bound(name)[1] for name in names))
+        return counted
 
     def _bound(self, name: str) -> "tuple[Counter, Counter, Counter]":
         bound = self._policies.get(name)

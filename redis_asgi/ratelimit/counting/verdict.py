@@ -4,10 +4,13 @@ from asyncio import AbstractEventLoop
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...telemetry import Noted
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
-from ..limits.policy import MICROSECONDS, Charge, Charges, counters_of
-from ..limits.refusal_memory import Refusal
+from ..limits.policy import MICROSECONDS, Charges, counters_of
+from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, charged_receipts, numbers_of, reply_of
+from ..limits.strategies import Mode
+from ..transport.check import Check, Outcome
 from .settlement import Ledger
 
 if TYPE_CHECKING:
@@ -15,16 +18,18 @@ if TYPE_CHECKING:
     from .in_flight import Slot
 
 
-class Verdict:
+class Verdict(Check):
     """Whether a request is admitted, and on demand everything else about it.
+
+    It asks for itself: where Redis decides, it is the `Check` that is sent, and the answer once its future is done.
 
     Attributes:
         allowed: Whether the request is admitted.
-        engine: Who answered.
+        engine: Who answers.
         charges: What the answer is about; fewer than were asked when some rules fail open.
         source: Who decided.
         reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
-        known: The remembered refusals that answered, and when (monotonic seconds).
+        known: The remembered refusals that answered, at the moment *at*.
         uncounted: The counters of what its policies said, which are counted with the request.
         rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
         more: The other verdicts on the request: of per-route limits and inner middleware.
@@ -35,35 +40,74 @@ class Verdict:
         slot: Its place among the requests in flight, where one of its policies counts those.
     """
 
-    more: "Sequence[Verdict]" = ()
-    loop: AbstractEventLoop | None = None
-    ledger: Ledger | None = None
+    __slots__ = (
+        "_decision",
+        "allowed",
+        "charges",
+        "engine",
+        "is_counted",
+        "is_over",
+        "known",
+        "ledger",
+        "loop",
+        "more",
+        "rendered",
+        "reply",
+        "source",
+        "uncounted",
+    )
+
     slot: "Slot | None" = None
 
-    def __init__(
-        self,
-        engine: "Engine",
-        charges: Charges,
-        source: Source,
-        reply: Reply | None = None,
-        decision: Decision | None = None,
-        known: Sequence[tuple[Charge, Refusal]] = (),
-        at: float = 0.0,
-    ) -> None:
+    def __init__(self, engine: "Engine", charges: Charges, mode: Mode = "consume") -> None:
         self.engine = engine
         self.charges = charges
-        self.source: Source = source
-        self.reply = reply
-        self.known = known
-        self.at = at
-        self.is_counted = self.is_over = False
+        self.mode = mode
+        self.source: Source = "redis"
+        self.allowed = True
+        self.is_asked = self.is_counted = self.is_over = False
+        self.known: Known | None = None
+        self.more: Sequence[Verdict] = ()
+        self.receipts = ()
+        self.reply: Reply | None = None
+        self.uncounted: Noted | None = None
         self.rendered: Any = None
-        self.uncounted: Sequence[Any] = ()
-        self._decision = decision
-        if reply is not None:
-            self.allowed = reply[0] == 1
+        self.loop: AbstractEventLoop | None = None
+        self.ledger: Ledger | None = None
+        self._decision: Decision | None = None
+
+    def hear(self, outcome: Outcome) -> None:
+        if isinstance(outcome, list):
+            if not outcome[0] and self.mode == "consume":
+                self.engine.refusals.remember(self.charges, outcome, self.at)
+            self.decide("redis", outcome)
         else:
-            self.allowed = not known and (decision is None or decision.allowed)
+            self.engine.go_without(self, outcome)
+            self.engine.counts.waited(self.source, self.waited())
+
+    def decide(self, source: Source, reply: Reply) -> None:
+        """Be what *source* replied."""
+        charges = self.charges
+        self.source = source
+        self.reply = reply
+        self.allowed = reply[0] == 1
+        if self.engine.counts_policies and self.mode == "consume":
+            if self.allowed and charges.enforce:
+                # Nearly always: counted together with the request.
+                self.uncounted = charges.admission or self.engine.counts.admission(charges)
+            else:
+                self.engine.counts.decided(charges, reply)
+        if charges.render is not None:
+            # Here, for a whole batch in one go: see `Check.hear`.
+            self.rendered = charges.render(reply)
+
+    def refuse(self, known: Known, at: float) -> None:
+        """Be what is remembered to refuse it at the moment *at* (monotonic seconds)."""
+        self.allowed, self.known, self.at = False, known, at
+
+    def leave(self, decision: Decision) -> None:
+        """Be what is said where nobody decides about any of its charges."""
+        self.charges, self.source, self.allowed, self._decision = Charges(), "none", decision.allowed, decision
 
     def count(self) -> None:
         """Count the request, once: as refused if one of the verdicts on it is, else as this one says."""
@@ -80,7 +124,8 @@ class Verdict:
         """Settle the request, at the end of its response; see `Ledger.settle`."""
         if not self.is_over:
             self.is_over = True
-            self.count()
+            if not self.is_counted:
+                self.count()
             if (
                 self.ledger is not None
                 or self.charges.wait_and_see
@@ -88,11 +133,6 @@ class Verdict:
             ):
                 self.release()
                 self.open_ledger().settle(status)
-
-    def hold(self, slot: "Slot") -> None:
-        """Let the request be in flight in *slot*, until it ends."""
-        self.slot = slot
-        self.open_ledger()  # by which its end is looked at
 
     def release(self) -> None:
         """Let the request be in flight no longer, whatever else is still to be settled."""
@@ -120,7 +160,7 @@ class Verdict:
             else:
                 states = tuple(
                     policy_state(refusal.policy, *refusal.numbers(charge.cost, self.at))
-                    for charge, refusal in self.known
+                    for charge, refusal in self.known or ()
                 )
                 self._decision = refusal_of(states, states, self.source)
         return self._decision
@@ -145,6 +185,6 @@ class Verdict:
         self.reply, self._decision, self.rendered = reply_of(self.allowed, shown), None, None
 
     @property
-    def receipts(self) -> list[int]:
+    def refundable(self) -> list[int]:
         """One per policy of the charges, for giving back: negative where nothing was charged."""
         return charged_receipts(self.reply) if self.reply is not None and self.allowed else []

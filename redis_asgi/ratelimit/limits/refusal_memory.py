@@ -2,10 +2,10 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ...settings import HeaderStyle, Settings
+from ...settings import Settings
 from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of, log_key
 from .reply import Reply, numbers_of
 
@@ -27,9 +27,6 @@ class Refusal:
         retry: Until the cost is admitted (us, from *at*); -1 when it never can be.
         asked: What was decided with it: of other limits it says nothing.
         alone: Whether no other refusal of its partition is known.
-        rendered: Its last answer in full: header fields and body.
-        rendered_in: The style of header fields of that.
-        rendered_until: How long, in monotonic seconds, the whole seconds in it stay the same.
     """
 
     policy: Policy
@@ -41,9 +38,6 @@ class Refusal:
     retry: int
     asked: frozenset[tuple[bytes, bytes]]
     alone: bool = True
-    rendered: tuple[list[tuple[bytes, bytes]], bytes] | None = None
-    rendered_in: HeaderStyle | None = None
-    rendered_until: float = 0.0
 
     def answers(self, cost: int) -> bool:
         """Whether a request of *cost* is refused too, for as long as these numbers say."""
@@ -61,6 +55,26 @@ class Refusal:
         if cost > self.policy.quota or self.retry < 0:
             return self.remaining, reset, -1
         return self.remaining, reset, max(0, self.retry - passed)
+
+
+class Known(list[tuple[Charge, Refusal]]):
+    """The refusals that answer some charges, and what is said of them again and again for as long as they do.
+
+    Attributes:
+        counters: What is counted of them, kept by `counts`.
+        answer: The last answer in full: header fields and body, kept by `responses`.
+        answers_until: How long, in monotonic seconds, the whole seconds in it stay the same.
+        is_alone: Whether they are one, and no other charge was asked about that may come to be refused too.
+    """
+
+    __slots__ = ("answer", "answers_until", "counters", "is_alone")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_alone = False
+        self.counters: Any = None
+        self.answer: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
+        self.answers_until = 0.0
 
 
 class RefusalMemory:
@@ -89,21 +103,20 @@ class RefusalMemory:
     def from_settings(cls, _settings: Settings) -> "RefusalMemory":
         return cls()
 
-    def find(self, charges: Charges, now: float) -> Sequence[tuple[Charge, Refusal]]:
+    def find(self, charges: Charges, now: float) -> Known:
         """What is known to refuse *charges* at *now* (monotonic seconds); empty when nothing is."""
-        kept: Sequence[tuple[Charge, Refusal]] | None = charges.known
-        if kept is not None:
-            refusal = kept[0][1]
-            if refusal.alone and now < refusal.until:
-                return kept
-            charges.known = None
+        kept: Known | None = charges.known
+        if kept is not None and kept.is_alone and kept[0][1].alone and now < kept[0][1].until:
+            return kept
         known = self._find(charges, now)
-        if len(known) == 1 and len(charges) == 1 and known[0][1].alone:
-            charges.known = known
+        if known == kept:
+            return kept
+        known.is_alone = len(known) == len(charges) == 1
+        charges.known = known or None
         return known
 
-    def _find(self, charges: Charges, now: float) -> list[tuple[Charge, Refusal]]:
-        known: list[tuple[Charge, Refusal]] = []
+    def _find(self, charges: Charges, now: float) -> Known:
+        known = Known()
         for charge in charges:
             key = charge.partition.key
             held = self.partitions.get(key)

@@ -9,6 +9,7 @@ from starlette.types import Scope
 
 from ...asgi.paths import PathPattern, path_patterns
 from ...errors import ConfigurationError
+from ...event_loop import running_loop
 from ...misuse import check_callable, shown
 from ...settings import Settings
 from .routing import Routing
@@ -50,6 +51,7 @@ class Exemptions:
     async def cover(self, scope: Scope) -> bool:
         """Whether a request is left alone."""
         if not self._has_looked:
+            running_loop()  # here, where each first request comes by
             self._has_looked = True
             self.any = bool(self._paths or self._says_so or self._routing.has_pages)
         if self.cover_path(scope):

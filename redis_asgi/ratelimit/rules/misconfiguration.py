@@ -14,7 +14,7 @@ from .routing import Routing
 logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
-LOOKS = 1000
+LOOKS = 500
 
 
 class Linter:

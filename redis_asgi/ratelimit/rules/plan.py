@@ -62,7 +62,12 @@ class Plan:
 
     def known(self, scope: Scope) -> Charges | None:
         """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
-        return None if self._asks_user else self._kept.young.get((self, *[read(scope) for read in self._reads]))
+        if self._asks_user:
+            return None
+        asked: list[Any] = [self]
+        for read in self._reads:
+            asked.append(read(scope))  # noqa: PERF401 - a comprehension is one more call on Python 3.11
+        return self._kept.young.get(tuple(asked))
 
     async def charges(self, scope: Scope) -> Charges:
         """What a request is to be charged; empty where no rule applies to it.
@@ -105,14 +110,12 @@ class PlanCache:
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
-        placed: The plans of limits in front of an endpoint, by its name and them.
     """
 
     def __init__(self, addressing: Addressing, charges: ChargesKept, renderer: Renderer | None = None) -> None:
         self.addressing = addressing
         self.charges = charges
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
-        self.placed: Recent[tuple[Any, ...], Plan] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
         self._renderer = renderer
 

@@ -95,11 +95,11 @@ class Batcher:
                 self._renewed = self.breaker.good_probes
                 self._wire.renew()
             self.loop.call_soon(self.start_if_due)
-        if check.charges.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
+        if check.asked.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
             return
         waiting = self._waiting
         waiting.append(check)
-        self._waiting_counters += check.charges.counters
+        self._waiting_counters += check.asked.counters
         if check.deadline < self._armed_for:
             self._arm(check.deadline)
         # Behind one that waits already, and is in no less of a hurry, there is nothing to do until the batch is full.
@@ -159,8 +159,10 @@ class Batcher:
         Half of it, when it is many and the first to be under way.
         """
         now, at = self.loop.time(), CLOCK.monotonic()
-        late, waiting = split_late(self._waiting, now)
-        resolve(late, self._wire.lacks())
+        waiting = self._waiting
+        if now >= self._armed_for:  # no deadline is before that
+            late, waiting = split_late(waiting, now)
+            resolve(late, self._wire.lacks())
         taken = still_waiting(waiting)
         if not taken:
             self._wait_on([])
@@ -168,7 +170,7 @@ class Batcher:
             return None
         room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
         if self._waiting_counters > MAX_COUNTERS:
-            filled = list(accumulate(check.charges.counters for check in taken))
+            filled = list(accumulate(check.asked.counters for check in taken))
             room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
         self._wait_on(taken[room:])
         del taken[room:]
@@ -249,7 +251,7 @@ class Batcher:
     def _wait_on(self, checks: list[Check]) -> None:
         """Let just *checks* wait."""
         self._waiting = checks
-        self._waiting_counters = sum(check.charges.counters for check in checks)
+        self._waiting_counters = sum(check.asked.counters for check in checks)
         self._hurry = min((check.timeout for check in checks), default=math.inf)
 
     def _arm(self, when: float) -> None:

@@ -1,7 +1,7 @@
 """A request's question to Redis (`Check`), and those that travel together (`Batch`)."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -17,19 +17,19 @@ Outcome: TypeAlias = Reply | Failure
 
 
 class Check:
-    """One request's question. Its deadline runs from its arrival.
+    """One question, of a request most of all. Its deadline runs from its arrival.
 
-    Args:
-        read: Makes what the waiter is given of the outcome; ``None`` = the outcome itself. It runs for a whole batch in
-            one go, where the same few lines stay in the processor's caches: for each request by itself, between system
-            calls, they take twice as long.
+    Attributes:
+        is_asked: Whether Redis is asked, so that there is a *future*.
+        asked: What about.
+        written: When its batch was about to be written, on the loop's clock; 0.0 before.
+        at: The same on the limits' clock.
     """
 
-    __slots__ = ("at", "charges", "deadline", "future", "mode", "read", "receipts", "timeout", "written")
+    __slots__ = ("asked", "at", "deadline", "future", "is_asked", "mode", "receipts", "timeout", "written")
 
-    # The requests in flight that it is about: see `HoldingCheck`.
+    # The ids of the requests in flight that it is about; of others it says nothing.
     holders: Sequence[bytes] = ()
-    slot: Any = None
 
     def __init__(
         self,
@@ -38,26 +38,42 @@ class Check:
         charges: Charges,
         timeout: float,
         receipts: Sequence[int] = (),
-        read: "Callable[[Check, Outcome], object] | None" = None,
     ) -> None:
         self.mode = mode
-        self.charges = charges
-        self.receipts = receipts
+        self.receipts: Sequence[int] = receipts
+        self.begin(loop, charges, timeout)
+
+    def begin(self, loop: asyncio.AbstractEventLoop, charges: Charges, timeout: float) -> None:
+        """Ask about *charges*, and wait for an answer from now on."""
+        self.is_asked = True
+        self.asked = charges
+        self.written = self.at = 0.0
         self.timeout = timeout
         self.deadline = loop.time() + timeout
-        self.written = 0.0  # when its batch was about to be written, on the loop's clock
-        self.at = 0.0  # and on the limits'
-        self.read = read
         self.future: asyncio.Future[Any] = loop.create_future()
 
     def answer(self, outcome: Outcome) -> None:
         """Give *outcome* to who waits, if anybody still does."""
-        if not self.future.done():
+        future = self.future
+        if not future.done():
             try:
-                self.future.set_result(outcome if self.read is None else self.read(self, outcome))
+                future.set_result(self.hear(outcome))
             except Exception as error:
                 # A defect of ours is its own request's, not its neighbours'.
-                self.future.set_exception(error)
+                future.set_exception(error)
+
+    def hear(self, outcome: Outcome) -> object:
+        """What the waiter is given of *outcome*.
+
+        It runs for a whole batch in one go, where the same few lines stay in the processor's caches: for each request
+        by itself, between system calls, they take twice as long.
+        """
+        return outcome
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether Redis may have been asked already, or be asked yet."""
+        return self.written > 0 or self.asked.is_spread
 
     @property
     def left(self) -> float:
@@ -70,22 +86,22 @@ class Check:
 
 
 class HoldingCheck(Check):
-    """A question about requests in flight.
+    """A question about the requests in flight of these *holders*."""
 
-    Attributes:
-        holders: Their ids.
-        slot: What an admission gives to the one that waits.
-    """
+    __slots__ = ("holders",)
 
-    __slots__ = ("holders", "slot")
-
-    holders: Sequence[bytes]
-    slot: Any
-
-    @property
-    def may_have_run(self) -> bool:
-        """Whether Redis may have been asked, or be asked yet."""
-        return self.written > 0 or self.charges.is_spread
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        mode: Mode,
+        charges: Charges,
+        timeout: float,
+        receipts: Sequence[int] = (),
+        *,
+        holders: Sequence[bytes],
+    ) -> None:
+        super().__init__(loop, mode, charges, timeout, receipts)
+        self.holders = holders
 
 
 class Batch:
@@ -130,7 +146,7 @@ class Wire(Protocol):
 
 def slot_key(check: Check) -> bytes:
     """The key that says which slot, and so which node, a check of one partition belongs to."""
-    key: bytes = check.charges[0].partition.key
+    key: bytes = check.asked[0].partition.key
     return key
 
 
@@ -141,7 +157,7 @@ def by_slot(checks: Iterable[Check]) -> list[list[Check]]:
 
 def spans_slots(checks: Iterable[Check]) -> bool:
     """Whether a command for *checks* has keys of more than one partition."""
-    return len({charge.partition.key for check in checks for charge in check.charges}) > 1
+    return len({charge.partition.key for check in checks for charge in check.asked}) > 1
 
 
 def graver(one: Failure | None, other: Failure | None) -> Failure | None:

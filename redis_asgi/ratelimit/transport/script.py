@@ -51,24 +51,20 @@ class Call:
 
     def command(self) -> bytes:
         """The whole command in RESP, joined from what charges keep ready."""
-        keys: list[bytes] = []
-        args = [_number(self.number), bulk(b"") if self.clock is None else _number(self.clock)]
-        key_count, words = 0, 5
-        for check in self.checks:
-            charges = check.charges
-            keys.append(charges.keys)
-            key_count += charges.key_count
-            words += charges.words
-            if check.mode == "consume":
-                args.append(charges.consume)
-            else:
-                args += (bulk(check.mode.encode()), charges.terms, *map(_number, check.receipts))
+        asked = [check.asked for check in self.checks]
+        key_count = sum([charges.key_count for charges in asked])
+        words = 5 + key_count + sum([charges.words for charges in asked])
+        questions = [charges.consume for charges in asked]
+        for i, check in enumerate(self.checks):
+            if check.mode != "consume":
+                questions[i] = bulk(check.mode.encode()) + check.asked.terms + b"".join(map(_number, check.receipts))
                 words += len(check.receipts)
-            if charges.holds and check.mode != "peek":
-                args.append(bulk(b" ".join(check.holders)))
+            if check.asked.holds and check.mode != "peek":
+                questions[i] += bulk(b" ".join(check.holders))
                 words += 1
-        head = b"*%d\r\n%b%b" % (words + key_count, _IN_FULL if self.in_full else _BY_NAME, _number(key_count))
-        return b"".join((head, *keys, *args))
+        clock = bulk(b"") if self.clock is None else _number(self.clock)
+        head = b"*%d\r\n%b%b" % (words, _IN_FULL if self.in_full else _BY_NAME, _number(key_count))
+        return b"".join((head, *[charges.keys for charges in asked], _number(self.number), clock, *questions))
 
     def command_in_full(self) -> bytes | None:
         """`command` once more, with the script, for a server that did not know it; ``None``: nobody waits any more.
@@ -105,12 +101,12 @@ class Call:
             raise LookupError
         worst: Failure | None = None
         for check, part in zip(self.checks, islice(reply, 1, None), strict=True):
-            if type(part) is list and len(part) == check.charges.reply_size:
+            if type(part) is list and len(part) == check.asked.reply_size:
                 sum(part)  # of anything but numbers a TypeError
                 check.answer(part)
             elif isinstance(part, bytes | str):
                 outcome = classify_reply(part.decode() if isinstance(part, bytes) else part)
-                if outcome is Failure.PERMISSION and check.charges.holds:
+                if outcome is Failure.PERMISSION and check.asked.holds:
                     # What the others need may be allowed: it does not stop them.
                     _say_denied()
                 else:

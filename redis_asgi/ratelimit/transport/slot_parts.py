@@ -33,7 +33,7 @@ class Parts:
 
     def takes(self, check: Check) -> bool:
         """Ask *check* in parts, if it has several partitions; whether that is so."""
-        parts = _by_partition(check.charges)
+        parts = _by_partition(check.asked)
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             return False
         asked = [self._part(check, Charges(charges)) for charges in parts.values()]
@@ -61,9 +61,7 @@ class Parts:
     def _part(self, check: Check, charges: Charges) -> Check:
         if not (charges.holds and check.holders):
             return Check(self._loop, check.mode, charges, check.timeout)
-        part = HoldingCheck(self._loop, check.mode, charges, check.timeout)
-        part.slot, part.holders = None, check.holders
-        return part
+        return HoldingCheck(self._loop, check.mode, charges, check.timeout, holders=check.holders)
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
         check.written = min(part.written for part in parts)
@@ -78,12 +76,12 @@ class Parts:
             if back and not self._is_closed():
                 self._give_back(part, reply)
             said = iter(numbers_of(reply))
-            for charge in part.charges:
+            for charge in part.asked:
                 mine = list(islice(said, len(charge.policies)))
                 if back:
                     mine = [_untaken(charge, policy, each) for policy, each in zip(charge.policies, mine, strict=True)]
                 numbers[id(charge)] = mine
-        outcome = failure or reply_of(admitted, [each for charge in check.charges for each in numbers[id(charge)]])
+        outcome = failure or reply_of(admitted, [each for charge in check.asked for each in numbers[id(charge)]])
         resolve([check], outcome)
 
     def _give_back(self, part: Check, reply: Reply) -> None:
@@ -94,7 +92,7 @@ class Parts:
         said = iter(zip(numbers_of(reply), charged_receipts(reply), strict=True))
         charges: list[Charge] = []
         receipts: list[int] = []
-        for charge in part.charges:
+        for charge in part.asked:
             mine = list(islice(said, len(charge.policies)))
             if charge.policies.holds:
                 continue
@@ -106,7 +104,7 @@ class Parts:
         refund = Check(self._loop, "refund", Charges(charges), part.timeout, receipts)
 
         def forget(_: asyncio.Future[Outcome]) -> None:
-            self._refusals.forget(part.charges[0].partition.key, CLOCK.monotonic())
+            self._refusals.forget(part.asked[0].partition.key, CLOCK.monotonic())
 
         refund.future.add_done_callback(forget)
         self._route(refund)

@@ -1,0 +1,101 @@
+"""What a limit answers, as OpenAPI describes it: Response Objects and the schema of the problem document."""
+
+import copy
+from typing import Any, TypeAlias, get_args
+
+from ..settings import HeaderStyle
+from .answers.headers import PROBLEM_JSON
+from .rules.rule import check_choice
+
+Document: TypeAlias = dict[str, Any]
+
+_NAME = "RateLimitProblem"
+
+_PROBLEM: Document = {
+    "title": _NAME,
+    "description": "A problem document (RFC 9457).",
+    "type": "object",
+    "properties": {
+        "type": {"type": "string", "format": "uri-reference", "description": "Which kind of problem it is."},
+        "title": {"type": "string"},
+        "status": {"type": "integer", "description": "The status of the response."},
+        "detail": {"type": "string", "description": "One sentence or two for a person."},
+        "violated-policies": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "Names of the policies that refused the request, of a 429.",
+        },
+    },
+    "required": ["type", "title", "status", "detail"],
+}
+_DETAIL: Document = {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}
+_DESCRIPTIONS = {
+    400: "The request lacks what it would be counted by.",
+    429: "A rate limit refuses the request.",
+    503: "A rate limit cannot be checked right now.",
+}
+
+
+def _header(description: str, kind: str = "string") -> Document:
+    return {"description": description, "schema": {"type": kind}}
+
+
+_NO_STORE = {"Cache-Control": _header("`no-store`")}
+_IETF = {
+    "RateLimit-Policy": _header("The policies that apply: a quota `q` per window of `w` seconds each."),
+    "RateLimit": _header("How the client stands to each: `r` units remain, and `t` seconds until more do."),
+}
+_LEGACY = {
+    "X-RateLimit-Limit": _header("Units per window, of the policy that matters most.", "integer"),
+    "X-RateLimit-Remaining": _header("Units that remain.", "integer"),
+    "X-RateLimit-Reset": _header("When the quota is back, in Unix seconds.", "integer"),
+}
+
+
+def rate_limit_responses(
+    *, headers: HeaderStyle = "ietf", fails_closed: bool = False, needs_identity: bool = False
+) -> dict[int | str, dict[str, Any]]:
+    """What a limit may answer, for ``responses=`` of a FastAPI app, router or route.
+
+    ::
+
+        @app.get("/report", dependencies=[Depends(limit)], responses=rate_limit_responses())
+
+    `document_limits` finds by itself which operations are limited; this is for what it cannot see, such as a limit
+    that a dependency of your own asks, or a proxy's.
+
+    Args:
+        headers: Which fields a 429 carries; as ``headers=`` of the middleware.
+        fails_closed: Also the 503 of a limit that is ``on_redis_error="closed"``.
+        needs_identity: Also the 400 of ``RATE_LIMIT_MISSING_IDENTITY=refuse``.
+
+    Raises:
+        ConfigurationError: If *headers* is none of those.
+    """
+    check_choice("headers", headers, get_args(HeaderStyle))
+    found = {400: needs_identity, 429: True, 503: fails_closed}
+    return {status: response_of(status, headers, _PROBLEM) for status, may in found.items() if may}
+
+
+def response_of(status: int, style: HeaderStyle, problem: Document, *, by_route: bool = True) -> Document:
+    """The Response Object of *status*; a route's own is made by the app's handler of ``HTTPException``."""
+    fields: Document = {}
+    if status == 429:
+        fields |= {"Retry-After": _header("Seconds until it is admitted; absent where it never can be.", "integer")}
+        fields |= (_IETF if style in ("ietf", "both") else {}) | (_LEGACY if style in ("legacy", "both") else {})
+    elif status == 503:
+        fields |= {"Retry-After": _header("Seconds until it is worth another try.", "integer")}
+    content = {PROBLEM_JSON.decode(): {"schema": problem}}
+    if by_route:
+        content["application/json"] = {"schema": _DETAIL}
+    # A copy: the user may change what one operation says.
+    return copy.deepcopy({"description": _DESCRIPTIONS[status], "headers": fields | _NO_STORE, "content": content})
+
+
+def add_problem(document: Document) -> Document:
+    """A reference to the problem document's schema, under a name that nothing else in *document* has."""
+    schemas: Document = document.setdefault("components", {}).setdefault("schemas", {})
+    name = _NAME
+    while schemas.setdefault(name, copy.deepcopy(_PROBLEM)) != _PROBLEM:
+        name += "_"
+    return {"$ref": f"#/components/schemas/{name}"}
