@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import Spy, server
+from ..kit.embedding_apps import Spy, server
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from redis_asgi.connection import breaker as module
 from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
 
-from .kit.logs import event_of
+from ..kit.logs import event_of
 
 pytestmark = pytest.mark.anyio
 

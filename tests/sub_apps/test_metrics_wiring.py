@@ -14,8 +14,8 @@ import redis
 
 from redis_asgi.telemetry import TOLD_WITHIN
 
-from .kit.documents import section
-from .kit.servers import Server, wait_until
+from ..kit.documents import section
+from ..kit.servers import Server, wait_until
 from .test_metrics import TLS, workers
 
 StartServer = Callable[..., Server]

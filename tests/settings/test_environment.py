@@ -13,7 +13,7 @@ from redis_asgi import ConfigurationError, RateLimitMiddleware, Settings
 from redis_asgi.connection.client_factory import describe
 from redis_asgi.connection.redis_argument import resolve_manager
 
-from .ratelimit.harness import Spy
+from ..ratelimit.harness import Spy
 
 SECRET = "s3cr3t-of-a-test"
 DEFAULTS = Settings.model_construct()

@@ -14,8 +14,8 @@ from redis_asgi.inspection.diagnosis import diagnose
 from redis_asgi.inspection.findings import Finding
 from redis_asgi.inspection.trouble import explain
 
-from .kit.logs import event_of
-from .kit.servers import SentinelTrio
+from ..kit.logs import event_of
+from ..kit.servers import SentinelTrio
 
 pytestmark = pytest.mark.anyio
 

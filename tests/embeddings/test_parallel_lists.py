@@ -13,8 +13,8 @@ from redis_asgi.embeddings.requests.parallel_lists import names_of, refusal_besi
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch, Uncacheable
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, server
 from ..kit.logs import event_of
-from .servers import FORMATS, Spy, cache_status, client, server
 
 SETTINGS = Settings(REDIS_URL="memory://")
 LISTS = names_of(SETTINGS.EMBEDDING_CACHE_REQUEST_LISTS)

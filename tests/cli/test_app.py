@@ -15,8 +15,8 @@ from redis_asgi.cli.commands import app as command_line
 from redis_asgi.inspection.quotas import partition_of
 from redis_asgi.keys import embedding_epoch_key
 
-from .conftest import StartServer
-from .kit.servers import ExternalServer
+from ..conftest import StartServer
+from ..kit.servers import ExternalServer
 
 PASSWORD = "s3cr3t-of-a-test"
 PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}

@@ -34,13 +34,13 @@ from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure, classify
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
-from .conftest import StartServer
-from .kit.certificates import Certificates
-from .kit.fair_time import fair_time
-from .kit.logs import event_of
-from .kit.processes import run_python
-from .kit.proxy import FaultProxy
-from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
+from ..conftest import StartServer
+from ..kit.certificates import Certificates
+from ..kit.fair_time import fair_time
+from ..kit.logs import event_of
+from ..kit.processes import run_python
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 
 pytestmark = pytest.mark.anyio
 

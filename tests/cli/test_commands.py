@@ -27,12 +27,12 @@ from redis_asgi.inspection.quotas import partition_of
 from redis_asgi.inspection.rights import rights_of
 from redis_asgi.maintenance import flush_model
 
-from .conftest import StartServer
-from .kit.documents import section
-from .kit.fair_time import fair_time
-from .kit.processes import clean_environment, run_python
-from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
-from .test_layout import MODULES, _targets
+from ..conftest import StartServer
+from ..kit.documents import section
+from ..kit.fair_time import fair_time
+from ..kit.processes import clean_environment, run_python
+from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
+from ..test_layout import MODULES, _targets
 
 PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"

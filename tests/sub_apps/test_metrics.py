@@ -51,12 +51,12 @@ from redis_asgi.errors import Failure
 from redis_asgi.sub_apps.prometheus import counted as counted_families
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
-from .kit.certificates import Certificates
-from .kit.documents import section, table
-from .kit.fair_time import fair_time
-from .kit.processes import clean_environment, run_python
-from .kit.proxy import FaultProxy
-from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, free_port, wait_until
+from ..kit.certificates import Certificates
+from ..kit.documents import section, table
+from ..kit.fair_time import fair_time
+from ..kit.processes import clean_environment, run_python
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, free_port, wait_until
 
 pytestmark = pytest.mark.anyio
 

@@ -17,11 +17,11 @@ from redis_asgi.errors import Failure
 from redis_asgi.inspection.diagnosis import diagnose
 from redis_asgi.ratelimit.limits.policy import make_partition
 
-from .conftest import StartServer
-from .kit.fair_time import fair_time
-from .kit.logs import event_of
-from .kit.proxy import FaultProxy
-from .kit.servers import Cluster, Server
+from ..conftest import StartServer
+from ..kit.fair_time import fair_time
+from ..kit.logs import event_of
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Cluster, Server
 
 pytestmark = pytest.mark.anyio
 

@@ -21,8 +21,8 @@ from redis_asgi.connection.side_connection import end
 from redis_asgi.connection.sockets import connection_class
 from redis_asgi.errors import Failure, classify
 
-from .kit.certificates import Certificates
-from .kit.servers import ExternalServer
+from ..kit.certificates import Certificates
+from ..kit.servers import ExternalServer
 
 pytestmark = pytest.mark.anyio
 

@@ -13,8 +13,8 @@ from starlette.routing import Route
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Settings, by_header, health_app, metrics_app
 
-from .kit.certificates import Certificates
-from .kit.servers import Cluster, SentinelTrio, wait_until
+from ..kit.certificates import Certificates
+from ..kit.servers import Cluster, SentinelTrio, wait_until
 
 pytestmark = pytest.mark.anyio
 

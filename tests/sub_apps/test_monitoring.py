@@ -16,10 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis_asgi import metrics_app
 from redis_asgi.telemetry import fresh_telemetry
 
-from .kit.servers import ExternalServer
+from ..kit.servers import ExternalServer
 from .test_metrics import scraped, use_every_metric
 
-FOLDER = Path(__file__).parent.parent / "examples" / "monitoring"
+FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"
 ALERTS = (FOLDER / "alerts.yml").read_text("utf-8")
 ALERT_TESTS = (FOLDER / "alerts_test.yml").read_text("utf-8")
 ALERT_EXPRESSIONS = re.findall(r"expr: (?:\|\n)?(.*?)(?=\n +(?:for|labels|- record|- alert):|\n\n)", ALERTS, re.DOTALL)

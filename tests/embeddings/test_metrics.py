@@ -20,8 +20,8 @@ from redis_asgi.embeddings.wire.openai import OpenAI
 from redis_asgi.settings import Settings
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
+from ..kit.embedding_apps import DIMS, Spy, cache_status, client, drive, read, respond, server
 from ..kit.servers import Server
-from .servers import DIMS, Spy, cache_status, client, drive, read, respond, server
 from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio

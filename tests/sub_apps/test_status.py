@@ -22,9 +22,9 @@ from redis_asgi.sub_apps.status.markup import Markup, joined, markup
 from redis_asgi.sub_apps.status.page import _percent, _rate
 from redis_asgi.telemetry import SAMPLE_SECONDS, Sample, Telemetry, fresh_telemetry
 
-from .kit.browser import Browser, find_chromium, served
-from .kit.fair_time import fair_time
-from .kit.servers import Cluster, wait_until
+from ..kit.browser import Browser, find_chromium, served
+from ..kit.fair_time import fair_time
+from ..kit.servers import Cluster, wait_until
 
 NOWHERE = "redis://someuser:somesecret@127.0.0.1:1"
 NASTY = """x.<locals>.y"'&{status}<script>document.title='owned'</script>"""

@@ -39,12 +39,12 @@ from redis_asgi.errors import Failure
 from redis_asgi.sub_apps.health import HealthApp, human_bytes
 from redis_asgi.telemetry import fresh_telemetry
 
-from .kit.certificates import Certificates
-from .kit.documents import section
-from .kit.fair_time import fair_time
-from .kit.processes import run_python
-from .kit.proxy import FaultProxy
-from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
+from ..kit.certificates import Certificates
+from ..kit.documents import section
+from ..kit.fair_time import fair_time
+from ..kit.processes import run_python
+from ..kit.proxy import FaultProxy
+from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 
 pytestmark = pytest.mark.anyio
 

@@ -20,7 +20,7 @@ from redis_asgi import (
     status_app,
 )
 
-from .kit.servers import ExternalServer, wait_until
+from ..kit.servers import ExternalServer, wait_until
 
 pytestmark = pytest.mark.anyio
 

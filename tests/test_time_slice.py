@@ -12,7 +12,7 @@ from redis_asgi import time_slice
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import Spy, server
+from .kit.embedding_apps import Spy, server
 
 pytestmark = pytest.mark.anyio
 

@@ -16,8 +16,8 @@ from redis_asgi.embeddings.storage.pipeline import Command
 from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.embedding_apps import Spy, cache_status, client, respond, server
 from ..kit.servers import Cluster, ExternalServer, Server
-from .servers import Spy, cache_status, client, respond, server
 from .test_faults import settings_of
 
 pytestmark = pytest.mark.anyio

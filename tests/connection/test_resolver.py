@@ -15,10 +15,10 @@ from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.connection import resolver as module
 from redis_asgi.connection.resolver import MAX_LOOKUPS, Names
 
-from .kit.certificates import Certificates
-from .kit.logs import event_of
-from .kit.processes import run_python
-from .kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
+from ..kit.certificates import Certificates
+from ..kit.logs import event_of
+from ..kit.processes import run_python
+from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
 
 pytestmark = pytest.mark.anyio
 
