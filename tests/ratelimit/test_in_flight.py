@@ -880,6 +880,25 @@ async def test_a_lost_release_is_said_again(private_server: StartServer) -> None
 
 
 @on_redis
+async def test_what_is_owed_is_forgotten_in_the_end(private_server: StartServer) -> None:
+    """When its leases have long ended, so that nothing beats for ever because of a Redis that never comes back."""
+    server = private_server()
+    manager = RedisManager(Settings(REDIS_URL=server.url))
+    async with RateLimiter(manager).slot("a", 1) as decision:
+        assert "redis" == decision.source
+        server.kill()
+    heart = heart_of(manager)
+    while not heart.owes:
+        await asyncio.sleep(0.01)
+    await heart.beat()
+    assert (1, True) == (heart.owes, heart._timer is not None)
+    heart._owed_until = 0.0
+    await heart.beat()
+    assert (0, None) == (heart.owes, heart._timer)
+    await manager.close()
+
+
+@on_redis
 async def test_without_redis_all_that_runs_counts(private_server: StartServer) -> None:
     """Whoever admitted it, against this process's share; nothing is cut; and Redis is told of it when it is back."""
     server = private_server()

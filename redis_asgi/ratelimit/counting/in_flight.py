@@ -42,8 +42,9 @@ BEAT = 10.0
 BEAT_AGAIN = 1.0
 # Ids in one check of a heartbeat, which is one counter of a batch.
 IDS_PER_CHECK = 128
-# Ids that wait to be removed again; of more their leases end by themselves.
+# Ids that wait to be removed again, and for how long since the last came (s): of others the leases end by themselves.
 MOST_OWED = 10_000
+OWED_FOR = 60.0
 
 # What those of `RateLimiter.slot` are counted as together; no rule has such a name.
 SLOTS = "slot()"
@@ -166,6 +167,7 @@ class Heart:
         self._renewing: dict[bytes, Slot] = {}
         self._late: list[Slot] = []  # released during a heartbeat that renews them
         self._owed: dict[Place, Charge] = {}
+        self._owed_until = 0.0  # on the loop's clock
         self._under_way: asyncio.Future[None] | None = None
         self._to_say: Iterator[HoldingCheck] = iter(())
         self._checks_left = 0  # of those that were sent
@@ -214,6 +216,8 @@ class Heart:
             self._timer = None
         done = self._under_way = self.loop.create_future()
         self._has_failed = False
+        if self.loop.time() > self._owed_until:
+            self._owed.clear()
         self._renewing = dict(self._running)
         renewed = [place for slot in self._renewing.values() for place in _places(slot)]
         self._to_say = chain(self._checks("charge", renewed), self._checks("refund", list(self._owed.items())))
@@ -320,6 +324,7 @@ class Heart:
     def _owe(self, slot: Slot) -> None:
         """Let the heartbeats remove *slot* again."""
         self._owed.update(_places(slot))
+        self._owed_until = self.loop.time() + OWED_FOR
         while len(self._owed) > MOST_OWED:
             del self._owed[next(iter(self._owed))]
         if not self.loop.is_closed():
