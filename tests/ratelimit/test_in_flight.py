@@ -21,7 +21,7 @@ from redis_asgi.errors import ConfigurationError
 from redis_asgi.inspection.quotas import look
 from redis_asgi.inspection.rights import CONCURRENCY, rights_of
 from redis_asgi.ratelimit.answers.request_decision import RequestDecision
-from redis_asgi.ratelimit.counting.in_flight import Heart, Ids, InFlight
+from redis_asgi.ratelimit.counting.in_flight import Heart, Hearts, Ids
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
 from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
@@ -53,7 +53,7 @@ def patient(redis_url: str) -> RedisManager:
 
 def heart_of(manager: RedisManager) -> Heart:
     """What beats in the running loop."""
-    return manager.per_process(InFlight.from_settings).heart(manager)
+    return manager.per_process(Hearts.from_settings).heart(manager)
 
 
 def running(manager: RedisManager) -> int:

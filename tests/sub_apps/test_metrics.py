@@ -81,6 +81,7 @@ CLOSED_SETS: dict[tuple[str, str], tuple[str, ...]] = {
     ("ratelimit_requests", "outcome"): ("allowed", "refused", "exempt", "unavailable"),
     ("ratelimit_requests", "source"): ("redis", "memory", "local", "refusal_memory", "none"),
     ("ratelimit_policy", "outcome"): ("allowed", "refused", "shadow_refused"),
+    ("ratelimit_estimate_error_units", "was"): ("too_high", "too_low"),
     ("ratelimit_fallback", "mode"): ("local", "open", "closed"),
     ("ratelimit_fallback", "reason"): FAILURES,
     ("ratelimit_check_duration_seconds", "source"): ("redis", "local", "none"),
@@ -561,9 +562,9 @@ async def test_hostile_clients_reach_no_label(redis_server: ExternalServer, coun
     assert list(parse_text(text))
 
 
-ALSO_LABELLED = {("ratelimit_policy", "policy")} | {
-    ("build_info", label) for label in ("version", "redis_client", "server")
-}
+ALSO_LABELLED = {
+    (name, "policy") for name in ("ratelimit_policy", "ratelimit_used_units", "ratelimit_estimate_error_units")
+} | {("build_info", label) for label in ("version", "redis_client", "server")}
 
 
 async def test_scrape_leaves_the_loop_to_others(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

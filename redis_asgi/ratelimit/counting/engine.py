@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,16 +18,17 @@ from ...errors import Failure, OddReply, classify
 from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ...telemetry import telemetry
+from ..budgets.spending import InFlight
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
+from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
-from .in_flight import HeldVerdict, InFlight
+from .in_flight import Hearts, HeldVerdict
 from .local_engine import LocalEngine
 from .metrics import Counts
 from .verdict import Verdict
@@ -48,6 +50,7 @@ class Engine:
 
     Attributes:
         plans: What its owner keeps with it.
+        in_flight: What requests hold whose cost is known after their answers.
         refusals: Those that this process remembers.
     """
 
@@ -65,7 +68,8 @@ class Engine:
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.per_process(LocalEngine.from_settings)
         self.refusals = manager.per_process(RefusalMemory.from_settings)
-        self._in_flight = manager.per_process(InFlight.from_settings)
+        self.in_flight = manager.per_process(InFlight.from_settings)
+        self._hearts = manager.per_process(Hearts.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
 
@@ -101,7 +105,7 @@ class Engine:
             if known is not None:
                 return known
         if charges.holds and mode == "consume":
-            verdict: Verdict = HeldVerdict(self, charges, self._in_flight.begin(self.manager, charges))
+            verdict: Verdict = HeldVerdict(self, charges, self._hearts.begin(self.manager, charges))
         else:
             verdict = Verdict(self, charges, mode)
         if not self._has_redis:
@@ -137,7 +141,7 @@ class Engine:
         """
         kept = verdict.refundable or [-1] * len(deltas)
         changes = [
-            (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
+            (Charge(_alone(policy), charge.partition, abs(delta)), delta, receipt)
             for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
         ]
         more = [charge for charge, delta, _ in changes if delta > 0]
@@ -161,7 +165,7 @@ class Engine:
         else:
             # On a cluster each charge may live on another node.
             for _, same in groupby(charges, lambda charge: charge.partition.key):
-                mine = Charges(same)
+                mine = Charges(same) if charges.is_spread else charges
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 try:
                     batcher = self._batcher()
@@ -279,6 +283,11 @@ class _Settlement(Check):
     def hear(self, outcome: Outcome) -> Outcome:
         self._engine.settled(self.mode, self.asked, outcome)
         return outcome
+
+
+@lru_cache(maxsize=1024)
+def _alone(policy: Policy) -> PolicySet:
+    return PolicySet((policy,))
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

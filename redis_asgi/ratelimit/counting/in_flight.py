@@ -331,7 +331,7 @@ class Heart:
             self.loop.call_soon_threadsafe(self._plan, BEAT)
 
 
-class InFlight:
+class Hearts:
     """The hearts of one manager in this process."""
 
     def __init__(self) -> None:
@@ -341,7 +341,7 @@ class InFlight:
         self._lock = threading.Lock()  # loops in several threads may share one manager
 
     @classmethod
-    def from_settings(cls, _settings: Settings) -> "InFlight":
+    def from_settings(cls, _settings: Settings) -> "Hearts":
         return cls()
 
     def begin(self, manager: RedisManager, charges: Charges) -> Slot:
