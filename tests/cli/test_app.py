@@ -132,6 +132,41 @@ def test_rules_of_nothing(invoke: Invoke) -> None:
     assert "--path='x' does not begin with a slash" in invoke("rules", "--app", "shop:app", "--path", "x").stderr
 
 
+SPEAKING = """
+from fastapi import Depends, FastAPI
+from redis_asgi import RateLimit, RateLimitMiddleware
+from starlette.routing import Mount
+
+inner = RateLimitMiddleware(FastAPI(), limits="7/minute", dialect="anthropic")
+app = FastAPI(routes=[Mount("/models", inner)])
+app.add_middleware(RateLimitMiddleware, limits="100/minute", dialect={"/v1/tools": "mcp", "/v1/*": "openai"})
+
+@app.get("/v1/tools", dependencies=[Depends(RateLimit("2/minute", name="tools"))])
+async def tools(): ...
+
+@app.get("/plain", dependencies=[Depends(RateLimit("2/minute", name="plain"))])
+async def plain(): ...
+"""
+
+
+def test_rules_show_their_dialect(invoke: Invoke) -> None:
+    """By the paths it holds on, for each middleware as seen from outside, and for a route's limit that of its path."""
+    Path("speaking.py").write_text(SPEAKING)
+    told = json.loads(invoke("rules", "--app", "speaking:app", "--json").stdout)["rules"]
+    shown = invoke("rules", "--app", "speaking:app").stdout.splitlines()
+    of_path = json.loads(invoke("rules", "--app", "speaking:app", "--path", "/v1/chat", "--json").stdout)["rules"]
+
+    assert [
+        ("default", {"/v1/tools": "mcp", "/v1/*": "openai"}),
+        ("default", {"/models/*": "anthropic"}),
+        ("tools", {"/v1/tools": "mcp"}),
+        ("plain", {}),
+    ] == [(rule["name"], rule["dialects"]) for rule in told]
+    assert ["dialect"] == shown[0].split()[-1:]
+    assert "/v1/tools: mcp, /v1/*: openai" in shown[1]
+    assert [{"/v1/*": "openai"}] == [rule["dialects"] for rule in of_path]
+
+
 # an app that cannot be looked at
 
 MISTAKES = [
