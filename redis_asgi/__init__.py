@@ -22,11 +22,13 @@ from .errors import ConfigurationError, RedisASGIError
 from .keys import KeyManagement
 from .ratelimit.answers.rate_limit_exceeded import RateLimitExceeded
 from .ratelimit.answers.request_decision import RequestDecision
+from .ratelimit.budgets.tokens import tokens
 from .ratelimit.decorator import rate_limit
 from .ratelimit.limiter import RateLimiter
 from .ratelimit.limits.decision import Decision, PolicyState
 from .ratelimit.middleware import RateLimitMiddleware
 from .ratelimit.route import RateLimit
+from .ratelimit.rules.by_body import by_json, by_mcp_tool
 from .ratelimit.rules.partition import by_header, by_user, client_ip
 from .ratelimit.rules.rule import Rule
 from .settings import Settings
@@ -60,6 +62,8 @@ __all__ = [
     "Rule",
     "Settings",
     "by_header",
+    "by_json",
+    "by_mcp_tool",
     "by_user",
     "calculate_memory_usage",
     "check_redis_health",
@@ -72,6 +76,7 @@ __all__ = [
     "rate_limit_responses",
     "redis_operation",
     "status_app",
+    "tokens",
 ]
 
 # Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.

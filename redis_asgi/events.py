@@ -220,6 +220,12 @@ EVENTS: Mapping[str, Event] = {
         "long its client waits.",
         "Raise the quota, or have cost= return no more than it.",
     ),
+    "usage_unreadable": Event(
+        logging.WARNING,
+        "An answer is encoded as '%(encoding)s' when the limiter sees it, so nobody reads what it has used, and its "
+        "estimate stays under the rule %(rule)s.",
+        "Compress outside of the limiter: what is added last with add_middleware is outermost.",
+    ),
     "limits_unreadable": Event(
         logging.WARNING,
         "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s. Such a client has its last "

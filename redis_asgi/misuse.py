@@ -66,6 +66,11 @@ def check_callable(label: str, value: object, takes: str, example: str) -> None:
         raise ConfigurationError(f"{label}={shown(value)} is not callable. Try {example}.")
     if isinstance(value, type) and any("__call__" in vars(each) for each in value.__mro__[:-1]):
         raise ConfigurationError(f"{label}={shown(value)} is not called: it is a class. Try {example}.")
+    if getattr(value, "reads_body", False):
+        raise ConfigurationError(
+            f"{label}={shown(value)} counts by a request's body, which is read for partition_by of a rule alone. "
+            f"Try {example}."
+        )
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):

@@ -36,6 +36,7 @@ SAMPLES_KEPT = 120  # ten minutes
 # Seconds. A check takes 0.1 to 1 ms; past RATE_LIMIT_TIMEOUT there is none.
 _REDIS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _ORIGIN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_UNIT_BUCKETS = (0, 10, 100, 1_000, 10_000, 100_000)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _NO_POLICIES: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
@@ -275,6 +276,16 @@ class Telemetry:
             "ratelimit_check_duration_seconds",
             "How long a request waited for its verdict, when Redis was asked.",
             "source",
+        )
+        self.ratelimit_used_units = self._counter(
+            "ratelimit_used_units", "Units that answers have cost, of what is known after them.", "policy"
+        )
+        self.ratelimit_estimate_error_units = self._histogram(
+            "ratelimit_estimate_error_units",
+            "How far what was charged before an answer was from what it cost.",
+            "policy",
+            "was",
+            buckets=_UNIT_BUCKETS,
         )
         self.ratelimit_local_evictions = self._counter(
             "ratelimit_local_evictions", "Clients that a full process forgot before their windows had ended."

@@ -112,11 +112,17 @@ FOLDERS = {
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
     "ratelimit/transport": "connection errors ratelimit/limits telemetry",
-    "ratelimit/counting": "connection errors events ratelimit/limits ratelimit/transport settings telemetry tracing",
-    "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/limits settings",
-    "ratelimit/answers": "connection errors event_loop misuse ratelimit/counting ratelimit/limits settings",
+    "ratelimit/budgets": "errors events misuse ratelimit/limits settings telemetry",
+    "ratelimit/counting": (
+        "connection errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings telemetry tracing"
+    ),
+    "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/budgets ratelimit/limits settings",
+    "ratelimit/answers": (
+        "asgi connection errors event_loop misuse ratelimit/budgets ratelimit/counting ratelimit/limits settings"
+    ),
     "ratelimit": (
-        "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/counting ratelimit/limits"
+        "asgi connection errors event_loop events misuse ratelimit/answers ratelimit/budgets ratelimit/counting"
+        " ratelimit/limits"
         " ratelimit/rules settings"
     ),
     # The embedding cache: values, who keeps them; what is asked; who computes; what is said; and the doors.

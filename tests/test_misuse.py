@@ -11,7 +11,7 @@ import httpx
 import pytest
 import redis.asyncio
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,12 +32,15 @@ RedisMetrics = _ANY.RedisMetrics
 Rule = _ANY.Rule
 Settings = _ANY.Settings
 by_header = _ANY.by_header
+by_json = _ANY.by_json
+by_mcp_tool = _ANY.by_mcp_tool
 by_user = _ANY.by_user
 client_ip = _ANY.client_ip
 health_app = _ANY.health_app
 metrics_app = _ANY.metrics_app
 rate_limit = _ANY.rate_limit
 status_app = _ANY.status_app
+tokens = _ANY.tokens
 
 MEMORY = Settings(REDIS_URL="memory://")
 SECRET = "hunter2"
@@ -189,6 +192,11 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("cost=fraction", lambda: Rule("5/minute", cost=0.5), ["cost=0.5", "whole number"]),
     ("cost over quota", lambda: Rule("5/minute", cost=6), ["cost=6", "quota of 5", "cost=5 or less"]),
     ("cost takes nothing", lambda: Rule("5/minute", cost=lambda: 1), ["cost=<lambda>", "(request)"]),
+    ("cost=tokens", lambda: Rule("5/minute", cost=redis_asgi.tokens), ["cost=tokens is not called", "cost=tokens()"]),
+    ("tokens under gcra", lambda: Rule("5/minute", cost=tokens(), strategy="gcra"), ["'gcra'", "'fixed-window'"]),
+    ("tokens in a log", lambda: limited(rules=[Rule("5/hour", cost=tokens())], strategy="moving-window"), ["10,000"]),
+    ("count_if of tokens", lambda: Rule("5/hour", cost=tokens(), count_if=bool), ["cost=tokens()", "Leave count_if"]),
+    ("tokens of a handshake", lambda: limited(rules=[Rule("5/hour", cost=tokens(), methods="WEBSOCKET")]), ["no body"]),
     ("count_if=number", lambda: Rule("5/minute", count_if=401), ["count_if=401", "lambda status"]),
     ("count_if takes nothing", lambda: Rule("5/minute", count_if=lambda: True), ["(status)"]),
     ("path and query", lambda: Rule("5/minute", paths="/api?x=1"), ["a query", "write /api"]),
@@ -210,6 +218,23 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("partition_by takes nothing", lambda: limited("5/minute", partition_by=lambda: "x"), ["(conn)", "lambda conn"]),
     ("partition_by takes two", lambda: limited("5/minute", partition_by=lambda a, b: "x"), ["(conn)", "'b'"]),
     ("partition_by gives number", lambda: ask(limited("5/minute", partition_by=lambda c: 5)), ["returned int", "str("]),
+    ("partition_by=[]", lambda: Rule("5/minute", partition_by=[]), ["no list of parts", "[by_header('x-api-key')"]),
+    ("partition_by=set", lambda: Rule("5/minute", partition_by={client_ip}), ["no list of parts"]),
+    ("partition_by=kinds", lambda: Rule("5/minute", partition_by=["ip"]), ["'ip'", "partition_by=client_ip"]),
+    ("partition_by=[[...]]", lambda: Rule("5/minute", partition_by=[[client_ip]]), ["a list in a list"]),
+    ("by_json", lambda: Rule("5/minute", partition_by=by_json), ["by_json is not called", "by_json('model'"]),
+    ("by_json()", lambda: by_json(), ["by_json needs name and values", "by_json('model'"]),
+    ("by_json of nothing", lambda: by_json("model", []), ["values=[] names nothing"]),
+    ("by_json of a number", lambda: by_json("model", 5), ["values=5", "neither names nor a mapping"]),
+    ("by_json of booleans", lambda: by_json("stream", [True]), ["holds True", "Write 'true'"]),
+    ("by_json of patterns in a set", lambda: by_json("model", {"a*", "b"}), ["patterns in no order"]),
+    ("by_json of empty texts", lambda: by_json("model", {"a": ""}), ["holds ''"]),
+    ("by_json without a name", lambda: by_json("a..b", ["x"]), ["by_json('a..b')", "by_json('model'"]),
+    ("by_json(other='')", lambda: by_json("model", ["x"], other=""), ["other=''", "None where"]),
+    ("by_mcp_tool", lambda: Rule("5/minute", partition_by=by_mcp_tool), ["by_mcp_tool is not called"]),
+    ("cost=by_json", lambda: Rule("5/minute", cost=by_json("n", "1")), ["cost=", "for partition_by of a rule alone"]),
+    ("exempt=by_json", lambda: limited("5/minute", exempt=by_json("n", "1")), ["for partition_by of a rule alone"]),
+    ("by_json called", lambda: by_json("n", "1")(HTTPConnection({"type": "http"})), ["partition_by=by_json('n', ...)"]),
     # A limit of a route.
     ("Depends(RateLimit)", lambda: depending(fastapi.Depends(RateLimit)), ["Depends(RateLimit('5/minute'))"]),
     ("Depends(rate_limit)", lambda: depending(fastapi.Depends(rate_limit)), ["Depends(RateLimit('5/minute'))"]),

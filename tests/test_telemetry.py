@@ -30,6 +30,8 @@ PROMISED = {
     "redis_asgi_ratelimit_policy": ("counter", ("policy", "outcome")),
     "redis_asgi_ratelimit_fallback": ("counter", ("mode", "reason")),
     "redis_asgi_ratelimit_check_duration_seconds": ("histogram", ("source",)),
+    "redis_asgi_ratelimit_used_units": ("counter", ("policy",)),
+    "redis_asgi_ratelimit_estimate_error_units": ("histogram", ("policy", "was")),
     "redis_asgi_ratelimit_local_evictions": ("counter", ()),
     "redis_asgi_cache_requests": ("counter", ("result",)),
     "redis_asgi_cache_bypass": ("counter", ("reason",)),

@@ -163,6 +163,17 @@ class PathPattern:
         return not spelled
 
 
+class TextPattern:
+    """A text where ``*`` is any run of characters; matching takes time in proportion to the text."""
+
+    def __init__(self, pattern: str) -> None:
+        self._parts = _parts(pattern)
+
+    def matches(self, text: str) -> bool:
+        """Whether *text* is one of those."""
+        return _covers(self._parts, text)
+
+
 class PathTemplate:
     """The paths of a route with parameters, such as ``/items/{id}``.
 

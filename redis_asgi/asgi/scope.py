@@ -1,7 +1,6 @@
 """Reading an ASGI scope: header fields, the client's address behind proxies, a buffered body."""
 
 import ipaddress
-import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from functools import lru_cache
@@ -13,6 +12,7 @@ from starlette.types import Message, Receive, Scope
 
 from ..settings import Settings
 from ..settings.networks import UNIX, Address, Network, unmapped
+from .bodies import Buffer
 from .forwarded import LISTS, only_entry
 
 # Longer than any address with a zone; what is longer is not looked at and never kept in a cache.
@@ -22,6 +22,14 @@ _LONGEST_ADDRESS = 64
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
     """Every field line of the header *name* (lower case), in order."""
     return [value for key, value in scope["headers"] if key == name]
+
+
+def content_length(scope: Scope) -> int | None:
+    """The ``Content-Length`` of a request; ``None`` when it says none that can be read."""
+    for value in header_values(scope, b"content-length"):
+        if value.isdigit() and len(value) < 19:
+            return int(value)
+    return None
 
 
 def is_preflight(scope: Scope) -> bool:
@@ -155,41 +163,41 @@ class BufferedRequest(Request):
 
     A WebSocket handshake is a GET whose body is empty.
 
+    Args:
+        cap: The most that is read, in bytes.
+        buffer: In place of *cap*: what reads the body for all who ask about the same request.
+
     Attributes:
         unreadable: Whether it was over the cap, cut short, or not the JSON or form that was asked for.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, *, cap: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, *, cap: int = 0, buffer: Buffer | None = None) -> None:
         self._of_app = receive
-        self._upstream = receive
         self._is_handshake = scope["type"] == "websocket"
         if self._is_handshake:
             scope = {**scope, "type": "http", "method": "GET"}
-            self._upstream = _no_body
-        self._cap = cap
-        self._read = bytearray()
-        self._started = False
-        self._more = True
-        self._disconnected: Message | None = None
+            buffer = Buffer(_no_body, cap=cap)
+        self._buffer = Buffer(receive, cap=cap) if buffer is None else buffer
+        # What others have read comes first.
+        self._is_behind = self._buffer.started
         self.unreadable = False
         super().__init__(scope, self._next)
 
     @property
     def is_abandoned(self) -> bool:
         """Whether the client left while its body was read."""
-        return self._disconnected is not None
+        return self._buffer.gone is not None
 
     async def _next(self) -> Message:
-        message = await self._upstream()
-        if message["type"] != "http.request":
-            self._disconnected = message
-            return message
-        self._started = True
-        body: bytes = message.get("body", b"")
-        self._more = message.get("more_body", False)
-        # One bytearray: kept messages of one byte each would take 200 times their size.
-        self._read += body
-        if len(self._read) > self._cap:
+        buffer = self._buffer
+        if self._is_behind:
+            self._is_behind = False
+            message: Message = {"type": "http.request", "body": buffer.so_far, "more_body": buffer.more}
+        elif buffer.gone is not None:
+            return buffer.gone
+        else:
+            message = await buffer.next()
+        if buffer.is_over:
             raise self._refuse()
         return message
 
@@ -199,18 +207,18 @@ class BufferedRequest(Request):
         return UnreadableBody()
 
     async def body(self) -> bytes:
-        while self._more:
-            await self._next()
-            if self._disconnected is not None:
-                raise self._refuse()
+        body = await self._buffer.whole()
+        if body is None:
+            raise self._refuse()
         # Where Starlette's own stream() and form() look for it.
-        self._body = bytes(self._read)
-        return self._body
+        self._body = body
+        return body
 
     async def json(self) -> Any:
-        body = await self.body()
+        await self.body()
+        self._buffer.expose()
         try:
-            return json.loads(body)
+            return await self._buffer.json()
         except (ValueError, RecursionError):
             raise self._refuse() from None
 
@@ -238,20 +246,7 @@ class BufferedRequest(Request):
 
     def replay(self) -> Receive:
         """A ``receive`` that gives what was read, as one message, and then what is still to come."""
-        if self._is_handshake or (not self._started and self._disconnected is None):
-            return self._of_app
-        pending: list[Message] = []
-        if self._started:
-            pending.append({"type": "http.request", "body": bytes(self._read), "more_body": self._more})
-            self._read.clear()
-        if self._disconnected is not None:
-            pending.append(self._disconnected)
-        pending.reverse()
-
-        async def receive() -> Message:
-            return pending.pop() if pending else await self._upstream()
-
-        return receive
+        return self._of_app if self._is_handshake else self._buffer.replay()
 
 
 _FORMS = frozenset(("multipart/form-data", "application/x-www-form-urlencoded"))

@@ -24,7 +24,12 @@ ClientArgument = Annotated[
 ]
 By = Annotated[
     str | None,
-    typer.Option("--by", metavar="KIND", help="ip, header:NAME, user or custom. Default: RATE_LIMIT_PARTITION."),
+    typer.Option(
+        "--by",
+        metavar="KIND",
+        help="ip, header:NAME, user, json:NAME, mcp_tool or custom; or several, as header:NAME,json:NAME, of which "
+        "CLIENT is then a list in JSON. Default: RATE_LIMIT_PARTITION.",
+    ),
 ]
 Name = Annotated[str | None, typer.Option("--name", metavar="RULE", help="Only the counters of this rule.")]
 # Typer would print what is too much, which may be a part of a credential; `alone` does not.

@@ -61,7 +61,7 @@ def list_rules(
 
 
 def _as_json(limit: LimitInForce) -> dict[str, object]:
-    shown = ("name", "limits", "by", "strategy", "cost", "paths", "methods", "shadow", "on_redis_error")
+    shown = ("name", "limits", "by", "strategy", "cost", "paths", "methods", "shadow", "on_redis_error", "dialects")
     return {**{name: getattr(limit, name) for name in shown}, "redis": limit.manager.address}
 
 

@@ -1,6 +1,6 @@
 """Results of the commands, laid out for people."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..explanations import Explanation
 from ..inspection.findings import Finding
@@ -58,9 +58,11 @@ def print_standings(label: str, standings: Sequence[QuotaRow]) -> None:
 
 
 def print_rules(limits: Sequence[LimitInForce]) -> None:
-    """A line for each rule; which Redis counts it, where there are several."""
+    """A line for each rule; which Redis counts it, where there are several, and its dialect, where some have one."""
     several = len({limit.manager for limit in limits}) > 1
-    head = ("rule", "limits", "by", "strategy", "cost", "methods", "paths", "without Redis", "")
+    speaks = any(limit.dialects for limit in limits)
+    head = ("rule", "limits", "by", "strategy", "cost", "methods", "paths", "without Redis")
+    head += (*(("dialect",) if speaks else ()), "")
     rows = [
         (
             limit.name,
@@ -71,11 +73,16 @@ def print_rules(limits: Sequence[LimitInForce]) -> None:
             " ".join(limit.methods) if limit.methods else "all",
             " ".join(limit.paths) if limit.paths else "all",
             limit.on_redis_error,
+            *((_dialects(limit.dialects),) if speaks else ()),
             ", ".join(filter(None, ("only watches" if limit.shadow else "", limit.manager.address if several else ""))),
         )
         for limit in limits
     ]
     output.table(head, rows)
+
+
+def _dialects(dialects: Mapping[str, str]) -> str:
+    return ", ".join(name if pattern == "*" else f"{pattern}: {name}" for pattern, name in dialects.items())
 
 
 def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from starlette.types import Receive, Scope, Send
 
+from ..asgi.bodies import Document, take_document
 from ..errors import Failure
 from ..time_slice import TimeSlice
 from .answers.outcome import Outcome
@@ -43,6 +44,7 @@ class Exchange:
         self._outcome = Outcome(shared.counts, scope, send, status=shared.settings.EMBEDDING_CACHE_STATUS)
         self._time_slice = TimeSlice()
         self._body = NOTHING_READ
+        self._parsed: Document | None = None
         self._question: Question
         self._is_known = False  # the line above is there
         self._found: Stored
@@ -70,6 +72,7 @@ class Exchange:
             if partition is None:
                 await self._bypass("partition")
                 return
+        self._parsed = take_document(self._scope)
         limit, seconds = shared.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, shared.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, shared.budget, seconds)
         coming = self._body.coming
@@ -86,7 +89,10 @@ class Exchange:
     async def _answer(self, partition: str | None) -> None:
         questions, wanted = self._shared.questions, self._head.wanted
         self._time_slice.restart()
-        question = await questions.read(self._scope, self._head, self._matched, self._body, partition, self._time_slice)
+        body, parsed, self._parsed = self._body, self._parsed, None
+        question = await questions.read(
+            self._scope, self._head, self._matched, body, partition, self._time_slice, parsed
+        )
         if isinstance(question, Uncacheable):
             await self._bypass(question.detail)
             return

@@ -15,7 +15,6 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Host, Mount, compile_path
 
 from ..errors import ConfigurationError
-from ..ratelimit.counting.engine import Engine
 from ..ratelimit.decorator import stack_of
 from ..ratelimit.overview import LimitInForce, Protection, limits_among, limits_of_route
 from ..ratelimit.rules.endpoints import calls_of
@@ -137,7 +136,7 @@ def _root_of(path: str, below: str) -> str | None:
     return None if match is None else path[: len(path) - len(match["path"]) - 1]
 
 
-def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterator[LimitedPart]:
+def _walk(app: object, below: str, around: Protection | None, depth: int) -> Iterator[LimitedPart]:
     """The limits at and below an app."""
     for _ in range(_DEEPEST):
         if app is None or depth > _DEEPEST:
@@ -149,14 +148,14 @@ def _walk(app: object, below: str, around: Engine | None, depth: int) -> Iterato
         protection = _protection(app)
         if protection is not None:
             yield LimitedPart(below, protection=protection)
-            around = around or protection.engine
+            around = around or protection
         yield from _cache(app, below)
         if (routes := routes_of(app)) is not None:
             # A router may have middlewares of its own, which end in a method of it.
             for middleware in _chain(getattr(app, "middleware_stack", None)):
                 if (protection := _protection(middleware)) is not None:
                     yield LimitedPart(below, protection=protection)
-                    around = around or protection.engine
+                    around = around or protection
                 yield from _cache(middleware, below)
             for route in routes:
                 yield from _route(route, below, around, depth + 1)
@@ -190,7 +189,7 @@ def _cache(app: object, below: str) -> Iterator[LimitedPart]:
             yield LimitedPart(below, cache=found)
 
 
-def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterator[LimitedPart]:
+def _route(route: Any, below: str, around: Protection | None, depth: int) -> Iterator[LimitedPart]:
     candidates = getattr(route, "effective_candidates", None)
     if callable(candidates):  # FastAPI's included router
         for candidate in candidates():
@@ -214,7 +213,7 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
     for middleware in _chain(getattr(route, "app", None)):
         if (protection := _protection(middleware)) is not None:
             yield LimitedPart(below, path, methods, protection)
-            around = around or protection.engine
+            around = around or protection
         yield from _cache(middleware, below)
     depended = limits_among(calls_of(getattr(route, "dependant", None)))
     limits = [
@@ -224,7 +223,9 @@ def _route(route: Any, below: str, around: Engine | None, depth: int) -> Iterato
     yield LimitedPart(below, path, methods, limits=tuple(limits))
 
 
-def _decorated(endpoint: object, path: str, methods: tuple[str, ...], around: Engine | None) -> Iterator[LimitInForce]:
+def _decorated(
+    endpoint: object, path: str, methods: tuple[str, ...], around: Protection | None
+) -> Iterator[LimitInForce]:
     """The limits that decorate an endpoint, or the methods of a class that is one."""
     if inspect.isclass(endpoint) and issubclass(endpoint, HTTPEndpoint):
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import orjson
+
 from ..asgi.scope import Addressing, parse_address
 from ..connection.manager import RedisManager
 from ..errors import ConfigurationError, Failure
@@ -18,6 +20,7 @@ from ..ratelimit.counting.engine import Engine
 from ..ratelimit.limits.decision import PolicyState, read_reply
 from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
 from ..ratelimit.limits.strategies import Mode
+from ..ratelimit.rules.joined import joined
 from ..ratelimit.rules.partition import UNKNOWN, Partitioner, by_header, client_ip
 from ..ratelimit.rules.policies import MOVING_WINDOW_MAX, make_policies
 from ..ratelimit.rules.rule import DEFAULT_NAME, check_name
@@ -75,14 +78,23 @@ async def partition_of(client: str, by: str | None, settings: Settings) -> Parti
     """The partition that a middleware of these settings puts *client* into.
 
     Args:
-        client: An address or network, a header's value, a user's identity, or what ``partition_by`` returns or a
-            `RateLimiter` is called with.
-        by: ``ip``, ``header:NAME``, ``user`` or ``custom``; ``None`` = ``RATE_LIMIT_PARTITION``.
+        client: An address or network, a header's value, a user's identity, a bucket of `by_json` or `by_mcp_tool`, or
+            what ``partition_by`` returns or a `RateLimiter` is called with; of several a list in JSON.
+        by: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or several with a comma
+            between them; ``None`` = ``RATE_LIMIT_PARTITION``.
 
     Raises:
         ConfigurationError: For another *by*, or a *client* that is no address where one is asked for.
     """
     by = settings.RATE_LIMIT_PARTITION if by is None else by
+    if "," in by:
+        kinds = by.split(",")
+        parts = [
+            await partition_of(each, kind, settings) for each, kind in zip(_listed(client, by), kinds, strict=True)
+        ]
+        by = ",".join(part.kind for part in parts)
+        value = joined(part.value for part in parts)
+        return make_partition(by, value, prefix=settings.REDIS_KEY_PREFIX, secret=settings.key_secret)
     kind, _, name = by.partition(":")
     if by == "ip":
         return await _partition_of_address(client, settings)
@@ -91,9 +103,23 @@ async def partition_of(client: str, by: str | None, settings: Settings) -> Parti
         by = f"header:{header.name}"
         # As it comes in a field: bytes as Latin-1.
         client = header.fold(os.fsencode(client).decode("latin-1"))
-    elif by not in ("user", "custom"):
-        raise ConfigurationError(f"--by={by!r} is not ip, header:NAME, user or custom. Try --by header:x-api-key.")
+    elif by not in ("user", "custom", "mcp_tool") and not (kind == "json" and name):
+        raise ConfigurationError(
+            f"--by={by!r} is not ip, header:NAME, user, json:NAME, mcp_tool or custom. Try --by header:x-api-key."
+        )
     return make_partition(by, client, prefix=settings.REDIS_KEY_PREFIX, secret=settings.key_secret)
+
+
+def _listed(client: str, by: str) -> list[str]:
+    try:
+        names = orjson.loads(client)
+    except orjson.JSONDecodeError:
+        names = None
+    if not isinstance(names, list) or len(names) != by.count(",") + 1 or not all(isinstance(n, str) for n in names):
+        # Not shown: it may be a credential.
+        example = "[" + ", ".join('"..."' for _ in by.split(",")) + "]"
+        raise ConfigurationError(f"CLIENT is no list in JSON of as many texts as --by={by} has parts. Try '{example}'.")
+    return names
 
 
 async def _partition_of_address(client: str, settings: Settings) -> Partition:

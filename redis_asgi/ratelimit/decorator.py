@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 from ..misuse import Uncalled, says_what_was_meant, shown
 from ..settings import OnRedisError, Settings, StrategyName
 from .answers.limited_response import text_fields
+from .budgets.tokens import Tokens
 from .route import RateLimit
 from .rules.endpoints import endpoint_name
 from .rules.partition import PartitionBy
@@ -35,7 +36,7 @@ class RateLimitOptions(TypedDict, total=False):
 
     name: str | None
     partition_by: PartitionBy | None
-    cost: int | Callable[[HTTPConnection], Any]
+    cost: int | Tokens | Callable[[HTTPConnection], Any]
     strategy: StrategyName | None
     on_redis_error: OnRedisError | None
     shadow: bool

@@ -5,6 +5,7 @@ refused here, or on to the app with the fields added to its response → what th
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, get_args
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,14 +15,23 @@ from ..connection.lifespan import live
 from ..connection.redis_argument import RedisArgument, offer_manager, resolve_manager
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
-from .answers.headers import fields_of, renderer_of
+from .answers.dialects import AnswerStyle, plain_style
+from .answers.headers import dialect_fields, fields_of, renderer_of
 from .answers.limited_response import LimitedResponse, UncoveredResponse
-from .answers.refusal_response import OnExceeded, check_on_exceeded, refuse_identity, remembered_refusal, send_refusal
+from .answers.refusal_response import (
+    OnExceeded,
+    adding,
+    check_on_exceeded,
+    refuse_identity,
+    remembered_refusal,
+    send_refusal,
+)
 from .answers.request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
+from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .overview import Protection
-from .pricing import decide_priced, left_over
+from .pricing import Ahead, left_over
 from .rules.compiled import compile_rules
 from .rules.coverage import Coverage, Covering
 from .rules.exemptions import Exempt, Exemptions
@@ -30,6 +40,7 @@ from .rules.partition import ADDRESSING, MissingIdentity, PartitionBy
 from .rules.plan import PlanCache, Plans, charges_kept
 from .rules.routing import Routing
 from .rules.rule import Limits, Rule, check_choice
+from .styles import Dialects, Styles, dialect_paths
 
 _ADD = "A middleware is added as a class: write app.add_middleware(RateLimitMiddleware, limits='100/minute')."
 _NO_DEPENDENCY = Uncalled(f"RateLimitMiddleware is no dependency. {_ADD} Or Depends(RateLimit('5/minute')).")
@@ -57,6 +68,10 @@ class RateLimitMiddleware(Covering):
             ``RATE_LIMIT_EXEMPT_PATHS`` and to the pages of the package's own sub-apps (health, metrics) in *app*.
         on_exceeded: Given the connection and the `Decision`, may return another response than the 429.
         headers: ``ietf``, ``legacy``, ``both`` or ``none``; ``None`` = ``RATE_LIMIT_HEADERS``.
+        dialect: Adds the fields of ``openai`` or ``anthropic``, of the rules that are called ``requests`` and
+            ``tokens``, and gives refusals the body that their clients, or for ``mcp`` those of MCP, understand. Or a
+            mapping of path patterns to these, of which the first that covers a path counts. ``None`` = problem
+            documents. WebSockets have none.
         redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
         settings: ``None`` = from the environment.
 
@@ -76,6 +91,7 @@ class RateLimitMiddleware(Covering):
         exempt: Exempt | None = None,
         on_exceeded: OnExceeded | None = None,
         headers: HeaderStyle | None = None,
+        dialect: Dialects | None = None,
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
@@ -83,7 +99,6 @@ class RateLimitMiddleware(Covering):
         self.app = app
         self._manager, self._owned = resolve_manager(redis, settings)
         settings = settings if settings is not None else self._manager.settings
-        self._body_cap = settings.RATE_LIMIT_BODY_CAP
         self._addressing = Addressing(settings)
         compiled = compile_rules(
             limits,
@@ -96,15 +111,16 @@ class RateLimitMiddleware(Covering):
         )
         if headers is not None:
             check_choice("headers", headers, get_args(HeaderStyle))
-        self._style: HeaderStyle = headers or settings.RATE_LIMIT_HEADERS
+        headers = headers or settings.RATE_LIMIT_HEADERS
+        self._style = plain_style(headers)
+        self._dialects = dialect_paths(dialect)
         self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         self._counts = self._engine.counts
         if any(rule.on_redis_error == "closed" for rule in compiled):
             self._manager.fails_closed = True
         self._rules, self._routing = compiled, Routing(app)
-        self._engine.plans = PlanCache(
-            self._addressing, self._manager.per_process(charges_kept), renderer_of(self._style)
-        )
+        self._styles = Styles(self._dialects, self._routing, headers, settings.RATE_LIMIT_BODY_CAP)
+        self._engine.plans = PlanCache(self._addressing, self._manager.per_process(charges_kept), renderer_of(headers))
         self._plans = Plans(compiled, self._routing, self._engine.plans)
         self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None:
@@ -120,7 +136,9 @@ class RateLimitMiddleware(Covering):
             return
         # For `client_ip` in every callable from here on, those of the app included.
         scope[ADDRESSING] = self._addressing
-        scope.setdefault(STYLE, self._style)
+        style: AnswerStyle = scope.setdefault(STYLE, self._style)
+        is_plain = style is self._style and not self._dialects
+        style, send = (style, send) if is_plain else self._spoken(style, scope, send)
         offer_manager(scope, self._manager)
         if self._exemptions.any and await self._exemptions.cover(scope):
             await self._pass(scope, receive, send)
@@ -129,30 +147,32 @@ class RateLimitMiddleware(Covering):
         if self._linter.looks:
             self._linter.look(scope)
         outer = decision_of(scope)
+        verdict: Verdict | None = None
         try:
             plan = self._plans.of(scope)
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
+            if outer is not None:
+                charges = left_over(charges, outer, self._engine, self._linter)
+            if charges.is_priced or plan.behind is not None:
+                ahead = Ahead(self._engine, outer, self._linter, scope, receive)
+                verdict = await ahead.decide(plan, charges)
+                receive = ahead.receive
+            elif charges.counters:
+                verdict = self._engine.ask(charges)
+                if verdict.is_asked:
+                    await verdict.future
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
-            await refuse_identity(missing.what, scope, send)
+            await refuse_identity(missing.what, style, scope, receive, send)
             return
-        if outer is not None:
-            charges = left_over(charges, outer, self._engine, self._linter)
-        verdict: Verdict | None = None
-        if charges.is_priced:
-            verdict, receive = await decide_priced(charges, self._engine, self._body_cap, scope, receive)
-        elif charges.counters:
-            verdict = self._engine.ask(charges)
-            if verdict.is_asked:
-                await verdict.future
 
         if outer is not None:
-            await self._join(outer, verdict, scope, receive, send)
+            await self._join(outer, verdict, style, scope, receive, send)
         elif verdict is None:  # no rule covers it
-            await self._stand_by(scope, receive, send)
+            await self._stand_by(style, scope, receive, send)
         elif verdict.allowed:
-            response = LimitedResponse(keep_decision(scope, verdict), self._style, send)
+            response = LimitedResponse(keep_decision(scope, verdict), style, send)
             try:
                 await self.app(scope, receive, response.send)
             except BaseException as error:
@@ -161,15 +181,32 @@ class RateLimitMiddleware(Covering):
             if not verdict.is_over:
                 verdict.settle(response.status)
         else:
-            await self._refuse(verdict, scope, receive, send)
+            await self._refuse(verdict, style, scope, receive, send)
 
     def in_force(self) -> Protection:
         """What it limits, for who asks from outside of a request."""
-        return Protection(self._engine, self._rules, self._routing, self._exemptions)
+        return Protection(self._engine, self._rules, self._routing, self._exemptions, self._dialects)
 
     def coverage(self) -> Coverage:
         """Its rules, and what they leave alone; `document_limits` asks for it."""
-        return Coverage(self._rules, self._exemptions.paths, self._engine.settings, self._style)
+        headers = self._style.headers
+        return Coverage(self._rules, self._exemptions.paths, self._engine.settings, headers, self._dialects)
+
+    def _spoken(self, outermost: AnswerStyle, scope: Scope, send: Send) -> tuple[AnswerStyle, Send]:
+        """The style for a request below a middleware of the *outermost* style, and where its response goes.
+
+        Of two with a dialect the outer one's holds, so that all of an answer is in one.
+        """
+        if outermost.dialect is not None:
+            return outermost, send
+        style = self._styles.of(scope) if self._dialects and scope["type"] == "http" else self._style
+        if style.dialect is None:
+            return style, send
+        if style.headers != outermost.headers:
+            style = replace(style, headers=outermost.headers)
+        scope[STYLE] = style
+        rewording = scope[REWORDING] = Rewording(style, send)
+        return style, rewording.send
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""
@@ -177,10 +214,10 @@ class RateLimitMiddleware(Covering):
         scope[STANDBY] = Standby(self._engine, sees_end=False)
         await self.app(scope, receive, send)
 
-    async def _stand_by(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stand_by(self, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that no rule covers; a per-route limit may."""
         standby = scope[STANDBY] = Standby(self._engine, sees_end=True)
-        response = UncoveredResponse(standby, self._style, send)
+        response = UncoveredResponse(standby, style, send)
         try:
             await self.app(scope, receive, response.send)
         except BaseException as error:
@@ -188,31 +225,41 @@ class RateLimitMiddleware(Covering):
             raise
         response.end()
 
-    async def _refuse(self, verdict: Verdict, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, verdict: Verdict, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
         keep_decision(scope, verdict)
         verdict.count()
         try:
             known = verdict.known
-            if known is not None and len(known) == 1 and self._on_exceeded is None and scope["type"] == "http":
-                start, body = remembered_refusal(verdict, known, self._style, scope)
+            is_usual = self._on_exceeded is None and scope["type"] == "http" and not style.names_request
+            if is_usual and known is not None and len(known) == 1:
+                start, body = remembered_refusal(verdict, known, style, scope)
                 await send(start)
                 await send(body)
             else:
-                fields = fields_of(verdict, self._style)
-                await send_refusal(verdict, fields, self._on_exceeded, scope, receive, send)
+                fields = fields_of(verdict, style)
+                await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
 
     async def _join(
-        self, outer: RequestDecision, verdict: Verdict | None, scope: Scope, receive: Receive, send: Send
+        self,
+        outer: RequestDecision,
+        verdict: Verdict | None,
+        style: AnswerStyle,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Answer within an outer instance: it writes the fields of both, counts and settles."""
         if verdict is not None:  # else it has put the request to all there is
             outer.join(verdict)
+            rewording = rewording_in(scope)
+            if rewording is not None and send == rewording.send:  # that one has no dialect
+                send = adding(dialect_fields(verdict.decision, style.dialect), send)
         if verdict is None or verdict.allowed:
             await self.app(scope, receive, send)
         else:
-            await send_refusal(verdict, [], self._on_exceeded, scope, receive, send)
+            await send_refusal(verdict, [], style, self._on_exceeded, scope, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""

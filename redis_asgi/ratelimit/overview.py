@@ -1,14 +1,17 @@
 """What is in force of a middleware's rules and a route's limits, for who asks without a request."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 from starlette.types import Scope
 
+from ..asgi.paths import PathTemplate
 from ..connection.manager import RedisManager
 from ..settings import OnRedisError, Settings, StrategyName
 from .answers.request_decision import STANDBY, Standby
+from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .limits.policy import Policy
 from .route import RateLimit
@@ -17,6 +20,7 @@ from .rules.endpoints import endpoint_name
 from .rules.exemptions import Exemptions
 from .rules.routing import Routing
 from .stack import Placed
+from .styles import DialectPaths
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,15 @@ class LimitInForce:
     Attributes:
         name: The rule's.
         limits: Its notation; ``None`` when a callable says it for each request.
-        by: Who shares a counter: ``ip``, ``header:NAME``, ``user`` or ``custom``.
+        by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or
+            several of these with a comma between them.
         strategy: How it is counted.
-        cost: Units of a request; ``None`` when a callable says it.
+        cost: Units of a request; ``tokens`` when its answer says it, ``None`` when a callable does.
         paths: Patterns, or the one path of a route; ``None`` = every path.
         methods: ``None`` = every method.
         shadow: Whether it only watches.
         on_redis_error: What it does while Redis does not answer.
+        dialects: In which dialect it answers, by path pattern; the first that covers a path counts.
         policies: What is counted; empty when a callable says it.
         manager: Which Redis it is counted in.
         settings: Those it was built with.
@@ -42,11 +48,12 @@ class LimitInForce:
     limits: str | None
     by: str
     strategy: StrategyName
-    cost: int | None
+    cost: int | Literal["tokens"] | None
     paths: tuple[str, ...] | None
     methods: tuple[str, ...] | None
     shadow: bool
     on_redis_error: OnRedisError
+    dialects: Mapping[str, str]
     policies: tuple[Policy, ...] = field(repr=False)
     manager: RedisManager = field(repr=False)
     settings: Settings = field(repr=False)
@@ -59,16 +66,19 @@ class Protection:
     Attributes:
         engine: The one that decides.
         rules: Its rules, in their order.
+        dialects: In which dialect it answers, by path pattern.
     """
 
     engine: Engine
     rules: Sequence[CompiledRule]
     routing: Routing
     exemptions: Exemptions
+    dialects: DialectPaths
 
-    def limits(self, rules: Iterable[CompiledRule] | None = None) -> list[LimitInForce]:
-        """All of them, or those of *rules*."""
-        return [_in_force(rule, self.engine) for rule in (self.rules if rules is None else rules)]
+    def limits(self) -> list[LimitInForce]:
+        """All of them."""
+        dialects = {pattern.pattern: name for pattern, name in self.dialects}
+        return [_in_force(rule, self.engine, dialects) for rule in self.rules]
 
     def limits_of(self, scope: Scope) -> list[LimitInForce] | None:
         """Those that cover a request; ``None`` where it is exempt, by its path, from all of them.
@@ -78,25 +88,39 @@ class Protection:
         if self.exemptions.cover_path(scope):
             return None
         spelled = self.routing.spellings(scope)
-        return self.limits(rule for rule in self.rules if rule.covers(scope, spelled))
+        covering = (pattern for pattern in self.dialects if pattern[0].covers(spelled))
+        dialects = {pattern.pattern: name for pattern, name in islice(covering, 1)}
+        return [_in_force(rule, self.engine, dialects) for rule in self.rules if rule.covers(scope, spelled)]
 
 
 def limits_of_route(
-    placed: Iterable[Placed], endpoint: object, path: str, methods: Sequence[str], around: Engine | None
+    placed: Iterable[Placed], endpoint: object, path: str, methods: Sequence[str], around: Protection | None
 ) -> list[LimitInForce]:
     """The limits in front of an endpoint.
 
     Args:
         placed: As `RateLimit` itself knows them.
-        around: The engine of the outermost middleware, which decides for limits without a Redis of their own.
+        around: The outermost middleware, which decides for limits without a Redis of their own, in its dialect.
     """
-    scope: dict[str, Any] = {} if around is None else {STANDBY: Standby(around, sees_end=False)}
+    scope: dict[str, Any] = {} if around is None else {STANDBY: Standby(around.engine, sees_end=False)}
+    spoken = {} if around is None else spoken_on(PathTemplate(path), around.dialects)
     found = []
     for limit, place in placed:
         engine = limit.engine_for(scope)
         rule = limit.compiled(engine, endpoint_name(endpoint), place)
-        cost = None if callable(limit.cost) else limit.cost
-        found.append(_in_force(rule, engine, paths=(path,), methods=tuple(methods), cost=cost))
+        cost = _cost_of(limit.cost)
+        found.append(_in_force(rule, engine, spoken, paths=(path,), methods=tuple(methods), cost=cost))
+    return found
+
+
+def spoken_on(path: PathTemplate, dialects: DialectPaths) -> dict[str, str]:
+    """Those of *dialects* that cover some of a route's paths, down to one that covers all."""
+    found = {}
+    for pattern, name in dialects:
+        if path.may_match(pattern):
+            found[pattern.pattern] = name
+        if path.always_matches(pattern):
+            break
     return found
 
 
@@ -105,11 +129,15 @@ def limits_among(calls: Iterable[object]) -> list[Placed]:
     return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
 
 
-def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInForce:
+def _cost_of(cost: object) -> int | Literal["tokens"] | None:
+    return cost if isinstance(cost, int) else "tokens" if isinstance(cost, Tokens) else None
+
+
+def _in_force(rule: CompiledRule, engine: Engine, dialects: Mapping[str, str], **of_route: Any) -> LimitInForce:
     written: dict[str, Any] = {
-        "cost": rule.cost if isinstance(rule.cost, int) else None,
+        "cost": _cost_of(rule.written.cost),
         "paths": rule.written.paths,
-        "methods": rule.written.methods,
+        "methods": rule.methods,
     }
     return LimitInForce(
         name=rule.name,
@@ -118,6 +146,7 @@ def _in_force(rule: CompiledRule, engine: Engine, **of_route: Any) -> LimitInFor
         strategy=rule.strategy,
         shadow=rule.shadow,
         on_redis_error=rule.on_redis_error,
+        dialects=dialects,
         policies=tuple(rule.policies or ()),
         manager=engine.manager,
         settings=engine.settings,

@@ -1,47 +1,154 @@
 """Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
+from typing import Any, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
-from ..asgi.scope import BufferedRequest, UnreadableBody
+from ..asgi.bodies import Buffer
+from ..asgi.scope import BufferedRequest, UnreadableBody, content_length
 from .answers.request_decision import RequestDecision, check_names
+from .budgets.spending import Spending
+from .budgets.tokens import Asked
 from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
 from .rules.misconfiguration import Linter
+from .rules.plan import Plan
+from .rules.reading import look, look_on_route
 from .rules.rule import check_cost
 
 
-async def decide_priced(
-    charges: Charges, engine: Engine, cap: int, scope: Scope, receive: Receive
-) -> tuple[Verdict, Receive]:
-    """The verdict on *charges* that a callable prices, and what the app is to receive from: what was read comes first.
+class Ahead:
+    """A request whose body is asked before the app sees it.
 
     Args:
-        cap: The most that may be read of a body, in bytes.
+        engine: Decides about it.
+        outer: What an outer instance has decided about it.
+        receive: The server's.
+
+    Attributes:
+        receive: What the app is to receive from: what was read comes first.
     """
-    # A refusal that is known already spares the reading of a body.
-    known = engine.remembered(Charges(charge for charge in charges if charge.price is None))
-    if known is not None:
-        return known, receive
-    costs: list[int | Unread] = []
-    for charge in charges:
-        cost: int | Unread = charge.cost
-        if charge.price is not None:
-            cost, receive = await _ask(charge.price, charge.policies, cap, scope, receive)
-        costs.append(cost)
-    return await engine.decide(engine.plans.priced(charges, costs)), receive
+
+    def __init__(
+        self, engine: Engine, outer: RequestDecision | None, linter: Linter, scope: Scope, receive: Receive
+    ) -> None:
+        self._engine = engine
+        self._outer = outer
+        self._linter = linter
+        self._scope = scope
+        self._of_server = self.receive = receive
+
+    async def decide(self, plan: Plan, charges: Charges) -> Verdict | None:
+        """The verdict on what *plan* charges the request; ``None`` when no rule applies.
+
+        Args:
+            charges: What does not depend on the body, but for its cost.
+
+        Raises:
+            MissingIdentity: See `Plan.charges`.
+        """
+        engine = self._engine
+        if charges.has_tokens and content_length(self._scope) == 0:
+            charges = without_tokens(charges)
+        # A refusal that is known already spares the reading of a body.
+        known = engine.remembered(engine.plans.least(charges))
+        if known is not None:
+            return known
+        buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
+        asked = None
+        if plan.behind is not None or charges.has_tokens:
+            charges, asked = await self._look(plan.behind, charges, buffer)
+        if not charges.is_priced:
+            self.receive = buffer.replay()
+            return await engine.decide(charges) if charges.counters else None
+        costs = [
+            charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)
+            for charge in charges
+        ]
+        buffer.decided()
+        self.receive = buffer.replay()
+        for cost in costs:
+            if isinstance(cost, Unread):
+                self.receive = _watching(self.receive, cost)
+        priced, spendings = at_costs(charges, costs, engine)
+        verdict = await engine.decide(priced)
+        charges.admission = charges.admission or priced.admission  # for the next ones that are made of them
+        if spendings:
+            first = verdict if self._outer is None else self._outer.first
+            first.open_ledger().spend(verdict, spendings)
+        return verdict
+
+    async def _look(self, behind: Plan | None, charges: Charges, buffer: Buffer) -> tuple[Charges, Asked | None]:
+        """All charges, those that the body says included, and what it asks of a model."""
+        asks = charges.has_tokens or (behind is not None and behind.has_tokens)
+        looked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
+        if looked is None:  # there is no body
+            return without_tokens(charges), None
+        if behind is not None:
+            more = await behind.charges(self._scope)
+            if self._outer is not None:
+                more = left_over(more, self._outer, self._engine, self._linter)
+            charges = self._engine.plans.together(charges, more)
+        return charges, looked.asked
+
+    async def _cost(
+        self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
+    ) -> "int | Unread | Spending":
+        if price.tokens is not None and not callable(price.tokens.estimate):
+            return cast("Spending", price.estimate(charge.policies, self._scope, asked, None))
+        request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
+        if price.tokens is not None:
+            return await estimate(charge, self._scope, asked, request)
+        return await _ask(price, charge.policies, request)
 
 
-async def _ask(
-    price: Pricer, policies: PolicySet, cap: int, scope: Scope, receive: Receive
-) -> tuple[int | Unread, Receive]:
+async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTPConnection) -> Spending:
+    """What a *charge* is taken to cost whose cost is known after the answer.
+
+    Args:
+        asked: What the request's body asks of a model; ``None`` when nobody can read it.
+        conn: What a callable of the user's is given.
+    """
+    price: Any = charge.price
+    by: Any = price.tokens.estimate
+    units: int | None = None
+    if callable(by):
+        try:
+            said = by(conn)
+            units = check_cost(await said if isawaitable(said) else said)
+        except UnreadableBody:
+            pass
+        finally:
+            if isinstance(conn, BufferedRequest):
+                await conn.close()  # the files of a form
+    spending: Spending = price.estimate(charge.policies, scope, asked, units)
+    return spending
+
+
+def at_costs(
+    charges: Charges, costs: Sequence[int | Unread | Spending], engine: Engine
+) -> tuple[Charges, dict[Charge, Spending]]:
+    """*charges* at these *costs*, and which of them are to be settled after the answer."""
+    numbers = [cost.estimate.cost if isinstance(cost, Spending) else cost for cost in costs]
+    priced: Charges = engine.plans.priced(charges, numbers)
+    both = zip(priced, costs, strict=True)
+    return priced, {charge: cost for charge, cost in both if isinstance(cost, Spending)}
+
+
+def without_tokens(charges: Charges) -> Charges:
+    """Those of *charges* that apply to a request without a body."""
+    if not charges.has_tokens:
+        return charges
+    return Charges(charge for charge in charges if charge.price is None or charge.price.tokens is None)
+
+
+async def _ask(price: Pricer, policies: PolicySet, request: BufferedRequest) -> int | Unread:
     """What *price* says; what cannot be read takes what remains."""
-    request = BufferedRequest(scope, receive, cap=cap)
     cost = 1
     try:
         said = price.cost(request)
@@ -49,15 +156,14 @@ async def _ask(
     except UnreadableBody:
         pass
     finally:
-        receive = request.replay()
         await request.close()  # the files of a form
     if not request.unreadable:
         price.note_cost(policies, cost)
-        return cost, receive
+        return cost
     # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
     unread = Unread()
     unread.is_abandoned = request.is_abandoned
-    return unread, _watching(receive, unread)
+    return unread
 
 
 def left_over(charges: Charges, outer: RequestDecision, engine: Engine, linter: Linter) -> Charges:
@@ -92,13 +198,43 @@ def _watching(receive: Receive, unread: Unread) -> Receive:
 
 
 async def charges_beside(
-    found: Sequence[tuple[Engine, Charges]], conn: HTTPConnection, decision: RequestDecision | None
-) -> Sequence[tuple[Engine, Charges]]:
-    """What of the charges *found* a request is to be charged, beside what the *decision* on it has charged."""
+    found: Sequence[tuple[Engine, Charges]],
+    conn: HTTPConnection,
+    decision: RequestDecision | None,
+    asked: Asked | None,
+) -> tuple[Sequence[tuple[Engine, Charges]], Mapping[Charge, Spending]]:
+    """What of the charges *found* a request is to be charged, beside what the *decision* on it has charged.
+
+    Args:
+        asked: What the request's body asks of a model, where somebody wants to know.
+
+    Returns:
+        With what of it is to be settled after the answer.
+    """
     if check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    return [(engine, await _priced(charges, engine, conn)) for engine, charges in found]
+    spendings: dict[Charge, Spending] = {}
+    priced = []
+    for engine, charges in found:
+        at, its = await _priced(charges, engine, conn, asked)
+        priced.append((engine, at))
+        spendings.update(its)
+    return priced, spendings
+
+
+async def charges_on_route(
+    behind: Plan | None, charges: Charges, conn: HTTPConnection, engine: Engine
+) -> tuple[Charges, Asked | None]:
+    """*charges* of a request to an endpoint, and those that its body says, and what that asks of a model."""
+    asks = charges.has_tokens or (behind is not None and behind.has_tokens)
+    readers = () if behind is None else behind.readers
+    looked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)
+    if looked is None:
+        return without_tokens(charges), None
+    if behind is not None:
+        charges = engine.plans.together(charges, await behind.charges(conn.scope))
+    return charges, looked.asked
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
@@ -115,15 +251,21 @@ def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None)
     return Charges(fresh) if len(fresh) < len(charges) else charges
 
 
-async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection) -> Charges:
-    """*charges* at what their callables, if they have any, say they cost."""
+async def _priced(
+    charges: Charges, engine: Engine, conn: HTTPConnection, asked: Asked | None
+) -> tuple[Charges, Mapping[Charge, Spending]]:
+    """*charges* at what their callables, if they have any, say they cost, or are taken to cost."""
     if not charges.is_priced:
-        return charges
-    costs: list[int] = []
+        return charges, {}
+    costs: list[int | Spending] = []
     for charge in charges:
-        said = charge.cost if charge.price is None else charge.price.cost(conn)
-        costs.append(check_cost(await said if isawaitable(said) else said))
-        if charge.price is not None:
-            charge.price.note_cost(charge.policies, costs[-1])
-    priced: Charges = engine.plans.priced(charges, costs)
-    return priced
+        price = charge.price
+        if price is not None and price.tokens is not None:
+            costs.append(await estimate(charge, conn.scope, asked, conn))
+            continue
+        said = charge.cost if price is None else price.cost(conn)
+        cost = check_cost(await said if isawaitable(said) else said)
+        costs.append(cost)
+        if price is not None:
+            price.note_cost(charge.policies, cost)
+    return at_costs(charges, costs, engine)

@@ -16,6 +16,7 @@ from ..settings import OnRedisError, Settings, StrategyName
 from .answers.headers import fields_of, renderer_of
 from .answers.limited_response import style_of
 from .answers.request_decision import STANDBY, RequestDecision, Standby, decision_of
+from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .rules.compiled import CompiledRule
 from .rules.endpoints import calls_of, dependant_of
@@ -53,7 +54,8 @@ class RateLimit:
             ``-<window>s``, ``-2-<window>s``. Each endpoint has its own counter, the same in every worker, and limits
             stacked on one endpoint are told apart.
         partition_by: Who shares a counter; ``None`` = ``RATE_LIMIT_PARTITION``.
-        cost: Units a request consumes, or a callable that says so for a connection.
+        cost: Units a request consumes, or a callable that says so for a connection; or `tokens`, which are settled
+            where a `RateLimitMiddleware` outside sees the answer, else when the app says what was ``used``.
         strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
         on_redis_error: ``None`` = ``RATE_LIMIT_ON_REDIS_ERROR``.
         shadow: Count and report, never refuse.
@@ -70,7 +72,7 @@ class RateLimit:
         *,
         name: str | None = None,
         partition_by: PartitionBy | None = None,
-        cost: int | Callable[[HTTPConnection], Any] = 1,
+        cost: int | Tokens | Callable[[HTTPConnection], Any] = 1,
         strategy: StrategyName | None = None,
         on_redis_error: OnRedisError | None = None,
         shadow: bool = False,
@@ -199,6 +201,6 @@ class RateLimit:
     def warn_of_no_user(self, rules: Iterable[CompiledRule]) -> None:
         """Say once if that one of *rules* which is its own counts by a user whom no middleware outside looks up."""
         for rule in rules:
-            if not self._has_warned and rule.written is self._rule and rule.partition.kind == "user":
+            if not self._has_warned and rule.written is self._rule and rule.partition.counts_users:
                 self._has_warned = True
                 say(logger, "user_middleware_missing", rule=rule.name, missing=rule.partition.missing)

@@ -1,10 +1,10 @@
 """Limits that stand one right on another in front of an endpoint, and a request that is put to them together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from starlette.exceptions import HTTPException, WebSocketException
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ..connection.manager import RedisManager
@@ -13,12 +13,17 @@ from .answers.limited_response import style_of
 from .answers.rate_limit_exceeded import refusal_on
 from .answers.refusal_response import POLICY_VIOLATION, can_respond
 from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
+from .answers.rewording import refused_as, rewording_in
+from .budgets.spending import Spending
+from .budgets.tokens import Asked
 from .counting.engine import Engine
-from .limits.policy import Charges
-from .pricing import charges_beside
+from .limits.decision import Decision
+from .limits.policy import Charge, Charges
+from .pricing import charges_beside, charges_on_route
 from .rules.endpoints import endpoint_name
 from .rules.partition import ADDRESSING, MissingIdentity
 from .rules.plan import Plan, PlanCache
+from .rules.reading import body_of
 
 if TYPE_CHECKING:
     from .route import RateLimit
@@ -56,19 +61,24 @@ class Stack:
         asking: Sequence[tuple[Engine, Charges]] = []
         counters = 0
         is_priced = False
+        asked: Asked | None = None
+        spendings: Mapping[Charge, Spending] = {}
         try:
             for engine, plan in self._plans(scope):
                 # For the callables of the user's, as a middleware would.
                 scope.setdefault(ADDRESSING, engine.plans.addressing)
                 known = plan.known(scope)
                 charges = known if known is not None else await plan.charges(scope)
+                if plan.behind is not None or charges.has_tokens:
+                    charges, asked = await charges_on_route(plan.behind, charges, conn, engine)
                 asking = [*asking, (engine, charges)]
                 counters += charges.counters
                 is_priced |= charges.is_priced
         except MissingIdentity as missing:
-            raise _answerable(conn, HTTPException(400, f"This request needs {missing.what}.")) from None
+            error = HTTPException(400, f"This request needs {missing.what}.")
+            raise await _answerable(conn, error) from None
         if is_priced or counters > 1 or decision is not None:
-            asking = await charges_beside(asking, conn, decision)
+            asking, spendings = await charges_beside(asking, conn, decision, asked)
         for engine, charges in asking:
             if not charges.counters:
                 continue
@@ -79,8 +89,11 @@ class Stack:
                 decision = begin_decision(scope, verdict)
             else:
                 decision.join(verdict)
+            if spendings:
+                decision.ledger.spend(verdict, spendings)
             if not verdict.allowed:
-                raise _answerable(conn, refusal_on(decision, verdict, style_of(scope, decision)))
+                error = refusal_on(decision, verdict, style_of(scope, decision))
+                raise await _answerable(conn, error, verdict.decision)
         return decision
 
     def _plans(self, scope: Scope) -> Sequence[tuple[Engine, Plan]]:
@@ -116,6 +129,18 @@ class Stack:
         return plans.of(tuple(limit.compiled(engine, self._name, place) for limit, place in limits))
 
 
-def _answerable(conn: HTTPConnection, error: HTTPException) -> Exception:
-    """*error*, or a refused handshake where the server cannot answer one with a status."""
-    return error if can_respond(conn.scope) else WebSocketException(POLICY_VIOLATION)
+async def _answerable(conn: HTTPConnection, error: HTTPException, refusal: Decision | None = None) -> Exception:
+    """*error*, or a refused handshake where the server cannot answer one with a status.
+
+    Args:
+        refusal: Of the limit that refuses; ``None`` = none does.
+    """
+    if not can_respond(conn.scope):
+        return WebSocketException(POLICY_VIOLATION)
+    rewording = rewording_in(conn.scope)
+    if rewording is not None and isinstance(conn, Request):
+        content = None
+        if rewording.style.names_request:
+            content = await body_of(conn, rewording.style.body_cap)
+        rewording.offer(refused_as(error, refusal), conn, content)
+    return error

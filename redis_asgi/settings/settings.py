@@ -123,7 +123,10 @@ class Settings(ServerSettings):
         description="seconds that a request waits for Redis at most; more than 1.25 round trips",
     )
     RATE_LIMIT_BODY_CAP: int = Field(
-        default=1024 * 1024, ge=0, examples=[1048576], description="bytes of a body that a `cost` callable may read"
+        default=8 * 1024 * 1024,
+        ge=0,
+        examples=[1048576],
+        description="bytes of a body that is read for a rule: by a `cost` callable, `by_json()` or `by_mcp_tool()`",
     )
     RATE_LIMIT_HEADERS: HeaderStyle = Field(
         default="ietf",

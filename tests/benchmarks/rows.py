@@ -19,7 +19,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from redis_asgi import EmbeddingCacheMiddleware, RateLimit, RateLimitMiddleware, Rule, Settings, by_header, client_ip
+from redis_asgi import (
+    EmbeddingCacheMiddleware,
+    RateLimit,
+    RateLimitMiddleware,
+    Rule,
+    Settings,
+    by_header,
+    by_json,
+    client_ip,
+    tokens,
+)
 
 from .apps import (
     NEVER,
@@ -151,6 +161,44 @@ def _bytes_endpoint(_: str) -> Starlette:
     return Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"])])
 
 
+_CHAT = [
+    _request(
+        "POST /v1/chat/completions",
+        "Content-Type: application/json",
+        f"X-API-Key: key-{n}",
+        body=json.dumps(
+            {
+                "model": "gpt-5-mini",
+                "messages": [{"role": "user", "content": f"What is {n}? " + "Tell me all of it. " * 16}] * 5,
+                "temperature": 0.7,
+                "max_tokens": 400,
+            }
+        ).encode(),
+    )
+    for n in range(CLIENTS)
+]
+_REQUESTS = Rule(NEVER, name="requests", paths="/v1/*", partition_by=by_header(_KEY))
+_TOKENS = Rule(
+    f"{QUOTA}/hour",
+    name="tokens",
+    paths="/v1/*",
+    partition_by=[by_header(_KEY), by_json("model", {"gpt-5-mini*": "small", "gpt-5*": "large"})],
+    cost=tokens(weights={"output": 4}),
+)
+
+
+def _chat(_: str) -> Starlette:
+    message = {"role": "assistant", "content": "It is a number, and more than that. " * 8}
+    usage = {"prompt_tokens": 480, "completion_tokens": 75, "total_tokens": 555}
+    body = json.dumps({"id": "c", "model": "gpt-5-mini", "choices": [{"message": message}], "usage": usage}).encode()
+
+    async def chat(request: Request) -> Response:
+        await request.body()
+        return Response(body, media_type="application/json")
+
+    return Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
+
+
 def _one_get(url: str) -> Starlette:
     client = Redis.from_url(url)
     body = json.dumps(_answer()).encode()
@@ -211,6 +259,15 @@ ROWS = {
         promise=240,
         above=True,
         needs="fastapi",
+    ),
+    "chat": Row("2 KB of JSON, requests by a header", _limited(_chat, rules=[_REQUESTS]), _CHAT, base=None),
+    "budget": Row(
+        "the same with tokens by key and model",
+        _limited(_chat, rules=[_REQUESTS, _TOKENS]),
+        _CHAT,
+        base="chat",
+        promise=60,
+        above=True,
     ),
     "embed": Row("bare endpoint, bytes it has", _bytes_endpoint, _EMBED, base=None),
     "one-get": Row("one GET, bytes it has", _one_get, _EMBED, base="embed"),

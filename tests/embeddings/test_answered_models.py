@@ -13,8 +13,8 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.logs import event_of
-from .servers import Spy, cache_status, client, listed, openai, read, respond
 from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio

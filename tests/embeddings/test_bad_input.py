@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, drive, read, respond, server
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, drive, read, respond, server
 
 pytestmark = pytest.mark.anyio
 JSON = {"content-type": "application/json"}

@@ -13,8 +13,8 @@ import pytest
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import Spy, server, vector
 from .clients import missing, needed
-from .servers import Spy, server, vector
 from .test_socket import served
 
 pytestmark = [

@@ -15,10 +15,10 @@ from redis_asgi.embeddings.storage.operations import UNKNOWN, VectorStore, Write
 from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
 from ..kit.servers import Cluster, Server
-from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from ..kit.embedding_apps import cache_status, client
 from .clients import missing, needed
-from .servers import cache_status, client
 
 pytestmark = pytest.mark.anyio
 EXAMPLES = Path(__file__).parents[2] / "examples"

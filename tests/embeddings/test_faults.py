@@ -22,10 +22,10 @@ from redis_asgi.errors import Failure
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, respond, server
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
 from ..kit.servers import Cluster, Server
-from .servers import FORMATS, Spy, cache_status, client, respond, server
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,7 @@ from redis_asgi.embeddings.storage.joint_lookup import JointLookups, Values
 from redis_asgi.errors import Failure
 from redis_asgi.settings import Settings
 
-from .servers import Spy, client, server
+from ..kit.embedding_apps import Spy, client, server
 
 pytestmark = pytest.mark.anyio
 

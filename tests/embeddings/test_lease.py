@@ -16,7 +16,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lease, encode_denied, encode_lease
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, listed, read, respond, server
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
 from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio

@@ -13,10 +13,10 @@ import orjson
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from ..kit.embedding_apps import Spy, cache_status, read, respond, server, vector
 from ..kit.processes import clean_environment
 from ..kit.servers import Server, free_port, wait_until
 from .clients import installed
-from .servers import Spy, cache_status, read, respond, server, vector
 from .test_socket import served
 
 pytestmark = pytest.mark.clients

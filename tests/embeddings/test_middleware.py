@@ -27,8 +27,8 @@ from redis_asgi.errors import ConfigurationError
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, respond, server
 from ..kit.logs import event_of
-from .servers import FORMATS, Spy, cache_status, client, respond, server
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.origin.misfits import Misfits
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.logs import event_of
-from .servers import Spy, cache_status, client, listed, openai, read, respond
 
 pytestmark = pytest.mark.anyio
 

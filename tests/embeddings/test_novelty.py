@@ -10,8 +10,8 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.embeddings.records.novelty import Novelty
 from redis_asgi.settings import Settings
 
+from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.logs import event_of
-from .servers import Spy, cache_status, client, server
 
 pytestmark = pytest.mark.anyio
 EVENT = "redis_asgi.embedding_cache_defeated"

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, listed, read, respond, server
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
 
 pytestmark = pytest.mark.anyio
 

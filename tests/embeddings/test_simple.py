@@ -12,7 +12,7 @@ from redis_asgi.embeddings.wire import Batch, Simple
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 
-from .servers import cache_status, client, read, respond, vector
+from ..kit.embedding_apps import cache_status, client, read, respond, vector
 
 pytestmark = pytest.mark.anyio
 

@@ -24,7 +24,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
-from .servers import FORMATS, Spy, cache_status, client, read, respond, server
+from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
 
 pytestmark = pytest.mark.anyio
 

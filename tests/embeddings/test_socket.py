@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import httpx
 import pytest
@@ -14,15 +15,15 @@ from starlette.types import ASGIApp
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
-from .servers import Spy, server
+from ..kit.embedding_apps import Spy, server
 
 
 @contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
+def served(app: ASGIApp, *, lifespan: Literal["off", "on"] = "off") -> Iterator[str]:
     """*app* on a free port, in a thread of its own."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none")
+    config = uvicorn.Config(app, log_level="error", lifespan=lifespan, ws="none")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
     thread.start()

@@ -16,9 +16,9 @@ from redis_asgi.embeddings.storage.operations import VectorStore, Write, WriteRe
 from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
+from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.logs import event_of
 from ..kit.servers import ExternalServer, Server
-from .servers import Spy, cache_status, client, server
 from .test_faults import ask, settings_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.server]

@@ -11,7 +11,7 @@ from redis_asgi.embeddings.wire import WIRE_FORMATS, Answer, Batch, TokenArray
 from redis_asgi.embeddings.wire.content import is_inline, names_media
 from redis_asgi.embeddings.wire.format import read_inputs
 
-from .servers import FORMATS, Spy
+from ..kit.embedding_apps import FORMATS, Spy
 
 
 def batch_of(name: str, items: Any = ("a", "b"), **fields: Any) -> Batch:

@@ -30,7 +30,7 @@ from redis_asgi import (
 )
 from redis_asgi.settings import OnRedisError, StrategyName
 
-from ..embeddings.servers import vector
+from ..kit.embedding_apps import vector
 
 MODES: tuple[OnRedisError, ...] = ("local", "open", "closed")
 

@@ -1,8 +1,7 @@
 """Every way in which one Redis can be ill, one row each: how it comes about and ends, and what is promised meanwhile.
 
 A failover of sentinels, and nodes and slots of a cluster, are in ``test_topology``; clients of another event loop and
-forked processes, where nothing of Redis is ill, in ``tests/test_connection.py``, ``tests/test_names.py`` and
-``tests/test_telemetry.py``.
+forked processes, where nothing of Redis is ill, in ``tests/connection`` and ``tests/test_telemetry.py``.
 """
 
 import asyncio

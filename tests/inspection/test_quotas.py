@@ -7,7 +7,18 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
-from redis_asgi import ConfigurationError, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
+from redis_asgi import (
+    ConfigurationError,
+    RateLimiter,
+    RateLimitMiddleware,
+    RedisManager,
+    Rule,
+    Settings,
+    by_header,
+    by_json,
+    by_mcp_tool,
+    client_ip,
+)
 from redis_asgi.inspection.quotas import QuotaError, QuotaRow, known_policies, look, partition_of, reset
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
@@ -93,6 +104,32 @@ async def test_a_header_is_found(
     assert len(partition.label) == len(f"header:{name}:") + 8
 
 
+@pytest.mark.parametrize(
+    ("by", "typed"),
+    [
+        pytest.param(
+            [by_header("x-key"), by_json("model", {"gpt-5*": "large"})], '["k3y", "large"]', id="key and model"
+        ),
+        pytest.param([client_ip, by_mcp_tool(["search"])], '["192.0.2.1", "other"]', id="address and tool"),
+        pytest.param([by_json("model", {"gpt-5*": "large"})], "large", id="model"),
+        pytest.param([by_mcp_tool(["search"])], "other", id="tool"),
+    ],
+)
+async def test_who_is_counted_by_the_body_is_found(
+    by: Any, typed: str, settings: Settings, redis_client: redis.Redis
+) -> None:
+    """A bucket, or a list in JSON of what the parts are."""
+    rule = Rule("5/minute", partition_by=by)
+    app = RateLimitMiddleware(not_found, rules=[rule], settings=settings)
+    transport = httpx.ASGITransport(app, client=("192.0.2.1", 5000))
+    content = {"model": "gpt-5", "method": "tools/call", "params": {"name": "x"}}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post("/", headers={"x-key": "k3y"}, json=content)
+    (kind,) = [limit.by for limit in app.in_force().limits()]
+
+    assert [(await partition_of(typed, kind, settings)).key] == redis_client.keys()
+
+
 async def test_a_custom_identity_is_found(settings: Settings, redis_client: redis.Redis) -> None:
     """What a limiter is called with, or a callable returns, is of the kind ``custom``."""
     await RateLimiter(settings=settings).consume("tenant-1")
@@ -109,6 +146,10 @@ async def test_a_custom_identity_is_found(settings: Settings, redis_client: redi
         pytest.param("a", "cookie", id="unknown kind"),
         pytest.param("a", "header:", id="header without a name"),
         pytest.param("a", "header:two words", id="header of two words"),
+        pytest.param("a", "json:", id="member without a name"),
+        pytest.param("s3cr3t", "ip,user", id="no list"),
+        pytest.param('["s3cr3t"]', "ip,user", id="list that is too short"),
+        pytest.param('["s3cr3t", 1]', "user,user", id="list of numbers"),
     ],
 )
 async def test_what_cannot_be_a_client(client: str, by: str) -> None:

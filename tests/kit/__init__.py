@@ -11,6 +11,8 @@ Servers (``servers``): real ones, on loopback, never persisted, ended by process
                                      ``move_slot(slot, to)``, ``wait() flush() stop()``
     ``SentinelTrio.start(binary)``   a primary, a replica and three sentinels: ``addresses``, ``primary()``
     ``wait_until(truth, what)``      asks every 10 ms; a ``TimeoutError`` says what did not come true
+Embedding servers (``embedding_apps``)
+    one per wire format, as pure ASGI apps that remember what they saw
 Certificates (``certificates``)
     ``Certificates.make(folder)``    a CA; server, stranger and client pairs; a CA that signed none of them
 Faults on the way (``proxy``)

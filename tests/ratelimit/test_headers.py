@@ -5,9 +5,12 @@ import pytest
 
 from redis_asgi import Decision, PolicyState
 from redis_asgi.ratelimit.answers import headers
+from redis_asgi.ratelimit.answers.dialects import plain_style
 from redis_asgi.ratelimit.limits.decision import merged
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, Policy
 from redis_asgi.ratelimit.limits.reply import place_of
+
+PLAIN = plain_style("ietf")
 
 
 def state(
@@ -99,19 +102,20 @@ def test_problem_documents() -> None:
         "detail": "Rate limit exceeded: 10 per 60 s. Retry in 23 s.",
         "violated-policies": ["default"],
     } == problem
-    assert orjson.loads(headers.reduced_capacity())["type"].endswith("#temporary-reduced-capacity")
-    assert "header 'x-api-key'" in orjson.loads(headers.identity_missing("header:x-api-key"))["detail"]
+    assert orjson.loads(headers.reduced_capacity(PLAIN))["type"].endswith("#temporary-reduced-capacity")
+    assert "header 'x-api-key'" in orjson.loads(headers.identity_missing("header:x-api-key", PLAIN))["detail"]
 
 
 def test_rendered_refusal_equals_the_long_way() -> None:
     """What a flood gets is what a first refusal gets."""
     policy = Policy("default", 10, 60)
-    fields, body = headers.rendered_refusal(policy, 0, 22_200_000, 22_200_000, "ietf")
+    fields, body = headers.rendered_refusal(policy, 0, 22_200_000, 22_200_000, PLAIN)
     refused = Decision(False, "redis", 22.2, (state(remaining=0, reset=22.2, retry=22.2),), ("default",))
 
     assert headers.quota_exceeded(refused) == body
     assert (
-        headers.limit_fields(refused, "ietf") + headers.refusal_fields(refused) + headers.content_fields(body) == fields
+        headers.limit_fields(refused, "ietf") + headers.refusal_fields(refused) + headers.content_fields(body, PLAIN)
+        == fields
     )
     assert 23 * MICROSECONDS >= 22_200_000
 

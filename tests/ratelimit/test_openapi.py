@@ -28,10 +28,12 @@ from redis_asgi import (
     Rule,
     Settings,
     by_header,
+    by_json,
     document_limits,
     health_app,
     rate_limit,
     rate_limit_responses,
+    tokens,
 )
 from redis_asgi.asgi.paths import PathPattern, PathTemplate, spellings
 
@@ -114,6 +116,8 @@ def test_a_rule_for_all_is_written_to_all() -> None:
         pytest.param({"methods": "WEBSOCKET"}, set(), id="handshakes"),
         pytest.param({"shadow": True}, set(), id="shadow"),
         pytest.param({"cost": 0}, set(), id="free"),
+        pytest.param({"partition_by": by_json("model", ["a"])}, {("POST", "/login")}, id="by the body"),
+        pytest.param({"cost": tokens()}, {("POST", "/login")}, id="in tokens"),
     ],
 )
 def test_a_rule_is_written_where_it_may_cover(rule: dict[str, Any], expected: set[tuple[str, str]] | None) -> None:

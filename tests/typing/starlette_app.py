@@ -23,6 +23,8 @@ from redis_asgi import (
     Rule,
     Settings,
     by_header,
+    by_json,
+    by_mcp_tool,
     by_user,
     client_ip,
     health_app,
@@ -30,6 +32,7 @@ from redis_asgi import (
     rate_limit,
     redis_operation,
     status_app,
+    tokens,
 )
 
 PLANS = {"free": "10/minute", "paid": "1000/minute"}
@@ -115,8 +118,12 @@ app = Starlette(
             rules=[
                 Rule("100/minute", name="all", partition_by=client_ip),
                 Rule(plan, name="plan", partition_by=tenant, paths="/api/*"),
+                Rule("60/minute", name="model", partition_by=[tenant, by_json("model", {"gpt-5*": "large"})]),
+                Rule("60/minute", name="tool", partition_by=(by_user, by_mcp_tool(["search"], other=None))),
                 Rule("5/minute", name="login", paths=["/login"], methods="POST", count_if=lambda status: status == 401),
                 Rule("1000/hour", name="tokens", partition_by=by_user, cost=price, shadow=True),
+                Rule("1000/hour", name="budget", cost=tokens(weights={"output": 4})),
+                Rule("1000/hour", name="guess", cost=tokens(lambda request: len(request.headers))),
             ],
             exempt=is_internal,
             on_exceeded=refused,

@@ -9,6 +9,7 @@ import orjson
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
+from ...asgi.bodies import Document
 from ...time_slice import TimeSlice
 from ..records.keys import RecordKeys
 from ..records.novelty import Novelty
@@ -102,9 +103,20 @@ class Questions:
         return "too-large" if http.content_length(scope["headers"]) > self._max_bytes else None
 
     async def read(
-        self, scope: Scope, head: Head, matched: Endpoint, body: Body, partition: str | None, time_slice: TimeSlice
+        self,
+        scope: Scope,
+        head: Head,
+        matched: Endpoint,
+        body: Body,
+        partition: str | None,
+        time_slice: TimeSlice,
+        parsed: Document | None = None,
     ) -> Question | Uncacheable:
-        """Cut a request into inputs and name them, or say why not; hostile input raises nothing."""
+        """Cut a request into inputs and name them, or say why not; hostile input raises nothing.
+
+        Args:
+            parsed: What somebody outside has parsed of a body, if anybody has.
+        """
         content = body.content
         if content is None:
             return self._unread(body)
@@ -113,7 +125,7 @@ class Questions:
         question = self._memorised.get(said)
         if question is not None:
             return question
-        batch = await self._split(matched, content, time_slice)
+        batch = await self._split(matched, content, time_slice, parsed)
         if isinstance(batch, Uncacheable):
             return batch
         try:
@@ -157,9 +169,14 @@ class Questions:
         too_large = body.coming is None and held > self._max_bytes
         return Uncacheable("too-large" if too_large else "busy")
 
-    async def _split(self, matched: Endpoint, content: bytes, time_slice: TimeSlice) -> Batch | Uncacheable:
+    async def _split(
+        self, matched: Endpoint, content: bytes, time_slice: TimeSlice, parsed: Document | None
+    ) -> Batch | Uncacheable:
         try:
-            fields = await parse_request(content, self._max_inputs, time_slice)
+            if parsed is not None and parsed.content == content:
+                fields = parsed.value
+            else:
+                fields = await parse_request(content, self._max_inputs, time_slice)
         except orjson.JSONDecodeError:
             return Uncacheable("not-json")
         except TooManyValues:

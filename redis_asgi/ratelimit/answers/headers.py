@@ -1,4 +1,4 @@
-"""Header fields and problem documents: pure functions, one per dialect.
+"""Header fields and problem documents: pure functions, one per style; `dialects` has what services of models add.
 
 ``RateLimit`` and ``RateLimit-Policy`` follow draft-ietf-httpapi-ratelimit-headers-11 (May 2026): structured-field lists
 (RFC 9651) of named policies. Problem types are the draft's; their format is RFC 9457.
@@ -7,7 +7,6 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TypeAlias
 
 import orjson
 from starlette.types import Message
@@ -18,10 +17,10 @@ from ..limits.clock import CLOCK
 from ..limits.decision import Decision, PolicyState, merged, policy_state, refusal_of
 from ..limits.policy import MICROSECONDS, Charges, Policy, PolicySet
 from ..limits.reply import place_of
-
-Fields: TypeAlias = list[tuple[bytes, bytes]]
+from .dialects import FIELDS_OF_DIALECTS, AnswerStyle, Dialect, Fields, Refused, rule_of
 
 PROBLEM_JSON = b"application/problem+json"
+UNDECIDED = "The rate limit cannot be checked right now. Retry in 1 s."
 _TYPES = "https://iana.org/assignments/http-problem-types#"
 
 
@@ -89,11 +88,25 @@ def renderer_of(style: HeaderStyle) -> Callable[[Charges], Callable[[Sequence[in
     return renderer if style == "ietf" else None
 
 
-def fields_of(first: Verdict, style: HeaderStyle) -> Fields:
+def fields_of(first: Verdict, style: AnswerStyle) -> Fields:
     """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
-    if first.rendered is not None and not first.more and style == "ietf":
+    if first.rendered is not None and not first.more and style.is_plain:
         alone: Fields = first.rendered
         return alone
+    fields = _standard_fields(first, style.headers)
+    if style.dialect is None:
+        return fields
+    return fields + dialect_fields(merged([verdict.decision for verdict in first.all]), style.dialect)
+
+
+def dialect_fields(decision: Decision, dialect: Dialect | None) -> Fields:
+    """The fields of a decision that *dialect* adds to the standard ones."""
+    if dialect is None or decision.source == "none":
+        return []
+    return dialect.fields([state for state in decision.policies if not state.shadow], CLOCK.unix())
+
+
+def _standard_fields(first: Verdict, style: HeaderStyle) -> Fields:
     told: list[Fields] = []
     for verdict in first.all:
         if style != "ietf" or verdict.reply is None:
@@ -160,52 +173,86 @@ _OURS = frozenset(
         b"x-ratelimit-reset",
         b"cache-control",
         b"retry-after",
+        *FIELDS_OF_DIALECTS,
     )
 )
 
 
-def refusal_fields(decision: Decision) -> Fields:
-    """``Retry-After``, if waiting helps, and ``Cache-Control``: RFC 6585 forbids caches to store a 429."""
+def refusal_fields(decision: Decision, dialect: Dialect | None = None) -> Fields:
+    """``Retry-After``, if waiting helps, and ``Cache-Control``: RFC 6585 forbids caches to store a 429.
+
+    And what *dialect* adds.
+    """
     fields = [(b"cache-control", b"no-store")]
     if decision.retry_after is not None:
         fields.append((b"retry-after", str(whole_seconds(decision.retry_after)).encode()))
-    return fields
+    return fields if dialect is None else fields + dialect.refusal_fields(decision.retry_after)
 
 
 def refusal_detail(decision: Decision) -> str:
     """One sentence or two for a person: limit, window and wait; never who asked."""
-    refusing = [state for state in decision.policies if state.name in decision.violated]
-    never = [state for state in refusing if state.retry_after is None]
-    if never:
-        state = min(never, key=lambda s: s.quota)
+    state = _worst(decision)
+    if state is None:
+        return "Rate limit exceeded."
+    if state.retry_after is None:
         if state.quota == 0:
             return "The quota is 0: no request is admitted."
         return f"The cost of this request is more than the quota of {state.quota} and can never fit."
-    if not refusing:
-        return "Rate limit exceeded."
-    state = max(refusing, key=lambda s: s.retry_after or 0.0)
     wait = whole_seconds(decision.retry_after or 0.0)
     return f"Rate limit exceeded: {state.quota} per {state.window} s. Retry in {wait} s."
 
 
-def quota_exceeded(decision: Decision) -> bytes:
-    """The body of a 429: the draft's ``quota-exceeded`` problem."""
-    return _quota_exceeded(refusal_detail(decision), decision.violated)
+def _worst(decision: Decision) -> PolicyState | None:
+    """The policy that refuses for the longest."""
+    refusing = [state for state in decision.policies if state.name in decision.violated]
+    never = [state for state in refusing if state.retry_after is None]
+    if never:
+        return min(never, key=lambda s: s.quota)
+    return max(refusing, key=lambda s: s.retry_after or 0.0, default=None)
 
 
-def content_fields(body: bytes) -> Fields:
-    """What says how to read a problem document."""
-    return [(b"content-type", PROBLEM_JSON), (b"content-length", b"%d" % len(body))]
+def refusal_body(decision: Decision, style: AnswerStyle, held: str = "") -> bytes:
+    """The body of a 429; *held* as of `quota_exceeded`."""
+    if style.dialect is None:
+        return quota_exceeded(decision, held)
+    return style.dialect.body(refused_by(decision, refusal_detail(decision) + held))
+
+
+def refused_by(decision: Decision, message: str) -> Refused:
+    """What a dialect tells of a 429 by *decision*."""
+    worst = _worst(decision)
+    return Refused(429, message, None if worst is None else rule_of(worst), decision.retry_after)
+
+
+def quota_exceeded(decision: Decision, held: str = "") -> bytes:
+    """The body of a 429: the draft's ``quota-exceeded`` problem.
+
+    Args:
+        held: What is to be said of who holds the quota, see `held_words`.
+    """
+    return _quota_exceeded(refusal_detail(decision) + held, decision.violated)
+
+
+def held_words(units: int) -> str:
+    """What a refusal adds where requests whose cost is known after their answers hold *units*: some may come back."""
+    return f" Requests in flight in this process hold {units} of it." if units else ""
+
+
+def content_fields(body: bytes, style: AnswerStyle) -> Fields:
+    """What says how to read the body of a refusal."""
+    kind = PROBLEM_JSON if style.dialect is None else b"application/json"
+    return [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
 
 
 def rendered_refusal(
-    policy: Policy, remaining: int, reset: int, retry: int, style: HeaderStyle
+    policy: Policy, remaining: int, reset: int, retry: int, style: AnswerStyle, held: str = ""
 ) -> tuple[Fields, bytes]:
-    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us."""
+    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us, *held* as `held_words` says."""
     state = policy_state(policy, remaining, reset, retry)
     decision = refusal_of((state,), (state,), "redis")
-    body = quota_exceeded(decision)
-    return limit_fields(decision, style) + refusal_fields(decision) + content_fields(body), body
+    body = refusal_body(decision, style, held)
+    fields = limit_fields(decision, style.headers) + dialect_fields(decision, style.dialect)
+    return fields + refusal_fields(decision, style.dialect) + content_fields(body, style), body
 
 
 @lru_cache(maxsize=1024)
@@ -221,22 +268,25 @@ def _quota_exceeded(detail: str, violated: tuple[str, ...]) -> bytes:
     )
 
 
-def reduced_capacity() -> bytes:
+def reduced_capacity(style: AnswerStyle) -> bytes:
     """The body of a 503 while a rule that fails closed cannot be decided: ``temporary-reduced-capacity``."""
+    if style.dialect is not None:
+        return style.dialect.body(Refused(503, UNDECIDED, None, 1.0))
     return orjson.dumps(
         {
             "type": _TYPES + "temporary-reduced-capacity",
             "title": "Service Unavailable",
             "status": 503,
-            "detail": "The rate limit cannot be checked right now. Retry in 1 s.",
+            "detail": UNDECIDED,
         }
     )
 
 
-def identity_missing(what: str) -> bytes:
+def identity_missing(what: str, style: AnswerStyle) -> bytes:
     """The body of a 400: a rule counts by *what*, the request has none, and the setting says to refuse."""
     kind, _, name = what.partition(":")
     needed = f"the header {name!r}" if kind == "header" else "an authenticated user"
-    return orjson.dumps(
-        {"type": "about:blank", "title": "Bad Request", "status": 400, "detail": f"This request needs {needed}."}
-    )
+    detail = f"This request needs {needed}."
+    if style.dialect is not None:
+        return style.dialect.body(Refused(400, detail))
+    return orjson.dumps({"type": "about:blank", "title": "Bad Request", "status": 400, "detail": detail})

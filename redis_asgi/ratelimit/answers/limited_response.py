@@ -5,18 +5,21 @@ from collections.abc import Sequence
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
-from ...settings import HeaderStyle
+from ..budgets.usage import UsageReader
 from ..counting.verdict import Verdict
 from . import headers
+from .dialects import AnswerStyle, plain_style
 from .request_decision import STYLE, RequestDecision, Standby
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
+# How a server sends a file by itself.
+_FILES = frozenset(("http.response.pathsend", "http.response.zerocopysend"))
 
 
-def style_of(scope: Scope, decision: RequestDecision) -> HeaderStyle:
-    """The style of the header fields of a request: the outermost middleware's, else the settings'."""
-    style: HeaderStyle = scope.get(STYLE) or decision.first.engine.settings.RATE_LIMIT_HEADERS
-    return style
+def style_of(scope: Scope, decision: RequestDecision) -> AnswerStyle:
+    """The style of the answers to a request: of a middleware outside, else the settings'."""
+    style: AnswerStyle | None = scope.get(STYLE)
+    return style or plain_style(decision.first.engine.settings.RATE_LIMIT_HEADERS)
 
 
 def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
@@ -31,14 +34,15 @@ class LimitedResponse:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_gone", "_send", "_style", "_verdict", "decision", "status")
+    __slots__ = ("_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
 
-    def __init__(self, decision: RequestDecision, style: HeaderStyle, send: Send) -> None:
+    def __init__(self, decision: RequestDecision, style: AnswerStyle, send: Send) -> None:
         self.decision = decision
         self._verdict = decision.first
-        self._style: HeaderStyle = style
+        self._style = style
         self._send = send
         self._gone = False
+        self._reader: UsageReader | None = None  # of what it has used, where that is to be known
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -51,6 +55,8 @@ class LimitedResponse:
         except OSError:
             self._gone = True
             raise
+        if self._reader is not None:
+            _watch(self._reader, kind, message)
         if kind == "http.response.body":
             if not message.get("more_body"):
                 self._verdict.settle(self.status)
@@ -72,9 +78,14 @@ class LimitedResponse:
         # The draft has no fields on redirects: their target is counted by itself.
         if not 300 <= status < 400:
             fields = verdict.rendered
-            if fields is None or verdict.more or self._style != "ietf":
+            if fields is None or verdict.more or not self._style.is_plain:
                 fields = headers.fields_of(verdict, self._style)
             message = headers.with_fields(message, fields)
+        ledger = verdict.ledger
+        if ledger is not None and ledger.spends:
+            # An app may pass headers that can be read only once.
+            message = {**message, "headers": [*message.get("headers", ())]}
+            self._reader = ledger.reader = UsageReader(status, message["headers"])
         return message, back
 
     def failed(self, error: BaseException) -> None:
@@ -83,14 +94,24 @@ class LimitedResponse:
         self._verdict.settle(self.status if gone else 500)
 
 
+def _watch(reader: UsageReader, kind: str, message: Message) -> None:
+    """Look at a *message* that has passed on for what the answer has used."""
+    if kind == "http.response.body":
+        reader.feed(message.get("body", b""))
+        if not message.get("more_body"):
+            reader.close(complete=True)
+    elif kind in _FILES and not message.get("more_body"):
+        reader.close(complete=True)
+
+
 class UncoveredResponse:
     """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
 
     __slots__ = ("_of_route", "_send", "_standby", "_style")
 
-    def __init__(self, standby: Standby, style: HeaderStyle, send: Send) -> None:
+    def __init__(self, standby: Standby, style: AnswerStyle, send: Send) -> None:
         self._standby = standby
-        self._style: HeaderStyle = style
+        self._style = style
         self._send = send
         self._of_route: LimitedResponse | None = None
 

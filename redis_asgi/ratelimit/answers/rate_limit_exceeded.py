@@ -9,6 +9,7 @@ from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from . import headers
+from .dialects import AnswerStyle, Fields
 
 
 class RateLimitExceeded(RedisASGIError, HTTPException):
@@ -37,19 +38,26 @@ class RateLimitExceeded(RedisASGIError, HTTPException):
         else:
             fields = headers.limit_fields(decision, style) + headers.refusal_fields(decision)
             detail = headers.refusal_detail(decision)
-        super().__init__(429, detail, {name.decode(): value.decode() for name, value in fields})
+        super().__init__(429, detail, _texts(fields))
 
     def __str__(self) -> str:
         return f"Rate limit exceeded for {self.client_id}: {self.limit} requests per {self.window} seconds"
 
 
-def refusal_on(decision: Decision, verdict: Verdict, style: HeaderStyle) -> HTTPException:
+def _texts(fields: Fields) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in fields}
+
+
+def refusal_on(decision: Decision, verdict: Verdict, style: AnswerStyle) -> HTTPException:
     """What an endpoint raises that *verdict*, a part of the *decision* on its request, refuses."""
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
     if not refusing:  # nobody could decide, and the limit fails closed
-        fields = headers.refusal_fields(verdict.decision)
-        detail = "The rate limit cannot be checked right now. Retry in 1 s."
-        return HTTPException(503, detail, {name.decode(): value.decode() for name, value in fields})
+        return HTTPException(503, headers.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect)))
     worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
     whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
-    return RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style)
+    error = RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style.headers)
+    if style.dialect is not None:
+        more = headers.dialect_fields(decision, style.dialect) + style.dialect.refusal_fields(decision.retry_after)
+        error.headers = {**(error.headers or {}), **_texts(more)}
+    error.detail += headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, verdict.decision.violated))
+    return error

@@ -1,4 +1,4 @@
-"""What a refused client gets: 429, 503 or 400 as problem documents, for HTTP and for WebSocket handshakes."""
+"""What a refused client gets: 429, 503 or 400 with a body in its dialect, for HTTP and for WebSocket handshakes."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from inspect import isawaitable
@@ -10,13 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import ConfigurationError
 from ...misuse import check_callable, shown
-from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known
 from . import headers
-from .headers import Fields
+from .dialects import SHORTEST_KEPT, AnswerStyle, Fields
+from .json_rpc import in_reply
 
 OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
 
@@ -43,6 +43,7 @@ def check_on_exceeded(on_exceeded: object) -> None:
 async def send_refusal(
     verdict: Verdict,
     fields: Fields,
+    style: AnswerStyle,
     on_exceeded: OnExceeded | None,
     scope: Scope,
     receive: Receive,
@@ -52,13 +53,15 @@ async def send_refusal(
 
     Args:
         fields: ``RateLimit`` and its kin; empty when an outer middleware writes them.
+        style: How to write the body, and what stands beside ``Retry-After``.
         on_exceeded: The user's, who may answer instead.
     """
     decision = verdict.decision
     if decision.source == "none":
-        await _send_problem(503, headers.reduced_capacity(), headers.refusal_fields(decision), scope, send)
+        fields = headers.refusal_fields(decision, style.dialect)
+        await _send_body(503, headers.reduced_capacity(style), fields, style, scope, receive, send)
         return
-    fields = fields + headers.refusal_fields(decision)
+    fields = fields + headers.refusal_fields(decision, style.dialect)
     if on_exceeded is not None and can_respond(scope):
         said = on_exceeded(HTTPConnection(scope), decision)
         response = await said if isawaitable(said) else said
@@ -69,34 +72,42 @@ async def send_refusal(
                     f"on_exceeded returned {what}, which is no response. Return one, as does {_EXAMPLE}, or None "
                     "for the usual 429."
                 )
-            await response(scope, receive, _adding(fields, send))
+            await response(scope, receive, adding(fields, send))
             return
-    await _send_problem(429, headers.quota_exceeded(decision), fields, scope, send)
+    held = headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, decision.violated))
+    await _send_body(429, headers.refusal_body(decision, style, held), fields, style, scope, receive, send)
 
 
-def remembered_refusal(verdict: Verdict, known: Known, style: HeaderStyle, scope: Scope) -> tuple[Message, Message]:
-    """What `send_refusal` sends for what a flood consists of: a refusal *known* to be one policy's, over HTTP."""
-    if verdict.at >= known.answers_until:
-        _render(known, style, verdict.at)
+def remembered_refusal(verdict: Verdict, known: Known, style: AnswerStyle, scope: Scope) -> tuple[Message, Message]:
+    """What `send_refusal` sends for what a flood consists of: a refusal *known* to be one policy's, over HTTP.
+
+    Not in a dialect that names the request.
+    """
+    if verdict.at >= known.answers_until or known.answered_in is not style:
+        held = verdict.engine.in_flight.most_of((known[0][0],), (known[0][1].policy.name,))
+        _render(known, style, verdict.at, headers.held_words(held))
     fields, body = known.answer
     # Anew for each: who is outside may change them.
     start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
     return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
 
 
-def _render(known: Known, style: HeaderStyle, now: float) -> None:
+def _render(known: Known, style: AnswerStyle, now: float, held: str) -> None:
     """Make the answer of what is *known*, kept for as long as the whole seconds in it stay the same."""
     charge, refusal = known[0]
     remaining, reset, retry = refusal.numbers(charge.cost, now)
-    known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style)
-    if style in ("ietf", "none"):  # the others hold the time of day
+    known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
+    known.answered_in, known.answers_until = style, now
+    if style.headers in ("ietf", "none"):  # the others hold the time of day
         left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
-        known.answers_until = now + min(left, default=MICROSECONDS) / MICROSECONDS
+        kept = min(left, default=MICROSECONDS) / MICROSECONDS
+        known.answers_until = now + (kept if style.dialect is None else min(kept, SHORTEST_KEPT))
 
 
-async def refuse_identity(what: str, scope: Scope, send: Send) -> None:
+async def refuse_identity(what: str, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request that lacks what it would be counted by."""
-    await _send_problem(400, headers.identity_missing(what), [(b"cache-control", b"no-store")], scope, send)
+    fields = [(b"cache-control", b"no-store")]
+    await _send_body(400, headers.identity_missing(what, style), fields, style, scope, receive, send)
 
 
 def can_respond(scope: Scope) -> bool:
@@ -104,18 +115,22 @@ def can_respond(scope: Scope) -> bool:
     return scope["type"] == "http" or "websocket.http.response" in (scope.get("extensions") or {})
 
 
-async def _send_problem(status: int, body: bytes, fields: Fields, scope: Scope, send: Send) -> None:
+async def _send_body(
+    status: int, body: bytes, fields: Fields, style: AnswerStyle, scope: Scope, receive: Receive, send: Send
+) -> None:
     if not can_respond(scope):
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
         return
+    if style.names_request:
+        status, body = await in_reply(status, body, scope, receive, style.body_cap)
     prefix = "websocket." if scope["type"] == "websocket" else ""
-    sent = fields + headers.content_fields(body)
+    sent = fields + headers.content_fields(body, style)
     await send({"type": f"{prefix}http.response.start", "status": status, "headers": sent})
     shown = b"" if scope.get("method") == "HEAD" else body
     await send({"type": f"{prefix}http.response.body", "body": shown})
 
 
-def _adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
+def adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
     """A ``send`` that adds *fields* to the start of a response, where it has none of that name."""
 
     async def adding(message: Message) -> None:

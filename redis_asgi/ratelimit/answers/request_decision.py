@@ -22,8 +22,8 @@ from ..limits.policy import Charges, Partition, Policy, PolicySet
 _DECISION = "redis_asgi.rate_limit"
 # Where a scope keeps the `Standby` of a middleware that decides nothing about the request.
 STANDBY = "redis_asgi.rate_limit_standby"
-# Where a scope keeps the style of header fields of the outermost middleware.
-STYLE = "redis_asgi.header_style"
+# Where a scope keeps the style of answers: the outermost middleware's, or the outermost one's that has a dialect.
+STYLE = "redis_asgi.answer_style"
 
 
 class RequestDecision(Decision):
@@ -122,6 +122,21 @@ class RequestDecision(Decision):
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
+
+    def used(self, units: int, policy: str | None = None) -> None:
+        """Say what this request has used of its budgets in tokens, in place of what its answer says.
+
+        For what no answer says, and for what the app knows better. Said several times, the last one counts.
+
+        Args:
+            units: Of the quota, in all, 0 or more; no weights are applied.
+            policy: Only this policy, or rule; ``None`` = all whose ``cost`` is `tokens`, of which there may be none.
+
+        Raises:
+            ValueError: If *units* is not a whole number, 0 or more, or *policy* does not count this request in tokens.
+            RuntimeError: After the response's last byte.
+        """
+        self.ledger.used(units, policy)
 
     async def reset(self, name: str) -> bool:
         """Give the client its full quota back under *name*, such as after a login that succeeded.

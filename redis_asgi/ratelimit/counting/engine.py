@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ from ...errors import Failure, OddReply, classify
 from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ...telemetry import telemetry
+from ..budgets.spending import InFlight
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, PolicySet, counters_of, log_key
+from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
@@ -47,6 +49,7 @@ class Engine:
 
     Attributes:
         plans: What its owner keeps with it.
+        in_flight: What requests hold whose cost is known after their answers.
         refusals: Those that this process remembers.
     """
 
@@ -64,6 +67,7 @@ class Engine:
         self._divisor = self.settings.RATE_LIMIT_FALLBACK_DIVISOR
         self._local = manager.per_process(LocalEngine.from_settings)
         self.refusals = manager.per_process(RefusalMemory.from_settings)
+        self.in_flight = manager.per_process(InFlight.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
 
@@ -126,7 +130,7 @@ class Engine:
         """
         kept = verdict.refundable or [-1] * len(deltas)
         changes = [
-            (Charge(PolicySet((policy,)), charge.partition, abs(delta)), delta, receipt)
+            (Charge(_alone(policy), charge.partition, abs(delta)), delta, receipt)
             for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
         ]
         more = [charge for charge, delta, _ in changes if delta > 0]
@@ -150,7 +154,7 @@ class Engine:
         else:
             # On a cluster each charge may live on another node.
             for _, same in groupby(charges, lambda charge: charge.partition.key):
-                mine = Charges(same)
+                mine = Charges(same) if charges.is_spread else charges
                 theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
                 try:
                     batcher = self._batcher()
@@ -268,6 +272,11 @@ class _Settlement(Check):
     def hear(self, outcome: Outcome) -> Outcome:
         self._engine.settled(self.mode, self.asked, outcome)
         return outcome
+
+
+@lru_cache(maxsize=1024)
+def _alone(policy: Policy) -> PolicySet:
+    return PolicySet((policy,))
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

@@ -4,10 +4,12 @@ A request of which nothing changes needs none; else a `Ledger` keeps what change
 once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..limits.policy import counters_of
+from ..budgets.spending import Spending
+from ..budgets.usage import UsageReader
+from ..limits.policy import Charge, Policy, counters_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -17,15 +19,66 @@ if TYPE_CHECKING:
 _MOST = 10**10
 
 
-class Ledger:
-    """What to add to the charges of one request, whose first verdict is *first*, or to give back of them."""
+def _names(policy: Policy) -> tuple[str, str]:
+    """What *policy* goes by: its own name and its rule's."""
+    return policy.name, policy.name.removesuffix(f"-{policy.window}s")
 
-    __slots__ = ("_changes", "_first", "_sent")
+
+class Ledger:
+    """What to add to the charges of one request, whose first verdict is *first*, or to give back of them.
+
+    Attributes:
+        reader: Looks for what the answer has used; ``None`` before it has begun.
+    """
+
+    __slots__ = ("_booked", "_changes", "_first", "_said", "_sent", "_spendings", "reader")
 
     def __init__(self, first: "Verdict") -> None:
         self._first = first
+        self._spendings: dict[Verdict, Mapping[Charge, Spending]] = {}
+        self._said: dict[str | None, int] = {}  # what the app says that was used, by policy
+        self._booked: dict[tuple[Charge, Policy], int] = {}  # what of that was sent
         self._changes: list[tuple[int, str | None]] = []
         self._sent: dict[Verdict, list[int]] = {}  # what was changed so far, per policy
+        self.reader: UsageReader | None = None
+
+    @property
+    def spends(self) -> bool:
+        """Whether something is known only when the answer has ended."""
+        return bool(self._spendings)
+
+    def spend(self, verdict: "Verdict", spendings: Mapping[Charge, Spending]) -> None:
+        """Settle *spendings*, what the cost of charges of *verdict* is to be known by, with the rest."""
+        if not verdict.allowed:
+            return
+        # Fewer, where some rules fail open.
+        mine = {charge: spendings[charge] for charge in verdict.charges if charge in spendings}
+        if mine:
+            self._spendings[verdict] = mine
+            if self._first.loop is None:
+                verdict.engine.in_flight.hold(mine)
+
+    def used(self, units: int, policy: str | None) -> None:
+        """See `RequestDecision.used`."""
+        if not isinstance(units, int) or isinstance(units, bool) or units < 0:
+            raise ValueError(f"used({units!r}): not a whole number of units, 0 or more.")
+        names = {
+            name
+            for spendings in self._spendings.values()
+            for charge in spendings
+            for each in charge.policies
+            for name in _names(each)
+        }
+        if policy is not None and policy not in names and not self._is_degraded:
+            which = f"It is one of {sorted(names)}" if names else "No rule with cost=tokens() does"
+            raise ValueError(f"policy={policy!r} does not count this request in tokens. {which}.")
+        if self._first.is_over:
+            raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
+        units = min(units, _MOST)
+        if self._first.loop is not None:
+            self._first.loop.call_soon_threadsafe(self._book, policy, units)
+        else:
+            self._said[policy] = units
 
     def charge(self, cost: int, policy: str | None) -> None:
         """See `RequestDecision.charge`."""
@@ -33,9 +86,7 @@ class Ledger:
             raise ValueError(f"cost={cost!r} is not a whole number of units.")
         verdicts = self._first.all
         names = {p.name for verdict in verdicts for charge in verdict.charges for p in charge.policies}
-        # Without Redis, rules that fail open decide nothing: an app that names one of them is right all the same.
-        degraded = any(verdict.source in ("none", "local") for verdict in verdicts)
-        if policy is not None and policy not in names and not degraded:
+        if policy is not None and policy not in names and not self._is_degraded:
             raise ValueError(f"policy={policy!r} does not apply to this request. It is one of {sorted(names)}.")
         if self._first.is_over:
             raise RuntimeError("The response has ended, and its charges are settled. Charge before its last byte.")
@@ -46,23 +97,62 @@ class Ledger:
         else:
             self._changes.append(change)
 
+    @property
+    def _is_degraded(self) -> bool:
+        """Whether some limits may be unknown: without Redis rules that fail open decide nothing."""
+        return any(verdict.source in ("none", "local") for verdict in self._first.all)
+
     def settle(self, status: int | None) -> None:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
-        if self._changes or any(verdict.charges.wait_and_see for verdict in self._first.all):
+        if self.reader is not None:
+            self.reader.close(complete=False)  # unless it is closed already
+        if self._changes or self._spendings or any(verdict.charges.wait_and_see for verdict in self._first.all):
             self._send(status, self._changes)
+        for verdict, spendings in self._spendings.items():
+            verdict.engine.in_flight.hold(spendings, sign=-1)
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self._first.all:
             deltas: list[int] = []
             sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
+            spendings = self._spendings.get(verdict, {}) if self._first.loop is None else {}
             taken = iter(verdict.taken)
             for charge in verdict.charges:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
-                for policy in charge.policies:
+                spending = spendings.get(charge)
+                used = None if spending is None else spending.used(self.reader)
+                for policy in charge.policies.policies:
                     charged = next(taken)
-                    delta = sum(cost for cost, name in changes if name is None or name == policy.name)
+                    delta = 0
+                    for cost, name in changes:
+                        if name is None or name == policy.name:
+                            delta += cost
+                    if used is not None and charged:
+                        delta += self._used_of(policy, used) - charged
                     # Nobody gets back more than was taken, however often they ask.
                     deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))
+                if spending is not None and used is not None:
+                    spending.accuracy.note(spending.estimate.cost, self._used_of(charge.policies.policies[0], used))
+            if any(deltas):
+                self.apply(verdict, deltas)
+
+    def _used_of(self, policy: Policy, used: int) -> int:
+        """What the app says that counts for *policy*, else *used*, what the answer says."""
+        if not self._said:
+            return used
+        return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
+
+    def _book(self, name: str | None, units: int) -> None:
+        """Make what was charged by the policy *name* (``None``: all) *units*, at once: nothing sees the answer."""
+        for verdict, spendings in self._spendings.items():
+            deltas = []
+            both = zip(counters_of(verdict.charges), verdict.taken, strict=True)
+            for (charge, policy), charged in both:
+                delta = 0
+                if charge in spendings and charged and (name is None or name in _names(policy)):
+                    delta = units - charged - self._booked.get((charge, policy), 0)
+                    self._booked[charge, policy] = units - charged
+                deltas.append(delta)
             if any(deltas):
                 self.apply(verdict, deltas)
 

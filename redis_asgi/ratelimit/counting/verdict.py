@@ -8,7 +8,7 @@ from ...telemetry import Noted
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
 from ..limits.policy import MICROSECONDS, Charges, counters_of
 from ..limits.refusal_memory import Known
-from ..limits.reply import Reply, charged_receipts, numbers_of, reply_of
+from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
 from ..limits.strategies import Mode
 from ..transport.check import Check, Outcome
 from .settlement import Ledger
@@ -159,8 +159,8 @@ class Verdict(Check):
         """The units that were charged, one per policy of the charges."""
         if self.reply is None or not self.allowed:
             return [0] * self.charges.counters
-        both = zip(counters_of(self.charges), numbers_of(self.reply), strict=True)
-        return [charge.taken(each.fits) for (charge, _), each in both]
+        both = zip(counters_of(self.charges), fits_of(self.reply), strict=True)
+        return [charge.taken(fits) for (charge, _), fits in both]
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""

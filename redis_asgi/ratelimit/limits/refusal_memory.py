@@ -61,17 +61,19 @@ class Known(list[tuple[Charge, Refusal]]):
     Attributes:
         counters: What is counted of them, kept by `counts`.
         answer: The last answer in full: header fields and body, kept by `responses`.
+        answered_in: The style of that.
         answers_until: How long, in monotonic seconds, the whole seconds in it stay the same.
         is_alone: Whether they are one, and no other charge was asked about that may come to be refused too.
     """
 
-    __slots__ = ("answer", "answers_until", "counters", "is_alone")
+    __slots__ = ("answer", "answered_in", "answers_until", "counters", "is_alone")
 
     def __init__(self) -> None:
         super().__init__()
         self.is_alone = False
         self.counters: Any = None
         self.answer: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
+        self.answered_in: object = None
         self.answers_until = 0.0
 
 

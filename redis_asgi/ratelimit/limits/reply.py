@@ -1,5 +1,6 @@
 """What the script and its twin answer about one request: numbers in a row, and the one reader of where each stands."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 # 1 admitted | 0 refused, then the `Numbers` of each counter, in the order of the charges and their policies.
@@ -47,4 +48,10 @@ def place_of(counter: int) -> slice:
 
 def charged_receipts(reply: Reply) -> list[int]:
     """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
-    return [each.receipt if each.fits else -1 for each in numbers_of(reply)]
+    receipts = reply[VALUES_PER_COUNTER::VALUES_PER_COUNTER]
+    return [receipt if fits else -1 for fits, receipt in zip(fits_of(reply), receipts, strict=True)]
+
+
+def fits_of(reply: Reply) -> Sequence[int]:
+    """What each counter of a *reply* says of whether, and how far, the cost fits."""
+    return reply[1::VALUES_PER_COUNTER]

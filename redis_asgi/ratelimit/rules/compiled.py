@@ -3,20 +3,28 @@
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ...asgi.paths import PathPattern, PathTemplate, Spellings, path_patterns
-from ...asgi.scope import Addressing, is_preflight
+from ...asgi.scope import Addressing, content_length, is_preflight
 from ...errors import ConfigurationError
 from ...settings import OnRedisError, Settings, StrategyName
 from ...settings.notation import Limit, parse_limits
+from ..budgets.spending import Accuracy, Spending
+from ..budgets.tokens import Asked, Outputs, Tokens
 from ..limits.policy import Charge, PolicySet
+from .by_body import ByBody
+from .joined import partitioner_of
 from .last_limits import LastLimits
-from .partition import PartitionBy, Partitioner
+from .partition import PartitionBy
 from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
-from .rule import DEFAULT_NAME, Limits, Rule, check_choice, listed_rules
+from .rule import DEFAULT_NAME, Limits, Rule, check_choice, check_strategy_of_tokens, listed_rules
+
+# What rules cover that count by a body, where they do not say.
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class CompiledRule:
@@ -26,7 +34,10 @@ class CompiledRule:
         policies: Known at construction, unless the limits are a callable.
         limits_of: That callable; ``None`` where there is none.
         last: What reads what it returns.
-        cost: Units, or the callable that says them.
+        cost: Units, or what says them.
+        tokens: The same where it is known only after the answer; else ``None``.
+        readers: What it counts by of a request's body.
+        methods: Those of the requests that it covers; ``None`` = every method.
         written: The rule as the user wrote it.
         asks_user: Whether a callable of the user's has to be asked for more than the cost.
         has_paths: Whether the path decides if it covers a request.
@@ -46,14 +57,22 @@ class CompiledRule:
     ) -> None:
         self.written = rule
         self.name = rule.name or name
-        self.cost: Any = rule.cost
         self.count_if = rule.count_if
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
-        self.partition = Partitioner(rule.partition_by or partition_by, settings, addressing)
+        self.partition = partitioner_of(rule.partition_by or partition_by, settings, addressing)
+        self.readers = self.partition.readers
+        uses = next((reader for reader in self.readers if reader.counts_uses), None)
+        self.tokens = rule.cost if isinstance(rule.cost, Tokens) else None
+        self.cost: Any = partial(_of_uses, uses, rule.cost) if uses and isinstance(rule.cost, int) else rule.cost
+        self._outputs: dict[tuple[str | None, ...], Outputs] = {}
+        self._accuracy: Accuracy | None = None
         self.strategy: StrategyName = rule.strategy or strategy
+        if self.tokens is not None:
+            check_strategy_of_tokens(self.strategy)
         self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
         self._paths: tuple[PathPattern, ...] = path_patterns(rule.paths, case_sensitive=rule.case_sensitive)
-        self._methods = frozenset(rule.methods) if rule.methods is not None else None
+        self.methods = _methods_of(rule, self.readers)
+        self._methods = frozenset(self.methods) if self.methods is not None else None
         self.has_paths = bool(self._paths)
         # What its policies are called instead, and with which ending: see `make_policies`.
         self._named = named or (self.name, None)
@@ -75,9 +94,34 @@ class CompiledRule:
         if policies is None:
             policies, name = name
             label = self.name
-        cost, price = (0, self) if callable(self.cost) else (self.cost, None)
+        cost, price = (self.cost, None) if isinstance(self.cost, int) else (0, self)
         partition = self.partition.of(name)
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
+
+    def estimate(self, policies: PolicySet, scope: Scope, asked: Asked | None, units: int | None) -> Spending:
+        """What a request is charged in tokens until it is known what it has used.
+
+        Args:
+            asked: What its body asks for; ``None``: nobody can read it.
+            units: What a callable of the user's takes it to cost.
+        """
+        tokens: Any = self.tokens
+        if self._accuracy is None:
+            self._accuracy = Accuracy(self.name)
+        # As many as there are buckets, which the rule names.
+        bucket = tuple([reader.said(scope).bucket for reader in self.readers])
+        outputs = self._outputs.get(bucket)
+        if outputs is None:
+            outputs = self._outputs[bucket] = Outputs()
+        quota = min([policy.quota for policy in policies])
+        units = tokens.estimate if isinstance(tokens.estimate, int) else units
+        if units is not None:
+            estimate = tokens.estimated_as(units, asked, quota=quota)
+        elif asked is None:
+            estimate = tokens.estimated_unread(content_length(scope), quota=quota)
+        else:
+            estimate = tokens.estimated(asked, quota=quota, outputs=outputs)
+        return Spending(tokens, estimate, outputs, self._accuracy)
 
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""
@@ -108,7 +152,7 @@ class CompiledRule:
         """What it may answer in place of the app."""
         enforces = not self.shadow
         found = {
-            429: enforces and self.cost != 0,
+            429: enforces and self.written.cost != 0,
             503: enforces and self.on_redis_error == "closed",
             400: self.partition.refuses,
         }
@@ -131,6 +175,29 @@ class CompiledRule:
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
         return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
+
+
+def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:
+    """The methods of the requests that *rule* covers.
+
+    Raises:
+        ConfigurationError: If it counts by a body that they do not have.
+    """
+    methods: Any = rule.methods
+    reads = f"partition_by={readers[0]!r}" if readers else "cost=tokens()" if isinstance(rule.cost, Tokens) else None
+    if reads and methods is None:
+        return METHODS_WITH_BODY
+    if reads and "WEBSOCKET" in methods:
+        raise ConfigurationError(
+            f"methods={methods!r}: a WebSocket handshake has no body, which {reads} reads. "
+            "Try methods='POST', or leave it out for POST, PUT and PATCH."
+        )
+    return cast("tuple[str, ...] | None", methods)
+
+
+def _of_uses(reader: ByBody, cost: int, request: HTTPConnection) -> int:
+    """What a request costs each of whose uses costs *cost*."""
+    return cost * reader.said(request.scope).times
 
 
 def compile_rules(

@@ -14,12 +14,14 @@ class Coverage:
     Attributes:
         exempt: Paths that no rule covers.
         style: Of the header fields.
+        dialects: Path patterns with the dialect of each; the first that covers a path counts.
     """
 
     rules: tuple[CompiledRule, ...]
     exempt: tuple[PathPattern, ...]
     settings: Settings
     style: HeaderStyle
+    dialects: tuple[tuple[PathPattern, str], ...] = ()
 
     def statuses(self, method: str, own: PathTemplate, all_: tuple[PathTemplate, ...]) -> frozenset[int]:
         """What it may answer to requests of *method* for a route.
@@ -31,6 +33,11 @@ class Coverage:
         if any(own.always_matches(pattern) for pattern in self.exempt):
             return frozenset()
         return frozenset().union(*(rule.statuses for rule in self.rules if rule.may_cover(method, all_)))
+
+    def dialect(self, all_: tuple[PathTemplate, ...]) -> str | None:
+        """The dialect in which it answers on a route; *all_* as of `statuses`."""
+        covering = (name for pattern, name in self.dialects if any(path.may_match(pattern) for path in all_))
+        return next(covering, None)
 
 
 class Covering:

@@ -32,7 +32,7 @@ class Linter:
         self._addressing = addressing
         self._routing = routing
         self._telling = frozenset((b"origin", b"x-forwarded-for", b"forwarded", addressing.header))
-        self._by_user = next((rule for rule in rules if rule.partition.kind == "user"), None)
+        self._by_user = next((rule for rule in rules if rule.partition.counts_users), None)
         self._has_looked_for_cors = False
         self._say = SaidOnce(logger).say
         self.looks = LOOKS

@@ -1,10 +1,11 @@
 """Who shares a counter: the ready ``partition_by`` callables, and how any of them becomes a `Partition`."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from inspect import isawaitable
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -14,8 +15,10 @@ from ...errors import ConfigurationError
 from ...misuse import check_callable, constructor_says_what_was_meant, shown
 from ...settings import Settings
 from ..limits.policy import Partition, make_partition
+from .by_body import ByBody
 
-PartitionBy: TypeAlias = Callable[[HTTPConnection], str | None | Awaitable[str | None]]
+PartitionPart: TypeAlias = Callable[[HTTPConnection], str | None | Awaitable[str | None]]
+PartitionBy: TypeAlias = PartitionPart | Sequence[PartitionPart]
 
 # Whom a request comes from is asked in one way: the middleware's (without one, the first per-route limit's), by every
 # callable of the user's, by the limits of routes below and by the app itself.
@@ -108,11 +111,28 @@ def _read_user(scope: Scope) -> str | None:
 
 
 def check_partition_by(partition_by: object) -> None:
-    """What says who shares a counter is a callable that takes the connection.
+    """What says who shares a counter is a callable that takes the connection, or several of these.
 
     Raises:
         ConfigurationError: If it is none, or takes something else.
     """
+    if _is_several(partition_by):
+        if isinstance(partition_by, AbstractSet) or not partition_by:
+            raise ConfigurationError(
+                f"partition_by={shown(partition_by)} is no list of parts. Try [by_header('x-api-key'), client_ip]."
+            )
+        for part in partition_by:
+            if _is_several(part):
+                raise ConfigurationError("partition_by= holds a list in a list. Write all parts in one.")
+            check_partition_by(part)
+        return
+    if isinstance(partition_by, ByBody):
+        return
+    if isinstance(partition_by, type) and issubclass(partition_by, ByBody):
+        raise ConfigurationError(
+            f"partition_by={shown(partition_by)} is not called: by which values? "
+            "Try by_json('model', ['gpt-5-mini*', 'gpt-5*']) or by_mcp_tool(['search', 'fetch_*'])."
+        )
     if partition_by is by_header:
         raise ConfigurationError("partition_by=by_header is not called: by which header? Try by_header('x-api-key').")
     if isinstance(partition_by, str):
@@ -125,6 +145,10 @@ def check_partition_by(partition_by: object) -> None:
         )
     example = "client_ip, by_header('x-api-key'), by_user or lambda conn: conn.headers.get('x-tenant')"
     check_callable("partition_by", partition_by, "conn", example)
+
+
+def _is_several(value: object) -> TypeGuard[Sequence[object] | AbstractSet[object]]:
+    return isinstance(value, Sequence | AbstractSet) and not isinstance(value, str | bytes) and not callable(value)
 
 
 class MissingIdentity(Exception):
@@ -143,17 +167,19 @@ class Partitioner:
         addressing: Whose addresses are believed; ``None`` = what the scope says.
 
     Attributes:
-        kind: What identities are of: ``ip``, ``header:NAME``, ``user`` or ``custom``.
+        kind: What identities are of: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``.
         read: Reads the identity from a scope, where that takes no callable of the user's; ``None`` where it does.
         by: That callable.
         missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
+        readers: Those of it that count by the request's body.
     """
 
-    def __init__(self, partition_by: PartitionBy | None, settings: Settings, addressing: Addressing | None) -> None:
+    def __init__(self, partition_by: PartitionPart | None, settings: Settings, addressing: Addressing | None) -> None:
         if partition_by is None:
             partition_by = _from_setting(settings.RATE_LIMIT_PARTITION)
         check_partition_by(partition_by)
-        self.by = partition_by
+        self.by: Callable[[HTTPConnection], Any] = partition_by
+        self.readers: tuple[ByBody, ...] = ()
         self._prefix = settings.REDIS_KEY_PREFIX
         self._secret = settings.key_secret
         self.missing = settings.RATE_LIMIT_MISSING_IDENTITY
@@ -166,14 +192,25 @@ class Partitioner:
             self.kind, self.read = f"header:{partition_by.name}", partition_by.read
         elif partition_by is by_user:
             self.kind, self.read = "user", _read_user
+        elif isinstance(partition_by, ByBody):
+            self.kind, self.readers = partition_by.kind, (partition_by,)
         # Per instance, so that the caches die with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
         self._of_client = lru_cache(maxsize=16_384)(self.of_address)
 
     @property
+    def counts_users(self) -> bool:
+        """Whether it counts by the user whom a middleware has put in the scope."""
+        return self.kind == "user"
+
+    @property
     def refuses(self) -> bool:
         """Whether a request without the identity is refused."""
-        return self.missing == "refuse" and self.kind not in ("ip", "custom")
+        return self.missing == "refuse" and self._may_miss
+
+    @property
+    def _may_miss(self) -> bool:
+        return self.kind == "user" or self.kind.startswith("header:")
 
     async def settle(self, said: object, scope: Scope) -> "str | Partition | None":
         """Whom a request is counted as for which `by` or `read` *said* this; ``None``: its rule does not apply.
@@ -191,7 +228,7 @@ class Partitioner:
             )
         if self._by_address:
             return UNKNOWN
-        if self.kind == "custom" or self.missing == "skip":
+        if self.missing == "skip" or not self._may_miss:
             return None
         if self.missing == "refuse":
             raise MissingIdentity(self.kind)
@@ -219,7 +256,7 @@ class Partitioner:
         return make_partition(self.kind, value, prefix=self._prefix, secret=self._secret)
 
 
-def _from_setting(partition: str) -> PartitionBy:
+def _from_setting(partition: str) -> PartitionPart:
     if partition == "ip":
         return client_ip
     return by_user if partition == "user" else by_header(partition.removeprefix("header:"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -48,12 +48,19 @@ class Plan:
     """The rules that requests of one shape are put to.
 
     Attributes:
+        rules: All of them, those *behind* last.
         counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
+        behind: The plan of those that count by the body, which is asked once that is read; ``None`` where none does.
+        readers: What they count by of the body, of a plan that is *behind*.
+        has_tokens: Whether the cost of one of them is known after the answer only.
     """
 
-    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache") -> None:
-        self.rules = rules
-        self.counts_users = any(rule.partition.kind == "user" for rule in rules)
+    def __init__(self, rules: Sequence[CompiledRule], cache: "PlanCache", behind: "Plan | None" = None) -> None:
+        self.behind = behind
+        self.rules: tuple[CompiledRule, ...] = (*rules, *(behind.rules if behind is not None else ()))
+        self.readers = tuple(dict.fromkeys(reader for rule in rules for reader in rule.readers))
+        self.has_tokens = any(rule.tokens is not None for rule in rules)
+        self.counts_users = any(rule.partition.counts_users for rule in self.rules)
         self._cache = cache
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
@@ -70,7 +77,7 @@ class Plan:
         return self._kept.young.get(tuple(asked))
 
     async def charges(self, scope: Scope) -> Charges:
-        """What a request is to be charged; empty where no rule applies to it.
+        """What a request is to be charged, but for what is *behind*; empty where no rule applies to it.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.
@@ -121,7 +128,13 @@ class PlanCache:
 
     def of(self, rules: tuple[CompiledRule, ...]) -> Plan:
         """The plan of *rules*."""
-        return self._plans.young.get(rules) or self._plans.find(rules, lambda _: Plan(rules, self))
+        return self._plans.young.get(rules) or self._plans.find(rules, self._plan)
+
+    def _plan(self, rules: tuple[CompiledRule, ...]) -> Plan:
+        behind = tuple(rule for rule in rules if rule.readers)
+        if not behind:
+            return Plan(rules, self)
+        return Plan([rule for rule in rules if not rule.readers], self, Plan(behind, self))
 
     def make(self, charges: Iterable[Charge]) -> Charges:
         """*charges* with what their answers need."""
@@ -130,15 +143,37 @@ class PlanCache:
             made.render = self._renderer(made)
         return made
 
+    def together(self, charges: Charges, behind: Charges) -> Charges:
+        """*charges* and those that were found out *behind* them, to be decided together."""
+        if not charges.counters or not behind.counters:
+            return charges if charges.counters else behind
+        asked = (charges, behind)
+        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
+
+    def least(self, charges: Charges) -> Charges:
+        """Those of *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
+        if not charges.is_priced:
+            return charges
+
+        def make(_: object) -> Charges:
+            known = (charge for charge in charges if charge.price is None or charge.price.tokens is not None)
+            # No estimate is less than a unit.
+            return Charges(charge if charge.price is None else at_cost(charge, 1) for charge in known)
+
+        asked = (charges,)
+        return self.charges.young.get(asked) or self.charges.find(asked, make)
+
     def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
         """*charges* at these *costs*, one each."""
 
         def make(_: object) -> Charges:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
-        # What cannot be read is each time another.
+        # What cannot be read is each time another, and so is nearly every estimate.
         if any(isinstance(cost, Unread) for cost in costs):
             return make(None)
+        if charges.has_tokens:
+            return charges.at(cast("Sequence[int]", costs))
         asked = (charges, *costs)
         return self.charges.young.get(asked) or self.charges.find(asked, make)
 

@@ -14,10 +14,11 @@ from ...errors import ConfigurationError
 from ...misuse import Uncalled, check_callable, constructor_says_what_was_meant, shown
 from ...settings import OnRedisError, StrategyName
 from ...settings.notation import parse_limits
+from ..budgets.tokens import Tokens, tokens
 from .partition import PartitionBy, check_partition_by
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
-Cost: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
+Cost: TypeAlias = int | Tokens | Callable[[Request], int | Awaitable[int]]
 CountIf: TypeAlias = Callable[[int], bool]
 
 DEFAULT_NAME = "default"
@@ -101,15 +102,17 @@ class Rule:
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
             spelling of such a path an app may serve it, see `redis_asgi.paths`.
         case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
-        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight. ``GET`` covers HEAD;
-            ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
+        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule that counts by the
+            body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers HEAD; ``WEBSOCKET`` is a handshake;
+            ``OPTIONS`` counts preflights too.
         partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
-            request out of this rule.
+            request out of this rule. Several in a list are one partition: who differs in one of them has another
+            counter.
         cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()``, ``json()`` and
             ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges
             nothing; more than the quota is refused for good. A body over the cap, or not the JSON or form that was
             asked for, takes what remains of the rule's smallest quota, and all but one unit of that comes back when
-            the answer is a 3xx or 4xx.
+            the answer is a 3xx or 4xx. Or `tokens`, a cost that is known after the answer.
         strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``; ``None`` = the
             middleware's. See ``redis_asgi.ratelimit.strategies``.
         on_redis_error: ``local``, ``open`` or ``closed``; ``None`` = the middleware's.
@@ -143,14 +146,13 @@ class Rule:
             check_choice("on_redis_error", self.on_redis_error, get_args(OnRedisError))
         if self.partition_by is not None:
             check_partition_by(self.partition_by)
+            if not callable(self.partition_by):
+                object.__setattr__(self, "partition_by", tuple(self.partition_by))
         if self.count_if is not None:
             check_callable("count_if", self.count_if, "status", "count_if=lambda status: status >= 400")
         if inspect.iscoroutinefunction(self.count_if):
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
-        if callable(self.cost):
-            check_callable("cost", self.cost, "request", "cost=lambda request: 2")
-        else:
-            _check_constant_cost(self.cost, self.limits)
+        self._check_cost()
         for label in ("shadow", "case_sensitive"):
             if not isinstance(getattr(self, label), bool):
                 raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
@@ -163,6 +165,40 @@ class Rule:
             for method in methods:
                 _check_method(method)
             object.__setattr__(self, "methods", methods)
+
+    def _check_cost(self) -> None:
+        cost: object = self.cost
+        if cost is tokens:
+            raise ConfigurationError("cost=tokens is not called. Try cost=tokens().")
+        if isinstance(cost, Tokens):
+            if self.strategy is not None:
+                check_strategy_of_tokens(self.strategy)
+            if self.count_if is not None:
+                raise ConfigurationError(
+                    f"count_if={shown(self.count_if)} stands beside cost=tokens(), which knows what a request has "
+                    "used: nothing, if it was answered 400 or more. Leave count_if out."
+                )
+        elif callable(cost):
+            check_callable("cost", cost, "request", "cost=lambda request: 2")
+        else:
+            _check_constant_cost(cost, self.limits)
+
+
+def check_strategy_of_tokens(strategy: str) -> None:
+    """Refuse a *strategy* that cannot give back what was estimated too high.
+
+    Raises:
+        ConfigurationError: Says why.
+    """
+    why = {
+        "gcra": "gives back only what has not drained",
+        "moving-window": "keeps a time for each token, and 10,000 at most",
+    }.get(strategy)
+    if why is not None:
+        raise ConfigurationError(
+            f"strategy={strategy!r} {why}, so that cost=tokens() does not go with it. "
+            "Try strategy='fixed-window' or 'sliding-window-counter'."
+        )
 
 
 def _check_method(method: str) -> None:
@@ -201,14 +237,14 @@ def check_limits(limits: object) -> None:
         )
 
 
-def _check_constant_cost(cost: int, limits: Limits) -> None:
+def _check_constant_cost(cost: object, limits: Limits) -> None:
     try:
-        check_cost(cost)
+        units = check_cost(cost)
     except ValueError as error:
         raise ConfigurationError(f"{error} Try 1.") from None
     if isinstance(limits, str):
         quota = min(limit.quota for limit in parse_limits(limits))
-        if cost > quota:
+        if units > quota:
             raise ConfigurationError(
                 f"cost={cost!r} is more than the quota of {quota} in limits={limits!r}: no request would ever be "
                 f"admitted. Try cost={quota} or less, or a larger quota."

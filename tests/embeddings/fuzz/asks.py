@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from starlette.types import Scope
 
-from ..servers import FORMATS, listed
+from ...kit.embedding_apps import FORMATS, listed
 
 # Request headers that are neither in the key nor in the lease, as far as the asks here have them.
 _NEITHER = frozenset(

@@ -5,8 +5,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from ...kit.embedding_apps import FORMATS
 from ...kit.proxy import Mode
-from ..servers import FORMATS
 from .asks import CREDENTIALS, Ask, Request
 from .judge import Config
 from .quirks import UNWELCOME, WELCOME, App, Quirks

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from starlette.types import Scope
 
-from ..servers import FORMATS, Spy, vector
+from ...kit.embedding_apps import FORMATS, Spy, vector
 from .asks import Request, member
 
 KNOWN = ("alice", "bob", "carol")  # whom the app lets in, until it does not

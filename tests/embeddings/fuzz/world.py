@@ -16,8 +16,8 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
 
+from ...kit.embedding_apps import read, respond
 from ...kit.proxy import FaultProxy, Mode
-from ..servers import read, respond
 from .asks import Ask, Request
 from .judge import Call, Config, Judge, Through, Violation
 from .quirks import App, Quirks

@@ -1,0 +1,103 @@
+"""Charges in tokens while their requests are under way: estimated before the app is asked, settled after the answer."""
+
+import logging
+import threading
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from ...events import say
+from ...settings import Settings
+from ...telemetry import telemetry
+from ..limits.policy import Charge, counters_of
+from .tokens import Estimate, Outputs, Tokens
+from .usage import UsageReader
+
+logger = logging.getLogger("redis_asgi.ratelimit")
+
+
+class Accuracy:
+    """What is counted of how the estimates of one rule fare."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._has_warned = False
+        counted = telemetry()
+        self._notes = counted.notes
+        self._used = counted.ratelimit_used_units.labels(name)
+        self._too_high = counted.ratelimit_estimate_error_units.labels(name, "too_high").observe
+        self._too_low = counted.ratelimit_estimate_error_units.labels(name, "too_low").observe
+
+    def note(self, estimated: int, used: int) -> None:
+        """Count a request that was *estimated* to cost so many units and has *used* so many."""
+        self._notes.add((self._used, used))
+        self._notes.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
+
+    def warn_of(self, encoding: str) -> None:
+        """Say once that answers are encoded so that nobody can read them."""
+        if not self._has_warned:
+            self._has_warned = True
+            say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """A charge whose cost is known after the answer.
+
+    Attributes:
+        tokens: How it is reckoned.
+        estimate: What was charged.
+        outputs: How long answers of its rule and bucket were.
+        accuracy: Where it is counted how good the estimate was.
+    """
+
+    tokens: Tokens
+    estimate: Estimate
+    outputs: Outputs
+    accuracy: Accuracy
+
+    def used(self, reader: UsageReader | None) -> int:
+        """The units that it costs after all; to be asked once.
+
+        Args:
+            reader: Of the answer, closed; ``None`` if none has begun.
+        """
+        if reader is not None:
+            if reader.unread_encoding is not None:
+                self.accuracy.warn_of(reader.unread_encoding)
+            if reader.usage is not None and reader.complete:
+                self.outputs.note(reader.usage)
+        return self.tokens.settled(self.estimate, reader)
+
+
+class InFlight:
+    """Units that requests of this process hold whose answers have not ended, by counter."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[bytes, bytes], int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_settings(cls, _settings: Settings) -> "InFlight":
+        return cls()
+
+    def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
+        """Add what *charges* hold; with a *sign* of -1 take it away again."""
+        with self._lock:
+            for charge, policy in counters_of(charges):
+                counter = charge.partition.key, policy.field
+                held = self._held.get(counter, 0) + sign * charge.cost
+                if held > 0:
+                    self._held[counter] = held
+                else:
+                    self._held.pop(counter, None)
+
+    def most_of(self, charges: Iterable[Charge], names: Container[str]) -> int:
+        """The most that they hold of one of the policies of *charges* with such *names*."""
+        if not self._held:
+            return 0
+        held = (
+            self._held.get((charge.partition.key, policy.field), 0)
+            for charge, policy in counters_of(charges)
+            if policy.name in names
+        )
+        return max(held, default=0)

@@ -1,0 +1,171 @@
+"""Reading what a model's answer used while it passes: nothing is held back, and little is kept.
+
+An answer of up to 1 MiB that is one JSON document is parsed at its end; of a longer one the last 64 KiB are. Of a
+stream each event (or line) that names a usage is parsed when it is complete: whole up to 1 MiB, beyond that from its
+last 64 KiB. So an answer holds at most 1 MiB beside the chunk that passes, and costs what its length does.
+"""
+
+import re
+from collections.abc import Iterable
+
+from .usage_bodies import TAIL, Body, Decoder, Document, Events, Lines
+from .usage_formats import Said, Usage
+
+__all__ = ["Usage", "UsageReader"]
+
+# What may say a usage; `Body`: its first bytes tell.
+_KINDS: dict[bytes, type[Body]] = {
+    b"": Body,
+    b"application/json": Document,
+    b"application/jsonl": Lines,
+    b"application/ndjson": Lines,
+    b"application/x-jsonlines": Lines,
+    b"application/x-ndjson": Lines,
+    b"text/event-stream": Events,
+    b"text/json": Document,
+    b"text/plain": Body,
+}
+_FIELD = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
+_SNIFFED = 9  # bytes, which a byte order mark and the longest name of a field have
+_BLANKS_SNIFFED = 64
+
+
+class UsageReader:
+    """Reads the usage of one answer, given its chunks as they pass.
+
+    Whatever is in them, it raises nothing.
+
+    Args:
+        status: The answer's status.
+        headers: Its header fields. ``Content-Type`` says what it is; where that says nothing, or its first bytes are
+            those of something else that is known, they do. ``Content-Encoding`` may be gzip or deflate.
+
+    Attributes:
+        status: As given.
+        complete: Whether the last body message has passed; known at the end.
+        usage: What it used; ``None`` before the end, and when it did not say.
+        unread_encoding: The ``Content-Encoding`` behind which nothing can be read, for the caller to say it once;
+            ``None`` without one. Such an answer keeps its estimate: compression belongs outside.
+    """
+
+    __slots__ = (
+        "_body",
+        "_declared",
+        "_decoder",
+        "_is_closed",
+        "_said",
+        "_start",
+        "complete",
+        "status",
+        "unread_encoding",
+        "usage",
+    )
+
+    def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        self.complete = False
+        self.usage: Usage | None = None
+        self.unread_encoding: str | None = None
+        self._said: Said | None = None
+        self._is_closed = False
+        self._body: Body | None = None
+        self._decoder: Decoder | None = None
+        # What has passed before it is known what it is.
+        self._start = b""
+        content_type = b""
+        codings: list[bytes] = []
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered == b"content-type":
+                content_type = content_type or value.partition(b";")[0].strip().lower()
+            elif lowered == b"content-encoding":
+                codings += [coding.strip().lower() for coding in value.split(b",")]
+        self._declared = Document if content_type.endswith(b"+json") else _KINDS.get(content_type)
+        codings = [coding for coding in codings if coding not in (b"", b"identity")]
+        if self._declared is None:
+            self._body = Body()
+        elif codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
+            self._decoder = Decoder(is_gzip=codings != [b"deflate"])
+        elif codings:
+            self.unread_encoding = b", ".join(codings).decode("latin-1")[:40]
+            self._body = Body()
+
+    @property
+    def events(self) -> int:
+        """How many events or lines of a stream have passed, comments and ``[DONE]`` aside; 0 of what is no stream."""
+        return self._body.events if self._body else 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """How many bytes have passed, decompressed; of an event stream those of `events`."""
+        return self._body.size if self._body else len(self._start)
+
+    @property
+    def smallest_event(self) -> int:
+        """The bytes of the smallest of `events`; 0 without one."""
+        return self._body.smallest if self._body else 0
+
+    @property
+    def output_is_known(self) -> bool:
+        """Whether `usage` says the output of all that has passed: in a cut stream more may have come behind it."""
+        if self._said is None or self._body is None or self.usage is None or self.usage.output is None:
+            return False
+        return self.complete or self._said.is_final or self._body.is_current
+
+    def output_of_cut(self) -> float:
+        """The tokens of an answer that was cut, estimated: ``max(events, (bytes - events * smallest event) / 4)``.
+
+        What an event has beside its text is as long as the smallest event; a token is an event, or 4 bytes of text.
+        """
+        return max(self.events, (self.bytes_sent - self.events * self.smallest_event) / 4)
+
+    def feed(self, body: bytes) -> None:
+        """Look at a chunk that has passed."""
+        reading = self._body
+        if self._decoder is None:
+            if reading is not None and len(body) <= TAIL:
+                reading.feed(body)
+            else:
+                self._read(body)
+        else:
+            for decoded in self._decoder.decode(body):
+                self._read(decoded)
+
+    def close(self, complete: bool) -> None:
+        """The answer has ended: *complete* if its last body message has passed. Once; a second time nothing happens."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.complete = complete
+        body = self._body or self._begin()
+        self._body = body = body.close(complete=complete)
+        if body.first is not None and body.last is not None:
+            self._said = body.first.then(body.last)
+            self.usage = self._said.usage()
+
+    def _read(self, chunk: bytes) -> None:
+        body = self._body
+        if body is None:
+            self._start += chunk
+            if len(self._start.lstrip()) >= _SNIFFED or len(self._start) >= _BLANKS_SNIFFED:
+                self._begin()
+        else:
+            _feed_slices(body, chunk)
+
+    def _begin(self) -> Body:
+        """Decide what it is by what is declared and how it starts, and read that."""
+        start, self._start = self._start, b""
+        begun = start.lstrip()
+        declared = self._declared or Body
+        if _FIELD.match(begun):
+            declared = Events
+        elif begun.startswith((b"{", b"[")) and declared is not Lines:
+            declared = Document
+        self._body = body = declared()
+        _feed_slices(body, start)
+        return body
+
+
+def _feed_slices(body: Body, chunk: bytes) -> None:
+    for start in range(0, len(chunk), TAIL):
+        body.feed(chunk[start : start + TAIL])

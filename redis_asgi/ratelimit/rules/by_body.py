@@ -1,0 +1,260 @@
+"""Partitions from a request's body: `by_json`, a member of a JSON body; `by_mcp_tool`, the tool that is called."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from ...asgi.bodies import Document, Member, has_twice
+from ...asgi.paths import TextPattern
+from ...errors import ConfigurationError
+from ...misuse import constructor_says_what_was_meant, shown
+
+# Names, or patterns where * is any run of characters; or these with the bucket that each belongs to.
+Values: TypeAlias = str | Iterable[str] | Mapping[str, str]
+
+# Where a scope keeps what its body says, while it is decided who is counted.
+_SAID = "redis_asgi.body_says"
+# Longer values are none that anybody has named.
+_LONGEST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a body says to one that counts by it.
+
+    Attributes:
+        bucket: Whom it is counted as; ``None``: its rule does not apply.
+        times: How many uses it is of what the rule counts.
+    """
+
+    bucket: str | None
+    times: int = 1
+
+
+class ByBody(ABC):
+    """Counts by what a request's body says.
+
+    Attributes:
+        kind: What its identities are of.
+        counts_uses: Whether a body may be several uses at once.
+        reads_body: For who takes callables, but knows no body.
+    """
+
+    kind: str
+    counts_uses = False
+    reads_body = True
+
+    def __init__(self, values: Values, other: str | None, what: str) -> None:
+        if other is not None and (not isinstance(other, str) or not other):
+            raise ConfigurationError(
+                f"other={shown(other)} names no bucket. Try other='other', or None where the rule is not to apply."
+            )
+        self._buckets = _buckets(values, what)
+        self._other = other
+
+    def __call__(self, conn: HTTPConnection) -> str | None:
+        """The bucket of a request whose body was read.
+
+        Raises:
+            ConfigurationError: Nobody has read it; only a rule whose ``partition_by`` it is, alone or in a list, does.
+        """
+        return self.said(conn.scope).bucket
+
+    def said(self, scope: Scope) -> Said:
+        """What the body of a request said.
+
+        Raises:
+            ConfigurationError: See `__call__`.
+        """
+        said: Said | None = scope.get(_SAID, {}).get(self)
+        if said is None:
+            raise ConfigurationError(
+                f"{self!r} is called for a request whose body was not read for it. Give it to partition_by as it is: "
+                f"partition_by={self!r}, or in a list, partition_by=[client_ip, {self!r}]."
+            )
+        return said
+
+    @abstractmethod
+    def read(self, document: Document) -> Said:
+        """What *document* says."""
+
+    def _bucket(self, value: object) -> str | None:
+        """The bucket of a member's *value*; texts, whole numbers, and true and false have one."""
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif isinstance(value, int):
+            value = str(value)
+        if isinstance(value, str) and len(value) <= _LONGEST:
+            for pattern, bucket in self._buckets:
+                if pattern.matches(value):
+                    return bucket
+        return self._other
+
+    def _unclear(self) -> Said:
+        """Of a body that says something else to each who reads it: it is counted whatever it may be to the app."""
+        return Said(self._other or "other")
+
+    def _unread(self, document: Document) -> Said:
+        """Of a body that is no JSON in UTF-8, or not to be had."""
+        return self._unclear() if document.may_be_json else Said(self._other)
+
+
+@constructor_says_what_was_meant("by_json('model', ['gpt-5-mini*', 'gpt-5*'])")
+class by_json(ByBody):  # noqa: N801 - reads as a function where it is used
+    """Partition by a member of the request's JSON body, such as the ``model`` of a chat.
+
+    ::
+
+        Rule("60/minute", name="chat", paths="/v1/*", partition_by=[by_header("x-api-key"), by_json("model", MODELS)])
+
+    The rule covers requests with a body, whatever its ``Content-Type``, and without *methods* only those of POST, PUT
+    and PATCH. Of all rules together a body is read once, up to ``RATE_LIMIT_BODY_CAP``, and the app receives the same
+    bytes. Texts, whole numbers, ``true`` and ``false`` are values.
+
+    Args:
+        name: The member's; dots descend into objects: ``metadata.tenant``.
+        values: Names, or patterns where ``*`` is any run of characters; the first that matches is the bucket. Or a
+            mapping of these to the buckets: ``{"gpt-5-mini*": "small", "gpt-5*": "large"}``.
+        other: The one bucket of every other value, so that invented names get no fresh counter, of requests without
+            the member, and of bodies that are unreadable: over the cap, no JSON in UTF-8, or with the member twice at
+            its level. ``None``: the rule does not apply to other values; to a body that the app may still read as
+            one of *values* (over the cap, in UTF-16, with the member twice) it does, in the bucket ``other``.
+
+    Raises:
+        ConfigurationError: For a *name* that no member has, or *values* that match nothing.
+    """
+
+    def __init__(self, name: str, values: Values, other: str | None = "other") -> None:
+        if not isinstance(name, str) or not all(map(_is_member, name.split("."))):
+            raise ConfigurationError(f"by_json({shown(name)}): not the name of a member. Try by_json('model', ['a*']).")
+        super().__init__(values, other, f"by_json({name!r})")
+        self.kind = f"json:{name}"
+        self._name = name
+        self._path = tuple(map(Member, name.split(".")))
+
+    def __repr__(self) -> str:
+        return f"by_json({self._name!r}, ...)"
+
+    def read(self, document: Document) -> Said:
+        if not document.is_read:
+            return self._unread(document)
+        if document.has_twice(self._path):
+            return self._unclear()
+        value = document.value
+        for member in self._path:
+            if not isinstance(value, dict):
+                return Said(self._other)
+            value = value.get(member.name)
+        return Said(self._bucket(value))
+
+
+@constructor_says_what_was_meant("by_mcp_tool(['search', 'fetch_*'])")
+class by_mcp_tool(ByBody):  # noqa: N801 - reads as a function where it is used
+    """Partition by the tool that an MCP client calls: ``params.name`` of a JSON-RPC request ``tools/call``.
+
+    ::
+
+        Rule("30/minute", name="tools", paths="/mcp", partition_by=[by_header("authorization"), by_mcp_tool(TOOLS)])
+
+    Every other message (``initialize``, ``tools/list``, notifications, responses) is not covered. The header
+    ``Mcp-Name`` is not believed. A batch, which revisions before 2025-06-18 know, is in the bucket *other* and costs
+    its calls: ``cost`` for each of them, unless a callable says the cost.
+
+    Args:
+        values: Names or patterns of tools, or a mapping of them to buckets; see `by_json`.
+        other: The one bucket of every other tool, of batches, and of bodies that are unreadable. ``None``: the rule
+            does not apply to other tools; to what may be a call of one of *values* it does, in the bucket ``other``.
+
+    Raises:
+        ConfigurationError: For *values* that match nothing.
+    """
+
+    kind = "mcp_tool"
+    counts_uses = True
+
+    def __init__(self, values: Values, other: str | None = "other") -> None:
+        super().__init__(values, other, "by_mcp_tool")
+
+    def __repr__(self) -> str:
+        return "by_mcp_tool(...)"
+
+    def read(self, document: Document) -> Said:
+        if not document.is_read:
+            return self._unread(document)
+        message = document.value
+        if isinstance(message, list):
+            return self._read_batch(document)
+        if document.has_twice(_METHOD):
+            return self._unclear()
+        if not _is_call(message):
+            return Said(None)
+        return self._unclear() if document.has_twice(_TOOL) else Said(self._bucket(_tool(message)))
+
+    def _read_batch(self, document: Document) -> Said:
+        messages = document.members()
+        if messages is None:  # too many to tell
+            return Said(self._unclear().bucket, len(document.value))
+        calls = [message for message in messages if _is_call(message) or has_twice(message, "method")]
+        if self._other is None:
+            calls = [call for call in calls if _is_unclear(call) or self._bucket(_tool(call)) is not None]
+        return Said(self._unclear().bucket, len(calls)) if calls else Said(None)
+
+
+_METHOD = (Member("method"),)
+_TOOL = (Member("params"), Member("name"))
+
+
+def _is_unclear(call: Any) -> bool:
+    return has_twice(call, "method") or has_twice(call, "params") or has_twice(call.get("params"), "name")
+
+
+def _is_call(message: object) -> bool:
+    return isinstance(message, dict) and message.get("method") == "tools/call"
+
+
+def _tool(call: Any) -> object:
+    params = call.get("params")
+    return params.get("name") if isinstance(params, dict) else None
+
+
+def _is_member(name: str) -> bool:
+    return bool(name) and name.isprintable() and '"' not in name and "\\" not in name
+
+
+def _buckets(values: object, what: str) -> tuple[tuple[TextPattern, str], ...]:
+    """*values* as patterns in their order, each with its bucket.
+
+    Raises:
+        ConfigurationError: If they are none.
+    """
+    example = "Try ['gpt-5-mini*', 'gpt-5*'], or {'gpt-5-mini*': 'small', 'gpt-5*': 'large'}."
+    pairs: Sequence[tuple[object, object]]
+    if isinstance(values, str):
+        pairs = [(values, values)]
+    elif isinstance(values, Mapping):
+        pairs = list(values.items())
+    elif isinstance(values, Iterable):
+        listed = list(values)
+        if isinstance(values, AbstractSet) and any("*" in each for each in listed if isinstance(each, str)):
+            raise ConfigurationError(f"{what}: values={shown(values)} has patterns in no order. {example}")
+        pairs = [(each, each) for each in listed]
+    else:
+        raise ConfigurationError(f"{what}: values={shown(values)} is neither names nor a mapping of them. {example}")
+    if not pairs:
+        raise ConfigurationError(f"{what}: values={values!r} names nothing. {example}")
+    for pair in pairs:
+        for each in pair:
+            if not isinstance(each, str) or not each:
+                meant = f"Write {str(each).lower()!r}" if isinstance(each, bool | int) else "Write its name"
+                raise ConfigurationError(f"{what}: values holds {shown(each)}, which is no text. {meant}.")
+    return tuple((TextPattern(str(pattern)), str(bucket)) for pattern, bucket in pairs)
+
+
+def keep_said(scope: Scope, document: Document, readers: Iterable[ByBody]) -> None:
+    """Ask *document* what *readers* count by, for `ByBody.said`."""
+    scope.setdefault(_SAID, {}).update((reader, reader.read(document)) for reader in readers)

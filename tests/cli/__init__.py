@@ -1,0 +1,1 @@
+"""``redis-asgi``, as it is typed."""

@@ -1,0 +1,1 @@
+"""The client, its breaker, its names and nodes, a file per module."""

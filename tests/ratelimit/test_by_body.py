@@ -1,0 +1,626 @@
+"""Counting by what a request's body says: a member of its JSON, the tool that it calls."""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+import pytest
+from fastapi import Depends, FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from redis_asgi import (
+    ConfigurationError,
+    EmbeddingCacheMiddleware,
+    RateLimit,
+    RateLimitMiddleware,
+    RedisManager,
+    Rule,
+    Settings,
+    by_header,
+    by_json,
+    by_mcp_tool,
+    client_ip,
+    rate_limit,
+    tokens,
+)
+from redis_asgi.asgi import bodies
+from redis_asgi.asgi.bodies import Document
+from redis_asgi.asgi.body_budget import process_budget
+from redis_asgi.embeddings.requests import question
+from redis_asgi.ratelimit.limits.policy import make_partition
+from redis_asgi.ratelimit.rules.joined import joined
+
+from .harness import Spy, client_of, drive, header, http_scope, websocket_scope
+
+pytestmark = pytest.mark.anyio
+_counter = itertools.count()
+PLANS = {"gpt-5-mini*": "small", "gpt-5*": "large"}
+
+
+@pytest.fixture(params=["memory", "redis"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Counters of this test's own, in either store."""
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
+    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"b{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
+
+
+def bucket(reader: Any, content: bytes) -> Any:
+    """What *reader* makes of a body."""
+    return reader.read(Document(content)).bucket
+
+
+def body(**members: Any) -> bytes:
+    """A JSON body."""
+    return json.dumps(members).encode()
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "expected"),
+    [
+        pytest.param(["a", "b"], "b", "b", id="name"),
+        pytest.param("a", "a", "a", id="the only name"),
+        pytest.param({"a", "b"}, "a", "a", id="names in a set"),
+        pytest.param(["a*"], "abc", "a*", id="pattern is its bucket"),
+        pytest.param(["gpt-5-mini*", "gpt-5*"], "gpt-5-mini-2026", "gpt-5-mini*", id="first that matches"),
+        pytest.param(PLANS, "gpt-5-mini", "small", id="bucket of a pattern"),
+        pytest.param(PLANS, "gpt-5.1", "large", id="second bucket"),
+        pytest.param(PLANS, "GPT-5", "other", id="case counts"),
+        pytest.param(PLANS, "invented", "other", id="outside"),
+        pytest.param(PLANS, "", "other", id="empty"),
+        pytest.param(["*"], "x" * 10_000, "other", id="far too long"),
+        pytest.param(["true"], True, "true", id="boolean"),
+        pytest.param(["7"], 7, "7", id="whole number"),
+        pytest.param(["7"], 7.0, "other", id="fraction"),
+        pytest.param(["null", "None"], None, "other", id="null"),
+        pytest.param(["*"], ["a"], "other", id="list"),
+        pytest.param(["*"], {"a": 1}, "other", id="object"),
+        pytest.param(["gpt-5"], "gpt-5\n", "other", id="newline"),
+    ],
+)
+def test_value_falls_into_a_bucket(values: Any, model: Any, expected: str) -> None:
+    """Buckets are what the rule names, and one more."""
+    assert expected == bucket(by_json("model", values), body(model=model))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(b'{"meta": {"tenant": "a"}}', "a", id="below"),
+        pytest.param(b'{"meta": {"tenant": "a"}, "x": {"tenant": "b"}, "tenant": "b"}', "a", id="elsewhere too"),
+        pytest.param(b'{"meta": [{"tenant": "a"}]}', "other", id="through a list"),
+        pytest.param(b'{"meta": "tenant"}', "other", id="of a text"),
+        pytest.param(b'{"meta.tenant": "a"}', "other", id="a dot in a name"),
+        pytest.param(b'{"meta": {"tenant": "b"}, "meta": {"tenant": "a"}}', "other", id="twice above"),
+        pytest.param(b'{"meta": {"tenant": "a", "tenant": "a"}}', "other", id="twice below"),
+        pytest.param(b'{"meta": {"tenant": "a"}, "x": {"meta": 1, "meta": 2}}', "a", id="twice elsewhere"),
+    ],
+)
+def test_dots_descend_into_objects(content: bytes, expected: str) -> None:
+    """Each part of the name is a member of the object that the ones before it lead to."""
+    assert expected == bucket(by_json("meta.tenant", ["a"]), content)
+
+
+UNREADABLE = [
+    pytest.param(b'{"model": "a", "model": "a"}', True, id="twice"),
+    pytest.param(b'{"model": "a", "m\\u006fdel": "b"}', True, id="twice, once in escapes"),
+    pytest.param('{"model": "a"}'.encode("utf-16"), True, id="UTF-16"),
+    pytest.param('{"model": "a"}'.encode("utf-16-be"), True, id="UTF-16 without a mark"),
+    pytest.param(b'\xef\xbb\xbf{"model": "a"}', True, id="byte order mark"),
+    pytest.param(b'{"model": "a", "n": NaN}', True, id="NaN"),
+    pytest.param(b'{"model": "a", "n": 1e400}', True, id="1e400"),
+    pytest.param(b'{"model": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}", True, id="deep"),
+    pytest.param(b'{"model": "a", "n": "\xff"}', True, id="Latin-1"),
+    pytest.param(b'{"model": "a"', True, id="cut"),
+    pytest.param(b"model=a", False, id="form"),
+    pytest.param(b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\na\r\n--x--\r\n', False, id="multipart"),
+]
+
+
+@pytest.mark.parametrize(("content", "may_be_one"), UNREADABLE)
+def test_unreadable_body_is_other_and_never_outside_of_the_rule(content: bytes, may_be_one: bool) -> None:
+    """With ``other=None`` it is out of the rule only if no parser of JSON could take it for one of the values."""
+    assert bucket(by_json("model", ["a"]), content) == "other"
+    assert ("other" if may_be_one else None) == bucket(by_json("model", ["a"], other=None), content)
+
+
+def test_body_that_says_that_it_is_compressed_is_other() -> None:
+    """Who stands behind may see through it."""
+    document = Document(b"\x1f\x8b", is_encoded=True)
+
+    assert by_json("model", ["a"], other=None).read(document).bucket == "other"
+
+
+def call(tool: Any = "search", **more: Any) -> Any:
+    """A call of an MCP tool."""
+    return {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": tool, "arguments": {"name": "x"}},
+    } | more
+
+
+TOOLS = {"search": "search", "fetch_*": "fetch"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected", "of_none"),
+    [
+        pytest.param(call(), ("search", 1), ("search", 1), id="tool"),
+        pytest.param(call("fetch_page"), ("fetch", 1), ("fetch", 1), id="pattern"),
+        pytest.param(call("invented"), ("other", 1), (None, 1), id="other tool"),
+        pytest.param(call(None), ("other", 1), (None, 1), id="no tool"),
+        pytest.param(call(params=[1]), ("other", 1), (None, 1), id="parameters in a list"),
+        pytest.param({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, (None, 1), (None, 1), id="list of tools"),
+        pytest.param({"jsonrpc": "2.0", "id": 1, "method": "initialize"}, (None, 1), (None, 1), id="initialize"),
+        pytest.param({"jsonrpc": "2.0", "method": "notifications/x"}, (None, 1), (None, 1), id="notification"),
+        pytest.param({"jsonrpc": "2.0", "id": 1, "result": {}}, (None, 1), (None, 1), id="response"),
+        pytest.param("tools/call", (None, 1), (None, 1), id="text"),
+        pytest.param([call(), call("fetch_a"), {"method": "ping"}], ("other", 2), ("other", 2), id="batch"),
+        pytest.param([call("x"), call("search")], ("other", 2), ("other", 1), id="batch of other tools too"),
+        pytest.param([call("x"), 7, None], ("other", 1), (None, 1), id="batch of other tools"),
+        pytest.param([{"method": "ping"}], (None, 1), (None, 1), id="batch without a call"),
+        pytest.param([], (None, 1), (None, 1), id="empty batch"),
+    ],
+)
+def test_mcp_tool(message: Any, expected: Any, of_none: Any) -> None:
+    """Only calls are covered; a batch is one bucket and as many uses as it has calls."""
+    document = Document(json.dumps(message).encode())
+    said = by_mcp_tool(TOOLS).read(document)
+    strict = by_mcp_tool(TOOLS, other=None).read(document)
+
+    assert expected == (said.bucket, said.times)
+    assert of_none == (strict.bucket, strict.times)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"method": "tools/list", "method": "tools/call", "params": {"name": "search"}}',
+        '{"method": "tools/call", "params": {"name": "x"}, "params": {"name": "search"}}',
+        '{"method": "tools/call", "params": {"name": "x", "name": "search"}}',
+        '[{"method": "tools/list", "method": "tools/call", "params": {"name": "search"}}]',
+        '[{"method": "tools/call", "params": {"name": "x", "n\\u0061me": "search"}}]',
+    ],
+)
+def test_mcp_message_that_says_two_things_is_other(text: str) -> None:
+    """Whichever of them the server takes, it is counted."""
+    assert by_mcp_tool(TOOLS, other=None).read(Document(text.encode())).bucket == "other"
+
+
+@given(st.lists(st.lists(st.text(max_size=6), max_size=3), max_size=3).map(lambda lists: lists + lists[:1]))
+def test_joined_identities_are_told_apart(lists: list[list[str]]) -> None:
+    """Two lists of names are one identity only if they are one list."""
+    for one, other in itertools.product(lists, repeat=2):
+        assert (one == other) == (joined(one) == joined(other))
+
+
+def test_address_in_place_of_an_identity_is_nobodys_identity() -> None:
+    """A header that says what an address is called is another partition."""
+    address = make_partition("ip", "203.0.113.7", plain=True)
+
+    assert joined([address, "a"]) != joined(["203.0.113.7", "a"])
+
+
+async def remaining(app: ASGIApp, content: bytes, **fields: str) -> Any:
+    """What the ``RateLimit`` field of a POST's answer says, or the status of a refusal."""
+    async with client_of(app) as client:
+        response = await client.post("/", content=content, headers=fields)
+    return response.headers.get("ratelimit") if response.status_code == 200 else response.status_code
+
+
+async def test_each_bucket_has_its_own_counter_for_each_key(settings: Settings) -> None:
+    """Key and model together; invented models share one counter."""
+    rule = Rule("2/minute", name="m", partition_by=[by_header("x-api-key"), by_json("model", PLANS)])
+    spy = Spy()
+    app = RateLimitMiddleware(spy, rules=[rule], settings=settings)
+    seen = [
+        await remaining(app, body(model=model), **{"x-api-key": key})
+        for key, model in [
+            ("a", "gpt-5"), ("a", "gpt-5.1"), ("a", "gpt-5"), ("a", "gpt-5-mini"), ("b", "gpt-5"),
+            ("a", "x1"), ("a", "x2"), ("a", "x3"),
+        ]
+    ]  # fmt: skip
+
+    assert ['"m";r=1;t=60', '"m";r=0;t=60', 429, '"m";r=1;t=60', '"m";r=1;t=60'] == seen[:5]
+    assert ['"m";r=1;t=60', '"m";r=0;t=60', 429] == seen[5:]
+    assert body(model="gpt-5") == spy.bodies[0]
+
+
+async def test_rule_covers_requests_with_a_body_only(settings: Settings) -> None:
+    """POST, PUT and PATCH that have one; others are as if the rule were not there."""
+    rules = [Rule("9/minute", name="all"), Rule("5/minute", name="m", partition_by=by_json("model", ["a"]))]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    async with client_of(app) as client:
+        covered = [
+            '"m"' in (await client.request(method, "/", content=content)).headers["ratelimit"]
+            for method, content in [
+                ("POST", b"{}"), ("PUT", b"{}"), ("PATCH", b"x"), ("POST", b""), ("GET", b"{}"), ("DELETE", b"{}"),
+            ]
+        ]  # fmt: skip
+
+    assert [True, True, True, False, False, False] == covered
+
+
+async def test_methods_say_else(settings: Settings) -> None:
+    """A rule that names GET covers a GET with a body, and none without."""
+    rule = Rule("5/minute", methods="GET", partition_by=by_json("model", ["a"]))
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    async with client_of(app) as client:
+        responses = [await client.request("GET", "/", content=content) for content in (b"{}", b"")]
+        post = await client.post("/", content=b"{}")
+
+    assert [True, False] == ["ratelimit" in response.headers for response in responses]
+    assert "ratelimit" not in post.headers
+
+
+async def test_handshake_is_not_covered(settings: Settings) -> None:
+    """It has no body, and a rule that names it cannot be."""
+    app = RateLimitMiddleware(_accepting, rules=[Rule("1/minute", partition_by=by_json("m", "a"))], settings=settings)
+
+    assert [None, None] == [header((await drive(app, websocket_scope()))[0], b"ratelimit") for _ in range(2)]
+    with pytest.raises(ConfigurationError, match="handshake has no body"):
+        RateLimitMiddleware(
+            Spy(), rules=[Rule("1/minute", methods="WEBSOCKET", partition_by=by_json("m", "a"))], settings=settings
+        )
+
+
+async def _accepting(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "websocket.accept", "headers": []})
+
+
+async def test_other_of_none_leaves_the_rule_out(settings: Settings) -> None:
+    """Other models are not limited by it, and not counted."""
+    rule = Rule("1/minute", partition_by=[client_ip, by_json("model", ["big"], other=None)])
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+
+    assert [None, None] == [await remaining(app, body(model="small")) for _ in range(2)]
+    assert ['"default";r=0;t=60', 429] == [await remaining(app, body(model="big")) for _ in range(2)]
+
+
+async def test_none_of_one_part_takes_the_request_out_of_the_rule(settings: Settings) -> None:
+    """Whichever part says so; parts behind a body that is not covered are not asked."""
+    asked: list[str] = []
+
+    async def tenant(conn: HTTPConnection) -> str | None:
+        asked.append(conn.headers["x-tenant"])
+        return conn.headers["x-tenant"] or None
+
+    rule = Rule("1/minute", partition_by=(tenant, by_json("model", ["a"], other=None)))
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+
+    assert await remaining(app, body(model="a"), **{"x-tenant": ""}) is None
+    assert await remaining(app, body(model="b"), **{"x-tenant": "t"}) is None
+    assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"x-tenant": "t"})
+    assert ["", "t"] == asked
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        pytest.param("ip", ['"default";r=0;t=60', '"default";r=0;t=60', 429], id="address"),
+        pytest.param("skip", [None, '"default";r=0;t=60', None], id="skip"),
+        pytest.param("shared", ['"default";r=0;t=60', '"default";r=0;t=60', 429], id="shared"),
+        pytest.param("refuse", [400, '"default";r=0;t=60', 400], id="refuse"),
+    ],
+)
+@pytest.mark.parametrize("parts", [[client_ip], [by_json("model", ["a"])]], ids=["known", "with the body"])
+async def test_missing_identity_of_a_part(settings: Settings, missing: Any, expected: Any, parts: Any) -> None:
+    """``RATE_LIMIT_MISSING_IDENTITY`` holds for each part; the address in its place is no identity of that name."""
+    strict = settings.model_copy(update={"RATE_LIMIT_MISSING_IDENTITY": missing})
+    rule = Rule("1/minute", partition_by=[by_header("x-key"), *parts])
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=strict)
+    seen = [await remaining(app, body(model="a"), **fields) for fields in ({}, {"x-key": "203.0.113.7"}, {"x-key": ""})]
+
+    assert expected == seen
+
+
+async def test_sequence_without_a_body_is_one_partition(settings: Settings) -> None:
+    """By address and key; of GETs too, and a list of one is that one."""
+    rules = [
+        Rule("1/minute", name="both", partition_by=[client_ip, by_header("x-key")]),
+        Rule("2/minute", name="one", partition_by=[by_header("x-key")]),
+    ]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    for address, key, expected in [
+        ("1.1.1.1", "a", 200),
+        ("1.1.1.2", "a", 200),
+        ("1.1.1.1", "a", 429),
+        ("1.1.1.1", "b", 200),
+    ]:
+        async with client_of(app, address=address) as client:
+            assert expected == (await client.get("/", headers={"x-key": key})).status_code
+
+
+def test_what_is_in_force_is_told(settings: Settings) -> None:
+    """The kind of a partition, the methods it covers, and that a cost is in tokens."""
+    rules = [
+        Rule("5/minute", name="m", partition_by=[by_header("x-key"), by_json("model", ["a"])], cost=tokens()),
+        Rule("5/minute", name="t", partition_by=by_mcp_tool(["a"]), cost=2, methods="POST"),
+    ]
+    limits = RateLimitMiddleware(Spy(), rules=rules, settings=settings).in_force().limits()
+
+    assert [("header:x-key,json:model", ("POST", "PUT", "PATCH"), "tokens"), ("mcp_tool", ("POST",), 2)] == [
+        (limit.by, limit.methods, limit.cost) for limit in limits
+    ]
+
+
+async def test_plain_encoding_is_none(settings: Settings) -> None:
+    """``Content-Encoding: identity`` hides nothing."""
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", partition_by=by_json("model", ["a"]))], settings=settings)
+
+    assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"content-encoding": "identity"})
+    assert 429 == await remaining(app, body(model="a"))
+    assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"content-encoding": "zstd"})
+
+
+class Body:
+    """A ``receive`` that knows whether it was asked, and hands a body out in pieces."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.asked = 0
+
+    async def __call__(self) -> Message:
+        self.asked += 1
+        part, self._content = self._content[:7], self._content[7:]
+        return {"type": "http.request", "body": part, "more_body": bool(self._content)}
+
+
+async def post(app: ASGIApp, content: bytes, **changes: Any) -> tuple[list[Message], Body]:
+    """A POST that is driven by hand."""
+    receive, sent = Body(content), list[Message]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(http_scope(method="POST", **changes), receive, send)
+    return sent, receive
+
+
+async def test_known_refusal_reads_no_body(redis_url: str) -> None:
+    """Of a client whose other limit is used up nothing is read."""
+    settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5)
+    rules = [
+        Rule("1/minute", name="all"),
+        Rule("5/minute", name="m", partition_by=[client_ip, by_json("model", ["a"])]),
+    ]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    first, _ = await post(app, body(model="a"))
+    again = [await post(app, body(model="a")) for _ in range(3)]
+
+    assert 200 == first[0]["status"]
+    assert [429, 429, 429] == [sent[0]["status"] for sent, _ in again]
+    assert 0 == again[-1][1].asked
+
+
+async def test_nothing_is_read_where_no_such_rule_covers(settings: Settings) -> None:
+    """Another path's request is the app's alone."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    rules = [Rule("5/minute", name="m", paths="/v1/*", partition_by=by_json("m", "a")), Rule("9/minute", name="all")]
+    limited = RateLimitMiddleware(app, rules=rules, settings=settings)
+
+    assert 0 == (await post(limited, b"{}"))[1].asked
+    assert 2 == (await post(limited, b'{"m": "a"}', path="/v1/x"))[1].asked
+
+
+async def test_body_over_the_cap_is_other_and_whole_for_the_app(settings: Settings) -> None:
+    """Reading stops there; ``other=None`` does not let it pass uncounted."""
+    small = settings.model_copy(update={"RATE_LIMIT_BODY_CAP": 20})
+    content = body(model="a", text="x" * 100)
+    for other in ("other", None):
+        spy = Spy()
+        rule = Rule("1/minute", name=f"m{other}", partition_by=by_json("model", ["a"], other=other))
+        app = RateLimitMiddleware(spy, rules=[rule], settings=small)
+
+        assert f'"m{other}";r=0;t=60' == await remaining(app, content)
+        assert 429 == await remaining(app, content)
+        assert [content] == spy.bodies
+
+
+async def test_client_that_leaves_in_mid_body_is_seen_by_the_app(settings: Settings) -> None:
+    """It is counted, and no error."""
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([(await receive())["type"], (await receive())["type"]])
+
+    limited = RateLimitMiddleware(app, rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=settings)
+    await drive(limited, http_scope(method="POST"), {"type": "http.request", "body": b'{"m', "more_body": True})
+
+    assert ["http.request", "http.disconnect"] == seen
+
+
+async def test_body_is_read_once_and_parsed_once_for_all(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rules, two callables and the app look at one reading."""
+    parsed: list[bytes] = []
+
+    class Orjson:
+        JSONDecodeError = orjson.JSONDecodeError
+
+        @staticmethod
+        def loads(content: bytes) -> Any:
+            parsed.append(content)
+            return orjson.loads(content)
+
+    monkeypatch.setattr(bodies, "orjson", Orjson)
+    monkeypatch.setattr("redis_asgi.asgi.bodies.json.loads", lambda *_: parsed.append(b"again"))
+
+    async def price(request: Request) -> int:
+        return int((await request.json())["n"])
+
+    rules = [
+        Rule("50/minute", name="one", partition_by=by_json("model", ["a"]), cost=price),
+        Rule("50/minute", name="two", partition_by=[client_ip, by_json("n", ["3"])]),
+        Rule("50/minute", name="three", cost=price),
+    ]
+    spy = Spy()
+    app = RateLimitMiddleware(spy, rules=rules, settings=settings)
+    sent, _ = await post(app, body(model="a", n=3))
+
+    assert b'"three";r=47;t=60, "one";r=47;t=60, "two";r=49;t=60' == header(sent[0], b"ratelimit")
+    assert [body(model="a", n=3)] == spy.bodies == parsed
+
+
+async def test_a_batch_costs_its_calls(settings: Settings) -> None:
+    """Each call the cost of the rule; the header is not believed."""
+    rule = Rule("10/minute", name="t", partition_by=[client_ip, by_mcp_tool(TOOLS)], cost=2)
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    name = {"mcp-name": "search", "mcp-method": "tools/call"}
+
+    assert '"t";r=8;t=60' == await remaining(app, json.dumps(call("x")).encode(), **name)
+    assert '"t";r=2;t=60' == await remaining(app, json.dumps([call()] * 3).encode(), **name)
+    assert 429 == await remaining(app, json.dumps([call()] * 2).encode(), **name)
+    assert '"t";r=0;t=60' == await remaining(app, json.dumps([call()]).encode(), **name)
+    assert await remaining(app, b'{"method": "tools/list"}', **name) is None
+    assert 429 == await remaining(app, json.dumps([call()] * 6).encode(), **name)
+
+
+async def test_stacked_instances_count_once(settings: Settings) -> None:
+    """The inner one reads the same body, and skips what the outer one has charged."""
+    rule = Rule("5/minute", name="m", partition_by=[client_ip, by_json("model", ["a"])])
+    spy = Spy()
+    manager = RedisManager(settings)
+    inner = RateLimitMiddleware(spy, rules=[rule], redis=manager, settings=settings)
+    outer = RateLimitMiddleware(inner, rules=[rule], redis=manager, settings=settings)
+
+    assert '"m";r=4;t=60' == await remaining(outer, body(model="a"))
+    assert [body(model="a")] == spy.bodies
+
+
+async def test_limit_of_a_route_counts_by_the_body(settings: Settings) -> None:
+    """Whether FastAPI has read it already or the endpoint does so later, or nobody."""
+    app = FastAPI()
+    limit = RateLimit("1/minute", partition_by=[client_ip, by_json("model", PLANS)], settings=settings, name="r")
+
+    @app.post("/parsed", dependencies=[Depends(limit)])
+    async def parsed(content: dict[str, Any]) -> Any:
+        return content
+
+    @app.post("/raw", dependencies=[Depends(limit)])
+    async def raw(request: Request) -> Any:
+        return await request.json()
+
+    @app.get("/raw", dependencies=[Depends(limit)])
+    async def got() -> str:
+        return "free"
+
+    async with client_of(app) as client:
+        for path, model, expected in [
+            ("/parsed", "gpt-5", 200), ("/raw", "gpt-5", 429), ("/raw", "gpt-5-mini", 200),
+            ("/parsed", "gpt-5-mini", 429), ("/raw", "x", 200), ("/raw", "y", 429),
+        ]:  # fmt: skip
+            response = await client.post(path, json={"model": model})
+            assert expected == response.status_code
+            assert expected == 429 or {"model": model} == response.json()
+        assert [200, 200] == [(await client.get("/raw")).status_code for _ in range(2)]
+
+
+async def test_decorated_endpoint_counts_by_the_body(settings: Settings) -> None:
+    """The endpoint reads the same bytes."""
+
+    @rate_limit("1/minute", partition_by=by_json("model", ["a"]), settings=settings, name="d")
+    async def endpoint(request: Request) -> JSONResponse:
+        return JSONResponse(await request.json())
+
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
+    async with client_of(app) as client:
+        one, other, again = [await client.post("/", json={"model": model}) for model in ("a", "b", "a")]
+
+    assert [200, 200, 429] == [one.status_code, other.status_code, again.status_code]
+    assert {"model": "a"} == one.json()
+
+
+async def test_cancelled_request_leaves_no_room_taken(settings: Settings) -> None:
+    """A client that is cut off while its body is read, or while Redis is asked, holds nothing."""
+    never = asyncio.Event()
+
+    async def receive() -> Message:
+        if not first:
+            await never.wait()
+        return first.pop()
+
+    first: list[Message] = [{"type": "http.request", "body": b"x" * 1000, "more_body": True}]
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    before = process_budget()._left
+    app = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=settings)
+    task = asyncio.ensure_future(app(http_scope(method="POST"), receive, send))
+    while first:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    del task
+
+    assert before == process_budget()._left
+
+
+HOSTILE: Sequence[bytes] = [
+    b"[" * 200_000, b'{"model":' * 100_000, b'{"model": ' + b"9" * 100_000 + b"}", b'{"model": -1e400}', b"null", b"[]",
+    b'{"model": ["a"]}', b'{"model": {"model": "a"}}', b"\xff" * 100, b'{"model": "\\ud800"}', b'"model"', b"\0" * 100,
+    b'{"": 1}', b'{"model": "' + b"a" * 200_000 + b'"}', b'{"model": "a"}' * 2, b" " * 1000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
+async def test_hostile_bodies_are_other_and_reach_the_app(settings: Settings, content: bytes) -> None:
+    """Never an error of ours, and never a counter of their own."""
+    spy = Spy()
+    rules = [
+        Rule("2/minute", name="m", partition_by=by_json("model", ["x"])),
+        Rule("2/minute", name="d", partition_by=by_json("model.model", ["x"])),
+        Rule("9/minute", name="t", partition_by=by_mcp_tool(["x"])),
+    ]
+    app = RateLimitMiddleware(spy, rules=rules, settings=settings)
+
+    assert '"m";r=1;t=60, "d";r=1;t=60' in await remaining(app, content)
+    assert [content] == spy.bodies
+    await remaining(app, b"{}")
+    assert 429 == await remaining(app, content)
+
+
+async def test_cache_behind_uses_the_parse(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body of an embedding request is parsed by the limiter alone, and its answer is what it was."""
+
+    async def unparsed(*_: Any) -> Any:
+        raise AssertionError("parsed again")
+
+    async def embed(request: Request) -> JSONResponse:
+        texts = (await request.json())["input"]
+        data = [
+            {"object": "embedding", "index": i, "embedding": [0.5, float(len(text))]} for i, text in enumerate(texts)
+        ]
+        return JSONResponse(
+            {"object": "list", "model": "m", "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+        )
+
+    app = Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"])])
+    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    limited = RateLimitMiddleware(
+        cached, rules=[Rule("9/minute", partition_by=by_json("model", ["m"]))], settings=settings
+    )
+    async with client_of(limited) as client:
+        ask = {"model": "m", "input": ["a", "bbb"]}
+        plain = (await client.post("/v1/embeddings", json=ask)).json()
+        monkeypatch.setattr(question, "parse_request", unparsed)
+        again = await client.post("/v1/embeddings", json={**ask, "user": "u"})
+        partly = await client.post("/v1/embeddings", json={"model": "m", "input": ["a", "cc"]})
+
+    assert plain["data"] == again.json()["data"]
+    assert [[0.5, 1.0], [0.5, 2.0]] == [item["embedding"] for item in partly.json()["data"]]
+    assert "hit" in again.headers["cache-status"]

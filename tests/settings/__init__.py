@@ -1,0 +1,1 @@
+"""The environment, and what may stand in it."""
