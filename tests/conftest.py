@@ -146,12 +146,21 @@ def any_server(request: pytest.FixtureRequest) -> Iterator[StartServer]:
         server.stop()
 
 
-@pytest.fixture
-def slots_server(private_server: StartServer) -> Server:
-    """What looks like one server and refuses keys of several slots in one command."""
-    server = private_server("--cluster-enabled", "yes")
+@pytest.fixture(scope="session")
+def _slots_server(server_binary: str) -> Iterator[Server]:
+    # A node serves nothing in its first two seconds.
+    server = Server.start(server_binary, "--cluster-enabled", "yes")
     server.own_all_slots()
-    return server
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def slots_server(_slots_server: Server) -> Server:
+    """What looks like one server and refuses keys of several slots in one command; shared, look, do not break."""
+    _slots_server.flush()
+    _slots_server.disconnect_all()
+    return _slots_server
 
 
 @pytest.fixture

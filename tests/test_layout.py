@@ -2,7 +2,9 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -25,11 +27,21 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def _imports(name: str) -> Iterator[tuple[str, str]]:
+@cache
+def _nodes(name: str) -> tuple[ast.AST, ...]:
+    """Everything that is written in the module *name*."""
+    return tuple(ast.walk(ast.parse(MODULES[name].read_text("utf-8"))))
+
+
+@cache
+def _imports(name: str) -> frozenset[tuple[str, str]]:
     """(module, imported name) for everything *name* imports anywhere, relative imports resolved."""
-    path = MODULES[name]
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    return frozenset(_resolved(name))
+
+
+def _resolved(name: str) -> Iterator[tuple[str, str]]:
+    package = name.split(".") if MODULES[name].name == "__init__.py" else name.split(".")[:-1]
+    for node in _nodes(name):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, ""
@@ -45,6 +57,11 @@ def _targets(name: str) -> set[str]:
     return {module for module, _ in _imports(name)}
 
 
+def _taken(name: str, package: str) -> set[str]:
+    """What *name* imports of *package*."""
+    return {target for target in _targets(name) if _within(target, package)}
+
+
 def _within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
@@ -56,23 +73,24 @@ def test_the_walk_sees_imports() -> None:
     assert len(MODULES) > 15
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_limits_and_embeddings_do_not_know_each_other(name: str) -> None:
+def test_limits_and_embeddings_do_not_know_each_other() -> None:
     """Neither of the two halves imports the other."""
     limits, embeddings = "redis_asgi.ratelimit", "redis_asgi.embeddings"
     for one, other in ((limits, embeddings), (embeddings, limits)):
-        if _within(name, one):
-            assert not [target for target in _targets(name) if _within(target, other)]
+        assert {} == {name: found for name in MODULES if _within(name, one) and (found := _taken(name, other))}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_only_init_files_import_a_middleware(name: str) -> None:
+def test_only_init_files_import_a_middleware() -> None:
     """A middleware is an end, nothing builds on it but the package's front."""
-    if MODULES[name].name == "__init__.py":
-        return
-    taken = {(m, what) for m, what in _imports(name) if m.startswith("redis_asgi.") and m.endswith(".middleware")}
+    within = {name for name, path in MODULES.items() if path.name != "__init__.py"}
+    taken = {
+        (name, module)
+        for name in within
+        for module, _ in _imports(name)
+        if module.startswith("redis_asgi.") and module.endswith(".middleware")
+    }
 
-    assert taken == set()
+    assert set() == taken
 
 
 # Which folder of the package imports from which: what stands on what, the lowest first. A module at the top is a room
@@ -93,7 +111,7 @@ FOLDERS = {
     "connection": "_version errors event_loop events misuse settings telemetry",
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
-    "ratelimit/transport": "connection errors ratelimit/limits telemetry",
+    "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/budgets": "errors events misuse ratelimit/limits settings telemetry",
     "ratelimit/counting": (
         "connection errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings telemetry tracing"
@@ -126,7 +144,7 @@ FOLDERS = {
     "sub_apps": (
         "_version asgi connection errors events misuse ratelimit/counting ratelimit/limits settings telemetry"
     ),
-    "sub_apps/status": "asgi connection explanations settings sub_apps telemetry",
+    "sub_apps/status": "asgi connection explanations ratelimit/counting settings sub_apps telemetry",
     "inspection": (
         "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
         " ratelimit/limits ratelimit/rules ratelimit/transport settings"
@@ -166,29 +184,28 @@ def test_nothing_within_imports_the_front() -> None:
     assert not [name for name in MODULES if "redis_asgi" in _targets(name)]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_numpy_stays_with_embeddings(name: str) -> None:
+def test_numpy_stays_with_embeddings() -> None:
     """Only ``embeddings/`` pays for numpy."""
-    if not _within(name, "redis_asgi.embeddings"):
-        assert not [target for target in _targets(name) if _within(target, "numpy")]
+    others = (name for name in MODULES if not _within(name, "redis_asgi.embeddings"))
+    assert {} == {name: found for name in others if (found := _taken(name, "numpy"))}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not _within(name, "redis_asgi.testing")])
-def test_nothing_that_serves_knows_of_the_testing_kit(name: str) -> None:
+def test_nothing_that_serves_knows_of_the_testing_kit() -> None:
     """Only who tests imports it, and nothing else sets the clock of the limits: no client ever can."""
-    stores = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Attribute)]
+    serving = [name for name in MODULES if not _within(name, "redis_asgi.testing")]
 
-    assert not [target for target in _targets(name) if _within(target, "redis_asgi.testing")]
-    assert not [node.lineno for node in stores if isinstance(node.ctx, ast.Store) and _is_clock(node.value)]
+    assert {} == {name: found for name in serving if (found := _taken(name, "redis_asgi.testing"))}
+    assert [] == [f"{name}:{node.lineno}" for name in serving for node in _nodes(name) if _sets_the_clock(node)]
 
 
-def _is_clock(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "CLOCK"
+def _sets_the_clock(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == "CLOCK"
 
 
 def _reads_environment(name: str) -> bool:
-    tree = ast.parse(MODULES[name].read_text())
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    attributes = {node.attr for node in _nodes(name) if isinstance(node, ast.Attribute)}
     return bool(attributes & {"environ", "getenv", "environb"})
 
 

@@ -327,17 +327,18 @@ def test_settings_that_cannot_work(invoke: Invoke) -> None:
 # peek and reset
 
 
-def test_peek_and_reset(redis_server: ExternalServer) -> None:
+def test_peek_and_reset(redis_server: ExternalServer, invoke: Invoke) -> None:
     """What a client has left, and its full quota back, through real processes."""
     counted(redis_server, "tenant-1", "5/minute", cost=5)
     env = {"REDIS_URL": redis_server.url, "RATE_LIMITS": "5/minute"}
     peeked = run("peek", "tenant-1", "--by", "custom", env=env)
-    again = run("peek", "tenant-1", "--by", "custom", env=env)
+    again = invoke("peek", "tenant-1", "--by", "custom", **env)
     was_reset = run("reset", "tenant-1", "--by", "custom", env=env)
-    nothing = run("reset", "tenant-1", "--by", "custom", env=env)
-    after = run("peek", "tenant-1", "--by", "custom", env=env)
+    nothing = invoke("reset", "tenant-1", "--by", "custom", **env)
+    after = invoke("peek", "tenant-1", "--by", "custom", **env)
 
-    assert [0] * 5 == [done.returncode for done in (peeked, again, was_reset, nothing, after)]
+    assert [0] * 2 == [done.returncode for done in (peeked, was_reset)]
+    assert [0] * 3 == [done.exit_code for done in (again, nothing, after)]
     label, head, row = peeked.stdout.splitlines()
     assert re.fullmatch(r"custom:[0-9a-f]{8}", label)
     assert head.split() == ["policy", "strategy", "used", "quota", "window", "left", "next", "full", "again"]
@@ -437,20 +438,21 @@ def test_a_credential_is_never_printed(command: str, redis_server: ExternalServe
 # flush
 
 
-def test_flush(redis_server: ExternalServer) -> None:
+def test_flush(redis_server: ExternalServer, invoke: Invoke) -> None:
     """One key is written, under the namespace of the settings or of the option."""
     env = {"REDIS_URL": redis_server.url}
     first = run("flush", "bge-m3", "--force", env=env)
-    second = run("flush", "bge-m3", "--namespace", "n", "--force", env=env)
+    second = invoke("flush", "bge-m3", "--namespace", "n", "--force", **env)
 
-    assert [(0, ""), (0, "")] == [(done.returncode, done.stderr) for done in (first, second)]
+    assert (0, "") == (first.returncode, first.stderr)
+    assert (0, "") == (second.exit_code, second.stderr)
     assert first.stdout == "Flushed 'bge-m3': complete in every process within 5 s.\n"
     assert second.stdout == "Flushed 'bge-m3' in namespace 'n': complete in every process within 5 s.\n"
     keys = redis_server.client().keys("embedding_epoch:v1:*")
     assert len(keys) == 2
     epoch = redis_server.client().get(keys[0])
-    assert run("flush", "bge-m3", "--namespace", "", env=env).returncode == 0
-    assert run("flush", "bge-m3", "--namespace", "n", env=env).returncode == 0
+    assert invoke("flush", "bge-m3", "--namespace", "").exit_code == 0
+    assert invoke("flush", "bge-m3", "--namespace", "n").exit_code == 0
     assert redis_server.client().get(keys[0]) != epoch
 
 
@@ -679,7 +681,7 @@ def test_explain_what_is_not_there(invoke: Invoke) -> None:
 # acl
 
 
-def test_acl(private_server: StartServer) -> None:
+def test_acl(private_server: StartServer, invoke: Invoke) -> None:
     """The line can be piped into redis-cli as it is; the user then passes the check."""
     server = private_server()
     env = {"REDIS_URL": server.url, "REDIS_KEY_PREFIX": "app:"}
@@ -690,8 +692,8 @@ def test_acl(private_server: StartServer) -> None:
     assert PASSWORD not in done.stdout
 
     server.command(*shlex.split(done.stdout))
-    checked = run("check", "--strict", env={**env, "REDIS_USERNAME": "app", "REDIS_PASSWORD": PASSWORD})
-    assert checked.returncode == 0, checked.stdout
+    checked = invoke("check", "--strict", **env, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD)
+    assert checked.exit_code == 0, checked.stdout
 
 
 @pytest.mark.parametrize("prefix", ["it's:", 'say"x":', "back\\slash:", "glob*[a]?^:"])

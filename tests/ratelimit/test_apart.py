@@ -112,15 +112,16 @@ async def test_refused_batch_goes_again_within_its_deadline_only(slots_server: S
     assert keys == set(slots_server.command("KEYS", "*"))
 
 
-async def test_one_slot_that_nobody_serves_is_an_outage_of_its_own_clients(slots_server: Server) -> None:
+async def test_one_slot_that_nobody_serves_is_an_outage_of_its_own_clients(private_server: StartServer) -> None:
     """Kept apart, a partition that Redis has no place for fails alone."""
-    slots_server.command("CONFIG", "SET", "cluster-require-full-coverage", "no")
-    manager = RedisManager(Settings(REDIS_URL=slots_server.url, REDIS_BATCH="key"))
+    server = private_server("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    server.own_all_slots()
+    manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_BATCH="key"))
     batcher = manager.per_client(make_batcher)
     policies = PolicySet((Policy("default", 5, 60, "fixed-window"),))
     partitions = [make_partition("ip", who) for who in ("192.0.2.1", "192.0.2.2", "192.0.2.3")]
-    slot = slots_server.command("CLUSTER", "KEYSLOT", partitions[1].key)
-    slots_server.command("CLUSTER", "DELSLOTS", slot)
+    slot = server.command("CLUSTER", "KEYSLOT", partitions[1].key)
+    server.command("CLUSTER", "DELSLOTS", slot)
     checks = [Check(batcher.loop, "consume", Charges((Charge(policies, each),)), 1.0) for each in partitions]
     for check in checks:
         batcher.submit(check)

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import pytest
 import redis
@@ -15,7 +17,7 @@ from redis_asgi.ratelimit.limits.reply import Numbers
 from redis_asgi.ratelimit.limits.strategies import Log, Stored
 from redis_asgi.settings import StrategyName
 
-from .histories import EPOCH, Twin, charge, client, numbers, policy
+from .histories import EPOCH, Twin, charge, client, numbers, policy, strategy_of
 from .test_scripts import Script, script  # noqa: F401 - a fixture
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -49,40 +51,63 @@ class Case:
         return policy(self.strategy, quota, self.window)
 
 
-@st.composite
-def cases(draw: st.DrawFn, strategy: str) -> Case:
-    """Counters found in any state, of before the clock was set back too, whose quota was changed once or more."""
-    window = draw(st.sampled_from([1, 2, 7, 60, 3600, 86_400, 366 * 86_400]))
-    most = 10_000 if strategy == "moving-window" else 10**9
-    quotas = st.one_of(st.sampled_from([1, 2, 3, 7, 10, 100, 9_999, most]), st.integers(1, most))
+# Made once for each window and strategy: to make a strategy costs hypothesis more than to draw from it.
+WINDOWS = st.sampled_from([1, 2, 7, 60, 3600, 86_400, 366 * 86_400])
+COUNTS = st.one_of(st.integers(0, 20), st.integers(0, 10**10))
+BUCKETS = st.one_of(st.integers(-3, 2), st.integers(-(10**6), 2))
+
+
+@cache
+def ages(window: int) -> st.SearchStrategy[int]:
+    """How long ago (us) something was, of before the clock was set back too."""
     width = window * MICROSECONDS
     edges = [0, 1, width // 2, width - 1, width, width + 1]
-    ages = st.one_of(
+    return st.one_of(
         st.sampled_from(edges),
         st.integers(0, 2 * width),
         st.sampled_from([-age for age in edges]),
         st.integers(-(10**15), 0),
     )
-    counts = st.one_of(st.integers(0, 20), st.integers(0, 10**10))
+
+
+@cache
+def stamps(window: int) -> st.SearchStrategy[list[int]]:
+    """The ages of a moving window's requests."""
+    return st.lists(ages(window), max_size=40)
+
+
+@cache
+def quotas(most: int) -> st.SearchStrategy[int]:
+    """From one to *most*."""
+    return st.one_of(st.sampled_from([1, 2, 3, 7, 10, 100, 9_999, most]), st.integers(1, most))
+
+
+@cache
+def charges(most: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    """Under which quota how much is charged on top."""
+    return st.lists(st.tuples(quotas(most), st.one_of(st.integers(1, 20), st.integers(1, 10**4))), max_size=2)
+
+
+@st.composite
+def cases(draw: st.DrawFn, strategy: str) -> Case:
+    """Counters found in any state, of before the clock was set back too, whose quota was changed once or more."""
+    window = draw(WINDOWS)
+    most = 10_000 if strategy == "moving-window" else 10**9
     stored: tuple[float, ...]
     if strategy == "fixed-window":
-        stored = (EPOCH - draw(ages), draw(counts))
+        stored = (EPOCH - draw(ages(window)), draw(COUNTS))
     elif strategy == "sliding-window-counter":
-        stored = (
-            EPOCH // width - draw(st.one_of(st.integers(-3, 2), st.integers(-(10**6), 2))),
-            draw(counts),
-            draw(counts),
-        )
+        stored = (EPOCH // (window * MICROSECONDS) - draw(BUCKETS), draw(COUNTS), draw(COUNTS))
     elif strategy == "moving-window":
-        stored = tuple(sorted(EPOCH - age for age in draw(st.lists(ages, max_size=40))))
+        stored = tuple(sorted(EPOCH - age for age in draw(stamps(window))))
     else:
-        under = draw(quotas)
+        under = draw(quotas(most))
         owed = draw(st.one_of(st.integers(0, 10 * under), st.floats(0, 10 * under), st.floats(0, 1e-6)))
-        stored = (EPOCH - draw(ages), owed, under)
-    quota = draw(quotas)
-    debts = draw(st.lists(st.tuples(quotas, st.one_of(st.integers(1, 20), st.integers(1, 10**4))), max_size=2))
+        stored = (EPOCH - draw(ages(window)), owed, under)
+    quota = draw(quotas(most))
+    debts = draw(charges(most))
     cost = draw(st.one_of(st.sampled_from([1, quota]), st.integers(1, quota)))
-    return Case(policy(strategy).strategy, window, stored, tuple(debts), quota, cost)
+    return Case(strategy_of(strategy), window, stored, tuple(debts), quota, cost)
 
 
 def found(case: Case) -> Twin:
@@ -119,7 +144,7 @@ def kept(twin: Twin, case: Case) -> tuple[float, ...]:
     held = twin.engine._find(client(WHO).key)
     assert held is not None
     stored = held.counters[case.policy(case.quota).field]
-    return tuple(stored.stamps) if isinstance(stored, Log) else stored
+    return tuple(stored.stamps) if isinstance(stored, Log) else cast("tuple[float, ...]", stored)
 
 
 def kept_in_redis(server: redis.Redis, case: Case) -> tuple[float, ...]:
