@@ -32,6 +32,7 @@ from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .overview import Protection
 from .pricing import Ahead, left_over
+from .rules.checks import check_choice
 from .rules.compiled import compile_rules
 from .rules.coverage import Coverage, Covering
 from .rules.exemptions import Exempt, Exemptions
@@ -39,7 +40,7 @@ from .rules.misconfiguration import Linter
 from .rules.partition import ADDRESSING, MissingIdentity, PartitionBy
 from .rules.plan import PlanCache, Plans, charges_kept
 from .rules.routing import Routing
-from .rules.rule import Limits, Rule, check_choice
+from .rules.rule import Limits, Rule
 from .styles import Dialects, Styles, dialect_paths
 
 _ADD = "A middleware is added as a class: write app.add_middleware(RateLimitMiddleware, limits='100/minute')."

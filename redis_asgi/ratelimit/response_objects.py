@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, get_args
 from ..settings import HeaderStyle
 from .answers.dialects import DIALECTS, NUMBERS, DialectName
 from .answers.headers import PROBLEM_JSON
-from .rules.rule import check_choice
+from .rules.checks import check_choice
 
 Document: TypeAlias = dict[str, Any]
 

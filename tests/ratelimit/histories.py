@@ -6,17 +6,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import (
-    MICROSECONDS,
-    STRATEGIES,
-    Charge,
-    Partition,
-    Policy,
-    PolicySet,
-    make_partition,
-)
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.counter import Log, Mode
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Partition, Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.limits.reply import Numbers, Reply, charged_receipts, numbers_of
-from redis_asgi.ratelimit.limits.strategies import Log, Mode
 from redis_asgi.settings import StrategyName
 
 # A time like today's: 16 digits, which is where careless arithmetic loses microseconds.

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, Batcher
 from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher

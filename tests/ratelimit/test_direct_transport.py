@@ -13,7 +13,8 @@ import redis.asyncio as aioredis
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MAX_COUNTERS, Batcher
 from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher

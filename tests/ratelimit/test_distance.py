@@ -11,8 +11,9 @@ import redis.asyncio as aioredis
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.ratelimit.limits.decision import Decision
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
 from redis_asgi.ratelimit.transport.check import Batch, Check
 

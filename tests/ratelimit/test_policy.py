@@ -2,7 +2,8 @@
 
 import pytest
 
-from redis_asgi.ratelimit.limits.policy import STRATEGIES, Charge, Policy, PolicySet, bulk, log_key, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, Policy, PolicySet, bulk, log_key, make_partition
 from redis_asgi.ratelimit.limits.reply import charged_receipts
 from redis_asgi.ratelimit.limits.strategies import COUNTERS
 from redis_asgi.settings import StrategyName

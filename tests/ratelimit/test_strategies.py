@@ -16,9 +16,9 @@ from limits import RateLimitItemPerSecond
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.counter import Mode
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy
 from redis_asgi.ratelimit.limits.reply import charged_receipts
-from redis_asgi.ratelimit.limits.strategies import Mode
 
 from .histories import EPOCH, Twin, charge, costs, deltas, deltas_and_back, numbers, policy
 

@@ -13,9 +13,10 @@ from starlette.types import Message
 
 from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
+from ..limits.charge import Charges
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision, PolicyState, merged, policy_state, refusal_of
-from ..limits.policy import MICROSECONDS, Charges, Policy, PolicySet
+from ..limits.policy import MICROSECONDS, Policy, PolicySet
 from ..limits.reply import place_of
 from .dialects import FIELDS_OF_DIALECTS, AnswerStyle, Dialect, Fields, Refused, rule_of
 

@@ -15,8 +15,9 @@ from ...misuse import Uncalled
 from ..counting.engine import Engine
 from ..counting.settlement import Ledger
 from ..counting.verdict import Verdict
+from ..limits.charge import Charges
 from ..limits.decision import Decision, merged
-from ..limits.policy import Charges, Partition, Policy, PolicySet
+from ..limits.policy import Partition, Policy, PolicySet
 
 # Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
 _DECISION = "redis_asgi.rate_limit"

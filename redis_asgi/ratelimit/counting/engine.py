@@ -19,16 +19,18 @@ from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ...telemetry import telemetry
 from ..budgets.spending import InFlight
+from ..limits.charge import Charge, Charges, counters_of
 from ..limits.clock import CLOCK
+from ..limits.counter import Mode
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
+from ..limits.policy import Partition, Policy, PolicySet, log_key
 from ..limits.refusal_memory import RefusalMemory
-from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
-from .in_flight import Hearts, HeldVerdict
+from .heartbeat import Hearts
+from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
 from .metrics import Counts
 from .verdict import Verdict

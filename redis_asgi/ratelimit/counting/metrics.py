@@ -7,7 +7,7 @@ from ...errors import Failure
 from ...settings import OnRedisError
 from ...telemetry import Noted, Together, telemetry
 from ...tracing import annotate_span, may_be_traced
-from ..limits.policy import Charges, counters_of
+from ..limits.charge import Charges, counters_of
 from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..budgets.spending import Spending
 from ..budgets.usage import UsageReader
-from ..limits.policy import Charge, Policy, counters_of
+from ..limits.charge import Charge, counters_of
+from ..limits.policy import Policy
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...telemetry import Noted
+from ..limits.charge import Charges, counters_of
+from ..limits.counter import Mode
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
-from ..limits.policy import MICROSECONDS, Charges, counters_of
+from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
-from ..limits.strategies import Mode
 from ..transport.check import Check, Outcome
 from .settlement import Ledger
 

@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from ...asgi.scope import Addressing, is_preflight
 from ...settings import Settings
-from ..limits.policy import Charge, Charges, Unread, at_cost
+from ..limits.charge import Charge, Charges, Unread, at_cost
 from .compiled import CompiledRule
 from .recent import Recent
 from .routing import Routing

@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ...errors import Failure
-from ..limits.policy import Charges
+from ..limits.charge import Charges
+from ..limits.counter import Mode
 from ..limits.reply import Reply
-from ..limits.strategies import Mode
 
 if TYPE_CHECKING:
     from .batcher import Batcher
