@@ -73,7 +73,7 @@ async def settled(manager: RedisManager) -> None:
     await asyncio.sleep(0)
     made = manager.per_client(make_batcher)
     batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    while any(batcher._waiting or batcher._sent or batcher._wire.busy for batcher in batchers):
+    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
         await asyncio.sleep(0.001)
     await heart_of(manager).beat()
 

@@ -32,7 +32,7 @@ from ..transport.script import NOTHING_ASKED
 from .heartbeat import Hearts
 from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
-from .metrics import Counts
+from .metrics import LimitMetrics
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -61,7 +61,7 @@ class Engine:
     ) -> None:
         self.manager = manager
         manager.needs = NOTHING_ASKED
-        self.counts = Counts()
+        self.counts = LimitMetrics()
         self.counts_policies = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.plans: Any = None

@@ -18,7 +18,7 @@ _OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
 _SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
 
 
-class Counts:
+class LimitMetrics:
     """The counters of one engine; all engines of a process add to the same ones.
 
     A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with

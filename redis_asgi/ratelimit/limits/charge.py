@@ -82,16 +82,16 @@ class Charges(Sequence[Charge]):
 
     Attributes:
         counters: How many counters they touch.
-        keys: Their keys as they go over the wire.
+        keys: Their keys in RESP, as they are sent.
         key_count: How many those are.
-        terms: Their number, policies and costs as they go over the wire.
+        terms: Their number, policies and costs in RESP, as they are sent.
         consume: The whole question about them, likewise, in the one mode that is asked often.
         sets: The policies of each.
         names: What each counter's decisions are counted as.
         words: How many arguments the question is.
         reply_size: How many numbers the answer is.
-        enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
-        wait_and_see: Whether the response's status decides if they stay.
+        all_enforcing: Whether all of them may refuse, so that a request that is admitted was admitted by each.
+        status_decides: Whether the response's status decides if they stay.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
         is_priced: Whether the cost of one of them is still to be asked for.
@@ -109,22 +109,22 @@ class Charges(Sequence[Charge]):
         names: list[str] = []
         # In one loop: what is known only after an answer makes one of these for each request.
         enforce = True
-        unread = wait_and_see = is_priced = has_tokens = holds = False
+        unread = status_decides = is_priced = has_tokens = holds = False
         for charge in each:
             policies, partition = charge.policies, charge.partition
-            keys.append(partition.wire)
+            keys.append(partition.resp)
             if policies.logs:
                 keys += [bulk(log_key(partition.key, field)) for field in policies.logs]
             cost = charge.cost
             if charge.unread is not None:
                 unread, cost = True, WHAT_REMAINS
-            terms.append(policies.wire)
+            terms.append(policies.resp)
             terms.append(bulk(b"%d" % cost))
             names += policies.names if charge.label is None else [charge.label] * len(policies.names)
             enforce = enforce and policies.all_enforce
             holds = holds or policies.holds
             if charge.count_if is not None:
-                wait_and_see = True
+                status_decides = True
             if charge.price is not None:
                 is_priced = True
                 has_tokens = has_tokens or charge.price.tokens is not None
@@ -137,8 +137,8 @@ class Charges(Sequence[Charge]):
         self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
         self.consume = _CONSUME + self.terms
         self.names = tuple(names)
-        self.enforce = enforce
-        self.wait_and_see = wait_and_see
+        self.all_enforcing = enforce
+        self.status_decides = status_decides
         self.unread = unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
@@ -161,7 +161,7 @@ class Charges(Sequence[Charge]):
             ]
         )
         made.terms = bulk(b"%d" % len(costs)) + b"".join(
-            [b"%b%b" % (charge.policies.wire, bulk(b"%d" % charge.cost)) for charge in made._each]
+            [b"%b%b" % (charge.policies.resp, bulk(b"%d" % charge.cost)) for charge in made._each]
         )
         made.consume = _CONSUME + made.terms
         made.is_priced = made.has_tokens = False

@@ -59,7 +59,7 @@ class PolicySet:
 
     Attributes:
         spec: What the script is told about them.
-        wire: The same as it goes over the wire.
+        resp: The same in RESP, as it is sent.
         logs: The fields of those that keep a list or a set beside the hash.
         enforces: Whether one of them may refuse.
         all_enforce: Whether each of them may.
@@ -67,7 +67,7 @@ class PolicySet:
         names: What they are called.
     """
 
-    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "spec", "wire")
+    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "resp", "spec")
 
     def __init__(self, policies: tuple[Policy, ...]) -> None:
         self.policies = policies
@@ -76,7 +76,7 @@ class PolicySet:
             % (_LETTERS[p.strategy].encode(), p.quota, (p.window or LEASE) * MICROSECONDS, p.shadow, p.field)
             for p in policies
         )
-        self.wire = bulk(self.spec)
+        self.resp = bulk(self.spec)
         self.logs = tuple(p.field for p in policies if p.strategy in ("moving-window", "concurrency"))
         self.holds = any(policy.strategy == "concurrency" for policy in policies)
         self.enforces = not all(policy.shadow for policy in policies)
@@ -96,7 +96,7 @@ class Partition:
 
     Attributes:
         key: The Redis key of the hash that holds all its counters.
-        wire: The key as it goes over the wire.
+        resp: The key in RESP, as it is sent.
         label: What may be shown of it: an address, or the kind and 8 hex digits, never a credential.
     """
 
@@ -104,10 +104,10 @@ class Partition:
     value: str = attribute(repr=False)
     key: bytes
     label: str
-    wire: bytes = attribute(init=False, repr=False, compare=False)
+    resp: bytes = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "wire", bulk(self.key))
+        object.__setattr__(self, "resp", bulk(self.key))
 
 
 def make_partition(

@@ -14,13 +14,13 @@ from ...settings import OnRedisError, StrategyName
 from ...settings.notation import parse_limits
 from ..budgets.tokens import Tokens, tokens
 from .checks import (
-    check_method,
-    several,
     check_choice,
     check_concurrency,
     check_cost,
+    check_method,
     check_name,
     check_strategy_of_tokens,
+    several,
 )
 from .partition import PartitionBy, check_partition_by
 
