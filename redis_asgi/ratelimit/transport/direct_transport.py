@@ -1,8 +1,9 @@
 """The short way to Redis: batches written straight to the socket of a pooled connection, replies read as they arrive.
 
 redis-py connects, logs in, and finds the master. From then on, for as long as the limiter has the connection, its
-socket reports to a `DirectConnection` instead of redis-py's stream: no task, no timer and no stream between a batch and its reply,
-which halves what a trip costs the process. Whoever else waits for a connection gets this one as soon as it is idle.
+socket reports to a `DirectConnection` instead of redis-py's stream: no task, no timer and no stream between a batch
+and its reply, which halves what a trip costs the process. Whoever else waits for a connection gets this one as soon
+as it is idle.
 """
 
 import asyncio
