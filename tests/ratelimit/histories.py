@@ -1,6 +1,7 @@
 """Random histories of requests, and the twin that they are put to: what the strategies' property tests share."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -126,6 +127,7 @@ steps_back = st.one_of(
 deltas_and_back = st.one_of(deltas, deltas, deltas, steps_back)
 
 
+@cache
 def costs(quota: int, *, factor: int = 2) -> st.SearchStrategy[int]:
     """Costs of a request against *quota*: mostly one, now and then more than can ever fit."""
     return st.one_of(st.just(1), st.integers(0, quota), st.integers(0, factor * quota))

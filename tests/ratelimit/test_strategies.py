@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ class Taken:
     receipts: list[int]
 
 
+@cache
 def histories(quota: int, *, back: bool = True, refunds: bool = True) -> st.SearchStrategy[list[Wish]]:
     """Requests against *quota* that come in bursts, rest, and sometimes meet a clock that stepped back."""
     return st.lists(
