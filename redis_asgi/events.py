@@ -220,6 +220,13 @@ EVENTS: Mapping[str, Event] = {
         "long its client waits.",
         "Raise the quota, or have cost= return no more than it.",
     ),
+    "concurrency_denied": Event(
+        logging.ERROR,
+        "The Redis user may not run what concurrency limits take: requests under a rule with concurrency= are decided "
+        "by each process alone.",
+        "`redis-asgi acl --user NAME` prints the rights it takes; those of an earlier version lack ZADD, ZCOUNT, ZREM, "
+        "ZRANGEBYSCORE and ZREMRANGEBYSCORE.",
+    ),
     "usage_unreadable": Event(
         logging.WARNING,
         "An answer is encoded as '%(encoding)s' when the limiter sees it, so nobody reads what it has used, and its "

@@ -40,6 +40,13 @@ _ELSEWHERE = {
     "weight": "cost",
     "window": "limits",
 }
+# What is said where it is given to something else.
+_INSTEAD = {
+    "concurrency": (
+        "How many may be in flight is a rule of the middleware, which sees where an answer ends: "
+        "rules=[Rule(concurrency=4, paths='/chat')]; in code it is `async with limiter.slot(client_id, 4)`."
+    ),
+}
 _METHODS = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "WEBSOCKET"))
 _STRATEGIES = frozenset(("fixed-window", "gcra", "moving-window", "sliding-window-counter"))
 _LONGEST_SHOWN = 60
@@ -163,6 +170,8 @@ def _misfit(
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = next((keyword for keyword in kwargs if keyword not in known), None)
+    if unknown in _INSTEAD:
+        return f"{name} has no argument {unknown!r}. {_INSTEAD[unknown]}"
     if unknown is not None:
         meant = _ELSEWHERE.get(unknown, "")
         near = [meant] if meant in known else difflib.get_close_matches(unknown, known, n=1)

@@ -93,6 +93,7 @@ def test_log_table_is_what_can_be_logged() -> None:
 async def test_keys_are_those_shown(settings: Settings, redis_client: redis.Redis) -> None:
     """The table's keys are what an address, an identity and a moving window leave behind, of about that size."""
     rows = [row for row in table(section("## What is in Redis")) if row[0].startswith("`rate_limit:")]
+    in_flight = rows.pop()
     await RateLimiter(settings=settings).consume("client-1")
     app = RateLimitMiddleware(not_found, "100/minute", strategy="moving-window", settings=settings)
     address = httpx.ASGITransport(app, client=("203.0.113.7", 50_000))
@@ -104,6 +105,11 @@ async def test_keys_are_those_shown(settings: Settings, redis_client: redis.Redi
     for key, row in zip(keys, rows, strict=True):
         assert (redis_client.memory_usage(key) or 0) <= 1.5 * first_number(row[4]), key
         assert 60_000 < int(redis_client.pttl(key)) <= 61_000, key
+
+    async with RateLimiter(settings=settings).slot(make_partition("ip", "203.0.113.7", plain=True), 4, name="streams"):
+        key = in_flight[0].strip("`").encode()
+        assert 0 < (redis_client.memory_usage(key) or 0) <= 1.5 * first_number(in_flight[4])
+        assert 29_000 < int(redis_client.pttl(key)) <= 31_000
 
 
 @pytest.mark.anyio

@@ -111,7 +111,7 @@ FOLDERS = {
     "connection": "_version errors event_loop events misuse settings telemetry",
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
-    "ratelimit/transport": "connection errors ratelimit/limits telemetry",
+    "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/budgets": "errors events misuse ratelimit/limits settings telemetry",
     "ratelimit/counting": (
         "connection errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings telemetry tracing"
@@ -144,7 +144,7 @@ FOLDERS = {
     "sub_apps": (
         "_version asgi connection errors events misuse ratelimit/counting ratelimit/limits settings telemetry"
     ),
-    "sub_apps/status": "asgi connection explanations settings sub_apps telemetry",
+    "sub_apps/status": "asgi connection explanations ratelimit/counting settings sub_apps telemetry",
     "inspection": (
         "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
         " ratelimit/limits ratelimit/rules ratelimit/transport settings"

@@ -181,7 +181,7 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("path=", lambda: Rule("5/minute", path="/x"), ["'path'", "Did you mean paths?"]),
     ("method=", lambda: Rule("5/minute", method="POST"), ["'method'", "Did you mean methods?"]),
     ("weight=", lambda: Rule("5/minute", weight=2), ["'weight'", "Did you mean cost?"]),
-    ("burst=", lambda: Rule("5/minute", burst=2), ["no argument 'burst'", "It takes limits, name"]),
+    ("burst=", lambda: Rule("5/minute", burst=2), ["no argument 'burst'", "It takes limits, concurrency, name"]),
     ("methods in one", lambda: Rule("5/minute", methods="GET,POST"), ["'GET,POST'", "('GET', 'POST')"]),
     ("paths=number", lambda: Rule("5/minute", paths=5), ["paths=5", "paths='/api/*'"]),
     ("paths=route", lambda: Rule("5/minute", paths="/items/{id}"), ["'/items/{id}'", "/items/*"]),

@@ -47,7 +47,7 @@ def print_standings(label: str, standings: Sequence[QuotaRow]) -> None:
                 standing.strategy,
                 f"{standing.used:,}",
                 "?" if standing.quota is None else f"{standing.quota:,}",
-                f"{standing.window} s",
+                f"{standing.window} s" if standing.window else "in flight",
                 "?" if standing.remaining is None else f"{standing.remaining:,}",
                 output.seconds(standing.retry_after),
                 output.seconds(standing.reset),

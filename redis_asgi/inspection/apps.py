@@ -119,7 +119,14 @@ def _placed(found: LimitedPart, limits: Iterable[LimitInForce]) -> list[LimitInF
         return list(limits)
     if found.route is not None:
         return [replace(limit, paths=(found.path,), methods=found.methods or limit.methods) for limit in limits]
-    return [replace(limit, paths=tuple(found.below + path for path in limit.paths or ("/*",))) for limit in limits]
+    return [
+        replace(
+            limit,
+            paths=tuple(found.below + path for path in limit.paths or ("/*",)),
+            dialects={found.below + ("/" + path).replace("//", "/"): name for path, name in limit.dialects.items()},
+        )
+        for limit in limits
+    ]
 
 
 def _scope(method: str, path: str, root: str) -> dict[str, Any]:

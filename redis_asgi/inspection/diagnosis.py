@@ -260,17 +260,19 @@ async def _node(server: Server, manager: RedisManager, node: Node, on_step: OnSt
 
 async def _script(manager: RedisManager, node: Node) -> Finding:
     prefix = manager.settings.REDIS_KEY_PREFIX
-    # One policy of each strategy on a partition without a client, charged and then taken away.
-    policies = PolicySet(tuple(Policy(f"check-{name}", 2, 60, name) for name in STRATEGIES))  # type: ignore[arg-type]  # its keys
+    # One policy of each kind on a partition without a client, charged and then taken away.
+    rates = (Policy(f"check-{name}", 2, 60, name) for name in STRATEGIES)  # type: ignore[arg-type]  # its keys
+    policies = PolicySet((*rates, Policy("check-concurrency", 2, 0, "concurrency")))
     while True:
         partition = make_partition("check", secrets.token_hex(16), prefix=prefix)
         if node.holds(partition.key):
             break
     charges = Charges((Charge(policies, partition),))
     replies, times = [], []
-    for _ in range(3):
+    for i in range(3):
         started = time.perf_counter()
-        replies.append(await ask(manager, "consume", charges, manager.settings.REDIS_TIMEOUT))
+        timeout = manager.settings.REDIS_TIMEOUT
+        replies.append(await ask(manager, "consume", charges, timeout, holders=(b"check%d" % i,)))
         times.append(time.perf_counter() - started)
     failure = next((reply for reply in replies if isinstance(reply, Failure)), None)
     with suppress(*TROUBLE):  # it ends by itself after two minutes
@@ -285,7 +287,7 @@ async def _script(manager: RedisManager, node: Node) -> Finding:
         else:
             fix = "See what else failed: role, rights and writes."
         return Finding("script", "fail", f"did not run ({failure.value})", fix)
-    # Two fit and the third does not, by any of the four; they are charged together.
+    # Two fit and the third does not, by any of the five; they are charged together.
     if [reply[0] for reply in replies if isinstance(reply, list)] != [1, 1, 0]:
         return Finding("script", "fail", "counts wrongly", "Is something between us and Redis, such as a proxy?")
     return Finding("script", "ok", f"loads and counts, {min(times) * 1000:.1f} ms a call")

@@ -18,24 +18,25 @@ from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
 from ..ratelimit.counting.engine import Engine
 from ..ratelimit.limits.decision import PolicyState, read_reply
-from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, make_partition
+from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, Strategy, make_partition
 from ..ratelimit.limits.strategies import Mode
 from ..ratelimit.rules.joined import joined
 from ..ratelimit.rules.partition import UNKNOWN, Partitioner, by_header, client_ip
 from ..ratelimit.rules.policies import MOVING_WINDOW_MAX, make_policies
 from ..ratelimit.rules.rule import DEFAULT_NAME, check_name
-from ..ratelimit.transport.check import Check, Outcome
+from ..ratelimit.transport.check import HoldingCheck, Outcome
 from ..ratelimit.transport.cluster_batcher import make_batcher
 from ..settings import Settings, StrategyName
 
-_STRATEGIES: dict[str, StrategyName] = {
+_STRATEGIES: dict[str, Strategy] = {
+    "c": "concurrency",
     "f": "fixed-window",
     "s": "sliding-window-counter",
     "m": "moving-window",
     "g": "gcra",
 }
 # A rule's name, with its window where the rule has several limits; what else is there is not ours.
-_FIELD = re.compile(rb"([A-Za-z0-9_.-]{1,60}):([fsmg])([1-9]\d{0,8}):1")
+_FIELD = re.compile(rb"([A-Za-z0-9_.-]{1,60}):(?:([fsmg])([1-9]\d{0,8})|(c)0):1")
 # Stand-ins where the quota is in the app's code only: what is used is what is missing from them.
 _ANY_QUOTA = 10**9
 
@@ -54,12 +55,14 @@ class QuotaRow:
     Attributes:
         policy: Its name.
         strategy: How it is counted.
-        window: Seconds.
-        quota: Units per window; ``None`` when nothing here says.
-        used: Units that count now; of a ``gcra`` policy of unknown quota those that did at the last request.
+        window: Seconds; 0 of requests in flight.
+        quota: Units per window, or requests in flight; ``None`` when nothing here says.
+        used: Units that count now, or requests in flight; of a ``gcra`` policy of unknown quota those that did at the
+            last request.
         remaining: The largest cost admitted now; ``None`` when the quota is unknown.
         retry_after: Seconds until a request of one unit is admitted: 0.0 = now; ``None`` when the quota is unknown.
-        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota.
+        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota, and while
+            requests are in flight.
         stored: Whether Redis has a counter of it.
     """
 
@@ -158,10 +161,12 @@ def known_policies(
     )
 
 
-async def ask(manager: RedisManager, mode: Mode, charges: Charges, within: float) -> Outcome:
+async def ask(
+    manager: RedisManager, mode: Mode, charges: Charges, within: float, holders: Sequence[bytes] = ()
+) -> Outcome:
     """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
     batcher = manager.per_client(make_batcher)
-    check = Check(batcher.loop, mode, charges, within)
+    check = HoldingCheck(batcher.loop, mode, charges, within, holders=holders)
     batcher.submit(check)
     return cast("Outcome", await check.future)
 
@@ -202,7 +207,7 @@ async def look(
             raw = await client.execute_command("HGET", partition.key, policy.field)
             standings.append(_unknown(state, used=_owed(raw), reset=None))
         else:
-            standings.append(_unknown(state, used=policy.quota - state.remaining, reset=state.reset))
+            standings.append(_unknown(state, used=policy.quota - state.remaining, reset=_full_again(state)))
     return standings
 
 
@@ -230,9 +235,9 @@ def _stand_in(field: bytes) -> Policy | None:
     match = _FIELD.fullmatch(field)
     if match is None:
         return None
-    strategy = _STRATEGIES[match[2].decode()]
+    strategy = _STRATEGIES[(match[2] or match[4]).decode()]
     quota = MOVING_WINDOW_MAX * 10 if strategy == "moving-window" else _ANY_QUOTA
-    return Policy(match[1].decode(), quota, int(match[3]), strategy)
+    return Policy(match[1].decode(), quota, int(match[3] or 0), strategy)
 
 
 def _belongs(policy: Policy, name: str) -> bool:
@@ -249,9 +254,14 @@ def _known(state: PolicyState, *, stored: bool) -> QuotaRow:
         used,
         state.remaining,
         state.retry_after,
-        state.reset,
+        _full_again(state),
         stored,
     )
+
+
+def _full_again(state: PolicyState) -> float | None:
+    """When requests in flight end nobody knows."""
+    return None if state.reset and state.strategy == "concurrency" else state.reset
 
 
 def _unknown(state: PolicyState, *, used: int, reset: float | None) -> QuotaRow:

@@ -18,6 +18,7 @@ Run: TypeAlias = Callable[..., Awaitable[Any]]
 # Of `RateLimiter` and all that limits: outside of the script, and inside, where rights are checked too.
 LIMITS = ("evalsha", "eval", "time", "hget", "hmget", "hset", "hkeys", "hdel", "pttl", "pexpire", "unlink")
 MOVING_WINDOW = ("lindex", "llen", "ltrim", "lrem", "rpush")
+CONCURRENCY = ("zadd", "zcount", "zrem", "zrangebyscore", "zremrangebyscore")
 VECTORS = ("mget", "set", "expire", "del")
 VECTORS_IN_A_CLUSTER = ("get", "set", "expire", "del")
 HEALTH = ("ping", "info")
@@ -74,7 +75,7 @@ def rights_of(settings: Settings, *, limits: bool = True, vectors: bool = True) 
     commands: list[str] = []
     if limits:
         keys.append(f"{prefix}rate_limit:*")
-        commands += (*LIMITS, *MOVING_WINDOW)
+        commands += (*LIMITS, *MOVING_WINDOW, *CONCURRENCY)
     if vectors:
         keys += (f"{prefix}embedding:*", f"{prefix}embedding_*")
         commands += VECTORS_IN_A_CLUSTER if settings.REDIS_CLUSTER else VECTORS
@@ -178,6 +179,11 @@ def _trials(
         "llen": ("LLEN", list_key),
         "ltrim": ("LTRIM", list_key, 1, 0),
         "lrem": ("LREM", list_key, 0, "check"),
+        "zadd": ("ZADD", list_key, "XX", 0, "check"),
+        "zcount": ("ZCOUNT", list_key, 0, 0),
+        "zrem": ("ZREM", list_key, "check"),
+        "zrangebyscore": ("ZRANGEBYSCORE", list_key, 0, 0),
+        "zremrangebyscore": ("ZREMRANGEBYSCORE", list_key, 0, 0),
         "asking": ("ASKING",),
         "ping": ("PING",),
         "info": ("INFO",),

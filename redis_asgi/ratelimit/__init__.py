@@ -5,7 +5,8 @@ The doors lie here; imports point from each line to those below it.
 ``middleware``   all of it around an app; ``route`` and ``decorator``: around an endpoint; ``limiter``: direct use
 ``pricing``      what a callable says of the cost, and what is not charged twice; ``current``: for FastAPI's endpoints
 ``overview``     what is in force, for who asks without a request; ``openapi``: in an app's document
-``answers/``     what is said: header fields, refusals, ``request.state.rate_limit``
+``styles``       in which dialect a middleware speaks on each path
+``answers/``     what is said: header fields, refusals and their ``dialects``, ``request.state.rate_limit``
 ``counting/``    who counts: ``engine`` asks refusal memory, then Redis, then this process; ``settlement``: what changes
 ``transport/``   how checks share a trip to Redis, and one script; ``scripts/*.lua``: the strategies there
 ``rules/``       what is asked: a ``plan`` per shape of request, whom each ``rule`` counts (``partition``), for how much

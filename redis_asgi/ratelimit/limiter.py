@@ -1,5 +1,7 @@
 """`RateLimiter`: consume, peek and reset, for any identity and from anywhere in a service."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import get_args
 
 from ..connection.redis_argument import RedisArgument, resolve_manager
@@ -8,11 +10,12 @@ from ..event_loop import running_loop
 from ..misuse import constructor_says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
 from .counting.engine import Engine
+from .counting.in_flight import SLOTS
 from .limits.decision import Decision
 from .limits.policy import Charge, Charges, Partition, make_partition
 from .limits.strategies import Mode
-from .rules.policies import make_policies, warns_of_cost, warns_of_small_quotas
-from .rules.rule import check_choice, check_cost, check_name
+from .rules.policies import make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
+from .rules.rule import check_choice, check_concurrency, check_cost, check_name
 
 
 @constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")
@@ -109,6 +112,46 @@ class RateLimiter:
     ) -> Decision:
         """What `consume` with the same arguments would answer; charges nothing and writes nothing."""
         return await self._decide("peek", client_id, limits, cost, name, strategy)
+
+    @asynccontextmanager
+    async def slot(
+        self, client_id: str | Partition, concurrency: int, *, name: str = "default"
+    ) -> AsyncIterator[Decision]:
+        """Let *client_id* have at most *concurrency* such blocks under way at once, over all processes.
+
+        ::
+
+            async with limiter.slot(user_id, 4) as decision:
+                if not decision.allowed:
+                    raise RateLimitExceeded(...)  # the block runs all the same: it is yours to leave it
+                ...
+
+        A process that is killed keeps its places for up to 30 s. What is under way is never cut, whatever happens to
+        Redis.
+
+        Args:
+            client_id: Whom to count; any string, hashed before it reaches Redis.
+            concurrency: How many, 1 to 10^9.
+            name: What is counted: equal names share, whatever their numbers.
+
+        Raises:
+            ConfigurationError: For a bad number or name.
+            TypeError: If *client_id* is not a string.
+        """
+        running_loop()
+        try:
+            policies = make_concurrency(check_name(name), check_concurrency(concurrency, least=1))
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            raise ConfigurationError(f"{error} Try 4.") from None
+        # Names may be many, and are no labels.
+        charge = Charge(policies, self._partition(client_id), 1, self._on_redis_error, label=SLOTS)
+        verdict = await self._engine.decide(Charges((charge,)))
+        try:
+            yield verdict.decision
+        finally:
+            verdict.release()
 
     async def reset(self, client_id: str | Partition, *, name: str | None = None) -> bool:
         """Give *client_id* its full quota back under *name*, or under every name.

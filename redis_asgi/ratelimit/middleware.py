@@ -154,10 +154,10 @@ class RateLimitMiddleware(Covering):
             charges = known if known is not None else await plan.charges(scope)
             if outer is not None:
                 charges = left_over(charges, outer, self._engine, self._linter)
-            if charges.is_priced or plan.behind is not None:
-                ahead = Ahead(self._engine, outer, self._linter, scope, receive)
+            if charges.is_priced or charges.holds or plan.behind is not None:
+                ahead = Ahead(self._engine, outer, self._linter, scope, receive, send)
                 verdict = await ahead.decide(plan, charges)
-                receive = ahead.receive
+                receive, send = ahead.receive, ahead.send
             elif charges.counters:
                 verdict = self._engine.ask(charges)
                 if verdict.is_asked:

@@ -92,26 +92,44 @@ class _Documenting:
                     by_route |= _by_limits(place, route)
                 if not by_rule | by_route:
                     continue
-                problem = problem or add_problem(document)
+                dialect = _dialect(places[0], path, route)
+                if dialect is None:
+                    problem = problem or add_problem(document)
                 responses = item[method].setdefault("responses", {})
                 for status in sorted(by_rule | by_route):
                     if str(status) not in responses:
-                        style = _style(places[0], route)
-                        responses[str(status)] = response_of(status, style, problem, by_route=status in by_route)
+                        responses[str(status)] = response_of(
+                            status,
+                            _style(places[0], route),
+                            problem or {},
+                            dialect=dialect,
+                            by_route=status in by_route,
+                        )
 
 
 def _by_rules(place: FoundApp, method: str, path: str, route: Any) -> frozenset[int]:
     """What the middlewares around an app may answer in place of one of its operations."""
-    convertors = getattr(route, "param_convertors", None)
-    whole = place.prefix + path
     found = _NONE
     for coverage, at in place.around:
-        # Below a mount the path has been taken for the root, and a rule may mean either.
-        below = whole.removeprefix(at)
-        texts = dict.fromkeys((whole, below, place.root + whole))
-        spelled = tuple(PathTemplate(text, convertors) for text in texts)
-        found |= coverage.statuses(method, PathTemplate(below, convertors), spelled)
+        own, spelled = _spelled(place, at, path, route)
+        found |= coverage.statuses(method, own, spelled)
     return found
+
+
+def _dialect(place: FoundApp, path: str, route: Any) -> str | None:
+    """The dialect of what answers in place of an operation: that of the outermost middleware that has one there."""
+    found = (coverage.dialect(_spelled(place, at, path, route)[1]) for coverage, at in place.around)
+    return next((dialect for dialect in found if dialect is not None), None)
+
+
+def _spelled(place: FoundApp, at: str, path: str, route: Any) -> tuple[PathTemplate, tuple[PathTemplate, ...]]:
+    """An operation's path as a middleware mounted at *at* sees it, and whatever else it may be."""
+    convertors = getattr(route, "param_convertors", None)
+    whole = place.prefix + path
+    # Below a mount the path has been taken for the root, and a rule may mean either.
+    below = whole.removeprefix(at)
+    texts = dict.fromkeys((whole, below, place.root + whole))
+    return PathTemplate(below, convertors), tuple(PathTemplate(text, convertors) for text in texts)
 
 
 def _by_limits(place: FoundApp, route: Any) -> frozenset[int]:

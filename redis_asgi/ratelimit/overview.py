@@ -9,11 +9,11 @@ from starlette.types import Scope
 
 from ..asgi.paths import PathTemplate
 from ..connection.manager import RedisManager
-from ..settings import OnRedisError, Settings, StrategyName
+from ..settings import OnRedisError, Settings
 from .answers.request_decision import STANDBY, Standby
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
-from .limits.policy import Policy
+from .limits.policy import Policy, Strategy
 from .route import RateLimit
 from .rules.compiled import CompiledRule
 from .rules.endpoints import endpoint_name
@@ -29,10 +29,10 @@ class LimitInForce:
 
     Attributes:
         name: The rule's.
-        limits: Its notation; ``None`` when a callable says it for each request.
+        limits: Its notation, or how many in flight; ``None`` when a callable says it for each request.
         by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or
             several of these with a comma between them.
-        strategy: How it is counted.
+        strategy: How it is counted; ``concurrency`` for a limit of what is in flight.
         cost: Units of a request; ``tokens`` when its answer says it, ``None`` when a callable does.
         paths: Patterns, or the one path of a route; ``None`` = every path.
         methods: ``None`` = every method.
@@ -47,7 +47,7 @@ class LimitInForce:
     name: str
     limits: str | None
     by: str
-    strategy: StrategyName
+    strategy: Strategy
     cost: int | Literal["tokens"] | None
     paths: tuple[str, ...] | None
     methods: tuple[str, ...] | None
@@ -129,6 +129,12 @@ def limits_among(calls: Iterable[object]) -> list[Placed]:
     return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
 
 
+def _written_limits(rule: CompiledRule) -> str | None:
+    if rule.strategy == "concurrency":
+        return None if rule.policies is None else f"{rule.policies.policies[0].quota} in flight"
+    return rule.written.limits if isinstance(rule.written.limits, str) else None
+
+
 def _cost_of(cost: object) -> int | Literal["tokens"] | None:
     return cost if isinstance(cost, int) else "tokens" if isinstance(cost, Tokens) else None
 
@@ -141,7 +147,7 @@ def _in_force(rule: CompiledRule, engine: Engine, dialects: Mapping[str, str], *
     }
     return LimitInForce(
         name=rule.name,
-        limits=rule.written.limits if isinstance(rule.written.limits, str) else None,
+        limits=_written_limits(rule),
         by=rule.partition.kind,
         strategy=rule.strategy,
         shadow=rule.shadow,

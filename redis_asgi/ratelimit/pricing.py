@@ -6,10 +6,11 @@ from inspect import isawaitable
 from typing import Any, cast
 
 from starlette.requests import HTTPConnection
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from ..asgi.bodies import Buffer
 from ..asgi.scope import BufferedRequest, UnreadableBody, content_length
+from .answers.held_request import until_ended
 from .answers.request_decision import RequestDecision, check_names
 from .budgets.spending import Spending
 from .budgets.tokens import Asked
@@ -23,25 +24,28 @@ from .rules.rule import check_cost
 
 
 class Ahead:
-    """A request whose body is asked before the app sees it.
+    """A request whose body is asked before the app sees it, or that is held until its answer has ended.
 
     Args:
         engine: Decides about it.
         outer: What an outer instance has decided about it.
         receive: The server's.
+        send: The server's.
 
     Attributes:
         receive: What the app is to receive from: what was read comes first.
+        send: What its answer goes to.
     """
 
     def __init__(
-        self, engine: Engine, outer: RequestDecision | None, linter: Linter, scope: Scope, receive: Receive
+        self, engine: Engine, outer: RequestDecision | None, linter: Linter, scope: Scope, receive: Receive, send: Send
     ) -> None:
         self._engine = engine
         self._outer = outer
         self._linter = linter
         self._scope = scope
         self._of_server = self.receive = receive
+        self.send = send
 
     async def decide(self, plan: Plan, charges: Charges) -> Verdict | None:
         """The verdict on what *plan* charges the request; ``None`` when no rule applies.
@@ -52,6 +56,12 @@ class Ahead:
         Raises:
             MissingIdentity: See `Plan.charges`.
         """
+        verdict = await self._decide(plan, charges)
+        if verdict is not None and verdict.slot is not None:
+            self.receive, self.send = until_ended(verdict, self.receive, self.send)
+        return verdict
+
+    async def _decide(self, plan: Plan, charges: Charges) -> Verdict | None:
         engine = self._engine
         if charges.has_tokens and content_length(self._scope) == 0:
             charges = without_tokens(charges)

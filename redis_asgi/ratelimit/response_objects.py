@@ -1,9 +1,10 @@
-"""What a limit answers, as OpenAPI describes it: Response Objects and the schema of the problem document."""
+"""What a limit answers, as OpenAPI describes it: Response Objects, and the schemas of the bodies in each dialect."""
 
 import copy
 from typing import Any, TypeAlias, get_args
 
 from ..settings import HeaderStyle
+from .answers.dialects import DIALECTS, NUMBERS, DialectName
 from .answers.headers import PROBLEM_JSON
 from .rules.rule import check_choice
 
@@ -50,10 +51,43 @@ _LEGACY = {
     "X-RateLimit-Remaining": _header("Units that remain.", "integer"),
     "X-RateLimit-Reset": _header("When the quota is back, in Unix seconds.", "integer"),
 }
+# Of the numbers that dialects tell; of the reset both spellings.
+_NUMBERS = {
+    "limit": "Units per window of the rule `{}`, if there is one.",
+    "remaining": "Units of that which remain.",
+    "reset": "When all of them are back: a duration such as `1m0.052s`, or a time (RFC 3339).",
+}
+_RETRY_AFTER_MS = {"retry-after-ms": _header("`Retry-After` in milliseconds.", "integer")}
+_SHOULD_RETRY = {"x-should-retry": _header("`false` where that is more than a minute, or never.")}
+
+
+def _object(**properties: Document) -> Document:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_TEXT: Document = {"type": "string"}
+_TEXT_OR_NULL: Document = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_BODIES: dict[str, Document] = {
+    "openai": _object(error=_object(message=_TEXT, type=_TEXT, param=_TEXT_OR_NULL, code=_TEXT_OR_NULL)),
+    "anthropic": _object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT)),
+    "mcp": _object(
+        jsonrpc=_TEXT,
+        error=_object(
+            code={"type": "integer"},
+            message=_TEXT,
+            data=_object(retry_after={"anyOf": [{"type": "integer"}, {"type": "null"}]}),
+        ),
+        id={"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]},
+    ),
+}
 
 
 def rate_limit_responses(
-    *, headers: HeaderStyle = "ietf", fails_closed: bool = False, needs_identity: bool = False
+    *,
+    headers: HeaderStyle = "ietf",
+    dialect: DialectName | None = None,
+    fails_closed: bool = False,
+    needs_identity: bool = False,
 ) -> dict[int | str, dict[str, Any]]:
     """What a limit may answer, for ``responses=`` of a FastAPI app, router or route.
 
@@ -66,18 +100,23 @@ def rate_limit_responses(
 
     Args:
         headers: Which fields a 429 carries; as ``headers=`` of the middleware.
+        dialect: That of the middleware outside; ``None`` = problem documents.
         fails_closed: Also the 503 of a limit that is ``on_redis_error="closed"``.
         needs_identity: Also the 400 of ``RATE_LIMIT_MISSING_IDENTITY=refuse``.
 
     Raises:
-        ConfigurationError: If *headers* is none of those.
+        ConfigurationError: If *headers* or *dialect* is none of those.
     """
     check_choice("headers", headers, get_args(HeaderStyle))
+    if dialect is not None:
+        check_choice("dialect", dialect, get_args(DialectName))
     found = {400: needs_identity, 429: True, 503: fails_closed}
-    return {status: response_of(status, headers, _PROBLEM) for status, may in found.items() if may}
+    return {status: response_of(status, headers, _PROBLEM, dialect=dialect) for status, may in found.items() if may}
 
 
-def response_of(status: int, style: HeaderStyle, problem: Document, *, by_route: bool = True) -> Document:
+def response_of(
+    status: int, style: HeaderStyle, problem: Document, *, dialect: str | None = None, by_route: bool = True
+) -> Document:
     """The Response Object of *status*; a route's own is made by the app's handler of ``HTTPException``."""
     fields: Document = {}
     if status == 429:
@@ -86,10 +125,25 @@ def response_of(status: int, style: HeaderStyle, problem: Document, *, by_route:
     elif status == 503:
         fields |= {"Retry-After": _header("Seconds until it is worth another try.", "integer")}
     content = {PROBLEM_JSON.decode(): {"schema": problem}}
-    if by_route:
+    if dialect is not None:
+        content = {"application/json": {"schema": _BODIES[dialect]}}
+        fields |= _fields_of(dialect, status)
+    elif by_route:
         content["application/json"] = {"schema": _DETAIL}
     # A copy: the user may change what one operation says.
     return copy.deepcopy({"description": _DESCRIPTIONS[status], "headers": fields | _NO_STORE, "content": content})
+
+
+def _fields_of(dialect: str, status: int) -> Document:
+    """The fields that a *dialect* adds to a response of that *status*."""
+    fields: Document = {}
+    if status == 429:
+        for kind, names in DIALECTS[dialect].field_names.items():
+            both = zip(names, NUMBERS, strict=True)
+            fields |= {name: _header(_NUMBERS[number].format(kind)) for name, number in both}
+    if DIALECTS[dialect].kinds and status != 400:
+        fields |= _RETRY_AFTER_MS | (_SHOULD_RETRY if status == 429 else {})
+    return fields
 
 
 def add_problem(document: Document) -> Document:

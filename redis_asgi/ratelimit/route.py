@@ -24,7 +24,7 @@ from .rules.partition import PartitionBy
 from .rules.plan import PlanCache, charges_kept
 from .rules.policies import fit_name
 from .rules.recent import Recent
-from .rules.rule import Cost, Limits, Rule
+from .rules.rule import Cost, Limits, Rule, check_limits
 from .stack import Stack
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -79,6 +79,7 @@ class RateLimit:
         redis: RedisArgument = None,
         settings: Settings | None = None,
     ) -> None:
+        check_limits(limits)
         if callable(cost):
             check_callable("cost", cost, "conn", "cost=lambda conn: 2")
         self.name = name

@@ -123,6 +123,14 @@ def _process(manager: RedisManager, client: Client | None, health: Health, versi
         "Clients this process refuses without asking Redis.",
         len(manager.per_process(RefusalMemory.from_settings)),
     )
+    in_flight = GaugeMetricFamily(
+        f"{PREFIX}_ratelimit_in_flight",
+        "Requests of this process that are in flight under a concurrency limit.",
+        labels=("policy",),
+    )
+    for policy, number in manager.per_process(LocalEngine.from_settings).in_flight().items():
+        in_flight.add_metric((policy,), number)
+    yield in_flight
     if manager.has_redis:
         yield _gauge("redis_up", "Whether Redis answered a PING in time.", health.is_up)
         connections = GaugeMetricFamily(

@@ -36,7 +36,8 @@ class RateLimitClock:
     """The time of every limit of this process, which stands still until it is moved.
 
     It begins at the time of day. Only limits go by it: deadlines of requests to Redis, the life of vectors in the cache
-    and other processes on the same Redis go by the real one.
+    and other processes on the same Redis go by the real one. So do the ten seconds after which Redis is told again what
+    is in flight: of what was before 30 s of this clock it knows nothing until then.
     """
 
     def __init__(self) -> None:

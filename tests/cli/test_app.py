@@ -1,5 +1,6 @@
 """The command line with ``--app``: what limits an app, and what is said of one that cannot be looked at."""
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -131,6 +132,41 @@ def test_rules_of_nothing(invoke: Invoke) -> None:
     assert "--path='x' does not begin with a slash" in invoke("rules", "--app", "shop:app", "--path", "x").stderr
 
 
+SPEAKING = """
+from fastapi import Depends, FastAPI
+from redis_asgi import RateLimit, RateLimitMiddleware
+from starlette.routing import Mount
+
+inner = RateLimitMiddleware(FastAPI(), limits="7/minute", dialect="anthropic")
+app = FastAPI(routes=[Mount("/models", inner)])
+app.add_middleware(RateLimitMiddleware, limits="100/minute", dialect={"/v1/tools": "mcp", "/v1/*": "openai"})
+
+@app.get("/v1/tools", dependencies=[Depends(RateLimit("2/minute", name="tools"))])
+async def tools(): ...
+
+@app.get("/plain", dependencies=[Depends(RateLimit("2/minute", name="plain"))])
+async def plain(): ...
+"""
+
+
+def test_rules_show_their_dialect(invoke: Invoke) -> None:
+    """By the paths it holds on, for each middleware as seen from outside, and for a route's limit that of its path."""
+    Path("speaking.py").write_text(SPEAKING)
+    told = json.loads(invoke("rules", "--app", "speaking:app", "--json").stdout)["rules"]
+    shown = invoke("rules", "--app", "speaking:app").stdout.splitlines()
+    of_path = json.loads(invoke("rules", "--app", "speaking:app", "--path", "/v1/chat", "--json").stdout)["rules"]
+
+    assert [
+        ("default", {"/v1/tools": "mcp", "/v1/*": "openai"}),
+        ("default", {"/models/*": "anthropic"}),
+        ("tools", {"/v1/tools": "mcp"}),
+        ("plain", {}),
+    ] == [(rule["name"], rule["dialects"]) for rule in told]
+    assert ["dialect"] == shown[0].split()[-1:]
+    assert "/v1/tools: mcp, /v1/*: openai" in shown[1]
+    assert [{"/v1/*": "openai"}] == [rule["dialects"] for rule in of_path]
+
+
 # an app that cannot be looked at
 
 MISTAKES = [
@@ -222,6 +258,48 @@ def test_peek_knows_all_quotas(redis_server: ExternalServer, invoke: Invoke) -> 
     assert "Other rules count by header:x-api-key: see --by." in shown
     assert "it is no limit of the app any more, or a callable says it" in shown
     assert ["login"] == [row["policy"] for row in one["policies"]]
+
+
+STREAMS = """
+from fastapi import FastAPI
+from redis_asgi import RateLimitMiddleware, Rule
+
+app = FastAPI()
+rules = [Rule(concurrency=4, name="streams", paths="/chat"), Rule(concurrency=lambda conn: 2, name="plans")]
+app.add_middleware(RateLimitMiddleware, rules=rules)
+"""
+
+
+def test_what_is_in_flight(redis_server: ExternalServer, invoke: Invoke, tmp_path: Path) -> None:
+    """Rules say how many, `peek` how many there are, and `reset` forgets them until their workers say so again."""
+    (tmp_path / "chat.py").write_text(STREAMS)
+    result = invoke("rules", "--app", "chat:app", "--json", REDIS_URL=redis_server.url)
+    told = [(rule["name"], rule["limits"], rule["strategy"]) for rule in json.loads(result.stdout)["rules"]]
+    assert [("streams", "4 in flight", "concurrency"), ("plans", None, "concurrency")] == told
+    assert "4 in flight" in invoke("rules", "--app", "chat:app").stdout
+
+    async def hold() -> list[object]:
+        settings = Settings(REDIS_URL=redis_server.url, RATE_LIMIT_TIMEOUT=5.0)
+        limiter = RateLimiter(settings=settings, timeout=5)
+        client = await partition_of("192.0.2.1", "ip", settings)
+        held = limiter.slot(client, 4, name="streams"), limiter.slot(client, 2, name="plans")
+        for slot in held:
+            await slot.__aenter__()
+        return list(held)
+
+    loop = asyncio.new_event_loop()
+    held = loop.run_until_complete(hold())
+    rows = {
+        row["policy"]: (row["used"], row["quota"], row["remaining"], row["reset"], row["window"])
+        for row in json.loads(invoke("peek", "192.0.2.1", "--app", "chat:app", "--json").stdout)["policies"]
+    }
+    assert {"streams": (1, 4, 3, None, 0), "plans": (1, None, None, None, 0)} == rows
+    assert "in flight" in invoke("peek", "192.0.2.1", "--app", "chat:app").stdout
+    assert 0 == invoke("reset", "192.0.2.1", "--app", "chat:app", "--name", "streams").exit_code
+    assert [b"rate_limit:{192.0.2.1}:plans:c0:1"] == redis_server.client().keys("*:c0:1")
+    assert held
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
 
 
 def test_peek_and_reset_by_another_identity(redis_server: ExternalServer, invoke: Invoke) -> None:

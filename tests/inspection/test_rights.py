@@ -22,7 +22,7 @@ from redis_asgi.connection.client_factory import Client
 from redis_asgi.connection.redis_argument import resolve_manager
 from redis_asgi.inspection.rights import NO_PASSWORD, probe_keys, rights_of, try_rights
 from redis_asgi.maintenance import flush_model
-from redis_asgi.ratelimit.limits.policy import STRATEGIES
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, make_partition
 
 from ..conftest import StartServer
 from ..kit.servers import Cluster, ExternalServer, Server
@@ -56,6 +56,14 @@ async def use_everything(settings: Settings) -> None:
     await asyncio.sleep(1.05)
     await limiter.consume("old", "3/second", strategy="moving-window")
     assert await limiter.reset("old")
+
+    # Leases that are too long are looked for only where the clock was set back.
+    administrator: Any = await manager_of(settings).get_connection()
+    key = make_partition("custom", "a", prefix=settings.REDIS_KEY_PREFIX).key
+    for _ in range(2):
+        async with limiter.slot("a", 3) as decision:
+            assert ("redis", True) == (decision.source, decision.allowed)
+        await administrator.execute_command("HSET", key, "default:c0:1", 10**16)
 
     # What is given back, for which alone a log is searched.
     rules = [

@@ -36,8 +36,12 @@ def client(value: str) -> Partition:
 
 def policy(strategy: str, quota: int = 5, window: int = 10, *, name: str = "default", shadow: bool = False) -> Policy:
     """A policy, with what a story needs said."""
-    kind: StrategyName = next(known for known in _STRATEGY_NAMES if known == strategy)
-    return Policy(name, quota, window, kind, shadow)
+    return Policy(name, quota, window, strategy_of(strategy), shadow)
+
+
+def strategy_of(name: str) -> StrategyName:
+    """The strategy of that name."""
+    return next(known for known in _STRATEGY_NAMES if known == name)
 
 
 _STRATEGY_NAMES: tuple[StrategyName, ...] = ("fixed-window", "sliding-window-counter", "moving-window", "gcra")

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import httpx
+import jsonschema  # type: ignore[import-untyped]  # it has no types of its own
 import orjson
 import pytest
 from fastapi import Depends, FastAPI, Request
@@ -28,6 +29,7 @@ from redis_asgi import (
     by_header,
     by_mcp_tool,
     rate_limit,
+    rate_limit_responses,
 )
 from redis_asgi.ratelimit.answers.dialects import (
     DIALECTS,
@@ -230,6 +232,15 @@ MISSING = Refused(400, "This request needs the header 'x-api-key'.")
 def test_bodies(dialect: str, refused: Refused, expected: dict[str, Any]) -> None:
     """The body of each status in each dialect."""
     assert expected == orjson.loads(DIALECTS[dialect].body(refused))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("refused", [REFUSED, UNDECIDED, MISSING])
+def test_bodies_are_as_documented(dialect: Any, refused: Refused) -> None:
+    """The schema that OpenAPI is given is true of each."""
+    content = rate_limit_responses(dialect=dialect)[429]["content"]
+
+    jsonschema.validate(orjson.loads(DIALECTS[dialect].body(refused)), content["application/json"]["schema"])
 
 
 @given(st.one_of(st.text(), st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False, allow_infinity=False)))

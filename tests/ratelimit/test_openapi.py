@@ -116,6 +116,9 @@ def test_a_rule_for_all_is_written_to_all() -> None:
         pytest.param({"methods": "WEBSOCKET"}, set(), id="handshakes"),
         pytest.param({"shadow": True}, set(), id="shadow"),
         pytest.param({"cost": 0}, set(), id="free"),
+        pytest.param(
+            {"limits": None, "concurrency": 4, "paths": "/users/*"}, {("GET", "/users/{user}")}, id="in-flight"
+        ),
         pytest.param({"partition_by": by_json("model", ["a"])}, {("POST", "/login")}, id="by the body"),
         pytest.param({"cost": tokens()}, {("POST", "/login")}, id="in tokens"),
     ],
@@ -129,7 +132,7 @@ def test_a_rule_is_written_where_it_may_cover(rule: dict[str, Any], expected: se
         "GET /numbers/{number:int}",
         "GET /files/{it:path}",
     )
-    found = documented(app_of(*operations, rules=[Rule("5/minute", **rule)]))
+    found = documented(app_of(*operations, rules=[Rule(**{"limits": "5/minute", **rule})]))
 
     if expected is None:
         assert len(operations) == len(found)
@@ -436,3 +439,42 @@ def test_may_match_is_what_some_value_does(pattern: str, before: str, kind: str,
         assert all(asked.matches(path) for path in paths)
     elif kind != "int":
         assert not all(asked.matches(f"/{before}{value}{behind}") for value in ("b", "bb"))
+
+
+def test_a_dialect_is_documented() -> None:
+    """Of each path's own, with its fields and the schema of its body; a route's limit too, elsewhere as ever."""
+    app = app_of("POST /v1/messages", "POST /v1/chat", "POST /mcp", "GET /about")
+    add(app, "POST /v1/images/{image_id}", dependencies=[Depends(RateLimit("5/minute"))])
+    dialect: Any = {"/v1/messages": "anthropic", "/v1/*": "openai", "/mcp": "mcp"}
+    rules = [Rule("5/minute", name="requests", on_redis_error="closed", methods=["GET", "POST"])]
+    app.add_middleware(RateLimitMiddleware, rules=rules, dialect=dialect, redis=in_memory())
+    document_limits(app)
+    document = app.openapi()
+    validate(document)
+
+    told = {path: next(iter(item.values()))["responses"] for path, item in document["paths"].items()}
+    names = {
+        path: sorted(responses["429"]["content"]["application/json"]["schema"]["properties"])
+        for path, responses in told.items()
+        if path != "/about"
+    }
+    assert {
+        "/v1/messages": ["error", "type"],
+        "/v1/chat": ["error"],
+        "/mcp": ["error", "id", "jsonrpc"],
+        "/v1/images/{image_id}": ["error"],
+    } == names
+    assert [PROBLEM] == list(told["/about"]["429"]["content"])
+    assert {"anthropic-ratelimit-input-tokens-reset", "x-should-retry"} <= set(told["/v1/messages"]["429"]["headers"])
+    assert {"x-ratelimit-reset-tokens", "retry-after-ms"} <= set(told["/v1/chat"]["429"]["headers"])
+    assert "retry-after-ms" in told["/v1/chat"]["503"]["headers"]
+    assert {"RateLimit", "RateLimit-Policy", "Retry-After", "Cache-Control"} == set(told["/mcp"]["429"]["headers"])
+
+
+def test_responses_of_a_dialect() -> None:
+    """By hand too, and a name that is none is told."""
+    found = rate_limit_responses(dialect="openai", fails_closed=True)
+
+    assert [["application/json"], ["application/json"]] == [list(each["content"]) for each in found.values()]
+    with pytest.raises(ConfigurationError, match="dialect='gemini' is not one of openai, anthropic, mcp"):
+        rate_limit_responses(dialect="gemini")  # type: ignore[arg-type]

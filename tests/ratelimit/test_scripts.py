@@ -16,6 +16,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis_asgi.errors import Failure, classify_reply
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
 from redis_asgi.ratelimit.limits.policy import (
+    LEASE,
     MICROSECONDS,
     STRATEGIES,
     Charge,
@@ -27,7 +28,7 @@ from redis_asgi.ratelimit.limits.policy import (
 )
 from redis_asgi.ratelimit.limits.reply import Reply, charged_receipts, numbers_of
 from redis_asgi.ratelimit.limits.strategies import Mode
-from redis_asgi.ratelimit.transport.check import Check
+from redis_asgi.ratelimit.transport.check import Check, HoldingCheck
 from redis_asgi.ratelimit.transport.script import SCRIPT, SCRIPT_SHA, Call
 
 from ..conftest import StartServer
@@ -54,9 +55,11 @@ class Script:
         self.server.connection_pool.release(self._connection)
         self._loop.close()
 
-    def check(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int] = ()) -> Check:
+    def check(
+        self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int] = (), holders: Sequence[bytes] = ()
+    ) -> Check:
         """One request's question."""
-        return Check(self._loop, mode, Charges(charges), 1.0, tuple(receipts))
+        return check_of(self._loop, mode, charges, receipts, holders)
 
     def run(self, trace: Sequence[tuple[int, Check]]) -> list[Any]:
         """The replies to checks at their times, in one trip."""
@@ -72,12 +75,24 @@ class Script:
         charges: Sequence[Charge],
         *,
         receipts: Sequence[int] = (),
+        holders: Sequence[bytes] = (),
         now: int | None = None,
     ) -> Reply:
         """One reply, as `LocalEngine.decide` gives it."""
-        check = self.check(mode, charges, receipts)
+        check = self.check(mode, charges, receipts, holders)
         self._connection.send_packed_command([Call([check], 17, now).command()])
         return cast(Reply, cast("list[Any]", self._connection.read_response())[1])
+
+
+def check_of(
+    loop: asyncio.AbstractEventLoop,
+    mode: Mode,
+    charges: Sequence[Charge],
+    receipts: Sequence[int] = (),
+    holders: Sequence[bytes] = (),
+) -> Check:
+    """A question, about requests in flight where it has *holders*."""
+    return HoldingCheck(loop, mode, Charges(charges), 1.0, tuple(receipts), holders=holders)
 
 
 @pytest.fixture
@@ -96,11 +111,12 @@ class Step:
     mode: Mode
     charges: tuple[Charge, ...]
     receipts: list[int]
+    holders: tuple[bytes, ...] = ()
     expected: Reply = field(default_factory=list)
 
     def __str__(self) -> str:
         costs = [(charge.cost, [str(p) for p in charge.policies]) for charge in self.charges]
-        return f"{self.mode} at {self.now} of {costs}, receipts {self.receipts}"
+        return f"{self.mode} at {self.now} of {costs}, receipts {self.receipts}, holders {self.holders!r}"
 
 
 policies = st.builds(
@@ -131,30 +147,46 @@ def traces(draw: st.DrawFn) -> list[Step]:
         for group, name in zip((named[:cut], named[cut:]), who, strict=True)
         if group
     ]
+    in_flight = [
+        Charge(PolicySet((Policy(f"c{i}", quota, 0, "concurrency", shadow),)), client(who[i % 2]))
+        for i, (quota, shadow) in enumerate(
+            draw(st.lists(st.tuples(st.sampled_from([0, 1, 2, 4]), st.sampled_from([False, False, True])), max_size=2))
+        )
+    ]
     now = EPOCH + draw(st.integers(0, 3_600_000_000))
-    twin = Keeping()
-    admitted: list[tuple[tuple[Charge, ...], list[int]]] = []
+    twin = Keeping(lease=LEASE * MICROSECONDS)
+    ids = count()
+    admitted: list[tuple[tuple[Charge, ...], list[int], tuple[bytes, ...]]] = []
     steps: list[Step] = []
     # A window after a request, to the microsecond, is where two implementations part.
-    edges = [p.window * MICROSECONDS + offset for p in named for offset in (-1, 0, 1)]
+    edges = [(p.window or LEASE) * MICROSECONDS + offset for p in (*named, *_IN_FLIGHT) for offset in (-1, 0, 1)]
     steps_of_time = st.one_of(deltas_and_back, st.sampled_from(edges), st.just(0))
     for _ in range(draw(st.sampled_from([5, 15, 30]))):
         now += draw(steps_of_time)
         mode: Mode = draw(st.sampled_from(_MODES))
         receipts: list[int] = []
+        holders: tuple[bytes, ...] = (b"id%d" % next(ids),)
         if mode == "refund" and admitted:
-            charges, receipts = admitted.pop(draw(st.integers(0, len(admitted) - 1)))
+            charges, receipts, holders = admitted.pop(draw(st.integers(0, len(admitted) - 1)))
         else:
+            if mode == "charge" and admitted:
+                # A renewal, of one or of all.
+                holders = draw(st.sampled_from([admitted[-1][2], tuple(h for *_, each in admitted for h in each)]))
             mode = "consume" if mode == "refund" else mode
             charges = tuple(
                 Charge(group, partition, draw(costs(min(p.quota for p in group)))) for group, partition in rules
             )
             if mode != "charge" and draw(st.sampled_from([False, False, False, True])):
                 charges = (*charges[:-1], replace(charges[-1], cost=1, unread=Unread()))
-        step = Step(now, mode, charges, receipts)
-        step.expected = twin.decide(mode, charges, receipts=receipts, now=now)
+            charges += tuple(in_flight)
+        step = Step(now, mode, charges, receipts, holders)
+        step.expected = twin.decide(mode, charges, receipts=receipts, holders=holders, now=now)
         if mode == "consume" and step.expected[0]:
-            admitted.append((as_taken(charges, step.expected), charged_receipts(step.expected)))
+            admitted.append((as_taken(charges, step.expected), charged_receipts(step.expected), holders))
+            if draw(st.sampled_from([False, False, True])):
+                admitted.append(
+                    admitted[-1]
+                )  # given back twice, which is once too often for a rate, and nothing for an id
         steps.append(step)
     return steps
 
@@ -166,6 +198,7 @@ def as_taken(charges: Sequence[Charge], reply: Reply) -> tuple[Charge, ...]:
     return tuple(replace(charge, cost=cost, unread=None) for charge, cost in zip(charges, taken, strict=True))
 
 
+_IN_FLIGHT = (Policy("c", 1, 0, "concurrency"),)
 _MODES: list[Mode] = ["consume", "consume", "consume", "consume", "peek", "charge", "refund"]
 on_one_server = example_settings(
     max_examples=300,
@@ -178,7 +211,8 @@ on_one_server = example_settings(
 @given(trace=traces())
 def test_script_and_twin_give_the_same_numbers(script: Script, trace: list[Step]) -> None:
     """Verdict, remaining, reset, retry and receipt agree to the microsecond, step by step, whatever happened before."""
-    actual = script.run([(step.now, script.check(step.mode, step.charges, step.receipts)) for step in trace])
+    checks = [script.check(step.mode, step.charges, step.receipts, step.holders) for step in trace]
+    actual = script.run([(step.now, check) for step, check in zip(trace, checks, strict=True)])
 
     for step, reply in zip(trace, actual, strict=True):
         assert step.expected == reply, str(step)
@@ -210,7 +244,7 @@ def test_late_refund_of_a_client_in_debt(script: Script, strategy: str) -> None:
 def test_every_key_has_a_ttl_after_every_step(script: Script, trace: list[Step]) -> None:
     """Whatever was asked last, refunds and charges included, no key is there to stay."""
     for step in trace:
-        script.decide(step.mode, step.charges, receipts=step.receipts, now=step.now)
+        script.decide(step.mode, step.charges, receipts=step.receipts, holders=step.holders, now=step.now)
         for key in _keys(step.charges):
             assert script.server.pttl(key) != -1, str(step)
 
@@ -226,7 +260,7 @@ def test_command_is_the_plain_one(trace: list[Step], clock: int | None) -> None:
     """The command joined from ready parts is byte for byte the one written out."""
     loop = asyncio.new_event_loop()
     try:
-        checks = [Check(loop, step.mode, Charges(step.charges), 1.0, step.receipts) for step in trace]
+        checks = [check_of(loop, step.mode, step.charges, step.receipts, step.holders) for step in trace]
     finally:
         loop.close()
 
@@ -249,6 +283,8 @@ def plain_words(checks: Sequence[Check], number: int, clock: int | None) -> list
             keys += (log_key(each.partition.key, name) for name in each.policies.logs)
             words += (each.policies.spec.decode(), each.cost if each.unread is None else -1)
         words += check.receipts
+        if check.asked.holds and check.mode != "peek":
+            words.append(b" ".join(check.holders).decode())
     return [b"EVALSHA", SCRIPT_SHA, b"%d" % len(keys), *keys, *(str(word).encode() for word in words)]
 
 

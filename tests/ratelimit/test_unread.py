@@ -17,7 +17,7 @@ from redis_asgi import RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from .harness import client_of, drive, header, http_scope, websocket_scope
-from .histories import policy
+from .histories import strategy_of
 
 pytestmark = pytest.mark.anyio
 _counter = itertools.count()
@@ -71,7 +71,7 @@ class App:
 
 def limited(app: ASGIApp, settings: Settings, strategy: str, limits: str = "100/hour", **more: Any) -> ASGIApp:
     """*app* behind a rule that counts texts."""
-    rule = Rule(limits, cost=inputs, strategy=policy(strategy).strategy, **more)
+    rule = Rule(limits, cost=inputs, strategy=strategy_of(strategy), **more)
     return RateLimitMiddleware(app, rules=[rule], settings=settings)
 
 

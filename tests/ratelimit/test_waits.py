@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import pytest
 import redis
@@ -16,7 +17,7 @@ from redis_asgi.ratelimit.limits.reply import Numbers
 from redis_asgi.ratelimit.limits.strategies import Log, Stored
 from redis_asgi.settings import StrategyName
 
-from .histories import EPOCH, Twin, charge, client, numbers, policy
+from .histories import EPOCH, Twin, charge, client, numbers, policy, strategy_of
 from .test_scripts import Script, script  # noqa: F401 - a fixture
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -106,7 +107,7 @@ def cases(draw: st.DrawFn, strategy: str) -> Case:
     quota = draw(quotas(most))
     debts = draw(charges(most))
     cost = draw(st.one_of(st.sampled_from([1, quota]), st.integers(1, quota)))
-    return Case(policy(strategy).strategy, window, stored, tuple(debts), quota, cost)
+    return Case(strategy_of(strategy), window, stored, tuple(debts), quota, cost)
 
 
 def found(case: Case) -> Twin:
@@ -143,7 +144,7 @@ def kept(twin: Twin, case: Case) -> tuple[float, ...]:
     held = twin.engine._find(client(WHO).key)
     assert held is not None
     stored = held.counters[case.policy(case.quota).field]
-    return tuple(stored.stamps) if isinstance(stored, Log) else stored
+    return tuple(stored.stamps) if isinstance(stored, Log) else cast("tuple[float, ...]", stored)
 
 
 def kept_in_redis(server: redis.Redis, case: Case) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
-from redis_asgi import ConfigurationError, RedisManager, Settings, status_app
+from redis_asgi import ConfigurationError, RateLimiter, RedisManager, Settings, status_app
 from redis_asgi.asgi.sub_app import SubApp
 from redis_asgi.sub_apps.status import charts
 from redis_asgi.sub_apps.status.markup import Markup, joined, markup
@@ -238,6 +238,18 @@ async def test_nothing_needs_an_exception_from_the_policy(counted: Telemetry) ->
         response.headers[name] for name in ("cache-control", "referrer-policy", "x-content-type-options")
     )
     assert (200, b"") == (head.status_code, head.content)
+
+
+@pytest.mark.anyio
+async def test_what_is_in_flight_is_told(counted: Telemetry) -> None:
+    """How many requests hold a place now, under each concurrency limit."""
+    count(counted)
+    manager = RedisManager(Settings(REDIS_URL="memory://"))
+    app = Starlette()
+    app.mount("/status", status_app(redis=manager))
+    assert "In flight" not in await text_of(app, "/status/")
+    async with RateLimiter(manager).slot("a", 2), RateLimiter(manager).slot("b", 2):
+        assert "In flight: 2 of slot()" in await text_of(app, "/status/")
 
 
 @pytest.mark.anyio

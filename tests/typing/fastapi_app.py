@@ -5,12 +5,14 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request
 from numpy.typing import NDArray
+from starlette.requests import HTTPConnection
 
 from redis_asgi import (
     CurrentLimit,
     EmbeddingCache,
     EmbeddingCacheMiddleware,
     RateLimit,
+    RateLimiter,
     RateLimitMiddleware,
     RequestDecision,
     Rule,
@@ -45,6 +47,23 @@ async def read(limit: CurrentLimit, request: Request) -> dict[str, int]:
     limit.charge(3)
     same: RequestDecision = request.state.rate_limit
     return {state.name: state.remaining for state in same.policies}
+
+
+async def streams(conn: HTTPConnection) -> int | None:
+    return 4 if conn.headers.get("x-plan") == "pro" else None
+
+
+app.add_middleware(
+    RateLimitMiddleware,
+    rules=[Rule(concurrency=streams, name="streams"), Rule(concurrency=2, name="all", shadow=True)],
+)
+
+
+@app.get("/export")
+async def export() -> int:
+    async with RateLimiter("memory://").slot("client", 4, name="exports") as decision:
+        held: bool = decision.allowed
+        return sum(state.quota for state in decision.policies) if held else 0
 
 
 @app.get("/vectors")

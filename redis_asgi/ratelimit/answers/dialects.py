@@ -26,7 +26,8 @@ DialectName = Literal["openai", "anthropic", "mcp"]
 LONGEST_RETRY = 60.0
 # The answer of a remembered refusal that says milliseconds is made anew this often (s).
 SHORTEST_KEPT = 0.1
-_NUMBERS = (b"limit", b"remaining", b"reset")
+NUMBERS = ("limit", "remaining", "reset")
+RETRY_AFTER_MS, SHOULD_RETRY = b"retry-after-ms", b"x-should-retry"
 _JSON_RPC_ERROR = -32000
 _NO_ID = b'"id":null}'
 # The first revision of MCP whose clients take a 429 for the answer to one request, not for the end of their session.
@@ -61,32 +62,45 @@ class Dialect:
 
     Attributes:
         name: How it is chosen.
+        pattern: The name of its fields, of the ``number`` that one tells and the ``kind`` of rule that it is about.
         kinds: The names of the rules that its fields tell of.
         names_request: Whether its bodies name the request that they answer, which stands in the request's body.
     """
 
     name: ClassVar[DialectName]
+    pattern: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ()
     names_request: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.field_names = {
+            kind: tuple(self.pattern.format(kind=kind, number=number) for number in NUMBERS) for kind in self.kinds
+        }
+        self._told = tuple((kind, tuple(name.encode() for name in names)) for kind, names in self.field_names.items())
 
     def __repr__(self) -> str:
         return f"<dialect {self.name}>"
 
     def fields(self, states: Sequence[PolicyState], now: float) -> Fields:
         """The fields that tell of *states*, enforcing ones; *now* is Unix time in seconds."""
-        told = [(kind, state) for kind in self.kinds if (state := least_left(states, kind)) is not None]
-        return [found for kind, state in told for found in self._fields(kind.encode(), state, now)]
+        found: Fields = []
+        for kind, names in self._told:
+            state = least_left(states, kind)
+            if state is not None:
+                values = str(state.quota), str(state.remaining), self._reset(state.reset, now)
+                found += ((name, value.encode()) for name, value in zip(names, values, strict=True))
+        return found
 
-    def _fields(self, kind: bytes, state: PolicyState, now: float) -> Fields:
+    def _reset(self, seconds: float, now: float) -> str:
         raise NotImplementedError
 
     def refusal_fields(self, retry_after: float | None) -> Fields:
         """The fields of a refusal beside ``Retry-After``; *retry_after* is in seconds, ``None`` = never."""
         found: Fields = []
         if retry_after is not None:
-            found.append((b"retry-after-ms", b"%d" % max(1, _milliseconds(retry_after))))
+            found.append((RETRY_AFTER_MS, b"%d" % max(1, _milliseconds(retry_after))))
         if retry_after is None or retry_after > LONGEST_RETRY:
-            found.append((b"x-should-retry", b"false"))
+            found.append((SHOULD_RETRY, b"false"))
         return found
 
     def body(self, refused: Refused) -> bytes:
@@ -98,18 +112,15 @@ class Dialect:
 
 
 class OpenAI(Dialect):
-    """``x-ratelimit-{limit,remaining,reset}-{requests,tokens}``; the reset, until full, is a duration as Go has it."""
+    """The reset, until the quota is full, is a duration as Go has it."""
 
     name = "openai"
+    pattern = "x-ratelimit-{number}-{kind}"
     kinds = ("requests", "tokens")
 
-    def _fields(self, kind: bytes, state: PolicyState, now: float) -> Fields:
+    def _reset(self, seconds: float, now: float) -> str:
         del now
-        return [
-            (b"x-ratelimit-limit-" + kind, b"%d" % state.quota),
-            (b"x-ratelimit-remaining-" + kind, b"%d" % state.remaining),
-            (b"x-ratelimit-reset-" + kind, go_duration(state.reset).encode()),
-        ]
+        return go_duration(seconds)
 
     def _body(self, refused: Refused) -> Mapping[str, Any]:
         kinds = {429: (refused.limit, "rate_limit_exceeded"), 503: ("server_error", None)}
@@ -118,17 +129,14 @@ class OpenAI(Dialect):
 
 
 class Anthropic(Dialect):
-    """``anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}``; reset in UTC."""
+    """The reset is a time in UTC."""
 
     name = "anthropic"
+    pattern = "anthropic-ratelimit-{kind}-{number}"
     kinds = ("requests", "tokens", "input-tokens", "output-tokens")
 
-    def _fields(self, kind: bytes, state: PolicyState, now: float) -> Fields:
-        return [
-            (b"anthropic-ratelimit-%b-limit" % kind, b"%d" % state.quota),
-            (b"anthropic-ratelimit-%b-remaining" % kind, b"%d" % state.remaining),
-            (b"anthropic-ratelimit-%b-reset" % kind, utc_time(now + state.reset).encode()),
-        ]
+    def _reset(self, seconds: float, now: float) -> str:
+        return utc_time(now + seconds)
 
     def _body(self, refused: Refused) -> Mapping[str, Any]:
         kind = {429: "rate_limit_error", 503: "api_error"}.get(refused.status, "invalid_request_error")
@@ -156,12 +164,8 @@ DIALECTS: Mapping[str, Dialect] = {each.name: each for each in (OpenAI(), Anthro
 
 # Whatever a dialect may add to an answer.
 FIELDS_OF_DIALECTS = frozenset(
-    (
-        *(b"x-ratelimit-%b-%b" % (n, k.encode()) for n in _NUMBERS for k in OpenAI.kinds),
-        *(b"anthropic-ratelimit-%b-%b" % (k.encode(), n) for n in _NUMBERS for k in Anthropic.kinds),
-        b"retry-after-ms",
-        b"x-should-retry",
-    )
+    [RETRY_AFTER_MS, SHOULD_RETRY]
+    + [name.encode() for each in DIALECTS.values() for names in each.field_names.values() for name in names]
 )
 
 

@@ -41,9 +41,11 @@ class Members:
 
     def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
         shown = [(place, policy) for place, policy in policies if not policy.shadow]
-        members = ", ".join(f'"{policy.name}";q={policy.quota};w={policy.window}' for _, policy in shown)
+        members = ", ".join(f'"{policy.name}";q={policy.quota};{_unit(policy)}' for _, policy in shown)
         self._policies = (b"ratelimit-policy", members.encode())
-        self._template = ", ".join(f'"{policy.name}";r=%d;t=%d' for _, policy in shown).encode()
+        # When one of those in flight ends nobody knows.
+        told = (f'"{policy.name}";r=%d;t=%d' if policy.window else f'"{policy.name}";r=%d' for _, policy in shown)
+        self._template = ", ".join(told).encode()
         self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
 
     def fields(self, numbers: Sequence[int]) -> Fields:
@@ -55,9 +57,17 @@ class Members:
         values: tuple[int, ...] = ()
         for place, is_fixed, window in self._shown:
             remaining, reset, retry = numbers[place]
+            if not window:
+                values += (remaining,)
+                continue
             left = reset if is_fixed else 0 if remaining else retry
             values += (remaining, (left + 999_999) // 1_000_000 if left > 0 else window)
         return [self._policies, (b"ratelimit", self._template % values)] if values else []
+
+
+def _unit(policy: Policy | PolicyState) -> str:
+    """What the quota of *policy* is of: the draft's default unit in a window, or its unit for what is in flight."""
+    return f"w={policy.window}" if policy.window else 'qu="concurrent-requests"'
 
 
 def ietf_fields(states: Sequence[PolicyState]) -> Fields:
@@ -199,7 +209,8 @@ def refusal_detail(decision: Decision) -> str:
             return "The quota is 0: no request is admitted."
         return f"The cost of this request is more than the quota of {state.quota} and can never fit."
     wait = whole_seconds(decision.retry_after or 0.0)
-    return f"Rate limit exceeded: {state.quota} per {state.window} s. Retry in {wait} s."
+    quota = f"{state.quota} per {state.window} s" if state.window else f"{state.quota} requests in flight"
+    return f"Rate limit exceeded: {quota}. Retry in {wait} s."
 
 
 def _worst(decision: Decision) -> PolicyState | None:

@@ -88,6 +88,8 @@ class RequestDecision(Decision):
     def join(self, verdict: Verdict) -> None:
         """Add the verdict of a per-route limit or an inner middleware."""
         self.first.more = (*self.first.more, verdict)
+        if verdict.slot is not None:
+            self.first.open_ledger()
         verdict.engine.counts.policies(verdict.uncounted)
         self._read_again()
 
@@ -222,7 +224,8 @@ def _has_twice(known: tuple[tuple[PolicySet, ...], ...]) -> bool:
 
 
 def _written(policy: Policy) -> str:
-    return f"{policy.quota}/{policy.window} s by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
+    quota = f"{policy.quota}/{policy.window} s" if policy.window else f"{policy.quota} in flight"
+    return f"{quota} by {policy.strategy}{' (shadow)' if policy.shadow else ''}"
 
 
 def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:

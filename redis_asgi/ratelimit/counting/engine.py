@@ -28,6 +28,7 @@ from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
+from .in_flight import Hearts, HeldVerdict
 from .local_engine import LocalEngine
 from .metrics import Counts
 from .verdict import Verdict
@@ -68,6 +69,7 @@ class Engine:
         self._local = manager.per_process(LocalEngine.from_settings)
         self.refusals = manager.per_process(RefusalMemory.from_settings)
         self.in_flight = manager.per_process(InFlight.from_settings)
+        self._hearts = manager.per_process(Hearts.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
         self._forks = PROCESS.forks
 
@@ -87,7 +89,13 @@ class Engine:
         """Decide *charges* together: all are charged, or none."""
         verdict = self.ask(charges, mode)
         if verdict.is_asked:
-            await verdict.future
+            try:
+                await verdict.future
+            except BaseException:
+                # Also where the answer has come, and nobody takes it.
+                if verdict.slot is not None:
+                    verdict.slot.abandon(verdict)
+                raise
         return verdict
 
     def ask(self, charges: Charges, mode: Mode = "consume") -> Verdict:
@@ -96,9 +104,12 @@ class Engine:
             known = self.remembered(charges)
             if known is not None:
                 return known
-        verdict = Verdict(self, charges, mode)
+        if charges.holds and mode == "consume":
+            verdict: Verdict = HeldVerdict(self, charges, self._hearts.begin(self.manager, charges))
+        else:
+            verdict = Verdict(self, charges, mode)
         if not self._has_redis:
-            verdict.decide("memory", self._local.decide(mode, charges))
+            verdict.decide("memory", self._local.decide(mode, charges, holders=verdict.holders))
             return verdict
         batcher = self._last_batcher
         if (
@@ -246,7 +257,7 @@ class Engine:
             self.counts.fell_back(chosen, reason)
         if chosen == "local":
             verdict.charges = local
-            verdict.decide("local", self._local.decide(mode, local, divisor=self._divisor))
+            verdict.decide("local", self._local.decide(mode, local, holders=verdict.holders, divisor=self._divisor))
         else:
             closed = chosen == "closed"
             verdict.leave(Decision(not closed, "none", CLOSED_RETRY_AFTER if closed else None))
@@ -286,4 +297,4 @@ def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
 
 
 def _is_log(field: bytes) -> bool:
-    return field.split(b":")[1][:1] == b"m"
+    return field.split(b":")[1][:1] in b"mc"

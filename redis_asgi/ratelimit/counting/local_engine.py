@@ -1,18 +1,19 @@
 """Counters kept in this process: the engine of ``memory://``, and the stand-in while Redis does not answer."""
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from ...settings import Settings
 from ...telemetry import telemetry
 from ..limits.clock import CLOCK
 from ..limits.policy import MICROSECONDS, Charge, Policy
 from ..limits.reply import Reply
-from ..limits.strategies import COUNTERS, Counter, Log, Mode, Stored
+from ..limits.strategies import COUNTERS, Counter, Leases, Log, Mode, Stored
 
 # A counter is kept this much longer (us) than it counts, as its Redis key is, in case the clock steps back.
 _SLACK = MICROSECONDS
@@ -37,12 +38,18 @@ _Asked: TypeAlias = tuple[Counter, Policy, Charge, int, bool, _Held | None]
 class LocalEngine:
     """Counters in this process, bounded: at most *max_partitions* clients and *max_stamps* log entries.
 
+    Of concurrency limits it knows all that runs in this process, whoever admitted it; each entry lasts for *lease* us
+    unless it is renewed.
+
     When full, expired partitions go first, then idle ones, and those last refused only when nothing else is
     left, so that a flood of new clients does not free the clients being held back. Every client that goes before
     its time is counted.
     """
 
-    def __init__(self, max_partitions: int = 100_000, max_stamps: int = 1_000_000) -> None:
+    def __init__(self, max_partitions: int = 100_000, max_stamps: int = 1_000_000, *, lease: float = math.inf) -> None:
+        self._lease = lease
+        # Beside the others, which may be swept away: what runs in this process is here until it ends.
+        self._in_flight: dict[tuple[bytes, bytes], Leases] = {}
         self._max_partitions = max_partitions
         self._max_stamps = max_stamps
         self._stamps = 0
@@ -68,6 +75,7 @@ class LocalEngine:
         charges: Sequence[Charge],
         *,
         receipts: Sequence[int] = (),
+        holders: Sequence[bytes] = (),
         divisor: int = 1,
         now: int | None = None,
     ) -> Reply:
@@ -75,14 +83,23 @@ class LocalEngine:
 
         Args:
             receipts: For a refund, one per policy of the charges; negative for one that was not charged.
+            holders: The ids of the requests in flight that it is about.
             divisor: Each quota counts as ``ceil(quota / divisor)``.
             now: Time in us; ``None`` = the monotonic clock, which no clock setting moves.
         """
         at = float(CLOCK.monotonic_ns() // 1000 if now is None else now)
         with self._lock:
-            return self._decide(mode, charges, receipts, divisor, at)
+            return self._decide(mode, charges, receipts, holders, divisor, at)
 
-    def _decide(self, mode: Mode, charges: Sequence[Charge], receipts: Sequence[int], divisor: int, at: float) -> Reply:
+    def _decide(
+        self,
+        mode: Mode,
+        charges: Sequence[Charge],
+        receipts: Sequence[int],
+        holders: Sequence[bytes],
+        divisor: int,
+        at: float,
+    ) -> Reply:
         asked: list[_Asked] = []
         admitted, moved = True, False
         for charge in charges:
@@ -90,7 +107,9 @@ class LocalEngine:
             counters = []
             for policy in charge.policies.policies:
                 share = policy if divisor == 1 else scaled(policy, divisor)
-                stored = held.counters.get(policy.field) if held is not None else None
+                stored: Stored | None = held.counters.get(policy.field) if held is not None else None
+                if policy.strategy == "concurrency":
+                    stored = self._leases(charge, policy, holders)
                 counters.append(COUNTERS[policy.strategy](share, stored, at))
             cost = charge.cost if charge.unread is None else _rest(charge, counters)
             for counter, policy in zip(counters, charge.policies.policies, strict=True):
@@ -137,7 +156,9 @@ class LocalEngine:
             elif cost > 0 and (mode == "charge" or (admitted and fits)):
                 counter.charge(cost)
                 changes = True
-            if changes:
+            if policy.strategy == "concurrency":
+                self._keep(charge, policy, counter)
+            elif changes:
                 self._store(charge.partition.key, held, policy, counter)
 
     def clear(self) -> None:
@@ -145,7 +166,16 @@ class LocalEngine:
         with self._lock:
             self._admitted.clear()
             self._refused.clear()
+            self._in_flight.clear()
             self._stamps = 0
+
+    def in_flight(self) -> dict[str, int]:
+        """How many requests run in this process under each concurrency limit, by what they are counted as."""
+        with self._lock:
+            found: dict[str, int] = {}
+            for leases in self._in_flight.values():
+                found[leases.label] = found.get(leases.label, 0) + len(leases.ends)
+        return found
 
     def forget(self, key: bytes, fields: Sequence[bytes] | None = None) -> bool:
         """Drop a partition, or some of its fields; whether there was something to drop."""
@@ -166,6 +196,21 @@ class LocalEngine:
         """The fields a partition holds."""
         held = self._find(key)
         return list(held.counters) if held is not None else []
+
+    def _leases(self, charge: Charge, policy: Policy, holders: Sequence[bytes]) -> Leases:
+        """Who is in flight under one policy, and whom the request at hand is about."""
+        leases = self._in_flight.get((charge.partition.key, policy.field))
+        if leases is None:
+            leases = Leases(self._lease, charge.label or policy.name)
+        leases.holders = holders
+        return leases
+
+    def _keep(self, charge: Charge, policy: Policy, counter: Counter) -> None:
+        leases = cast("Leases", counter.save()[0])
+        if leases.ends:
+            self._in_flight[charge.partition.key, policy.field] = leases
+        else:
+            self._in_flight.pop((charge.partition.key, policy.field), None)
 
     def _find(self, key: bytes) -> _Held | None:
         return self._admitted.get(key) or self._refused.get(key)

@@ -85,7 +85,8 @@ class Ledger:
         if not isinstance(cost, int) or isinstance(cost, bool):
             raise ValueError(f"cost={cost!r} is not a whole number of units.")
         verdicts = self._first.all
-        names = {p.name for verdict in verdicts for charge in verdict.charges for p in charge.policies}
+        policies = [p for verdict in verdicts for charge in verdict.charges for p in charge.policies]
+        names = {p.name for p in policies if p.strategy != "concurrency"}
         if policy is not None and policy not in names and not self._is_degraded:
             raise ValueError(f"policy={policy!r} does not apply to this request. It is one of {sorted(names)}.")
         if self._first.is_over:
@@ -123,6 +124,9 @@ class Ledger:
                 used = None if spending is None else spending.used(self.reader)
                 for policy in charge.policies.policies:
                     charged = next(taken)
+                    if policy.strategy == "concurrency":
+                        deltas.append(0)  # a request is one, until it ends
+                        continue
                     delta = 0
                     for cost, name in changes:
                         if name is None or name == policy.name:

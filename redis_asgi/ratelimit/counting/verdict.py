@@ -15,6 +15,7 @@ from .settlement import Ledger
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .in_flight import Slot
 
 
 class Verdict(Check):
@@ -36,6 +37,7 @@ class Verdict(Check):
         ledger: What the response changes about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
+        slot: Its place among the requests in flight, where one of its policies counts those.
     """
 
     __slots__ = (
@@ -54,6 +56,8 @@ class Verdict(Check):
         "source",
         "uncounted",
     )
+
+    slot: "Slot | None" = None
 
     def __init__(self, engine: "Engine", charges: Charges, mode: Mode = "consume") -> None:
         self.engine = engine
@@ -127,7 +131,14 @@ class Verdict(Check):
                 or self.charges.wait_and_see
                 or (self.more and any(verdict.charges.wait_and_see for verdict in self.more))
             ):
+                self.release()
                 self.open_ledger().settle(status)
+
+    def release(self) -> None:
+        """Let the request be in flight no longer, whatever else is still to be settled."""
+        for verdict in self.all:
+            if verdict.slot is not None:
+                verdict.slot.release()
 
     @property
     def all(self) -> "Sequence[Verdict]":

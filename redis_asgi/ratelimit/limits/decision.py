@@ -16,14 +16,14 @@ class PolicyState:
 
     Attributes:
         name: The policy's name.
-        quota: Units allowed per window.
-        window: Seconds.
+        quota: Units allowed per window, or how many requests in flight.
+        window: Seconds; 0 where it is requests in flight.
         remaining: The largest cost that would be admitted now, 0 to ``quota``.
-        reset: Seconds until the full quota is back; 0.0 when it is.
+        reset: Seconds until the full quota is back; 0.0 when it is. Of requests in flight nobody knows: 1.0.
         retry_after: Seconds until the same cost is admitted next, if nobody else asks; 0.0 when it would be at
-            once, ``None`` when it exceeds the quota and never can be.
+            once, ``None`` when it exceeds the quota and never can be. Of requests in flight nobody knows: 1.0.
         shadow: Whether it only watches.
-        strategy: How it counts.
+        strategy: How it counts; ``concurrency`` where it is requests in flight.
     """
 
     name: str

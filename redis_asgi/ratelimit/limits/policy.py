@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from ...keys import digest, partition_key
 from ...settings import OnRedisError, StrategyName
@@ -14,7 +14,11 @@ from .reply import size_of
 LAYOUT = 1
 _LETTERS: dict[str, str] = {"fixed-window": "f", "sliding-window-counter": "s", "moving-window": "m", "gcra": "g"}
 STRATEGIES: tuple[str, ...] = tuple(_LETTERS)
+_LETTERS["concurrency"] = "c"
+Strategy: TypeAlias = StrategyName | Literal["concurrency"]
 MICROSECONDS = 1_000_000
+# How long Redis takes a request for one in flight unless it is told so again, in seconds.
+LEASE = 30
 # The cost of a charge that takes whatever is left.
 WHAT_REMAINS = -1
 
@@ -33,8 +37,8 @@ class Policy:
 
     Attributes:
         name: What ``RateLimit-Policy`` calls it; the counter belongs to this name.
-        quota: Units allowed per window, up to 10^9; 0 refuses every request.
-        window: Seconds, whole.
+        quota: Units allowed per window, or requests in flight, up to 10^9; 0 refuses every request.
+        window: Seconds, whole; 0 for ``concurrency``.
         shadow: Counted and reported, but never refuses.
         field: Its field in the partition's hash.
     """
@@ -42,7 +46,7 @@ class Policy:
     name: str
     quota: int
     window: int
-    strategy: StrategyName = "fixed-window"
+    strategy: Strategy = "fixed-window"
     shadow: bool = False
     field: bytes = attribute(init=False, repr=False, compare=False)
 
@@ -57,22 +61,25 @@ class PolicySet:
     Attributes:
         spec: What the script is told about them.
         wire: The same as it goes over the wire.
-        logs: The fields of those that keep a log beside the hash.
+        logs: The fields of those that keep a list or a set beside the hash.
         enforces: Whether one of them may refuse.
         all_enforce: Whether each of them may.
+        holds: Whether one of them counts requests in flight.
         names: What they are called.
     """
 
-    __slots__ = ("all_enforce", "enforces", "logs", "names", "policies", "spec", "wire")
+    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "spec", "wire")
 
     def __init__(self, policies: tuple[Policy, ...]) -> None:
         self.policies = policies
         self.spec = b"\n".join(
-            b"%s %d %d %d %s" % (_LETTERS[p.strategy].encode(), p.quota, p.window * MICROSECONDS, p.shadow, p.field)
+            b"%s %d %d %d %s"
+            % (_LETTERS[p.strategy].encode(), p.quota, (p.window or LEASE) * MICROSECONDS, p.shadow, p.field)
             for p in policies
         )
         self.wire = bulk(self.spec)
-        self.logs = tuple(policy.field for policy in policies if policy.strategy == "moving-window")
+        self.logs = tuple(p.field for p in policies if p.strategy in ("moving-window", "concurrency"))
+        self.holds = any(policy.strategy == "concurrency" for policy in policies)
         self.enforces = not all(policy.shadow for policy in policies)
         self.all_enforce = not any(policy.shadow for policy in policies)
         self.names = tuple(policy.name for policy in policies)
@@ -204,6 +211,7 @@ class Charges(Sequence[Charge]):
         is_spread: Whether they are of several partitions.
         is_priced: Whether the cost of one of them is still to be asked for.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
+        holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
         render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
         known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
@@ -216,7 +224,7 @@ class Charges(Sequence[Charge]):
         names: list[str] = []
         # In one loop: what is known only after an answer makes one of these for each request.
         enforce = True
-        unread = wait_and_see = is_priced = has_tokens = False
+        unread = wait_and_see = is_priced = has_tokens = holds = False
         for charge in each:
             policies, partition = charge.policies, charge.partition
             keys.append(partition.wire)
@@ -229,6 +237,7 @@ class Charges(Sequence[Charge]):
             terms.append(bulk(b"%d" % cost))
             names += policies.names if charge.label is None else [charge.label] * len(policies.names)
             enforce = enforce and policies.all_enforce
+            holds = holds or policies.holds
             if charge.count_if is not None:
                 wait_and_see = True
             if charge.price is not None:
@@ -250,6 +259,8 @@ class Charges(Sequence[Charge]):
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
         self.has_tokens = has_tokens
+        self.holds = holds
+        self._in_flight: Charges | None = None
         self.admission: Any = None
         self.render: Callable[[Sequence[int]], Any] | None = None
         self.known: Any = None
@@ -279,6 +290,13 @@ class Charges(Sequence[Charge]):
             self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
         return self._limits
 
+    @property
+    def in_flight(self) -> "Charges":
+        """Those of them that count requests in flight."""
+        if self._in_flight is None:
+            self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
+        return self._in_flight
+
     def __getitem__(self, at: Any) -> Any:
         return self._each[at]
 
@@ -290,7 +308,7 @@ class Charges(Sequence[Charge]):
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:
-    """The list beside a partition's hash that holds one moving window's stamps."""
+    """The key beside a partition's hash of one moving window's stamps, or of one concurrency limit's leases."""
     return partition + b":" + field
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...settings import Settings
-from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of
+from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of, log_key
 from .reply import Reply, numbers_of
 
 # A refund or reset in another process is seen this much later at most (s).
 LONGEST = 1.0
+# So is the end of a request in flight (s), which comes at any time.
+LONGEST_IN_FLIGHT = 0.1
 
 
 @dataclass(slots=True)
@@ -149,7 +151,12 @@ class RefusalMemory:
             for (charge, policy), (fits, remaining, reset, retry, _) in both:
                 if fits or policy.shadow or at <= self._forgotten.get(charge.partition.key, -1.0):
                     continue
-                until = at + (LONGEST if retry < 0 else min(retry / MICROSECONDS, LONGEST))
+                longest = LONGEST
+                if policy.strategy == "concurrency":
+                    longest = LONGEST_IN_FLIGHT
+                    if at <= self._forgotten.get(log_key(charge.partition.key, policy.field), -1.0):
+                        continue
+                until = at + (longest if retry < 0 else min(retry / MICROSECONDS, longest))
                 held = self.partitions.setdefault(charge.partition.key, {})
                 before = held.get(policy.field)
                 if before is None or before.until < until or not before.answers(charge.cost):
@@ -178,10 +185,22 @@ class RefusalMemory:
         """
         with self._lock:
             _end(self.partitions.pop(partition, {}))
-            self._forgotten[partition] = now
-            self._forgotten.move_to_end(partition)
-            while len(self._forgotten) > self._size:
-                self._forgotten.popitem(last=False)
+            self._note(partition, now)
+
+    def end(self, charges: Charges, now: float) -> None:
+        """`forget` the refusals by the limits of *charges* only, under which a request in flight has ended at *now*."""
+        with self._lock:
+            for charge, policy in counters_of(charges):
+                refusal = self.partitions.get(charge.partition.key, {}).get(policy.field)
+                if refusal is not None:
+                    refusal.until = 0.0
+                self._note(log_key(charge.partition.key, policy.field), now)
+
+    def _note(self, key: bytes, now: float) -> None:
+        self._forgotten[key] = now
+        self._forgotten.move_to_end(key)
+        while len(self._forgotten) > self._size:
+            self._forgotten.popitem(last=False)
 
 
 def _end(held: dict[bytes, Refusal]) -> None:

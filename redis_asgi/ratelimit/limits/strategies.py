@@ -1,4 +1,4 @@
-"""The four strategies in this process: the twin of ``scripts/*.lua``, decision for decision.
+"""The strategies in this process: the twin of ``scripts/*.lua``, decision for decision.
 
 The engine of ``memory://``, the stand-in while Redis is gone, and the oracle that the scripts are tested against.
 Both sides compute in IEEE doubles and in the same order, so their numbers agree to the last microsecond;
@@ -9,18 +9,20 @@ change one only together with the other.
                             quota waits up to ``window * (1 + 1 / quota)``.
 ``moving-window``           an exact log of every unit: precise, and memory in proportion to the quota.
 ``gcra``                    a token bucket: smooth, one number.
+``concurrency``             no strategy to choose: the requests in flight, by their ids.
 """
 
 import math
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-from .policy import MICROSECONDS, Policy
+from .policy import LEASE, MICROSECONDS, Policy
 
 Mode = Literal["consume", "peek", "charge", "refund"]
-# What is kept of one counter: numbers, or the log of a moving window.
-Stored: TypeAlias = "tuple[float, ...] | Log"
+# What is kept of one counter: numbers, the log of a moving window, or who is in flight.
+Stored: TypeAlias = "tuple[float, ...] | Log | Leases"
 # Doubles near a quota differ from the exact number by less than this part of it.
 _EDGE = 1e-12
 # Less than this many units is what rounding leaves of nothing.
@@ -288,9 +290,90 @@ class _MovingWindow(Counter):
         return self.log, self.log.last + self.window
 
 
+class Leases:
+    """Who is in flight under one concurrency limit.
+
+    Args:
+        length: How long one of them is taken to be unless that is said again (us); infinite where its end is seen.
+
+    Attributes:
+        ends: The end of each one's lease (us), by its id.
+        holders: The ids that the change at hand is about.
+        last: When one was last added or renewed (us).
+        label: What they are counted as.
+    """
+
+    __slots__ = ("ends", "holders", "label", "last", "length")
+
+    def __init__(self, length: float = LEASE * MICROSECONDS, label: str = "") -> None:
+        self.length = length
+        self.label = label
+        self.ends: dict[bytes, float] = {}
+        self.holders: Sequence[bytes] = ()
+        self.last = 0.0
+
+
+# How long the next place takes to come free nobody knows (us).
+_SOON = 1_000_000.0
+
+
+class _Concurrency(Counter):
+    """Stored: `Leases`, changed in place; charges and refunds say the same however often they come."""
+
+    __slots__ = ("leases", "used")
+
+    def load(self, stored: Leases | None, now: float) -> None:
+        self.leases = leases = stored if stored is not None else Leases()
+        self.moved = leases.last > now
+        self.receipt = 0.0
+        self._count()
+
+    def _count(self) -> None:
+        ends = self.leases.ends
+        is_seen = self.leases.length == math.inf  # until its end
+        self.used = len(ends) if is_seen else sum(end > self.at for end in ends.values())
+        self.free = self.quota - self.used
+
+    def _drop_expired(self) -> None:
+        leases = self.leases
+        if leases.length < math.inf:
+            leases.ends = {holder: end for holder, end in leases.ends.items() if end > self.at}
+
+    def move(self) -> None:
+        leases = self.leases
+        till = self.at + leases.length
+        leases.ends = {holder: min(end, till) for holder, end in leases.ends.items()}
+        leases.last = self.at
+
+    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - whoever ends is not told before
+        return _SOON
+
+    def charge(self, cost: int) -> None:  # noqa: ARG002 - a request is one
+        self._drop_expired()
+        leases = self.leases
+        for holder in leases.holders:
+            leases.ends[holder] = self.at + leases.length
+        leases.last = self.at
+        self._count()
+
+    def refund(self, cost: int, receipt: float) -> bool:  # noqa: ARG002 - the id is the receipt
+        self._drop_expired()
+        for holder in self.leases.holders:
+            self.leases.ends.pop(holder, None)
+        self._count()
+        return False
+
+    def reset(self, now: float) -> float:  # noqa: ARG002 - likewise
+        return _SOON if self.used else 0.0
+
+    def save(self) -> tuple[Stored, float]:
+        return self.leases, self.at + self.leases.length
+
+
 COUNTERS: dict[str, type[Counter]] = {
     "fixed-window": _FixedWindow,
     "sliding-window-counter": _SlidingWindowCounter,
     "moving-window": _MovingWindow,
     "gcra": _Gcra,
+    "concurrency": _Concurrency,
 }

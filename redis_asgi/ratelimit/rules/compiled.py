@@ -15,13 +15,13 @@ from ...settings import OnRedisError, Settings, StrategyName
 from ...settings.notation import Limit, parse_limits
 from ..budgets.spending import Accuracy, Spending
 from ..budgets.tokens import Asked, Outputs, Tokens
-from ..limits.policy import Charge, PolicySet
+from ..limits.policy import Charge, Partition, PolicySet, Strategy
 from .by_body import ByBody
 from .joined import partitioner_of
 from .last_limits import LastLimits
 from .partition import PartitionBy
-from .policies import MOVING_WINDOW_MAX, make_policies, warns_of_cost, warns_of_small_quotas
-from .rule import DEFAULT_NAME, Limits, Rule, check_choice, check_strategy_of_tokens, listed_rules
+from .policies import MOVING_WINDOW_MAX, make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
+from .rule import DEFAULT_NAME, Limits, Rule, check_choice, check_concurrency, check_strategy_of_tokens, listed_rules
 
 # What rules cover that count by a body, where they do not say.
 METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
@@ -32,7 +32,7 @@ class CompiledRule:
 
     Attributes:
         policies: Known at construction, unless the limits are a callable.
-        limits_of: That callable; ``None`` where there is none.
+        limits_of: That callable, of limits or of a number in flight; ``None`` where there is none.
         last: What reads what it returns.
         cost: Units, or what says them.
         tokens: The same where it is known only after the answer; else ``None``.
@@ -61,12 +61,14 @@ class CompiledRule:
         self.on_redis_error: OnRedisError = rule.on_redis_error or on_redis_error
         self.partition = partitioner_of(rule.partition_by or partition_by, settings, addressing)
         self.readers = self.partition.readers
-        uses = next((reader for reader in self.readers if reader.counts_uses), None)
+        # In flight is a request, however much it asks for.
+        counted = self.readers if rule.concurrency is None else ()
+        uses = next((reader for reader in counted if reader.counts_uses), None)
         self.tokens = rule.cost if isinstance(rule.cost, Tokens) else None
         self.cost: Any = partial(_of_uses, uses, rule.cost) if uses and isinstance(rule.cost, int) else rule.cost
         self._outputs: dict[tuple[str | None, ...], Outputs] = {}
         self._accuracy: Accuracy | None = None
-        self.strategy: StrategyName = rule.strategy or strategy
+        self.strategy: Strategy = rule.strategy or strategy
         if self.tokens is not None:
             check_strategy_of_tokens(self.strategy)
         self.shadow = rule.shadow or settings.RATE_LIMIT_DRY_RUN
@@ -80,7 +82,16 @@ class CompiledRule:
         self._has_warned_of_cost = False
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
         self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
-        self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
+        self.last: LastLimits | _Numbers
+        if rule.concurrency is None:
+            self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
+        else:
+            self.strategy = "concurrency"
+            self.last = _Numbers(self.name, self.shadow)
+            if callable(rule.concurrency):
+                self.limits_of = rule.concurrency
+            else:
+                self.policies = make_concurrency(self.name, rule.concurrency, self.shadow)
         self._default_limits = settings.default_limits
         self.asks_user = self.limits_of is not None or self.partition.read is None
 
@@ -133,7 +144,8 @@ class CompiledRule:
     def _make(self, notation: str, *, least: int = 1) -> PolicySet:
         """The policies that *notation* stands for under this rule; parsed through a bounded cache."""
         name, ending = self._named
-        policies = make_policies(name, notation, self.strategy, self.shadow, least=least, ending=ending)
+        strategy = cast("StrategyName", self.strategy)  # of limits
+        policies = make_policies(name, notation, strategy, self.shadow, least=least, ending=ending)
         if self.strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         return policies
@@ -175,6 +187,25 @@ class CompiledRule:
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
         return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
+
+
+class _Numbers:
+    """What reads how many requests a rule's callable lets be in flight; see `LastLimits`."""
+
+    def __init__(self, rule: str, shadow: bool) -> None:
+        self._rule = rule
+        self._shadow = shadow
+
+    def read(self, said: object, _partition: Partition) -> PolicySet:
+        """The policy that the callable's number stands for.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        try:
+            return make_concurrency(self._rule, check_concurrency(said, least=0), self._shadow)
+        except ValueError as error:
+            raise ValueError(f"The rule {self._rule!r}: {error} Return one, or None for no limit.") from None
 
 
 def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:
@@ -250,7 +281,7 @@ def compile_rules(
 
 def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
     seen: dict[str, str] = {}
-    dynamic = [rule.name for rule in rules if rule.policies is None]
+    dynamic = [rule.name for rule in rules if rule.policies is None and rule.strategy != "concurrency"]
     for rule in rules:
         for name in dynamic:
             # What its callable says decides whether a policy is named so.

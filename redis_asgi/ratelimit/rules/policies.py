@@ -64,6 +64,12 @@ def make_policies(
     return PolicySet(tuple(policies))
 
 
+@lru_cache(maxsize=4096)
+def make_concurrency(name: str, quota: int, shadow: bool = False) -> PolicySet:
+    """The one policy of the rule *name* that admits so many requests in flight."""
+    return PolicySet((Policy(name, quota, 0, "concurrency", shadow),))
+
+
 def warns_of_cost(rule: str, policies: PolicySet, cost: int) -> bool:
     """Whether *cost* is more than a quota of *policies* can ever admit, which is warned of; a quota of 0 means to."""
     quota = min((policy.quota for policy in policies if not policy.shadow), default=0)

@@ -10,16 +10,17 @@ from typing import Annotated, TypeAlias, get_args
 from starlette.requests import HTTPConnection, Request
 
 from ...asgi.paths import path_patterns
-from ...errors import ConfigurationError
+from ...errors import ArgumentError, ConfigurationError
 from ...misuse import Uncalled, check_callable, constructor_says_what_was_meant, shown
 from ...settings import OnRedisError, StrategyName
-from ...settings.notation import parse_limits
+from ...settings.notation import MAX_QUOTA, parse_limits
 from ..budgets.tokens import Tokens, tokens
 from .partition import PartitionBy, check_partition_by
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 Cost: TypeAlias = int | Tokens | Callable[[Request], int | Awaitable[int]]
 CountIf: TypeAlias = Callable[[int], bool]
+Concurrency: TypeAlias = int | Callable[[HTTPConnection], int | None | Awaitable[int | None]]
 
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
@@ -97,6 +98,10 @@ class Rule:
         limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
             for "not limited". A callable's quota of 0 refuses the request; what nobody can read is logged once, and
             answered by the partition's last readable limits, else by the default ones of the settings.
+        concurrency: Instead of *limits*: how many requests of a partition may be in flight at once, over all workers, 1
+            to 10^9; or a callable that says it for a request (``None`` = not limited, 0 refuses it). A request is in
+            flight until its last body byte is passed on, its WebSocket is closed, or the app returns or raises.
+            *strategy*, *cost* and *count_if* are for limits.
         name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
             (``default``).
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
@@ -123,8 +128,9 @@ class Rule:
         ConfigurationError: Names what cannot work.
     """
 
-    limits: Annotated[Limits, _NO_DEPENDENCY]
+    limits: Annotated[Limits | None, _NO_DEPENDENCY] = None
     _: KW_ONLY
+    concurrency: Concurrency | None = None
     name: str | None = None
     paths: str | Iterable[str] | None = None
     methods: str | Iterable[str] | None = None
@@ -139,7 +145,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        check_limits(self.limits)
+        self._check_quota()
         if self.strategy is not None:
             check_choice("strategy", self.strategy, get_args(StrategyName))
         if self.on_redis_error is not None:
@@ -166,6 +172,40 @@ class Rule:
                 _check_method(method)
             object.__setattr__(self, "methods", methods)
 
+    def _check_quota(self) -> None:
+        if self.concurrency is not None:
+            self._check_concurrency(self.concurrency)
+        elif self.limits is None:
+            raise ArgumentError(
+                "Rule needs limits or concurrency, and limits=None is neither notation nor a callable. "
+                "Try Rule('5/minute', name='login', paths='/login')."
+            )
+        else:
+            check_limits(self.limits)
+
+    def _check_concurrency(self, concurrency: object) -> None:
+        if self.limits is not None:
+            raise ConfigurationError(
+                "limits= and concurrency= are given together. Write two rules, which are decided together all the "
+                "same: Rule('60/minute', name='requests'), Rule(concurrency=4, name='streams')."
+            )
+        for label, value, default in (
+            ("strategy", self.strategy, None),
+            ("cost", self.cost, 1),
+            ("count_if", self.count_if, None),
+        ):
+            if value is not default and value != default:
+                raise ConfigurationError(
+                    f"{label}={shown(value)} is for limits: with concurrency= a request counts as one. Leave it out."
+                )
+        if callable(concurrency):
+            check_callable("concurrency", concurrency, "conn", "concurrency=lambda conn: 4")
+            return
+        try:
+            check_concurrency(concurrency, least=1)
+        except ValueError as error:
+            raise ConfigurationError(f"{error} Try concurrency=4.") from None
+
     def _check_cost(self) -> None:
         cost: object = self.cost
         if cost is tokens:
@@ -181,7 +221,18 @@ class Rule:
         elif callable(cost):
             check_callable("cost", cost, "request", "cost=lambda request: 2")
         else:
-            _check_constant_cost(cost, self.limits)
+            _check_constant_cost(cost, self.limits or "")
+
+
+def check_concurrency(number: object, *, least: int) -> int:
+    """A number of requests in flight is a whole one, *least* to 10^9.
+
+    Raises:
+        ValueError: If it is not; ``True`` is no number.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MAX_QUOTA:
+        raise ValueError(f"concurrency={shown(number)} is not a whole number of requests in flight, {least} to 10^9.")
+    return number
 
 
 def check_strategy_of_tokens(strategy: str) -> None:
@@ -242,7 +293,7 @@ def _check_constant_cost(cost: object, limits: Limits) -> None:
         units = check_cost(cost)
     except ValueError as error:
         raise ConfigurationError(f"{error} Try 1.") from None
-    if isinstance(limits, str):
+    if isinstance(limits, str) and limits:
         quota = min(limit.quota for limit in parse_limits(limits))
         if units > quota:
             raise ConfigurationError(

@@ -28,6 +28,9 @@ class Check:
 
     __slots__ = ("asked", "at", "deadline", "future", "is_asked", "mode", "receipts", "timeout", "written")
 
+    # The ids of the requests in flight that it is about; of others it says nothing.
+    holders: Sequence[bytes] = ()
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -68,6 +71,11 @@ class Check:
         return outcome
 
     @property
+    def may_have_run(self) -> bool:
+        """Whether Redis may have been asked already, or be asked yet."""
+        return self.written > 0 or self.asked.is_spread
+
+    @property
     def left(self) -> float:
         """Seconds that it had left for its trip when its batch was written."""
         return self.deadline - self.written
@@ -75,6 +83,25 @@ class Check:
     def waited(self) -> float:
         """Seconds since its arrival."""
         return self.future.get_loop().time() - self.deadline + self.timeout
+
+
+class HoldingCheck(Check):
+    """A question about the requests in flight of these *holders*."""
+
+    __slots__ = ("holders",)
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        mode: Mode,
+        charges: Charges,
+        timeout: float,
+        receipts: Sequence[int] = (),
+        *,
+        holders: Sequence[bytes],
+    ) -> None:
+        super().__init__(loop, mode, charges, timeout, receipts)
+        self.holders = holders
 
 
 class Batch:

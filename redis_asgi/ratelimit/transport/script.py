@@ -1,6 +1,8 @@
 """The script, the one writer of a command that calls it, and the one reader of what it replies to that."""
 
 import hashlib
+import logging
+from functools import lru_cache
 from importlib.resources import files
 from itertools import islice
 from typing import Any
@@ -8,13 +10,16 @@ from typing import Any
 import hiredis
 
 from ...errors import Failure, OddReply, classify_reply
+from ...events import say
 from ..limits.policy import bulk
 from .check import Check, graver, still_waiting
+
+logger = logging.getLogger("redis_asgi.ratelimit")
 
 
 def _load_script() -> bytes:
     folder = files(__package__) / "scripts"
-    names = ("prelude", "fixed_window", "sliding_window_counter", "moving_window", "gcra", "batch")
+    names = ("prelude", "fixed_window", "sliding_window_counter", "moving_window", "gcra", "concurrency", "batch")
     return b"\n".join((folder / f"{name}.lua").read_bytes() for name in names)
 
 
@@ -54,6 +59,9 @@ class Call:
             if check.mode != "consume":
                 questions[i] = bulk(check.mode.encode()) + check.asked.terms + b"".join(map(_number, check.receipts))
                 words += len(check.receipts)
+            if check.asked.holds and check.mode != "peek":
+                questions[i] += bulk(b" ".join(check.holders))
+                words += 1
         clock = bulk(b"") if self.clock is None else _number(self.clock)
         head = b"*%d\r\n%b%b" % (words, _IN_FULL if self.in_full else _BY_NAME, _number(key_count))
         return b"".join((head, *[charges.keys for charges in asked], _number(self.number), clock, *questions))
@@ -98,11 +106,21 @@ class Call:
                 check.answer(part)
             elif isinstance(part, bytes | str):
                 outcome = classify_reply(part.decode() if isinstance(part, bytes) else part)
-                worst = graver(worst, outcome)
+                if outcome is Failure.PERMISSION and check.asked.holds:
+                    # What the others need may be allowed: it does not stop them.
+                    _say_denied()
+                else:
+                    worst = graver(worst, outcome)
                 check.answer(outcome)
             else:
                 raise LookupError
         return worst
+
+
+@lru_cache
+def _say_denied() -> None:
+    """Say once what a user of before there were concurrency limits lacks."""
+    say(logger, "concurrency_denied")
 
 
 def _number(value: int) -> bytes:

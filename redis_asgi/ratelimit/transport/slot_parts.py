@@ -12,7 +12,7 @@ from ..limits.policy import Charge, Charges, Policy
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.reply import Numbers, Reply, charged_receipts, numbers_of, reply_of
 from .batcher import Batcher
-from .check import Check, Outcome, resolve
+from .check import Check, HoldingCheck, Outcome, resolve
 
 
 class Parts:
@@ -36,7 +36,7 @@ class Parts:
         parts = _by_partition(check.asked)
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             return False
-        asked = [Check(self._loop, check.mode, Charges(charges), check.timeout) for charges in parts.values()]
+        asked = [self._part(check, Charges(charges)) for charges in parts.values()]
         left = len(asked)
 
         def one_answered(_: asyncio.Future[Outcome]) -> None:
@@ -57,6 +57,11 @@ class Parts:
             part.future.add_done_callback(one_answered)
             self._route(part)
         return True
+
+    def _part(self, check: Check, charges: Charges) -> Check:
+        if not (charges.holds and check.holders):
+            return Check(self._loop, check.mode, charges, check.timeout)
+        return HoldingCheck(self._loop, check.mode, charges, check.timeout, holders=check.holders)
 
     def _combine(self, check: Check, parts: Sequence[Check]) -> None:
         check.written = min(part.written for part in parts)
@@ -80,13 +85,23 @@ class Parts:
         resolve([check], outcome)
 
     def _give_back(self, part: Check, reply: Reply) -> None:
-        """Refund what *part* was charged by *reply*, and forget whom that refused meanwhile."""
-        said = iter(numbers_of(reply))
-        charges = []
+        """Refund what *part* was charged by *reply*, and forget whom that refused meanwhile.
+
+        Not what is in flight: who asked releases it by its id, or keeps it.
+        """
+        said = iter(zip(numbers_of(reply), charged_receipts(reply), strict=True))
+        charges: list[Charge] = []
+        receipts: list[int] = []
         for charge in part.asked:
-            taken = max(charge.taken(next(said).fits) for _ in charge.policies)
+            mine = list(islice(said, len(charge.policies)))
+            if charge.policies.holds:
+                continue
+            taken = max(charge.taken(numbers.fits) for numbers, _ in mine)
             charges.append(charge if charge.unread is None else replace(charge, cost=taken, unread=None))
-        refund = Check(self._loop, "refund", Charges(charges), part.timeout, charged_receipts(reply))
+            receipts += (receipt for _, receipt in mine)
+        if not charges:
+            return
+        refund = Check(self._loop, "refund", Charges(charges), part.timeout, receipts)
 
         def forget(_: asyncio.Future[Outcome]) -> None:
             self._refusals.forget(part.asked[0].partition.key, CLOCK.monotonic())

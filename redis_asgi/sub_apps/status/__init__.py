@@ -16,6 +16,7 @@ from ...connection.health_cache import Target
 from ...connection.manager import RedisManager
 from ...connection.pool_usage import PoolUsage, pool_usage
 from ...connection.redis_argument import RedisArgument
+from ...ratelimit.counting.local_engine import LocalEngine
 from ...settings import Settings
 from ...telemetry import telemetry
 from ..health import Status, worst_standing
@@ -60,6 +61,7 @@ class StatusApp(SubApp):
         facts = Facts(
             standing=now,
             history=telemetry().history(),
+            in_flight=now.manager.per_process(LocalEngine.from_settings).in_flight(),
             pool=await _pool(now.manager),
             at=time.time(),
             process=os.getpid(),

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -29,6 +29,7 @@ class Facts:
     """Everything the page shows.
 
     Attributes:
+        in_flight: Requests in flight under each concurrency limit.
         at: Unix seconds.
         process: The process's id.
         is_open: Whether anybody may read it.
@@ -38,6 +39,7 @@ class Facts:
     standing: AppHealth
     history: Sequence[Sample]
     pool: PoolUsage | None
+    in_flight: Mapping[str, int]
     at: float
     process: int
     is_open: bool
@@ -62,7 +64,7 @@ def render(facts: Facts) -> Markup:
         figures=_figures(facts),
         decisions=_decisions(facts.history),
         cache=_cache(facts.history),
-        policies=_policies(facts.history),
+        policies=_policies(facts.history, facts.in_flight),
         redis=_redis(facts),
         process=facts.process,
         at=datetime.fromtimestamp(facts.at, UTC).strftime("%Y-%m-%d %H:%M:%S"),
@@ -221,7 +223,7 @@ def _chart(title: str, keys: Markup, drawing: Markup, *, top: str, bottom: str, 
     )
 
 
-def _policies(history: Sequence[Sample]) -> Markup:
+def _policies(history: Sequence[Sample], in_flight: Mapping[str, int]) -> Markup:
     admitted: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     shadowed: Counter[str] = Counter()
@@ -250,6 +252,8 @@ def _policies(history: Sequence[Sample]) -> Markup:
     notes += ["A shadow refuses nobody; counted is whom it would refuse"] if +shadowed else []
     left_out = len(admitted + refused) - len(busiest)
     notes += [f"{left_out} more with less to do"] if left_out else []
+    now = ", ".join(f"{number:,} of {name}" for name, number in Counter(in_flight).most_common(_BUSIEST))
+    notes += [f"In flight: {now}"] if now else []
     return markup(
         '<table><thead><tr><th scope="col">Policy</th><th scope="col">Admitted</th><th scope="col">Refused</th>'
         '<th scope="col">Refused of all</th></tr></thead><tbody>{rows}</tbody></table>{notes}',

@@ -1,11 +1,12 @@
 -- Decide many requests in one call, each in turn, all or nothing, each under its own pcall.
 -- A request makes charges; a charge is some policies of one partition at one cost.
--- KEYS, per charge: the partition's hash, then the list of each moving window. All keys of a call share a slot on
---   Redis Cluster, where a batch is one call per partition.
+-- KEYS, per charge: the partition's hash, then the list of each moving window and the set of each concurrency limit.
+--   All keys of a call share a slot on Redis Cluster, where a batch is one call per partition.
 -- ARGV[1] the number of this call; ARGV[2] now (us), '' = Redis TIME. Then per request: mode (consume|peek|charge|refund),
 --   number of charges, per charge: its policies, a line "<strategy> <quota> <window us> <shadow 0|1> <field>" each, and its
 --   cost (units; -1 = what remains of the least of its enforcing policies, at least 1); for a refund then a receipt per
---   counter, negative for one that was not charged. A quota of 0 refuses every cost, 0 included.
+--   counter, negative for one that was not charged; but for a peek, where a policy counts what is in flight, then the ids
+--   that it is about, apart by blanks. A quota of 0 refuses every cost, 0 included.
 -- Reply: the number of the call, then per request, as a list: 1 admitted | 0 refused, then per counter: 1|0 itself admits
 --   (at a cost of what remains: that), remaining (units), reset (us), until the same cost, or 1 of what remains, is admitted
 --   next (us, -1 = can never fit), receipt (us). In place of the list of one that failed: its message.
@@ -21,8 +22,8 @@ local function parse(spec)
       made[letter] = strategy
     end
     policies[#policies + 1] = {
-      strategy = strategy, log = letter == 'm', quota = tonumber(quota), window = tonumber(window),
-      shadow = shadow == '1', field = field,
+      strategy = strategy, log = letter == 'm' or letter == 'c', holds = letter == 'c',
+      quota = tonumber(quota), window = tonumber(window), shadow = shadow == '1', field = field,
       edge = quota * 1e-12, dust = max(1e-9, quota * 1e-12),
     }
   end
@@ -158,7 +159,7 @@ local now = ARGV[2] == '' and read_time() or tonumber(ARGV[2])
 local k, a, counters, replies, size = 1, 3, {}, {tonumber(ARGV[1])}, 1
 while a <= #ARGV do
   local mode, charges = ARGV[a], tonumber(ARGV[a + 1])
-  local count, takes_rest = 0, false
+  local count, takes_rest, holds = 0, false, false
   a = a + 2
   for part = 1, charges do
     local spec, cost, key = ARGV[a], tonumber(ARGV[a + 1]), KEYS[k]
@@ -179,12 +180,21 @@ while a <= #ARGV do
       end
       s.policy, s.strategy, s.cost, s.key, s.part = policy, policy.strategy, cost, key, part
       s.dirty, s.moved = false, false
-      if policy.log then s.list = KEYS[k]; k = k + 1 end
+      if policy.log then
+        s.list = KEYS[k]
+        k = k + 1
+        holds = holds or policy.holds
+      end
     end
   end
   if mode == 'refund' then
     for i = 1, count do counters[i].receipt = tonumber(ARGV[a + i - 1]) end
     a = a + count
+  end
+  if holds and mode ~= 'peek' then
+    holders = {}
+    for id in string.gmatch(ARGV[a], '%S+') do holders[#holders + 1] = id end
+    a = a + 1
   end
   local fine, result = pcall(decide, mode, counters, count, now, takes_rest)
   -- Redis 7 raises a table, 6.2 a string.

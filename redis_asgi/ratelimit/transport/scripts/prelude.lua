@@ -1,11 +1,13 @@
 -- What the strategies share. Each adds its maker under its letter; what it makes has load, wait, charge, refund, reset,
--- save, and is made when first needed: all the functions of all four cost as much as a decision.
+-- save, and is made when first needed: all the functions of all of them cost as much as a decision.
 -- `load` sets s.free (the largest cost admitted now, below 0 when in debt) and s.receipt_now; times are whole us.
 -- A stored time in the future, which a clock that was set back leaves, or a replica whose clock is behind, counts as now;
 -- `load` then sets s.moved, and what is saved is of now. What was counted stays, what was counted then is not given back.
 -- The arithmetic, its order included, is mirrored by the in-process twin in strategies.py; change both together.
 
 local make, made = {}, {}
+-- The ids of the requests in flight that the request at hand is about.
+local holders = {}
 local call, format, match = redis.call, string.format, string.match
 local ceil, floor, max, min, tonumber = math.ceil, math.floor, math.max, math.min, tonumber
 
