@@ -596,6 +596,17 @@ async def test_an_id_that_cannot_be_read_is_null(content: bytes, expected: objec
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("coding", "expected"), [("identity", 7), ("Identity", 7), ("gzip", None)])
+async def test_an_id_is_read_unless_the_body_is_encoded(settings: Settings, coding: str, expected: object) -> None:
+    """``identity`` says that it is not."""
+    async with client_of(tools(settings, Spy())) as client:
+        await client.post("/mcp", content=b"{}")
+        refused = await client.post("/mcp", content=b'{"id":7}', headers={"content-encoding": coding})
+
+    assert expected == refused.json()["id"]
+
+
+@pytest.mark.anyio
 async def test_a_body_is_read_at_a_refusal_only(settings: Settings) -> None:
     """On a path of MCP, that is, and by POST: elsewhere nobody waits for it."""
     app = RateLimitMiddleware(Spy(), "1/minute", dialect={"/mcp": "mcp", "/v1/*": "openai"}, settings=settings)

@@ -121,6 +121,8 @@ class UsageReader:
 
     def feed(self, body: bytes) -> None:
         """Look at a chunk that has passed."""
+        if type(body) is not bytes:
+            body = bytes(body)  # Starlette passes a memoryview on as it is
         reading = self._body
         if self._decoder is None:
             if reading is not None and len(body) <= TAIL:
