@@ -71,9 +71,12 @@ class Ahead:
         buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
         asked = None
         if plan.behind is not None or charges.has_tokens:
-            charges, asked = await self._look(plan.behind, charges, buffer)
+            try:
+                charges, asked = await self._look(plan.behind, charges, buffer)
+            finally:
+                # Also for the answer to a request that lacks an identity, which may name what its body says.
+                self.receive = buffer.replay()
         if not charges.is_priced:
-            self.receive = buffer.replay()
             return await engine.decide(charges) if charges.counters else None
         costs = [
             charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)

@@ -28,6 +28,7 @@ from redis_asgi import (
     Settings,
     by_header,
     by_mcp_tool,
+    client_ip,
     rate_limit,
     rate_limit_responses,
 )
@@ -659,6 +660,30 @@ async def test_a_body_that_a_rule_has_read_has_its_id(settings: Settings) -> Non
 
     assert "call-1" == answer.json()["id"]
     assert 1 == spy.calls
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [400, 503])
+async def test_a_body_is_received_once_whatever_is_answered(status: int) -> None:
+    """A server gives it once: who asks again waits until the client has left."""
+    settings = memory(RATE_LIMIT_MISSING_IDENTITY="refuse")
+    if status == 503:
+        settings = Settings(REDIS_URL="redis://127.0.0.1:1", RATE_LIMIT_ON_REDIS_ERROR="closed")
+    by: list[Any] = [by_mcp_tool(["search"]), by_header("x-api-key") if status == 400 else client_ip]
+    app = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", partition_by=by)], dialect="mcp", settings=settings)
+    messages: list[Message] = [{"type": "http.request", "body": orjson.dumps(CALL), "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"mcp-protocol-version", b"2026-07-28")]
+    await app(http_scope(method="POST", path="/mcp", headers=headers), receive, send)
+
+    assert (status, "call-1") == (sent[0]["status"], orjson.loads(sent[1]["body"])["id"])
 
 
 # limits of routes
