@@ -25,11 +25,21 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def content_length(scope: Scope) -> int | None:
-    """The ``Content-Length`` of a request; ``None`` when it says none that can be read."""
+    """The ``Content-Length`` of a request; ``None`` when it says none that can be read, or that counts.
+
+    A ``Transfer-Encoding`` overrides it (RFC 9112, 6.3), and some servers pass on both.
+    """
+    if header_values(scope, b"transfer-encoding"):
+        return None
     for value in header_values(scope, b"content-length"):
         if value.isdigit() and len(value) < 19:
             return int(value)
     return None
+
+
+def is_encoded(scope: Scope) -> bool:
+    """Whether a request's body is compressed, or says so; ``identity`` says that it is not."""
+    return any(value.strip().lower() not in (b"", b"identity") for value in header_values(scope, b"content-encoding"))
 
 
 def is_preflight(scope: Scope) -> bool:

@@ -6,6 +6,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from .answers.request_decision import RequestDecision, decided_about
+from .counting.settlement import check_used
 from .limits.decision import Decision
 
 _UNLIMITED = Decision(allowed=True, source="none")
@@ -37,6 +38,13 @@ class _Undecided(RequestDecision):
             decided.charge(cost, policy)
         elif not isinstance(cost, int) or isinstance(cost, bool):
             raise ValueError(f"cost={cost!r} is not a whole number of units.")
+
+    def used(self, units: int, policy: str | None = None) -> None:
+        decided = decided_about(self._scope)
+        if decided is not None:
+            decided.used(units, policy)
+        else:
+            check_used(units)
 
     async def reset(self, name: str) -> bool:
         decided = decided_about(self._scope)

@@ -157,8 +157,10 @@ class RateLimitMiddleware(Covering):
                 charges = left_over(charges, outer, self._engine, self._linter)
             if charges.is_priced or charges.holds or plan.behind is not None:
                 ahead = Ahead(self._engine, outer, self._linter, scope, receive, send)
-                verdict = await ahead.decide(plan, charges)
-                receive, send = ahead.receive, ahead.send
+                try:
+                    verdict = await ahead.decide(plan, charges)
+                finally:
+                    receive, send = ahead.receive, ahead.send
             elif charges.counters:
                 verdict = self._engine.ask(charges)
                 if verdict.is_asked:

@@ -64,18 +64,20 @@ class Ahead:
 
     async def _decide(self, plan: Plan, charges: Charges) -> Verdict | None:
         engine = self._engine
-        if charges.has_tokens and content_length(self._scope) == 0:
-            charges = without_tokens(charges)
-        # A refusal that is known already spares the reading of a body.
-        known = engine.remembered(engine.plans.least(charges))
+        # A refusal that is known already spares the reading of a body. Whether there is one, only the body itself says.
+        says_empty = charges.has_tokens and content_length(self._scope) == 0
+        known = engine.remembered(engine.plans.least(without_tokens(charges) if says_empty else charges))
         if known is not None:
             return known
         buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
         asked = None
         if plan.behind is not None or charges.has_tokens:
-            charges, asked = await self._look(plan.behind, charges, buffer)
+            try:
+                charges, asked = await self._look(plan.behind, charges, buffer)
+            finally:
+                # Also for the answer to a request that lacks an identity, which may name what its body says.
+                self.receive = buffer.replay()
         if not charges.is_priced:
-            self.receive = buffer.replay()
             return await engine.decide(charges) if charges.counters else None
         costs = [
             charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)

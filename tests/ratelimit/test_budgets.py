@@ -384,6 +384,20 @@ def _silent(ending: Ending) -> Ending:
     return Ending(ending.messages, 0, raises=ending.raises, leaves=ending.leaves)
 
 
+@pytest.mark.parametrize("kind", [memoryview, bytearray])
+@pytest.mark.parametrize("content_type", ["text/event-stream", "application/x-ndjson", "application/json", "text/x"])
+async def test_chunks_of_any_kind_are_read(settings: Settings, kind: Any, content_type: str) -> None:
+    """Starlette passes a ``memoryview`` on as it is, and servers take it."""
+    line = json.dumps(usage(7, 8))
+    whole = f"data: {line}\n\n" if content_type == "text/event-stream" else f"{line}\n"
+    ending = Ending(answer(*[kind(whole[i : i + 9].encode()) for i in range(0, len(whole), 9)]), 0)
+    ending.messages[0]["headers"] = [(b"content-type", content_type.encode())]
+    app = limited(settings)
+    await request(app, ending)
+
+    assert 1_000_000 - (15 if content_type != "text/x" else ESTIMATE) == await remaining(app)
+
+
 async def test_each_chunk_passes_before_it_is_looked_at(settings: Settings) -> None:
     """Nothing is held back: the client has each message before the app goes on."""
     sent: list[Message] = []

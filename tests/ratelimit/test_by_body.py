@@ -251,6 +251,21 @@ async def test_rule_covers_requests_with_a_body_only(settings: Settings) -> None
     assert [True, True, True, False, False, False] == covered
 
 
+@pytest.mark.parametrize("encoding", [[(b"transfer-encoding", b"chunked")], []], ids=["overridden", "a lie"])
+async def test_no_length_says_that_there_is_no_body(settings: Settings, encoding: list[tuple[bytes, bytes]]) -> None:
+    """A server that passes on a ``Content-Length`` of 0 beside a body in chunks takes no request out of a rule."""
+    rules = [
+        Rule("9/minute", name="m", partition_by=by_json("model", ["a"])),
+        Rule("100000/minute", name="tokens", cost=tokens()),
+    ]
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    scope = http_scope(method="POST", headers=[(b"content-length", b"0"), *encoding])
+    sent = await drive(app, scope, {"type": "http.request", "body": b'{"model":"a"}', "more_body": False})
+
+    told = header(sent[0], b"ratelimit") or b""
+    assert (True, True) == (b'"m";r=8' in told, b'"tokens"' in told)
+
+
 async def test_methods_say_else(settings: Settings) -> None:
     """A rule that names GET covers a GET with a body, and none without."""
     rule = Rule("5/minute", methods="GET", partition_by=by_json("model", ["a"]))

@@ -1,13 +1,16 @@
 """`CurrentLimit`: what was decided about a request, as an argument of a FastAPI endpoint."""
 
 import asyncio
+import inspect
 from typing import Annotated, Any
 
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
+from starlette.requests import HTTPConnection
 
-from redis_asgi import CurrentLimit, RateLimit, RateLimitMiddleware, RedisManager, Rule, Settings
+from redis_asgi import CurrentLimit, RateLimit, RateLimitMiddleware, RedisManager, RequestDecision, Rule, Settings
+from redis_asgi.ratelimit.current import current_limit
 
 pytestmark = pytest.mark.anyio
 
@@ -89,3 +92,24 @@ async def test_a_charge_that_is_no_number_is_told_all_the_same() -> None:
 
     with pytest.raises(ValueError, match=r"cost=1\.5 is not a whole number"):
         await ask(app)
+
+
+async def test_what_was_used_may_be_said_where_nothing_counts_it() -> None:
+    """An endpoint says it in whatever app it stands; a number that is none is told all the same."""
+    app = FastAPI()
+
+    @app.get("/{units}")
+    async def read(limit: CurrentLimit, units: int) -> None:
+        limit.used(units)
+
+    assert 200 == (await ask(app, "/5")).status_code
+    with pytest.raises(ValueError, match=r"used\(-5\): not a whole number"):
+        await ask(app, "/-5")
+
+
+def test_each_method_works_where_nothing_was_decided() -> None:
+    """What stands for the decision has its own of all that is public."""
+    public = {name for name, value in vars(RequestDecision).items() if name[0] != "_" and inspect.isfunction(value)}
+    internal = {"has_asked", "join", "turned_down"}
+
+    assert set() == public - internal - set(vars(type(asyncio.run(current_limit(HTTPConnection({"type": "http"}))))))

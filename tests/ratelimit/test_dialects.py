@@ -28,6 +28,7 @@ from redis_asgi import (
     Settings,
     by_header,
     by_mcp_tool,
+    client_ip,
     rate_limit,
     rate_limit_responses,
 )
@@ -597,6 +598,17 @@ async def test_an_id_that_cannot_be_read_is_null(content: bytes, expected: objec
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("coding", "expected"), [("identity", 7), ("Identity", 7), ("gzip", None)])
+async def test_an_id_is_read_unless_the_body_is_encoded(settings: Settings, coding: str, expected: object) -> None:
+    """``identity`` says that it is not."""
+    async with client_of(tools(settings, Spy())) as client:
+        await client.post("/mcp", content=b"{}")
+        refused = await client.post("/mcp", content=b'{"id":7}', headers={"content-encoding": coding})
+
+    assert expected == refused.json()["id"]
+
+
+@pytest.mark.anyio
 async def test_a_body_is_read_at_a_refusal_only(settings: Settings) -> None:
     """On a path of MCP, that is, and by POST: elsewhere nobody waits for it."""
     app = RateLimitMiddleware(Spy(), "1/minute", dialect={"/mcp": "mcp", "/v1/*": "openai"}, settings=settings)
@@ -649,6 +661,30 @@ async def test_a_body_that_a_rule_has_read_has_its_id(settings: Settings) -> Non
 
     assert "call-1" == answer.json()["id"]
     assert 1 == spy.calls
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [400, 503])
+async def test_a_body_is_received_once_whatever_is_answered(status: int) -> None:
+    """A server gives it once: who asks again waits until the client has left."""
+    settings = memory(RATE_LIMIT_MISSING_IDENTITY="refuse")
+    if status == 503:
+        settings = Settings(REDIS_URL="redis://127.0.0.1:1", RATE_LIMIT_ON_REDIS_ERROR="closed")
+    by: list[Any] = [by_mcp_tool(["search"]), by_header("x-api-key") if status == 400 else client_ip]
+    app = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", partition_by=by)], dialect="mcp", settings=settings)
+    messages: list[Message] = [{"type": "http.request", "body": orjson.dumps(CALL), "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"mcp-protocol-version", b"2026-07-28")]
+    await app(http_scope(method="POST", path="/mcp", headers=headers), receive, send)
+
+    assert (status, "call-1") == (sent[0]["status"], orjson.loads(sent[1]["body"])["id"])
 
 
 # limits of routes

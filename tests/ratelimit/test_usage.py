@@ -376,11 +376,11 @@ def test_raw_deflate() -> None:
     ("body", "content_type"),
     [
         (events(CHUNK, LAST_CHUNK), None),
-        (events(CHUNK, LAST_CHUNK), b"text/plain"),
+        (events(CHUNK, LAST_CHUNK), b"text/json"),
         (b": hello\n\n" + events(CHUNK, LAST_CHUNK), b"application/json"),
         (b"\xef\xbb\xbf" + events(CHUNK, LAST_CHUNK), SSE),
         (json.dumps(CHAT).encode(), None),
-        (b"\n\n \n" + json.dumps(CHAT).encode(), b"text/plain"),
+        (b"\n\n \n" + json.dumps(CHAT).encode(), None),
         (b"\n" * 500 + json.dumps(CHAT).encode(), JSON),
         (json.dumps(CHAT).encode(), SSE),
         (json.dumps(CHAT).encode(), b"Application/Vnd.api+JSON; charset=utf-8"),
@@ -402,6 +402,14 @@ def test_what_says_no_usage_is_not_read(content_type: bytes) -> None:
     """Only its bytes are counted."""
     reader = read(json.dumps(CHAT).encode(), content_type)
     assert (None, len(json.dumps(CHAT))) == (reader.usage, reader.bytes_sent)
+
+
+@pytest.mark.parametrize(
+    "text", [events(LAST_CHUNK) + b"Once upon a time", json.dumps(CHAT).encode(), lines(CHUNK, CHAT)]
+)
+def test_plain_text_is_a_models_to_write(text: bytes) -> None:
+    """Whoever has a model begin with an event, or say nothing but a document, pays all the same."""
+    assert None is read(text, b"text/plain; charset=utf-8").usage
 
 
 def test_cut_stream_is_guessed_by_its_events() -> None:

@@ -3,7 +3,7 @@
 from starlette.types import Receive, Scope
 
 from ...asgi.bodies import Buffer, Document
-from ...asgi.scope import header_values
+from ...asgi.scope import header_values, is_encoded
 from .dialects import reply, status_for
 
 
@@ -19,7 +19,7 @@ async def in_reply(status: int, body: bytes, scope: Scope, receive: Receive, cap
 
 def answer_to(content: bytes | None, status: int, body: bytes, scope: Scope) -> tuple[int, bytes]:
     """`in_reply` to a request whose body is *content*; ``None`` = nobody can read it."""
-    value = Document(content, is_encoded=any(header_values(scope, b"content-encoding"))).value
+    value = Document(content, is_encoded=is_encoded(scope)).value
     request_id = value.get("id") if isinstance(value, dict) else None
     revision = next(iter(header_values(scope, b"mcp-protocol-version")), b"").decode("latin-1")
     return status_for(scope["method"], revision, status), reply(body, request_id)

@@ -13,7 +13,7 @@ from .usage_formats import Said, Usage
 
 __all__ = ["Usage", "UsageReader"]
 
-# What may say a usage; `Body`: its first bytes tell.
+# What may say a usage; `Body`: its first bytes tell. Not plain text, all of which a model may have written.
 _KINDS: dict[bytes, type[Body]] = {
     b"": Body,
     b"application/json": Document,
@@ -23,7 +23,6 @@ _KINDS: dict[bytes, type[Body]] = {
     b"application/x-ndjson": Lines,
     b"text/event-stream": Events,
     b"text/json": Document,
-    b"text/plain": Body,
 }
 _FIELD = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
 _SNIFFED = 9  # bytes, which a byte order mark and the longest name of a field have
@@ -121,6 +120,8 @@ class UsageReader:
 
     def feed(self, body: bytes) -> None:
         """Look at a chunk that has passed."""
+        if type(body) is not bytes:
+            body = bytes(body)  # Starlette passes a memoryview on as it is
         reading = self._body
         if self._decoder is None:
             if reading is not None and len(body) <= TAIL:

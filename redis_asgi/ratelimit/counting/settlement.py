@@ -25,6 +25,16 @@ def _names(policy: Policy) -> tuple[str, str]:
     return policy.name, policy.name.removesuffix(f"-{policy.window}s")
 
 
+def check_used(units: object) -> None:
+    """What was used is a whole number of units, 0 or more.
+
+    Raises:
+        ValueError: If it is not; ``True`` is no number.
+    """
+    if not isinstance(units, int) or isinstance(units, bool) or units < 0:
+        raise ValueError(f"used({units!r}): not a whole number of units, 0 or more.")
+
+
 class Settlement:
     """What to add to the charges of one request, whose first verdict is *first*, or to give back of them.
 
@@ -61,8 +71,7 @@ class Settlement:
 
     def used(self, units: int, policy: str | None) -> None:
         """See `RequestDecision.used`."""
-        if not isinstance(units, int) or isinstance(units, bool) or units < 0:
-            raise ValueError(f"used({units!r}): not a whole number of units, 0 or more.")
+        check_used(units)
         names = {
             name
             for spendings in self._spendings.values()

@@ -7,7 +7,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ...asgi.bodies import Buffer, Document, take_document
-from ...asgi.scope import content_length, header_values
+from ...asgi.scope import is_encoded
 from ..budgets.tokens import Asked
 from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
@@ -32,8 +32,6 @@ async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks:
     Args:
         asks: Whether to find out what it asks of a model.
     """
-    if content_length(scope) == 0:
-        return None
     before = take_document(scope)
     content = await buffer.whole()
     if content == b"":
@@ -60,8 +58,7 @@ def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks
 
 
 def _document(content: bytes | None, scope: Scope) -> Document:
-    codings = header_values(scope, b"content-encoding")
-    return Document(content, is_encoded=any(coding.strip().lower() not in (b"", b"identity") for coding in codings))
+    return Document(content, is_encoded=is_encoded(scope))
 
 
 async def body_of(request: Request, cap: int) -> bytes | None:
