@@ -29,6 +29,7 @@ def bulk(value: bytes) -> bytes:
 
 
 _CONSUME = bulk(b"consume")
+_ONE = bulk(b"1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +218,20 @@ class Charges(Sequence[Charge]):
         known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
     """
 
+    # Of nearly all.
+    is_spread = wait_and_see = unread = is_priced = has_tokens = holds = False
+    admission: Any = None
+    render: Callable[[Sequence[int]], Any] | None = None
+    known: Any = None
+    _limits: frozenset[tuple[bytes, bytes]] | None = None
+    _in_flight: "Charges | None" = None
+
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
         keys: list[bytes] = []
         terms: list[bytes] = []
         names: list[str] = []
-        # In one loop: what is known only after an answer makes one of these for each request.
+        # In one loop: what is known only with the request makes one of these for each.
         enforce = True
         unread = wait_and_see = is_priced = has_tokens = holds = False
         for charge in each:
@@ -255,15 +264,26 @@ class Charges(Sequence[Charge]):
         self.enforce = enforce
         self.wait_and_see = wait_and_see
         self.unread = unread
-        self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
         self.has_tokens = has_tokens
         self.holds = holds
-        self._in_flight: Charges | None = None
-        self.admission: Any = None
-        self.render: Callable[[Sequence[int]], Any] | None = None
-        self.known: Any = None
+
+    @classmethod
+    def of_one(cls, charge: Charge) -> "Charges":
+        """*charge* alone, at a known cost that stays: what settles another, made for each request."""
+        policies, partition = charge.policies, charge.partition
+        if policies.logs or charge.label is not None:
+            return cls((charge,))
+        made = cls.__new__(cls)
+        made._each = (charge,)
+        made.keys, made.key_count, made.words = partition.wire, 1, 4
+        made.sets, made.names, made.enforce = (policies,), policies.names, policies.all_enforce
+        made.counters = len(policies.names)
+        made.reply_size = size_of(made.counters)
+        made.terms = b"%b%b%b" % (_ONE, policies.wire, bulk(b"%d" % charge.cost))
+        made.consume = _CONSUME + made.terms
+        return made
 
     def at(self, costs: Sequence[int]) -> "Charges":
         """The same at these *costs*, one each, in an eighth of the time that it takes to make them anew."""
