@@ -26,8 +26,8 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 def content_length(scope: Scope) -> int | None:
     """The ``Content-Length`` of a request; ``None`` when it says none that can be read."""
-    for value in header_values(scope, b"content-length"):
-        if value.isdigit() and len(value) < 19:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and len(value) < 19:
             return int(value)
     return None
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
@@ -66,9 +66,10 @@ class Ahead:
         if charges.has_tokens and content_length(self._scope) == 0:
             charges = without_tokens(charges)
         # A refusal that is known already spares the reading of a body.
-        known = engine.remembered(engine.plans.least(charges))
-        if known is not None:
-            return known
+        if engine.refusals.partitions:
+            known = engine.remembered(engine.plans.least(charges))
+            if known is not None:
+                return known
         buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
         asked = None
         if plan.behind is not None or charges.has_tokens:
@@ -76,10 +77,15 @@ class Ahead:
         if not charges.is_priced:
             self.receive = buffer.replay()
             return await engine.decide(charges) if charges.counters else None
-        costs = [
-            charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)
-            for charge in charges
-        ]
+        costs: list[int | Unread | Spending] = []
+        for charge in charges:
+            price = charge.price
+            if price is None:
+                costs.append(charge.cost)
+            elif price.tokens is not None and not callable(price.tokens.estimate):
+                costs.append(price.estimate(charge.policies, self._scope, asked, None))
+            else:
+                costs.append(await self._cost(charge, price, buffer, asked))
         buffer.decided()
         self.receive = buffer.replay()
         for cost in costs:
@@ -109,8 +115,6 @@ class Ahead:
     async def _cost(
         self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
     ) -> "int | Unread | Spending":
-        if price.tokens is not None and not callable(price.tokens.estimate):
-            return cast("Spending", price.estimate(charge.policies, self._scope, asked, None))
         request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
         if price.tokens is not None:
             return await estimate(charge, self._scope, asked, request)

@@ -20,7 +20,7 @@ from ...settings import OnRedisError, Settings
 from ..budgets.spending import InFlight
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
+from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, log_key
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.strategies import Mode
 from ..transport.batcher import Batcher

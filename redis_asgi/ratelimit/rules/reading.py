@@ -7,7 +7,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
 from ...asgi.bodies import Buffer, Document, take_document
-from ...asgi.scope import content_length, header_values
+from ...asgi.scope import content_length
 from ..budgets.tokens import Asked
 from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
@@ -60,8 +60,11 @@ def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks
 
 
 def _document(content: bytes | None, scope: Scope) -> Document:
-    codings = header_values(scope, b"content-encoding")
-    return Document(content, is_encoded=any(coding.strip().lower() not in (b"", b"identity") for coding in codings))
+    is_encoded = False
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            is_encoded = True
+    return Document(content, is_encoded=is_encoded)
 
 
 async def body_of(request: Request, cap: int) -> bytes | None:
