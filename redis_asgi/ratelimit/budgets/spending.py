@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...events import say
 from ...settings import Settings
@@ -39,8 +39,7 @@ class Accuracy:
             say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
 
 
-@dataclass(frozen=True, slots=True)
-class Spending:
+class Spending(NamedTuple):
     """A charge whose cost is known after the answer.
 
     Attributes:

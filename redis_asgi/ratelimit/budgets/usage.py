@@ -28,6 +28,7 @@ _KINDS: dict[bytes, type[Body]] = {
 _FIELD = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
 _SNIFFED = 9  # bytes, which a byte order mark and the longest name of a field have
 _BLANKS_SNIFFED = 64
+_OF_JSON = (b"{", b"[")
 
 
 class UsageReader:
@@ -123,7 +124,13 @@ class UsageReader:
         """Look at a chunk that has passed."""
         reading = self._body
         if self._decoder is None:
-            if reading is not None and len(body) <= TAIL:
+            if len(body) > TAIL:
+                self._read(body)
+            elif reading is not None:
+                reading.feed(body)
+            elif self._declared is Document and not self._start and body.startswith(_OF_JSON):
+                # Nearly every answer that is no stream: as `_begin` would have it.
+                self._body = reading = Document()
                 reading.feed(body)
             else:
                 self._read(body)
@@ -140,7 +147,7 @@ class UsageReader:
         body = self._body or self._begin()
         self._body = body = body.close(complete=complete)
         if body.first is not None and body.last is not None:
-            self._said = body.first.then(body.last)
+            self._said = body.last if body.first is body.last else body.first.then(body.last)
             self.usage = self._said.usage()
 
     def _read(self, chunk: bytes) -> None:
@@ -159,7 +166,7 @@ class UsageReader:
         declared = self._declared or Body
         if _FIELD.match(begun):
             declared = Events
-        elif begun.startswith((b"{", b"[")) and declared is not Lines:
+        elif begun.startswith(_OF_JSON) and declared is not Lines:
             declared = Document
         self._body = body = declared()
         _feed_slices(body, start)
