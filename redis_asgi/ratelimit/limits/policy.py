@@ -28,6 +28,12 @@ def bulk(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
+def _digits(number: int) -> bytes:
+    """A whole *number* likewise; formatted as bytes it would take twice as long."""
+    digits = str(number)
+    return f"${len(digits)}\r\n{digits}\r\n".encode()
+
+
 _CONSUME = bulk(b"consume")
 _ONE = bulk(b"1")
 
@@ -220,13 +226,30 @@ class Charges(Sequence[Charge]):
         known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
     """
 
-    # Of nearly all.
-    is_spread = wait_and_see = unread = is_priced = has_tokens = holds = False
-    admission: Any = None
-    render: Callable[[Sequence[int]], Any] | None = None
-    known: Any = None
-    _limits: frozenset[tuple[bytes, bytes]] | None = None
-    _in_flight: "Charges | None" = None
+    __slots__ = (
+        "_each",
+        "_in_flight",
+        "_limits",
+        "admission",
+        "consume",
+        "counters",
+        "enforce",
+        "has_tokens",
+        "holds",
+        "is_priced",
+        "is_spread",
+        "key_count",
+        "keys",
+        "known",
+        "names",
+        "render",
+        "reply_size",
+        "sets",
+        "terms",
+        "unread",
+        "wait_and_see",
+        "words",
+    )
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
@@ -266,6 +289,11 @@ class Charges(Sequence[Charge]):
         self.enforce = enforce
         self.wait_and_see = wait_and_see
         self.unread = unread
+        self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self._in_flight: Charges | None = None
+        self.admission: Any = None
+        self.render: Callable[[Sequence[int]], Any] | None = None
+        self.known: Any = None
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
         self.has_tokens = has_tokens
@@ -283,26 +311,32 @@ class Charges(Sequence[Charge]):
         made.sets, made.names, made.enforce = (policies,), policies.names, policies.all_enforce
         made.counters = len(policies.names)
         made.reply_size = size_of(made.counters)
-        made.terms = b"%b%b%b" % (_ONE, policies.wire, bulk(b"%d" % charge.cost))
+        made.terms = b"".join((_ONE, policies.wire, _digits(charge.cost)))
         made.consume = _CONSUME + made.terms
+        made.is_spread = made.wait_and_see = made.unread = made.is_priced = made.has_tokens = made.holds = False
+        made.admission = made.render = made.known = made._limits = made._in_flight = None
         return made
 
     def at(self, costs: Sequence[int]) -> "Charges":
-        """The same at these *costs*, one each, in an eighth of the time that it takes to make them anew."""
+        """The same at these *costs*, one each, in a small part of the time that it takes to make them anew."""
         made = Charges.__new__(Charges)
-        made.__dict__.update(self.__dict__)
         each: list[Charge] = []
-        terms = [bulk(b"%d" % len(costs))]
+        terms = [_digits(len(costs))]
         for charge, cost in zip(self._each, costs, strict=True):
             at = charge if charge.price is None else at_cost(charge, cost)
             each.append(at)
-            digits = str(at.cost)
-            terms += at.policies.wire, f"${len(digits)}\r\n{digits}\r\n".encode()
+            terms += at.policies.wire, _digits(at.cost)
         made._each = tuple(each)
         made.terms = b"".join(terms)
         made.consume = _CONSUME + made.terms
         made.is_priced = made.has_tokens = False
         made.known = None
+        made.keys, made.key_count, made.words = self.keys, self.key_count, self.words
+        made.sets, made.names, made.enforce = self.sets, self.names, self.enforce
+        made.counters, made.reply_size = self.counters, self.reply_size
+        made.is_spread, made.wait_and_see, made.unread = self.is_spread, self.wait_and_see, self.unread
+        made.holds, made._limits, made._in_flight = self.holds, self._limits, self._in_flight
+        made.admission, made.render = self.admission, self.render
         return made
 
     @property
