@@ -161,7 +161,7 @@ class Tokens:
 
     def cost_of(self, usage: Usage, estimate: Estimate) -> int:
         """What *usage* costs, in units; parts that are not known cost what was estimated. At most 2^53."""
-        return self._rounded(self._read(usage, estimate) + self._written(usage, estimate.output))
+        return self._rounded(self._read(usage, estimate.input) + self._written(usage, estimate.output))
 
     def settled(self, estimate: Estimate, reader: UsageReader | None) -> int:
         """What a request costs whose answer has ended, in units.
@@ -184,7 +184,7 @@ class Tokens:
             usage = Usage()
         elif reader.complete or reader.output_is_known:
             return self.cost_of(usage, estimate)
-        read = self._read(usage, estimate)
+        read = self._read(usage, estimate.input)
         known = read + self._written(usage, 0)
         guessed = read + int(4 * reader.output_of_cut()) * self._factors["output"]
         return self._rounded(max(known, min(guessed, estimate.cost * self._unit)))
@@ -199,15 +199,19 @@ class Tokens:
     def _rounded(self, parts: int) -> int:
         return min(-(-parts // self._unit), MOST)
 
-    def _read(self, usage: Usage, estimate: Estimate) -> int:
+    def _read(self, usage: Usage, unknown: int) -> int:
         factors = self._factors
-        read = estimate.input if usage.input is None else 4 * usage.input * factors["input"]
-        return read + 4 * ((usage.cached or 0) * factors["cached"] + (usage.cache_write or 0) * factors["cache_write"])
+        fresh, cached, cache_write, _, _ = usage
+        read = unknown if fresh is None else 4 * fresh * factors["input"]
+        if cached or cache_write:
+            read += 4 * ((cached or 0) * factors["cached"] + (cache_write or 0) * factors["cache_write"])
+        return read
 
     def _written(self, usage: Usage, unknown: int) -> int:
         factors = self._factors
-        written = unknown if usage.output is None else 4 * usage.output * factors["output"]
-        return written + 4 * (usage.reasoning or 0) * factors["reasoning"]
+        *_, output, reasoning = usage
+        written = unknown if output is None else 4 * output * factors["output"]
+        return written + 4 * reasoning * factors["reasoning"] if reasoning else written
 
 
 @says_what_was_meant("tokens(weights={'output': 4, 'cached': 0.1})")

@@ -92,14 +92,13 @@ class Said(NamedTuple):
 
     def usage(self) -> Usage | None:
         """Its disjoint parts; ``None`` if it has no number at all."""
-        read, cached, cache_write = self.read, self.cached, self.cache_write
-        if not self.beside:
+        read, cached, cache_write, written, reasoning, beside, _ = self
+        if not beside:
             # What is missing keeps its estimate, and that is of all that is read.
             if read is None:
                 cached = cache_write = None
             else:
                 read = _less(read, (cached or 0) + (cache_write or 0))
-        written, reasoning = self.written, self.reasoning
         if written is None:
             reasoning = None
         elif reasoning:

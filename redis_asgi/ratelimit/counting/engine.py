@@ -284,8 +284,8 @@ class _Settlement(Check):
         timeout: float,
         receipts: Sequence[int],
     ) -> None:
-        super().__init__(loop, mode, charges, timeout, receipts)
-        self._engine = engine
+        self._engine, self.mode, self.receipts = engine, mode, receipts
+        self.begin(loop, charges, timeout)
 
     def hear(self, outcome: Outcome) -> Outcome:
         self._engine.settled(self.mode, self.asked, outcome)
