@@ -82,7 +82,8 @@ class UsageReader:
             elif lowered == b"content-encoding":
                 codings += [coding.strip().lower() for coding in value.split(b",")]
         self._declared = Document if content_type.endswith(b"+json") else _KINDS.get(content_type)
-        codings = [coding for coding in codings if coding not in (b"", b"identity")]
+        if codings:
+            codings = [coding for coding in codings if coding not in (b"", b"identity")]
         if self._declared is None:
             self._body = Body()
         elif codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):

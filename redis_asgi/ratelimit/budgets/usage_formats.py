@@ -185,7 +185,7 @@ def _of_usage(usage: dict[str, object], document: dict[str, object], kind: str) 
 
 
 def _of_chat(usage: dict[str, object], document: dict[str, object]) -> Said:
-    details = _member(usage, "prompt_tokens_details")
+    details, thought = _member(usage, "prompt_tokens_details"), _member(usage, "completion_tokens_details")
     read, written = _whole(usage, "prompt_tokens"), _whole(usage, "completion_tokens")
     if written is None and read is not None and "completion_tokens" not in usage:
         # Embeddings have no output. Of a long answer only the end is there.
@@ -193,10 +193,10 @@ def _of_chat(usage: dict[str, object], document: dict[str, object]) -> Said:
         written = 0 if is_all else None
     return Said(
         read,
-        _whole(details, "cached_tokens"),
-        _whole(details, "cache_write_tokens"),
+        _whole(details, "cached_tokens") if details else None,
+        _whole(details, "cache_write_tokens") if details else None,
         written,
-        _whole(_member(usage, "completion_tokens_details"), "reasoning_tokens"),
+        _whole(thought, "reasoning_tokens") if thought else None,
     )
 
 
