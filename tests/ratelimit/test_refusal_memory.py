@@ -4,6 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,7 +230,7 @@ async def test_loops_in_two_threads_may_share_an_engine(redis_url: str) -> None:
     """Each gets the batcher of its own loop, whatever the other has noted at that moment."""
 
     class Raced(Engine):
-        theirs = "another loop's"
+        theirs = SimpleNamespace(closed=False, loop="another")
 
         @property
         def _last_batcher(self) -> Any:

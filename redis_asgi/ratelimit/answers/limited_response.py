@@ -55,12 +55,17 @@ class LimitedResponse:
         except OSError:
             self._gone = True
             raise
-        if self._reader is not None:
-            _watch(self._reader, kind, message)
+        reader = self._reader
         if kind == "http.response.body":
+            if reader is not None:
+                reader.feed(message.get("body", b""))
             if not message.get("more_body"):
+                if reader is not None:
+                    reader.close(complete=True)
                 self._verdict.settle(self.status)
-        elif back:
+        elif reader is not None and kind in _FILES and not message.get("more_body"):
+            reader.close(complete=True)
+        if back:
             for verdict, deltas in back:
                 self.decision.ledger.apply(verdict, deltas)
 
@@ -92,16 +97,6 @@ class LimitedResponse:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
         self._verdict.settle(self.status if gone else 500)
-
-
-def _watch(reader: UsageReader, kind: str, message: Message) -> None:
-    """Look at a *message* that has passed on for what the answer has used."""
-    if kind == "http.response.body":
-        reader.feed(message.get("body", b""))
-        if not message.get("more_body"):
-            reader.close(complete=True)
-    elif kind in _FILES and not message.get("more_body"):
-        reader.close(complete=True)
 
 
 class UncoveredResponse:

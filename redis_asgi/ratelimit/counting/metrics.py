@@ -38,6 +38,8 @@ class LimitMetrics:
         self._policy = counted.ratelimit_policy
         self._together = lru_cache(maxsize=4096)(Together)
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._commands = counted.redis_commands
+        self._settled = counted.redis_commands.labels("settle", "ok")
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
@@ -61,6 +63,10 @@ class LimitMetrics:
         if bound is None:
             bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
         self._note(bound)
+
+    def settled(self, failure: Failure | None) -> None:
+        """Count a charge or a refund that was sent after its request's answer, and what came of it."""
+        self._note(self._settled if failure is None else self._commands.labels("settle", failure.value))
 
     def admission(self, charges: Charges) -> Together:
         """What is counted of an admission by all policies of *charges*."""

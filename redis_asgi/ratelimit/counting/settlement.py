@@ -5,6 +5,7 @@ once, after the last body byte, or at once where the request's first verdict has
 """
 
 from collections.abc import Mapping, Sequence
+from operator import add
 from typing import TYPE_CHECKING
 
 from ..budgets.spending import Spending
@@ -125,12 +126,17 @@ class Settlement:
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self._first.all:
             deltas: list[int] = []
-            sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
+            sent = self._sent.get(verdict) or [0] * verdict.charges.counters
             spendings = self._spendings.get(verdict, {}) if self._first.loop is None else {}
             taken = iter(verdict.taken)
             for charge in verdict.charges:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 spending = spendings.get(charge)
+                if spending is None and not changes and not free:
+                    for _ in charge.policies.policies:
+                        next(taken)
+                        deltas.append(0)
+                    continue
                 used = None if spending is None else spending.used(self.reader)
                 for policy in charge.policies.policies:
                     charged = next(taken)
@@ -210,6 +216,6 @@ class Settlement:
 
     def apply(self, verdict: "Verdict", deltas: Sequence[int]) -> None:
         """Send *deltas* of what *verdict* charged, and remember that they were."""
-        sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
-        self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]
+        sent = self._sent.get(verdict)
+        self._sent[verdict] = list(deltas) if sent is None else list(map(add, sent, deltas))
         verdict.engine.settle(verdict, deltas)

@@ -171,8 +171,8 @@ class Verdict(Check):
         """The units that were charged, one per policy of the charges."""
         if self.reply is None or not self.allowed:
             return [0] * self.charges.counters
-        both = zip(counters_of(self.charges), fits_of(self.reply), strict=True)
-        return [charge.taken(fits) for (charge, _), fits in both]
+        fits = iter(fits_of(self.reply))
+        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies.policies]
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""

@@ -170,8 +170,9 @@ class PlanCache:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
         # What cannot be read is each time another, and so is nearly every estimate.
-        if any(isinstance(cost, Unread) for cost in costs):
-            return make(None)
+        for cost in costs:
+            if isinstance(cost, Unread):
+                return make(None)
         if charges.has_tokens:
             return charges.at(cast("Sequence[int]", costs))
         asked = (charges, *costs)
