@@ -1,5 +1,6 @@
 """Partitions from a request's body: `by_json`, a member of a JSON body; `by_mcp_tool`, the tool that is called."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,6 +21,8 @@ Values: TypeAlias = str | Iterable[str] | Mapping[str, str]
 
 # Where a scope keeps what its body says, while it is decided who is counted.
 _SAID = "redis_asgi.body_says"
+# How JSON Path and JSON Pointer begin, and have items of lists.
+_OTHER_PATH = re.compile(r"\A\$(?:[.\[]|\Z)|\A/|\[[^\]]*\]")
 # Longer values are none that anybody has named.
 _LONGEST = 256
 
@@ -50,12 +53,12 @@ class ByBody(ABC):
     counts_uses = False
     reads_body = True
 
-    def __init__(self, values: Values, other: str | None, what: str) -> None:
+    def __init__(self, values: Values, other: str | None, what: str, example: Mapping[str, str]) -> None:
         if other is not None and (not isinstance(other, str) or not other):
             raise ConfigurationError(
                 f"other={shown(other)} names no bucket. Try other='other', or None where the rule is not to apply."
             )
-        self._buckets = _buckets(values, what)
+        self._buckets = _buckets(values, what, example)
         self._other = other
         # Per instance, so that the cache dies with it.
         self._said_of = lru_cache(maxsize=1024)(self._said_of_text)
@@ -140,10 +143,15 @@ class by_json(ByBody):  # noqa: N801 - reads as a function where it is used
         ConfigurationError: For a *name* that no member has, or *values* that match nothing.
     """
 
-    def __init__(self, name: str, values: Values, other: str | None = "other") -> None:
+    def __init__(self, name: str, values: Values, *, other: str | None = "other") -> None:
         if not isinstance(name, str) or not all(map(_is_member, name.split("."))):
             raise ConfigurationError(f"by_json({shown(name)}): not the name of a member. Try by_json('model', ['a*']).")
-        super().__init__(values, other, f"by_json({name!r})")
+        if _OTHER_PATH.search(name):
+            raise ConfigurationError(
+                f"by_json({name!r}) is a path of another notation. Name the member, with dots where it is within "
+                f"others; items of lists have no names: by_json({_plain_path(name)!r}, ...)."
+            )
+        super().__init__(values, other, f"by_json({name!r})", {"gpt-5-mini*": "small", "gpt-5*": "large"})
         self.kind = f"json:{name}"
         self._name = name
         self._path = tuple(map(Member, name.split(".")))
@@ -188,8 +196,8 @@ class by_mcp_tool(ByBody):  # noqa: N801 - reads as a function where it is used
     kind = "mcp_tool"
     counts_uses = True
 
-    def __init__(self, values: Values, other: str | None = "other") -> None:
-        super().__init__(values, other, "by_mcp_tool")
+    def __init__(self, values: Values, *, other: str | None = "other") -> None:
+        super().__init__(values, other, "by_mcp_tool", {"search": "read", "fetch_*": "read"})
 
     def __repr__(self) -> str:
         return "by_mcp_tool(...)"
@@ -237,13 +245,19 @@ def _is_member(name: str) -> bool:
     return bool(name) and name.isprintable() and '"' not in name and "\\" not in name
 
 
-def _buckets(values: object, what: str) -> tuple[tuple[TextPattern, str], ...]:
-    """*values* as patterns in their order, each with its bucket.
+def _plain_path(path: str) -> str:
+    """The members that a JSON path or pointer names, as `by_json` has them; of one to an item an example."""
+    names = [name for name in re.split(r"[$./\[\]'\"]+", path) if name]
+    return ".".join(names) if names and all(map(str.isidentifier, names)) else "model"
+
+
+def _buckets(values: object, what: str, instance: Mapping[str, str]) -> tuple[tuple[TextPattern, str], ...]:
+    """*values* as patterns in their order, each with its bucket; an *instance* is shown where they are none.
 
     Raises:
         ConfigurationError: If they are none.
     """
-    example = "Try ['gpt-5-mini*', 'gpt-5*'], or {'gpt-5-mini*': 'small', 'gpt-5*': 'large'}."
+    example = f"Try {list(instance)}, or {instance}."
     pairs: Sequence[tuple[object, object]]
     if isinstance(values, str):
         pairs = [(values, values)]
@@ -261,8 +275,14 @@ def _buckets(values: object, what: str) -> tuple[tuple[TextPattern, str], ...]:
     for pair in pairs:
         for each in pair:
             if not isinstance(each, str) or not each:
-                meant = f"Write {str(each).lower()!r}" if isinstance(each, bool | int) else "Write its name"
-                raise ConfigurationError(f"{what}: values holds {shown(each)}, which is no text. {meant}.")
+                meant = f"Write {str(each).lower()!r}." if isinstance(each, bool | int) else example
+                raise ConfigurationError(f"{what}: values holds {shown(each)}, which is no text. {meant}")
+        pattern, bucket = pair
+        if "*" in str(bucket) and "*" not in str(pattern):
+            raise ConfigurationError(
+                f"{what}: values has {shown(pattern)} for the pattern {shown(bucket)}, whose bucket it would be. "
+                f"Write {{{shown(bucket)}: {shown(pattern)}}}."
+            )
     return tuple((TextPattern(str(pattern)), str(bucket)) for pattern, bucket in pairs)
 
 

@@ -139,6 +139,8 @@ def check_partition_by(partition_by: object) -> None:
         # As RATE_LIMIT_PARTITION has it, or the header's bare name.
         header = partition_by.removeprefix("header:")
         meant = {"ip": "client_ip", "user": "by_user"}.get(partition_by, f"by_header({header!r})")
+        if partition_by.startswith("json:") or partition_by == "model":
+            meant = f"by_json({partition_by.removeprefix('json:')!r}, ['gpt-5-mini*', 'gpt-5*'])"
         known = "client_ip, by_user or by_header('x-api-key')"
         raise ConfigurationError(
             f"partition_by={shown(partition_by)} is not callable. Try partition_by={meant}, one of {known}."
