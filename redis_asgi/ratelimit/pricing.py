@@ -16,11 +16,12 @@ from .budgets.spending import Spending
 from .budgets.tokens import Asked
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
+from .limits.charge import Charge, Charges, Pricer, Unread
+from .limits.policy import PolicySet
+from .rules.checks import check_cost
 from .rules.misconfiguration import Linter
 from .rules.plan import Plan
 from .rules.reading import look, look_on_route
-from .rules.rule import check_cost
 
 
 class Ahead:

@@ -26,7 +26,7 @@ from redis_asgi import (
     client_ip,
     tokens,
 )
-from redis_asgi.ratelimit.limits.policy import Charge, Charges
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.testing import RateLimitClock
 
 from ..conftest import StartServer

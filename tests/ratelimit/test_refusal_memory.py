@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy
 from redis_asgi.ratelimit.limits.refusal_memory import RefusalMemory
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 

@@ -9,7 +9,7 @@ from ..budgets.usage import UsageReader
 from ..counting.verdict import Verdict
 from . import headers
 from .dialects import AnswerStyle, plain_style
-from .request_decision import STYLE, RequestDecision, Standby
+from .request_decision import STYLE, RequestDecision, Undecided
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 # How a server sends a file by itself.
@@ -104,7 +104,7 @@ class UncoveredResponse:
 
     __slots__ = ("_of_route", "_send", "_standby", "_style")
 
-    def __init__(self, standby: Standby, style: AnswerStyle, send: Send) -> None:
+    def __init__(self, standby: Undecided, style: AnswerStyle, send: Send) -> None:
         self._standby = standby
         self._style = style
         self._send = send

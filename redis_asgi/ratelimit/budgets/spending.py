@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...events import say
 from ...settings import Settings
 from ...telemetry import telemetry
-from ..limits.policy import Charge, counters_of
+from ..limits.charge import Charge, counters_of
 from .tokens import Estimate, Outputs, Tokens
 from .usage import UsageReader
 

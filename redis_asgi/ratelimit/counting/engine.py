@@ -18,18 +18,20 @@ from ...errors import Failure, OddReply, classify
 from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ..budgets.spending import InFlight
+from ..limits.charge import Charge, Charges
 from ..limits.clock import CLOCK
+from ..limits.counter import Mode
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, log_key
+from ..limits.policy import Partition, Policy, PolicySet, log_key
 from ..limits.refusal_memory import RefusalMemory
-from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
-from .in_flight import Hearts, HeldVerdict
+from .heartbeat import Hearts
+from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
-from .metrics import Counts
+from .metrics import LimitMetrics
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -58,7 +60,7 @@ class Engine:
     ) -> None:
         self.manager = manager
         manager.needs = NOTHING_ASKED
-        self.counts = Counts()
+        self.counts = LimitMetrics()
         self.counts_policies = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.plans: Any = None

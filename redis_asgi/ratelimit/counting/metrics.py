@@ -7,7 +7,7 @@ from ...errors import Failure
 from ...settings import OnRedisError
 from ...telemetry import Noted, Together, telemetry
 from ...tracing import annotate_span, may_be_traced
-from ..limits.policy import Charges, counters_of
+from ..limits.charge import Charges, counters_of
 from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 
@@ -18,7 +18,7 @@ _OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
 _SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
 
 
-class Counts:
+class LimitMetrics:
     """The counters of one engine; all engines of a process add to the same ones.
 
     A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with

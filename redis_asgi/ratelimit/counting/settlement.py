@@ -1,6 +1,6 @@
 """What one request has been charged, and what its response changes about that.
 
-A request of which nothing changes needs none; else a `Ledger` keeps what changes, and `settle` sends the difference
+A request of which nothing changes needs none; else a `Settlement` keeps what changes, and `settle` sends the difference
 once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
 """
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..budgets.spending import Spending
 from ..budgets.usage import UsageReader
-from ..limits.policy import Charge, Policy, counters_of
+from ..limits.charge import Charge, counters_of
+from ..limits.policy import Policy
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -25,7 +26,7 @@ def _names(policy: Policy) -> tuple[str, str]:
     return policy.name, policy.name.removesuffix(f"-{policy.window}s")
 
 
-class Ledger:
+class Settlement:
     """What to add to the charges of one request, whose first verdict is *first*, or to give back of them.
 
     Attributes:
@@ -108,7 +109,7 @@ class Ledger:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
-        if self._changes or self._spendings or any(verdict.charges.wait_and_see for verdict in self._first.all):
+        if self._changes or self._spendings or any(verdict.charges.status_decides for verdict in self._first.all):
             self._send(status, self._changes)
         for verdict, spendings in self._spendings.items():
             verdict.engine.in_flight.hold(spendings, sign=-1)
