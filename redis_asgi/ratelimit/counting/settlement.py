@@ -73,6 +73,8 @@ class Settlement:
     def used(self, units: int, policy: str | None) -> None:
         """See `RequestDecision.used`."""
         check_used(units)
+        if self._first.is_over:
+            raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
         names = {
             name
             for spendings in self._spendings.values()
@@ -83,8 +85,6 @@ class Settlement:
         if policy is not None and policy not in names and not self._is_degraded:
             which = f"It is one of {sorted(names)}" if names else "No rule with cost=tokens() does"
             raise ValueError(f"policy={policy!r} does not count this request in tokens. {which}.")
-        if self._first.is_over:
-            raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
         units = min(units, _MOST)
         if self._first.loop is not None:
             self._first.loop.call_soon_threadsafe(self._book, policy, units)

@@ -134,6 +134,8 @@ class Verdict(Check):
             ):
                 self.release()
                 self.open_ledger().settle(status)
+                # It refers to this: the cycle would leave every request to the collector.
+                self.ledger = None
 
     def release(self) -> None:
         """Let the request be in flight no longer, whatever else is still to be settled."""
