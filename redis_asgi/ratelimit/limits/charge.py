@@ -244,9 +244,3 @@ class Charges(Sequence[Charge]):
 def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
     """The counters that *charges* touch, in the order in which a reply tells of them."""
     return [(charge, policy) for charge in charges for policy in charge.policies.policies]
-
-
-def _digits(number: int) -> bytes:
-    """A whole *number* as a bulk string; formatted as bytes it would take twice as long."""
-    digits = str(number)
-    return f"${len(digits)}\r\n{digits}\r\n".encode()
