@@ -255,6 +255,12 @@ class BufferedRequest(Request):
         except Exception:
             raise self._refuse() from None
 
+    async def close(self) -> None:
+        """Close the files of a form; of the body nothing more is read here."""
+        await super().close()
+        # It would refer to itself, and keep the room of its body until the collector comes.
+        self._receive = _no_body
+
     def replay(self) -> Receive:
         """A ``receive`` that gives what was read, as one message, and then what is still to come."""
         return self._of_app if self._is_handshake else self._buffer.replay()

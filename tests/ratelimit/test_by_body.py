@@ -1,6 +1,7 @@
 """Counting by what a request's body says: a member of its JSON, the tool that it calls."""
 
 import asyncio
+import gc
 import itertools
 import json
 from collections.abc import Sequence
@@ -556,6 +557,35 @@ async def test_decorated_endpoint_counts_by_the_body(settings: Settings) -> None
 
     assert [200, 200, 429] == [one.status_code, other.status_code, again.status_code]
     assert {"model": "a"} == one.json()
+
+
+@pytest.mark.parametrize("limits", ["9/minute", "1/minute"], ids=["admitted", "refused"])
+async def test_body_that_nobody_receives_leaves_no_room_taken(settings: Settings, limits: str) -> None:
+    """The room is back when the request is over, not when the collector comes: else a few clients take all of it."""
+
+    async def cost(request: Request) -> int:
+        return 1 + len(await request.body()) // 10_000_000
+
+    rules = [
+        Rule(limits, name="costly", cost=cost),
+        Rule("9/minute", name="m", partition_by=by_json("model", ["a"])),
+        Rule("100000/minute", name="tokens", cost=tokens(estimate=lambda request: 5)),
+    ]
+    app = RateLimitMiddleware(PlainTextResponse("ok"), rules=rules, settings=settings)
+    before = process_budget()._left
+    gc.disable()
+    try:
+        sent = [
+            await drive(
+                app, http_scope(method="POST"), {"type": "http.request", "body": body(model="a", x="y" * 50_000)}
+            )
+            for _ in range(3)
+        ]
+        assert before == process_budget()._left
+    finally:
+        gc.enable()
+
+    assert (429 if limits == "1/minute" else 200) == sent[-1][0]["status"]
 
 
 async def test_cancelled_request_leaves_no_room_taken(settings: Settings) -> None:
