@@ -1,23 +1,22 @@
 """The counters and timings that both middlewares add to, and a short history of them; no I/O.
 
 `telemetry()` gives the process's one `Telemetry`. Hot paths bind their children once, ``.labels(...)`` being four
-times as dear as the ``inc()`` that follows. What would count once per request is noted instead, see `Notes`; what
+times as dear as the ``inc()`` that follows. What would count once per request is noted instead, see `CountBuffer`; what
 counts rarely calls ``tick(time.monotonic())`` before it does.
 prometheus-client is imported at the first use, not with the package.
 """
 
-import asyncio
 import threading
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import repeat, starmap
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
+from .count_buffer import CountBuffer
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -72,97 +71,6 @@ class Sample:
     policies: Mapping[str, tuple[int, int, int]] = field(default_factory=lambda: _NO_POLICIES)
 
 
-TOLD_WITHIN = 0.25  # seconds
-_MOST_NOTES = 4096
-
-
-class Together:
-    """Counters that are counted at the same time; made once for what is counted often."""
-
-    __slots__ = ("counters",)
-
-    def __init__(self, counters: "tuple[Counter, ...]") -> None:
-        self.counters = counters
-
-
-Noted: TypeAlias = "Counter | Together"
-
-
-class Notes:
-    """What was counted but not told to the metrics yet: a counter's lock for each request costs as much as deciding it.
-
-    Notes are told a quarter of a second after the first of them, in one go, and before anybody reads the registry or
-    the history; so only a worker that answers for others in multi-process mode sees theirs that much later.
-
-    Args:
-        tick: See `Telemetry.tick`.
-    """
-
-    def __init__(self, tick: "Callable[[float], None]") -> None:
-        self._tick = tick
-        # Appending and popping are atomic: loops of several threads may note.
-        self._counted: deque[Noted] = deque()
-        self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
-        self._observed: deque[tuple[Callable[[float], None], float]] = deque()
-        self._is_due = False  # whether a timer is set
-        self._telling = threading.Lock()
-
-    def count(self, what: "Noted | None", more: "Noted | None" = None) -> None:
-        """Count one more of *what*, and of *more*. Call it in a loop that runs."""
-        counted = self._counted
-        if what is not None:
-            counted.append(what)
-        if more is not None:
-            counted.append(more)
-        if not self._is_due or len(counted) >= _MOST_NOTES:
-            self._see_to(len(counted))
-
-    def add(self, *amounts: "tuple[Counter, float]") -> None:
-        """Count so much more of each counter. Call it in a loop that runs."""
-        self._added.append(amounts)
-        self._see_to(len(self._added))
-
-    def observe(self, observe: "Callable[[float], None]", value: float) -> None:
-        """Note a *value* for a histogram's *observe*. Call it in a loop that runs."""
-        self._observed.append((observe, value))
-        self._see_to(len(self._observed))
-
-    def _see_to(self, waiting: int) -> None:
-        """See to it that notes, of which so many of one kind are *waiting*, are told."""
-        if waiting >= _MOST_NOTES:
-            self.tell()
-        elif not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_later(TOLD_WITHIN, self.tell)
-
-    def tell(self) -> None:
-        """Tell the metrics."""
-        self._is_due = False
-        counted, added, observed = self._counted, self._added, self._observed
-        if counted or added or observed:
-            self._tick(time.monotonic())
-        with self._telling:
-            totals: dict[Noted, float] = dict(Tally(starmap(counted.popleft, repeat((), len(counted)))))
-            for _ in range(len(added)):
-                for counter, amount in added.popleft():
-                    totals[counter] = totals.get(counter, 0) + amount
-        for what, total in totals.items():
-            for counter in what.counters if isinstance(what, Together) else (what,):
-                counter.inc(total)
-        with suppress(IndexError):
-            while observed:
-                observe, value = observed.popleft()
-                observe(value)
-
-    def drop(self) -> None:
-        """Forget what was not told: the parent tells it."""
-        self._telling = threading.Lock()  # who held it is not in this process, and neither is the timer
-        self._is_due = False
-        self._counted.clear()
-        self._added.clear()
-        self._observed.clear()
-
-
 class Telemetry:
     """Every metric the package counts itself, in a registry of its own, and what they counted lately.
 
@@ -180,14 +88,14 @@ class Telemetry:
         # Here, not above: it costs as much as the rest of the package, and an app may never count.
         from prometheus_client import CollectorRegistry  # noqa: PLC0415
 
-        self.notes = Notes(self.tick)
-        notes = self.notes
+        self.buffer = CountBuffer(self.tick)
+        buffer = self.buffer
 
         class Registry(CollectorRegistry):
             """A registry that is up to date when it is read."""
 
             def collect(self) -> "Iterable[Metric]":
-                notes.tell()
+                buffer.flush()
                 return super().collect()
 
         self.registry = Registry()
@@ -226,7 +134,7 @@ class Telemetry:
             now: In monotonic seconds; ``None`` = now.
         """
         now = time.monotonic() if now is None else now
-        self.notes.tell()
+        self.buffer.flush()
         self.tick(now)
         with self._lock:
             samples = tuple(self._samples)
@@ -376,16 +284,16 @@ def telemetry() -> Telemetry:
     return _telemetry
 
 
-def tell_notes() -> None:
+def flush_counts() -> None:
     """Tell what was noted, if anything was ever counted."""
     if _telemetry is not None:
-        _telemetry.notes.tell()
+        _telemetry.buffer.flush()
 
 
-def drop_notes() -> None:
+def discard_counts() -> None:
     """Forget what was noted, in a child that was just forked: its parent tells it."""
     if _telemetry is not None:
-        _telemetry.notes.drop()
+        _telemetry.buffer.discard()
 
 
 @contextmanager

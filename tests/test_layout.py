@@ -105,7 +105,8 @@ FOLDERS = {
     "tracing": "",
     "errors": "events",
     "misuse": "errors events",
-    "telemetry": "errors",
+    "count_buffer": "",
+    "telemetry": "count_buffer errors",
     "settings": "errors misuse",
     "asgi": "errors misuse settings",
     "connection": "_version errors event_loop events misuse settings telemetry",
@@ -114,7 +115,8 @@ FOLDERS = {
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/budgets": "errors events misuse ratelimit/limits settings telemetry",
     "ratelimit/counting": (
-        "connection errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings telemetry tracing"
+        "connection count_buffer errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings"
+        " telemetry tracing"
     ),
     "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/budgets ratelimit/limits settings",
     "ratelimit/answers": (

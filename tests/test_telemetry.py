@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import Counter, Histogram
 
-from redis_asgi.telemetry import SAMPLE_SECONDS, SAMPLES_KEPT, Sample, Telemetry, Together, fresh_telemetry, telemetry
+from redis_asgi.count_buffer import Together
+from redis_asgi.telemetry import SAMPLE_SECONDS, SAMPLES_KEPT, Sample, Telemetry, fresh_telemetry, telemetry
 
 from .kit.fair_time import fair_time
 from .kit.processes import run_python
@@ -299,24 +300,25 @@ import asyncio, os
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis_asgi import RedisManager, Settings
-from redis_asgi.telemetry import TOLD_WITHIN, telemetry
+from redis_asgi.count_buffer import FLUSHED_WITHIN
+from redis_asgi.telemetry import telemetry
 
 manager = RedisManager(Settings(REDIS_URL="memory://"))
 loop = asyncio.new_event_loop()
 
 async def count(times, wait):
     for _ in range(times):
-        telemetry().notes.count(telemetry().ratelimit_requests.labels("allowed", "memory"))
-        telemetry().notes.observe(telemetry().redis_batch_size.observe, 1)
+        telemetry().buffer.count(telemetry().ratelimit_requests.labels("allowed", "memory"))
+        telemetry().buffer.observe(telemetry().redis_batch_size.observe, 1)
     await asyncio.sleep(wait)
 
 loop.run_until_complete(count(3, 0))
 pid = os.fork()
 if pid == 0:
-    {child}(count(1, 4 * TOLD_WITHIN))
+    {child}(count(1, 4 * FLUSHED_WITHIN))
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
-loop.run_until_complete(asyncio.sleep(4 * TOLD_WITHIN))
+loop.run_until_complete(asyncio.sleep(4 * FLUSHED_WITHIN))
 loop.close()
 registry = CollectorRegistry()
 MultiProcessCollector(registry)
@@ -357,7 +359,7 @@ async def noted(counted: Telemetry, times: int) -> tuple[Counter, Counter]:
     both = tuple(counted.ratelimit_policy.labels(name, "allowed") for name in ("a", "b"))
     together = Together(both)
     for _ in range(times):
-        counted.notes.count(together)
+        counted.buffer.count(together)
     return both[0], both[1]
 
 
@@ -369,7 +371,7 @@ async def test_notes_are_told_in_time(counted: Telemetry) -> None:
     deadline = time.monotonic() + 5
     while not total(second) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    counted.notes.tell()
+    counted.buffer.flush()
 
     assert [0, 3, 3] == [before, total(first), total(second)]
 
@@ -378,7 +380,7 @@ async def test_notes_are_told_in_time(counted: Telemetry) -> None:
 async def test_whoever_reads_is_told_all(counted: Telemetry) -> None:
     """The registry and the history are up to date when they are read."""
     await noted(counted, 2)
-    counted.notes.observe(counted.redis_batch_size.observe, 7)
+    counted.buffer.observe(counted.redis_batch_size.observe, 7)
     (policies,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_ratelimit_policy"]
     (sizes,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_redis_batch_size"]
     await noted(counted, 1)
@@ -395,8 +397,8 @@ async def test_notes_do_not_pile_up(counted: Telemetry) -> None:
     first, _ = await noted(counted, 10_000)
     told = total(first)
     for _ in range(10_000):
-        counted.notes.observe(counted.redis_batch_size.observe, 1)
-    counted.notes.tell()
+        counted.buffer.observe(counted.redis_batch_size.observe, 1)
+    counted.buffer.flush()
 
     assert 8192 == told
     assert 10_000 == total(first)
@@ -408,13 +410,13 @@ async def test_amounts_add_up_until_they_are_told(counted: Telemetry) -> None:
     """Of several counters at once; told once, and forgotten where somebody else tells them."""
     bytes_, tokens = counted.cache_served_bytes, counted.cache_saved_tokens
     for amount in (1, 2, 0):
-        counted.notes.add((bytes_, 10 * amount), (tokens, amount))
+        counted.buffer.add((bytes_, 10 * amount), (tokens, amount))
     before = total(bytes_)
-    counted.notes.tell()
-    counted.notes.tell()
+    counted.buffer.flush()
+    counted.buffer.flush()
 
     assert (0, 30, 3) == (before, total(bytes_), total(tokens))
-    counted.notes.add((tokens, 5))
-    counted.notes.drop()
-    counted.notes.tell()
+    counted.buffer.add((tokens, 5))
+    counted.buffer.discard()
+    counted.buffer.flush()
     assert 3 == total(tokens)

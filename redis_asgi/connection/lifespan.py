@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..event_loop import check_at_start
-from ..telemetry import tell_notes
+from ..telemetry import flush_counts
 from .manager import RedisManager
 
 _ENDS = ("lifespan.shutdown.complete", "lifespan.shutdown.failed")
@@ -41,7 +41,7 @@ async def live(
         if is_retained and manager is not None:
             is_retained = False
             await manager.release()
-        tell_notes()
+        flush_counts()
 
     async def starting() -> Message:
         nonlocal is_retained

@@ -26,7 +26,7 @@ from ..event_loop import running_loop
 from ..events import say, words_for
 from ..misuse import Uncalled, constructor_says_what_was_meant
 from ..settings import Settings, check_settings
-from ..telemetry import tell_notes
+from ..telemetry import flush_counts
 from .breaker import PROBE_EVERY, Breaker, BreakerState
 from .client_factory import Client, build_client, describe, drop_connections, ping
 from .open_client import PROCESS, Clearable, Opened, Part, watch_forks
@@ -60,7 +60,7 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: Opened) -> Asyn
         manager.forget(opened)
         await opened.aclose()
         # The loop that was to tell these takes its timers along, and the next one's would wait behind them.
-        tell_notes()
+        flush_counts()
 
 
 @constructor_says_what_was_meant("RedisManager(Settings(REDIS_URL='redis://localhost:6379'))")

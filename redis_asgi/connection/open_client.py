@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
-from ..telemetry import drop_notes
+from ..telemetry import discard_counts
 from .breaker import Breaker
 from .client_factory import Client
 
@@ -84,7 +84,7 @@ PROCESS = Process()
 
 def _note_fork() -> None:
     PROCESS.forks += 1
-    drop_notes()
+    discard_counts()
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,8 +12,8 @@ from ..asgi.bodies import Buffer
 from ..asgi.scope import BufferedRequest, UnreadableBody, content_length
 from .answers.held_request import until_ended
 from .answers.request_decision import RequestDecision, check_names
+from .budgets.estimates import Asked
 from .budgets.spending import Spending
-from .budgets.tokens import Asked
 from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .limits.charge import Charge, Charges, Pricer, Unread

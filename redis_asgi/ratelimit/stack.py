@@ -14,8 +14,8 @@ from .answers.rate_limit_exceeded import refusal_on
 from .answers.refusal_response import POLICY_VIOLATION, can_respond
 from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
 from .answers.rewording import refused_as, rewording_in
+from .budgets.estimates import Asked
 from .budgets.spending import Spending
-from .budgets.tokens import Asked
 from .counting.engine import Engine
 from .limits.charge import Charge, Charges
 from .limits.decision import Decision

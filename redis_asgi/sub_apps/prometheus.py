@@ -69,7 +69,7 @@ def counted() -> Families:
     """
     collector: Collector = telemetry().registry
     if counts_in_files():
-        telemetry().notes.tell()
+        telemetry().buffer.flush()
         collector = MultiProcessCollector(None)  # type: ignore[no-untyped-call]  # prometheus-client's
     # The directory holds the app's own metrics too; those are the app's to show.
     return [_without_created(family) for family in collector.collect() if family.name.startswith(f"{PREFIX}_")]

@@ -28,7 +28,7 @@ def counted() -> Iterator[Telemetry]:
 
 def read(metric: object) -> dict[tuple[str, ...], int]:
     """A counter's values above zero, by label values in the order of their names; up to date."""
-    telemetry().notes.tell()
+    telemetry().buffer.flush()
     return {
         tuple(sample.labels[name] for name in sorted(sample.labels)): int(sample.value)
         for family in metric.collect()  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ def test_notes_of_a_loop_that_ends_are_told(counted: Telemetry, redis_url: str) 
 
     asyncio.run(main())
 
-    assert 0 == len(counted.notes._counted) + len(counted.notes._observed)
+    assert 0 == len(counted.buffer._counted) + len(counted.buffer._observed)
 
 
 async def test_each_request_is_counted_once_by_outcome_and_source(

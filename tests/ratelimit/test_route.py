@@ -462,7 +462,7 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Setti
             with pytest.raises(RuntimeError, match="Charge before its last byte"):
                 await client.get("/late")
             refused = await client.get("/refused")
-        counted.notes.tell()
+        counted.buffer.flush()
     counts = {
         sample.labels["outcome"]: sample.value
         for sample in next(iter(counted.ratelimit_requests.collect())).samples
@@ -486,7 +486,7 @@ async def test_broken_app_is_counted_where_nothing_limits_it(settings: Settings)
         limited = RateLimitMiddleware(broken, rules=[Rule("9/minute", paths="/other")], settings=settings)
         with pytest.raises(ZeroDivisionError):
             await drive(limited, http_scope())
-        counted.notes.tell()
+        counted.buffer.flush()
 
     assert 1 == counted.ratelimit_requests.labels("exempt", "none")._value.get()
 

@@ -114,7 +114,7 @@ async def test_neighbours_share_one_trip(redis_url: str) -> None:
     app.get("/", dependencies=limits[1:])(lambda: "x")
     with fresh_telemetry() as counted:
         assert [200] * 3 == await statuses(app, 3)
-        counted.notes.tell()
+        counted.buffer.flush()
     samples = {
         sample.name: sample.value
         for metric in counted.redis_batch_size.collect()

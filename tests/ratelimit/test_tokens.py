@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi.errors import ConfigurationError
-from redis_asgi.ratelimit.budgets.tokens import Estimate, Outputs, Tokens, asked_output, input_tokens, tokens
+from redis_asgi.ratelimit.budgets.estimates import Estimate, Outputs, asked_output, input_tokens
+from redis_asgi.ratelimit.budgets.tokens import Tokens, tokens
 from redis_asgi.ratelimit.budgets.usage import Usage, UsageReader
 
 from .test_usage import JSON as JSON_TYPE

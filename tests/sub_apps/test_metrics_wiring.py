@@ -12,7 +12,7 @@ import httpx
 import pytest
 import redis
 
-from redis_asgi.telemetry import TOLD_WITHIN
+from redis_asgi.count_buffer import FLUSHED_WITHIN
 
 from ..kit.documents import section
 from ..kit.servers import Server, wait_until
@@ -76,7 +76,7 @@ def settled(url: str) -> tuple[Series, int]:
     """The samples when every worker has told what it noted, and how many scrapes it took to see that."""
     last, scrapes = Series(url), 1
     for _ in range(50):
-        time.sleep(2 * TOLD_WITHIN)
+        time.sleep(2 * FLUSHED_WITHIN)
         now = Series(url)
         scrapes += 1
         # A scrape is a request that no limit covers, and nothing else.

@@ -68,10 +68,10 @@ class CacheMetrics:
         self._rejections = {reason: made.cache_rejected.labels(reason) for reason in _REJECTIONS}
         self._served_bytes = made.cache_served_bytes
         self._saved_tokens = made.cache_saved_tokens
-        self._add = made.notes.add
-        self._observe = made.notes.observe
+        self._add = made.buffer.add
+        self._observe = made.buffer.observe
         self._lookup_seconds = made.cache_lookup_duration.observe
-        self.tell = made.notes.tell
+        self.tell = made.buffer.flush
         self.store_seconds = made.cache_store_duration
         self.origin_seconds = made.cache_origin_duration
         self.stored_bytes = made.cache_stored_bytes

@@ -9,7 +9,8 @@ from ...events import say
 from ...settings import Settings
 from ...telemetry import telemetry
 from ..limits.charge import Charge, counters_of
-from .tokens import Estimate, Outputs, Tokens
+from .estimates import Estimate, Outputs
+from .tokens import Tokens
 from .usage import UsageReader
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -22,15 +23,15 @@ class Accuracy:
         self._name = name
         self._has_warned = False
         counted = telemetry()
-        self._notes = counted.notes
+        self._buffer = counted.buffer
         self._used = counted.ratelimit_used_units.labels(name)
         self._too_high = counted.ratelimit_estimate_error_units.labels(name, "too_high").observe
         self._too_low = counted.ratelimit_estimate_error_units.labels(name, "too_low").observe
 
     def note(self, estimated: int, used: int) -> None:
         """Count a request that was *estimated* to cost so many units and has *used* so many."""
-        self._notes.add((self._used, used))
-        self._notes.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
+        self._buffer.add((self._used, used))
+        self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
 
     def warn_of(self, encoding: str) -> None:
         """Say once that answers are encoded so that nobody can read them."""

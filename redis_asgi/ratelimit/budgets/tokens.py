@@ -6,32 +6,24 @@ size the weights decide.
 
 import difflib
 import math
-import re
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from starlette.requests import Request
 
 from ...errors import ConfigurationError
 from ...misuse import check_callable, says_what_was_meant, shown
+from .estimates import Asked, Estimate, Outputs
 from .usage import UsageReader
 from .usage_formats import MOST, PARTS, Usage
 
 EstimateBy: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
 
 UNKNOWN_OUTPUT = 1000  # tokens, where neither the request nor answers before say more
-_QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
-_REMEMBERED, _ENOUGH = 128, 20  # outputs
 _SHARE = 4  # an output alone is taken for no more than one in so many units of a quota
-_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
-# Beside base64 under "data" they say what it is.
-_SAYS_MEDIUM = ("media_type", "mime_type", "mimeType", "format")
 # What counts like what, unless it has a weight of its own.
 _LIKE = {"cached": "input", "cache_write": "input", "reasoning": "output"}
 _ELSEWHERE = {
@@ -43,63 +35,6 @@ _ELSEWHERE = {
     "prompt_tokens": "input",
     "thinking": "reasoning",
 }
-
-
-class Estimate(NamedTuple):
-    """What a request is charged before its answer.
-
-    Attributes:
-        cost: Units of the quota, whole.
-        input: What of it is for what is read; in parts of a unit, of `Tokens` alone to understand.
-        output: What of it is for the answer; likewise.
-    """
-
-    cost: int
-    input: int
-    output: int
-
-
-class Asked(NamedTuple):
-    """What a request's body says of what it will cost; of a large body all that need be kept.
-
-    Attributes:
-        quarters: Of a token, that are read.
-        output: See `asked_output`.
-    """
-
-    quarters: int
-    output: int | None
-
-    @classmethod
-    def by(cls, document: object) -> "Asked":
-        """What *document*, as JSON made it, asks for."""
-        return cls(_quarters(document), asked_output(document))
-
-
-class Outputs:
-    """How long the last answers of one rule and bucket were, in this process; 128 numbers at most."""
-
-    __slots__ = ("_last", "_sorted")
-
-    def __init__(self) -> None:
-        self._last: deque[int] = deque()
-        self._sorted: list[int] = []
-
-    def note(self, usage: Usage) -> None:
-        """Remember the output of an answer, if it is known."""
-        if usage.output is None:
-            return
-        output = usage.output + (usage.reasoning or 0)
-        if len(self._last) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        self._last.append(output)
-        insort(self._sorted, output)
-
-    @property
-    def likely(self) -> int | None:
-        """What nine of ten are no longer than, in tokens (the nearest rank); ``None`` until 20 are known."""
-        known = len(self._sorted)
-        return self._sorted[(9 * known + 9) // 10 - 1] if known >= _ENOUGH else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,80 +208,3 @@ def _checked_weights(weights: object) -> dict[str, float]:
                 f"Try {{{part!r}: 1}}."
             )
     return dict(weights)
-
-
-def input_tokens(document: object) -> float:
-    """How many tokens are read of a request, in exact quarters: nobody knows, but it must not be nothing.
-
-    A quarter for each byte of UTF-8 of each text; 1 for each whole number of a list, which is a token; 1,000 for each
-    image, sound or file that the body holds itself, as a ``data:`` URL or in base64.
-
-    Args:
-        document: Its body as JSON made it, however deep.
-    """
-    return _quarters(document) / 4
-
-
-def asked_output(document: object) -> int | None:
-    """How many tokens a request lets the model write; ``None`` if it does not say, or nonsense.
-
-    The largest of ``max_tokens``, ``max_completion_tokens``, ``max_output_tokens`` and ``options.num_predict``, of
-    those that are whole numbers above 0, times ``n`` if that is one too; 2^53 at most.
-    """
-    if not isinstance(document, dict):
-        return None
-    most = 0
-    for name in _LIMITS:
-        if name in document:
-            most = max(most, _count(document[name]))
-    options = document.get("options")
-    if isinstance(options, dict):
-        most = max(most, _count(options.get("num_predict")))
-    return min(most * (_count(document.get("n")) or 1), MOST) if most else None
-
-
-def _count(value: object) -> int:
-    """A whole number above 0, ``5.0`` included, up to 2^53; 0 for all else."""
-    if type(value) is int or (type(value) is float and value.is_integer()):
-        return min(int(value), MOST) if value > 0 else 0
-    return 0
-
-
-def _quarters(document: object) -> int:
-    """`input_tokens` in quarters of a token."""
-    quarters = 0
-    left: list[Iterable[Any]] = [(document,)]
-    # A stack: a body may be nested deeper than Python calls.
-    while left:
-        for node in left.pop():
-            kind = type(node)
-            if kind is str:
-                # Most texts, without a call for each.
-                quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
-            elif kind is dict:
-                if "data" in node or "images" in node:
-                    quarters += _more_for_media(node)
-                left.append(node.values())
-            elif kind is list:
-                whole = list(map(type, node)).count(int)
-                quarters += 4 * whole
-                if whole < len(node):
-                    left.append(node)
-    return quarters
-
-
-def _quarters_of_text(text: str) -> int:
-    if text[:5].lower() == "data:" and _DATA_URL.match(text):
-        return _QUARTERS_OF_MEDIUM
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _more_for_media(holder: dict[str, object]) -> int:
-    """What the media that *holder* has in base64 count, less what they would as texts."""
-    encoded: list[object] = []
-    if holder.get("type") == "base64" or any(name in holder for name in _SAYS_MEDIUM):
-        encoded.append(holder.get("data"))
-    images = holder.get("images")
-    if isinstance(images, list):
-        encoded += [image for image in images if isinstance(image, str) and "://" not in image[:16]]
-    return sum(_QUARTERS_OF_MEDIUM - _quarters_of_text(text) for text in encoded if isinstance(text, str))

@@ -3,9 +3,10 @@
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ...count_buffer import Noted, Together
 from ...errors import Failure
 from ...settings import OnRedisError
-from ...telemetry import Noted, Together, telemetry
+from ...telemetry import telemetry
 from ...tracing import annotate_span, may_be_traced
 from ..limits.charge import Charges, counters_of
 from ..limits.refusal_memory import Known
@@ -27,8 +28,8 @@ class LimitMetrics:
 
     def __init__(self) -> None:
         counted = telemetry()
-        self._note = counted.notes.count
-        self._observe = counted.notes.observe
+        self._note = counted.buffer.count
+        self._observe = counted.buffer.observe
         self._requests = {
             (outcome, source): counted.ratelimit_requests.labels(outcome, source)
             for outcome in _OUTCOMES

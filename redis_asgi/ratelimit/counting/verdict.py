@@ -4,7 +4,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...telemetry import Noted
+from ...count_buffer import Noted
 from ..limits.charge import Charges, counters_of
 from ..limits.counter import Mode
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of

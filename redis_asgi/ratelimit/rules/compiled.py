@@ -13,8 +13,9 @@ from ...asgi.scope import Addressing, content_length, is_preflight
 from ...errors import ConfigurationError
 from ...settings import OnRedisError, Settings, StrategyName
 from ...settings.notation import Limit, parse_limits
+from ..budgets.estimates import Asked, Outputs
 from ..budgets.spending import Accuracy, Spending
-from ..budgets.tokens import Asked, Outputs, Tokens
+from ..budgets.tokens import Tokens
 from ..limits.charge import Charge
 from ..limits.policy import Partition, PolicySet, Strategy
 from .by_body import ByBody

@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 from ...asgi.bodies import Buffer, Document, take_document
 from ...asgi.scope import is_encoded
-from ..budgets.tokens import Asked
+from ..budgets.estimates import Asked
 from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
 

@@ -63,8 +63,8 @@ class Batcher:
         self._departure: asyncio.TimerHandle | None = None
         self._departs_at = math.inf
         counted = telemetry()
-        self._note = counted.notes.count
-        self._observe = counted.notes.observe
+        self._note = counted.buffer.count
+        self._observe = counted.buffer.observe
         self._size = counted.redis_batch_size.observe
         self._duration = counted.redis_command_duration.labels("check").observe
         self._wait = counted.ratelimit_check_duration.labels("redis").observe
