@@ -8,7 +8,8 @@ last 64 KiB. So an answer holds at most 1 MiB beside the chunk that passes, and 
 import re
 from collections.abc import Iterable
 
-from .usage_bodies import TAIL, Body, Decoder, Document, Events, Lines
+from .decoder import Decoder
+from .usage_bodies import TAIL, Body, Document, Events, Lines
 from .usage_formats import Said, Usage
 
 __all__ = ["Usage", "UsageReader"]

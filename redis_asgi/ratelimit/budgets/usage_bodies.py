@@ -2,8 +2,6 @@
 
 import json
 import re
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -14,8 +12,6 @@ WHOLE = 1 << 20  # bytes of a document or event that are kept
 TAIL = 1 << 16  # bytes of a longer one
 _HEAD = 512
 _TRIES = 16  # of places in a tail; each costs a parse of what follows
-_SLICE = 1 << 12  # bytes of what is compressed: of one, deflate makes 4 MiB at most
-_TIMES = 256  # that a text may be longer than what it was compressed to, beyond the first MiB
 
 # The end of an event, which a CR that may become a CRLF is not yet.
 _BLANK_LINE = re.compile(rb"\n(?:\n|\r\n|\r(?!\n|\Z))|\r(?:\r\n|\r(?!\n|\Z))")
@@ -298,36 +294,3 @@ def _from_tail(tail: bytes, opening: bytes = b"{") -> dict[str, Any] | None:
         except ValueError:
             continue
     return found
-
-
-class Decoder:
-    """Decompresses gzip, or deflate with or without zlib's header; stops for good at what is neither, or a bomb."""
-
-    __slots__ = ("_begun", "_decompressor", "_read", "_written")
-
-    def __init__(self, *, is_gzip: bool) -> None:
-        self._decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16) if is_gzip else None
-        self._begun = b""
-        self._read = self._written = 0
-
-    def decode(self, chunk: bytes) -> Iterator[bytes]:
-        """The text of *chunk*, 4 MiB of it at a time at most."""
-        if self._decompressor is None:
-            self._begun = chunk = self._begun + chunk
-            if len(chunk) < 2:
-                return
-            has_header = chunk[0] & 15 == zlib.DEFLATED and not (chunk[0] << 8 | chunk[1]) % 31
-            self._decompressor = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
-        for start in range(0, len(chunk), _SLICE):
-            piece = chunk[start : start + _SLICE]
-            if self._decompressor.eof or self._written > WHOLE + _TIMES * self._read:
-                return
-            try:
-                decoded = self._decompressor.decompress(piece)
-            except zlib.error:
-                self._written, self._read = WHOLE + 1, 0
-                return
-            self._read += len(piece)
-            self._written += len(decoded)
-            if decoded:
-                yield decoded
