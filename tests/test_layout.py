@@ -137,7 +137,7 @@ FOLDERS = {
         "asgi embeddings/records embeddings/requests embeddings/wire events keys settings time_slice"
     ),
     "embeddings/answers": (
-        "embeddings/records embeddings/requests embeddings/storage embeddings/wire time_slice tracing"
+        "asgi embeddings/records embeddings/requests embeddings/storage embeddings/wire time_slice tracing"
     ),
     "embeddings": (
         "asgi connection embeddings/answers embeddings/origin embeddings/records embeddings/requests embeddings/storage"

@@ -13,13 +13,11 @@ from starlette.types import Receive, Scope, Send
 from ..errors import ArgumentError, ConfigurationError
 from ..misuse import Uncalled, check_callable, only_called_as, says_what_was_meant
 from .paths import route_path
+from .problem import CONTENT_TYPE, POLICY_VIOLATION, problem
 
 Authorize: TypeAlias = Callable[[HTTPConnection], bool | Awaitable[bool]]
 
 JSON = b"application/json"
-_PROBLEM_JSON = b"application/problem+json"
-# RFC 6455: "when there is no other more suitable status code"; before accept, servers answer it with 403.
-_POLICY_VIOLATION = 1008
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ class SubApp:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": ""})
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
         elif scope["type"] == "http":
             await _send(await self._answer(scope), scope, send)
 
@@ -123,14 +121,14 @@ class SubApp:
         path = route_path(scope).removesuffix("/")
         page = self._pages.get(path)
         if page is None:
-            return _problem(404, "Not Found")
+            return _problem(404)
         if scope["method"] not in ("GET", "HEAD"):
-            return _problem(405, "Method Not Allowed", (b"allow", b"GET, HEAD"))
+            return _problem(405, (b"allow", b"GET, HEAD"))
         connection = HTTPConnection(scope)
         if self._authorize is not None and path not in self._open_pages:
             said = self._authorize(connection)
             if not (await said if isawaitable(said) else said):
-                return _problem(403, "Forbidden")
+                return _problem(403)
         return await page(connection)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -147,9 +145,8 @@ class SubApp:
         """Close what this loop has open for the app; for subclasses that open something."""
 
 
-def _problem(status: int, title: str, *headers: tuple[bytes, bytes]) -> PageAnswer:
-    body = orjson.dumps({"type": "about:blank", "title": title, "status": status})
-    return PageAnswer(body, _PROBLEM_JSON, status, headers)
+def _problem(status: int, *headers: tuple[bytes, bytes]) -> PageAnswer:
+    return PageAnswer(problem(status), CONTENT_TYPE, status, headers)
 
 
 async def _send(answer: PageAnswer, scope: Scope, send: Send) -> None:

@@ -7,11 +7,12 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
+from ..asgi.problem import POLICY_VIOLATION
 from ..connection.manager import RedisManager
 from ..event_loop import running_loop
 from .answers.limited_response import style_of
 from .answers.rate_limit_exceeded import refusal_on
-from .answers.refusal_response import POLICY_VIOLATION, can_respond
+from .answers.refusal_response import can_respond
 from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
 from .answers.rewording import refused_as, rewording_in
 from .budgets.estimates import Asked

@@ -1,8 +1,8 @@
 """Answers of ours on their way out, in messages of moderate size."""
 
-import orjson
 from starlette.types import Send
 
+from ...asgi.problem import CONTENT_TYPE, problem
 from ...time_slice import TimeSlice
 from ..requests.http_caching import RawHeaders
 
@@ -38,13 +38,7 @@ async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list
 
 async def send_not_cached(send: Send) -> None:
     """The 504 that ``Cache-Control: only-if-cached`` asks for (RFC 9111, 5.2.1.7)."""
-    problem = {
-        "type": "about:blank",
-        "title": "Gateway Timeout",
-        "status": 504,
-        "detail": "Cache-Control: only-if-cached, and not every input is stored.",
-    }
-    body = orjson.dumps(problem)
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+    body = problem(504, "Cache-Control: only-if-cached, and not every input is stored.")
+    headers = [(b"content-type", CONTENT_TYPE), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 504, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
-import orjson
 from starlette.types import Message
 
+from ...asgi.problem import CONTENT_TYPE, problem
 from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from ..limits.charge import Charges
@@ -20,7 +20,6 @@ from ..limits.policy import MICROSECONDS, Policy, PolicySet
 from ..limits.reply import place_of
 from .dialects import FIELDS_OF_DIALECTS, AnswerStyle, Dialect, Fields, Refused, rule_of
 
-PROBLEM_JSON = b"application/problem+json"
 UNDECIDED = "The rate limit cannot be checked right now. Retry in 1 s."
 _TYPES = "https://iana.org/assignments/http-problem-types#"
 
@@ -260,7 +259,7 @@ def held_words(units: int) -> str:
 
 def content_fields(body: bytes, style: AnswerStyle) -> Fields:
     """What says how to read the body of a refusal."""
-    kind = PROBLEM_JSON if style.dialect is None else b"application/json"
+    kind = CONTENT_TYPE if style.dialect is None else b"application/json"
     return [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
 
 
@@ -277,29 +276,14 @@ def rendered_refusal(
 
 @lru_cache(maxsize=1024)
 def _quota_exceeded(detail: str, violated: tuple[str, ...]) -> bytes:
-    return orjson.dumps(
-        {
-            "type": _TYPES + "quota-exceeded",
-            "title": "Too Many Requests",
-            "status": 429,
-            "detail": detail,
-            "violated-policies": violated,
-        }
-    )
+    return problem(429, detail, _TYPES + "quota-exceeded", violated_policies=violated)
 
 
 def reduced_capacity(style: AnswerStyle) -> bytes:
     """The body of a 503 while a rule that fails closed cannot be decided: ``temporary-reduced-capacity``."""
     if style.dialect is not None:
         return style.dialect.body(Refused(503, UNDECIDED, None, 1.0))
-    return orjson.dumps(
-        {
-            "type": _TYPES + "temporary-reduced-capacity",
-            "title": "Service Unavailable",
-            "status": 503,
-            "detail": UNDECIDED,
-        }
-    )
+    return problem(503, UNDECIDED, _TYPES + "temporary-reduced-capacity")
 
 
 def identity_missing(what: str, style: AnswerStyle) -> bytes:
@@ -309,4 +293,4 @@ def identity_missing(what: str, style: AnswerStyle) -> bytes:
     detail = f"This request needs {needed}."
     if style.dialect is not None:
         return style.dialect.body(Refused(400, detail))
-    return orjson.dumps({"type": "about:blank", "title": "Bad Request", "status": 400, "detail": detail})
+    return problem(400, detail)

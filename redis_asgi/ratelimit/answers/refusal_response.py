@@ -8,6 +8,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...asgi.problem import POLICY_VIOLATION
 from ...errors import ConfigurationError
 from ...misuse import check_callable, shown
 from ..counting.verdict import Verdict
@@ -19,9 +20,6 @@ from .dialects import SHORTEST_KEPT, AnswerStyle, Fields
 from .json_rpc import in_reply
 
 OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
-
-# RFC 6455: policy violation, "when there is no other more suitable status code".
-POLICY_VIOLATION = 1008
 
 
 _EXAMPLE = "lambda conn, decision: JSONResponse({'error': 'too many requests'}, 429)"

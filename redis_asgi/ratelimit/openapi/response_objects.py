@@ -3,9 +3,9 @@
 import copy
 from typing import Any, TypeAlias, get_args
 
+from ...asgi.problem import CONTENT_TYPE
 from ...settings import HeaderStyle
 from ..answers.dialects import DIALECTS, NUMBERS, DialectName
-from ..answers.headers import PROBLEM_JSON
 from ..rules.checks import check_choice
 
 Document: TypeAlias = dict[str, Any]
@@ -124,7 +124,7 @@ def response_of(
         fields |= (_IETF if style in ("ietf", "both") else {}) | (_LEGACY if style in ("legacy", "both") else {})
     elif status == 503:
         fields |= {"Retry-After": _header("Seconds until it is worth another try.", "integer")}
-    content = {PROBLEM_JSON.decode(): {"schema": problem}}
+    content = {CONTENT_TYPE.decode(): {"schema": problem}}
     if dialect is not None:
         content = {"application/json": {"schema": _BODIES[dialect]}}
         fields |= _fields_of(dialect, status)
