@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .embeddings import EmbeddingCache, EmbeddingCacheMiddleware
     from .maintenance import calculate_memory_usage, configure_persistence
     from .ratelimit.current import CurrentLimit
-    from .ratelimit.openapi import document_limits
-    from .ratelimit.response_objects import rate_limit_responses
+    from .ratelimit.openapi.document import document_limits
+    from .ratelimit.openapi.response_objects import rate_limit_responses
     from .sub_apps.health import check_redis_health, health_app
     from .sub_apps.metrics import RedisMetrics, metrics_app
     from .sub_apps.status import status_app
@@ -88,10 +88,10 @@ _LATE = {
     "calculate_memory_usage": ".maintenance",
     "check_redis_health": ".sub_apps.health",
     "configure_persistence": ".maintenance",
-    "document_limits": ".ratelimit.openapi",
+    "document_limits": ".ratelimit.openapi.document",
     "health_app": ".sub_apps.health",
     "metrics_app": ".sub_apps.metrics",
-    "rate_limit_responses": ".ratelimit.response_objects",
+    "rate_limit_responses": ".ratelimit.openapi.response_objects",
     "status_app": ".sub_apps.status",
 }
 

@@ -25,7 +25,8 @@ from redis_asgi.embeddings.records.codec import encode
 from redis_asgi.embeddings.wire import DEFAULT_PATHS
 from redis_asgi.explanations import explanations
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import Charge, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.ratelimit.rules.policies import make_policies
 
 from .kit.documents import GUIDES, section, table

@@ -125,6 +125,7 @@ FOLDERS = {
         " ratelimit/limits"
         " ratelimit/rules settings"
     ),
+    "ratelimit/openapi": "asgi errors ratelimit ratelimit/answers ratelimit/rules settings",
     # The embedding cache: values, who keeps them; what is asked; who computes; what is said; and the doors.
     "embeddings/records": "errors events keys settings telemetry",
     "embeddings/wire": "embeddings/records errors",

@@ -60,8 +60,9 @@ class Buffer:
         self._give()
 
     def _give(self) -> None:
-        self._budget.give(self._held)
-        self._held = 0
+        if self._held:
+            self._budget.give(self._held)
+            self._held = 0
 
     async def next(self) -> Message:
         """One message more from the server."""
@@ -196,7 +197,7 @@ class Document:
         self.value: Any = None
         self.is_read = False
         self._members: tuple[Any] | None = None
-        if content is not None and not is_encoded and _is_within(content):
+        if content is not None and not is_encoded and (len(content) <= _MOST_CONTAINERS or _is_within(content)):
             try:
                 self.value = orjson.loads(content)
                 self.is_read = True
@@ -211,7 +212,10 @@ class Document:
 
     def has_twice(self, path: Sequence["Member"]) -> bool:
         """Whether one of the members that lead along *path* stands twice at its level: who reads it, reads which?"""
-        if all(member.stands_once(self.content) for member in path):
+        for member in path:
+            if not member.stands_once(self.content):
+                break
+        else:
             return False
         at = self.members()
         if at is None:
@@ -257,7 +261,8 @@ class Member:
 
     def stands_once(self, content: bytes) -> bool:
         """Whether some JSON has a member of this name once at most, at whatever level."""
-        if self._is_plain and content.count(self._quoted) < 2 and b"\\u00" not in content:
+        # To look for one byte takes a tenth of what it takes to look for four.
+        if self._is_plain and content.count(self._quoted) < 2 and (b"\\" not in content or b"\\u00" not in content):
             return True
         first = self._pattern.search(content)
         return first is None or self._pattern.search(content, first.end()) is None
@@ -293,9 +298,7 @@ def _members(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_within(content: bytes) -> bool:
-    """Whether *content* is parsed in a time that its size explains: not a million lists, or texts."""
-    if len(content) <= _MOST_CONTAINERS:
-        return True
+    """Whether *content*, a long one, is parsed in a time that its size explains: not a million lists, or texts."""
     # Less those within texts, of which JSON that is a text has many.
     if content.count(b'"') - content.count(b'\\"') > _MOST_QUOTES:
         return False

@@ -29,12 +29,13 @@ def content_length(scope: Scope) -> int | None:
 
     A ``Transfer-Encoding`` overrides it (RFC 9112, 6.3), and some servers pass on both.
     """
-    if header_values(scope, b"transfer-encoding"):
-        return None
-    for value in header_values(scope, b"content-length"):
-        if value.isdigit() and len(value) < 19:
-            return int(value)
-    return None
+    length = None
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding":
+            return None
+        if length is None and name == b"content-length" and value.isdigit() and len(value) < 19:
+            length = int(value)
+    return length
 
 
 def is_encoded(scope: Scope) -> bool:

@@ -20,7 +20,8 @@ from ..connection.cluster_nodes import SLOTS, is_no_cluster
 from ..connection.manager import RedisManager
 from ..connection.sentinels import is_refusal, master_of
 from ..errors import Failure, classify
-from ..ratelimit.limits.policy import STRATEGIES, Charge, Charges, Policy, PolicySet, make_partition
+from ..ratelimit.limits.charge import Charge, Charges
+from ..ratelimit.limits.policy import STRATEGIES, Policy, PolicySet, make_partition
 from ..ratelimit.overview import LimitInForce
 from ..ratelimit.transport.batcher import A_TRIP
 from ..settings import Settings

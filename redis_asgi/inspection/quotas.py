@@ -17,13 +17,15 @@ from ..connection.manager import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
 from ..ratelimit.counting.engine import Engine
+from ..ratelimit.limits.charge import Charge, Charges
+from ..ratelimit.limits.counter import Mode
 from ..ratelimit.limits.decision import PolicyState, read_reply
-from ..ratelimit.limits.policy import Charge, Charges, Partition, Policy, PolicySet, Strategy, make_partition
-from ..ratelimit.limits.strategies import Mode
+from ..ratelimit.limits.policy import Partition, Policy, PolicySet, Strategy, make_partition
+from ..ratelimit.rules.checks import check_name
 from ..ratelimit.rules.joined import joined
 from ..ratelimit.rules.partition import UNKNOWN, Partitioner, by_header, client_ip
 from ..ratelimit.rules.policies import MOVING_WINDOW_MAX, make_policies
-from ..ratelimit.rules.rule import DEFAULT_NAME, check_name
+from ..ratelimit.rules.rule import DEFAULT_NAME
 from ..ratelimit.transport.check import HoldingCheck, Outcome
 from ..ratelimit.transport.cluster_batcher import make_batcher
 from ..settings import Settings, StrategyName

@@ -11,11 +11,12 @@ from ..misuse import constructor_says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
 from .counting.engine import Engine
 from .counting.in_flight import SLOTS
+from .limits.charge import Charge, Charges
+from .limits.counter import Mode
 from .limits.decision import Decision
-from .limits.policy import Charge, Charges, Partition, make_partition
-from .limits.strategies import Mode
+from .limits.policy import Partition, make_partition
+from .rules.checks import check_choice, check_concurrency, check_cost, check_name
 from .rules.policies import make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
-from .rules.rule import check_choice, check_concurrency, check_cost, check_name
 
 
 @constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")

@@ -26,12 +26,13 @@ from .answers.refusal_response import (
     remembered_refusal,
     send_refusal,
 )
-from .answers.request_decision import STANDBY, STYLE, RequestDecision, Standby, decision_of, keep_decision
+from .answers.request_decision import STANDBY, STYLE, RequestDecision, Undecided, decision_of, keep_decision
 from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
 from .overview import Protection
 from .pricing import Ahead, left_over
+from .rules.checks import check_choice
 from .rules.compiled import compile_rules
 from .rules.coverage import Coverage, Covering
 from .rules.exemptions import Exempt, Exemptions
@@ -39,7 +40,7 @@ from .rules.misconfiguration import Linter
 from .rules.partition import ADDRESSING, MissingIdentity, PartitionBy
 from .rules.plan import PlanCache, Plans, charges_kept
 from .rules.routing import Routing
-from .rules.rule import Limits, Rule, check_choice
+from .rules.rule import Limits, Rule
 from .styles import Dialects, Styles, dialect_paths
 
 _ADD = "A middleware is added as a class: write app.add_middleware(RateLimitMiddleware, limits='100/minute')."
@@ -213,12 +214,12 @@ class RateLimitMiddleware(Covering):
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""
         self._counts.request("exempt", "none")
-        scope[STANDBY] = Standby(self._engine, sees_end=False)
+        scope[STANDBY] = Undecided(self._engine, sees_end=False)
         await self.app(scope, receive, send)
 
     async def _stand_by(self, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that no rule covers; a per-route limit may."""
-        standby = scope[STANDBY] = Standby(self._engine, sees_end=True)
+        standby = scope[STANDBY] = Undecided(self._engine, sees_end=True)
         response = UncoveredResponse(standby, style, send)
         try:
             await self.app(scope, receive, response.send)

@@ -10,7 +10,7 @@ from starlette.types import Scope
 from ..asgi.paths import PathTemplate
 from ..connection.manager import RedisManager
 from ..settings import OnRedisError, Settings
-from .answers.request_decision import STANDBY, Standby
+from .answers.request_decision import STANDBY, Undecided
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .limits.policy import Policy, Strategy
@@ -102,7 +102,7 @@ def limits_of_route(
         placed: As `RateLimit` itself knows them.
         around: The outermost middleware, which decides for limits without a Redis of their own, in its dialect.
     """
-    scope: dict[str, Any] = {} if around is None else {STANDBY: Standby(around.engine, sees_end=False)}
+    scope: dict[str, Any] = {} if around is None else {STANDBY: Undecided(around.engine, sees_end=False)}
     spoken = {} if around is None else spoken_on(PathTemplate(path), around.dialects)
     found = []
     for limit, place in placed:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import isawaitable
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
@@ -16,11 +16,12 @@ from .budgets.spending import Spending
 from .budgets.tokens import Asked
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.policy import Charge, Charges, PolicySet, Pricer, Unread
+from .limits.charge import Charge, Charges, Pricer, Unread
+from .limits.policy import PolicySet
+from .rules.checks import check_cost
 from .rules.misconfiguration import Linter
 from .rules.plan import Plan
 from .rules.reading import look, look_on_route
-from .rules.rule import check_cost
 
 
 class Ahead:
@@ -63,11 +64,12 @@ class Ahead:
 
     async def _decide(self, plan: Plan, charges: Charges) -> Verdict | None:
         engine = self._engine
-        # A refusal that is known already spares the reading of a body. Whether there is one, only the body itself says.
-        says_empty = charges.has_tokens and content_length(self._scope) == 0
-        known = engine.remembered(engine.plans.least(without_tokens(charges) if says_empty else charges))
-        if known is not None:
-            return known
+        if engine.refusals.partitions:
+            # A refusal that is known already spares the reading of a body. Whether there is one, only the body says.
+            says_empty = charges.has_tokens and content_length(self._scope) == 0
+            known = engine.remembered(engine.plans.least(without_tokens(charges) if says_empty else charges))
+            if known is not None:
+                return known
         buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
         asked = None
         if plan.behind is not None or charges.has_tokens:
@@ -78,10 +80,15 @@ class Ahead:
                 self.receive = buffer.replay()
         if not charges.is_priced:
             return await engine.decide(charges) if charges.counters else None
-        costs = [
-            charge.cost if charge.price is None else await self._cost(charge, charge.price, buffer, asked)
-            for charge in charges
-        ]
+        costs: list[int | Unread | Spending] = []
+        for charge in charges:
+            price = charge.price
+            if price is None:
+                costs.append(charge.cost)
+            elif price.tokens is not None and not callable(price.tokens.estimate):
+                costs.append(price.estimate(charge.policies, self._scope, asked, None))
+            else:
+                costs.append(await self._cost(charge, price, buffer, asked))
         buffer.decided()
         self.receive = buffer.replay()
         for cost in costs:
@@ -111,8 +118,6 @@ class Ahead:
     async def _cost(
         self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
     ) -> "int | Unread | Spending":
-        if price.tokens is not None and not callable(price.tokens.estimate):
-            return cast("Spending", price.estimate(charge.policies, self._scope, asked, None))
         request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
         if price.tokens is not None:
             return await estimate(charge, self._scope, asked, request)

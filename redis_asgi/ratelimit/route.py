@@ -15,7 +15,7 @@ from ..misuse import Uncalled, check_callable, constructor_says_what_was_meant, 
 from ..settings import OnRedisError, Settings, StrategyName
 from .answers.headers import fields_of, renderer_of
 from .answers.limited_response import style_of
-from .answers.request_decision import STANDBY, RequestDecision, Standby, decision_of
+from .answers.request_decision import STANDBY, RequestDecision, Undecided, decision_of
 from .budgets.tokens import Tokens
 from .counting.engine import Engine
 from .rules.compiled import CompiledRule
@@ -163,7 +163,7 @@ class RateLimit:
             decision = decision_of(scope)
             if decision is not None:
                 return decision.first.engine
-            standby: Standby | None = scope.get(STANDBY)
+            standby: Undecided | None = scope.get(STANDBY)
             if standby is not None:
                 return standby.engine
         if self._engine is None:

@@ -17,8 +17,8 @@ from .answers.rewording import refused_as, rewording_in
 from .budgets.spending import Spending
 from .budgets.tokens import Asked
 from .counting.engine import Engine
+from .limits.charge import Charge, Charges
 from .limits.decision import Decision
-from .limits.policy import Charge, Charges
 from .pricing import charges_beside, charges_on_route
 from .rules.endpoints import endpoint_name
 from .rules.partition import ADDRESSING, MissingIdentity

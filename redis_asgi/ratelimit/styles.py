@@ -11,9 +11,9 @@ from ..misuse import shown
 from ..settings import HeaderStyle
 from ..settings.types import pattern_problem
 from .answers.dialects import DIALECTS, AnswerStyle, DialectName
+from .rules.checks import check_choice
 from .rules.recent import Recent
 from .rules.routing import Routing
-from .rules.rule import check_choice
 
 # One for every path, or path patterns with the dialect of each.
 Dialects: TypeAlias = DialectName | Mapping[str, DialectName]

@@ -21,8 +21,9 @@ from ..connection.client_factory import Client
 from ..connection.manager import RedisManager
 from ..ratelimit.counting.engine import Engine
 from ..ratelimit.counting.local_engine import LocalEngine
+from ..ratelimit.limits.charge import Charges
 from ..ratelimit.limits.clock import CLOCK
-from ..ratelimit.limits.policy import MICROSECONDS, Charges, log_key
+from ..ratelimit.limits.policy import MICROSECONDS, log_key
 from ..ratelimit.limits.refusal_memory import RefusalMemory
 from .replaced import replaced
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..ratelimit.counting.engine import Engine
 from ..ratelimit.counting.verdict import Verdict
-from ..ratelimit.limits.policy import Charges, counters_of
+from ..ratelimit.limits.charge import Charges, counters_of
 from ..ratelimit.limits.reply import Numbers, reply_of
 from .replaced import replaced
 

@@ -31,6 +31,8 @@ from ..test_guides import embedding_client, not_found
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 PASSWORD = "s3cr3t-of-a-test"
+# A busy machine is no finding.
+PATIENT: dict[str, Any] = {"RATE_LIMIT_TIMEOUT": 5, "EMBEDDING_CACHE_TIMEOUT": 5}
 
 
 def grant(server: ExternalServer, line: str) -> None:
@@ -106,7 +108,11 @@ async def test_the_line_suffices_and_none_of_it_is_idle(private_server: StartSer
     """A user made by the very line uses every command of it, and is denied none."""
     server = private_server()
     settings = Settings(
-        REDIS_URL=f"{server.url}/3", REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD, REDIS_KEY_PREFIX="my:*app[1]\\:"
+        REDIS_URL=f"{server.url}/3",
+        REDIS_USERNAME="app",
+        REDIS_PASSWORD=PASSWORD,
+        REDIS_KEY_PREFIX="my:*app[1]\\:",
+        **PATIENT,
     )
     rights = rights_of(settings)
     grant(server, rights.line("app", PASSWORD))
@@ -125,7 +131,7 @@ async def test_the_line_suffices_and_none_of_it_is_idle(private_server: StartSer
 async def test_on_a_cluster_too(private_cluster: Cluster) -> None:
     """The line for a cluster, given to each node, suffices there; EVALSHA needs no more than the package sends."""
     settings = Settings(
-        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD
+        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD, **PATIENT
     )
     rights = rights_of(settings)
     for node in private_cluster.nodes:

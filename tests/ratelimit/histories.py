@@ -1,22 +1,16 @@
 """Random histories of requests, and the twin that they are put to: what the strategies' property tests share."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import (
-    MICROSECONDS,
-    STRATEGIES,
-    Charge,
-    Partition,
-    Policy,
-    PolicySet,
-    make_partition,
-)
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.counter import Log, Mode
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Partition, Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.limits.reply import Numbers, Reply, charged_receipts, numbers_of
-from redis_asgi.ratelimit.limits.strategies import Log, Mode
 from redis_asgi.settings import StrategyName
 
 # A time like today's: 16 digits, which is where careless arithmetic loses microseconds.
@@ -133,6 +127,7 @@ steps_back = st.one_of(
 deltas_and_back = st.one_of(deltas, deltas, deltas, steps_back)
 
 
+@cache
 def costs(quota: int, *, factor: int = 2) -> st.SearchStrategy[int]:
     """Costs of a request against *quota*: mostly one, now and then more than can ever fit."""
     return st.one_of(st.just(1), st.integers(0, quota), st.integers(0, factor * quota))

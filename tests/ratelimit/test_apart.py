@@ -11,7 +11,8 @@ from redis.backoff import NoBackoff
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.check import Check
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 

@@ -17,11 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, Batcher
 from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
-from redis_asgi.ratelimit.transport.pooled_transport import PoolWire
+from redis_asgi.ratelimit.transport.pooled_transport import PooledTransport
 from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
@@ -388,7 +389,7 @@ async def test_wire_says_what_a_waiting_check_lacks(manager: RedisManager) -> No
     client = await manager.get_connection()
     assert isinstance(client, aioredis.Redis)
 
-    assert Failure.TIMEOUT is PoolWire(client).lacks()
+    assert Failure.TIMEOUT is PooledTransport(client).timeout_cause()
 
 
 async def test_http_client_sees_exact_numbers(redis_server: ExternalServer) -> None:

@@ -1,6 +1,7 @@
 """Budgets in tokens: estimated before the answer, settled after it, whatever becomes of it."""
 
 import asyncio
+import gc
 import gzip
 import itertools
 import json
@@ -25,7 +26,7 @@ from redis_asgi import (
     client_ip,
     tokens,
 )
-from redis_asgi.ratelimit.limits.policy import Charge, Charges
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.testing import RateLimitClock
 
 from ..conftest import StartServer
@@ -348,6 +349,23 @@ async def test_requests_without_a_body_are_not_covered(settings: Settings) -> No
 
     sent = await drive(limited(settings, app=accepting), websocket_scope())
     assert header(sent[0], b"ratelimit") is None
+
+
+async def test_requests_leave_nothing_to_the_collector() -> None:
+    """What is settled after an answer is gone with its request; one cycle in each would be thousands of objects."""
+    app = limited(Settings(REDIS_URL="memory://"))
+    told = answer(json.dumps(usage(300, 300)).encode())
+    for _ in range(5):
+        await request(app, Ending(told, 600))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(300):
+            await request(app, Ending(told, 600))
+
+        assert gc.collect() < 300
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("status", [204, 304])

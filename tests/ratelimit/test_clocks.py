@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
+from redis_asgi.ratelimit.limits.counter import Mode
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy, log_key
 from redis_asgi.ratelimit.limits.reply import Numbers, charged_receipts
-from redis_asgi.ratelimit.limits.strategies import Mode
 
 from ..kit.servers import Server, wait_until
 from .histories import EPOCH, Keeping, Twin, charge, client, numbers, policy

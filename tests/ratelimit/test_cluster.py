@@ -14,7 +14,8 @@ from redis.crc import key_slot
 from redis_asgi import Decision, RateLimiter, RedisManager, Settings
 from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.verdict import Verdict
-from redis_asgi.ratelimit.limits.policy import STRATEGIES, Charge, Charges, Partition, PolicySet, Unread, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges, Unread
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, Partition, PolicySet, make_partition
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time

@@ -13,11 +13,12 @@ import redis.asyncio as aioredis
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.errors import Failure
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MAX_COUNTERS, Batcher
 from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
-from redis_asgi.ratelimit.transport.direct_transport import LineWire
+from redis_asgi.ratelimit.transport.direct_transport import DirectTransport
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
@@ -32,7 +33,7 @@ def batcher_of(manager: RedisManager) -> Batcher:
     """The batcher of a manager's client in this loop, which goes over a line."""
     batcher = manager.per_client(make_batcher)
     assert isinstance(batcher, Batcher)
-    assert isinstance(batcher._wire, LineWire)
+    assert isinstance(batcher._transport, DirectTransport)
     return batcher
 
 
@@ -130,8 +131,8 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
     manager = RedisManager(Settings(REDIS_URL=private_server().url))
     batcher = batcher_of(manager)
     await ask(batcher)
-    assert isinstance(batcher._wire, LineWire)
-    line = batcher._wire._line
+    assert isinstance(batcher._transport, DirectTransport)
+    line = batcher._transport._line
     assert line is not None
     receive = line.data_received
 
@@ -142,7 +143,7 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
     line.data_received = receive_the_last  # type: ignore[method-assign]
     outcomes = await asyncio.gather(*(ask(batcher, f"192.0.2.{n}") for n in range(5)))
     assert [98, 99, 99, 99, 99] == sorted(remaining(outcome) for outcome in outcomes)
-    assert batcher._wire._line is not line
+    assert batcher._transport._line is not line
     await manager.close()
 
 
@@ -207,10 +208,10 @@ async def test_swallowed_reply_gives_nobody_anothers_verdict(private_server: Sta
         await manager.close()
 
 
-def wire_of(batcher: Batcher) -> LineWire:
+def wire_of(batcher: Batcher) -> DirectTransport:
     """The line that a batcher goes over."""
-    assert isinstance(batcher._wire, LineWire)
-    return batcher._wire
+    assert isinstance(batcher._transport, DirectTransport)
+    return batcher._transport
 
 
 @asynccontextmanager
@@ -250,8 +251,8 @@ async def test_trial_does_not_wait_behind_checks_of_the_outage(redis_url: str) -
     """A check that waits for a connection that never comes leaves with the trial, over a new one."""
     manager = RedisManager(Settings(REDIS_URL=redis_url))
     batcher = batcher_of(manager)
-    assert isinstance(batcher._wire, LineWire)
-    pool = batcher._wire._pool
+    assert isinstance(batcher._transport, DirectTransport)
+    pool = batcher._transport._pool
     connect = pool.get_connection
     pool.get_connection = asyncio.Event().wait  # type: ignore[assignment,method-assign]  # for ever
     before = asyncio.ensure_future(ask(batcher))

@@ -11,10 +11,11 @@ import redis.asyncio as aioredis
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.ratelimit.limits.decision import Decision
-from redis_asgi.ratelimit.limits.policy import Charge, Charges, Policy, PolicySet, make_partition
+from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
-from redis_asgi.ratelimit.transport.check import Batch, Check
+from redis_asgi.ratelimit.transport.check import Check, SubmittedBatch
 
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
@@ -27,7 +28,7 @@ FAR = 0.6 * DEADLINE  # a trip; two in turn would be late
 
 
 class Hold:
-    """A wire that sends at once and is never answered, unless told to.
+    """A transport that sends at once and is never answered, unless told to.
 
     Args:
         is_ready: Whether there is a connection.
@@ -35,7 +36,7 @@ class Hold:
 
     def __init__(self, *, is_ready: bool = True) -> None:
         self.is_ready = is_ready
-        self.under_way: deque[Batch] = deque()
+        self.under_way: deque[SubmittedBatch] = deque()
         self.preparing = 0
 
     @property
@@ -52,19 +53,19 @@ class Hold:
 
     def answer(self, batcher: Batcher) -> None:
         """Fail the oldest batch, which for the one that waits behind it is as good as any answer."""
-        batcher.done(self.under_way.popleft(), Failure.REPLY)
+        batcher.completed(self.under_way.popleft(), Failure.REPLY)
         batcher.start_if_due()
 
     def read(self) -> None:
         pass
 
-    def abort(self, batch: Batch) -> None:
+    def abort(self, batch: SubmittedBatch) -> None:
         self.under_way.remove(batch)
 
     def renew(self) -> None:
         pass
 
-    def lacks(self) -> Failure:
+    def timeout_cause(self) -> Failure:
         return Failure.TIMEOUT
 
     async def aclose(self) -> None:
@@ -76,13 +77,13 @@ async def _nothing() -> None:
 
 
 @asynccontextmanager
-async def held(wire: Hold) -> AsyncIterator[Batcher]:
-    """A batcher on *wire*."""
-    batcher = Batcher(wire, Breaker(_nothing, _nothing))
+async def held(transport: Hold) -> AsyncIterator[Batcher]:
+    """A batcher on *transport*."""
+    batcher = Batcher(transport, Breaker(_nothing, _nothing))
     yield batcher
     await batcher.aclose()
-    for batch in wire.under_way:
-        batcher.done(batch, Failure.CONNECTION)
+    for batch in transport.under_way:
+        batcher.completed(batch, Failure.CONNECTION)
 
 
 def submit(batcher: Batcher, *, timeout: float = 1.0, counters: int = 1) -> Check:
@@ -118,45 +119,45 @@ async def test_a_batch_leaves_a_tenth_of_the_deadline_after_the_last() -> None:
 
 async def test_an_answer_sends_what_waits_before_its_time() -> None:
     """A reply that leaves nothing in flight sends the next batch at once; one that leaves others sends none early."""
-    wire = Hold()
-    async with held(wire) as batcher:
+    transport = Hold()
+    async with held(transport) as batcher:
         submit(batcher, timeout=50)
         await asyncio.sleep(0)
         submit(batcher, timeout=50, counters=MAX_COUNTERS)
         waiting = submit(batcher, timeout=50)
-        assert [2, 0.0] == [wire.busy, waiting.written]
-        wire.answer(batcher)
+        assert [2, 0.0] == [transport.busy, waiting.written]
+        transport.answer(batcher)
         await asyncio.sleep(0.01)
-        assert [1, 0.0] == [wire.busy, waiting.written]
-        wire.answer(batcher)
-        assert [1, True] == [wire.busy, waiting.written > 0]
+        assert [1, 0.0] == [transport.busy, waiting.written]
+        transport.answer(batcher)
+        assert [1, True] == [transport.busy, waiting.written > 0]
 
 
 @pytest.mark.parametrize("counters", [1, MAX_COUNTERS], ids=["small", "full"])
 async def test_ten_at_most_are_under_way(counters: int) -> None:
     """Neither the time nor a full batch sends an eleventh; the next answer does."""
-    wire = Hold()
-    async with held(wire) as batcher:
+    transport = Hold()
+    async with held(transport) as batcher:
         for _ in range(MAX_IN_FLIGHT):
-            await written(submit(batcher, timeout=0.3, counters=counters) if wire.busy else submit(batcher))
+            await written(submit(batcher, timeout=0.3, counters=counters) if transport.busy else submit(batcher))
         more = submit(batcher, timeout=0.3 if counters == 1 else 5, counters=counters)
         await asyncio.sleep(0.05)
-        assert [MAX_IN_FLIGHT, 0.0] == [wire.busy, more.written]
-        wire.answer(batcher)
+        assert [MAX_IN_FLIGHT, 0.0] == [transport.busy, more.written]
+        transport.answer(batcher)
         await written(more)
-        assert MAX_IN_FLIGHT == wire.busy
+        assert MAX_IN_FLIGHT == transport.busy
 
 
 async def test_nothing_is_started_beside_a_connection_that_is_made() -> None:
     """What waits for a connection goes with it, however long that takes: there is not a second one every tenth."""
-    wire = Hold(is_ready=False)
-    async with held(wire) as batcher:
+    transport = Hold(is_ready=False)
+    async with held(transport) as batcher:
         first = submit(batcher, timeout=0.5)
         await asyncio.sleep(0.06)
-        wire.is_ready = True
+        transport.is_ready = True
         second = submit(batcher, timeout=0.5)
         await asyncio.sleep(0.06)
-        assert [1, 0.0, 0.0] == [wire.busy, first.written, second.written]
+        assert [1, 0.0, 0.0] == [transport.busy, first.written, second.written]
 
 
 async def test_who_is_in_a_hurry_takes_the_patient_along() -> None:
@@ -216,17 +217,17 @@ async def test_a_long_trip_is_still_decided_by_redis(private_server: Callable[..
 
 async def test_a_check_that_had_no_time_for_a_trip_tells_nothing() -> None:
     """Late for having waited for a connection, it is no failure of the server, until its batch's own limit passes."""
-    wire = Hold(is_ready=False)
-    async with held(wire) as batcher:
+    transport = Hold(is_ready=False)
+    async with held(transport) as batcher:
         check = submit(batcher, timeout=0.2)
         await asyncio.sleep(0.1)
-        wire.preparing = 0
-        wire.is_ready = True
+        transport.preparing = 0
+        transport.is_ready = True
         batcher.start_if_due()
         assert Failure.TIMEOUT is await check.future
         assert 0 == batcher.breaker._failures
         async with asyncio.timeout(5):
-            while wire.under_way:
+            while transport.under_way:
                 await asyncio.sleep(0.01)
         assert 1 == batcher.breaker._failures
 

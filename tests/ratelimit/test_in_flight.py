@@ -21,7 +21,8 @@ from redis_asgi.errors import ConfigurationError
 from redis_asgi.inspection.quotas import look
 from redis_asgi.inspection.rights import CONCURRENCY, rights_of
 from redis_asgi.ratelimit.answers.request_decision import RequestDecision
-from redis_asgi.ratelimit.counting.in_flight import Heart, Hearts, Ids
+from redis_asgi.ratelimit.counting.heartbeat import Heart, Hearts
+from redis_asgi.ratelimit.counting.in_flight import Ids
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
 from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
@@ -72,7 +73,7 @@ async def settled(manager: RedisManager) -> None:
     await asyncio.sleep(0)
     made = manager.per_client(make_batcher)
     batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    while any(batcher._waiting or batcher._sent or batcher._wire.busy for batcher in batchers):
+    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
         await asyncio.sleep(0.001)
     await heart_of(manager).beat()
 

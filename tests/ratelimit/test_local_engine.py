@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from redis_asgi import Settings
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine, scaled
-from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, PolicySet
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, PolicySet
 from redis_asgi.telemetry import fresh_telemetry
 
 from .histories import EPOCH, Twin, charge, client, policy, snapshot

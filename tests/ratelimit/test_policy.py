@@ -2,7 +2,8 @@
 
 import pytest
 
-from redis_asgi.ratelimit.limits.policy import STRATEGIES, Charge, Policy, PolicySet, bulk, log_key, make_partition
+from redis_asgi.ratelimit.limits.charge import Charge
+from redis_asgi.ratelimit.limits.policy import STRATEGIES, Policy, PolicySet, bulk, log_key, make_partition
 from redis_asgi.ratelimit.limits.reply import charged_receipts
 from redis_asgi.ratelimit.limits.strategies import COUNTERS
 from redis_asgi.settings import StrategyName
@@ -50,7 +51,7 @@ def test_set_tells_the_script_about_each_policy() -> None:
     made = PolicySet((policy("fixed-window", 5, 60, name="a"), policy("moving-window", 7, 1, name="b", shadow=True)))
 
     assert b"f 5 60000000 0 a:f60:1\nm 7 1000000 1 b:m1:1" == made.spec
-    assert bulk(made.spec) == made.wire
+    assert bulk(made.spec) == made.resp
     assert (b"b:m1:1",) == made.logs
     assert (2, ["a", "b"]) == (len(made), [p.name for p in made])
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from redis_asgi import RateLimiter, RedisManager, Settings
 from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Charge, Charges, Policy
+from redis_asgi.ratelimit.limits.charge import Charge, Charges
+from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy
 from redis_asgi.ratelimit.limits.refusal_memory import RefusalMemory
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
@@ -228,7 +230,7 @@ async def test_loops_in_two_threads_may_share_an_engine(redis_url: str) -> None:
     """Each gets the batcher of its own loop, whatever the other has noted at that moment."""
 
     class Raced(Engine):
-        theirs = "another loop's"
+        theirs = SimpleNamespace(closed=False, loop="another")
 
         @property
         def _last_batcher(self) -> Any:

@@ -13,10 +13,10 @@ from redis_asgi import ConfigurationError, Rule, Settings, by_header
 from redis_asgi.asgi.paths import spellings
 from redis_asgi.asgi.scope import Addressing
 from redis_asgi.ratelimit.limits.policy import PolicySet
+from redis_asgi.ratelimit.rules.checks import check_cost
 from redis_asgi.ratelimit.rules.compiled import CompiledRule, compile_rules
 from redis_asgi.ratelimit.rules.plan import PlanCache, charges_kept
 from redis_asgi.ratelimit.rules.policies import make_policies
-from redis_asgi.ratelimit.rules.rule import check_cost
 from redis_asgi.settings import StrategyName
 
 SETTINGS = Settings(REDIS_URL="memory://")

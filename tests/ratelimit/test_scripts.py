@@ -15,19 +15,10 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from redis_asgi.errors import Failure, classify_reply
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.limits.policy import (
-    LEASE,
-    MICROSECONDS,
-    STRATEGIES,
-    Charge,
-    Charges,
-    Policy,
-    PolicySet,
-    Unread,
-    log_key,
-)
+from redis_asgi.ratelimit.limits.charge import Charge, Charges, Unread
+from redis_asgi.ratelimit.limits.counter import Mode
+from redis_asgi.ratelimit.limits.policy import LEASE, MICROSECONDS, STRATEGIES, Policy, PolicySet, log_key
 from redis_asgi.ratelimit.limits.reply import Reply, charged_receipts, numbers_of
-from redis_asgi.ratelimit.limits.strategies import Mode
 from redis_asgi.ratelimit.transport.check import Check, HoldingCheck
 from redis_asgi.ratelimit.transport.script import SCRIPT, SCRIPT_SHA, Call
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -16,9 +17,9 @@ from limits import RateLimitItemPerSecond
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
+from redis_asgi.ratelimit.limits.counter import Mode
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy
 from redis_asgi.ratelimit.limits.reply import charged_receipts
-from redis_asgi.ratelimit.limits.strategies import Mode
 
 from .histories import EPOCH, Twin, charge, costs, deltas, deltas_and_back, numbers, policy
 
@@ -50,6 +51,7 @@ class Taken:
     receipts: list[int]
 
 
+@cache
 def histories(quota: int, *, back: bool = True, refunds: bool = True) -> st.SearchStrategy[list[Wish]]:
     """Requests against *quota* that come in bursts, rest, and sometimes meet a clock that stepped back."""
     return st.lists(

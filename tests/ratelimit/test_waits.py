@@ -12,9 +12,9 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine, _Held
+from redis_asgi.ratelimit.limits.counter import Log, Stored
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, STRATEGIES, Policy, log_key
 from redis_asgi.ratelimit.limits.reply import Numbers
-from redis_asgi.ratelimit.limits.strategies import Log, Stored
 from redis_asgi.settings import StrategyName
 
 from .histories import EPOCH, Twin, charge, client, numbers, policy, strategy_of

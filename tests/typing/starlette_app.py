@@ -128,12 +128,14 @@ app = Starlette(
             exempt=is_internal,
             on_exceeded=refused,
             headers="both",
+            dialect={"/v1/messages": "anthropic", "/v1/*": "openai", "/mcp": "mcp"},
             redis=manager,
         )
     ],
     lifespan=lifespan,
 )
 wrapped = RateLimitMiddleware(app, "20/second; 1000/hour", redis="redis://localhost:6379", on_redis_error="open")
+speaking = RateLimitMiddleware(app, "60/minute", dialect="openai")
 
 
 def refuse_bad_settings() -> Settings | None:

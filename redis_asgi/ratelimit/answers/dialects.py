@@ -7,7 +7,7 @@ decided, the time of day given.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -17,7 +17,7 @@ import orjson
 
 from ...settings import HeaderStyle
 from ..limits.decision import PolicyState
-from ..limits.policy import MICROSECONDS
+from ..limits.policy import MICROSECONDS, Policy
 
 Fields: TypeAlias = list[tuple[bytes, bytes]]
 DialectName = Literal["openai", "anthropic", "mcp"]
@@ -82,14 +82,42 @@ class Dialect:
         return f"<dialect {self.name}>"
 
     def fields(self, states: Sequence[PolicyState], now: float) -> Fields:
-        """The fields that tell of *states*, enforcing ones; *now* is Unix time in seconds."""
-        found: Fields = []
-        for kind, names in self._told:
-            state = least_left(states, kind)
-            if state is not None:
-                values = str(state.quota), str(state.remaining), self._reset(state.reset, now)
-                found += ((name, value.encode()) for name, value in zip(names, values, strict=True))
-        return found
+        """The fields that tell of *states*; *now* is Unix time in seconds."""
+        numbers: list[int] = []
+        for state in states:
+            numbers += state.remaining, round(state.reset * MICROSECONDS)
+        return self.teller((slice(2 * i, 2 * i + 2), state) for i, state in enumerate(states))(numbers, now)
+
+    def teller(
+        self, policies: "Iterable[tuple[slice, Policy | PolicyState]]"
+    ) -> Callable[[Sequence[int], float], Fields]:
+        """What makes the fields of numbers.
+
+        Args:
+            policies: Each with its place among the numbers: what remains, and the reset in us. Shadows are left out.
+        """
+        enforcing = [(place, policy) for place, policy in policies if not policy.shadow]
+        told = [
+            (names, [(place, b"%d" % policy.quota) for place, policy in enforcing if kind in _names_of(policy)])
+            for kind, names in self._told
+        ]
+        kept = [(names, places) for names, places in told if places]
+
+        def fields(numbers: Sequence[int], now: float) -> Fields:
+            found: Fields = []
+            for names, places in kept:
+                # The fewest units; of equals the one that is full last.
+                left, later, quota = min(
+                    (numbers[place.start], -numbers[place.start + 1], quota) for place, quota in places
+                )
+                found += (
+                    (names[0], quota),
+                    (names[1], b"%d" % left),
+                    (names[2], self._reset(-later / MICROSECONDS, now).encode()),
+                )
+            return found
+
+        return fields
 
     def _reset(self, seconds: float, now: float) -> str:
         raise NotImplementedError
@@ -198,15 +226,13 @@ def plain_style(headers: HeaderStyle) -> AnswerStyle:
     return AnswerStyle(headers)
 
 
-def rule_of(state: PolicyState) -> str:
+def rule_of(policy: Policy | PolicyState) -> str:
     """The rule's name that a policy has its own from: one of several windows is ``name-<window>s``."""
-    return state.name.removesuffix(f"-{state.window}s")
+    return policy.name.removesuffix(f"-{policy.window}s")
 
 
-def least_left(states: Sequence[PolicyState], rule: str) -> PolicyState | None:
-    """The policy of the rule called *rule* with the fewest units left; of equals the one that is full last."""
-    named = [state for state in states if rule in (state.name, rule_of(state))]
-    return min(named, key=lambda state: (state.remaining, -state.reset), default=None)
+def _names_of(policy: Policy | PolicyState) -> tuple[str, str]:
+    return policy.name, rule_of(policy)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -13,9 +13,10 @@ from starlette.types import Message
 
 from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
+from ..limits.charge import Charges
 from ..limits.clock import CLOCK
 from ..limits.decision import Decision, PolicyState, merged, policy_state, refusal_of
-from ..limits.policy import MICROSECONDS, Charges, Policy, PolicySet
+from ..limits.policy import MICROSECONDS, Policy, PolicySet
 from ..limits.reply import place_of
 from .dialects import FIELDS_OF_DIALECTS, AnswerStyle, Dialect, Fields, Refused, rule_of
 
@@ -106,6 +107,8 @@ def fields_of(first: Verdict, style: AnswerStyle) -> Fields:
     fields = _standard_fields(first, style.headers)
     if style.dialect is None:
         return fields
+    if first.reply is not None and not first.more and first.source != "none":
+        return fields + _teller(style.dialect, first.charges.sets)(first.reply, CLOCK.unix())
     return fields + dialect_fields(merged([verdict.decision for verdict in first.all]), style.dialect)
 
 
@@ -113,7 +116,13 @@ def dialect_fields(decision: Decision, dialect: Dialect | None) -> Fields:
     """The fields of a decision that *dialect* adds to the standard ones."""
     if dialect is None or decision.source == "none":
         return []
-    return dialect.fields([state for state in decision.policies if not state.shadow], CLOCK.unix())
+    return dialect.fields(decision.policies, CLOCK.unix())
+
+
+@lru_cache(maxsize=4096)
+def _teller(dialect: Dialect, sets: tuple[PolicySet, ...]) -> Callable[[Sequence[int], float], Fields]:
+    policies = (policy for policies in sets for policy in policies)
+    return dialect.teller((place_of(i), policy) for i, policy in enumerate(policies))
 
 
 def _standard_fields(first: Verdict, style: HeaderStyle) -> Fields:

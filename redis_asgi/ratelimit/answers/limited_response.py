@@ -9,7 +9,7 @@ from ..budgets.usage import UsageReader
 from ..counting.verdict import Verdict
 from . import headers
 from .dialects import AnswerStyle, plain_style
-from .request_decision import STYLE, RequestDecision, Standby
+from .request_decision import STYLE, RequestDecision, Undecided
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 # How a server sends a file by itself.
@@ -55,12 +55,17 @@ class LimitedResponse:
         except OSError:
             self._gone = True
             raise
-        if self._reader is not None:
-            _watch(self._reader, kind, message)
+        reader = self._reader
         if kind == "http.response.body":
+            if reader is not None:
+                reader.feed(message.get("body", b""))
             if not message.get("more_body"):
+                if reader is not None:
+                    reader.close(complete=True)
                 self._verdict.settle(self.status)
-        elif back:
+        elif reader is not None and kind in _FILES and not message.get("more_body"):
+            reader.close(complete=True)
+        if back:
             for verdict, deltas in back:
                 self.decision.ledger.apply(verdict, deltas)
 
@@ -94,22 +99,12 @@ class LimitedResponse:
         self._verdict.settle(self.status if gone else 500)
 
 
-def _watch(reader: UsageReader, kind: str, message: Message) -> None:
-    """Look at a *message* that has passed on for what the answer has used."""
-    if kind == "http.response.body":
-        reader.feed(message.get("body", b""))
-        if not message.get("more_body"):
-            reader.close(complete=True)
-    elif kind in _FILES and not message.get("more_body"):
-        reader.close(complete=True)
-
-
 class UncoveredResponse:
     """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
 
     __slots__ = ("_of_route", "_send", "_standby", "_style")
 
-    def __init__(self, standby: Standby, style: AnswerStyle, send: Send) -> None:
+    def __init__(self, standby: Undecided, style: AnswerStyle, send: Send) -> None:
         self._standby = standby
         self._style = style
         self._send = send

@@ -13,14 +13,15 @@ from ...errors import ConfigurationError
 from ...event_loop import running_loop
 from ...misuse import Uncalled
 from ..counting.engine import Engine
-from ..counting.settlement import Ledger
+from ..counting.settlement import Settlement
 from ..counting.verdict import Verdict
+from ..limits.charge import Charges
 from ..limits.decision import Decision, merged
-from ..limits.policy import Charges, Partition, Policy, PolicySet
+from ..limits.policy import Partition, Policy, PolicySet
 
 # Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
 _DECISION = "redis_asgi.rate_limit"
-# Where a scope keeps the `Standby` of a middleware that decides nothing about the request.
+# Where a scope keeps the `Undecided` of a middleware that decides nothing about the request.
 STANDBY = "redis_asgi.rate_limit_standby"
 # Where a scope keeps the style of answers: the outermost middleware's, or the outermost one's that has a dialect.
 STYLE = "redis_asgi.answer_style"
@@ -51,7 +52,7 @@ class RequestDecision(Decision):
         object.__setattr__(self, "first", first)
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> Settlement:
         """What the response changes about the request."""
         return self.first.open_ledger()
 
@@ -94,7 +95,7 @@ class RequestDecision(Decision):
         self._read_again()
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
-        """See `Ledger.turned_down`."""
+        """See `Settlement.turned_down`."""
         if not any(verdict.charges.unread for verdict in self.verdicts):
             return []
         found = self.ledger.turned_down()
@@ -156,7 +157,7 @@ class RequestDecision(Decision):
         return await self.ledger.reset(name)
 
 
-class Standby:
+class Undecided:
     """What a middleware that decides nothing about a request leaves to the per-route limits behind it.
 
     Attributes:
@@ -238,7 +239,7 @@ def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:
 def begin_decision(scope: Scope, verdict: Verdict) -> RequestDecision:
     """The decision of a request about which a middleware has said nothing."""
     decision = keep_decision(scope, verdict)
-    standby: Standby | None = scope.get(STANDBY)
+    standby: Undecided | None = scope.get(STANDBY)
     if standby is not None and standby.sees_end:
         standby.decision = decision
     else:

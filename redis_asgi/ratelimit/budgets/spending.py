@@ -3,12 +3,12 @@
 import logging
 import threading
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...events import say
 from ...settings import Settings
 from ...telemetry import telemetry
-from ..limits.policy import Charge, counters_of
+from ..limits.charge import Charge, counters_of
 from .tokens import Estimate, Outputs, Tokens
 from .usage import UsageReader
 
@@ -39,8 +39,7 @@ class Accuracy:
             say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
 
 
-@dataclass(frozen=True, slots=True)
-class Spending:
+class Spending(NamedTuple):
     """A charge whose cost is known after the answer.
 
     Attributes:
@@ -82,14 +81,17 @@ class InFlight:
 
     def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
         """Add what *charges* hold; with a *sign* of -1 take it away again."""
+        kept = self._held
         with self._lock:
-            for charge, policy in counters_of(charges):
-                counter = charge.partition.key, policy.field
-                held = self._held.get(counter, 0) + sign * charge.cost
-                if held > 0:
-                    self._held[counter] = held
-                else:
-                    self._held.pop(counter, None)
+            for charge in charges:
+                key, units = charge.partition.key, sign * charge.cost
+                for policy in charge.policies.policies:
+                    counter = key, policy.field
+                    held = kept.get(counter, 0) + units
+                    if held > 0:
+                        kept[counter] = held
+                    else:
+                        kept.pop(counter, None)
 
     def most_of(self, charges: Iterable[Charge], names: Container[str]) -> int:
         """The most that they hold of one of the policies of *charges* with such *names*."""

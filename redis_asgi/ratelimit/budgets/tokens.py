@@ -9,11 +9,11 @@ import math
 import re
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from starlette.requests import Request
 
@@ -25,7 +25,6 @@ from .usage_formats import MOST, PARTS, Usage
 EstimateBy: TypeAlias = int | Callable[[Request], int | Awaitable[int]]
 
 UNKNOWN_OUTPUT = 1000  # tokens, where neither the request nor answers before say more
-_MANY = 64  # items of a list, which may be of tokens
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
 _REMEMBERED, _ENOUGH = 128, 20  # outputs
 _SHARE = 4  # an output alone is taken for no more than one in so many units of a quota
@@ -46,8 +45,7 @@ _ELSEWHERE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a request is charged before its answer.
 
     Attributes:
@@ -61,8 +59,7 @@ class Estimate:
     output: int
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What a request's body says of what it will cost; of a large body all that need be kept.
 
     Attributes:
@@ -164,7 +161,7 @@ class Tokens:
 
     def cost_of(self, usage: Usage, estimate: Estimate) -> int:
         """What *usage* costs, in units; parts that are not known cost what was estimated. At most 2^53."""
-        return self._rounded(self._read(usage, estimate) + self._written(usage, estimate.output))
+        return self._rounded(self._read(usage, estimate.input) + self._written(usage, estimate.output))
 
     def settled(self, estimate: Estimate, reader: UsageReader | None) -> int:
         """What a request costs whose answer has ended, in units.
@@ -187,7 +184,7 @@ class Tokens:
             usage = Usage()
         elif reader.complete or reader.output_is_known:
             return self.cost_of(usage, estimate)
-        read = self._read(usage, estimate)
+        read = self._read(usage, estimate.input)
         known = read + self._written(usage, 0)
         guessed = read + int(4 * reader.output_of_cut()) * self._factors["output"]
         return self._rounded(max(known, min(guessed, estimate.cost * self._unit)))
@@ -202,15 +199,19 @@ class Tokens:
     def _rounded(self, parts: int) -> int:
         return min(-(-parts // self._unit), MOST)
 
-    def _read(self, usage: Usage, estimate: Estimate) -> int:
+    def _read(self, usage: Usage, unknown: int) -> int:
         factors = self._factors
-        read = estimate.input if usage.input is None else 4 * usage.input * factors["input"]
-        return read + 4 * ((usage.cached or 0) * factors["cached"] + (usage.cache_write or 0) * factors["cache_write"])
+        fresh, cached, cache_write, _, _ = usage
+        read = unknown if fresh is None else 4 * fresh * factors["input"]
+        if cached or cache_write:
+            read += 4 * ((cached or 0) * factors["cached"] + (cache_write or 0) * factors["cache_write"])
+        return read
 
     def _written(self, usage: Usage, unknown: int) -> int:
         factors = self._factors
-        written = unknown if usage.output is None else 4 * usage.output * factors["output"]
-        return written + 4 * (usage.reasoning or 0) * factors["reasoning"]
+        *_, output, reasoning = usage
+        written = unknown if output is None else 4 * output * factors["output"]
+        return written + 4 * reasoning * factors["reasoning"] if reasoning else written
 
 
 @says_what_was_meant("tokens(weights={'output': 4, 'cached': 0.1})")
@@ -294,44 +295,43 @@ def asked_output(document: object) -> int | None:
     """
     if not isinstance(document, dict):
         return None
+    most = 0
+    for name in _LIMITS:
+        if name in document:
+            most = max(most, _count(document[name]))
     options = document.get("options")
-    asked = [_count(document.get(name)) for name in _LIMITS]
     if isinstance(options, dict):
-        asked.append(_count(options.get("num_predict")))
-    known = [each for each in asked if each is not None]
-    return min(max(known) * (_count(document.get("n")) or 1), MOST) if known else None
+        most = max(most, _count(options.get("num_predict")))
+    return min(most * (_count(document.get("n")) or 1), MOST) if most else None
 
 
-def _count(value: object) -> int | None:
-    """A whole number above 0, ``5.0`` included, up to 2^53; ``None`` for all else."""
+def _count(value: object) -> int:
+    """A whole number above 0, ``5.0`` included, up to 2^53; 0 for all else."""
     if type(value) is int or (type(value) is float and value.is_integer()):
-        return min(int(value), MOST) if value > 0 else None
-    return None
+        return min(int(value), MOST) if value > 0 else 0
+    return 0
 
 
 def _quarters(document: object) -> int:
     """`input_tokens` in quarters of a token."""
     quarters = 0
-    left = [document]
+    left: list[Iterable[Any]] = [(document,)]
     # A stack: a body may be nested deeper than Python calls.
     while left:
-        node: Any = left.pop()
-        kind = type(node)
-        if kind is str:
-            # Most texts, without a call for each.
-            quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
-        elif kind is dict:
-            if "data" in node or "images" in node:
-                quarters += _more_for_media(node)
-            left += node.values()
-        elif kind is list and len(node) > _MANY and set(map(type, node)) == {int}:
-            quarters += 4 * len(node)
-        elif kind is list:
-            for item in node:
-                if type(item) is int:
-                    quarters += 4
-                else:
-                    left.append(item)
+        for node in left.pop():
+            kind = type(node)
+            if kind is str:
+                # Most texts, without a call for each.
+                quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
+            elif kind is dict:
+                if "data" in node or "images" in node:
+                    quarters += _more_for_media(node)
+                left.append(node.values())
+            elif kind is list:
+                whole = list(map(type, node)).count(int)
+                quarters += 4 * whole
+                if whole < len(node):
+                    left.append(node)
     return quarters
 
 

@@ -27,6 +27,7 @@ _KINDS: dict[bytes, type[Body]] = {
 _FIELD = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
 _SNIFFED = 9  # bytes, which a byte order mark and the longest name of a field have
 _BLANKS_SNIFFED = 64
+_OF_JSON = (b"{", b"[")
 
 
 class UsageReader:
@@ -80,7 +81,8 @@ class UsageReader:
             elif lowered == b"content-encoding":
                 codings += [coding.strip().lower() for coding in value.split(b",")]
         self._declared = Document if content_type.endswith(b"+json") else _KINDS.get(content_type)
-        codings = [coding for coding in codings if coding not in (b"", b"identity")]
+        if codings:
+            codings = [coding for coding in codings if coding not in (b"", b"identity")]
         if self._declared is None:
             self._body = Body()
         elif codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
@@ -124,7 +126,13 @@ class UsageReader:
             body = bytes(body)  # Starlette passes a memoryview on as it is
         reading = self._body
         if self._decoder is None:
-            if reading is not None and len(body) <= TAIL:
+            if len(body) > TAIL:
+                self._read(body)
+            elif reading is not None:
+                reading.feed(body)
+            elif self._declared is Document and not self._start and body.startswith(_OF_JSON):
+                # Nearly every answer that is no stream: as `_begin` would have it.
+                self._body = reading = Document()
                 reading.feed(body)
             else:
                 self._read(body)
@@ -141,7 +149,7 @@ class UsageReader:
         body = self._body or self._begin()
         self._body = body = body.close(complete=complete)
         if body.first is not None and body.last is not None:
-            self._said = body.first.then(body.last)
+            self._said = body.last if body.first is body.last else body.first.then(body.last)
             self.usage = self._said.usage()
 
     def _read(self, chunk: bytes) -> None:
@@ -160,7 +168,7 @@ class UsageReader:
         declared = self._declared or Body
         if _FIELD.match(begun):
             declared = Events
-        elif begun.startswith((b"{", b"[")) and declared is not Lines:
+        elif begun.startswith(_OF_JSON) and declared is not Lines:
             declared = Document
         self._body = body = declared()
         _feed_slices(body, start)

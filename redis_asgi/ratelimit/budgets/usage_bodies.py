@@ -67,7 +67,8 @@ class Body:
         """Keep what an answer or its event number *at* says, and return whether it does."""
         if not said:
             return False
-        self.first = self.first or said
+        if self.first is None:
+            self.first = said
         self.last = said
         self._events_at_last = at
         return True

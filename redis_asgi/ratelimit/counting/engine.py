@@ -7,7 +7,7 @@ charged locally is never copied back.
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
@@ -17,20 +17,21 @@ from ...connection.open_client import PROCESS
 from ...errors import Failure, OddReply, classify
 from ...events import say, words_for
 from ...settings import OnRedisError, Settings
-from ...telemetry import telemetry
 from ..budgets.spending import InFlight
+from ..limits.charge import Charge, Charges
 from ..limits.clock import CLOCK
+from ..limits.counter import Mode
 from ..limits.decision import Decision
-from ..limits.policy import Charge, Charges, Partition, Policy, PolicySet, counters_of, log_key
+from ..limits.policy import Partition, Policy, PolicySet, log_key
 from ..limits.refusal_memory import RefusalMemory
-from ..limits.strategies import Mode
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
 from ..transport.script import NOTHING_ASKED
-from .in_flight import Hearts, HeldVerdict
+from .heartbeat import Hearts
+from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
-from .metrics import Counts
+from .metrics import LimitMetrics
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -59,7 +60,7 @@ class Engine:
     ) -> None:
         self.manager = manager
         manager.needs = NOTHING_ASKED
-        self.counts = Counts()
+        self.counts = LimitMetrics()
         self.counts_policies = names_are_fixed
         self.settings = settings if settings is not None else manager.settings
         self.plans: Any = None
@@ -111,19 +112,12 @@ class Engine:
         if not self._has_redis:
             verdict.decide("memory", self._local.decide(mode, charges, holders=verdict.holders))
             return verdict
-        batcher = self._last_batcher
-        if (
-            batcher is None
-            or batcher.closed
-            or batcher.loop is not asyncio.get_running_loop()
-            or self._forks != PROCESS.forks
-        ):
-            try:
-                batcher = self._batcher()
-            except Exception as error:
-                # The client cannot even be built, such as for a host without an address.
-                self.go_without(verdict, classify(error))
-                return verdict
+        try:
+            batcher = self._batcher()
+        except Exception as error:
+            # The client cannot even be built, such as for a host without an address.
+            self.go_without(verdict, classify(error))
+            return verdict
         breaker = batcher.breaker
         if breaker is not None and breaker.state == "open":
             self.go_without(verdict, breaker.reason)
@@ -139,50 +133,57 @@ class Engine:
             deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
                 goes to the window it was taken from, by receipt, or nowhere once that has passed.
         """
-        kept = verdict.refundable or [-1] * len(deltas)
-        changes = [
-            (Charge(_alone(policy), charge.partition, abs(delta)), delta, receipt)
-            for (charge, policy), delta, receipt in zip(counters_of(verdict.charges), deltas, kept, strict=True)
-        ]
-        more = [charge for charge, delta, _ in changes if delta > 0]
-        back = [charge for charge, delta, _ in changes if delta < 0]
+        more: list[Charge] = []
+        back: list[Charge] = []
+        receipts: list[int] = []
+        kept = iter(verdict.refundable or [-1] * len(deltas))
+        changes = iter(deltas)
+        for charge in verdict.charges:
+            policies = charge.policies
+            for policy in policies.policies:
+                delta, receipt = next(changes), next(kept)
+                if delta:
+                    alone = policies if len(policies.policies) == 1 else _alone(policy)
+                    (more if delta > 0 else back).append(Charge(alone, charge.partition, abs(delta)))
+                    if delta < 0:
+                        receipts.append(receipt)
         if more:
-            self._apply("charge", Charges(more), (), verdict)
+            self._apply("charge", more, (), verdict)
         if back:
-            self._apply("refund", Charges(back), [receipt for _, delta, receipt in changes if delta < 0], verdict)
+            self._forget(back)
+            self._apply("refund", back, receipts, verdict)
 
     def _apply(
-        self, mode: Literal["charge", "refund"], charges: Charges, receipts: Sequence[int], verdict: Verdict
+        self, mode: Literal["charge", "refund"], charges: Sequence[Charge], receipts: Sequence[int], verdict: Verdict
     ) -> None:
-        def done(_: object = None) -> None:
-            for charge in charges:
-                self.refusals.forget(charge.partition.key, CLOCK.monotonic())
-
-        if mode == "refund":
-            done()
         if verdict.source != "redis":
-            self._apply_here(mode, charges, receipts)
-        else:
-            # On a cluster each charge may live on another node.
-            for _, same in groupby(charges, lambda charge: charge.partition.key):
-                mine = Charges(same) if charges.is_spread else charges
-                theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
-                try:
-                    batcher = self._batcher()
-                except Exception as error:
-                    self.settled(mode, mine, classify(error))
-                    continue
-                check = _Settlement(self, batcher.loop, mode, mine, self._timeout, theirs)
-                if mode == "refund":
-                    check.future.add_done_callback(done)
-                batcher.submit(check)
+            self._apply_here(mode, Charges(charges), receipts)
+            return
+        # On a cluster each charge may live on another node.
+        for mine in _by_partition(charges):
+            theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
+            try:
+                batcher = self._batcher()
+            except Exception as error:
+                self.settled(mode, mine, classify(error))
+                continue
+            batcher.submit(_Settlement(self, batcher.loop, mode, mine, self._timeout, theirs))
 
     def settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
         """Count what came of a charge or a refund; one that Redis did not take is made here, or dropped."""
-        failure = outcome.value if isinstance(outcome, Failure) else ""
-        telemetry().redis_commands.labels("settle", failure or "ok").inc()
-        if failure and mode == "charge":
+        failure = outcome if isinstance(outcome, Failure) else None
+        self.counts.settled(failure)
+        if mode == "refund":
+            # What was refused meanwhile may be admitted now.
+            self._forget(charges)
+        elif failure is not None:
             self._apply_here("charge", charges, ())
+
+    def _forget(self, charges: Iterable[Charge]) -> None:
+        """Forget every refusal of those whom *charges* are about."""
+        now = CLOCK.monotonic()
+        for charge in charges:
+            self.refusals.forget(charge.partition.key, now)
 
     def _apply_here(self, mode: Mode, charges: Charges, receipts: Sequence[int]) -> None:
         divisor = self._divisor if self.manager.has_redis else 1
@@ -190,6 +191,14 @@ class Engine:
 
     def _batcher(self) -> Batcher | ClusterBatcher:
         """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
+        batcher = self._last_batcher
+        if (
+            batcher is not None
+            and not batcher.closed
+            and batcher.loop is asyncio.get_running_loop()
+            and self._forks == PROCESS.forks
+        ):
+            return batcher
         # Not read back: a loop in another thread may have put its own there meanwhile.
         batcher = self._last_batcher = self.manager.per_client(make_batcher)
         self._forks = PROCESS.forks
@@ -277,8 +286,8 @@ class _Settlement(Check):
         timeout: float,
         receipts: Sequence[int],
     ) -> None:
-        super().__init__(loop, mode, charges, timeout, receipts)
-        self._engine = engine
+        self._engine, self.mode, self.receipts = engine, mode, receipts
+        self.begin(loop, charges, timeout)
 
     def hear(self, outcome: Outcome) -> Outcome:
         self._engine.settled(self.mode, self.asked, outcome)
@@ -288,6 +297,14 @@ class _Settlement(Check):
 @lru_cache(maxsize=1024)
 def _alone(policy: Policy) -> PolicySet:
     return PolicySet((policy,))
+
+
+def _by_partition(charges: Sequence[Charge]) -> list[Charges]:
+    """*charges*, those of a partition together."""
+    if len(charges) == 1:
+        (charge,) = charges
+        return [Charges.of_one(charge)]
+    return [Charges(same) for _, same in groupby(charges, lambda charge: charge.partition.key)]
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:

@@ -10,10 +10,12 @@ from typing import TypeAlias, cast
 
 from ...settings import Settings
 from ...telemetry import telemetry
+from ..limits.charge import Charge
 from ..limits.clock import CLOCK
-from ..limits.policy import MICROSECONDS, Charge, Policy
+from ..limits.counter import Counter, Leases, Log, Mode, Stored
+from ..limits.policy import MICROSECONDS, Policy
 from ..limits.reply import Reply
-from ..limits.strategies import COUNTERS, Counter, Leases, Log, Mode, Stored
+from ..limits.strategies import COUNTERS
 
 # A counter is kept this much longer (us) than it counts, as its Redis key is, in case the clock steps back.
 _SLACK = MICROSECONDS

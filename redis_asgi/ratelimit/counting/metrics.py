@@ -7,7 +7,7 @@ from ...errors import Failure
 from ...settings import OnRedisError
 from ...telemetry import Noted, Together, telemetry
 from ...tracing import annotate_span, may_be_traced
-from ..limits.policy import Charges, counters_of
+from ..limits.charge import Charges, counters_of
 from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 
@@ -18,7 +18,7 @@ _OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
 _SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
 
 
-class Counts:
+class LimitMetrics:
     """The counters of one engine; all engines of a process add to the same ones.
 
     A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with
@@ -38,6 +38,8 @@ class Counts:
         self._policy = counted.ratelimit_policy
         self._together = lru_cache(maxsize=4096)(Together)
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
+        self._commands = counted.redis_commands
+        self._settled = counted.redis_commands.labels("settle", "ok")
         self._fallback = counted.ratelimit_fallback
         self._fallbacks: dict[tuple[OnRedisError, Failure], Counter] = {}
 
@@ -61,6 +63,10 @@ class Counts:
         if bound is None:
             bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
         self._note(bound)
+
+    def settled(self, failure: Failure | None) -> None:
+        """Count a charge or a refund that was sent after its request's answer, and what came of it."""
+        self._note(self._settled if failure is None else self._commands.labels("settle", failure.value))
 
     def admission(self, charges: Charges) -> Together:
         """What is counted of an admission by all policies of *charges*."""

@@ -1,15 +1,17 @@
 """What one request has been charged, and what its response changes about that.
 
-A request of which nothing changes needs none; else a `Ledger` keeps what changes, and `settle` sends the difference
+A request of which nothing changes needs none; else a `Settlement` keeps what changes, and `settle` sends the difference
 once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
 """
 
 from collections.abc import Mapping, Sequence
+from operator import add
 from typing import TYPE_CHECKING
 
 from ..budgets.spending import Spending
 from ..budgets.usage import UsageReader
-from ..limits.policy import Charge, Policy, counters_of
+from ..limits.charge import Charge, counters_of
+from ..limits.policy import Policy
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -34,7 +36,7 @@ def check_used(units: object) -> None:
         raise ValueError(f"used({units!r}): not a whole number of units, 0 or more.")
 
 
-class Ledger:
+class Settlement:
     """What to add to the charges of one request, whose first verdict is *first*, or to give back of them.
 
     Attributes:
@@ -71,6 +73,8 @@ class Ledger:
     def used(self, units: int, policy: str | None) -> None:
         """See `RequestDecision.used`."""
         check_used(units)
+        if self._first.is_over:
+            raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
         names = {
             name
             for spendings in self._spendings.values()
@@ -81,8 +85,6 @@ class Ledger:
         if policy is not None and policy not in names and not self._is_degraded:
             which = f"It is one of {sorted(names)}" if names else "No rule with cost=tokens() does"
             raise ValueError(f"policy={policy!r} does not count this request in tokens. {which}.")
-        if self._first.is_over:
-            raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
         units = min(units, _MOST)
         if self._first.loop is not None:
             self._first.loop.call_soon_threadsafe(self._book, policy, units)
@@ -116,7 +118,7 @@ class Ledger:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
-        if self._changes or self._spendings or any(verdict.charges.wait_and_see for verdict in self._first.all):
+        if self._changes or self._spendings or any(verdict.charges.status_decides for verdict in self._first.all):
             self._send(status, self._changes)
         for verdict, spendings in self._spendings.items():
             verdict.engine.in_flight.hold(spendings, sign=-1)
@@ -124,12 +126,17 @@ class Ledger:
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self._first.all:
             deltas: list[int] = []
-            sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
+            sent = self._sent.get(verdict) or [0] * verdict.charges.counters
             spendings = self._spendings.get(verdict, {}) if self._first.loop is None else {}
             taken = iter(verdict.taken)
             for charge in verdict.charges:
                 free = status is not None and charge.count_if is not None and not charge.count_if(status)
                 spending = spendings.get(charge)
+                if spending is None and not changes and not free:
+                    for _ in charge.policies.policies:
+                        next(taken)
+                        deltas.append(0)
+                    continue
                 used = None if spending is None else spending.used(self.reader)
                 for policy in charge.policies.policies:
                     charged = next(taken)
@@ -209,6 +216,6 @@ class Ledger:
 
     def apply(self, verdict: "Verdict", deltas: Sequence[int]) -> None:
         """Send *deltas* of what *verdict* charged, and remember that they were."""
-        sent = self._sent.setdefault(verdict, [0] * verdict.charges.counters)
-        self._sent[verdict] = [before + now for before, now in zip(sent, deltas, strict=True)]
+        sent = self._sent.get(verdict)
+        self._sent[verdict] = list(deltas) if sent is None else list(map(add, sent, deltas))
         verdict.engine.settle(verdict, deltas)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...telemetry import Noted
+from ..limits.charge import Charges, counters_of
+from ..limits.counter import Mode
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
-from ..limits.policy import MICROSECONDS, Charges, counters_of
+from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
-from ..limits.strategies import Mode
 from ..transport.check import Check, Outcome
-from .settlement import Ledger
+from .settlement import Settlement
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -73,7 +74,7 @@ class Verdict(Check):
         self.uncounted: Noted | None = None
         self.rendered: Any = None
         self.loop: AbstractEventLoop | None = None
-        self.ledger: Ledger | None = None
+        self.ledger: Settlement | None = None
         self._decision: Decision | None = None
 
     def hear(self, outcome: Outcome) -> None:
@@ -92,7 +93,7 @@ class Verdict(Check):
         self.reply = reply
         self.allowed = reply[0] == 1
         if self.engine.counts_policies and self.mode == "consume":
-            if self.allowed and charges.enforce:
+            if self.allowed and charges.all_enforcing:
                 # Nearly always: counted together with the request.
                 self.uncounted = charges.admission or self.engine.counts.admission(charges)
             else:
@@ -121,18 +122,20 @@ class Verdict(Check):
         said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, self.uncounted)
 
     def settle(self, status: int | None) -> None:
-        """Settle the request, at the end of its response; see `Ledger.settle`."""
+        """Settle the request, at the end of its response; see `Settlement.settle`."""
         if not self.is_over:
             self.is_over = True
             if not self.is_counted:
                 self.count()
             if (
                 self.ledger is not None
-                or self.charges.wait_and_see
-                or (self.more and any(verdict.charges.wait_and_see for verdict in self.more))
+                or self.charges.status_decides
+                or (self.more and any(verdict.charges.status_decides for verdict in self.more))
             ):
                 self.release()
                 self.open_ledger().settle(status)
+                # It refers to this: the cycle would leave every request to the collector.
+                self.ledger = None
 
     def release(self) -> None:
         """Let the request be in flight no longer, whatever else is still to be settled."""
@@ -145,10 +148,10 @@ class Verdict(Check):
         """What was decided about the request, one by one."""
         return (self, *self.more)
 
-    def open_ledger(self) -> Ledger:
+    def open_ledger(self) -> Settlement:
         """The request's ledger; begun when it is first asked for."""
         if self.ledger is None:
-            self.ledger = Ledger(self)
+            self.ledger = Settlement(self)
         return self.ledger
 
     @property
@@ -170,8 +173,8 @@ class Verdict(Check):
         """The units that were charged, one per policy of the charges."""
         if self.reply is None or not self.allowed:
             return [0] * self.charges.counters
-        both = zip(counters_of(self.charges), fits_of(self.reply), strict=True)
-        return [charge.taken(fits) for (charge, _), fits in both]
+        fits = iter(fits_of(self.reply))
+        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies.policies]
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .policy import MICROSECONDS, Charge, Policy, counters_of
+from .charge import Charge, counters_of
+from .policy import MICROSECONDS, Policy
 from .reply import Reply, numbers_of
 
 Source: TypeAlias = Literal["redis", "memory", "local", "none"]

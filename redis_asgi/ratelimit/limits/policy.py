@@ -1,14 +1,13 @@
 """The nouns of a limit: what is allowed (`Policy`), who shares it (`Partition`), and one use of it (`Charge`)."""
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field as attribute
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from ...keys import digest, partition_key
-from ...settings import OnRedisError, StrategyName
-from .reply import size_of
+from ...settings import StrategyName
 
 # Part of every field's name, so that a new layout never reads an old one's numbers.
 LAYOUT = 1
@@ -28,7 +27,14 @@ def bulk(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
-_CONSUME = bulk(b"consume")
+def bulk_int(number: int) -> bytes:
+    """A whole *number* likewise; formatted as bytes it would take twice as long."""
+    digits = str(number)
+    return f"${len(digits)}\r\n{digits}\r\n".encode()
+
+
+CONSUME = bulk(b"consume")
+ONE = bulk(b"1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class PolicySet:
 
     Attributes:
         spec: What the script is told about them.
-        wire: The same as it goes over the wire.
+        resp: The same in RESP, as it is sent.
         logs: The fields of those that keep a list or a set beside the hash.
         enforces: Whether one of them may refuse.
         all_enforce: Whether each of them may.
@@ -68,7 +74,7 @@ class PolicySet:
         names: What they are called.
     """
 
-    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "spec", "wire")
+    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "resp", "spec")
 
     def __init__(self, policies: tuple[Policy, ...]) -> None:
         self.policies = policies
@@ -77,7 +83,7 @@ class PolicySet:
             % (_LETTERS[p.strategy].encode(), p.quota, (p.window or LEASE) * MICROSECONDS, p.shadow, p.field)
             for p in policies
         )
-        self.wire = bulk(self.spec)
+        self.resp = bulk(self.spec)
         self.logs = tuple(p.field for p in policies if p.strategy in ("moving-window", "concurrency"))
         self.holds = any(policy.strategy == "concurrency" for policy in policies)
         self.enforces = not all(policy.shadow for policy in policies)
@@ -97,7 +103,7 @@ class Partition:
 
     Attributes:
         key: The Redis key of the hash that holds all its counters.
-        wire: The key as it goes over the wire.
+        resp: The key in RESP, as it is sent.
         label: What may be shown of it: an address, or the kind and 8 hex digits, never a credential.
     """
 
@@ -105,10 +111,10 @@ class Partition:
     value: str = attribute(repr=False)
     key: bytes
     label: str
-    wire: bytes = attribute(init=False, repr=False, compare=False)
+    resp: bytes = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "wire", bulk(self.key))
+        object.__setattr__(self, "resp", bulk(self.key))
 
 
 def make_partition(
@@ -124,194 +130,6 @@ def make_partition(
     return Partition(kind, value, partition_key(prefix, tag), label)
 
 
-class Unread:
-    """A body whose cost nobody could read, while its request is under way.
-
-    Attributes:
-        is_abandoned: Whether the client has gone before the answer began.
-    """
-
-    __slots__ = ("is_abandoned",)
-
-    def __init__(self) -> None:
-        self.is_abandoned = False
-
-
-class Pricer(Protocol):
-    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told.
-
-    Attributes:
-        tokens: The same as *cost* where it is known only after the answer; else ``None``.
-    """
-
-    cost: Any
-    tokens: Any
-
-    def note_cost(self, policies: PolicySet, cost: int) -> None:
-        """Take note of what a request costs under *policies*."""
-
-    def estimate(self, policies: PolicySet, scope: Any, asked: Any, units: int | None) -> Any:
-        """The `Spending` of a request whose cost is known after its answer."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Charge:
-    """The policies of one rule, applied to one partition, at one cost in units of their quota.
-
-    Attributes:
-        cost: With *unread* what it costs at least, and in the end where the app turns it down.
-        on_redis_error: What its rule wants when Redis does not answer.
-        count_if: Given the response's status, whether the charge stays.
-        label: What its policies are counted as, where their names are not known before the request.
-        unread: The body that could not be priced: it takes what remains of the smallest quota.
-        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
-    """
-
-    policies: PolicySet
-    partition: Partition
-    cost: int = 1
-    on_redis_error: OnRedisError = "local"
-    count_if: Callable[[int], bool] | None = None
-    label: str | None = None
-    unread: Unread | None = None
-    price: Pricer | None = None
-
-    def taken(self, fits: int) -> int:
-        """The units that a policy was charged which replied that it *fits*."""
-        return fits if self.unread is not None else self.cost if fits else 0
-
-
-def at_cost(charge: Charge, cost: int | Unread) -> Charge:
-    """*charge* when its cost is known, or known to be unreadable."""
-    units, unread = (1, cost) if isinstance(cost, Unread) else (cost, None)
-    # Not `replace`, which takes as long as all the rest of it.
-    return Charge(
-        charge.policies, charge.partition, units, charge.on_redis_error, charge.count_if, charge.label, unread
-    )
-
-
-class Charges(Sequence[Charge]):
-    """The charges of one request, which are decided together, with what every decision needs of them kept ready.
-
-    A client whose requests are always charged alike keeps one of these, so that a request builds none.
-
-    Attributes:
-        counters: How many counters they touch.
-        keys: Their keys as they go over the wire.
-        key_count: How many those are.
-        terms: Their number, policies and costs as they go over the wire.
-        consume: The whole question about them, likewise, in the one mode that is asked often.
-        sets: The policies of each.
-        names: What each counter's decisions are counted as.
-        words: How many arguments the question is.
-        reply_size: How many numbers the answer is.
-        enforce: Whether all of them may refuse, so that a request that is admitted was admitted by each.
-        wait_and_see: Whether the response's status decides if they stay.
-        unread: Whether one of them holds what remains, for a body that could not be read.
-        is_spread: Whether they are of several partitions.
-        is_priced: Whether the cost of one of them is still to be asked for.
-        has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
-        holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
-        admission: The counters of their admission, kept by `metrics`.
-        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
-        known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
-    """
-
-    def __init__(self, charges: Iterable[Charge] = ()) -> None:
-        self._each = each = tuple(charges)
-        keys: list[bytes] = []
-        terms: list[bytes] = []
-        names: list[str] = []
-        # In one loop: what is known only after an answer makes one of these for each request.
-        enforce = True
-        unread = wait_and_see = is_priced = has_tokens = holds = False
-        for charge in each:
-            policies, partition = charge.policies, charge.partition
-            keys.append(partition.wire)
-            if policies.logs:
-                keys += [bulk(log_key(partition.key, field)) for field in policies.logs]
-            cost = charge.cost
-            if charge.unread is not None:
-                unread, cost = True, WHAT_REMAINS
-            terms.append(policies.wire)
-            terms.append(bulk(b"%d" % cost))
-            names += policies.names if charge.label is None else [charge.label] * len(policies.names)
-            enforce = enforce and policies.all_enforce
-            holds = holds or policies.holds
-            if charge.count_if is not None:
-                wait_and_see = True
-            if charge.price is not None:
-                is_priced = True
-                has_tokens = has_tokens or charge.price.tokens is not None
-        self.sets = tuple([charge.policies for charge in each])
-        self.counters = len(names)
-        self.words = 2 + 2 * len(each)
-        self.reply_size = size_of(len(names))
-        self.keys = b"".join(keys)
-        self.key_count = len(keys)
-        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
-        self.consume = _CONSUME + self.terms
-        self.names = tuple(names)
-        self.enforce = enforce
-        self.wait_and_see = wait_and_see
-        self.unread = unread
-        self._limits: frozenset[tuple[bytes, bytes]] | None = None
-        self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
-        self.is_priced = is_priced
-        self.has_tokens = has_tokens
-        self.holds = holds
-        self._in_flight: Charges | None = None
-        self.admission: Any = None
-        self.render: Callable[[Sequence[int]], Any] | None = None
-        self.known: Any = None
-
-    def at(self, costs: Sequence[int]) -> "Charges":
-        """The same at these *costs*, one each, in an eighth of the time that it takes to make them anew."""
-        made = Charges.__new__(Charges)
-        made.__dict__.update(self.__dict__)
-        made._each = tuple(
-            [
-                charge if charge.price is None else at_cost(charge, cost)
-                for charge, cost in zip(self._each, costs, strict=True)
-            ]
-        )
-        made.terms = bulk(b"%d" % len(costs)) + b"".join(
-            [b"%b%b" % (charge.policies.wire, bulk(b"%d" % charge.cost)) for charge in made._each]
-        )
-        made.consume = _CONSUME + made.terms
-        made.is_priced = made.has_tokens = False
-        made.known = None
-        return made
-
-    @property
-    def limits(self) -> frozenset[tuple[bytes, bytes]]:
-        """Which limits they are about: partition and policies of each."""
-        if self._limits is None:
-            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
-        return self._limits
-
-    @property
-    def in_flight(self) -> "Charges":
-        """Those of them that count requests in flight."""
-        if self._in_flight is None:
-            self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
-        return self._in_flight
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._each[at]
-
-    def __iter__(self) -> Iterator[Charge]:
-        return iter(self._each)
-
-    def __len__(self) -> int:
-        return len(self._each)
-
-
 def log_key(partition: bytes, field: bytes) -> bytes:
     """The key beside a partition's hash of one moving window's stamps, or of one concurrency limit's leases."""
     return partition + b":" + field
-
-
-def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
-    """The counters that *charges* touch, in the order in which a reply tells of them."""
-    return [(charge, policy) for charge in charges for policy in charge.policies.policies]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...settings import Settings
-from .policy import MICROSECONDS, Charge, Charges, Policy, counters_of, log_key
+from .charge import Charge, Charges, counters_of
+from .policy import MICROSECONDS, Policy, log_key
 from .reply import Reply, numbers_of
 
 # A refund or reset in another process is seen this much later at most (s).

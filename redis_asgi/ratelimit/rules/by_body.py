@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from starlette.requests import HTTPConnection
@@ -59,6 +60,8 @@ class ByBody(ABC):
             )
         self._buckets = _buckets(values, what, example)
         self._other = other
+        # Per instance, so that the cache dies with it.
+        self._said_of = lru_cache(maxsize=1024)(self._said_of_text)
 
     def __call__(self, conn: HTTPConnection) -> str | None:
         """The bucket of a request whose body was read.
@@ -82,21 +85,29 @@ class ByBody(ABC):
             )
         return said
 
+    def bucket_of(self, scope: Scope) -> str | None:
+        """The bucket of a request; see `said`."""
+        return self.said(scope).bucket
+
     @abstractmethod
     def read(self, document: Document) -> Said:
         """What *document* says."""
 
     def _bucket(self, value: object) -> str | None:
         """The bucket of a member's *value*; texts, whole numbers, and true and false have one."""
+        return self._said(value).bucket
+
+    def _said(self, value: object) -> Said:
+        """What a member's *value* says."""
         if isinstance(value, bool):
             value = "true" if value else "false"
         elif isinstance(value, int):
             value = str(value)
-        if isinstance(value, str) and len(value) <= _LONGEST:
-            for pattern, bucket in self._buckets:
-                if pattern.matches(value):
-                    return bucket
-        return self._other
+        return self._said_of(value) if isinstance(value, str) and len(value) <= _LONGEST else Said(self._other)
+
+    def _said_of_text(self, value: str) -> Said:
+        found = (bucket for pattern, bucket in self._buckets if pattern.matches(value))
+        return Said(next(found, self._other))
 
     def _unclear(self) -> Said:
         """Of a body that says something else to each who reads it: it is counted whatever it may be to the app."""
@@ -158,7 +169,7 @@ class by_json(ByBody):  # noqa: N801 - reads as a function where it is used
             if not isinstance(value, dict):
                 return Said(self._other)
             value = value.get(member.name)
-        return Said(self._bucket(value))
+        return self._said(value)
 
 
 @constructor_says_what_was_meant("by_mcp_tool(['search', 'fetch_*'])")
@@ -201,7 +212,7 @@ class by_mcp_tool(ByBody):  # noqa: N801 - reads as a function where it is used
             return self._unclear()
         if not _is_call(message):
             return Said(None)
-        return self._unclear() if document.has_twice(_TOOL) else Said(self._bucket(_tool(message)))
+        return self._unclear() if document.has_twice(_TOOL) else self._said(_tool(message))
 
     def _read_batch(self, document: Document) -> Said:
         messages = document.members()
@@ -277,4 +288,6 @@ def _buckets(values: object, what: str, instance: Mapping[str, str]) -> tuple[tu
 
 def keep_said(scope: Scope, document: Document, readers: Iterable[ByBody]) -> None:
     """Ask *document* what *readers* count by, for `ByBody.said`."""
-    scope.setdefault(_SAID, {}).update((reader, reader.read(document)) for reader in readers)
+    said = scope.setdefault(_SAID, {})
+    for reader in readers:
+        said[reader] = reader.read(document)

@@ -15,13 +15,15 @@ from ...settings import OnRedisError, Settings, StrategyName
 from ...settings.notation import Limit, parse_limits
 from ..budgets.spending import Accuracy, Spending
 from ..budgets.tokens import Asked, Outputs, Tokens
-from ..limits.policy import Charge, Partition, PolicySet, Strategy
+from ..limits.charge import Charge
+from ..limits.policy import Partition, PolicySet, Strategy
 from .by_body import ByBody
+from .checks import check_choice, check_concurrency, check_strategy_of_tokens
 from .joined import partitioner_of
 from .last_limits import LastLimits
 from .partition import PartitionBy
 from .policies import MOVING_WINDOW_MAX, make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
-from .rule import DEFAULT_NAME, Limits, Rule, check_choice, check_concurrency, check_strategy_of_tokens, listed_rules
+from .rule import DEFAULT_NAME, Limits, Rule, listed_rules
 
 # What rules cover that count by a body, where they do not say.
 METHODS_WITH_BODY = ("POST", "PUT", "PATCH")

@@ -21,13 +21,12 @@ class JoinedPartitioner(Partitioner):
 
     def __init__(self, parts: Sequence[PartitionPart], settings: Settings, addressing: Addressing | None) -> None:
         self._each = each = tuple(Partitioner(part, settings, addressing) for part in parts)
-        asks_user = any(part.read is None and not part.readers for part in each)
-        super().__init__(self._ask if asks_user else self._look, settings, addressing)
+        super().__init__(self._ask, settings, addressing)
         self.kind = ",".join(part.kind for part in each)
         self.readers = tuple(reader for part in each for reader in part.readers)
-        reads = [part.read for part in each if part.read is not None]
-        if len(reads) == len(each):
-            self._reads = reads
+        # Each with whether it says None of a request that it takes out of the rule, and not of one it knows nothing of.
+        self._reads = [(part.read, bool(part.readers)) for part in each if part.read is not None]
+        if len(self._reads) == len(each):
             self.read = self._read
 
     @property
@@ -51,20 +50,18 @@ class JoinedPartitioner(Partitioner):
             names.append(name)
         return joined(names)
 
-    def _look(self, conn: HTTPConnection) -> Any:
-        """`_ask` where no callable of the user's is among them."""
-        scope = conn.scope
-        names: list[Any] = []
-        for part in self._each:
-            name = part.read(scope) if part.read is not None else part.readers[0].said(scope).bucket
-            if name is None and part.readers:
-                return None
-            names.append(name)
-        return tuple(names) if None in names else joined(names)
-
     def _read(self, scope: Scope) -> Any:
-        names: list[Any] = [read(scope) for read in self._reads]
-        return tuple(names) if None in names else joined(names)
+        """`_ask` where no callable of the user's is among them."""
+        names: list[Any] = []
+        is_whole = True
+        for read, excludes in self._reads:
+            name = read(scope)
+            if name is None:
+                if excludes:
+                    return None
+                is_whole = False
+            names.append(name)
+        return joined(names) if is_whole else tuple(names)
 
     async def settle(self, said: Any, scope: Scope) -> "str | Partition | None":
         if said is None:

@@ -195,7 +195,7 @@ class Partitioner:
         elif partition_by is by_user:
             self.kind, self.read = "user", _read_user
         elif isinstance(partition_by, ByBody):
-            self.kind, self.readers = partition_by.kind, (partition_by,)
+            self.kind, self.readers, self.read = partition_by.kind, (partition_by,), partition_by.bucket_of
         # Per instance, so that the caches die with it.
         self._of_value = lru_cache(maxsize=16_384)(self._name_value)
         self._of_client = lru_cache(maxsize=16_384)(self.of_address)

@@ -9,14 +9,14 @@ from starlette.types import Scope
 
 from ...asgi.scope import Addressing, is_preflight
 from ...settings import Settings
-from ..limits.policy import Charge, Charges, Unread, at_cost
+from ..limits.charge import Charge, Charges, Unread, at_cost
 from .compiled import CompiledRule
 from .recent import Recent
 from .routing import Routing
 
 # A plan, then of each of its rules whom it counts (and by which policies, where those may change).
-Asked: TypeAlias = tuple[Any, ...]
-ChargesKept: TypeAlias = Recent[Asked, Charges]
+AskedKey: TypeAlias = tuple[Any, ...]
+ChargesKept: TypeAlias = Recent[AskedKey, Charges]
 # What makes, of some charges, what makes ready with each reply whatever an answer will say of it.
 Renderer: TypeAlias = Callable[[Charges], Callable[[Sequence[int]], Any]]
 # One generation of each, in bytes, about: charges of 8,000 clients at least, where they are short and the rule is one.
@@ -25,7 +25,7 @@ _SHAPES_KEPT = 1_000_000
 _RULES_KEPT = 10_000
 
 
-def _weight(asked: Asked) -> int:
+def _weight(asked: AskedKey) -> int:
     """What the charges of *asked* take, with four bytes for each character that a client sent."""
     return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
 
@@ -102,7 +102,7 @@ class Plan:
         found = self._kept.young.get(key)
         return found if found is not None else self._kept.find(key, self._charge)
 
-    def _charge(self, asked: Asked) -> Charges:
+    def _charge(self, asked: AskedKey) -> Charges:
         both = zip(self._steps, asked[1:], strict=True)
         return self._cache.make(rule.charge(name) for (*_, rule), name in both if name is not None)
 
@@ -170,8 +170,9 @@ class PlanCache:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
         # What cannot be read is each time another, and so is nearly every estimate.
-        if any(isinstance(cost, Unread) for cost in costs):
-            return make(None)
+        for cost in costs:
+            if isinstance(cost, Unread):
+                return make(None)
         if charges.has_tokens:
             return charges.at(cast("Sequence[int]", costs))
         asked = (charges, *costs)

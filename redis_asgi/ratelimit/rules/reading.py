@@ -1,7 +1,7 @@
 """Reading a request's body for the rules that ask it: once, within bounds, and only where there is one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
@@ -13,8 +13,7 @@ from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
+class Looked(NamedTuple):
     """A body that was looked at; of a large one nothing else is kept, since parsed it takes many times its size.
 
     Attributes:

@@ -1,9 +1,7 @@
 """Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
 
-import difflib
 import inspect
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, TypeAlias, get_args
 
@@ -13,8 +11,17 @@ from ...asgi.paths import path_patterns
 from ...errors import ArgumentError, ConfigurationError
 from ...misuse import Uncalled, check_callable, constructor_says_what_was_meant, shown
 from ...settings import OnRedisError, StrategyName
-from ...settings.notation import MAX_QUOTA, parse_limits
+from ...settings.notation import parse_limits
 from ..budgets.tokens import Tokens, tokens
+from .checks import (
+    check_choice,
+    check_concurrency,
+    check_cost,
+    check_method,
+    check_name,
+    check_strategy_of_tokens,
+    several,
+)
 from .partition import PartitionBy, check_partition_by
 
 Limits: TypeAlias = str | Callable[[HTTPConnection], str | None | Awaitable[str | None]]
@@ -23,70 +30,7 @@ CountIf: TypeAlias = Callable[[int], bool]
 Concurrency: TypeAlias = int | Callable[[HTTPConnection], int | None | Awaitable[int | None]]
 
 DEFAULT_NAME = "default"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-_METHOD = re.compile(r"[A-Z]{1,20}")
-# IANA's "HTTP Method Registry", what caches and UPnP add, and a handshake; a name that is like none is an app's own.
-_METHODS = (
-    "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY", "WEBSOCKET",
-    "PURGE", "BAN", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "MSEARCH", "ACL", "BIND", "CHECKIN", "CHECKOUT",
-    "COPY", "LABEL", "LINK", "LOCK", "MERGE", "MKACTIVITY", "MKCALENDAR", "MKCOL", "MKREDIRECTREF",
-    "MKWORKSPACE", "MOVE", "ORDERPATCH", "PRI", "PROPFIND", "PROPPATCH", "REBIND", "REPORT", "SEARCH", "UNBIND",
-    "UNCHECKOUT", "UNLINK", "UNLOCK", "UPDATE", "UPDATEREDIRECTREF",
-)  # fmt: skip
-_METHODS_ELSEWHERE = {
-    "ALL": "Leave it out for all methods.",
-    "ANY": "Leave it out for all methods.",
-    "WS": "Did you mean 'WEBSOCKET'?",
-}
 _NO_DEPENDENCY = Uncalled("Rule is no dependency. Write Depends(RateLimit('5/minute')).")
-
-
-# What other packages call a strategy, or what to do without Redis.
-_ELSEWHERE = {
-    "allow": "open",
-    "deny": "closed",
-    "leaky-bucket": "gcra",
-    "memory": "local",
-    "raise": "closed",
-    "refuse": "closed",
-    "sliding-log": "moving-window",
-    "token-bucket": "gcra",
-}
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a *value* that is none of *choices*.
-
-    Raises:
-        ConfigurationError: Lists the choices.
-    """
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        meant = _ELSEWHERE.get(str(value).replace("_", "-").lower(), near[0] if near else "")
-        example = meant if meant in choices else choices[0]
-        raise ConfigurationError(f"{name}={shown(value)} is not one of {', '.join(choices)}. Try {example!r}.")
-
-
-def check_name(name: object) -> str:
-    """A name fit for a rule: it stands in header fields, Redis fields and metric labels.
-
-    Raises:
-        ConfigurationError: If it does not fit.
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigurationError(f"name={name!r} is not 1 to 40 of A-Z a-z 0-9 _ . -. Try 'search'.")
-    return name
-
-
-def check_cost(cost: object) -> int:
-    """A cost is a whole number of units, 0 or more.
-
-    Raises:
-        ValueError: If it is not; ``True`` is no number.
-    """
-    if not isinstance(cost, int) or isinstance(cost, bool) or cost < 0:
-        raise ValueError(f"cost={cost!r} is not a whole number of units, 0 or more.")
-    return cost
 
 
 @constructor_says_what_was_meant("Rule('5/minute', name='login', paths='/login')")
@@ -163,13 +107,13 @@ class Rule:
             if not isinstance(getattr(self, label), bool):
                 raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
         if self.paths is not None:
-            paths = _several("paths", self.paths, "'/api/*'")
+            paths = several("paths", self.paths, "'/api/*'")
             path_patterns(paths, case_sensitive=self.case_sensitive)
             object.__setattr__(self, "paths", paths)
         if self.methods is not None:
-            methods = tuple(str(method).upper() for method in _several("methods", self.methods, "'POST'"))
+            methods = tuple(str(method).upper() for method in several("methods", self.methods, "'POST'"))
             for method in methods:
-                _check_method(method)
+                check_method(method)
             object.__setattr__(self, "methods", methods)
 
     def _check_quota(self) -> None:
@@ -224,47 +168,27 @@ class Rule:
             _check_constant_cost(cost, self.limits or "")
 
 
-def check_concurrency(number: object, *, least: int) -> int:
-    """A number of requests in flight is a whole one, *least* to 10^9.
+def listed_rules(rules: object) -> list[Rule]:
+    """*rules* as a list.
 
     Raises:
-        ValueError: If it is not; ``True`` is no number.
+        ConfigurationError: If it is none, or holds something else.
     """
-    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MAX_QUOTA:
-        raise ValueError(f"concurrency={shown(number)} is not a whole number of requests in flight, {least} to 10^9.")
-    return number
-
-
-def check_strategy_of_tokens(strategy: str) -> None:
-    """Refuse a *strategy* that cannot give back what was estimated too high.
-
-    Raises:
-        ConfigurationError: Says why.
-    """
-    why = {
-        "gcra": "gives back only what has not drained",
-        "moving-window": "keeps a time for each token, and 10,000 at most",
-    }.get(strategy)
-    if why is not None:
+    if isinstance(rules, Rule):
+        raise ConfigurationError("rules= is given one Rule, not a list of them. Try rules=[Rule(...)].")
+    if isinstance(rules, str):
         raise ConfigurationError(
-            f"strategy={strategy!r} {why}, so that cost=tokens() does not go with it. "
-            "Try strategy='fixed-window' or 'sliding-window-counter'."
+            f"rules={rules!r} is no list of rules. Try limits={rules!r}, or rules=[Rule({rules!r})]."
         )
-
-
-def _check_method(method: str) -> None:
-    """Refuse what no client sends: a rule of such a method would limit nothing, and say nothing."""
-    if _METHOD.fullmatch(method):
-        near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.66)
-        meant = _METHODS_ELSEWHERE.get(method, f"Did you mean {near[0]!r}?" if near else "")
-        if method in _METHODS or not meant:
-            return  # one of an app's own, perhaps
-    else:
-        several = re.findall(r"[A-Z]+", method)
-        meant = (
-            f"Try {tuple(several)!r}." if len(several) > 1 else "Try 'POST' or 'WEBSOCKET', or leave it out for all."
-        )
-    raise ConfigurationError(f"methods={method!r} is not an HTTP method. {meant}")
+    if isinstance(rules, Mapping) or not isinstance(rules, Iterable):
+        example = "rules=[Rule('5/minute', name='login', paths='/login')]"
+        raise ConfigurationError(f"rules={shown(rules)} is no list of rules. Try {example}.")
+    listed = list(rules)
+    for rule in listed:
+        if not isinstance(rule, Rule):
+            meant = rule if isinstance(rule, str) else "100/minute"
+            raise ConfigurationError(f"rules holds {shown(rule)}, which is no Rule. Try rules=[Rule({meant!r})].")
+    return listed
 
 
 def check_limits(limits: object) -> None:
@@ -300,40 +224,3 @@ def _check_constant_cost(cost: object, limits: Limits) -> None:
                 f"cost={cost!r} is more than the quota of {quota} in limits={limits!r}: no request would ever be "
                 f"admitted. Try cost={quota} or less, or a larger quota."
             )
-
-
-def _several(name: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:
-    """One value or several as a tuple.
-
-    Raises:
-        ConfigurationError: For none: a rule that covers nothing would be a limit silently off.
-    """
-    if not isinstance(value, str | Iterable):
-        raise ConfigurationError(f"{name}={shown(value)} is neither text nor several. Try {name}={example}.")
-    found = (value,) if isinstance(value, str) else tuple(value)
-    if not found:
-        raise ConfigurationError(f"{name}={value!r} covers nothing. Try {name}={example}, or None for all.")
-    return found
-
-
-def listed_rules(rules: object) -> list[Rule]:
-    """*rules* as a list.
-
-    Raises:
-        ConfigurationError: If it is none, or holds something else.
-    """
-    if isinstance(rules, Rule):
-        raise ConfigurationError("rules= is given one Rule, not a list of them. Try rules=[Rule(...)].")
-    if isinstance(rules, str):
-        raise ConfigurationError(
-            f"rules={rules!r} is no list of rules. Try limits={rules!r}, or rules=[Rule({rules!r})]."
-        )
-    if isinstance(rules, Mapping) or not isinstance(rules, Iterable):
-        example = "rules=[Rule('5/minute', name='login', paths='/login')]"
-        raise ConfigurationError(f"rules={shown(rules)} is no list of rules. Try {example}.")
-    listed = list(rules)
-    for rule in listed:
-        if not isinstance(rule, Rule):
-            meant = rule if isinstance(rule, str) else "100/minute"
-            raise ConfigurationError(f"rules holds {shown(rule)}, which is no Rule. Try rules=[Rule({meant!r})].")
-    return listed

@@ -8,10 +8,10 @@ without that all come to wait at once, and process and Redis take turns at being
 Far from Redis nobody waits for the trip of others: a tenth of the deadline after the last batch was written the next
 one leaves, so that a check has nine tenths for a trip of its own, however many ask.
 
-The life of a check: `Batcher.submit` puts it in the queue. When a wire has a connection in hand it takes what waits as
-a `Batch` and writes it. A check whose deadline passes, or whose request is cancelled, before that is withdrawn and
-never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters get values, never
-exceptions.
+The life of a check: `Batcher.submit` puts it in the queue. When a transport has a connection in hand it takes what
+waits as a `SubmittedBatch` and writes it. A check whose deadline passes, or whose request is cancelled, before that
+is withdrawn and never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters
+get values, never exceptions.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from ...connection.breaker import Breaker
 from ...errors import Failure
 from ...telemetry import telemetry
 from ..limits.clock import CLOCK
-from .check import Batch, Check, Wire, by_slot, resolve, split_late, still_waiting
+from .check import Check, SubmittedBatch, Transport, by_slot, resolve, split_late, still_waiting
 from .script import Call
 
 if TYPE_CHECKING:
@@ -45,17 +45,17 @@ class Batcher:
         apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
     """
 
-    def __init__(self, wire: Wire, breaker: Breaker) -> None:
+    def __init__(self, transport: Transport, breaker: Breaker) -> None:
         self.apart: ApartWhereAsked | None = None
         self.loop = asyncio.get_running_loop()
         self._numbers = count(getrandbits(40))  # of another process on the way to one server: other numbers
         self.closed = False
-        self._wire = wire
+        self._transport = transport
         self.breaker = breaker
         self._waiting: list[Check] = []
         self._waiting_counters = 0
         self._hurry = math.inf  # the shortest timeout of those that wait, in seconds
-        self._sent: set[Batch] = set()
+        self._sent: set[SubmittedBatch] = set()
         self._renewed = -1  # after which good probe of the breaker's the connections were last made anew
         self._written = 0.0  # the last of all batches, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
@@ -75,9 +75,9 @@ class Batcher:
         under_way = sum(len(batch.checks) for batch in self._sent)
         return f"<{type(self).__name__} {len(self._waiting)} checks wait, {under_way} under way, {self.breaker!r}>"
 
-    def use(self, wire: Wire) -> None:
-        """Send what is taken from now on over *wire*."""
-        self._wire = wire
+    def switch_to(self, transport: Transport) -> None:
+        """Send what is taken from now on over *transport*."""
+        self._transport = transport
 
     def submit(self, check: Check, *, is_admitted: bool = False) -> None:
         """Queue *check*; its future resolves by its deadline, to a reply or a failure.
@@ -93,7 +93,7 @@ class Batcher:
             # then is left to it: far away that takes longer than a trial waits.
             if self._renewed != self.breaker.good_probes:
                 self._renewed = self.breaker.good_probes
-                self._wire.renew()
+                self._transport.renew()
             self.loop.call_soon(self.start_if_due)
         if check.asked.is_spread and self.apart is not None and self.apart.now and self.apart.takes(check):
             return
@@ -107,7 +107,7 @@ class Batcher:
             self.start_if_due()
         elif check.timeout < self._hurry:
             self._hurry = check.timeout
-            if self._wire.busy == 0:
+            if self._transport.busy == 0:
                 self.loop.call_soon(self.start_if_due)
             else:
                 self.plan()
@@ -117,11 +117,11 @@ class Batcher:
         if self.closed:
             self._fail_waiting(Failure.CONNECTION)
         elif self._waiting:
-            busy, many = self._wire.busy, len(self._waiting) >= MANY
+            busy, many = self._transport.busy, len(self._waiting) >= MANY
             if busy == 0 or (self._waiting_counters >= MAX_COUNTERS and busy < MAX_IN_FLIGHT):
-                self._wire.start(self)
+                self._transport.start(self)
                 if busy == 0 and many:
-                    self._wire.start(self)
+                    self._transport.start(self)
             elif busy < MAX_IN_FLIGHT:
                 self.plan()
 
@@ -140,11 +140,11 @@ class Batcher:
 
     def _depart(self) -> None:
         self._departure, self._departs_at = None, math.inf
-        self._wire.read()
+        self._transport.read()
         # One that is getting ready takes all that waits; with too many under way the next reply plans anew.
-        if self._waiting and len(self._sent) >= self._wire.busy < MAX_IN_FLIGHT:
+        if self._waiting and len(self._sent) >= self._transport.busy < MAX_IN_FLIGHT:
             if self.loop.time() >= self._written + self._hurry / MAX_IN_FLIGHT:
-                self._wire.start(self)
+                self._transport.start(self)
             else:
                 self.plan()
 
@@ -153,7 +153,7 @@ class Batcher:
         """Whether anything waits to be sent."""
         return bool(self._waiting)
 
-    def take(self) -> Batch | None:
+    def take(self) -> SubmittedBatch | None:
         """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters.
 
         Half of it, when it is many and the first to be under way.
@@ -162,7 +162,7 @@ class Batcher:
         waiting = self._waiting
         if now >= self._armed_for:  # no deadline is before that
             late, waiting = split_late(waiting, now)
-            resolve(late, self._wire.lacks())
+            resolve(late, self._transport.timeout_cause())
         taken = still_waiting(waiting)
         if not taken:
             self._wait_on([])
@@ -176,7 +176,7 @@ class Batcher:
         del taken[room:]
         for check in taken:
             check.written, check.at = now, at
-        batch = Batch(taken, now, now + 2 * max([check.timeout for check in taken]))
+        batch = SubmittedBatch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
         self._observe(self._size, len(taken))
         self._sent.add(batch)
@@ -184,14 +184,14 @@ class Batcher:
             self._arm(batch.limit)
         return batch
 
-    def done(self, batch: Batch, failure: Failure | None) -> None:
+    def completed(self, batch: SubmittedBatch, failure: Failure | None) -> None:
         """Note how *batch* went; who still waits for an answer of it is given *failure*."""
         self._sent.discard(batch)
         if failure is not None:
             resolve(batch.checks, failure)
         self._tell(batch, failure)
 
-    def again(self, batch: Batch) -> None:
+    def again(self, batch: SubmittedBatch) -> None:
         """Ask once more what *batch* did, each partition by a command of its own: it was refused, and nothing ran.
 
         That is a fact about the server, not about its health, so the breaker hears nothing.
@@ -210,7 +210,7 @@ class Batcher:
         groups = by_slot(checks) if apart else [checks]
         return [Call(group, next(self._numbers), CLOCK.redis) for group in groups]
 
-    def lost(self, failure: Failure) -> None:
+    def connect_failed(self, failure: Failure) -> None:
         """Note that no connection could be made: nobody who waits now would fare better."""
         self._commands.labels("check", failure.value).inc()
         self.breaker.failed(failure)
@@ -219,7 +219,7 @@ class Batcher:
     async def aclose(self) -> None:
         """End the batches under way; whoever waits is told that the connection is gone."""
         self.closed = True
-        await self._wire.aclose()
+        await self._transport.aclose()
         self._fail_waiting(Failure.CONNECTION)
         if self._timer is not None:
             self._timer.cancel()
@@ -228,7 +228,7 @@ class Batcher:
             self._departure.cancel()
             self._departure, self._departs_at = None, math.inf
 
-    def _tell(self, batch: Batch, failure: Failure | None) -> None:
+    def _tell(self, batch: SubmittedBatch, failure: Failure | None) -> None:
         if batch.is_told or self.closed:
             return
         batch.is_told = True
@@ -263,17 +263,17 @@ class Batcher:
     def _tick(self) -> None:
         """The only clock: end waits past their deadline and batches past their limit, then sleep to the next."""
         self._timer, self._armed_for = None, math.inf
-        self._wire.read()
+        self._transport.read()
         now = self.loop.time()
         late, rest = split_late(self._waiting, now)
         self._wait_on(rest)
         if late and not self._sent:
             if self.breaker.state == "closed":
-                self.breaker.failed(self._wire.lacks())
+                self.breaker.failed(self._transport.timeout_cause())
             else:
                 # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
                 self.breaker.withdrawn()
-        resolve(late, self._wire.lacks())
+        resolve(late, self._transport.timeout_cause())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
             late, rest = split_late(batch.checks, now)
@@ -284,7 +284,7 @@ class Batcher:
             resolve(late, Failure.TIMEOUT)
             deadlines += [check.deadline for check in rest if not check.future.done()]
             if batch.limit <= now:
-                self._wire.abort(batch)
+                self._transport.abort(batch)
             else:
                 deadlines.append(batch.limit)
         if deadlines:

@@ -1,4 +1,4 @@
-"""A request's question to Redis (`Check`), and those that travel together (`Batch`)."""
+"""A request's question to Redis (`Check`), and those that travel together (`SubmittedBatch`)."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ...errors import Failure
-from ..limits.policy import Charges
+from ..limits.charge import Charges
+from ..limits.counter import Mode
 from ..limits.reply import Reply
-from ..limits.strategies import Mode
 
 if TYPE_CHECKING:
     from .batcher import Batcher
@@ -104,7 +104,7 @@ class HoldingCheck(Check):
         self.holders = holders
 
 
-class Batch:
+class SubmittedBatch:
     """Checks that are sent together; from here on their command may run whatever happens."""
 
     __slots__ = ("calls", "checks", "is_told", "limit", "worst", "written")
@@ -118,7 +118,7 @@ class Batch:
         self.worst: Failure | None = None  # of those that are
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """How batches reach Redis."""
 
     @property
@@ -131,13 +131,13 @@ class Wire(Protocol):
     def read(self) -> None:
         """Give out replies that have come and wait for their turn."""
 
-    def abort(self, batch: Batch) -> None:
+    def abort(self, batch: SubmittedBatch) -> None:
         """Drop the connection *batch* went out on."""
 
     def renew(self) -> None:
         """Drop all connections, those being made included: the next batch gets a new one."""
 
-    def lacks(self) -> Failure:
+    def timeout_cause(self) -> Failure:
         """What a check still in the queue at its deadline was waiting for."""
 
     async def aclose(self) -> None:

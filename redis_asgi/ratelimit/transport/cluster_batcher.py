@@ -7,9 +7,9 @@ import redis.asyncio as aioredis
 from ...connection.client_factory import Client, QueueingPool
 from ...connection.manager import RedisManager
 from .batcher import Batcher
-from .check import Check, Wire, slot_key
-from .direct_transport import LineWire
-from .pooled_transport import NodeWire, PoolWire, TableWire
+from .check import Check, Transport, slot_key
+from .direct_transport import DirectTransport
+from .pooled_transport import NodeTransport, PooledTransport, TableTransport
 from .slot_parts import ApartWhereAsked, Parts
 
 
@@ -55,8 +55,8 @@ class ClusterBatcher:
     def _batcher(self, name: str) -> Batcher:
         batcher = self._batchers.get(name)
         if batcher is None:
-            wire = NodeWire(self._client, name) if name else TableWire(self._client, self._submit)
-            batcher = self._batchers[name] = Batcher(wire, self._manager.breaker(name))
+            transport = NodeTransport(self._client, name) if name else TableTransport(self._client, self._submit)
+            batcher = self._batchers[name] = Batcher(transport, self._manager.breaker(name))
         return batcher
 
 
@@ -65,7 +65,7 @@ def make_batcher(manager: RedisManager, client: Client) -> "Batcher | ClusterBat
     if isinstance(client, aioredis.RedisCluster):
         return ClusterBatcher(manager, client)
     pool = client.connection_pool
-    wire: Wire = LineWire(client, pool) if isinstance(pool, QueueingPool) else PoolWire(client)
-    batcher = Batcher(wire, manager.breaker())
+    transport: Transport = DirectTransport(client, pool) if isinstance(pool, QueueingPool) else PooledTransport(client)
+    batcher = Batcher(transport, manager.breaker())
     batcher.apart = ApartWhereAsked(manager, batcher)
     return batcher

@@ -1,8 +1,9 @@
 """The short way to Redis: batches written straight to the socket of a pooled connection, replies read as they arrive.
 
 redis-py connects, logs in, and finds the master. From then on, for as long as the limiter has the connection, its
-socket reports to a `Line` instead of redis-py's stream: no task, no timer and no stream between a batch and its reply,
-which halves what a trip costs the process. Whoever else waits for a connection gets this one as soon as it is idle.
+socket reports to a `DirectConnection` instead of redis-py's stream: no task, no timer and no stream between a batch
+and its reply, which halves what a trip costs the process. Whoever else waits for a connection gets this one as soon
+as it is idle.
 """
 
 import asyncio
@@ -18,22 +19,22 @@ from ...connection.client_factory import QueueingPool
 from ...errors import Failure, OddReply, classify, classify_reply, is_crossslot
 from ...telemetry import telemetry
 from .batcher import Batcher
-from .check import Batch, graver, resolve, spans_slots
-from .pooled_transport import PoolWire
+from .check import SubmittedBatch, graver, resolve, spans_slots
+from .pooled_transport import PooledTransport
 from .script import Call
 
 
-class Line(asyncio.Protocol):
+class DirectConnection(asyncio.Protocol):
     """One connection while the limiter has it: a queue of batches, answered in the order they were sent."""
 
     def __init__(
-        self, wire: "LineWire", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
+        self, owner: "DirectTransport", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
     ) -> None:
         self.connection = connection
-        self.sent: deque[tuple[Batch, Call]] = deque()
+        self.sent: deque[tuple[SubmittedBatch, Call]] = deque()
         self.under_way = 0  # batches
         self._why: Failure | None = None  # it was dropped
-        self._wire = wire
+        self._owner = owner
         self._batcher = batcher
         self._transport = transport
         self._replies = hiredis.Reader()
@@ -41,7 +42,7 @@ class Line(asyncio.Protocol):
         self._theirs = transport.get_protocol()
         transport.set_protocol(self)
 
-    def send(self, batch: Batch) -> None:
+    def send(self, batch: SubmittedBatch) -> None:
         """Write *batch*."""
         self.under_way += 1
         calls = self._batcher.calls(batch.checks)
@@ -53,7 +54,7 @@ class Line(asyncio.Protocol):
     def hang_up(self, why: Failure | None = None) -> None:
         """Drop the connection at once; what was sent is told so, or *why*."""
         self._why = why or self._why
-        self._wire.lost(self)
+        self._owner.lost(self)
         self._transport.abort()
 
     def give_back(self) -> None:
@@ -82,15 +83,15 @@ class Line(asyncio.Protocol):
             self.hang_up()
             return
         if not self.sent:
-            self._wire.idle(self)
+            self._owner.idle(self)
         self._batcher.start_if_due()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wire.lost(self)
+        self._owner.lost(self)
         self._give_out()
         failure = self._why or (classify(exc) if exc is not None else Failure.CONNECTION)
         while self.sent:
-            self._batcher.done(self.sent.popleft()[0], failure)
+            self._batcher.completed(self.sent.popleft()[0], failure)
         self._theirs.connection_lost(exc)
         self._batcher.start_if_due()
 
@@ -135,22 +136,22 @@ class Line(asyncio.Protocol):
             resolve(call.checks, failure)
             self._answered(batch, failure)
 
-    def _answered(self, batch: Batch, failure: Failure | None) -> None:
+    def _answered(self, batch: SubmittedBatch, failure: Failure | None) -> None:
         """Note how a command of *batch* went, and with the last one the batch."""
         batch.calls -= 1
         batch.worst = graver(batch.worst, failure)
         if not batch.calls:
             self.under_way -= 1
-            self._batcher.done(batch, batch.worst)
+            self._batcher.completed(batch, batch.worst)
 
 
-class LineWire:
-    """The wire of a pool of our own."""
+class DirectTransport:
+    """The transport of a pool of our own."""
 
     def __init__(self, client: aioredis.Redis, pool: QueueingPool) -> None:
         self._client = client
         self._pool = pool
-        self._line: Line | None = None
+        self._line: DirectConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._has_lost_one = False
         self._returning: set[asyncio.Task[None]] = set()
@@ -160,7 +161,7 @@ class LineWire:
         line = self._line
         return (line.under_way if line is not None else 0) + (self._connecting is not None)
 
-    def lacks(self) -> Failure:
+    def timeout_cause(self) -> Failure:
         return Failure.POOL if self._pool.exhausted and self._line is None else Failure.TIMEOUT
 
     def start(self, batcher: Batcher) -> None:
@@ -181,7 +182,7 @@ class LineWire:
         if self._line is not None:
             self._line.read()
 
-    def abort(self, batch: Batch) -> None:
+    def abort(self, batch: SubmittedBatch) -> None:
         if self._line is not None and any(call[0] is batch for call in self._line.sent):
             self._line.hang_up(Failure.TIMEOUT)
 
@@ -200,12 +201,12 @@ class LineWire:
         if self._returning:
             await asyncio.wait(self._returning)
 
-    def idle(self, line: Line) -> None:
+    def idle(self, line: DirectConnection) -> None:
         """All of *line* is answered: another caller of the pool who waits for a connection gets it."""
         if self._pool.is_wanted:
             self._return(line)
 
-    def lost(self, line: Line) -> None:
+    def lost(self, line: DirectConnection) -> None:
         """The connection of *line* is gone."""
         if self._line is line:
             self._line = None
@@ -216,7 +217,7 @@ class LineWire:
         if self._line is not None and not self._line.sent:
             self._return(self._line)
 
-    def _return(self, line: Line) -> None:
+    def _return(self, line: DirectConnection) -> None:
         self._line = None
         line.give_back()
         self._later(self._pool.release(line.connection))
@@ -239,7 +240,7 @@ class LineWire:
         except Exception as error:
             if self._connecting is me:
                 self._connecting = None
-                batcher.lost(classify(error))
+                batcher.connect_failed(classify(error))
             return
         transport = side_connection.transport_of(connection)
         if self._connecting is not me:
@@ -250,12 +251,12 @@ class LineWire:
                 self._has_lost_one = False
                 telemetry().redis_reconnects.inc()
             self._pool.on_shortage = self._give_way
-            self._line = Line(self, batcher, connection, transport)
+            self._line = DirectConnection(self, batcher, connection, transport)
             batcher.start_if_due()
             return
         else:
             # Not redis-py's own kind of connection: go through its layers.
             self._connecting = None
-            batcher.use(PoolWire(self._client))
+            batcher.switch_to(PooledTransport(self._client))
         await self._pool.release(connection)
         batcher.start_if_due()

@@ -16,16 +16,16 @@ from ...connection.cluster_nodes import node_connection
 from ...errors import Failure, OddReply, classify, is_crossslot
 from ...telemetry import telemetry
 from .batcher import Batcher
-from .check import Batch, Check, graver, resolve, spans_slots
+from .check import Check, SubmittedBatch, graver, resolve, spans_slots
 from .script import Call
 
 
-class TaskWire:
+class TaskTransport:
     """Each batch is a task, for which `run` gets ready, takes what waits and sends it."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batches: dict[asyncio.Task[None], Batch | None] = {}
+        self._batches: dict[asyncio.Task[None], SubmittedBatch | None] = {}
 
     @property
     def busy(self) -> int:
@@ -37,7 +37,7 @@ class TaskWire:
     def read(self) -> None:
         pass  # each task reads its own
 
-    def abort(self, batch: Batch) -> None:
+    def abort(self, batch: SubmittedBatch) -> None:
         for task, mine in self._batches.items():
             if mine is batch:
                 task.cancel()
@@ -48,7 +48,7 @@ class TaskWire:
             task.cancel()
         self._tasks.clear()
 
-    def lacks(self) -> Failure:
+    def timeout_cause(self) -> Failure:
         return Failure.TIMEOUT
 
     async def aclose(self) -> None:
@@ -60,7 +60,7 @@ class TaskWire:
         """Get ready, `take`, send and distribute; what went wrong with some."""
         raise NotImplementedError
 
-    def take(self, batcher: Batcher) -> Batch | None:
+    def take(self, batcher: Batcher) -> SubmittedBatch | None:
         """`Batcher.take`, noting whose batch it is."""
         batch = batcher.take()
         self._batches[cast("asyncio.Task[None]", asyncio.current_task())] = batch
@@ -80,26 +80,26 @@ class TaskWire:
                 # A batch that has a connection takes what waits when it is back.
                 denied = failure is Failure.POOL and self.busy > 1
                 if not denied:
-                    batcher.lost(failure)
+                    batcher.connect_failed(failure)
         finally:
             self._tasks.discard(task)
             batch = self._batches.pop(task, None)
             if batch is not None:
-                batcher.done(batch, failure)
+                batcher.completed(batch, failure)
             if denied:
                 batcher.plan(batcher.loop.time())
             else:
                 batcher.start_if_due()
 
 
-class PoolWire(TaskWire):
+class PooledTransport(TaskTransport):
     """One ``EVALSHA`` carries the whole batch over a connection of a client's pool."""
 
     def __init__(self, client: aioredis.Redis) -> None:
         super().__init__()
         self._pool: ConnectionPool = client.connection_pool
 
-    def lacks(self) -> Failure:
+    def timeout_cause(self) -> Failure:
         return Failure.POOL if getattr(self._pool, "exhausted", False) else Failure.TIMEOUT
 
     async def run(self, batcher: Batcher) -> Failure | None:
@@ -118,7 +118,7 @@ class PoolWire(TaskWire):
             connection.socket_timeout = timeout
             await self._pool.release(connection)
 
-    async def _ask(self, batcher: Batcher, connection: AbstractConnection, batch: Batch) -> Failure | None:
+    async def _ask(self, batcher: Batcher, connection: AbstractConnection, batch: SubmittedBatch) -> Failure | None:
         calls = batcher.calls(batch.checks)
         replies = await ask(connection, calls)
         if is_crossslot(replies[0]) and spans_slots(calls[0].checks):
@@ -181,7 +181,7 @@ def hand_out(answered: Iterable[tuple[Call, Any]]) -> Failure | None:
     return worst
 
 
-class TableWire(TaskWire):
+class TableTransport(TaskTransport):
     """Of a cluster whose slot table is not known yet, or has a hole: reads it, and hands what waits to the nodes.
 
     Args:
@@ -209,7 +209,7 @@ class TableWire(TaskWire):
         return None
 
 
-class NodeWire(TaskWire):
+class NodeTransport(TaskTransport):
     """One pipeline to one node of a cluster; a script call must stay in one slot: one per partition.
 
     Args:

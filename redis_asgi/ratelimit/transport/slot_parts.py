@@ -7,8 +7,9 @@ from itertools import islice
 
 from ...connection.manager import RedisManager
 from ...errors import Failure
+from ..limits.charge import Charge, Charges
 from ..limits.clock import CLOCK
-from ..limits.policy import Charge, Charges, Policy
+from ..limits.policy import Policy
 from ..limits.refusal_memory import RefusalMemory
 from ..limits.reply import Numbers, Reply, charged_receipts, numbers_of, reply_of
 from .batcher import Batcher

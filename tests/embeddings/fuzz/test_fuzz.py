@@ -213,10 +213,17 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("sabotage", SABOTAGE.values(), ids=SABOTAGE)
 def test_the_fuzz_sees(sabotage: Sabotage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is well passes, and with this one thing wrong the same examples do not."""
-    examples = plays(st.just(sabotage.app), st.just(sabotage.config))
+    """With this one thing wrong an example is found that does not pass, and passes when it is right again."""
+    tried: list[Play] = []
+
+    def kept(example: Play) -> Play:
+        tried.append(example)
+        return example
+
+    examples = plays(st.just(sabotage.app), st.just(sabotage.config)).map(kept)
     profile = example_settings(SHORT, max_examples=30, phases=[Phase.generate], database=None)
-    fuzz("memory://", examples, profile)
-    sabotage.do(monkeypatch)
-    with pytest.raises(Violation):
-        fuzz("memory://", examples, profile)
+    with monkeypatch.context() as patch:
+        sabotage.do(patch)
+        with pytest.raises(Violation):
+            fuzz("memory://", examples, profile)
+    play(tried[-1], "memory://")

@@ -11,14 +11,14 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from ..asgi.paths import PathTemplate
-from ..errors import ConfigurationError
-from ..settings import HeaderStyle, Settings
-from .decorator import limits_of
+from ...asgi.paths import PathTemplate
+from ...errors import ConfigurationError
+from ...settings import HeaderStyle, Settings
+from ..decorator import limits_of
+from ..route import RateLimit
+from ..rules.endpoints import calls_of
+from .apps_within import FoundApp, apps_within, routes_of
 from .response_objects import Document, add_problem, response_of
-from .route import RateLimit
-from .rules.endpoints import calls_of
-from .within import FoundApp, apps_within, routes_of
 
 _METHODS = frozenset(("get", "put", "post", "delete", "options", "head", "patch", "trace"))
 _NONE: frozenset[int] = frozenset()

@@ -11,8 +11,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Host, Mount
 from starlette.types import Receive, Scope, Send
 
-from .rules.coverage import Coverage, Covering
-from .rules.routing import inwards
+from ..rules.coverage import Coverage, Covering
+from ..rules.routing import inwards
 
 _PLAIN_PARAMETER = re.compile(r"\{([^{}:]+)\}")
 _DEEPEST = 16  # apps mounted within apps

@@ -3,10 +3,10 @@
 import copy
 from typing import Any, TypeAlias, get_args
 
-from ..settings import HeaderStyle
-from .answers.dialects import DIALECTS, NUMBERS, DialectName
-from .answers.headers import PROBLEM_JSON
-from .rules.rule import check_choice
+from ...settings import HeaderStyle
+from ..answers.dialects import DIALECTS, NUMBERS, DialectName
+from ..answers.headers import PROBLEM_JSON
+from ..rules.checks import check_choice
 
 Document: TypeAlias = dict[str, Any]
 

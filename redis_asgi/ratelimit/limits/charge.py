@@ -1,0 +1,246 @@
+"""One use of a limit (`Charge`), and all that a request is charged (`Charges`)."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...settings import OnRedisError
+from .policy import CONSUME, ONE, WHAT_REMAINS, Partition, Policy, PolicySet, bulk, bulk_int, log_key
+from .reply import size_of
+
+
+class Unread:
+    """A body whose cost nobody could read, while its request is under way.
+
+    Attributes:
+        is_abandoned: Whether the client has gone before the answer began.
+    """
+
+    __slots__ = ("is_abandoned",)
+
+    def __init__(self) -> None:
+        self.is_abandoned = False
+
+
+class Pricer(Protocol):
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told.
+
+    Attributes:
+        tokens: The same as *cost* where it is known only after the answer; else ``None``.
+    """
+
+    cost: Any
+    tokens: Any
+
+    def note_cost(self, policies: PolicySet, cost: int) -> None:
+        """Take note of what a request costs under *policies*."""
+
+    def estimate(self, policies: PolicySet, scope: Any, asked: Any, units: int | None) -> Any:
+        """The `Spending` of a request whose cost is known after its answer."""
+
+
+@dataclass(slots=True, eq=False)
+class Charge:
+    """The policies of one rule, applied to one partition, at one cost in units of their quota. Do not change it.
+
+    It is not frozen, since some are made for each request, and a frozen one takes four times as long to make.
+
+    Attributes:
+        cost: With *unread* what it costs at least, and in the end where the app turns it down.
+        on_redis_error: What its rule wants when Redis does not answer.
+        count_if: Given the response's status, whether the charge stays.
+        label: What its policies are counted as, where their names are not known before the request.
+        unread: The body that could not be priced: it takes what remains of the smallest quota.
+        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
+    """
+
+    policies: PolicySet
+    partition: Partition
+    cost: int = 1
+    on_redis_error: OnRedisError = "local"
+    count_if: Callable[[int], bool] | None = None
+    label: str | None = None
+    unread: Unread | None = None
+    price: Pricer | None = None
+
+    def taken(self, fits: int) -> int:
+        """The units that a policy was charged which replied that it *fits*."""
+        return fits if self.unread is not None else self.cost if fits else 0
+
+
+def at_cost(charge: Charge, cost: int | Unread) -> Charge:
+    """*charge* when its cost is known, or known to be unreadable."""
+    units, unread = (1, cost) if isinstance(cost, Unread) else (cost, None)
+    # Not `replace`, which takes as long as all the rest of it.
+    return Charge(
+        charge.policies, charge.partition, units, charge.on_redis_error, charge.count_if, charge.label, unread
+    )
+
+
+class Charges(Sequence[Charge]):
+    """The charges of one request, which are decided together, with what every decision needs of them kept ready.
+
+    A client whose requests are always charged alike keeps one of these, so that a request builds none.
+
+    Attributes:
+        counters: How many counters they touch.
+        keys: Their keys in RESP, as they are sent.
+        key_count: How many those are.
+        terms: Their number, policies and costs in RESP, as they are sent.
+        consume: The whole question about them, likewise, in the one mode that is asked often.
+        sets: The policies of each.
+        names: What each counter's decisions are counted as.
+        words: How many arguments the question is.
+        reply_size: How many numbers the answer is.
+        all_enforcing: Whether all of them may refuse, so that a request that is admitted was admitted by each.
+        status_decides: Whether the response's status decides if they stay.
+        unread: Whether one of them holds what remains, for a body that could not be read.
+        is_spread: Whether they are of several partitions.
+        is_priced: Whether the cost of one of them is still to be asked for.
+        has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
+        holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
+        admission: The counters of their admission, kept by `metrics`.
+        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
+        known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
+    """
+
+    __slots__ = (
+        "_each",
+        "_in_flight",
+        "_limits",
+        "admission",
+        "all_enforcing",
+        "consume",
+        "counters",
+        "has_tokens",
+        "holds",
+        "is_priced",
+        "is_spread",
+        "key_count",
+        "keys",
+        "known",
+        "names",
+        "render",
+        "reply_size",
+        "sets",
+        "status_decides",
+        "terms",
+        "unread",
+        "words",
+    )
+
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
+        self._each = each = tuple(charges)
+        keys: list[bytes] = []
+        terms: list[bytes] = []
+        names: list[str] = []
+        # In one loop: what is known only with the request makes one of these for each.
+        enforce = True
+        unread = status_decides = is_priced = has_tokens = holds = False
+        for charge in each:
+            policies, partition = charge.policies, charge.partition
+            keys.append(partition.resp)
+            if policies.logs:
+                keys += [bulk(log_key(partition.key, field)) for field in policies.logs]
+            cost = charge.cost
+            if charge.unread is not None:
+                unread, cost = True, WHAT_REMAINS
+            terms.append(policies.resp)
+            terms.append(bulk(b"%d" % cost))
+            names += policies.names if charge.label is None else [charge.label] * len(policies.names)
+            enforce = enforce and policies.all_enforce
+            holds = holds or policies.holds
+            if charge.count_if is not None:
+                status_decides = True
+            if charge.price is not None:
+                is_priced = True
+                has_tokens = has_tokens or charge.price.tokens is not None
+        self.sets = tuple([charge.policies for charge in each])
+        self.counters = len(names)
+        self.words = 2 + 2 * len(each)
+        self.reply_size = size_of(len(names))
+        self.keys = b"".join(keys)
+        self.key_count = len(keys)
+        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
+        self.consume = CONSUME + self.terms
+        self.names = tuple(names)
+        self.all_enforcing = enforce
+        self.status_decides = status_decides
+        self.unread = unread
+        self._limits: frozenset[tuple[bytes, bytes]] | None = None
+        self._in_flight: Charges | None = None
+        self.admission: Any = None
+        self.render: Callable[[Sequence[int]], Any] | None = None
+        self.known: Any = None
+        self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
+        self.is_priced = is_priced
+        self.has_tokens = has_tokens
+        self.holds = holds
+
+    @classmethod
+    def of_one(cls, charge: Charge) -> "Charges":
+        """*charge* alone, at a known cost that stays: what settles another, made for each request."""
+        policies, partition = charge.policies, charge.partition
+        if policies.logs or charge.label is not None:
+            return cls((charge,))
+        made = cls.__new__(cls)
+        made._each = (charge,)
+        made.keys, made.key_count, made.words = partition.resp, 1, 4
+        made.sets, made.names, made.all_enforcing = (policies,), policies.names, policies.all_enforce
+        made.counters = len(policies.names)
+        made.reply_size = size_of(made.counters)
+        made.terms = b"".join((ONE, policies.resp, bulk_int(charge.cost)))
+        made.consume = CONSUME + made.terms
+        made.is_spread = made.status_decides = made.unread = made.is_priced = made.has_tokens = made.holds = False
+        made.admission = made.render = made.known = made._limits = made._in_flight = None
+        return made
+
+    def at(self, costs: Sequence[int]) -> "Charges":
+        """The same at these *costs*, one each, in a small part of the time that it takes to make them anew."""
+        made = Charges.__new__(Charges)
+        each: list[Charge] = []
+        terms = [bulk_int(len(costs))]
+        for charge, cost in zip(self._each, costs, strict=True):
+            at = charge if charge.price is None else at_cost(charge, cost)
+            each.append(at)
+            terms += at.policies.resp, bulk_int(at.cost)
+        made._each = tuple(each)
+        made.terms = b"".join(terms)
+        made.consume = CONSUME + made.terms
+        made.is_priced = made.has_tokens = False
+        made.known = None
+        made.keys, made.key_count, made.words = self.keys, self.key_count, self.words
+        made.sets, made.names, made.all_enforcing = self.sets, self.names, self.all_enforcing
+        made.counters, made.reply_size = self.counters, self.reply_size
+        made.is_spread, made.status_decides, made.unread = self.is_spread, self.status_decides, self.unread
+        made.holds, made._limits, made._in_flight = self.holds, self._limits, self._in_flight
+        made.admission, made.render = self.admission, self.render
+        return made
+
+    @property
+    def limits(self) -> frozenset[tuple[bytes, bytes]]:
+        """Which limits they are about: partition and policies of each."""
+        if self._limits is None:
+            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
+        return self._limits
+
+    @property
+    def in_flight(self) -> "Charges":
+        """Those of them that count requests in flight."""
+        if self._in_flight is None:
+            self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
+        return self._in_flight
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._each[at]
+
+    def __iter__(self) -> Iterator[Charge]:
+        return iter(self._each)
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+
+def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
+    """The counters that *charges* touch, in the order in which a reply tells of them."""
+    return [(charge, policy) for charge in charges for policy in charge.policies.policies]

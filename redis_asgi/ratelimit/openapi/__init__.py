@@ -1,0 +1,1 @@
+"""The answers of limits in an app's OpenAPI document."""
