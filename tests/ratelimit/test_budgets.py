@@ -416,6 +416,28 @@ async def test_chunks_of_any_kind_are_read(settings: Settings, kind: Any, conten
     assert 1_000_000 - (15 if content_type != "text/x" else ESTIMATE) == await remaining(app)
 
 
+@pytest.mark.parametrize("status", [200, 302])
+async def test_headers_that_can_be_read_once_reach_the_client(settings: Settings, status: int) -> None:
+    """ASGI wants an iterable, of which a list is one."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        start, *bodies = answer(json.dumps(usage(7, 8)).encode())
+        await send({**start, "status": status, "headers": iter([(b"x-own", b"1"), *start["headers"]])})
+        for each in bodies:
+            await send(each)
+
+    costs: list[Any] = [1, tokens()]
+    for name, cost in zip(("requests", "tokens"), costs, strict=True):
+        limiting = RateLimitMiddleware(app, rules=[Rule("9000/hour", name=name, cost=cost)], settings=settings)
+        asked = {"type": "http.request", "body": ASK}
+        start = [(await drive(limiting, http_scope(method="POST"), asked))[0] for _ in range(2)][-1]
+        start["headers"] = [*start["headers"]]
+        assert (b"1", JSON[0][1]) == (header(start, b"x-own"), header(start, b"content-type"))
+    if status == 200:
+        # What the first has used, and the estimate of the second.
+        assert b"r=%d;" % (9000 - 15 - (READ + 1000)) in (header(start, b"ratelimit") or b"")
+
+
 async def test_each_chunk_passes_before_it_is_looked_at(settings: Settings) -> None:
     """Nothing is held back: the client has each message before the app goes on."""
     sent: list[Message] = []

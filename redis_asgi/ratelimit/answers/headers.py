@@ -174,6 +174,8 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
     """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
     theirs = message.get("headers") or ()
+    if type(theirs) is not list:
+        theirs = list(theirs)  # an app may pass what can be read only once
     for name, _ in theirs:
         if name in _OURS:
             names = dict(theirs)
