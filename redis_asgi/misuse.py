@@ -160,6 +160,9 @@ def _check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
+        named = list(signature.parameters.values())
+        if named and named[0].name == "self":  # of a method
+            signature, args = signature.replace(parameters=named[1:]), args[1:]
         raise ArgumentError(_misfit(function.__name__, signature, args, kwargs, example)) from None
 
 

@@ -335,6 +335,21 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     # Redis and settings.
     ("Settings(URL)", lambda: Settings(f"redis://:{SECRET}@h"), ["by name", "Settings(REDIS_URL="]),
     ("limits=URL", lambda: limited(f"redis://:{SECRET}@h"), ["limits='redis://***@h'"]),
+    (
+        "slot without a number",
+        lambda: RateLimiter(settings=MEMORY).slot("u"),
+        ["slot needs concurrency", "(client_id, 4"],
+    ),
+    (
+        "slot of a limit",
+        lambda: RateLimiter(settings=MEMORY).slot("u", limit=4),
+        ["no argument 'limit'", "It takes client_id, concurrency, name:"],
+    ),
+    (
+        "slot of three",
+        lambda: RateLimiter(settings=MEMORY).slot("u", 4, "n"),
+        ["client_id and concurrency alone by pos"],
+    ),
     ("redis=class", lambda: RateLimiter(redis.asyncio.Redis), ["Redis is not called"]),
     ("redis=pool", lambda: RateLimiter(redis.asyncio.ConnectionPool()), ["a pool", "Redis(connection_pool=pool)"]),
     ("redis=sentinel", lambda: RateLimiter(redis.asyncio.Sentinel([("h", 1)])), ["sentinel.master_for('mymaster')"]),

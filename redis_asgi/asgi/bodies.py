@@ -19,8 +19,8 @@ KEPT_BYTES = 16 * 1024
 # Lists and objects of one body, and the quotes around its texts: as many take some 20 ms each.
 _MOST_CONTAINERS = 100_000
 _MOST_QUOTES = 400_000
-# Objects and members of a body whose members have to be counted one by one.
-_MOST_OBJECTS, _MOST_MEMBERS = 50_000, 100_000
+# Objects, members and values of a body whose members have to be counted one by one, in some 100 ms at most.
+_MOST_OBJECTS, _MOST_MEMBERS, _MOST_VALUES = 50_000, 100_000, 200_000
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 # What may stand before the JSON that another parser than ours reads: blanks, the marks and the NULs of UTF-16 and 32.
 _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"
@@ -231,7 +231,11 @@ class Document:
         if self._members is None:
             found = None
             content = self.content
-            if content.count(b"{") <= _MOST_OBJECTS and content.count(b":") <= _MOST_MEMBERS:
+            if (
+                content.count(b"{") <= _MOST_OBJECTS
+                and content.count(b":") <= _MOST_MEMBERS
+                and (content.count(b",") <= _MOST_VALUES or _TEXT.sub(b"", content).count(b",") <= _MOST_VALUES)
+            ):
                 # It may nest deeper, or have a longer number, than this one reads.
                 with suppress(ValueError, RecursionError):
                     found = json.loads(content, object_pairs_hook=_members)

@@ -7,7 +7,7 @@ from typing import get_args
 from ..connection.redis_argument import RedisArgument, resolve_manager
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
-from ..misuse import constructor_says_what_was_meant
+from ..misuse import constructor_says_what_was_meant, says_what_was_meant
 from ..settings import OnRedisError, Settings, StrategyName
 from .counting.engine import Engine
 from .counting.in_flight import SLOTS
@@ -114,6 +114,7 @@ class RateLimiter:
         """What `consume` with the same arguments would answer; charges nothing and writes nothing."""
         return await self._decide("peek", client_id, limits, cost, name, strategy)
 
+    @says_what_was_meant("limiter.slot(client_id, 4, name='stream')")
     @asynccontextmanager
     async def slot(
         self, client_id: str | Partition, concurrency: int, *, name: str = "default"

@@ -137,7 +137,7 @@ async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTP
     if callable(by):
         try:
             said = by(conn)
-            units = check_cost(await said if isawaitable(said) else said)
+            units = check_cost(await said if isawaitable(said) else said, "estimate")
         except UnreadableBody:
             pass
         finally:

@@ -74,6 +74,17 @@ def test_members_without_number_are_not_counted_one_by_one() -> None:
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize(
+    ("filler", "is_told"), [(b'"%b"' % (b"1," * 300_000), True), (b"[%b1]" % (b"1," * 300_000), False)]
+)
+def test_values_without_number_are_not_read_once_more(filler: bytes, is_told: bool) -> None:
+    """A table in a text is one value; of a million numbers it is not asked at which level a name stands twice."""
+    document = Document(b'{"m":1,"x":%b,"y":{"m":2}}' % filler)
+
+    assert document.is_read
+    assert is_told == (not document.has_twice([Member("m")]))
+
+
 def test_code_in_texts_is_no_nesting() -> None:
     """A long text that is full of brackets is one text."""
     document = Document(json.dumps({"messages": [{"content": "[{" * 200_000 + '"' * 500_000}]}).encode())

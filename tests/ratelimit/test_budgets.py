@@ -596,6 +596,13 @@ async def test_estimate_of_the_user(settings: Settings) -> None:
     assert 1_000_000 - 202 == await remaining(app)
 
 
+@pytest.mark.parametrize("said", ["5", 5.5, None, -1, True])
+async def test_estimate_that_is_no_number_is_called_one(settings: Settings, said: Any) -> None:
+    """The error names the argument that it is about."""
+    with pytest.raises(ValueError, match=rf"^estimate={said!r} is not a whole number of units"):
+        await request(limited(settings, cost=tokens(lambda request: said)), Ending(answer(b"{}"), 0))
+
+
 async def test_compression_inside_is_told_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     """What nobody here can read keeps its estimate."""
     app = limited(settings)

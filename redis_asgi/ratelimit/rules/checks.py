@@ -60,14 +60,14 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_cost(cost: object) -> int:
-    """A cost is a whole number of units, 0 or more.
+def check_cost(cost: object, what: str = "cost") -> int:
+    """A cost, or *what* else is one, is a whole number of units, 0 or more.
 
     Raises:
         ValueError: If it is not; ``True`` is no number.
     """
     if not isinstance(cost, int) or isinstance(cost, bool) or cost < 0:
-        raise ValueError(f"cost={cost!r} is not a whole number of units, 0 or more.")
+        raise ValueError(f"{what}={cost!r} is not a whole number of units, 0 or more.")
     return cost
 
 
