@@ -21,7 +21,7 @@ _MOST_CONTAINERS = 100_000
 _MOST_QUOTES = 400_000
 # Objects, members and values of a body whose members have to be counted one by one, in some 100 ms at most.
 _MOST_OBJECTS, _MOST_MEMBERS, _MOST_VALUES = 50_000, 100_000, 200_000
-_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*"', re.DOTALL)
 # What may stand before the JSON that another parser than ours reads: blanks, the marks and the NULs of UTF-16 and 32.
 _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Iterator
 
 _BLANKS = " \t"
-# One parameter of a Forwarded element with what ends it; every quantifier is possessive, so that none is tried again.
+# One parameter of a Forwarded element with what ends it. The quantifiers of characters are possessive, so that none is
+# tried again; those of groups are not, which Python 3.11.2 gets wrong (gh-101955), and have only one way to match.
 _PARAMETER = re.compile(
     r"""[ \t]*+(?:(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]++)[ \t]*+=[ \t]*+"""
-    r"""(?:"(?P<quoted>(?:[^"\\]|\\.)*+)"|(?P<plain>[^\s";,]*+)))?+[ \t]*+(?:;|\Z)""",
+    r"""(?:"(?P<quoted>[^"\\]*+(?:\\.[^"\\]*+)*)"|(?P<plain>[^\s";,]*+)))?[ \t]*+(?:;|\Z)""",
     re.DOTALL,
 )
 _QUOTED_PAIR = re.compile(r"\\(.)", re.DOTALL)

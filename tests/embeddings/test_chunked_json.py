@@ -152,7 +152,7 @@ def test_token_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         rests += 1
         await rest(self)
 
-    monkeypatch.setattr(TimeSlice, "rest", counted)
+    monkeypatch.setattr(TimeSlice, "checkpoint", counted)
     body = orjson.dumps({"model": "m", "input": [LONG] * 200})
     assert len(body) > piecewise._MIN_REQUEST
     assert {"model": "m", "input": [LONG] * 200} == parsed(body)
