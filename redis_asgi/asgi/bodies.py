@@ -27,7 +27,7 @@ _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"
 
 
 class Buffer:
-    """What has been read of a request's body ahead of the app, for all who look at it.
+    """The part of a request's body that is read ahead of the app, for all who look at it.
 
     Args:
         cap: The most that is read, in bytes.
@@ -167,7 +167,7 @@ class Kept:
 
 
 def take_document(scope: Scope) -> "Document | None":
-    """What somebody outside has parsed of the body that is about to be read, if anybody has; the taker's alone then."""
+    """The parse of the body by a middleware outside, if there is one; it is the taker's alone then."""
     kept: Kept | None = scope.pop(_KEPT, None)
     if kept is None:
         return None

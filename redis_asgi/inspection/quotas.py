@@ -262,7 +262,7 @@ def _known(state: PolicyState, *, stored: bool) -> QuotaRow:
 
 
 def _full_again(state: PolicyState) -> float | None:
-    """When requests in flight end nobody knows."""
+    """The end of requests in flight is not known."""
     return None if state.reset and state.strategy == "concurrency" else state.reset
 
 

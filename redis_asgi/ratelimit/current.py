@@ -13,7 +13,7 @@ _UNLIMITED = Decision(allowed=True, source="none")
 
 
 class _Undecided(RequestDecision):
-    """What stands for the decision where none was made (yet): it admits, and what it charges is charged to nobody.
+    """A stand-in where no decision was made (yet): it admits, and its charges go nowhere.
 
     A per-route limit may still decide, behind the dependency that gave it out; from then on it is that limit's.
     """

@@ -111,7 +111,7 @@ class RateLimiter:
         name: str = "default",
         strategy: StrategyName | None = None,
     ) -> Decision:
-        """What `consume` with the same arguments would answer; charges nothing and writes nothing."""
+        """The answer that `consume` would give to the same arguments; charges nothing and writes nothing."""
         return await self._decide("peek", client_id, limits, cost, name, strategy)
 
     @says_what_was_meant("limiter.slot(client_id, 4, name='stream')")

@@ -187,7 +187,7 @@ class RateLimitMiddleware(Covering):
             await self._refuse(verdict, style, scope, receive, send)
 
     def in_force(self) -> Protection:
-        """What it limits, for who asks from outside of a request."""
+        """The limits in force, for those who ask from outside of a request."""
         return Protection(self._engine, self._rules, self._routing, self._exemptions, self._dialects)
 
     def coverage(self) -> Coverage:

@@ -1,4 +1,4 @@
-"""What is in force of a middleware's rules and a route's limits, for who asks without a request."""
+"""The limits in force of a middleware's rules and of routes, for those who ask without a request."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class LimitInForce:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """What one middleware limits.
+    """The limits of one middleware.
 
     Attributes:
         engine: The one that decides.
@@ -81,7 +81,7 @@ class Protection:
         return [_in_force(rule, self.engine, dialects) for rule in self.rules]
 
     def limits_of(self, scope: Scope) -> list[LimitInForce] | None:
-        """Those that cover a request; ``None`` where it is exempt, by its path, from all of them.
+        """The rules that cover a request; ``None`` where it is exempt, by its path, from all of them.
 
         What a callable says (``exempt=``, a partition or limits of ``None``) is not asked.
         """
@@ -114,7 +114,7 @@ def limits_of_route(
 
 
 def spoken_on(path: PathTemplate, dialects: DialectPaths) -> dict[str, str]:
-    """Those of *dialects* that cover some of a route's paths, down to one that covers all."""
+    """The *dialects* that cover some of a route's paths, down to one that covers all."""
     found = {}
     for pattern, name in dialects:
         if path.may_match(pattern):
@@ -125,7 +125,7 @@ def spoken_on(path: PathTemplate, dialects: DialectPaths) -> dict[str, str]:
 
 
 def limits_among(calls: Iterable[object]) -> list[Placed]:
-    """Those of *calls*, FastAPI's dependencies of a route, that are limits, each with its place."""
+    """The limits among *calls*, FastAPI's dependencies of a route, each with its place."""
     return [(limit, i) for i, limit in enumerate(dict.fromkeys(call for call in calls if isinstance(call, RateLimit)))]
 
 

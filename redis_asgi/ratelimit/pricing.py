@@ -125,7 +125,7 @@ class Ahead:
 
 
 async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTPConnection) -> Spending:
-    """What a *charge* is taken to cost whose cost is known after the answer.
+    """The estimated cost of a *charge* whose cost is known after the answer.
 
     Args:
         asked: What the request's body asks of a model; ``None`` when nobody can read it.
@@ -158,14 +158,14 @@ def at_costs(
 
 
 def without_tokens(charges: Charges) -> Charges:
-    """Those of *charges* that apply to a request without a body."""
+    """The *charges* that apply to a request without a body."""
     if not charges.has_tokens:
         return charges
     return Charges(charge for charge in charges if charge.price is None or charge.price.tokens is None)
 
 
 async def _ask(price: Pricer, policies: PolicySet, request: BufferedRequest) -> int | Unread:
-    """What *price* says; what cannot be read takes what remains."""
+    """The cost that *price* says; a body that cannot be read takes what remains."""
     cost = 1
     try:
         said = price.cost(request)
@@ -220,7 +220,7 @@ async def charges_beside(
     decision: RequestDecision | None,
     asked: Asked | None,
 ) -> tuple[Sequence[tuple[Engine, Charges]], Mapping[Charge, Spending]]:
-    """What of the charges *found* a request is to be charged, beside what the *decision* on it has charged.
+    """The charges *found* that are due, beside those that the *decision* on the request has made.
 
     Args:
         asked: What the request's body asks of a model, where somebody wants to know.
@@ -255,7 +255,7 @@ async def charges_on_route(
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:
-    """Those of *charges* by some policy that a request was not put to already."""
+    """The *charges* by some policy that a request was not put to already."""
     fresh: list[Charge] = []
     for charge in charges:
         partition = charge.partition

@@ -147,18 +147,18 @@ class RateLimit:
         return known[1]
 
     def settings_under(self, settings: Settings | None) -> Settings:
-        """What it goes by below a middleware of *settings*; ``None`` = there is none."""
+        """The settings that it goes by below a middleware of *settings*; ``None`` = there is none."""
         if settings is not None and self._redis is None and self._settings is None:
             return settings
         manager, _ = resolve_manager(self._redis, self._settings)
         return self._settings or manager.settings
 
     def statuses(self, settings: Settings | None) -> frozenset[int]:
-        """What it may answer in place of its endpoint; *settings* as of `settings_under`."""
+        """The answers that it may give in place of its endpoint; *settings* as of `settings_under`."""
         return self._compile(self.settings_under(settings)).statuses
 
     def engine_for(self, scope: Scope) -> Engine:
-        """Who decides about a request: the middleware's engine, unless this limit has a Redis of its own."""
+        """The engine that decides about a request: the middleware's, unless this limit has a Redis of its own."""
         if self._redis is None and self._settings is None:
             decision = decision_of(scope)
             if decision is not None:

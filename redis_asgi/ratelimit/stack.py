@@ -98,7 +98,7 @@ class Stack:
         return decision
 
     def _plans(self, scope: Scope) -> Sequence[tuple[Engine, Plan]]:
-        """What those ask that the request was not put to yet, one plan of each Redis."""
+        """The plans of those that the request was not put to yet, one of each Redis."""
         asked: frozenset[tuple[RateLimit, str]] | None = scope.get(_ASKED)
         fresh = self._all
         if asked is None or is_over(scope):

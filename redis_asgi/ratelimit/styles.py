@@ -27,7 +27,7 @@ _KEPT = 1_000_000  # bytes, about, of paths that were asked for lately
 
 
 def dialect_paths(dialect: Dialects | None) -> DialectPaths:
-    """What is given as *dialect*, read; ``None`` = none anywhere.
+    """The argument *dialect*, read; ``None`` = none anywhere.
 
     Raises:
         ConfigurationError: Names the value, and the choices.

@@ -1,1 +1,1 @@
-"""What is said: to the client, refused or not, and to the app."""
+"""Answers to the client, refused or not, and to the app."""

@@ -37,7 +37,7 @@ _REVISION = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """What a client is told that gets an answer in place of the app's.
+    """The words to a client that gets an answer in place of the app's.
 
     Attributes:
         status: 429, 503 or 400.
@@ -91,7 +91,7 @@ class Dialect:
     def teller(
         self, policies: "Iterable[tuple[slice, Policy | PolicyState]]"
     ) -> Callable[[Sequence[int], float], Fields]:
-        """What makes the fields of numbers.
+        """A function that makes the fields of numbers.
 
         Args:
             policies: Each with its place among the numbers: what remains, and the reset in us. Shadows are left out.
@@ -199,7 +199,7 @@ FIELDS_OF_DIALECTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class AnswerStyle:
-    """How a middleware speaks to the client of one request.
+    """The style in which a middleware speaks to the client of one request.
 
     Attributes:
         headers: Which of the standard fields it writes.

@@ -66,7 +66,7 @@ class Members:
 
 
 def _unit(policy: Policy | PolicyState) -> str:
-    """What the quota of *policy* is of: the draft's default unit in a window, or its unit for what is in flight."""
+    """The unit of *policy*'s quota: the draft's default in a window, or its unit for requests in flight."""
     return f"w={policy.window}" if policy.window else 'qu="concurrent-requests"'
 
 
@@ -89,7 +89,7 @@ def _members(sets: tuple[PolicySet, ...]) -> Members:
 
 
 def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
-    """What makes the fields of a reply to *charges*."""
+    """A function that makes the fields of a reply to *charges*."""
     return _members(charges.sets).fields
 
 
@@ -240,7 +240,7 @@ def refusal_body(decision: Decision, style: AnswerStyle, held: str = "") -> byte
 
 
 def refused_by(decision: Decision, message: str) -> Refused:
-    """What a dialect tells of a 429 by *decision*."""
+    """The words of a dialect about a 429 by *decision*."""
     worst = _worst(decision)
     return Refused(429, message, None if worst is None else rule_of(worst), decision.retry_after)
 
@@ -255,12 +255,12 @@ def quota_exceeded(decision: Decision, held: str = "") -> bytes:
 
 
 def held_words(units: int) -> str:
-    """What a refusal adds where requests whose cost is known after their answers hold *units*: some may come back."""
+    """The words about *units* that requests hold whose cost is known after their answers: some may come back."""
     return f" Requests in flight in this process hold {units} of it." if units else ""
 
 
 def content_fields(body: bytes, style: AnswerStyle) -> Fields:
-    """What says how to read the body of a refusal."""
+    """The fields that say how to read the body of a refusal."""
     kind = CONTENT_TYPE if style.dialect is None else b"application/json"
     return [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
 

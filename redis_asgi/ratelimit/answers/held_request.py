@@ -9,7 +9,7 @@ _ENDS = frozenset(("http.response.pathsend", "websocket.close"))
 
 
 def until_ended(verdict: Verdict, receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """What a held request's app is to receive from, and to send to, so that *verdict* is released at its end.
+    """The receive and send of a held request's app, by which *verdict* is released at its end.
 
     The app may go on after that, with background tasks or with what it does when a WebSocket is closed.
     """

@@ -49,7 +49,7 @@ def _texts(fields: Fields) -> dict[str, str]:
 
 
 def refusal_on(decision: Decision, verdict: Verdict, style: AnswerStyle) -> HTTPException:
-    """What an endpoint raises that *verdict*, a part of the *decision* on its request, refuses."""
+    """The exception of an endpoint that *verdict*, a part of the *decision* on its request, refuses."""
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
     if not refusing:  # nobody could decide, and the limit fails closed
         return HTTPException(503, headers.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect)))

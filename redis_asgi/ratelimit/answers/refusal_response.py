@@ -1,4 +1,4 @@
-"""What a refused client gets: 429, 503 or 400 with a body in its dialect, for HTTP and for WebSocket handshakes."""
+"""Refusals: 429, 503 or 400 with a body in the client's dialect, for HTTP and for WebSocket handshakes."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from inspect import isawaitable
@@ -26,7 +26,7 @@ _EXAMPLE = "lambda conn, decision: JSONResponse({'error': 'too many requests'}, 
 
 
 def check_on_exceeded(on_exceeded: object) -> None:
-    """What may answer in place of the 429 is a callable that makes a response for each refusal.
+    """Check that *on_exceeded* is a callable that makes a response for each refusal.
 
     Raises:
         ConfigurationError: If it is none, such as a response, or a response's class.
@@ -77,7 +77,7 @@ async def send_refusal(
 
 
 def remembered_refusal(verdict: Verdict, known: Known, style: AnswerStyle, scope: Scope) -> tuple[Message, Message]:
-    """What `send_refusal` sends for what a flood consists of: a refusal *known* to be one policy's, over HTTP.
+    """The messages of a flood's usual refusal: one *known* to be one policy's, over HTTP.
 
     Not in a dialect that names the request.
     """

@@ -53,12 +53,12 @@ class RequestDecision(Decision):
 
     @property
     def ledger(self) -> Settlement:
-        """What the response changes about the request."""
+        """The changes that the response makes to the request's charges."""
         return self.first.open_ledger()
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """What was decided about the request, one by one."""
+        """The decisions on the request, one by one."""
         return self.first.all
 
     @property
@@ -158,7 +158,7 @@ class RequestDecision(Decision):
 
 
 class Undecided:
-    """What a middleware that decides nothing about a request leaves to the per-route limits behind it.
+    """A request that a middleware decides nothing about, as it leaves it to the per-route limits behind it.
 
     Attributes:
         engine: The one to decide by.
@@ -176,13 +176,13 @@ class Undecided:
 
 
 def decision_of(scope: Scope) -> RequestDecision | None:
-    """What was decided about this very request so far; ``None`` also when its response has ended."""
+    """The decision on this very request so far; ``None`` also when its response has ended."""
     decision: RequestDecision | None = scope.get(_DECISION)
     return None if decision is None or decision.first.is_over else decision
 
 
 def decided_about(scope: Scope) -> RequestDecision | None:
-    """What was decided about a request, over or not."""
+    """The decision on a request, over or not."""
     decision: RequestDecision | None = scope.get(_DECISION)
     return decision
 

@@ -82,7 +82,7 @@ def rewording_in(scope: Scope) -> Rewording | None:
 
 
 def refused_as(error: HTTPException, decision: Decision | None) -> Refused:
-    """What a dialect tells of an *error* that a limit raises; *decision* is the one that refuses, if one does."""
+    """The words of a dialect about an *error* that a limit raises; *decision* is the one that refuses, if one does."""
     if error.status_code == 429 and decision is not None:
         return refused_by(decision, error.detail)
     return Refused(error.status_code, error.detail, None, None if decision is None else decision.retry_after)

@@ -1,4 +1,4 @@
-"""What a request may cost, read from its body: its texts and media, and the output that it asks for."""
+"""Estimates of a request's cost, read from its body: its texts and media, and the output that it asks for."""
 
 import re
 from bisect import bisect_left, insort
@@ -17,7 +17,7 @@ _REMEMBERED, _ENOUGH = 128, 20  # outputs
 
 
 class Estimate(NamedTuple):
-    """What a request is charged before its answer.
+    """The charge of a request before its answer.
 
     Attributes:
         cost: Units of the quota, whole.
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a request's body says of what it will cost; of a large body all that need be kept.
+    """The part of a request's body that its cost depends on; of a large body all that need be kept.
 
     Attributes:
         quarters: Of a token, that are read.
@@ -43,12 +43,12 @@ class Asked(NamedTuple):
 
     @classmethod
     def by(cls, document: object) -> "Asked":
-        """What *document*, as JSON made it, asks for."""
+        """The wishes of *document*, as JSON made it."""
         return cls(_quarters(document), asked_output(document))
 
 
 class Outputs:
-    """How long the last answers of one rule and bucket were, in this process; 128 numbers at most."""
+    """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most."""
 
     __slots__ = ("_last", "_sorted")
 
@@ -68,13 +68,13 @@ class Outputs:
 
     @property
     def likely(self) -> int | None:
-        """What nine of ten are no longer than, in tokens (the nearest rank); ``None`` until 20 are known."""
+        """The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known."""
         known = len(self._sorted)
         return self._sorted[(9 * known + 9) // 10 - 1] if known >= _ENOUGH else None
 
 
 def input_tokens(document: object) -> float:
-    """How many tokens are read of a request, in exact quarters: nobody knows, but it must not be nothing.
+    """The tokens that are read of a request, in exact quarters: a guess, which must not be nothing.
 
     A quarter for each byte of UTF-8 of each text; 1 for each whole number of a list, which is a token; 1,000 for each
     image, sound or file that the body holds itself, as a ``data:`` URL or in base64.
@@ -86,7 +86,7 @@ def input_tokens(document: object) -> float:
 
 
 def asked_output(document: object) -> int | None:
-    """How many tokens a request lets the model write; ``None`` if it does not say, or nonsense.
+    """The tokens that a request lets the model write; ``None`` if it does not say, or nonsense.
 
     The largest of ``max_tokens``, ``max_completion_tokens``, ``max_output_tokens`` and ``options.num_predict``, of
     those that are whole numbers above 0, times ``n`` if that is one too; 2^53 at most.
@@ -140,7 +140,7 @@ def _quarters_of_text(text: str) -> int:
 
 
 def _more_for_media(holder: dict[str, object]) -> int:
-    """What the media that *holder* has in base64 count, less what they would as texts."""
+    """The count of the media that *holder* has in base64, less theirs as texts."""
     encoded: list[object] = []
     if holder.get("type") == "base64" or any(name in holder for name in _SAYS_MEDIUM):
         encoded.append(holder.get("data"))

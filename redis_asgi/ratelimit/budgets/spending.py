@@ -17,7 +17,7 @@ logger = logging.getLogger("redis_asgi.ratelimit")
 
 
 class Accuracy:
-    """What is counted of how the estimates of one rule fare."""
+    """The metrics of how the estimates of one rule fare."""
 
     def __init__(self, name: str) -> None:
         self._name = name

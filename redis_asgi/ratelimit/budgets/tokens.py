@@ -39,7 +39,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """What `tokens` returns: give it to ``Rule(cost=...)``.
+    """A cost in tokens, made by `tokens`: give it to ``Rule(cost=...)``.
 
     Attributes:
         estimate: As given.
@@ -52,7 +52,7 @@ class Tokens:
     _unit: int = attribute(repr=False)  # of the quota, in the parts that sums are kept in
 
     def estimated(self, document: object, *, quota: int, outputs: Outputs | None = None) -> Estimate:
-        """What a request is taken to cost: what it reads, and what it lets the model write.
+        """The estimate of a request: of its input, and of the output that it lets the model write.
 
         Args:
             document: Its body as JSON made it, or what that asks for.
@@ -73,7 +73,7 @@ class Tokens:
         )
 
     def estimated_unread(self, content_length: int | None, *, quota: int) -> Estimate:
-        """What a request is taken to cost whose body nobody can read.
+        """The estimate of a request whose body cannot be read.
 
         Args:
             content_length: In bytes; ``None``, or less than 0: unknown, and as much as it may be.
@@ -84,7 +84,7 @@ class Tokens:
         return self._bounded(min((content_length or 0) * self._factors["input"], share) if known else share, 0, quota)
 
     def estimated_as(self, units: int, document: object = None, *, quota: int) -> Estimate:
-        """What a request is taken to cost of which the app says so: *units* of the quota, 0 or more, as they are.
+        """The estimate that the app gives itself: *units* of the quota, 0 or more, as they are.
 
         Args:
             document: Its body as JSON made it, or what that asks for: what it reads is part of them.
@@ -95,11 +95,11 @@ class Tokens:
         return self._bounded(read, whole - read, quota)
 
     def cost_of(self, usage: Usage, estimate: Estimate) -> int:
-        """What *usage* costs, in units; parts that are not known cost what was estimated. At most 2^53."""
+        """The cost of *usage*, in units; unknown parts cost their estimate. At most 2^53."""
         return self._rounded(self._read(usage, estimate.input) + self._written(usage, estimate.output))
 
     def settled(self, estimate: Estimate, reader: UsageReader | None) -> int:
-        """What a request costs whose answer has ended, in units.
+        """The cost of a request whose answer has ended, in units.
 
         What the answer says, first of all. Else nothing, if nothing has begun or the status is 400 or more; the
         *estimate* if the answer is complete; and if it was cut, what it has read and a guess at what was sent, which

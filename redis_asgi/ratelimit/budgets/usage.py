@@ -94,12 +94,12 @@ class UsageReader:
 
     @property
     def events(self) -> int:
-        """How many events or lines of a stream have passed, comments and ``[DONE]`` aside; 0 of what is no stream."""
+        """The events or lines of a stream that have passed, without comments and ``[DONE]``; 0 of what is no stream."""
         return self._body.events if self._body else 0
 
     @property
     def bytes_sent(self) -> int:
-        """How many bytes have passed, decompressed; of an event stream those of `events`."""
+        """The bytes that have passed, decompressed; of an event stream those of `events`."""
         return self._body.size if self._body else len(self._start)
 
     @property

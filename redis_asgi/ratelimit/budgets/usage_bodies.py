@@ -155,7 +155,7 @@ class Lines(Body):
         return chunk.find(b"\n") == len(chunk) - 1
 
     def _end(self, pending: bytearray, start: int) -> int:
-        """Where the first line ends that does so behind *start*; -1 if none does."""
+        """The end of the first line that ends behind *start*; -1 if none does."""
         return pending.find(b"\n", start) + 1 or -1
 
     def _take(self, line: bytes) -> None:
@@ -190,7 +190,7 @@ class Lines(Body):
         return find_usage(_loads(line), streamed=True)
 
     def _end_of(self, line: bytes) -> object:
-        """What the end of a long *line* holds."""
+        """The value at the end of a long *line*."""
         return _from_tail(line)
 
     def _count(self, event: bytes) -> bool:
@@ -268,7 +268,7 @@ def _data(event: bytes, *, is_end: bool = False) -> bytes:
 
 
 def _loads(text: bytes) -> object:
-    """What *text* says in JSON; ``None`` if it is none. NaN and half a character spoil nothing that stands beside."""
+    """The value of *text* in JSON; ``None`` if it is none. NaN and half a character spoil nothing beside them."""
     try:
         return orjson.loads(text)
     except ValueError:

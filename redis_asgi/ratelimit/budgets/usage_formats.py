@@ -1,4 +1,4 @@
-"""Where each wire format says how many tokens an answer used: pure functions of what has been parsed.
+"""The place of usage in each wire format: pure functions of what has been parsed.
 
 ============================  =========================================  ===================================
 format                        whole answer                               stream
@@ -54,7 +54,7 @@ PARTS = Usage._fields
 
 
 class Said(NamedTuple):
-    """What one document says of it, in the format's own terms.
+    """The usage in one document, in the format's own terms.
 
     Attributes:
         read: All tokens read, or, where those of the cache stand *beside*, the others.
@@ -123,7 +123,7 @@ def _less(whole: int, inside: int) -> int:
 
 
 def find_usage(document: object, *, streamed: bool) -> Said | None:
-    """What *document*, an answer or an event or line of one, says of usage at its format's place.
+    """The usage in *document*, an answer or an event or line of one, at its format's place.
 
     Args:
         document: Whatever JSON made of it.

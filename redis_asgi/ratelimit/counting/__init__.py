@@ -1,1 +1,1 @@
-"""Who counts: what is remembered, else Redis, else this process; and what a request has been charged."""
+"""Counting: by what is remembered, else in Redis, else in this process; and a request's charges settled."""

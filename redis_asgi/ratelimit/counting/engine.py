@@ -1,4 +1,4 @@
-"""What every part of the package decides through: the refusal memory, then one shared trip to Redis, then the process.
+"""The engine of every decision: the refusal memory, then one shared trip to Redis, then the process.
 
 When Redis gives no answer in time, ``on_redis_error`` says who decides. A check is sent once at most, and what was
 charged locally is never copied back.
@@ -100,7 +100,7 @@ class Engine:
         return verdict
 
     def ask(self, charges: Charges, mode: Mode = "consume") -> Verdict:
-        """What becomes the verdict: at once, or where it *is_asked* when its future is done."""
+        """The verdict, ready at once, or where it *is_asked* when its future is done."""
         if mode == "consume" and self.refusals.partitions and self._has_redis:
             known = self.remembered(charges)
             if known is not None:
@@ -308,7 +308,7 @@ def _by_partition(charges: Sequence[Charge]) -> list[Charges]:
 
 
 def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
-    """Those of *fields* that hold a policy of the rule *name*."""
+    """The *fields* that hold a policy of the rule *name*."""
     belongs = re.compile(rb"%s(?:-\d+s)?:" % re.escape(name.encode()))
     return [field for field in fields if belongs.match(field)]
 

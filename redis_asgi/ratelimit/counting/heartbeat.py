@@ -58,7 +58,7 @@ class Heart:
 
     @property
     def owes(self) -> int:
-        """How many releases Redis is still to be told of, or told again."""
+        """The releases that Redis is still to be told of, or told again."""
         return len(self._owed) + len(self._late)
 
     def run(self, slot: Slot) -> None:
@@ -117,7 +117,7 @@ class Heart:
             self._has_beaten()
 
     def _batcher(self) -> Batcher | ClusterBatcher | None:
-        """What takes checks in the running loop; ``None`` where no client can be built, or, as one ends, in no loop."""
+        """The batcher of the running loop; ``None`` where no client can be built, or, as one ends, in no loop."""
         try:
             is_here = asyncio.get_running_loop() is self.loop
             return self._manager.per_client(make_batcher) if is_here else None
@@ -127,7 +127,7 @@ class Heart:
     def _checks(
         self, mode: Literal["charge", "refund"], places: Iterable[tuple[Place, Charge]]
     ) -> Iterator[HoldingCheck]:
-        """What says *mode* of *places*, those of one counter together."""
+        """Checks that say *mode* of *places*, those of one counter together."""
         by_counter: dict[tuple[bytes, bytes], tuple[Charge, list[bytes]]] = {}
         for (holder, key, field), charge in places:
             by_counter.setdefault((key, field), (charge, []))[1].append(holder)

@@ -1,4 +1,4 @@
-"""What this process has in flight under concurrency limits: a `Slot` for each request, and the `Heart` of each loop.
+"""Requests in flight under concurrency limits: a `Slot` for each, and the `Heart` of each loop.
 
 Redis has an id for each request in flight, and the end of its lease. What it is told about an id says the same however
 often it comes, and nothing about another: a lost reply, a lost release, a check that was late or cancelled, and a Redis
@@ -86,7 +86,7 @@ class Slot:
         self._is_over = True
 
     def _under(self, verdict: Verdict) -> Charges:
-        """What of its charges *verdict* has made: not those of shadows that would have refused."""
+        """The charges that *verdict* has made: not those of shadows that would have refused."""
         # Redis may have made them all.
         if self.is_doubtful or verdict.reply is None:
             return self.charges

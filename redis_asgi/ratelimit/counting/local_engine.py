@@ -22,7 +22,7 @@ _SLACK = MICROSECONDS
 
 
 class _Held:
-    """What one partition holds: a stored counter per field, and when the last of them ends (us)."""
+    """The counters of one partition, by field, and when the last of them ends (us)."""
 
     __slots__ = ("counters", "expires", "stamps")
 
@@ -172,7 +172,7 @@ class LocalEngine:
             self._stamps = 0
 
     def in_flight(self) -> dict[str, int]:
-        """How many requests run in this process under each concurrency limit, by what they are counted as."""
+        """The requests that run in this process under each concurrency limit, by the label they are counted as."""
         with self._lock:
             found: dict[str, int] = {}
             for leases in self._in_flight.values():
@@ -200,7 +200,7 @@ class LocalEngine:
         return list(held.counters) if held is not None else []
 
     def _leases(self, charge: Charge, policy: Policy, holders: Sequence[bytes]) -> Leases:
-        """Who is in flight under one policy, and whom the request at hand is about."""
+        """The requests in flight under one policy, and the one at hand."""
         leases = self._in_flight.get((charge.partition.key, policy.field))
         if leases is None:
             leases = Leases(self._lease, charge.label or policy.name)
@@ -261,7 +261,7 @@ class LocalEngine:
 
 
 def _rest(charge: Charge, counters: Sequence[Counter]) -> int:
-    """What remains of the least of its enforcing policies, at least 1; a shadow policy has no say in it."""
+    """The units that remain of the least of its enforcing policies, at least 1; a shadow policy has no say in it."""
     both = list(zip(counters, charge.policies.policies, strict=True))
     free = [counter.free for counter, policy in both if not policy.shadow] or [counter.free for counter in counters]
     return max(1, int(min(free)))

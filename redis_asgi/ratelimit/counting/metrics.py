@@ -1,4 +1,4 @@
-"""What the limiter counts, with every metric's children bound once."""
+"""The limiter's metrics, with every metric's children bound once."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ class LimitMetrics:
         self._note(self._settled if failure is None else self._commands.labels("settle", failure.value))
 
     def admission(self, charges: Charges) -> Together:
-        """What is counted of an admission by all policies of *charges*."""
+        """The counters of an admission by all policies of *charges*."""
         if charges.admission is None:
             charges.admission = self._together(tuple(self._bound(name)[0] for name in charges.names))
         admission: Together = charges.admission
@@ -82,7 +82,7 @@ class LimitMetrics:
             self._note(self._bound(name)[0 if numbers.fits else 2 if policy.shadow else 1])
 
     def refusals(self, known: Known) -> Together:
-        """What is counted of refusals that were *known* without asking."""
+        """The counters of refusals that were *known* without asking."""
         names = (charge.label or refusal.policy.name for charge, refusal in known)
         known.counters = counted = self._together(tuple(self._bound(name)[1] for name in names))
         return counted

@@ -1,4 +1,4 @@
-"""What one request has been charged, and what its response changes about that.
+"""Settlement: the charges of one request, and the changes that its response makes to them.
 
 A request of which nothing changes needs none; else a `Settlement` keeps what changes, and `settle` sends the difference
 once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
@@ -22,12 +22,12 @@ _MOST = 10**10
 
 
 def _names(policy: Policy) -> tuple[str, str]:
-    """What *policy* goes by: its own name and its rule's."""
+    """The names of *policy*: its own and its rule's."""
     return policy.name, policy.name.removesuffix(f"-{policy.window}s")
 
 
 def check_used(units: object) -> None:
-    """What was used is a whole number of units, 0 or more.
+    """Check that what was used is a whole number of units, 0 or more.
 
     Raises:
         ValueError: If it is not; ``True`` is no number.
@@ -37,7 +37,7 @@ def check_used(units: object) -> None:
 
 
 class Settlement:
-    """What to add to the charges of one request, whose first verdict is *first*, or to give back of them.
+    """Units to add to the charges of one request, whose first verdict is *first*, or to give back of them.
 
     Attributes:
         reader: Looks for what the answer has used; ``None`` before it has begun.
@@ -157,7 +157,7 @@ class Settlement:
                 self.apply(verdict, deltas)
 
     def _used_of(self, policy: Policy, used: int) -> int:
-        """What the app says that counts for *policy*, else *used*, what the answer says."""
+        """The units that the app says count for *policy*, else *used*, which the answer says."""
         if not self._said:
             return used
         return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
@@ -196,7 +196,7 @@ class Settlement:
         return forgot
 
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
-        """What to `apply` once the client has the start of an answer by which the app turns its request down.
+        """Changes to `apply` once the client has the start of an answer by which the app turns its request down.
 
         All but one unit of what is held by bodies that nobody could read, unless their client has gone. The verdicts
         say so already.

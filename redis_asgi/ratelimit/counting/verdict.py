@@ -145,7 +145,7 @@ class Verdict(Check):
 
     @property
     def all(self) -> "Sequence[Verdict]":
-        """What was decided about the request, one by one."""
+        """The decisions on the request, one by one."""
         return (self, *self.more)
 
     def open_ledger(self) -> Settlement:

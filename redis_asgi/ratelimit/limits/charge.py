@@ -219,14 +219,14 @@ class Charges(Sequence[Charge]):
 
     @property
     def limits(self) -> frozenset[tuple[bytes, bytes]]:
-        """Which limits they are about: partition and policies of each."""
+        """The limits that they are about: partition and policies of each."""
         if self._limits is None:
             self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
         return self._limits
 
     @property
     def in_flight(self) -> "Charges":
-        """Those of them that count requests in flight."""
+        """The charges among them that count requests in flight."""
         if self._in_flight is None:
             self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
         return self._in_flight

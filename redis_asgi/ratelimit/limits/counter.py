@@ -57,7 +57,7 @@ class Counter:
         raise NotImplementedError
 
     def save(self) -> tuple[Stored, float]:
-        """What to store, and the time (us) from which it says nothing any more."""
+        """The value to store, and the time (us) from which it says nothing any more."""
         raise NotImplementedError
 
 
@@ -72,7 +72,7 @@ class Log:
 
 
 class Leases:
-    """Who is in flight under one concurrency limit.
+    """The requests in flight under one concurrency limit.
 
     Args:
         length: How long one of them is taken to be unless that is said again (us); infinite where its end is seen.

@@ -1,4 +1,4 @@
-"""What a check says: a frozen `Decision`, read from the numbers a strategy replies with."""
+"""The outcome of a check: a frozen `Decision`, read from the numbers a strategy replies with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

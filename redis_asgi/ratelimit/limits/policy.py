@@ -99,7 +99,7 @@ class PolicySet:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Who shares a counter: a kind (``ip``, ``header:NAME``, ``user``, ``custom``) and a value.
+    """The clients that share a counter: a kind (``ip``, ``header:NAME``, ``user``, ``custom``) and a value.
 
     Attributes:
         key: The Redis key of the hash that holds all its counters.

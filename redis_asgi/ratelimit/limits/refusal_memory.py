@@ -107,7 +107,7 @@ class RefusalMemory:
         return cls()
 
     def find(self, charges: Charges, now: float) -> Known:
-        """What is known to refuse *charges* at *now* (monotonic seconds); empty when nothing is."""
+        """The refusals that are known of *charges* at *now* (monotonic seconds); empty when there are none."""
         kept: Known | None = charges.known
         if kept is not None and kept.is_alone and kept[0][1].alone and now < kept[0][1].until:
             return kept

@@ -1,4 +1,4 @@
-"""What the script and its twin answer about one request: numbers in a row, and the one reader of where each stands."""
+"""Replies of the script and its twin about one request: numbers in a row, and the one reader of their places."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -37,12 +37,12 @@ def reply_of(admitted: bool, numbers: list[Numbers]) -> Reply:
 
 
 def size_of(counters: int) -> int:
-    """How long a reply about so many *counters* is."""
+    """The length of a reply about so many *counters*."""
     return 1 + VALUES_PER_COUNTER * counters
 
 
 def place_of(counter: int) -> slice:
-    """Where a reply has `remaining`, `reset` and `retry` of its n-th *counter*."""
+    """The place of `remaining`, `reset` and `retry` of a reply's n-th *counter*."""
     return slice(2 + VALUES_PER_COUNTER * counter, 5 + VALUES_PER_COUNTER * counter)
 
 
@@ -53,5 +53,5 @@ def charged_receipts(reply: Reply) -> list[int]:
 
 
 def fits_of(reply: Reply) -> Sequence[int]:
-    """What each counter of a *reply* says of whether, and how far, the cost fits."""
+    """The numbers by which each counter of a *reply* says whether, and how far, the cost fits."""
     return reply[1::VALUES_PER_COUNTER]

@@ -62,7 +62,7 @@ def _walk(app: object, outer: FoundApp | None = None, path: str = "", depth: int
 
 
 def _added_to(app: Any) -> Iterator[Coverage]:
-    """What limits an app by ``add_middleware``; before its first request those are only listed."""
+    """The limiting middlewares of ``add_middleware``; before an app's first request they are only listed."""
     stack = getattr(app, "middleware_stack", None)
     if stack is not None:
         yield from (each.coverage() for each in inwards(stack) if isinstance(each, Covering))
@@ -81,7 +81,7 @@ _listed: WeakKeyDictionary[Middleware, Coverage] = WeakKeyDictionary()
 
 
 async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
-    """What a middleware wraps that is only asked for its rules."""
+    """A stand-in for the wrapped app of a middleware that is only asked for its rules."""
 
 
 def routes_of(app: Any) -> Sequence[Any]:

@@ -108,7 +108,7 @@ class _Documenting:
 
 
 def _by_rules(place: FoundApp, method: str, path: str, route: Any) -> frozenset[int]:
-    """What the middlewares around an app may answer in place of one of its operations."""
+    """The answers that the middlewares around an app may give in place of one of its operations."""
     found = _NONE
     for coverage, at in place.around:
         own, spelled = _spelled(place, at, path, route)
@@ -133,7 +133,7 @@ def _spelled(place: FoundApp, at: str, path: str, route: Any) -> tuple[PathTempl
 
 
 def _by_limits(place: FoundApp, route: Any) -> frozenset[int]:
-    """What the limits of a route itself may answer."""
+    """The answers that the limits of a route itself may give."""
     settings = _settings(place)
     return _NONE.union(*(limit.statuses(settings) for limit in _limits(route)))
 
@@ -144,7 +144,7 @@ def _limits(route: Any) -> Iterator[RateLimit]:
 
 
 def _settings(place: FoundApp) -> Settings | None:
-    """Those of the middleware that per-route limits go by."""
+    """The settings of the middleware that per-route limits go by."""
     return next((coverage.settings for coverage, _ in place.around), None)
 
 

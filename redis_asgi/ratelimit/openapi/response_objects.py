@@ -1,4 +1,4 @@
-"""What a limit answers, as OpenAPI describes it: Response Objects, and the schemas of the bodies in each dialect."""
+"""Answers of limits as OpenAPI describes them: Response Objects, and the schemas of bodies in each dialect."""
 
 import copy
 from typing import Any, TypeAlias, get_args
@@ -89,7 +89,7 @@ def rate_limit_responses(
     fails_closed: bool = False,
     needs_identity: bool = False,
 ) -> dict[int | str, dict[str, Any]]:
-    """What a limit may answer, for ``responses=`` of a FastAPI app, router or route.
+    """The answers that a limit may give, for ``responses=`` of a FastAPI app, router or route.
 
     ::
 

@@ -1,1 +1,1 @@
-"""What is asked: which rules cover a request, whom each of them counts, and what it charges."""
+"""Rules: which of them cover a request, whom each counts, and what it charges."""

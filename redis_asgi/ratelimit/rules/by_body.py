@@ -29,7 +29,7 @@ _LONGEST = 256
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a body says to one that counts by it.
+    """The words of a body to a rule that counts by it.
 
     Attributes:
         bucket: Whom it is counted as; ``None``: its rule does not apply.
@@ -72,7 +72,7 @@ class ByBody(ABC):
         return self.said(conn.scope).bucket
 
     def said(self, scope: Scope) -> Said:
-        """What the body of a request said.
+        """The words of a request's body.
 
         Raises:
             ConfigurationError: See `__call__`.
@@ -91,14 +91,14 @@ class ByBody(ABC):
 
     @abstractmethod
     def read(self, document: Document) -> Said:
-        """What *document* says."""
+        """The bucket that *document* is in."""
 
     def _bucket(self, value: object) -> str | None:
         """The bucket of a member's *value*; texts, whole numbers, and true and false have one."""
         return self._said(value).bucket
 
     def _said(self, value: object) -> Said:
-        """What a member's *value* says."""
+        """The bucket of a member's *value*."""
         if isinstance(value, bool):
             value = "true" if value else "false"
         elif isinstance(value, int):

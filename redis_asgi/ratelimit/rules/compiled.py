@@ -99,7 +99,7 @@ class CompiledRule:
         self.asks_user = self.limits_of is not None or self.partition.read is None
 
     def charge(self, name: Any) -> Charge:
-        """What a client is charged under this rule.
+        """The charge of a client under this rule.
 
         Args:
             name: Whom it counts; of dynamic limits, by which policies and whom.
@@ -113,7 +113,7 @@ class CompiledRule:
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
 
     def estimate(self, policies: PolicySet, scope: Scope, asked: Asked | None, units: int | None) -> Spending:
-        """What a request is charged in tokens until it is known what it has used.
+        """The charge of a request in tokens until its usage is known.
 
         Args:
             asked: What its body asks for; ``None``: nobody can read it.
@@ -164,7 +164,7 @@ class CompiledRule:
 
     @property
     def statuses(self) -> frozenset[int]:
-        """What it may answer in place of the app."""
+        """The answers that it may give in place of the app."""
         enforces = not self.shadow
         found = {
             429: enforces and self.written.cost != 0,
@@ -193,7 +193,7 @@ class CompiledRule:
 
 
 class _Numbers:
-    """What reads how many requests a rule's callable lets be in flight; see `LastLimits`."""
+    """A reader of the number of requests that a rule's callable lets be in flight; see `LastLimits`."""
 
     def __init__(self, rule: str, shadow: bool) -> None:
         self._rule = rule
@@ -230,7 +230,7 @@ def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None
 
 
 def _of_uses(reader: ByBody, cost: int, request: HTTPConnection) -> int:
-    """What a request costs each of whose uses costs *cost*."""
+    """The cost of a request each of whose uses costs *cost*."""
     return cost * reader.said(request.scope).times
 
 

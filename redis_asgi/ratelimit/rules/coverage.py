@@ -1,4 +1,4 @@
-"""What a middleware may answer in place of the app, said to whoever documents the app."""
+"""The answers that a middleware may give in place of the app, for the app's documents."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Coverage:
     dialects: tuple[tuple[PathPattern, str], ...] = ()
 
     def statuses(self, method: str, own: PathTemplate, all_: tuple[PathTemplate, ...]) -> frozenset[int]:
-        """What it may answer to requests of *method* for a route.
+        """The answers that it may give to requests of *method* for a route.
 
         Args:
             own: The route's path as the middleware's app sees it.
@@ -44,5 +44,5 @@ class Covering:
     """The base of a middleware that limits what it wraps, for who must not import the middleware itself."""
 
     def coverage(self) -> Coverage:
-        """What it may answer in place of the app."""
+        """The answers that it may give in place of the app."""
         raise NotImplementedError

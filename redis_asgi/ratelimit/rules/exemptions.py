@@ -1,4 +1,4 @@
-"""Which requests are never counted: paths, what a callable says, and the pages of the package's own sub-apps."""
+"""Requests that are never counted: by path, by a callable's word, and the pages of the package's own sub-apps."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
@@ -18,7 +18,7 @@ Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awai
 
 
 class Exemptions:
-    """What one middleware leaves alone.
+    """The requests that one middleware leaves alone.
 
     Of the package's own sub-apps that is exactly the pages that they answer, and of the user's patterns what they cover
     however the path is spelled: a request is served uncounted only if that is what every router would say.

@@ -1,4 +1,4 @@
-"""What a rule goes by when its callable returns limits that nobody can read: those that it last returned."""
+"""The limits that a rule goes by when its callable returns unreadable ones: those that it last returned."""
 
 import logging
 import threading

@@ -18,7 +18,7 @@ LOOKS = 500
 
 
 class Linter:
-    """What one middleware has said already, and what it looks for.
+    """The warnings of one middleware, and the signs that it looks for.
 
     Args:
         routing: What stands between the middleware and the app's routes.

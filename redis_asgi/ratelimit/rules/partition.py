@@ -1,4 +1,4 @@
-"""Who shares a counter: the ready ``partition_by`` callables, and how any of them becomes a `Partition`."""
+"""Partitions, the clients that share a counter: the ready ``partition_by`` callables, and how any becomes one."""
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -111,7 +111,7 @@ def _read_user(scope: Scope) -> str | None:
 
 
 def check_partition_by(partition_by: object) -> None:
-    """What says who shares a counter is a callable that takes the connection, or several of these.
+    """Check that *partition_by* is a callable that takes the connection, or several of these.
 
     Raises:
         ConfigurationError: If it is none, or takes something else.
@@ -215,7 +215,7 @@ class Partitioner:
         return self.kind == "user" or self.kind.startswith("header:")
 
     async def settle(self, said: object, scope: Scope) -> "str | Partition | None":
-        """Whom a request is counted as for which `by` or `read` *said* this; ``None``: its rule does not apply.
+        """The identity of a request of which `by` or `read` *said* this; ``None``: its rule does not apply.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.

@@ -1,4 +1,4 @@
-"""What is asked of a request: the rules that cover it (`Plans`), and what each of them charges its client (`Plan`)."""
+"""Plans: the rules that cover a request (`Plans`), and what each of them charges its client (`Plan`)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
@@ -26,7 +26,7 @@ _RULES_KEPT = 10_000
 
 
 def _weight(asked: AskedKey) -> int:
-    """What the charges of *asked* take, with four bytes for each character that a client sent."""
+    """The bytes that the charges of *asked* take, with four for each character that a client sent."""
     return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
 
 
@@ -37,7 +37,7 @@ def _names(part: Any) -> Sequence[Any]:
 
 
 def charges_kept(_settings: Settings) -> ChargesKept:
-    """What one manager keeps of charges, for all whose plans it serves: see `RedisManager.per_process`.
+    """The charges that one manager keeps, for all whose plans it serves: see `RedisManager.per_process`.
 
     So that it is one bound for a process however many limits it has, each of which may be asked by every client.
     """
@@ -77,7 +77,7 @@ class Plan:
         return self._kept.young.get(tuple(asked))
 
     async def charges(self, scope: Scope) -> Charges:
-        """What a request is to be charged, but for what is *behind*; empty where no rule applies to it.
+        """The charges of a request, but for what is *behind*; empty where no rule applies to it.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.
@@ -108,7 +108,7 @@ class Plan:
 
 
 class PlanCache:
-    """What one engine keeps of the plans that it decides: by their rules, and the charges of all.
+    """The plans that one engine decides, by their rules, and the charges of all.
 
     Args:
         addressing: Whose addresses are believed, where no middleware has said so.
@@ -151,7 +151,7 @@ class PlanCache:
         return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
 
     def least(self, charges: Charges) -> Charges:
-        """Those of *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
+        """The *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
         if not charges.is_priced:
             return charges
 

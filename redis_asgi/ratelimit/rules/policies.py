@@ -1,4 +1,4 @@
-"""What notation becomes under a rule: policies, each with a name of its own."""
+"""Policies of a rule, made of notation, each with a name of its own."""
 
 import logging
 import re

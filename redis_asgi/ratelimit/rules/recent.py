@@ -8,7 +8,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """What was used lately: at least *limit* of it, and at most twice that.
+    """The values that were used lately: at least *limit* of them by weight, and at most twice that.
 
     When the young generation is full it becomes the old one, and what was in that and not used meanwhile is forgotten.
 
@@ -30,7 +30,7 @@ class Recent(Generic[K, V]):
         self.young: dict[K, V] = {}
 
     def find(self, key: K, make: Callable[[K], V]) -> V:
-        """What is kept of *key*, else what *make* makes of it."""
+        """The value kept of *key*, else the one that *make* makes of it."""
         value = self._old.pop(key, None)
         if value is None:
             value = make(key)

@@ -1,4 +1,4 @@
-"""What the routers of the wrapped app make of a path, asked of themselves: where it is rooted, and our own pages."""
+"""The routers of the wrapped app, asked themselves about a path: where it is rooted, and our own pages."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -158,7 +158,7 @@ def _first_mount(routes: list[Any], scope: Scope) -> object:
 
 
 def _prefixes(mounts: list[Mount], path: str, depth: int = 0) -> Iterator[str]:
-    """What the mounts that a path leads to, one within the other, have taken for their own part of it."""
+    """The part of a path that mounts, one within the other, have taken for their own."""
     for mount in mounts if depth < _DEEPEST_MOUNT else ():
         match = mount.path_regex.match(path)
         if match is not None:
@@ -188,7 +188,7 @@ def _mounts_of(app: object) -> list[Mount]:
 
 
 def inner_app(app: object) -> object:
-    """What a middleware wraps, wherever it keeps that; ``None`` when it is none."""
+    """The app that a middleware wraps, wherever it keeps that; ``None`` when it is none."""
     return next((inner for name in _INNER if (inner := getattr(app, name, None)) is not None), None)
 
 

@@ -36,7 +36,7 @@ _NO_DEPENDENCY = Uncalled("Rule is no dependency. Write Depends(RateLimit('5/min
 @constructor_says_what_was_meant("Rule('5/minute', name='login', paths='/login')")
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which requests are limited, by what, and how they are counted.
+    """A limit: the requests that it covers, by what they are limited, and how they are counted.
 
     Attributes:
         limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``

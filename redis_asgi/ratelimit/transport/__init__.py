@@ -1,1 +1,1 @@
-"""How checks reach Redis: those that share a trip, one script, and whichever connection takes them there."""
+"""The way of checks to Redis: shared trips, one script, and the connections that take them there."""

@@ -154,7 +154,7 @@ class Batcher:
         return bool(self._waiting)
 
     def take(self) -> SubmittedBatch | None:
-        """What waits and still has somebody waiting for it, oldest first, at most `MAX_COUNTERS` counters.
+        """The checks that wait and are still waited for, oldest first, at most `MAX_COUNTERS` counters.
 
         Half of it, when it is many and the first to be under way.
         """

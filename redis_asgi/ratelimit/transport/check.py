@@ -63,7 +63,7 @@ class Check:
                 future.set_exception(error)
 
     def hear(self, outcome: Outcome) -> object:
-        """What the waiter is given of *outcome*.
+        """The value that the waiter is given of *outcome*.
 
         It runs for a whole batch in one go, where the same few lines stay in the processor's caches: for each request
         by itself, between system calls, they take twice as long.
@@ -119,11 +119,11 @@ class SubmittedBatch:
 
 
 class Transport(Protocol):
-    """How batches reach Redis."""
+    """A way by which batches reach Redis."""
 
     @property
     def busy(self) -> int:
-        """How many batches are under way, or prepared."""
+        """The number of batches under way, or prepared."""
 
     def start(self, batcher: "Batcher") -> None:
         """Take what waits in *batcher* and send it, as soon as there is a connection."""
@@ -138,7 +138,7 @@ class Transport(Protocol):
         """Drop all connections, those being made included: the next batch gets a new one."""
 
     def timeout_cause(self) -> Failure:
-        """What a check still in the queue at its deadline was waiting for."""
+        """The failure of a check still in the queue at its deadline."""
 
     async def aclose(self) -> None:
         """End what is under way."""
@@ -166,7 +166,7 @@ def graver(one: Failure | None, other: Failure | None) -> Failure | None:
 
 
 def still_waiting(checks: Iterable[Check]) -> list[Check]:
-    """Those of *checks* without an outcome, settlements that nobody waits for included."""
+    """The *checks* without an outcome, settlements without a waiter included."""
     return [check for check in checks if not check.future.done()]
 
 
@@ -177,6 +177,6 @@ def resolve(checks: Iterable[Check], outcome: Outcome) -> None:
 
 
 def split_late(checks: Sequence[Check], now: float) -> tuple[list[Check], list[Check]]:
-    """Those of *checks* whose deadline has passed at *now* (on the loop's clock), and the others."""
+    """The *checks* whose deadline has passed at *now* (on the loop's clock), and the others."""
     late = [check for check in checks if check.deadline <= now]
     return late, [check for check in checks if check.deadline > now] if late else list(checks)

@@ -1,4 +1,4 @@
-"""How a batch reaches Redis through redis-py: one script call over a pooled connection, or a pipeline per cluster node.
+"""Transports through redis-py: one script call over a pooled connection, or a pipeline per cluster node.
 
 `direct_transport` has the shorter way for pools of our own.
 """
