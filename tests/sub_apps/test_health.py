@@ -976,12 +976,11 @@ async def ask(leave=False):
         return first.json()["status"], second.json()["status"]
 
 for _ in range(2):
-    print(*asyncio.run(ask()))
+    print(*asyncio.run(ask()), flush=True)
 asyncio.run(ask(leave=True))
 child = os.fork()
 if not child:
-    print(*asyncio.run(ask()))
-    sys.stdout.flush()
+    print(*asyncio.run(ask()), flush=True)
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
