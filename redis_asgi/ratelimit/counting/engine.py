@@ -160,7 +160,7 @@ class Engine:
             self._apply_here(mode, Charges(charges), receipts)
             return
         # On a cluster each charge may live on another node.
-        for mine in _by_partition(charges):
+        for mine in _in_order(charges):
             theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
             try:
                 batcher = self._batcher()
@@ -299,8 +299,8 @@ def _alone(policy: Policy) -> PolicySet:
     return PolicySet((policy,))
 
 
-def _by_partition(charges: Sequence[Charge]) -> list[Charges]:
-    """*charges*, those of a partition together."""
+def _in_order(charges: Sequence[Charge]) -> list[Charges]:
+    """*charges*, those of a partition that follow each other together: their receipts are in the same order."""
     if len(charges) == 1:
         (charge,) = charges
         return [Charges.of_one(charge)]

@@ -11,7 +11,7 @@ from ...connection.manager import RedisManager
 from ...connection.open_client import PROCESS
 from ...errors import Failure
 from ...settings import Settings
-from ..limits.charge import Charge, Charges, counters_of
+from ..limits.charge import Charge, Charges, by_partition, counters_of
 from ..limits.clock import CLOCK
 from ..limits.refusal_memory import RefusalMemory
 from ..transport.batcher import MAX_COUNTERS, Batcher
@@ -187,7 +187,8 @@ class Heart:
         if batcher is None:
             self._owe(slot)
             return
-        for charges in _by_partition(slot.charges):
+        charged = slot.charges
+        for charges in map(Charges, by_partition(charged).values()) if charged.is_spread else (charged,):
             check = self._check("refund", charges, slot.holders)
             check.future.add_done_callback(partial(self._has_told, slot))
             batcher.submit(check)
@@ -242,13 +243,3 @@ class Hearts:
 
 def _places(slot: Slot) -> list[tuple[Place, Charge]]:
     return [((slot.holder, c.partition.key, policy.field), c) for c, policy in counters_of(slot.charges)]
-
-
-def _by_partition(charges: Charges) -> list[Charges]:
-    """*charges*, those of one partition together: on a cluster each may live on another node."""
-    if not charges.is_spread:
-        return [charges]
-    parts: dict[bytes, list[Charge]] = {}
-    for charge in charges:
-        parts.setdefault(charge.partition.key, []).append(charge)
-    return [Charges(mine) for mine in parts.values()]

@@ -244,3 +244,11 @@ class Charges(Sequence[Charge]):
 def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
     """The counters that *charges* touch, in the order in which a reply tells of them."""
     return [(charge, policy) for charge in charges for policy in charge.policies.policies]
+
+
+def by_partition(charges: Iterable[Charge]) -> dict[bytes, list[Charge]]:
+    """*charges* by the keys of their partitions, each of which may live on another node of a cluster."""
+    parts: dict[bytes, list[Charge]] = {}
+    for charge in charges:
+        parts.setdefault(charge.partition.key, []).append(charge)
+    return parts

@@ -7,7 +7,7 @@ from itertools import islice
 
 from ...connection.manager import RedisManager
 from ...errors import Failure
-from ..limits.charge import Charge, Charges
+from ..limits.charge import Charge, Charges, by_partition
 from ..limits.clock import CLOCK
 from ..limits.policy import Policy
 from ..limits.refusal_memory import RefusalMemory
@@ -34,7 +34,7 @@ class Parts:
 
     def takes(self, check: Check) -> bool:
         """Ask *check* in parts, if it has several partitions; whether that is so."""
-        parts = _by_partition(check.asked)
+        parts = by_partition(check.asked)
         if len(parts) == 1 or check.mode in ("charge", "refund"):
             return False
         asked = [self._part(check, Charges(charges)) for charges in parts.values()]
@@ -129,13 +129,6 @@ class ApartWhereAsked:
 
     def found(self) -> None:
         self._manager.found_slots()
-
-
-def _by_partition(charges: Sequence[Charge]) -> dict[bytes, list[Charge]]:
-    parts: dict[bytes, list[Charge]] = {}
-    for charge in charges:
-        parts.setdefault(charge.partition.key, []).append(charge)
-    return parts
 
 
 def _untaken(charge: Charge, policy: Policy, numbers: Numbers) -> Numbers:
