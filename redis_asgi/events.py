@@ -233,6 +233,13 @@ EVENTS: Mapping[str, Event] = {
         "estimate stays under the rule %(rule)s.",
         "Compress outside of the limiter: what is added last with add_middleware is outermost.",
     ),
+    "usage_undeclared": Event(
+        logging.WARNING,
+        "An answer has no Content-Type, and may be text that a model was told to write, so nobody reads what it has "
+        "used, and its estimate stays under the rule %(rule)s.",
+        "Give it its media type, such as StreamingResponse(..., media_type='text/event-stream'), or say what it used: "
+        "request.state.rate_limit.used(n).",
+    ),
     "limits_unreadable": Event(
         logging.WARNING,
         "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s. Such a client has its last "

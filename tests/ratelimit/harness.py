@@ -1,6 +1,6 @@
 """Apps and drivers that the middleware's tests share."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -8,6 +8,9 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import Settings
+from redis_asgi.ratelimit.counting.settlement import Change
+from redis_asgi.ratelimit.counting.verdict import Verdict
+from redis_asgi.ratelimit.limits.charge import counters_of
 
 MEMORY = Settings(REDIS_URL="memory://")
 
@@ -102,3 +105,9 @@ async def drive(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]
 def header(message: Message, name: bytes) -> bytes | None:
     """The value of a response's header, ``None`` when it has none."""
     return next((value for key, value in message["headers"] if key.lower() == name), None)
+
+
+def changes_of(verdict: Verdict, deltas: Sequence[int]) -> list[Change]:
+    """The changes of *deltas*, one for each counter of what *verdict* charged, as `Engine.settle` takes them."""
+    both = zip(counters_of(verdict.charges), deltas, strict=True)
+    return [(at, charge, policy, delta) for at, ((charge, policy), delta) in enumerate(both) if delta]

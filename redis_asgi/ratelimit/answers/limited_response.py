@@ -6,6 +6,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
 from ..budgets.usage import UsageReader
+from ..counting.settlement import Change
 from ..counting.verdict import Verdict
 from . import headers
 from .dialects import AnswerStyle, plain_style
@@ -47,7 +48,7 @@ class LimitedResponse:
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
-        back: Sequence[tuple[Verdict, list[int]]] = ()
+        back: Sequence[tuple[Verdict, list[Change]]] = ()
         if kind != "http.response.body":
             message, back = self._start(kind, message)
         try:
@@ -66,10 +67,10 @@ class LimitedResponse:
         elif reader is not None and kind in _FILES and not message.get("more_body"):
             reader.close(complete=True)
         if back:
-            for verdict, deltas in back:
-                self.decision.ledger.apply(verdict, deltas)
+            for verdict, changes in back:
+                self.decision.ledger.apply(verdict, changes)
 
-    def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
+    def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[Change]]]]:
         """*message* with the fields, if it is a start, and what its status gives back."""
         if kind not in _STARTS:
             if kind != "websocket.close" or self.status is not None:
@@ -88,9 +89,11 @@ class LimitedResponse:
             message = headers.with_fields(message, fields)
         ledger = verdict.ledger
         if ledger is not None and ledger.spends:
-            # An app may pass headers that can be read only once.
-            message = {**message, "headers": [*message.get("headers", ())]}
-            self._reader = ledger.reader = UsageReader(status, message["headers"])
+            written = message.get("headers") or ()
+            if type(written) is not list:
+                # An app may pass headers that can be read only once.
+                message = {**message, "headers": (written := [*written])}
+            self._reader = ledger.reader = UsageReader(status, written)
         return message, back
 
     def failed(self, error: BaseException) -> None:

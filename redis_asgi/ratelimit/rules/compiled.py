@@ -127,7 +127,7 @@ class CompiledRule:
         outputs = self._outputs.get(bucket)
         if outputs is None:
             outputs = self._outputs[bucket] = Outputs()
-        quota = min([policy.quota for policy in policies])
+        quota = policies.least
         units = tokens.estimate if isinstance(tokens.estimate, int) else units
         if units is not None:
             estimate = tokens.estimated_as(units, asked, quota=quota)
