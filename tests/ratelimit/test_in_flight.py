@@ -234,11 +234,12 @@ async def test_a_place_for_those_who_pay(either: RedisManager) -> None:
     await ended([*free, *paying])
 
 
-@pytest.mark.parametrize("said", ["4", 4.0, -1, True, 10**9 + 1, [4]])
+@pytest.mark.parametrize("said", ["4", 4.0, float("nan"), -1, True, 10**9 + 1, [4]])
 async def test_a_callable_that_says_no_number_is_an_error(said: object) -> None:
     """Of the app, with the rule and the value; nothing is held."""
     limited = RateLimitMiddleware(Spy(), rules=[streams(lambda conn: said)], settings=memory())
-    with pytest.raises(ValueError, match=r"rule 'streams': concurrency=.* not a whole number .* None for no limit"):
+    words = r"rule 'streams', whose .* callable: concurrency=.* not a whole number .* None for no limit"
+    with pytest.raises(ConfigurationError, match=words):
         await drive(limited, http_scope())
 
 
@@ -450,6 +451,50 @@ async def test_a_slot_is_held_for_a_block(either: RedisManager) -> None:
             raise LookupError
     async with limiter.slot("a", 1) as decision:
         assert decision.allowed
+
+
+async def test_a_slot_can_be_looked_at(either: RedisManager) -> None:
+    """As often as one likes: nothing is held by it, and its answer is that of a slot."""
+    limiter = RateLimiter(either, timeout=5)
+    seen = [await limiter.peek("a", concurrency=2) for _ in range(5)]
+    async with limiter.slot("a", 2), limiter.slot("a", 2):
+        full = await limiter.peek("a", concurrency=2)
+        more = await limiter.peek("a", concurrency=3)
+        other = await limiter.peek("a", concurrency=2, name="jobs")
+    again = await limiter.peek("a", concurrency=2)
+
+    assert [(True, 2)] * 5 == [(each.allowed, each.policies[0].remaining) for each in seen]
+    assert (False, 0, 1.0, ("default",)) == (full.allowed, full.policies[0].remaining, full.retry_after, full.violated)
+    assert [(True, 1), (True, 2)] == [(each.allowed, each.policies[0].remaining) for each in (more, other)]
+    assert (True, 0) == (again.allowed, running(either))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"concurrency": 0}, {"concurrency": 4, "cost": 2}, {"concurrency": 4, "limits": "5/minute"}]
+)
+async def test_a_slot_that_cannot_be_is_not_looked_at(arguments: dict[str, Any]) -> None:
+    """A limit by rate is another one."""
+    with pytest.raises(ConfigurationError, match=r"concurrency="):
+        await RateLimiter(settings=memory()).peek("a", **arguments)
+
+
+@on_redis
+async def test_a_heart_opens_no_connection_that_was_closed(redis_server: ExternalServer, redis_url: str) -> None:
+    """What runs on when the app has closed its manager ends with its lease; who opens it again hears it beat again."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))
+    limiter = RateLimiter(manager, timeout=5)
+    async with limiter.slot("a", 2):
+        heart = heart_of(manager)
+        await manager.close()
+        await heart.beat()
+        assert not manager.is_open
+        assert 1 == len(members(redis_server.client()))
+    await heart.beat()
+    assert not manager.is_open
+    assert (await limiter.peek("b", concurrency=2)).allowed
+    await heart.beat()
+
+    assert [] == members(redis_server.client())
 
 
 @pytest.mark.parametrize(("number", "name"), [(0, "a"), ("4", "a"), (4, "a b"), (None, "a")])

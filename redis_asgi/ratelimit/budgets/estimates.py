@@ -148,11 +148,11 @@ def _quarters_of_plain(objects: list[Any]) -> int | None:
     try:
         texts = list(chain.from_iterable(map(dict.values, objects)))
         is_ascii = all(map(str.isascii, texts))
+        size = sum(map(len, texts)) if is_ascii else len("".join(texts).encode("utf-8", "surrogatepass"))
     except TypeError:  # one of them is no object, or holds something else
         return None
-    if ":" in map(_FIFTH, texts) or not _HOLDS_MEDIA.isdisjoint(chain.from_iterable(objects)):
-        return None
-    return sum(map(len, texts)) if is_ascii else len("".join(texts).encode("utf-8", "surrogatepass"))
+    is_plain = ":" not in map(_FIFTH, texts) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(objects))
+    return size if is_plain else None
 
 
 def _quarters_of_text(text: str) -> int:

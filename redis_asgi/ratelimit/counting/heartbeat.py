@@ -117,10 +117,13 @@ class Heart:
             self._has_beaten()
 
     def _batcher(self) -> Batcher | ClusterBatcher | None:
-        """The batcher of the running loop; ``None`` where no client can be built, or, as one ends, in no loop."""
+        """The batcher of the running loop; ``None`` where its client is closed, or as it ends, in no loop.
+
+        No client is opened for it: a heart that beats on after the app has closed its manager would keep a connection.
+        """
         try:
             is_here = asyncio.get_running_loop() is self.loop
-            return self._manager.per_client(make_batcher) if is_here else None
+            return self._manager.per_client(make_batcher) if is_here and self._manager.is_open else None
         except Exception:
             return None
 
