@@ -14,7 +14,7 @@ _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a documen
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
-_SAYS_MEDIUM = ("media_type", "mime_type", "mimeType", "format")
+_SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
 _HOLDS_MEDIA = frozenset(("data", "images"))
 _FIFTH = itemgetter(slice(4, 5))  # character of a text, which is a colon in each URL of data
 _REMEMBERED, _ENOUGH = 128, 20  # outputs
@@ -163,10 +163,12 @@ def _quarters_of_text(text: str) -> int:
 
 def _more_for_media(holder: dict[str, object]) -> int:
     """The count of the media that *holder* has in base64, less theirs as texts."""
-    encoded: list[object] = []
-    if holder.get("type") == "base64" or any(name in holder for name in _SAYS_MEDIUM):
-        encoded.append(holder.get("data"))
-    images = holder.get("images")
-    if isinstance(images, list):
-        encoded += [image for image in images if isinstance(image, str) and "://" not in image[:16]]
-    return sum(_QUARTERS_OF_MEDIUM - _quarters_of_text(text) for text in encoded if isinstance(text, str))
+    more = 0
+    data, images = holder.get("data"), holder.get("images")
+    if type(data) is str and (holder.get("type") == "base64" or not _SAYS_MEDIUM.isdisjoint(holder)):
+        more += _QUARTERS_OF_MEDIUM - _quarters_of_text(data)
+    if type(images) is list:
+        for image in images:
+            if type(image) is str and "://" not in image[:16]:
+                more += _QUARTERS_OF_MEDIUM - _quarters_of_text(image)
+    return more
