@@ -479,6 +479,26 @@ async def test_a_slot_that_cannot_be_is_not_looked_at(arguments: dict[str, Any])
 
 
 @on_redis
+async def test_what_is_owed_during_a_heartbeat_waits_for_a_second(patient: RedisManager) -> None:
+    """Not for ten: a release that failed while others were renewed is told by the next heartbeat, which comes soon."""
+    limiter = RateLimiter(patient, timeout=5)
+    async with limiter.slot("a", 2):
+        heart = heart_of(patient)
+        (slot,) = heart._running.values()
+        beating = heart.beat()
+        heart._owe(slot)
+        await beating
+        assert heart._timer is not None
+        soon = heart._timer.when() - heart.loop.time()
+        owed = heart.owes
+        await heart.beat()
+        later = heart._timer.when() - heart.loop.time()
+
+    assert (1, 0) == (owed, heart.owes)
+    assert soon <= 1 < later
+
+
+@on_redis
 async def test_a_heart_opens_no_connection_that_was_closed(redis_server: ExternalServer, redis_url: str) -> None:
     """What runs on when the app has closed its manager ends with its lease; who opens it again hears it beat again."""
     manager = RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))

@@ -66,10 +66,10 @@ class Spending(NamedTuple):
             is_said: Whether the app says what it costs.
         """
         if reader is not None:
-            if (reader.is_undeclared or reader.unread_encoding is not None) and not is_said:
-                # A redirect, or an answer without a body, need not say what it is.
-                if reader.status < 300 and reader.bytes_sent:
-                    self.accuracy.warn_of(reader.unread_encoding)
+            is_unread = reader.is_undeclared or reader.unread_encoding is not None
+            # A redirect, or an answer without a body, need not say what it is.
+            if is_unread and not is_said and reader.status < 300 and reader.bytes_sent:
+                self.accuracy.warn_of(reader.unread_encoding)
             if reader.usage is not None and reader.complete:
                 self.outputs.note(reader.usage)
         return self.tokens.settled(self.estimate, reader)
