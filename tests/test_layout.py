@@ -109,7 +109,7 @@ FOLDERS = {
     "telemetry": "count_buffer errors",
     "settings": "errors misuse",
     "asgi": "errors misuse settings",
-    "connection": "_version errors event_loop events misuse settings telemetry",
+    "connection": "_version asgi errors event_loop events misuse settings telemetry",
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
@@ -118,7 +118,7 @@ FOLDERS = {
         "connection count_buffer errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings"
         " telemetry tracing"
     ),
-    "ratelimit/rules": "asgi errors event_loop events keys misuse ratelimit/budgets ratelimit/limits settings",
+    "ratelimit/rules": "asgi errors events keys misuse ratelimit/budgets ratelimit/limits settings",
     "ratelimit/answers": (
         "asgi connection errors event_loop misuse ratelimit/budgets ratelimit/counting ratelimit/limits settings"
     ),

@@ -9,6 +9,7 @@ import redis
 import redis.asyncio as aioredis
 from starlette.types import Scope
 
+from ..asgi.offer import offer_of
 from ..errors import ConfigurationError
 from ..events import say
 from ..misuse import shown
@@ -119,19 +120,7 @@ def _checked_client(client: object) -> Client:
     )
 
 
-# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
-# becomes a key of the scope itself.
-_MANAGERS = "redis_asgi.managers"
-
-
-def offer_manager(scope: Scope, manager: RedisManager) -> None:
-    """Tell the package's own sub-apps below that a middleware uses *manager*."""
-    outer = scope.get(_MANAGERS, ())
-    if manager not in outer:
-        scope[_MANAGERS] = (*outer, manager)
-
-
 def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
     """The managers of the middlewares that a request has come through, the outermost first."""
-    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
-    return offered
+    offer = offer_of(scope)
+    return () if offer is None else offer.managers

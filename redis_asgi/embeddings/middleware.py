@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..asgi.offer import OFFER, Offer
 from ..connection.lifespan import live
 from ..connection.manager import RedisManager
-from ..connection.redis_argument import RedisArgument, offer_manager
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
@@ -94,6 +95,7 @@ class EmbeddingCacheMiddleware:
         self._has_loop = False
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
         self._shared = Shared(app, manager, options)
+        self._offer = Offer(manager)
         self._records = (manager, options.namespace)
         self._settings = settings
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
@@ -110,7 +112,7 @@ class EmbeddingCacheMiddleware:
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
-            offer_manager(scope, self._shared.vectors.manager)
+            scope[OFFER] = self._offer.below(scope.get(OFFER))
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:

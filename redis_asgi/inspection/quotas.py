@@ -16,7 +16,7 @@ from ..asgi.scope import Addressing, parse_address
 from ..connection.manager import RedisManager
 from ..errors import ConfigurationError, Failure
 from ..maintenance import MaintenanceError
-from ..ratelimit.counting.engine import Engine
+from ..ratelimit.counting.reset import reset_in_redis
 from ..ratelimit.limits.charge import Charge, Charges
 from ..ratelimit.limits.counter import Mode
 from ..ratelimit.limits.decision import PolicyState, read_reply
@@ -224,8 +224,7 @@ async def reset(manager: RedisManager, partition: Partition, *, name: str | None
     """
     if name is not None:
         check_name(name)
-    engine = Engine(manager, timeout=manager.settings.REDIS_TIMEOUT)
-    return await engine.reset_in_redis(partition, name)
+    return await reset_in_redis(manager, partition, name)
 
 
 def _bytes(value: bytes | str) -> bytes:

@@ -25,7 +25,10 @@ from .rules.reading import NO_BODY, look, look_on_route
 
 
 class Ahead:
-    """A request whose body is asked before the app sees it, or that is held until its answer has ended.
+    """A request whose head alone does not decide it.
+
+    Its body is asked before the app sees it, it is held until its answer has ended, or an instance outside has decided
+    a part of it.
 
     Args:
         engine: Decides about it.
@@ -58,6 +61,8 @@ class Ahead:
             MissingIdentity: See `Plan.charges`.
         """
         engine, behind = self._engine, plan.behind
+        if self._outer is not None:
+            charges = left_over(charges, self._outer, engine, self._linter)
         if engine.refusals.partitions:
             # A refusal that is known already spares the reading of a body. Whether there is one, only the body says.
             says_empty = charges.has_tokens and content_length(self._scope) == 0

@@ -21,9 +21,10 @@ from redis_asgi import (
     client_ip,
     rate_limit,
 )
+from redis_asgi.asgi.offer import OFFER, Offer
 from redis_asgi.asgi.scope import Addressing
 from redis_asgi.ratelimit.limits.policy import Partition, make_partition
-from redis_asgi.ratelimit.rules.partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, Partitioner
+from redis_asgi.ratelimit.rules.partition import LONGEST_CACHED, MissingIdentity, Partitioner
 
 from .harness import drive, http_scope, memory
 
@@ -46,7 +47,7 @@ async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
     settings = Settings(REDIS_URL="memory://", **values)
     addressing = Addressing(settings)
     # A request of its own, behind a door that has said whose addresses are believed.
-    return await ask(Partitioner(by, settings, addressing), {**scope, ADDRESSING: addressing})
+    return await ask(Partitioner(by, settings, addressing), {**scope, OFFER: Offer(addressing=addressing)})
 
 
 async def ask(partitioner: Partitioner, scope: Scope) -> Partition | None:

@@ -131,7 +131,7 @@ async def test_all_have_to_be_there_where_redis_is_required(redis_server: Extern
 async def test_no_request_says_whose(redis_server: ExternalServer) -> None:
     """What a client sends changes nothing about it."""
     app = app_with(health_app(), limiter(redis=redis_server.url))
-    name = "redis_asgi.managers"
+    name = "redis_asgi.offer"
     answer = await read(app, f"/part/?{name}={MEMORY}&redis={MEMORY}", **{name: MEMORY, "redis": MEMORY})
 
     assert "standalone" == answer.json()["mode"]

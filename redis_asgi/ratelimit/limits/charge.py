@@ -94,8 +94,10 @@ class Charges(Sequence[Charge]):
         reply_size: How many numbers the answer is.
         all_enforcing: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         status_decides: Whether the response's status decides if they stay.
+        is_conditional: Whether they may stay or not: by that status, or as one of them is *unread*.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
+        is_ready: Whether they are all there is to decide about the request, at known costs, and hold nothing.
         is_priced: Whether the cost of one of them is still to be asked for.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
         holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
@@ -111,6 +113,7 @@ class Charges(Sequence[Charge]):
     render: Callable[[Sequence[int]], Any] | None = None
     known: Any = None
     is_priced = has_tokens = holds = is_spread = status_decides = unread = False
+    is_conditional = is_ready = False
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
@@ -150,8 +153,10 @@ class Charges(Sequence[Charge]):
         self.all_enforcing = enforce
         self.status_decides = status_decides
         self.unread = unread
+        self.is_conditional = status_decides or unread
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
+        self.is_ready = bool(each) and not is_priced and not holds
         self.has_tokens = has_tokens
         self.holds = holds
 
@@ -176,6 +181,7 @@ class Charges(Sequence[Charge]):
         made.consume = CONSUME + made.terms
         made.is_spread = len(keys) > 1 and len(set(keys)) > 1
         made.sets, made.names, made.all_enforcing = (), (), False  # nobody asks
+        made.is_ready = True
         return made
 
     def at(self, each: Sequence[Charge]) -> "Charges":
@@ -190,6 +196,7 @@ class Charges(Sequence[Charge]):
         made.consume = CONSUME + made.terms
         made.is_priced = made.has_tokens = False
         made.known = None
+        made.is_ready = not self.holds
         return made
 
     @property
