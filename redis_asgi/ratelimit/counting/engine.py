@@ -206,6 +206,7 @@ class Engine:
             return batcher
         # Not read back: a loop in another thread may have put its own there meanwhile.
         batcher = self._last_batcher = self.manager.per_client(make_batcher)
+        self._settling = {}  # what waits elsewhere, in the parent of a fork perhaps
         self._forks = PROCESS.forks
         return batcher
 
