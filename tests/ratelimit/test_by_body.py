@@ -47,13 +47,6 @@ _counter = itertools.count()
 PLANS = {"gpt-5-mini*": "small", "gpt-5*": "large"}
 
 
-@pytest.fixture(params=["memory", "redis"])
-def settings(request: pytest.FixtureRequest) -> Settings:
-    """Counters of this test's own, in either store."""
-    url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
-    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"b{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
-
-
 def bucket(reader: Any, content: bytes) -> Any:
     """What *reader* makes of a body."""
     return reader.read(Document(content)).bucket
@@ -219,11 +212,11 @@ async def remaining(app: ASGIApp, content: bytes, **fields: str) -> Any:
     return response.headers.get("ratelimit") if response.status_code == 200 else response.status_code
 
 
-async def test_each_bucket_has_its_own_counter_for_each_key(settings: Settings) -> None:
+async def test_each_bucket_has_its_own_counter_for_each_key(any_settings: Settings) -> None:
     """Key and model together; invented models share one counter."""
     rule = Rule("2/minute", name="m", partition_by=[by_header("x-api-key"), by_json("model", PLANS)])
     spy = Spy()
-    app = RateLimitMiddleware(spy, rules=[rule], settings=settings)
+    app = RateLimitMiddleware(spy, rules=[rule], settings=any_settings)
     seen = [
         await remaining(app, body(model=model), **{"x-api-key": key})
         for key, model in [
@@ -237,10 +230,10 @@ async def test_each_bucket_has_its_own_counter_for_each_key(settings: Settings) 
     assert body(model="gpt-5") == spy.bodies[0]
 
 
-async def test_rule_covers_requests_with_a_body_only(settings: Settings) -> None:
+async def test_rule_covers_requests_with_a_body_only(any_settings: Settings) -> None:
     """POST, PUT and PATCH that have one; others are as if the rule were not there."""
     rules = [Rule("9/minute", name="all"), Rule("5/minute", name="m", partition_by=by_json("model", ["a"]))]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=any_settings)
     async with client_of(app) as client:
         covered = [
             '"m"' in (await client.request(method, "/", content=content)).headers["ratelimit"]
@@ -253,13 +246,15 @@ async def test_rule_covers_requests_with_a_body_only(settings: Settings) -> None
 
 
 @pytest.mark.parametrize("encoding", [[(b"transfer-encoding", b"chunked")], []], ids=["overridden", "a lie"])
-async def test_no_length_says_that_there_is_no_body(settings: Settings, encoding: list[tuple[bytes, bytes]]) -> None:
+async def test_no_length_says_that_there_is_no_body(
+    any_settings: Settings, encoding: list[tuple[bytes, bytes]]
+) -> None:
     """A server that passes on a ``Content-Length`` of 0 beside a body in chunks takes no request out of a rule."""
     rules = [
         Rule("9/minute", name="m", partition_by=by_json("model", ["a"])),
         Rule("100000/minute", name="tokens", cost=tokens()),
     ]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=any_settings)
     scope = http_scope(method="POST", headers=[(b"content-length", b"0"), *encoding])
     sent = await drive(app, scope, {"type": "http.request", "body": b'{"model":"a"}', "more_body": False})
 
@@ -267,10 +262,10 @@ async def test_no_length_says_that_there_is_no_body(settings: Settings, encoding
     assert (True, True) == (b'"m";r=8' in told, b'"tokens"' in told)
 
 
-async def test_methods_say_else(settings: Settings) -> None:
+async def test_methods_say_else(any_settings: Settings) -> None:
     """A rule that names GET covers a GET with a body, and none without."""
     rule = Rule("5/minute", methods="GET", partition_by=by_json("model", ["a"]))
-    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=any_settings)
     async with client_of(app) as client:
         responses = [await client.request("GET", "/", content=content) for content in (b"{}", b"")]
         post = await client.post("/", content=b"{}")
@@ -279,14 +274,16 @@ async def test_methods_say_else(settings: Settings) -> None:
     assert "ratelimit" not in post.headers
 
 
-async def test_handshake_is_not_covered(settings: Settings) -> None:
+async def test_handshake_is_not_covered(any_settings: Settings) -> None:
     """It has no body, and a rule that names it cannot be."""
-    app = RateLimitMiddleware(_accepting, rules=[Rule("1/minute", partition_by=by_json("m", "a"))], settings=settings)
+    app = RateLimitMiddleware(
+        _accepting, rules=[Rule("1/minute", partition_by=by_json("m", "a"))], settings=any_settings
+    )
 
     assert [None, None] == [header((await drive(app, websocket_scope()))[0], b"ratelimit") for _ in range(2)]
     with pytest.raises(ConfigurationError, match="handshake has no body"):
         RateLimitMiddleware(
-            Spy(), rules=[Rule("1/minute", methods="WEBSOCKET", partition_by=by_json("m", "a"))], settings=settings
+            Spy(), rules=[Rule("1/minute", methods="WEBSOCKET", partition_by=by_json("m", "a"))], settings=any_settings
         )
 
 
@@ -294,16 +291,16 @@ async def _accepting(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "websocket.accept", "headers": []})
 
 
-async def test_other_of_none_leaves_the_rule_out(settings: Settings) -> None:
+async def test_other_of_none_leaves_the_rule_out(any_settings: Settings) -> None:
     """Other models are not limited by it, and not counted."""
     rule = Rule("1/minute", partition_by=[client_ip, by_json("model", ["big"], other=None)])
-    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=any_settings)
 
     assert [None, None] == [await remaining(app, body(model="small")) for _ in range(2)]
     assert ['"default";r=0;t=60', 429] == [await remaining(app, body(model="big")) for _ in range(2)]
 
 
-async def test_none_of_one_part_takes_the_request_out_of_the_rule(settings: Settings) -> None:
+async def test_none_of_one_part_takes_the_request_out_of_the_rule(any_settings: Settings) -> None:
     """Whichever part says so; parts behind a body that is not covered are not asked."""
     asked: list[str] = []
 
@@ -312,7 +309,7 @@ async def test_none_of_one_part_takes_the_request_out_of_the_rule(settings: Sett
         return conn.headers["x-tenant"] or None
 
     rule = Rule("1/minute", partition_by=(tenant, by_json("model", ["a"], other=None)))
-    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=any_settings)
 
     assert await remaining(app, body(model="a"), **{"x-tenant": ""}) is None
     assert await remaining(app, body(model="b"), **{"x-tenant": "t"}) is None
@@ -330,9 +327,9 @@ async def test_none_of_one_part_takes_the_request_out_of_the_rule(settings: Sett
     ],
 )
 @pytest.mark.parametrize("parts", [[client_ip], [by_json("model", ["a"])]], ids=["known", "with the body"])
-async def test_missing_identity_of_a_part(settings: Settings, missing: Any, expected: Any, parts: Any) -> None:
+async def test_missing_identity_of_a_part(any_settings: Settings, missing: Any, expected: Any, parts: Any) -> None:
     """``RATE_LIMIT_MISSING_IDENTITY`` holds for each part; the address in its place is no identity of that name."""
-    strict = settings.model_copy(update={"RATE_LIMIT_MISSING_IDENTITY": missing})
+    strict = any_settings.model_copy(update={"RATE_LIMIT_MISSING_IDENTITY": missing})
     rule = Rule("1/minute", partition_by=[by_header("x-key"), *parts])
     app = RateLimitMiddleware(Spy(), rules=[rule], settings=strict)
     seen = [await remaining(app, body(model="a"), **fields) for fields in ({}, {"x-key": "203.0.113.7"}, {"x-key": ""})]
@@ -340,13 +337,13 @@ async def test_missing_identity_of_a_part(settings: Settings, missing: Any, expe
     assert expected == seen
 
 
-async def test_sequence_without_a_body_is_one_partition(settings: Settings) -> None:
+async def test_sequence_without_a_body_is_one_partition(any_settings: Settings) -> None:
     """By address and key; of GETs too, and a list of one is that one."""
     rules = [
         Rule("1/minute", name="both", partition_by=[client_ip, by_header("x-key")]),
         Rule("2/minute", name="one", partition_by=[by_header("x-key")]),
     ]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=any_settings)
     for address, key, expected in [
         ("1.1.1.1", "a", 200),
         ("1.1.1.2", "a", 200),
@@ -357,22 +354,24 @@ async def test_sequence_without_a_body_is_one_partition(settings: Settings) -> N
             assert expected == (await client.get("/", headers={"x-key": key})).status_code
 
 
-def test_what_is_in_force_is_told(settings: Settings) -> None:
+def test_what_is_in_force_is_told(any_settings: Settings) -> None:
     """The kind of a partition, the methods it covers, and that a cost is in tokens."""
     rules = [
         Rule("5/minute", name="m", partition_by=[by_header("x-key"), by_json("model", ["a"])], cost=tokens()),
         Rule("5/minute", name="t", partition_by=by_mcp_tool(["a"]), cost=2, methods="POST"),
     ]
-    limits = RateLimitMiddleware(Spy(), rules=rules, settings=settings).in_force().limits()
+    limits = RateLimitMiddleware(Spy(), rules=rules, settings=any_settings).in_force().limits()
 
     assert [("header:x-key,json:model", ("POST", "PUT", "PATCH"), "tokens"), ("mcp_tool", ("POST",), 2)] == [
         (limit.by, limit.methods, limit.cost) for limit in limits
     ]
 
 
-async def test_plain_encoding_is_none(settings: Settings) -> None:
+async def test_plain_encoding_is_none(any_settings: Settings) -> None:
     """``Content-Encoding: identity`` hides nothing."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", partition_by=by_json("model", ["a"]))], settings=settings)
+    app = RateLimitMiddleware(
+        Spy(), rules=[Rule("1/minute", partition_by=by_json("model", ["a"]))], settings=any_settings
+    )
 
     assert '"default";r=0;t=60' == await remaining(app, body(model="a"), **{"content-encoding": "identity"})
     assert 429 == await remaining(app, body(model="a"))
@@ -419,22 +418,22 @@ async def test_known_refusal_reads_no_body(redis_url: str) -> None:
     assert 0 == again[-1][1].asked
 
 
-async def test_nothing_is_read_where_no_such_rule_covers(settings: Settings) -> None:
+async def test_nothing_is_read_where_no_such_rule_covers(any_settings: Settings) -> None:
     """Another path's request is the app's alone."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("ok")(scope, receive, send)
 
     rules = [Rule("5/minute", name="m", paths="/v1/*", partition_by=by_json("m", "a")), Rule("9/minute", name="all")]
-    limited = RateLimitMiddleware(app, rules=rules, settings=settings)
+    limited = RateLimitMiddleware(app, rules=rules, settings=any_settings)
 
     assert 0 == (await post(limited, b"{}"))[1].asked
     assert 2 == (await post(limited, b'{"m": "a"}', path="/v1/x"))[1].asked
 
 
-async def test_body_over_the_cap_is_other_and_whole_for_the_app(settings: Settings) -> None:
+async def test_body_over_the_cap_is_other_and_whole_for_the_app(any_settings: Settings) -> None:
     """Reading stops there; ``other=None`` does not let it pass uncounted."""
-    small = settings.model_copy(update={"RATE_LIMIT_BODY_CAP": 20})
+    small = any_settings.model_copy(update={"RATE_LIMIT_BODY_CAP": 20})
     content = body(model="a", text="x" * 100)
     for other in ("other", None):
         spy = Spy()
@@ -446,20 +445,22 @@ async def test_body_over_the_cap_is_other_and_whole_for_the_app(settings: Settin
         assert [content] == spy.bodies
 
 
-async def test_client_that_leaves_in_mid_body_is_seen_by_the_app(settings: Settings) -> None:
+async def test_client_that_leaves_in_mid_body_is_seen_by_the_app(any_settings: Settings) -> None:
     """It is counted, and no error."""
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.extend([(await receive())["type"], (await receive())["type"]])
 
-    limited = RateLimitMiddleware(app, rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=settings)
+    limited = RateLimitMiddleware(app, rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=any_settings)
     await drive(limited, http_scope(method="POST"), {"type": "http.request", "body": b'{"m', "more_body": True})
 
     assert ["http.request", "http.disconnect"] == seen
 
 
-async def test_body_is_read_once_and_parsed_once_for_all(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_body_is_read_once_and_parsed_once_for_all(
+    any_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rules, two callables and the app look at one reading."""
     parsed: list[bytes] = []
 
@@ -483,17 +484,17 @@ async def test_body_is_read_once_and_parsed_once_for_all(settings: Settings, mon
         Rule("50/minute", name="three", cost=price),
     ]
     spy = Spy()
-    app = RateLimitMiddleware(spy, rules=rules, settings=settings)
+    app = RateLimitMiddleware(spy, rules=rules, settings=any_settings)
     sent, _ = await post(app, body(model="a", n=3))
 
     assert b'"three";r=47;t=60, "one";r=47;t=60, "two";r=49;t=60' == header(sent[0], b"ratelimit")
     assert [body(model="a", n=3)] == spy.bodies == parsed
 
 
-async def test_a_batch_costs_its_calls(settings: Settings) -> None:
+async def test_a_batch_costs_its_calls(any_settings: Settings) -> None:
     """Each call the cost of the rule; the header is not believed."""
     rule = Rule("10/minute", name="t", partition_by=[client_ip, by_mcp_tool(TOOLS)], cost=2)
-    app = RateLimitMiddleware(Spy(), rules=[rule], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[rule], settings=any_settings)
     name = {"mcp-name": "search", "mcp-method": "tools/call"}
 
     assert '"t";r=8;t=60' == await remaining(app, json.dumps(call("x")).encode(), **name)
@@ -504,22 +505,22 @@ async def test_a_batch_costs_its_calls(settings: Settings) -> None:
     assert 429 == await remaining(app, json.dumps([call()] * 6).encode(), **name)
 
 
-async def test_stacked_instances_count_once(settings: Settings) -> None:
+async def test_stacked_instances_count_once(any_settings: Settings) -> None:
     """The inner one reads the same body, and skips what the outer one has charged."""
     rule = Rule("5/minute", name="m", partition_by=[client_ip, by_json("model", ["a"])])
     spy = Spy()
-    manager = RedisManager(settings)
-    inner = RateLimitMiddleware(spy, rules=[rule], redis=manager, settings=settings)
-    outer = RateLimitMiddleware(inner, rules=[rule], redis=manager, settings=settings)
+    manager = RedisManager(any_settings)
+    inner = RateLimitMiddleware(spy, rules=[rule], redis=manager, settings=any_settings)
+    outer = RateLimitMiddleware(inner, rules=[rule], redis=manager, settings=any_settings)
 
     assert '"m";r=4;t=60' == await remaining(outer, body(model="a"))
     assert [body(model="a")] == spy.bodies
 
 
-async def test_limit_of_a_route_counts_by_the_body(settings: Settings) -> None:
+async def test_limit_of_a_route_counts_by_the_body(any_settings: Settings) -> None:
     """Whether FastAPI has read it already or the endpoint does so later, or nobody."""
     app = FastAPI()
-    limit = RateLimit("1/minute", partition_by=[client_ip, by_json("model", PLANS)], settings=settings, name="r")
+    limit = RateLimit("1/minute", partition_by=[client_ip, by_json("model", PLANS)], settings=any_settings, name="r")
 
     @app.post("/parsed", dependencies=[Depends(limit)])
     async def parsed(content: dict[str, Any]) -> Any:
@@ -544,10 +545,10 @@ async def test_limit_of_a_route_counts_by_the_body(settings: Settings) -> None:
         assert [200, 200] == [(await client.get("/raw")).status_code for _ in range(2)]
 
 
-async def test_decorated_endpoint_counts_by_the_body(settings: Settings) -> None:
+async def test_decorated_endpoint_counts_by_the_body(any_settings: Settings) -> None:
     """The endpoint reads the same bytes."""
 
-    @rate_limit("1/minute", partition_by=by_json("model", ["a"]), settings=settings, name="d")
+    @rate_limit("1/minute", partition_by=by_json("model", ["a"]), settings=any_settings, name="d")
     async def endpoint(request: Request) -> JSONResponse:
         return JSONResponse(await request.json())
 
@@ -560,7 +561,7 @@ async def test_decorated_endpoint_counts_by_the_body(settings: Settings) -> None
 
 
 @pytest.mark.parametrize("limits", ["9/minute", "1/minute"], ids=["admitted", "refused"])
-async def test_body_that_nobody_receives_leaves_no_room_taken(settings: Settings, limits: str) -> None:
+async def test_body_that_nobody_receives_leaves_no_room_taken(any_settings: Settings, limits: str) -> None:
     """The room is back when the request is over, not when the collector comes: else a few clients take all of it."""
 
     async def cost(request: Request) -> int:
@@ -571,7 +572,7 @@ async def test_body_that_nobody_receives_leaves_no_room_taken(settings: Settings
         Rule("9/minute", name="m", partition_by=by_json("model", ["a"])),
         Rule("100000/minute", name="tokens", cost=tokens(estimate=lambda request: 5)),
     ]
-    app = RateLimitMiddleware(PlainTextResponse("ok"), rules=rules, settings=settings)
+    app = RateLimitMiddleware(PlainTextResponse("ok"), rules=rules, settings=any_settings)
     before = process_budget()._left
     gc.disable()
     try:
@@ -588,7 +589,7 @@ async def test_body_that_nobody_receives_leaves_no_room_taken(settings: Settings
     assert (429 if limits == "1/minute" else 200) == sent[-1][0]["status"]
 
 
-async def test_cancelled_request_leaves_no_room_taken(settings: Settings) -> None:
+async def test_cancelled_request_leaves_no_room_taken(any_settings: Settings) -> None:
     """A client that is cut off while its body is read, or while Redis is asked, holds nothing."""
     never = asyncio.Event()
 
@@ -603,7 +604,7 @@ async def test_cancelled_request_leaves_no_room_taken(settings: Settings) -> Non
         raise AssertionError(message)
 
     before = process_budget()._left
-    app = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=any_settings)
     task = asyncio.ensure_future(app(http_scope(method="POST"), receive, send))
     while first:
         await asyncio.sleep(0)
@@ -623,7 +624,7 @@ HOSTILE: Sequence[bytes] = [
 
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-async def test_hostile_bodies_are_other_and_reach_the_app(settings: Settings, content: bytes) -> None:
+async def test_hostile_bodies_are_other_and_reach_the_app(any_settings: Settings, content: bytes) -> None:
     """Never an error of ours, and never a counter of their own."""
     spy = Spy()
     rules = [
@@ -631,7 +632,7 @@ async def test_hostile_bodies_are_other_and_reach_the_app(settings: Settings, co
         Rule("2/minute", name="d", partition_by=by_json("model.model", ["x"])),
         Rule("9/minute", name="t", partition_by=by_mcp_tool(["x"])),
     ]
-    app = RateLimitMiddleware(spy, rules=rules, settings=settings)
+    app = RateLimitMiddleware(spy, rules=rules, settings=any_settings)
 
     assert '"m";r=1;t=60, "d";r=1;t=60' in await remaining(app, content)
     assert [content] == spy.bodies
@@ -639,7 +640,7 @@ async def test_hostile_bodies_are_other_and_reach_the_app(settings: Settings, co
     assert 429 == await remaining(app, content)
 
 
-async def test_cache_behind_uses_the_parse(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cache_behind_uses_the_parse(any_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The body of an embedding request is parsed by the limiter alone, and its answer is what it was."""
 
     async def unparsed(*_: Any) -> Any:
@@ -655,9 +656,9 @@ async def test_cache_behind_uses_the_parse(settings: Settings, monkeypatch: pyte
         )
 
     app = Starlette(routes=[Route("/v1/embeddings", embed, methods=["POST"])])
-    cached = EmbeddingCacheMiddleware(app, settings=settings)
+    cached = EmbeddingCacheMiddleware(app, settings=any_settings)
     limited = RateLimitMiddleware(
-        cached, rules=[Rule("9/minute", partition_by=by_json("model", ["m"]))], settings=settings
+        cached, rules=[Rule("9/minute", partition_by=by_json("model", ["m"]))], settings=any_settings
     )
     async with client_of(limited) as client:
         ask = {"model": "m", "input": ["a", "bbb"]}

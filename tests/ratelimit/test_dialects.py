@@ -49,12 +49,6 @@ _counter = itertools.count()
 OPENAI, ANTHROPIC, MCP = (DIALECTS[name] for name in ("openai", "anthropic", "mcp"))
 
 
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"d{next(_counter)}:")
-
-
 def state(name: str, quota: int = 60, window: int = 60, *, left: int = 59, reset: float = 0.012) -> PolicyState:
     """A policy as a client stands to it."""
     return PolicyState(name, quota, window, left, reset, 0.0, False, "fixed-window")

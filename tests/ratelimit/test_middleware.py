@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import itertools
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -25,13 +24,6 @@ from redis_asgi import ConfigurationError, Decision, RateLimitMiddleware, Rule, 
 from .harness import Spy, client_of, drive, header, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
-_counter = itertools.count()
-
-
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"t{next(_counter)}:")
 
 
 async def test_refuses_what_is_over_quota(settings: Settings) -> None:

@@ -15,16 +15,10 @@ from starlette.types import ASGIApp
 from redis_asgi import RateLimit, RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
-from .harness import client_of, memory, statuses
+from .harness import client_of, statuses
 
 pytestmark = pytest.mark.anyio
 _counter = itertools.count()
-
-
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"l{next(_counter)}:")
 
 
 def login_app(settings: Settings, name: str = "login", **rule: Any) -> tuple[ASGIApp, list[bool]]:

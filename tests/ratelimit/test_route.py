@@ -41,12 +41,6 @@ pytestmark = pytest.mark.anyio
 _counter = itertools.count()
 
 
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"r{next(_counter)}:")
-
-
 async def test_dependency_limits_one_route(settings: Settings) -> None:
     """Over quota the route answers 429 by itself, with the fields; its neighbour does not notice."""
     app = FastAPI()

@@ -26,12 +26,6 @@ pytestmark = pytest.mark.anyio
 _counter = itertools.count()
 
 
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"k{next(_counter)}:")
-
-
 async def test_app_router_and_route_count_each_for_itself(settings: Settings) -> None:
     """A hundred for everything and five for one route: five of twelve are admitted, and the hundred lost five."""
     app = FastAPI(dependencies=[Depends(RateLimit("100/minute", settings=settings))])

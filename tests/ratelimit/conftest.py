@@ -1,0 +1,24 @@
+"""Settings whose counters are one test's own."""
+
+import itertools
+
+import pytest
+
+from redis_asgi import Settings
+
+from .harness import memory
+
+_counter = itertools.count()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Counters of this test's own, in the process."""
+    return memory(REDIS_KEY_PREFIX=f"t{next(_counter)}:")
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_settings(request: pytest.FixtureRequest) -> Settings:
+    """Counters of this test's own, in either store."""
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
+    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"e{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
