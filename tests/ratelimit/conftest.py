@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from redis_asgi import Settings
+from redis_asgi import RedisManager, Settings
 
 from .harness import memory
 
@@ -22,3 +22,16 @@ def any_settings(request: pytest.FixtureRequest) -> Settings:
     """Counters of this test's own, in either store."""
     url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
     return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"e{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
+
+
+@pytest.fixture(params=["redis", "memory"])
+def either(request: pytest.FixtureRequest) -> RedisManager:
+    """A manager of the shared server, and one of ``memory://``."""
+    url = request.getfixturevalue("redis_url") if request.param == "redis" else "memory://"
+    return RedisManager(Settings(REDIS_URL=url, RATE_LIMIT_TIMEOUT=5.0))
+
+
+@pytest.fixture
+def patient(redis_url: str) -> RedisManager:
+    """A manager of the shared server that waits for it on a busy machine."""
+    return RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))
