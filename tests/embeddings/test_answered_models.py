@@ -15,7 +15,7 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.logs import event_of
-from .test_single_flight import Caller, Gate, until
+from .callers import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lea
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
-from .test_single_flight import Caller, Gate, until
+from .callers import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
 
