@@ -1,27 +1,24 @@
 """Settings whose counters are one test's own."""
 
-import itertools
-
 import pytest
 
-from redis_asgi import RedisManager, Settings
+from redis_asgi import RateLimiter, RedisManager, Settings
 
-from .harness import memory
-
-_counter = itertools.count()
+from .harness import memory, own_prefix
+from .limiters import in_memory
 
 
 @pytest.fixture
 def settings() -> Settings:
     """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"t{next(_counter)}:")
+    return memory(REDIS_KEY_PREFIX=own_prefix())
 
 
 @pytest.fixture(params=["memory", "redis"])
 def any_settings(request: pytest.FixtureRequest) -> Settings:
     """Counters of this test's own, in either store."""
     url = "memory://" if request.param == "memory" else request.getfixturevalue("redis_url")
-    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"e{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
+    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=own_prefix(), RATE_LIMIT_TIMEOUT=5)
 
 
 @pytest.fixture(params=["redis", "memory"])
@@ -35,3 +32,11 @@ def either(request: pytest.FixtureRequest) -> RedisManager:
 def patient(redis_url: str) -> RedisManager:
     """A manager of the shared server that waits for it on a busy machine."""
     return RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))
+
+
+@pytest.fixture(params=["redis", "memory"])
+def limiter(request: pytest.FixtureRequest) -> RateLimiter:
+    """A limiter on a real Redis, and one on ``memory://``."""
+    if request.param == "memory":
+        return in_memory()
+    return RateLimiter(request.getfixturevalue("manager"), timeout=5)
