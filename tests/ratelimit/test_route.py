@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, cast
 
@@ -34,7 +35,7 @@ from redis_asgi.ratelimit.rules.endpoints import endpoint_name
 from redis_asgi.ratelimit.rules.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
-from .harness import client_of, drive, http_scope, memory, own_prefix, statuses, websocket_scope
+from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
 
@@ -557,7 +558,7 @@ async def test_route_gives_back_no_more_than_it_took_however_often(store: str, r
     """Without the middleware each `charge` is applied at once; together they free nothing that others have used."""
     url = "memory://" if store == "memory" else request.getfixturevalue("redis_url")
     app = FastAPI()
-    limit = RateLimit("10/minute", name=f"{store}-{own_prefix()}", settings=Settings(REDIS_URL=url))
+    limit = RateLimit("10/minute", name=f"{store}-{uuid.uuid4().hex[:8]}", settings=Settings(REDIS_URL=url))
 
     @app.get("/", dependencies=[Depends(limit)])
     async def give(request: Request, more: int = 0, back: int = 0) -> str:
