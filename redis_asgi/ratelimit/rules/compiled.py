@@ -116,7 +116,7 @@ class CompiledRule:
         """The charge of a request in tokens until its usage is known.
 
         Args:
-            asked: What its body asks for; ``None``: nobody can read it.
+            asked: What its body asks for; ``None``: it cannot be read.
             units: What a callable of the user's takes it to cost.
         """
         tokens: Any = self.tokens

@@ -40,7 +40,7 @@ class Rule:
 
     Attributes:
         limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
-            for "not limited". A callable's quota of 0 refuses the request; what nobody can read is logged once, and
+            for "not limited". A callable's quota of 0 refuses the request; what cannot be read is logged once, and
             answered by the partition's last readable limits, else by the default ones of the settings.
         concurrency: Instead of *limits*: how many requests of a partition may be in flight at once, over all workers, 1
             to 10^9; or a callable that says it for a request (``None`` = not limited, 0 refuses it). A request is in
