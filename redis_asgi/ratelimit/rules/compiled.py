@@ -181,7 +181,7 @@ class CompiledRule:
         return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
 
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
-        """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
+        """Whether a request whose path has these spellings (see `redis_asgi.asgi.paths`) is this rule's business."""
         # Some servers pass a method on as it is written, and some frameworks do not care.
         method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
         if self._methods is None:

@@ -49,7 +49,7 @@ class Rule:
         name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
             (``default``).
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
-            spelling of such a path an app may serve it, see `redis_asgi.paths`.
+            spelling of such a path an app may serve it, see `redis_asgi.asgi.paths`.
         case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
         methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule that counts by the
             body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers HEAD; ``WEBSOCKET`` is a handshake;
