@@ -1,5 +1,6 @@
 """Apps and drivers that the middleware's tests share."""
 
+import itertools
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import Settings
 
 MEMORY = Settings(REDIS_URL="memory://")
+_prefixes = itertools.count()
+
+
+def own_prefix() -> str:
+    """A prefix of keys that no other test has."""
+    return f"t{next(_prefixes)}:"
 
 
 def memory(**values: Any) -> Settings:
