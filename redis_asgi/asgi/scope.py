@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 from ..settings import Settings
 from ..settings.networks import UNIX, Address, Network, unmapped
 from .bodies import Buffer
+from .fields import media_type
 from .forwarded import LISTS, only_entry
 
 # Longer than any address with a zone; what is longer is not looked at and never kept in a cache.
@@ -112,7 +113,7 @@ class Addressing:
         The peer's address, unless the peer is trusted: then the believed header is walked from the right, over all
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
         walk at the last trusted one; empty ones are not there. ``None`` when there is no address to be had (a unix
-        socket that is not trusted, or whose proxy names nobody).
+        socket that is not trusted, or whose proxy names no client).
         """
         peer = scope.get("client")
         host = peer[0] if peer else None
@@ -244,7 +245,7 @@ class BufferedRequest(Request):
             raise self._refuse() from None
 
     async def _get_form(self, **bounds: Any) -> FormData:
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type(self.headers.get("content-type", "").encode("latin-1"))
         if kind not in _FORMS:
             # Starlette reads an empty form then, and an empty one is cheap.
             raise self._refuse()
@@ -268,7 +269,7 @@ class BufferedRequest(Request):
         return self._of_app if self._is_handshake else self._buffer.replay()
 
 
-_FORMS = frozenset(("multipart/form-data", "application/x-www-form-urlencoded"))
+_FORMS = frozenset((b"multipart/form-data", b"application/x-www-form-urlencoded"))
 
 
 async def _no_body() -> Message:

@@ -1,8 +1,8 @@
 """One request to an embedding endpoint, from its head to its last byte.
 
-Read, look in the process, look in Redis, join, forward, merge, send: `Exchange.run` is the story, in that order, and
-what is not needed is not begun. Whatever goes wrong before the app has been asked ends in `_bypass`: the app gets the
-original bytes.
+Read, look in the process, look in Redis, join, forward, merge, send: `Exchange.run` is the story,
+in that order, and what is not needed is not begun. Whatever goes wrong before the app has been
+asked ends in `_bypass`: the app gets the original bytes.
 """
 
 import asyncio
@@ -44,7 +44,6 @@ class Exchange:
         self._outcome = Outcome(shared.counts, scope, send, status=shared.settings.EMBEDDING_CACHE_STATUS)
         self._time_slice = TimeSlice()
         self._body = NOTHING_READ
-        self._parsed: Document | None = None
         self._question: Question
         self._is_known = False  # the line above is there
         self._found: Stored
@@ -72,7 +71,7 @@ class Exchange:
             if partition is None:
                 await self._bypass("partition")
                 return
-        self._parsed = take_document(self._scope)
+        parsed = take_document(self._scope)
         limit, seconds = shared.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, shared.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, shared.budget, seconds)
         coming = self._body.coming
@@ -81,17 +80,16 @@ class Exchange:
             shared.budget.give(held)
             held = 0
         try:
-            await self._answer(partition)
+            await self._answer(partition, parsed)
         finally:
             let_go(coming)
             shared.budget.give(held)
 
-    async def _answer(self, partition: str | None) -> None:
+    async def _answer(self, partition: str | None, parsed: Document | None) -> None:
         questions, wanted = self._shared.questions, self._head.wanted
         self._time_slice.restart()
-        body, parsed, self._parsed = self._body, self._parsed, None
         question = await questions.read(
-            self._scope, self._head, self._matched, body, partition, self._time_slice, parsed
+            self._scope, self._head, self._matched, self._body, partition, self._time_slice, parsed
         )
         if isinstance(question, Uncacheable):
             await self._bypass(question.detail)
@@ -150,7 +148,7 @@ class Exchange:
         return self._calls
 
     def _asks_early(self, left: float) -> bool:
-        """Whether this request asks the app before the lease, of which *left* seconds are left, ends for all."""
+        """Whether this request asks the app before the lease ends for all; *left*: its seconds."""
         if not self._shared.vectors.ends_soon(left) or self._head.wanted.only_if_cached:
             return False
         calls = self._begun()
@@ -210,25 +208,16 @@ class Exchange:
 
     async def _answer_with(self, calls: AppCalls, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
         landing: FlightResult | None = None
-        lease = self._found.lease
         if flight is not None:
             landing = await self._landing_of(flight)
             if landing is None:
                 await self._relay(calls, flight)
                 return
-        leftover: list[bytes] = []
-        for name, other in joined.items():
-            brought = await asyncio.shield(other.landed)
-            if brought is None:
-                leftover.append(name)
-                continue
-            self._found.values[name] = brought.values[name]
-            if other.lease_name == self._question.identity.lease_name:
-                lease = brought.lease
+        leftover, lease = await calls.collect(joined)
         if leftover:
             if calls.waiting.gone:
                 return
-            # An error is always the app's answer to the request that gets it: ask, and join no flight.
+            # An error is the app's answer to the request that gets it: ask, and join no flight.
             flight = calls.begin(leftover, joinable=False)
             if flight is None:
                 await self._bypass("not-understood")
@@ -250,9 +239,9 @@ class Exchange:
             await self._bypass("not-understood")
 
     async def _agree(self, calls: AppCalls, lease: Lease | None) -> bool:
-        """Whether all vectors at hand are of the model that the newest answer named; if not, the request is answered.
+        """Whether all vectors are of the model that the newest answer named; else answer anew.
 
-        All others are asked for anew, in one call with the rest, so that no answer holds vectors of two models.
+        All are asked for anew then, in one call, so that no answer holds vectors of two models.
         """
         if lease is not None and not self._found.settles_on(lease.model):
             self._shared.warnings.model_changed(self._question.batch.model, self._found.lease, lease)
@@ -280,7 +269,7 @@ class Exchange:
         return landing
 
     async def _answer_whole(self, calls: AppCalls, detail: str) -> None:
-        """Ask for all inputs in one call, and answer with its answer alone; *detail* where the cache cannot do that."""
+        """Answer with one call for all inputs; *detail* where the cache cannot do that."""
         self._found.forget()
         calls.forced = calls.early = False
         names = list(self._question.inputs)
@@ -297,7 +286,7 @@ class Exchange:
             await self._replay(calls, flight)
 
     async def _relay(self, calls: AppCalls, flight: Flight) -> None:
-        """Pass on an answer that was not understood, or put the original request to the app instead."""
+        """Pass on an answer that was not understood, or let the app answer the request itself."""
         status = flight.call.status
         outcome = self._outcome
         if calls.early and (status is None or status >= 500) and not calls.waiting.gone:

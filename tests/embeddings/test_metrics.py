@@ -22,7 +22,7 @@ from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.embedding_apps import DIMS, Spy, cache_status, client, drive, read, respond, server
 from ..kit.servers import Server
-from .test_single_flight import Caller, Gate, until
+from .callers import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
 

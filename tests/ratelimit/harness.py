@@ -1,5 +1,6 @@
 """Apps and drivers that the middleware's tests share."""
 
+import itertools
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,12 @@ from redis_asgi.ratelimit.counting.verdict import Verdict
 from redis_asgi.ratelimit.limits.charge import counters_of
 
 MEMORY = Settings(REDIS_URL="memory://")
+_prefixes = itertools.count()
+
+
+def own_prefix() -> str:
+    """A prefix of keys that no other test has."""
+    return f"t{next(_prefixes)}:"
 
 
 def memory(**values: Any) -> Settings:

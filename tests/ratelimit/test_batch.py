@@ -26,6 +26,7 @@ from redis_asgi.ratelimit.transport.pooled_transport import PooledTransport
 from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
+from ..kit.inside import manager_of
 from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
@@ -307,7 +308,7 @@ async def test_settled_after_the_response_in_redis(redis_server: ExternalServer)
 
 async def _quiet(app: RateLimitMiddleware) -> None:
     """Wait until the batch that settles has come back."""
-    batcher = app._manager.per_client(make_batcher)
+    batcher = manager_of(app).per_client(make_batcher)
     assert isinstance(batcher, Batcher)
     while batcher._sent or batcher._waiting:
         await asyncio.sleep(0.001)

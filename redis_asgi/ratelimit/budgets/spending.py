@@ -34,7 +34,7 @@ class Accuracy:
         self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
 
     def warn_of(self, encoding: str | None) -> None:
-        """Say once why nobody reads what answers have used: their *encoding*, or that they have no media type."""
+        """Say once why what answers have used is not read: their *encoding*, or that they have no media type."""
         if not self._has_warned:
             self._has_warned = True
             if encoding is not None:

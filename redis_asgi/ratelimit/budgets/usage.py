@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from ...asgi.fields import media_type, members
 from .decoder import Decoder
 from .usage_bodies import TAIL, Body, Document, Events, Lines
 from .usage_formats import Said, Usage
@@ -169,13 +170,13 @@ class UsageReader:
 @lru_cache(maxsize=64)
 def _declared_by(content_type: bytes) -> type[Body] | None:
     """The kind of body that a ``Content-Type`` declares; ``None``: one that may not say a usage."""
-    declared = content_type.partition(b";")[0].strip().lower()
+    declared = media_type(content_type)
     return Document if declared.endswith(b"+json") else _KINDS.get(declared)
 
 
 def _codings(encodings: Iterable[bytes]) -> list[bytes]:
     """The codings that fields ``Content-Encoding`` name, but for ``identity``."""
-    named = [coding.strip().lower() for value in encodings for coding in value.split(b",")]
+    named = [coding for value in encodings for coding in members(value)]
     return [coding for coding in named if coding not in (b"", b"identity")]
 
 

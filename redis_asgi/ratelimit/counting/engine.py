@@ -95,7 +95,7 @@ class Engine:
             try:
                 await verdict.future
             except BaseException:
-                # Also where the answer has come, and nobody takes it.
+                # Also where the answer has come, and is not taken.
                 if verdict.slot is not None:
                     verdict.slot.abandon(verdict)
                 raise

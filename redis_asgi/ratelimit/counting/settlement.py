@@ -150,7 +150,7 @@ class Settlement:
                             units += cost
                     if free:
                         units -= charged
-                    # Nobody gets back more than was taken, however often they ask.
+                    # No request gets back more than was taken, however often it asks.
                     if units < 0:
                         units = max(units, -charged - self._sent.get((verdict, at), 0))
                     if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
@@ -198,7 +198,7 @@ class Settlement:
     def turned_down(self) -> "list[tuple[Verdict, list[Change]]]":
         """Changes to `apply` once the client has the start of an answer by which the app turns its request down.
 
-        All but one unit of what is held by bodies that nobody could read, unless their client has gone. The verdicts
+        All but one unit of what is held by bodies that could not be read, unless their client has gone. The verdicts
         say so already.
         """
         found = []
