@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from redis_asgi import metrics_app
+from redis_asgi import RateLimiter, RedisManager, Settings, metrics_app
 from redis_asgi.telemetry import fresh_telemetry
 
 from ..kit.servers import ExternalServer
@@ -54,8 +54,15 @@ def live(redis_server: ExternalServer, _live: dict[str, str]) -> str:
     if not _live:
         with fresh_telemetry() as counted:
             use_every_metric(counted)
-            _live["text"] = asyncio.run(scraped(metrics_app(redis=redis_server.url))).text
+            _live["text"] = asyncio.run(_scraped_in_flight(redis_server.url))
     return _live["text"]
+
+
+async def _scraped_in_flight(url: str) -> str:
+    """A scrape while a block is in flight."""
+    manager = RedisManager(Settings(REDIS_URL=url, RATE_LIMIT_TIMEOUT=5))
+    async with RateLimiter(manager, timeout=5).slot("a", 4):
+        return (await scraped(metrics_app(redis=manager))).text
 
 
 def labels_of(text: str) -> dict[str, dict[str, set[str]]]:
