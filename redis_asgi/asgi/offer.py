@@ -28,7 +28,9 @@ class Offer:
         self._joined: tuple[Offer, Offer] | None = None  # what was outside last, and both
 
     def below(self, outer: "Offer | None") -> "Offer":
-        """This one within *outer*: its own addressing, and the style that all of an answer has been given outside."""
+        """This one within *outer*: its own addressing,
+        and the style that all of an answer has been given outside.
+        """
         if outer is None:
             return self
         known = self._joined

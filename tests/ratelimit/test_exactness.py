@@ -16,7 +16,8 @@ from ..kit.servers import ExternalServer
 
 PROCESSES, TASKS, QUOTA, WINDOW = 4, 50, 300, 3
 
-# Each round: wait for the time the test names, then hammer every strategy at once and say how many were admitted.
+# Each round: wait for the time the test names,
+# then hammer every strategy at once and say how many were admitted.
 WORKER = f"""
 import asyncio, json, sys, time
 from redis_asgi import RateLimiter
@@ -50,7 +51,9 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Round:
-    """What all processes together were admitted, by strategy, from when to when, and when all is free again."""
+    """What all processes together were admitted, by strategy,
+    from when to when, and when all is free again.
+    """
 
     admitted: dict[str, int]
     seconds: float
@@ -60,7 +63,9 @@ class Round:
 
 @pytest.fixture(scope="module")
 def rounds(_plain_server: ExternalServer) -> list[Round]:
-    """Two rounds of four processes with fifty tasks per strategy: at once, and a second after everything is free."""
+    """Two rounds of four processes with fifty tasks per strategy: at once,
+    and a second after everything is free.
+    """
     _plain_server.flush()
     workers = [
         subprocess.Popen(
@@ -107,7 +112,9 @@ def _round(workers: "list[subprocess.Popen[str]]", not_before: float) -> Round:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("turn", [pytest.param(0, id="at once"), pytest.param(1, id="a second after reset")])
 def test_processes_together_admit_exactly_the_quota(rounds: list[Round], strategy: str, turn: int) -> None:
-    """Four processes with fifty tasks each ask eight hundred times: the quota is admitted, and not one more."""
+    """Four processes with fifty tasks each ask eight hundred times:
+    the quota is admitted, and not one more.
+    """
     found = rounds[turn]
 
     assert {"redis"} == found.sources
@@ -144,7 +151,8 @@ def test_ten_thousand_clients_leave_no_key_behind(redis_server: ExternalServer, 
     # Two windows of the sliding counter, and a second of slack for the clock of a replica.
     deadline = time.monotonic() + 2 + 1 + 1.5
     while redis_client.dbsize() and time.monotonic() < deadline:
-        # A server under test is idle, and its own sweep of expired keys slow: a look at each makes them go.
+        # A server under test is idle, and its own sweep of expired keys slow: a look at each makes
+        # them go.
         for key in redis_client.scan_iter(count=1000):
             redis_client.exists(key)
         time.sleep(0.05)

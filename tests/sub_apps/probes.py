@@ -59,7 +59,9 @@ def forget(app: SubApp) -> None:
 
 
 async def assert_ill(app: ASGIApp, error: str, *, status: int = 200) -> None:
-    """``/ready`` and ``/`` name *error* within 0.6 s, ``/live`` does not mind, and nothing is given away."""
+    """``/ready`` and ``/`` name *error* within 0.6 s,
+    ``/live`` does not mind, and nothing is given away.
+    """
     ready, body, seconds = await probe(app)
     assert (status, "unhealthy" if status == 503 else "degraded", error) == (ready, body["status"], body["error"])
     assert seconds < 0.6

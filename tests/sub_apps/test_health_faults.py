@@ -164,7 +164,9 @@ async def test_info_answered_oddly() -> None:
 
 
 async def test_a_missing_right_to_call_the_script_is_permission(private_server: StartServer) -> None:
-    """A PING is answered, and yet no limit can be counted there, which is said before the first request is one."""
+    """A PING is answered, and yet no limit can be counted there,
+    which is said before the first request is one.
+    """
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-evalsha")
     app = app_on(server.url)
@@ -180,7 +182,9 @@ async def test_a_missing_right_to_call_the_script_is_permission(private_server: 
 async def test_a_missing_right_within_the_script_is_permission(
     private_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It shows when limits are counted, and is told while they cannot be, and no longer than anybody tries."""
+    """It shows when limits are counted, and is told while they cannot be,
+    and no longer than anybody tries.
+    """
     monkeypatch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.02)
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-hset")
@@ -212,7 +216,9 @@ async def test_a_renamed_command_of_the_script_is_reply(private_server: StartSer
 
 @pytest.mark.parametrize("said", [b"no upstream host", b"ERR handle response, backend conn reset"])
 async def test_a_proxy_that_has_lost_its_servers(said: bytes) -> None:
-    """It answers a PING itself, and everything else with words of its own: degraded, whoever needs Redis."""
+    """It answers a PING itself, and everything else with words of its own:
+    degraded, whoever needs Redis.
+    """
     talks: set[asyncio.Task[Any]] = set()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -319,7 +325,9 @@ async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certific
 
 
 async def test_full_server_is_degraded(private_server: StartServer) -> None:
-    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes on."""
+    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes
+    on.
+    """
     server = private_server("--maxmemory", "1")
     app = app_on(server.url)
     await assert_ill(app, "redis_oom")
