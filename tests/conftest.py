@@ -13,6 +13,7 @@ from redis_asgi import RedisManager, Settings
 
 from .kit.certificates import Certificates, Pair
 from .kit.fair_time import stop_fair_time
+from .kit.patience import be_patient
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -53,10 +54,17 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def shipped_deadlines() -> None:
+    """The package's own deadlines, for a test whose subject they are; all others are patient."""
+
+
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings_of_the_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in filter(is_setting, tuple(os.environ)):
         monkeypatch.delenv(name)
+    if "shipped_deadlines" not in request.fixturenames:
+        be_patient(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

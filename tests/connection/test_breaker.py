@@ -13,6 +13,7 @@ from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
 
 from ..kit.logs import event_of
+from ..kit.patience import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -46,8 +47,8 @@ def state_of(breaker: Breaker) -> str:
 
 
 async def until(truth: Callable[[], bool]) -> None:
-    """Wait for at most a second."""
-    async with asyncio.timeout(1):
+    """Wait for it, however busy the machine."""
+    async with asyncio.timeout(PATIENCE):
         while not truth():
             await asyncio.sleep(0.001)
 

@@ -16,6 +16,8 @@ from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 
+from ..kit.patience import PATIENCE
+
 pytestmark = pytest.mark.anyio
 
 
@@ -251,7 +253,7 @@ async def test_when_nobody_waits_the_computation_ends(cache: EmbeddingCache) -> 
         return []
 
     task = asyncio.ensure_future(cache.get_or_compute(["a"], compute))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await begun.wait()
         task.cancel()
         await ended.wait()
@@ -301,7 +303,7 @@ async def test_no_kind_of_exception_leaves_anyone_waiting(
         return compute(ids)
 
     answer: Any = Empty()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(raised):
             await cache.get_or_compute(["a"], compute if sync else compute_async)
         with pytest.raises(RuntimeError, match="compute raised StopIteration"):
@@ -402,7 +404,7 @@ async def test_a_change_waits_no_longer_than_a_write_takes(redis_url: str) -> No
     left = Computation(["a"], {})
     cache._changes.begin(left)
     left.writing = True
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert await cache.set_embedding("a", [1.0])
 
 

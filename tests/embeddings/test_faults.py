@@ -129,6 +129,7 @@ def fill(server: Server) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("trip", ["lookup", "claim", "write"])
 @pytest.mark.parametrize("harm", [kill, hang, fill], ids=lambda harm: harm.__name__)
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
     harm: Callable[[Server], None], trip: str, when: str, own_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

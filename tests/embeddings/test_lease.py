@@ -211,9 +211,7 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
     """Who finds the lease being renewed waits for that; all get their own vectors."""
     spy, gate, now = Spy(), Gate(), [time.time()]
     gate.open.set()
-    # A lookup that takes longer passes through, as two hundred at once may on a busy machine.
-    settings = Settings(**any_settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_TIMEOUT=30)
-    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings)
+    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     cached._shared.clock.wall = lambda: now[0]
     await Caller(cached, "a", "b").task
     now[0] += 301

@@ -25,6 +25,7 @@ from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
+from ..kit.patience import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -85,7 +86,7 @@ class Caller:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is so."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -308,7 +309,7 @@ async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_
     leaving.disconnect()
     await asyncio.sleep(0.02)
     gate.open.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.wait({leaving.task})
         await asyncio.wait({first.task})
     assert not leaving.sent
@@ -641,11 +642,7 @@ async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: S
 async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:
     """The next identical request after an answer never misses: the flight is joined until its write has ended."""
     spy = Spy()
-    # Nothing of this is about a machine that is busy.
-    no_layer = Settings(
-        **settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_L1_BYTES=0, EMBEDDING_CACHE_TIMEOUT=5
-    )
-    app = EmbeddingCacheMiddleware(server(spy), settings=no_layer)
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings.but(EMBEDDING_CACHE_L1_BYTES=0))
     async with client(app) as c:
 
         async def ask(n: int) -> httpx.Response:

@@ -1,5 +1,6 @@
 """Apps and drivers that the middleware's tests share."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from redis_asgi import Settings
+from redis_asgi import RedisManager, Settings
+from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
 MEMORY = Settings(REDIS_URL="memory://")
 
@@ -102,3 +104,15 @@ async def drive(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]
 def header(message: Message, name: bytes) -> bytes | None:
     """The value of a response's header, ``None`` when it has none."""
     return next((value for key, value in message["headers"] if key.lower() == name), None)
+
+
+async def all_answered(manager: RedisManager) -> None:
+    """Wait until all that is to be sent has been answered: what a response has changed is settled behind it."""
+    for _ in range(3):  # in which what is charged later is handed over
+        await asyncio.sleep(0)
+    if not manager.has_redis:
+        return
+    made = manager.per_client(make_batcher)
+    batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
+    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
+        await asyncio.sleep(0.001)

@@ -29,7 +29,7 @@ from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
-from .harness import Spy, client_of, drive, http_scope
+from .harness import Spy, all_answered, client_of, drive, http_scope
 
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
@@ -293,24 +293,16 @@ async def test_settled_after_the_response_in_redis(redis_server: ExternalServer)
     charged = RateLimitMiddleware(app, rules=[Rule("10/minute")], settings=settings)
     async with client_of(limited) as client:
         first = await client.get("/")
-        await _quiet(limited)
+        await all_answered(limited._manager)
         second = await client.get("/")
-        await _quiet(limited)
+        await all_answered(limited._manager)
     async with client_of(charged) as client:
         third = await client.get("/more")
-        await _quiet(charged)
+        await all_answered(charged._manager)
         fourth = await client.get("/")
 
     remaining = [int(r.headers["ratelimit"].split("r=")[1].split(";")[0]) for r in (first, second, third, fourth)]
     assert [9, 9, 9, 3] == remaining
-
-
-async def _quiet(app: RateLimitMiddleware) -> None:
-    """Wait until the batch that settles has come back."""
-    batcher = app._manager.per_client(make_batcher)
-    assert isinstance(batcher, Batcher)
-    while batcher._sent or batcher._waiting:
-        await asyncio.sleep(0.001)
 
 
 async def test_exhausted_pool_is_our_own_load(private_server: Callable[..., Server]) -> None:

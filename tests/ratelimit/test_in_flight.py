@@ -25,7 +25,6 @@ from redis_asgi.ratelimit.counting.heartbeat import Heart, Hearts
 from redis_asgi.ratelimit.counting.in_flight import Ids
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
 from redis_asgi.ratelimit.limits.policy import make_partition
-from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 from redis_asgi.ratelimit.transport.script import _say_denied
 
 from ..conftest import StartServer
@@ -33,7 +32,7 @@ from ..kit.logs import event_of
 from ..kit.processes import clean_environment
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer
-from .harness import Spy, drive, header, http_scope, memory, statuses, websocket_scope
+from .harness import Spy, all_answered, drive, header, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
 on_redis = pytest.mark.server
@@ -70,11 +69,7 @@ def members(server: redis.Redis) -> list[bytes]:
 
 async def settled(manager: RedisManager) -> None:
     """Wait until all that was sent has been answered, and a heartbeat after that."""
-    await asyncio.sleep(0)
-    made = manager.per_client(make_batcher)
-    batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
-        await asyncio.sleep(0.001)
+    await all_answered(manager)
     await heart_of(manager).beat()
 
 

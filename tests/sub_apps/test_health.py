@@ -42,6 +42,7 @@ from redis_asgi.telemetry import fresh_telemetry
 from ..kit.certificates import Certificates
 from ..kit.documents import section
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE
 from ..kit.processes import run_python
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, wait_until
@@ -188,6 +189,7 @@ async def test_forbidden_info_is_null(private_server: StartServer) -> None:
     assert body["latency_ms"] is not None
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_slow_info_is_null(private_server: StartServer) -> None:
     """PING has been answered and INFO has not by the deadline: healthy, in time, without details."""
     server = private_server()
@@ -236,6 +238,7 @@ async def test_name_that_does_not_resolve() -> None:
     ],
 )
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_fault_on_the_way(redis_server: Server, mode: Any, error: str, *, connected: bool) -> None:
     """Silence, resets and refusals, on a new connection and on one that an earlier check has left."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -248,6 +251,7 @@ async def test_fault_on_the_way(redis_server: Server, mode: Any, error: str, *, 
         await proxy.set("pass")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_slow_and_chunked_is_healthy(redis_server: ExternalServer) -> None:
     """An answer in single bytes, or 0.3 s late, is an answer; one 2 s late is none."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -261,6 +265,7 @@ async def test_slow_and_chunked_is_healthy(redis_server: ExternalServer) -> None
         await assert_ill(app_on(proxy.url), "redis_timeout")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung(private_server: StartServer) -> None:
     """SIGSTOP: the kernel accepts and nobody answers; 200 probes wait for the same 0.5 s."""
     server = private_server()
@@ -377,7 +382,7 @@ async def test_a_missing_right_within_the_script_is_permission(
     assert "healthy" == (await probe(app))[1]["status"]
     await RateLimiter(app_manager(app)).consume("somebody")
     await assert_ill(app, "redis_permission")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while app_manager(app).breaker_state != "half_open":
             await asyncio.sleep(0.01)
     await assert_ill(app, "redis_permission")
@@ -483,6 +488,7 @@ async def test_tls(tls_server: Server, certificates: Certificates) -> None:
     await assert_ill(app_on(tls_server.url.replace("rediss", "redis")), "redis_connection")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_tls_to_a_server_that_has_none(redis_url: str) -> None:
     """It takes the greeting for the beginning of a command, and waits for the rest."""
     await assert_ill(app_on(redis_url.replace("redis:", "rediss:")), "redis_timeout")
@@ -493,6 +499,7 @@ async def test_database_that_is_not_there(redis_url: str) -> None:
     await assert_ill(app_on(f"{redis_url}/99"), "redis_reply")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certificates) -> None:
     """A peer that hangs is not asked for its part of a TLS goodbye, which may take 30 s."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
@@ -555,7 +562,7 @@ async def test_sentinel(sentinels: SentinelTrio) -> None:
     old = sentinels.primary()
     old.kill()
     await assert_soon(app, "degraded")
-    wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+    wait_until(lambda: sentinels.primary() is not old, "a failover")
     await assert_soon(app, "healthy")
     for sentinel in sentinels.sentinels:
         sentinel.kill()
@@ -565,13 +572,14 @@ async def test_sentinel(sentinels: SentinelTrio) -> None:
 
 async def assert_soon(app: SubApp, status: str) -> None:
     """*app* says *status* within a few seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while (await probe(app))[1]["status"] != status:
             await asyncio.sleep(0.1)
             forget(app)
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> None:
     """One of them is not waited for; without any, whoever has to find the master first cannot, in time."""
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
@@ -595,6 +603,7 @@ async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> No
             sentinel.resume()
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_master(sentinels: SentinelTrio) -> None:
     """Ill in time while nobody has noticed, and well with the next master, though the old one hangs on."""
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
@@ -605,7 +614,7 @@ async def test_hung_master(sentinels: SentinelTrio) -> None:
     try:
         forget(app)
         await assert_ill(app, "redis_timeout")
-        wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+        wait_until(lambda: sentinels.primary() is not old, "a failover")
         await assert_soon(app, "healthy")
     finally:
         old.resume()
@@ -618,7 +627,7 @@ async def test_demoted_master_is_left(sentinels: SentinelTrio) -> None:
     assert 200 == (await probe(app))[0]
     old = sentinels.primary()
     sentinels.sentinels[0].command("SENTINEL", "FAILOVER", SentinelTrio.MASTER)
-    wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+    wait_until(lambda: sentinels.primary() is not old, "a failover")
     # The sentinels would do it too, ten seconds later.
     old.command("REPLICAOF", sentinels.primary().host, sentinels.primary().port)
     await assert_soon(app, "healthy")
@@ -701,7 +710,7 @@ async def test_cluster_that_serves_nothing_is_unhealthy(server_binary: str) -> N
     try:
         manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
         cluster.nodes[2].kill()
-        wait_until(lambda: b"cluster_state:fail" in _raw_info(cluster.nodes[0]), "the cluster fails", within=20)
+        wait_until(lambda: b"cluster_state:fail" in _raw_info(cluster.nodes[0]), "the cluster fails")
         await assert_ill(health_app(redis=manager, require_redis=True), "redis_cluster", status=503)
         await assert_ill(health_app(redis=manager, require_redis=False), "redis_cluster")
         for node in cluster.nodes:
@@ -861,6 +870,7 @@ async def test_failing_closed_requires_redis() -> None:
     assert (200, "degraded") == ((found := await probe(optional))[0], found[1]["status"])
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_app_with_a_hung_redis(private_server: StartServer) -> None:
     """An app whose breaker has opened under load tells so, is alive, and is well again soon after Redis is."""
     server = private_server()
@@ -881,7 +891,7 @@ async def test_app_with_a_hung_redis(private_server: StartServer) -> None:
     assert (200, 200, "degraded", "redis_timeout", "open") == (live, status, *(body[name] for name in FIELDS[:3]))
     assert fast < 0.1
     assert seconds < 0.6
-    async with asyncio.timeout(5), client_of(app) as client:
+    async with asyncio.timeout(PATIENCE), client_of(app) as client:
         while (await probe(app, "/health/"))[1]["error"] is not None:
             await client.get("/")
             await asyncio.sleep(0.05)
@@ -939,6 +949,7 @@ async def test_check_of_a_cluster_can_be_cancelled(private_cluster: Cluster) -> 
     await client.aclose()
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_check_that_does_not_end_is_not_waited_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a check ever break its deadline, a probe keeps it."""
 

@@ -54,6 +54,7 @@ from redis_asgi.telemetry import Telemetry, fresh_telemetry
 from ..kit.certificates import Certificates
 from ..kit.documents import section, table
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE
 from ..kit.processes import clean_environment, run_python
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server, free_port, wait_until
@@ -220,6 +221,7 @@ async def test_dead_redis_gives_no_figures() -> None:
     assert seconds < DEADLINE
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_redis_gives_no_figures_in_time(private_server: StartServer) -> None:
     """The kernel accepts the connection and nobody answers; later it does."""
     server = private_server()
@@ -237,6 +239,7 @@ async def test_hung_redis_gives_no_figures_in_time(private_server: StartServer) 
 
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "cut_replies", "drop_replies"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_broken_network_gives_no_figures_in_time(redis_server: ExternalServer, mode: Any) -> None:
     """Whatever the network does with the question or the answer."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -274,6 +277,7 @@ async def test_redis_that_refuses(private_server: StartServer, user: str, is_up:
         assert secret not in answer.text + text
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_figures_over_tls(tls_server: Server, certificates: Certificates) -> None:
     """With the certificates of the settings, as every other connection."""
     settings = Settings(
@@ -295,6 +299,7 @@ async def test_figures_over_tls(tls_server: Server, certificates: Certificates) 
     assert seconds < DEADLINE + 0.4
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_tls_peer_is_not_waited_for(tls_server: Server, certificates: Certificates) -> None:
     """One that hangs after the handshake gets no goodbye, which TLS would wait 30 s for."""
     url = urlsplit(tls_server.url)
@@ -314,7 +319,7 @@ async def test_hung_tls_peer_is_not_waited_for(tls_server: Server, certificates:
         figures, seconds = await timed(RedisMetrics(client))
         assert {} == figures
         assert seconds < DEADLINE + 0.4
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             while proxy.open:
                 await asyncio.sleep(0.01)
         await client.aclose()
@@ -760,6 +765,7 @@ async def test_scrape_needs_no_free_connection(redis_server: ExternalServer) -> 
     assert now['redis_pool_connections{state="in_use"}'] == now['redis_pool_connections{state="max"}'] == 1
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_scrape_of_a_hung_redis_is_answered_in_time(private_server: StartServer, counted: Telemetry) -> None:
     """Once a second it waits for the deadline, else it is told at once; what we counted is there, and the reason."""
     server = private_server()
@@ -784,6 +790,7 @@ async def test_scrape_of_a_hung_redis_is_answered_in_time(private_server: StartS
     assert 1 == now['redis_commands_total{op="ping",outcome="timeout"}']
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_scraper_that_goes_away_takes_nothing_along(private_server: StartServer) -> None:
     """Who waits beside it still gets an answer."""
     server = private_server()

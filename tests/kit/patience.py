@@ -1,0 +1,30 @@
+"""The time that tests leave Redis and this process, whose subject is no deadline.
+
+The package's own deadlines are short, and a busy machine keeps none of them. A test about a deadline names its own, in
+the settings or the argument that has one, or asks for those of the package by the fixture ``shipped_deadlines``.
+"""
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import pytest
+
+from redis_asgi import RateLimiter
+from redis_asgi.connection import health_cache
+from redis_asgi.connection.health_check import Checkup
+
+PATIENCE = 20.0  # seconds
+# The settings that are deadlines of requests.
+PATIENT: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("RATE_LIMIT_TIMEOUT", "EMBEDDING_CACHE_TIMEOUT"), f"{PATIENCE:g}")
+)
+
+
+def be_patient(patch: pytest.MonkeyPatch) -> None:
+    """Let whatever is given no deadline have `PATIENCE`: limiters, middlewares, caches and health checks."""
+    for name, value in PATIENT.items():
+        patch.setenv(name, value)
+    for takes, option in ((RateLimiter, "timeout"), (Checkup, "deadline")):
+        patch.setitem(inspect.unwrap(takes.__init__).__kwdefaults__, option, PATIENCE)
+    patch.setattr(health_cache, "DEADLINE", PATIENCE)
