@@ -25,7 +25,7 @@ from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, quiet
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +84,11 @@ class Caller:
         return orjson.loads(b"".join(m.get("body", b"") for m in self.sent[1:]))
 
 
+async def quiet_of(app: EmbeddingCacheMiddleware) -> None:
+    """Let whatever was begun come to where it waits for the test."""
+    await quiet(app._shared.vectors.manager)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is so."""
     async with asyncio.timeout(PATIENCE):
@@ -97,7 +102,7 @@ async def test_fifty_identical_requests_are_one_computation(any_settings: Settin
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     callers = [Caller(app, "a", "b") for _ in range(50)]
     await gate.reached.wait()
-    await asyncio.sleep(0.05)
+    await quiet_of(app)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert ["a", "b"] == spy.seen
@@ -137,9 +142,9 @@ async def test_the_first_callers_disconnect_fails_nobody(any_settings: Settings)
     first = Caller(cached, "a")
     await gate.reached.wait()
     second = Caller(cached, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     first.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     assert [False] == disconnected
@@ -153,7 +158,7 @@ async def test_the_first_callers_cancellation_fails_nobody(any_settings: Setting
     first = Caller(app, "a")
     await gate.reached.wait()
     second = Caller(app, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     first.task.cancel()
     await asyncio.wait({first.task})
     gate.open.set()
@@ -180,14 +185,14 @@ async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_se
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
     callers = [Caller(cached, "a") for _ in range(3)]
     await started.wait()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     for caller in callers:
         assert not seen
         if cancelled:
             caller.task.cancel()
         else:
             caller.disconnect()
-        await asyncio.sleep(0.01)
+        await quiet_of(cached)
     await asyncio.wait({caller.task for caller in callers})
     await until(lambda: bool(seen))
     assert ["cancelled" if cancelled else "http.disconnect"] == seen[:1]
@@ -227,7 +232,7 @@ async def test_an_answer_that_flows_ends_with_its_client(
     first = Caller(cached, "a")
     await gate.reached.wait()
     second = Caller(cached, "a") if followed else None
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await until(lambda: len(first.sent) > 2)
     if cancelled:
@@ -267,7 +272,7 @@ async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_set
     await until(lambda: len(leaders[1].sent) == 2)
     follower.task.cancel()
     await asyncio.wait({follower.task})
-    await asyncio.sleep(0.01)
+    await quiet_of(cached)
     one.set()
     background.set()
     await asyncio.gather(*(leader.task for leader in leaders))
@@ -281,9 +286,9 @@ async def test_a_client_that_leaves_first_is_not_cancelled_with_the_last(any_set
     first = Caller(app, "a")
     await gate.reached.wait()
     last = Caller(app, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     first.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     last.task.cancel()
     await asyncio.wait({first.task, last.task})
     assert last.task.cancelled()
@@ -305,9 +310,9 @@ async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_
     first = Caller(cached, "a", "a")
     await gate.reached.wait()
     leaving = first if role == "of its own" else Caller(cached, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     leaving.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     async with asyncio.timeout(PATIENCE):
         await asyncio.wait({leaving.task})
@@ -331,7 +336,7 @@ async def test_an_error_is_the_apps_answer_to_each_request_that_gets_it(any_sett
     first = Caller(cached, "a", x_request_id="0")
     await gate.reached.wait()
     rest = [Caller(cached, "a", x_request_id=str(n)) for n in (1, 2, 3)]
-    await asyncio.sleep(0.05)
+    await quiet_of(cached)
     assert 1 == len(calls)
     gate.open.set()
     await asyncio.gather(first.task, *(caller.task for caller in rest))
@@ -356,7 +361,7 @@ async def test_a_large_flight_is_not_joined_by_small_requests(any_settings: Sett
     await small.task
     assert 2 == spy.calls
     as_large = Caller(cached, *(f"text {n}" for n in range(17)))
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(large.task, as_large.task)
     assert 2 == spy.calls
@@ -423,13 +428,13 @@ async def test_a_refused_caller_does_not_join_what_was_asked_before(any_settings
     older = Caller(cached, "a", authorization="good")
     await gate.reached.wait()
     joined = Caller(cached, "a", authorization="good")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     assert 1 == calls[0]
     keys.clear()
     refused = Caller(cached, "b", authorization="good")
     await refused.task
     later = Caller(cached, "a", authorization="good")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(older.task, joined.task, later.task)
     assert [200, 200, 401, 401] == [caller.status for caller in (older, joined, refused, later)]
@@ -719,7 +724,7 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
     await gate.reached.wait()
     monkeypatch.setattr(MemoryVectors, "lookup", slowly)
     second = Caller(app, "a")
-    await asyncio.sleep(0.01)
+    await quiet_of(app)
     gate.open.set()
     await first.task
     slow.set()
@@ -892,7 +897,7 @@ async def test_two_workers_agree_on_a_new_model(redis_url: str) -> None:
     other = Caller(quick, "b")
     await other.task
     second = Caller(slow, "a")
-    await asyncio.sleep(0.05)
+    await quiet_of(slow)
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     later = [Caller(app, "a", "b") for app in (quick, slow)]

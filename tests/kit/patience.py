@@ -4,13 +4,14 @@ The package's own deadlines are short, and a busy machine keeps none of them. A 
 the settings or the argument that has one, or asks for those of the package by the fixture ``shipped_deadlines``.
 """
 
+import asyncio
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import pytest
 
-from redis_asgi import RateLimiter
+from redis_asgi import RateLimiter, RedisManager
 from redis_asgi.connection import health_cache
 from redis_asgi.connection.health_check import Checkup
 
@@ -19,6 +20,7 @@ PATIENCE = 20.0  # seconds
 PATIENT: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("RATE_LIMIT_TIMEOUT", "EMBEDDING_CACHE_TIMEOUT"), f"{PATIENCE:g}")
 )
+_CALM = 20  # turns of the loop
 
 
 def be_patient(patch: pytest.MonkeyPatch) -> None:
@@ -28,3 +30,11 @@ def be_patient(patch: pytest.MonkeyPatch) -> None:
     for takes, option in ((RateLimiter, "timeout"), (Checkup, "deadline")):
         patch.setitem(inspect.unwrap(takes.__init__).__kwdefaults__, option, PATIENCE)
     patch.setattr(health_cache, "DEADLINE", PATIENCE)
+
+
+async def quiet(manager: RedisManager) -> None:
+    """Let the loop run until Redis has answered all that was asked, and whoever waits does so for the test."""
+    calm = 0
+    while calm < _CALM:
+        await asyncio.sleep(0)
+        calm = 0 if getattr(manager.pool, "_in_use_connections", None) else calm + 1
