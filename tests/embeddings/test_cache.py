@@ -16,7 +16,7 @@ from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, quiet
 
 pytestmark = pytest.mark.anyio
 
@@ -230,7 +230,7 @@ async def test_concurrent_calls_share_one_computation(cache: EmbeddingCache) -> 
         return [[float(ord(name))] for name in ids]
 
     tasks = [asyncio.ensure_future(cache.get_or_compute(ids, compute)) for ids in (["a", "b"], ["b", "c"], ["a"]) * 9]
-    await asyncio.sleep(0.02)
+    await quiet(cache._manager)
     tasks[0].cancel()
     await asyncio.sleep(0)
     go.set()
@@ -361,7 +361,7 @@ async def test_a_change_while_an_id_is_computed_wins(
     await reached.wait()
     operation = changed_by.set_embedding("a", [2.0]) if change == "set" else changed_by.delete_embedding("a")
     changing = asyncio.ensure_future(operation)
-    await asyncio.sleep(0.01)
+    await quiet(cache._manager)
     go.set()
     await asyncio.gather(computing, changing)
     kept = await cache.get_embedding("a")
@@ -390,7 +390,7 @@ async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkey
     await asyncio.to_thread(reached.wait)
     cache = EmbeddingCache(manager)
     changing = asyncio.ensure_future(cache.set_embedding("a", [2.0]))
-    await asyncio.sleep(0.02)
+    await quiet(manager)
     go.set()
     assert await changing
     await asyncio.to_thread(thread.join)

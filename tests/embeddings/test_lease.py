@@ -17,6 +17,7 @@ from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lea
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
+from ..kit.patience import quiet
 from .test_single_flight import Caller, Gate, until
 
 pytestmark = pytest.mark.anyio
@@ -218,7 +219,7 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
     gate.open.clear()
     callers = [Caller(cached, text) for text in "ab" * 100]
     await until(lambda: spy.calls >= 2)
-    await asyncio.sleep(0.05)
+    await quiet(cached._shared.vectors.manager)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert {200} == {caller.status for caller in callers}

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,11 @@ async def quiet(manager: RedisManager) -> None:
     while calm < _CALM:
         await asyncio.sleep(0)
         calm = 0 if getattr(manager.pool, "_in_use_connections", None) else calm + 1
+
+
+async def leave_unread(connection: Any, *command: str) -> None:
+    """Send *command* and wait for its reply, which is left to whoever uses the connection next."""
+    await connection.send_command(*command)
+    async with asyncio.timeout(PATIENCE):
+        while not await connection.can_read():
+            await asyncio.sleep(0.001)

@@ -27,6 +27,7 @@ from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
+from ..kit.patience import leave_unread
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .harness import Spy, all_answered, client_of, drive, http_scope
@@ -400,8 +401,7 @@ async def test_a_reply_left_on_a_users_connection_decides_nothing(redis_server: 
     limiter = RateLimiter(client)
     assert "redis" == (await limiter.consume("a", "2/minute")).source
     connection = await client.connection_pool.get_connection()
-    await connection.send_command("PING")
-    await asyncio.sleep(0.02)
+    await leave_unread(connection, "PING")
     await client.connection_pool.release(connection)
     decisions = [await limiter.consume("a", "2/minute") for _ in range(2)]
     assert [("redis", True), ("redis", False)] == [(each.source, each.allowed) for each in decisions]

@@ -19,7 +19,7 @@ from redis_asgi.ratelimit.limits.policy import STRATEGIES, Partition, PolicySet,
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, leave_unread
 from ..kit.servers import SLOTS, Cluster, Server
 from .harness import all_answered
 from .histories import policy
@@ -230,10 +230,7 @@ async def test_stray_reply_is_nobodys(cluster: Cluster) -> None:
     assert 1 == (await limiter.consume("a", "2/hour")).policies[0].remaining
     for node in client.get_primaries():
         for connection in node._free:
-            await connection.send_command("PING")
-            async with asyncio.timeout(PATIENCE):
-                while not await connection.can_read():
-                    await asyncio.sleep(0.001)
+            await leave_unread(connection, "PING")
 
     decision = await limiter.consume("a", "2/hour")
     assert (True, "redis", 0) == (decision.allowed, decision.source, decision.policies[0].remaining)
