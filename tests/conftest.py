@@ -1,5 +1,6 @@
 """Fixtures over ``tests.kit``; its docstring lists what there is."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -65,6 +66,19 @@ def _settings_of_the_tests(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.delenv(name)
     if "shipped_deadlines" not in request.fixturenames:
         be_patient(monkeypatch)
+
+
+def pytest_collection_finish() -> None:
+    """Let a collection of garbage look at what the tests make, and not at all that was imported for them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_open() -> Iterator[None]:
+    # What a test leaves open fails this one, and no other in whose time it happens to be collected.
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ the settings or the argument that has one, or asks for those of the package by t
 
 import asyncio
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +31,17 @@ def be_patient(patch: pytest.MonkeyPatch) -> None:
     for takes, option in ((RateLimiter, "timeout"), (Checkup, "deadline")):
         patch.setitem(inspect.unwrap(takes.__init__).__kwdefaults__, option, PATIENCE)
     patch.setattr(health_cache, "DEADLINE", PATIENCE)
+
+
+async def until(truth: Callable[[], object]) -> None:
+    """Let the loop run until *truth* holds; seconds of `fair_time` say whether that was soon enough.
+
+    Raises:
+        TimeoutError: It does not come true.
+    """
+    async with asyncio.timeout(PATIENCE):
+        while not truth():
+            await asyncio.sleep(0.001)
 
 
 async def quiet(manager: RedisManager) -> None:
