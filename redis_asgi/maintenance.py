@@ -1,7 +1,6 @@
 """Operations done now and then: flush a model, make Redis persist, work out what it will hold."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +26,6 @@ __all__ = [
     "flush_model",
     "vector_bytes",
 ]
-
-_EPOCH_TTL = 366 * 24 * 3600.0  # seconds; one that has ended validates nothing either
 
 # What `configure_persistence` sets: snapshots after 15, 5 and 1 minutes with that many changes, compressed, and no
 # writes accepted while they fail.
@@ -128,7 +125,8 @@ async def flush_model(
         FlushError: When Redis did not take it.
     """
     # Here, because it brings numpy along, which nothing else in this module needs.
-    from .embeddings.storage.operations import Write, WriteResult  # noqa: PLC0415
+    from .embeddings.storage import epochs  # noqa: PLC0415
+    from .embeddings.storage.operations import WriteResult  # noqa: PLC0415
     from .embeddings.storage.store import resolve_vectors, vectors_of  # noqa: PLC0415
 
     manager, is_ours = resolve_vectors(redis, settings)
@@ -144,7 +142,7 @@ async def flush_model(
     elif found == [None]:
         done = WriteResult(0)
     else:
-        done = await vectors.write([Write(name, os.urandom(8), _EPOCH_TTL)], within)
+        done = await vectors.write([epochs.flush(name)], within)
     if not opened_before and not settings.REDIS_CLUSTER:
         # No other part in this loop uses the client; a cluster's has no pool to tell by and ends with the loop.
         await manager.close()

@@ -113,7 +113,7 @@ FOLDERS = {
     # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
-    "ratelimit/budgets": "errors events misuse ratelimit/limits settings telemetry",
+    "ratelimit/budgets": "asgi errors events misuse ratelimit/limits settings telemetry",
     "ratelimit/counting": (
         "connection count_buffer errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings"
         " telemetry tracing"

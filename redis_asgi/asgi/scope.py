@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 from ..settings import Settings
 from ..settings.networks import UNIX, Address, Network, unmapped
 from .bodies import Buffer
+from .fields import media_type
 from .forwarded import LISTS, only_entry
 
 # Longer than any address with a zone; what is longer is not looked at and never kept in a cache.
@@ -242,7 +243,7 @@ class BufferedRequest(Request):
             raise self._refuse() from None
 
     async def _get_form(self, **bounds: Any) -> FormData:
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type(self.headers.get("content-type", "").encode("latin-1"))
         if kind not in _FORMS:
             # Starlette reads an empty form then, and an empty one is cheap.
             raise self._refuse()
@@ -266,7 +267,7 @@ class BufferedRequest(Request):
         return self._of_app if self._is_handshake else self._buffer.replay()
 
 
-_FORMS = frozenset(("multipart/form-data", "application/x-www-form-urlencoded"))
+_FORMS = frozenset((b"multipart/form-data", b"application/x-www-form-urlencoded"))
 
 
 async def _no_body() -> Message:

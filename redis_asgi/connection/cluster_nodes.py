@@ -14,6 +14,7 @@ from redis.exceptions import RedisClusterException, ResponseError
 from ..errors import Failure, classify
 from ..events import say
 from . import side_connection
+from .direct import untimed
 from .resolver import known_without_asking
 from .sockets import NamedConnection
 
@@ -246,16 +247,14 @@ async def node_connection(client: aioredis.RedisCluster, name: str) -> AsyncIter
     if node is None:
         raise RedisClusterException("the cluster has no such node any more")
     connection = node.acquire_connection()
-    timeout = connection.socket_timeout
     try:
         if connection.should_reconnect():  # type: ignore[no-untyped-call]  # theirs
             await side_connection.hang_up(connection)
         await side_connection.freshen(connection)
-        connection.socket_timeout = None
-        yield connection
+        with untimed(connection):
+            yield connection
     except BaseException:
         await side_connection.hang_up(connection)
         raise
     finally:
-        connection.socket_timeout = timeout
         node.release(connection)

@@ -9,7 +9,7 @@ from .app_flight import ask_app
 from .origin.app_call import Untouched
 from .origin.single_flight import Flight
 from .origin.waiters import Waiting
-from .records.lease import shortest
+from .records.lease import Lease, shortest
 from .requests.question import Question
 from .shared import Shared
 from .storage.lookup import Stored
@@ -114,6 +114,20 @@ class AppCalls:
             return False
         self._found.believe(landing.lease)
         return True
+
+    async def collect(self, joined: Mapping[bytes, Flight]) -> tuple[list[bytes], Lease | None]:
+        """Wait for the vectors of *joined*: the keys that failed, and what the app said last to this caller."""
+        failed: list[bytes] = []
+        lease = self._found.lease
+        for name, other in joined.items():
+            brought = await asyncio.shield(other.landed)
+            if brought is None:
+                failed.append(name)
+                continue
+            self._found.values[name] = brought.values[name]
+            if other.lease_name == self._question.identity.lease_name:
+                lease = brought.lease
+        return failed, lease
 
     def _was_refused_since(self, flight: Flight) -> bool:
         return self._shared.vectors.is_denied(self._question.identity, flight.asked_at)

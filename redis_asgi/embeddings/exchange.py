@@ -44,7 +44,6 @@ class Exchange:
         self._outcome = Outcome(shared.counts, scope, send, status=shared.settings.EMBEDDING_CACHE_STATUS)
         self._time_slice = TimeSlice()
         self._body = NOTHING_READ
-        self._parsed: Document | None = None
         self._question: Question
         self._is_known = False  # the line above is there
         self._found: Stored
@@ -72,7 +71,7 @@ class Exchange:
             if partition is None:
                 await self._bypass("partition")
                 return
-        self._parsed = take_document(self._scope)
+        parsed = take_document(self._scope)
         limit, seconds = shared.settings.EMBEDDING_CACHE_MAX_REQUEST_BYTES, shared.settings.EMBEDDING_CACHE_BODY_SECONDS
         self._body, held = await read_body(self._receive, limit, shared.budget, seconds)
         coming = self._body.coming
@@ -81,17 +80,16 @@ class Exchange:
             shared.budget.give(held)
             held = 0
         try:
-            await self._answer(partition)
+            await self._answer(partition, parsed)
         finally:
             let_go(coming)
             shared.budget.give(held)
 
-    async def _answer(self, partition: str | None) -> None:
+    async def _answer(self, partition: str | None, parsed: Document | None) -> None:
         questions, wanted = self._shared.questions, self._head.wanted
         self._time_slice.restart()
-        body, parsed, self._parsed = self._body, self._parsed, None
         question = await questions.read(
-            self._scope, self._head, self._matched, body, partition, self._time_slice, parsed
+            self._scope, self._head, self._matched, self._body, partition, self._time_slice, parsed
         )
         if isinstance(question, Uncacheable):
             await self._bypass(question.detail)
@@ -210,21 +208,12 @@ class Exchange:
 
     async def _answer_with(self, calls: AppCalls, flight: Flight | None, joined: dict[bytes, Flight]) -> None:
         landing: FlightResult | None = None
-        lease = self._found.lease
         if flight is not None:
             landing = await self._landing_of(flight)
             if landing is None:
                 await self._relay(calls, flight)
                 return
-        leftover: list[bytes] = []
-        for name, other in joined.items():
-            brought = await asyncio.shield(other.landed)
-            if brought is None:
-                leftover.append(name)
-                continue
-            self._found.values[name] = brought.values[name]
-            if other.lease_name == self._question.identity.lease_name:
-                lease = brought.lease
+        leftover, lease = await calls.collect(joined)
         if leftover:
             if calls.waiting.gone:
                 return

@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import HTTPConnection
 
 from .._version import __version__
+from ..asgi.fields import media_type, members
 from ..asgi.sub_app import Authorize, PageAnswer, SubApp, json_answer, made_by_a_call
 from ..connection.client_factory import Client
 from ..connection.health_cache import Target, watched
@@ -162,8 +163,8 @@ def _thread(_pid: int) -> ThreadPoolExecutor:
 
 def _wants_json(accept: str) -> bool:
     """Whether JSON is asked for, and no format of Prometheus beside it."""
-    kinds = {kind.partition(";")[0].strip().lower() for kind in accept.split(",")}
-    return "application/json" in kinds and not kinds & {"text/plain", "application/openmetrics-text"}
+    kinds = set(map(media_type, members(accept.encode("latin-1"))))
+    return b"application/json" in kinds and not kinds & {b"text/plain", b"application/openmetrics-text"}
 
 
 @made_by_a_call

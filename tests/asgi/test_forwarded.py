@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 
 import pytest
 
-from redis_asgi.asgi import bodies, forwarded, paths
+from redis_asgi.asgi import bodies, fields, forwarded, paths
 
 
 class CountingText(str):
@@ -29,7 +29,7 @@ def test_elements_are_told_apart_in_one_walk(piece: str) -> None:
     """Whatever a client writes, no character is searched more than a few times."""
     text = CountingText(piece * 5_000)
     text.looked_at = 0
-    list(forwarded._elements(text))
+    list(fields.members_from_the_right(text))
 
     assert text.looked_at <= 4 * len(text)
 
@@ -46,7 +46,7 @@ def _repeats(parsed: Any) -> Iterator[tuple[str, bool]]:
                     yield from _repeats(inner)
 
 
-@pytest.mark.parametrize("pattern", [forwarded._PARAMETER, paths._ABSOLUTE, bodies._TEXT])
+@pytest.mark.parametrize("pattern", [fields._PARAMETER, paths._ABSOLUTE, bodies._TEXT])
 def test_no_repetition_is_tried_again(pattern: Any) -> None:
     """Repetitions of a character are possessive, so that a match that fails has read each character once.
 
@@ -71,7 +71,7 @@ def test_only_what_is_asked_for_is_read() -> None:
     first, last = CountingText('",' * 30_000), CountingText('junk",' * 10_000 + " for=198.51.100.7")
     for text in (first, last):
         text.looked_at = 0
-    elements = forwarded._elements(last)
+    elements = fields.members_from_the_right(last)
 
     assert " for=198.51.100.7" == next(elements)
     assert 64 >= last.looked_at

@@ -15,7 +15,8 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.logs import event_of
-from .test_single_flight import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 

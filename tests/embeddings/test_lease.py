@@ -17,8 +17,8 @@ from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lea
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
-from ..kit.patience import quiet
-from .test_single_flight import Caller, Gate, until
+from ..kit.patience import quiet, until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 

@@ -21,9 +21,9 @@ from redis_asgi.settings import Settings
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.embedding_apps import DIMS, Spy, cache_status, client, drive, read, respond, server
-from ..kit.patience import quiet
+from ..kit.patience import quiet, until
 from ..kit.servers import Server
-from .test_single_flight import Caller, Gate, until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 

@@ -1,7 +1,7 @@
 """A denial that Redis could not be told reaches it as soon as it answers again."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import redis as sync_redis
@@ -17,7 +17,7 @@ from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.embedding_apps import Spy, cache_status, client, respond, server
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, until
 from ..kit.servers import Cluster, ExternalServer, Server
 from .test_faults import settings_of
 
@@ -36,13 +36,6 @@ async def manager(own_server: Server) -> AsyncIterator[RedisManager]:
     manager = RedisManager(settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.1))
     yield manager
     await manager.close()
-
-
-async def until(truth: Callable[[], object]) -> None:
-    """Wait until *truth* holds; the tasks under test go on meanwhile."""
-    async with asyncio.timeout(PATIENCE):
-        while not truth():
-            await asyncio.sleep(0.01)
 
 
 NOTE = Write(b"denied", b"at", 60)

@@ -1,4 +1,4 @@
-"""``redis-asgi check`` names what is wrong with a server, and what to do; of a good one it finds nothing."""
+"""Diagnosis of a deployment that is well, and of what its server says."""
 
 import asyncio
 import re
@@ -7,52 +7,18 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-import redis
 
 from redis_asgi import Settings
 from redis_asgi.inspection.diagnosis import diagnose
-from redis_asgi.inspection.findings import Finding
 from redis_asgi.inspection.rights import rights_of
 
 from ..conftest import StartServer
-from ..kit.certificates import Certificates
 from ..kit.proxy import FaultProxy
-from ..kit.servers import Cluster, SentinelTrio, Server, find_binaries, wait_until
+from ..kit.servers import Server, find_binaries, wait_until
 from ..kit.sharding import ShardingProxy
+from .diagnosing import PASSWORD, findings, levels, the_only, wrong
 
 pytestmark = pytest.mark.anyio
-
-PASSWORD = "s3cr3t-of-a-test"
-
-
-async def findings(**values: Any) -> list[Finding]:
-    """All that is found with these settings."""
-    # A busy machine is no finding.
-    patient = {"REDIS_TIMEOUT": 2, "RATE_LIMIT_TIMEOUT": 5, "EMBEDDING_CACHE_TIMEOUT": 5}
-    return [finding async for finding in diagnose(Settings(**{**patient, **values}))]
-
-
-async def wrong(**values: Any) -> list[Finding]:
-    """What is not well with these settings; each says what to do, and none holds the password."""
-    found = await findings(**values)
-    for finding in found:
-        assert PASSWORD not in f"{finding.text}{finding.fix}"
-        assert bool(finding.fix) == (finding.level != "ok")
-    return [finding for finding in found if finding.level != "ok"]
-
-
-async def the_only(**values: Any) -> Finding:
-    """The one thing that is not well."""
-    (finding,) = await wrong(**values)
-    return finding
-
-
-def levels(found: list[Finding]) -> list[tuple[str, str]]:
-    """What was looked at, and how it is."""
-    return [(finding.check, finding.level) for finding in found]
-
-
-# a proxy that answers some commands itself
 
 
 async def _read_command(reader: asyncio.StreamReader) -> list[bytes]:
@@ -112,9 +78,6 @@ def replacing(*pairs: tuple[str, str]) -> Callable[[bytes], bytes]:
         return bulk(text)
 
     return lie
-
-
-# what is well
 
 
 async def test_all_is_well(private_server: StartServer) -> None:
@@ -220,156 +183,6 @@ async def test_vectors_elsewhere_in_memory(redis_url: str) -> None:
     found = await findings(REDIS_URL=redis_url, EMBEDDING_CACHE_REDIS_URL="memory://")
 
     assert {finding.server for finding in found} == {"", "redis"}
-
-
-# connecting
-
-
-@pytest.mark.parametrize(
-    ("values", "text", "fix"),
-    [
-        pytest.param({"REDIS_URL": "redis://127.0.0.1:1"}, "refuses connections", "server runs", id="refused"),
-        pytest.param(
-            {"REDIS_URL": "redis://127.0.0.1:1", "REDIS_CLUSTER": True},
-            "refuses connections",
-            "server runs",
-            id="cluster refused",
-        ),
-        pytest.param({"REDIS_HOST": "host.invalid"}, "cannot be resolved", "REDIS_HOST", id="unknown host"),
-        pytest.param({"REDIS_URL": "unix:///nowhere/redis.sock"}, "no socket", "path", id="no socket"),
-    ],
-)
-async def test_unreachable(values: dict[str, Any], text: str, fix: str) -> None:
-    """A server that cannot be reached, and why."""
-    found = await the_only(**values)
-
-    assert ("connection", "fail") == (found.check, found.level)
-    assert text in found.text
-    assert fix in found.fix
-
-
-@pytest.mark.parametrize("cluster_mode", [False, True])
-async def test_passwords(cluster_mode: bool, private_server: StartServer) -> None:
-    """No password where one is wanted, a wrong one, and one too many are told apart."""
-    more = {"REDIS_CLUSTER": True} if cluster_mode else {}
-    locked = private_server("--requirepass", "right", *(["--cluster-enabled", "yes"] if cluster_mode else []))
-    wanted = await the_only(REDIS_URL=locked.url, **more)
-    refused = await the_only(REDIS_URL=locked.url, REDIS_PASSWORD=PASSWORD, **more)
-    in_url = await the_only(REDIS_URL=locked.url.replace("//", f"//app:{PASSWORD}@"), **more)
-
-    assert "wants a password" in wanted.text
-    assert "refuses the user name or the password" in refused.text
-    assert "REDIS_PASSWORD" in wanted.fix
-    assert "refuses the user name or the password" in in_url.text
-
-
-async def test_a_password_too_many(redis_url: str) -> None:
-    """A password for a server that has none."""
-    found = await the_only(REDIS_URL=redis_url, REDIS_PASSWORD=PASSWORD)
-
-    assert "no password" in found.text
-    assert found.fix == "Unset REDIS_PASSWORD."
-
-
-async def test_a_password_too_many_in_the_url(redis_url: str) -> None:
-    """Then it is there that it must go."""
-    found = await the_only(REDIS_URL=redis_url.replace("//", f"//:{PASSWORD}@"))
-
-    assert found.fix == "Take the password out of REDIS_URL."
-
-
-async def test_no_such_database(redis_url: str) -> None:
-    """A database that the server does not have."""
-    found = await the_only(REDIS_URL=f"{redis_url}/999")
-
-    assert "no such database" in found.text
-
-
-async def test_a_hung_server(private_server: StartServer) -> None:
-    """A server that is stopped is waited for as long as the setting says."""
-    server = private_server()
-    server.pause()
-    try:
-        found = await the_only(REDIS_URL=server.url, REDIS_TIMEOUT=0.2)
-    finally:
-        server.resume()
-
-    assert "does not answer within 0.2 s" in found.text
-
-
-async def test_a_server_lost_on_the_way(private_server: StartServer) -> None:
-    """Losing the server in the middle is a finding too, after those before it."""
-    server = private_server()
-    async with FaultProxy(server.host, server.port) as proxy:
-        got = diagnose(Settings(REDIS_URL=proxy.url, REDIS_TIMEOUT=1))
-        found = []
-        async for finding in got:
-            found.append(finding)
-            if finding.check == "connection" and finding.level == "ok":
-                await proxy.set("refuse")
-
-    assert levels(found) == [("settings", "ok"), ("connection", "ok"), ("connection", "fail")]
-    assert "Lost" in found[-1].text
-
-
-async def test_no_connection_left(private_server: StartServer) -> None:
-    """A server that is full says so."""
-    server = private_server("--maxclients", "1")
-    server.client().ping()
-    found = await the_only(REDIS_URL=server.url)
-
-    assert "no connection left" in found.text
-
-
-# TLS
-
-
-async def test_tls_is_well(tls_server: Server, certificates: Certificates) -> None:
-    """With all certificates right, TLS is said to be verified."""
-    pair = certificates.client
-    values = {
-        "REDIS_SSL_CA_CERTS": certificates.ca.cert,
-        "REDIS_SSL_CERTFILE": pair.cert,
-        "REDIS_SSL_KEYFILE": pair.key,
-    }
-    found = await findings(REDIS_URL=tls_server.url, **values)
-    assert ("tls", "ok") in levels(found)
-    assert {finding.level for finding in found} == {"ok"}
-
-    unsafe = await the_only(REDIS_URL=f"{tls_server.url}?ssl_cert_reqs=none", **values)
-    assert ("tls", "warn") == (unsafe.check, unsafe.level)
-
-
-async def test_plain_to_a_tls_port(tls_server: Server) -> None:
-    """A client without TLS at a port that has it."""
-    found = await the_only(REDIS_URL=tls_server.url.replace("rediss", "redis"))
-
-    assert "speaks TLS, and we do not" in found.text
-    assert "rediss://" in found.fix
-
-
-@pytest.mark.parametrize("how", ["rediss", "REDIS_SSL"])
-async def test_tls_to_a_plain_port(how: str, private_server: StartServer) -> None:
-    """A client with TLS at a port without it."""
-    server = private_server()
-    values: dict[str, Any] = {"REDIS_URL": server.url.replace("redis:", "rediss:")}
-    if how == "REDIS_SSL":
-        values = {"REDIS_HOST": server.host, "REDIS_PORT": server.port, "REDIS_SSL": True}
-    found = await the_only(**values)
-
-    assert "does not speak TLS, and we do" in found.text
-
-
-async def test_certificates(tls_server: Server, stranger_server: Server, certificates: Certificates) -> None:
-    """An unknown authority, another host's certificate and a missing client certificate are told apart."""
-    unknown = await the_only(REDIS_URL=tls_server.url, REDIS_SSL_CA_CERTS=certificates.other_ca.cert)
-    name = await the_only(REDIS_URL=stranger_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert)
-    missing = await the_only(REDIS_URL=tls_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert)
-
-    assert "REDIS_SSL_CA_CERTS" in unknown.fix
-    assert "ismatch" in name.text
-    assert "name that the certificate is made out to" in name.fix
-    assert "REDIS_SSL_CERTFILE" in missing.fix
 
 
 # what a server says
@@ -537,87 +350,6 @@ async def test_a_renamed_command(private_server: StartServer) -> None:
 
     assert found[0].text == "the server does not know: unlink"
     assert "rename-command" in found[0].fix
-
-
-# clusters and sentinels
-
-
-async def test_a_cluster_is_looked_at_node_by_node(cluster: Cluster) -> None:
-    """Each primary is looked at, with keys of its own slots, and nothing is left behind."""
-    found = await findings(REDIS_URL=cluster.url, REDIS_CLUSTER=True)
-
-    assert {finding.level for finding in found} == {"ok"}
-    for node in cluster.nodes:
-        mine = [finding.check for finding in found if finding.server == f"redis 127.0.0.1:{node.port}"]
-        assert {"rights", "script", "latency", "clock", "version"} <= set(mine)
-        assert node.client().keys() == []
-        assert node.calls("rpush") > 0
-
-
-async def test_one_node_lacks_a_right(private_cluster: Cluster) -> None:
-    """Users are each node's own: the one that lacks something is named."""
-    settings = {"REDIS_URL": private_cluster.url, "REDIS_CLUSTER": True, "REDIS_USERNAME": "app"}
-    settings["REDIS_PASSWORD"] = PASSWORD
-    line = rights_of(Settings(**settings)).line("app", PASSWORD).split()
-    for node in private_cluster.nodes:
-        node.command(*line)
-    assert await wrong(**settings) == []
-    private_cluster.nodes[2].command(*line, "-lindex")
-    found = await wrong(**settings)
-    assert found[0].server == f"redis 127.0.0.1:{private_cluster.nodes[2].port}"
-    assert found[0].text == "missing: +lindex"
-
-    for node in private_cluster.nodes:
-        node.command(*line, "-cluster|slots")
-    only = await the_only(**settings)
-    assert "cluster|slots" in only.fix
-
-
-async def test_cluster_or_not(private_cluster: Cluster, redis_url: str) -> None:
-    """A node of a cluster taken for a server alone, a server alone for a cluster, and slots that nobody serves."""
-    alone = await wrong(REDIS_URL=private_cluster.url)
-    assert alone[0].fix == "Set REDIS_CLUSTER=true."
-    single = await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)
-    assert ("warn", "cluster") == (single.level, single.check)
-    assert single.fix.startswith("Unset REDIS_CLUSTER")
-    nodes = {"REDIS_CLUSTER_NODES": [redis_url.removeprefix("redis://").split("/")[0], "127.0.0.1:1"]}
-    assert (await the_only(REDIS_CLUSTER=True, **nodes)).fix == "Unset REDIS_CLUSTER."
-
-    for node in private_cluster.nodes:
-        with suppress(redis.exceptions.ResponseError):  # it has heard so from another one
-            node.command("CLUSTER", "DELSLOTS", *range(16_000, 16_384))
-    found = await the_only(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)
-    assert "16000 of 16384 slots" in found.text
-
-
-async def test_a_node_that_says_nothing_of_its_cluster(private_cluster: Cluster, private_server: StartServer) -> None:
-    """Whether it has all keys is found out by asking for some."""
-    one = private_server("--cluster-enabled", "yes")
-    one.own_all_slots()
-    for server, level in ((one, "warn"), (private_cluster.nodes[0], "fail")):
-        server.command("ACL", "SETUSER", "default", "-cluster")
-        found = await wrong(REDIS_URL=server.url)
-        assert (level, "Set REDIS_CLUSTER=true.") == (found[0].level, found[0].fix)
-
-
-async def test_sentinels(sentinels: SentinelTrio) -> None:
-    """All well; a name they do not watch; one that is silent; none that answers."""
-    settings = {"REDIS_SENTINELS": ",".join(sentinels.addresses), "REDIS_SENTINEL_MASTER": "mymaster"}
-    found = await findings(**settings)
-    assert found[1].text == "all 3 know the master 'mymaster'"
-    assert {finding.level for finding in found} == {"ok"}
-
-    other = await the_only(**{**settings, "REDIS_SENTINEL_MASTER": "other"})
-    assert "know no master 'other'" in other.text
-
-    sentinels.sentinels[0].kill()
-    silent = await the_only(**settings)
-    assert ("warn", sentinels.addresses[0] in silent.text) == (silent.level, True)
-
-    for sentinel in sentinels.sentinels[1:]:
-        sentinel.kill()
-    none = await the_only(**settings)
-    assert "none of the sentinels answers" in none.text
 
 
 async def test_a_blocked_server(private_server: StartServer) -> None:

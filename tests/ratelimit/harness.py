@@ -1,6 +1,7 @@
 """Apps and drivers that the middleware's tests share."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +13,12 @@ from redis_asgi import RedisManager, Settings
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
 MEMORY = Settings(REDIS_URL="memory://")
+_prefixes = itertools.count()
+
+
+def own_prefix() -> str:
+    """A prefix of keys that no other test has."""
+    return f"t{next(_prefixes)}:"
 
 
 def memory(**values: Any) -> Settings:

@@ -139,7 +139,7 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
 
     def receive_the_last(data: bytes) -> None:
         receive(data)
-        line._transport.abort()
+        line.transport.abort()
 
     line.data_received = receive_the_last  # type: ignore[method-assign]
     outcomes = await asyncio.gather(*(ask(batcher, f"192.0.2.{n}") for n in range(5)))

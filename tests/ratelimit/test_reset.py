@@ -1,7 +1,6 @@
 """`request.state.rate_limit.reset`: a client that has shown that it means well starts anew."""
 
 import asyncio
-import itertools
 from typing import Any
 
 import pytest
@@ -15,16 +14,9 @@ from starlette.types import ASGIApp
 from redis_asgi import RateLimit, RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
-from .harness import client_of, memory, statuses
+from .harness import client_of, own_prefix, statuses
 
 pytestmark = pytest.mark.anyio
-_counter = itertools.count()
-
-
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"l{next(_counter)}:")
 
 
 def login_app(settings: Settings, name: str = "login", **rule: Any) -> tuple[ASGIApp, list[bool]]:
@@ -52,7 +44,7 @@ async def test_login_that_succeeds_forgets_the_failures(
 ) -> None:
     """The very counters that the middleware charged, the request's own units too, and no others."""
     url = request.getfixturevalue("redis_url") if store == "redis" else "memory://"
-    mine = Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"l{next(_counter)}:")
+    mine = Settings(REDIS_URL=url, REDIS_KEY_PREFIX=own_prefix())
     app, resets = login_app(mine, strategy=strategy, count_if=count_if)
 
     bad = await statuses(app, 3, "/login")
@@ -78,7 +70,7 @@ async def test_reset_of_what_does_not_apply_forgets_nothing(settings: Settings) 
 
 async def test_reset_waits_for_redis_no_longer_than_a_check() -> None:
     """Redis is gone: the log-in goes on, its counters are what this process has."""
-    gone = Settings(REDIS_URL="redis://127.0.0.1:9", RATE_LIMIT_TIMEOUT=0.1, REDIS_KEY_PREFIX=f"l{next(_counter)}:")
+    gone = Settings(REDIS_URL="redis://127.0.0.1:9", RATE_LIMIT_TIMEOUT=0.1, REDIS_KEY_PREFIX=own_prefix())
     app, resets = login_app(gone)
 
     assert [401, 401] == await statuses(app, 2, "/login")

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-import itertools
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, cast
 
@@ -38,13 +38,6 @@ from redis_asgi.telemetry import fresh_telemetry
 from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
-_counter = itertools.count()
-
-
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"r{next(_counter)}:")
 
 
 async def test_dependency_limits_one_route(settings: Settings) -> None:
@@ -565,7 +558,7 @@ async def test_route_gives_back_no_more_than_it_took_however_often(store: str, r
     """Without the middleware each `charge` is applied at once; together they free nothing that others have used."""
     url = "memory://" if store == "memory" else request.getfixturevalue("redis_url")
     app = FastAPI()
-    limit = RateLimit("10/minute", name=f"{store}-{next(_counter)}", settings=Settings(REDIS_URL=url))
+    limit = RateLimit("10/minute", name=f"{store}-{uuid.uuid4().hex[:8]}", settings=Settings(REDIS_URL=url))
 
     @app.get("/", dependencies=[Depends(limit)])
     async def give(request: Request, more: int = 0, back: int = 0) -> str:

@@ -1,7 +1,6 @@
 """Limits stacked on an app, its routers, a route and its parameters: each counts for itself, and they agree."""
 
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -20,16 +19,9 @@ from redis_asgi import ConfigurationError, RateLimit, RateLimitMiddleware, Redis
 from redis_asgi.ratelimit.rules.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
-from .harness import client_of, drive, memory, statuses, websocket_scope
+from .harness import client_of, drive, memory, own_prefix, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
-_counter = itertools.count()
-
-
-@pytest.fixture
-def settings() -> Settings:
-    """Counters of this test's own, in the process."""
-    return memory(REDIS_KEY_PREFIX=f"k{next(_counter)}:")
 
 
 async def test_app_router_and_route_count_each_for_itself(settings: Settings) -> None:
@@ -296,7 +288,7 @@ async def test_plans_stacked_are_told_apart_by_their_place(settings: Settings) -
 
 async def test_limits_on_two_redis_are_decided_in_turn(settings: Settings) -> None:
     """What one server has charged stays charged when the other refuses; nothing is atomic over two."""
-    elsewhere = memory(REDIS_KEY_PREFIX=f"k{next(_counter)}:")
+    elsewhere = memory(REDIS_KEY_PREFIX=own_prefix())
     app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
     tight = RateLimit("1/minute", settings=elsewhere, redis=RedisManager(elsewhere))
     app.get("/", dependencies=[Depends(tight)])(lambda: "x")

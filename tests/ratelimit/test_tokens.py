@@ -17,8 +17,8 @@ from redis_asgi.ratelimit.budgets.estimates import Estimate, Outputs, asked_outp
 from redis_asgi.ratelimit.budgets.tokens import Tokens, tokens
 from redis_asgi.ratelimit.budgets.usage import Usage, UsageReader
 
-from .test_usage import JSON as JSON_TYPE
-from .test_usage import answer_of, parts_of, read
+from .usages import JSON as JSON_TYPE
+from .usages import answer_of, parts_of, read
 
 PLAIN = tokens()
 LARGE = 10**9

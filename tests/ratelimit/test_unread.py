@@ -1,7 +1,6 @@
 """What bodies cost that nobody can read: never less than good ones, and no more than a unit where the app says no."""
 
 import asyncio
-import itertools
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,11 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
-from .harness import all_answered, client_of, drive, header, http_scope, websocket_scope
+from .harness import all_answered, client_of, drive, header, http_scope, own_prefix, websocket_scope
 from .histories import strategy_of
 
 pytestmark = pytest.mark.anyio
-_counter = itertools.count()
 stores = pytest.mark.parametrize("store", ["memory", "redis"])
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -35,7 +33,7 @@ POST = http_scope(method="POST", headers=[(b"content-type", b"application/json")
 def settings(request: pytest.FixtureRequest) -> Settings:
     """Counters of this test's own, in the store that it names."""
     url = request.getfixturevalue("redis_url") if "redis" in request.node.name else "memory://"
-    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"u{next(_counter)}:", RATE_LIMIT_TIMEOUT=5)
+    return Settings(REDIS_URL=url, REDIS_KEY_PREFIX=own_prefix(), RATE_LIMIT_TIMEOUT=5)
 
 
 async def inputs(request: Request) -> int:

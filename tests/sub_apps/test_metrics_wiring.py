@@ -16,7 +16,7 @@ from redis_asgi.count_buffer import FLUSHED_WITHIN
 
 from ..kit.documents import section
 from ..kit.servers import Server, wait_until
-from .test_metrics import TLS, workers
+from .scrapes import TLS, workers
 
 StartServer = Callable[..., Server]
 

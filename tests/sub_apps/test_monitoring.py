@@ -17,7 +17,7 @@ from redis_asgi import metrics_app
 from redis_asgi.telemetry import fresh_telemetry
 
 from ..kit.servers import ExternalServer
-from .test_metrics import scraped, use_every_metric
+from .scrapes import scraped, use_every_metric
 
 FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"
 ALERTS = (FOLDER / "alerts.yml").read_text("utf-8")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ...asgi.fields import media_type
 from ...keys import length_prefixed
 from . import http_caching as http
 from .headers import HeaderClass, Headers
@@ -137,7 +138,7 @@ class Heads:
                 addresses += _flat(name, [_PORT.sub(rb"\1", value) for value in values])
             if kind is HeaderClass.KEY or headers.is_keyed(name):
                 if name == _CONTENT_TYPE and not headers.is_keyed(name):
-                    key += _flat(name, [http.media_type(value) for value in values])
+                    key += _flat(name, [media_type(value) for value in values])
                     continue
                 key += _flat(name, values)
             if headers.is_in_key(name):

@@ -6,6 +6,8 @@ RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...asgi.fields import argument, media_type, members
+
 RawHeaders = Sequence[tuple[bytes, bytes]]
 HeaderFields = Mapping[bytes, Sequence[bytes]]  # every value of each header, in order, by its name in lower case
 
@@ -67,15 +69,15 @@ def directives(fields: HeaderFields) -> dict[str, str]:
     found: dict[str, str] = {}
     for value in fields.get(b"cache-control", ()):
         for part in value.decode("latin-1").split(","):
-            name, _, argument = part.strip().partition("=")
+            name, given = argument(part)
             if name:
-                found.setdefault(name.lower(), argument.strip().strip('"'))
+                found.setdefault(name, given)
     return found
 
 
-def seconds(argument: str | None) -> int | None:
+def seconds(given: str | None) -> int | None:
     """A delta-seconds argument; ``None`` when it is absent or not a number (RFC 9111, 1.2.2)."""
-    return int(argument[:_MAX_DIGITS]) if argument and argument.isascii() and argument.isdigit() else None
+    return int(given[:_MAX_DIGITS]) if given and given.isascii() and given.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def storable(fields: HeaderFields, is_in_key: Callable[[bytes], bool]) -> StoreP
     if (stated is not None and not max_age) or not said.keys().isdisjoint(("no-store", "private", "no-cache")):
         return StorePermission("response-no-store")
     for value in fields.get(b"vary", ()):
-        for name in map(bytes.strip, value.lower().split(b",")):
+        for name in members(value):
             if name and name not in _VARY_ALLOWED and (name == b"*" or not is_in_key(name)):
                 return StorePermission("vary", varies_by=name.decode("latin-1")[:_SHOWN])
     return StorePermission(None, max_age)
@@ -153,15 +155,10 @@ def is_json(fields: HeaderFields) -> bool:
     values = fields.get(b"content-type", ())
     if len(values) != 1:
         return False
-    kind, *parameters = values[0].decode("latin-1").lower().split(";")
-    charsets = [p.partition("=")[2].strip(' "') for p in parameters if p.strip().startswith("charset=")]
-    kind = kind.strip()
-    return (kind == "application/json" or kind.endswith("+json")) and all(c in ("utf-8", "utf8") for c in charsets)
-
-
-def media_type(value: bytes) -> bytes:
-    """A content type less its parameters."""
-    return value.partition(b";")[0].strip().lower()
+    kind = media_type(values[0])
+    named = map(argument, values[0].decode("latin-1").lower().split(";")[1:])
+    charsets = {charset for name, charset in named if name == "charset"}
+    return (kind == b"application/json" or kind.endswith(b"+json")) and charsets <= {"utf-8", "utf8"}
 
 
 def is_encoded(fields: HeaderFields) -> bool:
@@ -200,7 +197,7 @@ def accepts_gzip(headers: RawHeaders) -> bool:
     """Whether ``Accept-Encoding`` names gzip; where it only may be meant, an answer that is not compressed will do."""
     for name, value in headers:
         if name.lower() == b"accept-encoding":
-            for coding in value.lower().split(b","):
+            for coding in members(value):
                 kind, _, weight = coding.partition(b";")
                 if kind.strip() == b"gzip":
                     return weight.replace(b" ", b"").strip(b"0.") != b"q="

@@ -12,7 +12,8 @@ from ..records.codec import NO_EPOCH, Value, decode_finite
 from ..records.keys import RecordKeys, epoch_part, mark_of
 from ..records.lease import Lease, decode_denied, decode_lease
 from ..records.vectors import Encoding, text_of
-from .vector_cache import VectorCache, as_epoch
+from .epochs import as_epoch
+from .vector_cache import VectorCache
 
 _AT_ONCE = 64  # values looked at between two looks at the clock
 

@@ -13,11 +13,12 @@ import hiredis
 import numpy as np
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AskError, MaxConnectionsError, RedisError, ResponseError, TryAgainError
+from redis.exceptions import AskError, MaxConnectionsError, RedisError, TryAgainError
 
 from ...connection import side_connection
 from ...connection.client_factory import QueueingPool
 from ...connection.cluster_nodes import node_connection
+from ...connection.direct import Takeover, exchange, untimed
 from ...errors import OddReply
 
 Command = tuple[bytes | str | int, ...]
@@ -118,7 +119,8 @@ async def run_on_node(
     async with node_connection(cluster, node) as connection:
         _see_to_be_in_time(clock)
         packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # theirs is a tuple of one
-        replies = await _through_redis_py(connection, commands, packed)
+        # Here, where a reply that is none drops the connection.
+        replies = checked(commands, await exchange(connection, packed))
     for at, reply in enumerate(replies):
         if isinstance(reply, AskError | TryAgainError):  # a MovedError is an AskError
             try:
@@ -146,23 +148,16 @@ async def _straight(
         raise
 
 
-class _Replies(asyncio.BufferedProtocol):
+class _Replies(Takeover, asyncio.BufferedProtocol):
     """The protocol of a connection of our own pools until all replies have come."""
 
     def __init__(self, transport: asyncio.Transport, count: int, size: int) -> None:
+        super().__init__(transport)
         self.all: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._count = count
         self._come: list[Any] = []
-        self._reader = hiredis.Reader()
         # Not a bytearray: that one is filled with zeros first.
         self._buffer = np.empty(size, np.uint8).data
-        self._transport = transport
-        self._theirs = transport.get_protocol()
-        transport.set_protocol(self)
-
-    def give_back(self) -> None:
-        """Let redis-py's stream have the socket again."""
-        self._transport.set_protocol(self._theirs)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -171,17 +166,17 @@ class _Replies(asyncio.BufferedProtocol):
         if self.all.done():
             return  # cancelled: the connection is about to be dropped
         try:
-            if not self._reader.has_data():
+            if not self.replies.has_data():
                 side_connection.refuse_too_much(bytes(self._buffer[: min(nbytes, _BEGINNING)]))
-            self._reader.feed(self._buffer, 0, nbytes)  # type: ignore[arg-type]  # it takes any buffer
-            while (reply := self._reader.gets()) is not False:
+            self.replies.feed(self._buffer, 0, nbytes)  # type: ignore[arg-type]  # it takes any buffer
+            while (reply := self.replies.gets()) is not False:
                 self._come.append(reply)
         except Exception as error:
             self.all.set_exception(error)  # no Redis at the other end
             return
         if len(self._come) < self._count:
             return
-        if len(self._come) > self._count or self._reader.has_data():
+        if len(self._come) > self._count or self.replies.has_data():
             self.all.set_exception(ConnectionError("more replies than commands"))
             return
         # At once: whatever comes now belongs to no command, and redis-py's stream will show that to the pool.
@@ -189,7 +184,7 @@ class _Replies(asyncio.BufferedProtocol):
         self.all.set_result(self._come)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._theirs.connection_lost(exc)
+        super().connection_lost(exc)
         if not self.all.done():
             self.all.set_exception(exc if exc is not None else ConnectionError("closed by the server"))
 
@@ -197,21 +192,9 @@ class _Replies(asyncio.BufferedProtocol):
 async def _through_redis_py(
     connection: AbstractConnection, commands: Sequence[Command], packed: Sequence[bytes]
 ) -> list[Any]:
-    # Ours is the only clock: no task and no timer per command.
-    timeout, connection.socket_timeout = connection.socket_timeout, None
     try:
-        side_connection.see_it_open(connection)
-        await connection.send_packed_command(packed)
-        return checked(commands, [await _reply(connection) for _ in packed])
+        with untimed(connection):
+            return checked(commands, await exchange(connection, packed))
     except BaseException:
         await side_connection.hang_up(connection)
         raise
-    finally:
-        connection.socket_timeout = timeout
-
-
-async def _reply(connection: AbstractConnection) -> Any:
-    try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error

@@ -3,7 +3,6 @@
 Knows keys and values, and nothing of requests, wire formats or calls of the app. Reading is `look_up`'s.
 """
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -16,14 +15,12 @@ from ..records.lease import Denials, Lease, encode_denied, encode_lease
 from ..records.metrics import CacheMetrics
 from ..records.options import Options
 from ..records.warnings import Warnings
+from . import epochs
 from .l1 import L1Cache
 from .store import VectorStore, Write, vectors_of
 
 _CAPPED = int(Flag.CAPPED)
 _SUFFIX = 8  # hexadecimal digits at the end of a key, which shorten its TTL
-_EPOCH_TTL = 86_400.0  # seconds at least; one that is gone makes its vectors misses, never valid
-_CLAIM_TTL = 600.0  # seconds; names of models that the app does not have fill Redis no longer
-_EPOCH_BYTES = 8
 _LAST = 0.1  # of a lease, in which one request asks the app early
 _UNKNOWN_CALLER = 401
 
@@ -145,17 +142,12 @@ class VectorCache:
 
         A missing epoch validates nothing, so an evicted one never brings flushed vectors back.
         """
-        claim = Write(epoch_name, _new_epoch(), _CLAIM_TTL, "absent")
-        return as_epoch(await self.store.claim(claim, within))
+        return epochs.as_epoch(await self.store.claim(epochs.claim(epoch_name), within))
 
     async def renew_epoch(self, identity: RecordKeys) -> None:
         """Make every stored vector of the model a miss."""
         self.local.forget(identity.epoch_name)
-        await self.store.write([Write(identity.epoch_name, _new_epoch(), self._epoch_ttl)])
-
-    @property
-    def _epoch_ttl(self) -> float:
-        return max(_EPOCH_TTL, 2 * self._ttl)
+        await self.store.write([epochs.replacement(identity.epoch_name, self._ttl)])
 
     # Writing.
 
@@ -198,9 +190,8 @@ class VectorCache:
             if time_slice.expired:
                 await time_slice.checkpoint()
         granted = self._grant(identity, lease) if repeatable else []
-        renewal = Write(identity.epoch_name, b"", self._epoch_ttl, "renew")
         began = time.perf_counter()
-        done = await self.store.write([renewal, *granted, *vectors])
+        done = await self.store.write([epochs.renewal(identity.epoch_name, self._ttl), *granted, *vectors])
         self.counts.store_seconds.observe(time.perf_counter() - began)
         if granted and self.is_denied(identity, lease.asked_at):
             # Refused meanwhile, and deleted perhaps before it was there.
@@ -217,12 +208,3 @@ class VectorCache:
             return []
         self.local.grant(identity.epoch_name, identity.lease_name, lease)
         return [Write(identity.lease_name, record, self._lease_seconds)]
-
-
-def as_epoch(raw: object) -> bytes:
-    """The epoch in a reply of Redis; `NO_EPOCH` when that is none."""
-    return raw if isinstance(raw, bytes) and len(raw) == _EPOCH_BYTES else NO_EPOCH
-
-
-def _new_epoch() -> bytes:
-    return os.urandom(_EPOCH_BYTES)  # all zeros mean that there is none

@@ -8,6 +8,7 @@ last 64 KiB. So an answer holds at most 1 MiB beside the chunk that passes, and 
 import re
 from collections.abc import Iterable
 
+from ...asgi.fields import media_type, members
 from .decoder import Decoder
 from .usage_bodies import TAIL, Body, Document, Events, Lines
 from .usage_formats import Said, Usage
@@ -78,9 +79,9 @@ class UsageReader:
         for name, value in headers:
             lowered = name.lower()
             if lowered == b"content-type":
-                content_type = content_type or value.partition(b";")[0].strip().lower()
+                content_type = content_type or media_type(value)
             elif lowered == b"content-encoding":
-                codings += [coding.strip().lower() for coding in value.split(b",")]
+                codings += members(value)
         self._declared = Document if content_type.endswith(b"+json") else _KINDS.get(content_type)
         if codings:
             codings = [coding for coding in codings if coding not in (b"", b"identity")]

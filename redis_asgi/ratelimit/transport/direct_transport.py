@@ -1,8 +1,7 @@
 """The short way to Redis: batches written straight to the socket of a pooled connection, replies read as they arrive.
 
-redis-py connects, logs in, and finds the master. From then on, for as long as the limiter has the connection, its
-socket reports to a `DirectConnection` instead of redis-py's stream: no task, no timer and no stream between a batch
-and its reply, which halves what a trip costs the process. Whoever else waits for a connection gets this one as soon
+A `DirectConnection` takes the socket over from redis-py: no task, no timer and no stream between a batch and its reply,
+which halves what a trip costs the process. Another caller of the pool who waits for a connection gets this one as soon
 as it is idle.
 """
 
@@ -16,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from ...connection import side_connection
 from ...connection.client_factory import QueueingPool
+from ...connection.direct import Takeover
 from ...errors import Failure, OddReply, classify, classify_reply, is_crossslot
 from ...telemetry import telemetry
 from .batcher import Batcher
@@ -24,23 +24,20 @@ from .pooled_transport import PooledTransport
 from .script import Call
 
 
-class DirectConnection(asyncio.Protocol):
+class DirectConnection(Takeover, asyncio.Protocol):
     """One connection while the limiter has it: a queue of batches, answered in the order they were sent."""
 
     def __init__(
         self, owner: "DirectTransport", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
     ) -> None:
+        super().__init__(transport)
         self.connection = connection
         self.sent: deque[tuple[SubmittedBatch, Call]] = deque()
         self.under_way = 0  # batches
         self._why: Failure | None = None  # it was dropped
         self._owner = owner
         self._batcher = batcher
-        self._transport = transport
-        self._replies = hiredis.Reader()
         self._unread: list[bytes] = []
-        self._theirs = transport.get_protocol()
-        transport.set_protocol(self)
 
     def send(self, batch: SubmittedBatch) -> None:
         """Write *batch*."""
@@ -49,17 +46,13 @@ class DirectConnection(asyncio.Protocol):
         batch.calls = len(calls)
         for call in calls:
             self.sent.append((batch, call))
-            self._transport.write(call.command())
+            self.transport.write(call.command())
 
     def hang_up(self, why: Failure | None = None) -> None:
         """Drop the connection at once; what was sent is told so, or *why*."""
         self._why = why or self._why
         self._owner.lost(self)
-        self._transport.abort()
-
-    def give_back(self) -> None:
-        """Let redis-py's stream have the socket again; nothing may be under way."""
-        self._transport.set_protocol(self._theirs)
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         unread = self._unread
@@ -92,18 +85,19 @@ class DirectConnection(asyncio.Protocol):
         failure = self._why or (classify(exc) if exc is not None else Failure.CONNECTION)
         while self.sent:
             self._batcher.completed(self.sent.popleft()[0], failure)
-        self._theirs.connection_lost(exc)
+        super().connection_lost(exc)
         self._batcher.start_if_due()
 
     def _give_out(self) -> bool:
         """Answer who the unread replies are for; whether they are replies."""
         unread, self._unread = self._unread, []
+        replies = self.replies
         try:
             for data in unread:
-                if not self._replies.has_data():
+                if not replies.has_data():
                     side_connection.refuse_too_much(data)
-                self._replies.feed(data)
-            while (reply := self._replies.gets()) is not False:
+                replies.feed(data)
+            while (reply := replies.gets()) is not False:
                 self._answer(reply)
         except Exception as error:
             self._why = classify(error)
@@ -127,7 +121,7 @@ class DirectConnection(asyncio.Protocol):
             else:
                 telemetry().redis_script_loads.inc()
                 self.sent.append((batch, call))
-                self._transport.write(command)
+                self.transport.write(command)
         elif is_crossslot(reply) and spans_slots(call.checks):
             self.under_way -= 1
             self._batcher.again(batch)

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AskError, NoScriptError, ResponseError, TryAgainError
+from redis.exceptions import AskError, NoScriptError, TryAgainError
 
 from ...connection import side_connection
 from ...connection.cluster_nodes import node_connection
+from ...connection.direct import exchange, untimed
 from ...errors import Failure, OddReply, classify, is_crossslot
 from ...telemetry import telemetry
 from .batcher import Batcher
@@ -104,18 +105,16 @@ class PooledTransport(TaskTransport):
 
     async def run(self, batcher: Batcher) -> Failure | None:
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # a decorator of redis-py's
-        # The batcher's timer is the only clock: no task and no timer per command.
-        timeout, connection.socket_timeout = connection.socket_timeout, None
         try:
-            await side_connection.freshen(connection)
-            batch = self.take(batcher)
-            return None if batch is None else await self._ask(batcher, connection, batch)
+            with untimed(connection):
+                await side_connection.freshen(connection)
+                batch = self.take(batcher)
+                return None if batch is None else await self._ask(batcher, connection, batch)
         except BaseException:
-            # Whatever comes there now is nobody's.
+            # What comes there now belongs to no batch.
             await side_connection.hang_up(connection)
             raise
         finally:
-            connection.socket_timeout = timeout
             await self._pool.release(connection)
 
     async def _ask(self, batcher: Batcher, connection: AbstractConnection, batch: SubmittedBatch) -> Failure | None:
@@ -132,27 +131,14 @@ async def ask(connection: AbstractConnection, calls: Sequence[Call]) -> list[Any
 
     Error replies are among them.
     """
-    replies = await _exchange(connection, [call.command() for call in calls])
+    replies = await exchange(connection, [call.command() for call in calls])
     unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     commands = {i: command for i in unknown if (command := calls[i].command_in_full()) is not None}
     if commands:
         telemetry().redis_script_loads.inc(len(commands))
-        for i, reply in zip(commands, await _exchange(connection, list(commands.values())), strict=True):
+        for i, reply in zip(commands, await exchange(connection, list(commands.values())), strict=True):
             replies[i] = reply
     return replies
-
-
-async def _exchange(connection: AbstractConnection, commands: Sequence[bytes]) -> list[Any]:
-    side_connection.see_it_open(connection)
-    await connection.send_packed_command(commands)
-    return [await _reply(connection) for _ in commands]
-
-
-async def _reply(connection: AbstractConnection) -> Any:
-    try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error
 
 
 def hand_out(answered: Iterable[tuple[Call, Any]]) -> Failure | None:
