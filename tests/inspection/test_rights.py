@@ -31,7 +31,6 @@ from ..test_guides import embedding_client, not_found
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 PASSWORD = "s3cr3t-of-a-test"
-# A busy machine is no finding.
 
 
 def grant(server: ExternalServer, line: str) -> None:
