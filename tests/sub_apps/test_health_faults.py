@@ -18,7 +18,7 @@ from redis_asgi.connection.health_cache import Watch
 
 from ..kit.certificates import Certificates
 from ..kit.fair_time import fair_time
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, probe
@@ -334,19 +334,22 @@ async def test_full_server_is_degraded(private_server: StartServer) -> None:
     assert (200, {"status": "healthy", "error": None}) == (await probe(app))[:2]
 
 
-async def test_exhausted_pool_is_no_matter(redis_url: str) -> None:
+async def test_exhausted_pool_is_no_matter(redis_server: ExternalServer) -> None:
     """A check has a connection of its own: not one of the pool, in ours and in a user's."""
-    manager = RedisManager(Settings(REDIS_URL=redis_url, REDIS_POOL_SIZE=1))
-    async with aioredis.Redis.from_url(redis_url, max_connections=1, socket_timeout=5) as given:
+    manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
+    look = redis_server.client()
+    async with aioredis.Redis.from_url(redis_server.url, max_connections=1) as given:
         for redis, client in ((manager, await manager.get_connection()), (given, given)):
             block: Any = client.execute_command
-            waiting = asyncio.create_task(block("BLPOP", "never", 0.5))
-            await asyncio.sleep(0.05)
+            waiting = asyncio.create_task(block("BLPOP", "never", 0))
+            await until(lambda: look.info("clients")["blocked_clients"])
             status, body, seconds = await probe(health_app(redis=redis))
 
-            assert (200, "healthy") == (status, body["status"])
-            assert seconds < 0.2
-            await waiting
+            assert (200, "healthy", False) == (status, body["status"], waiting.done())
+            assert seconds < 5  # REDIS_TIMEOUT is 10
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await until(lambda: not look.info("clients")["blocked_clients"])
 
 
 async def test_client_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ async def test_scrape_needs_no_free_connection(redis_server: ExternalServer) -> 
     try:
         began = fair_time()
         now = await samples(metrics_app(redis=manager))
-        assert fair_time() - began < DEADLINE
+        assert fair_time() - began < 5  # REDIS_TIMEOUT is 10
     finally:
         await client.connection_pool.release(held)
 
