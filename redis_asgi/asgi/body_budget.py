@@ -8,24 +8,28 @@ TOGETHER = 4096  # bytes; kept one by one, messages of a few bytes would take tw
 
 
 class Budget:
-    """Bytes of bodies that are held at once, at most *limit*."""
+    """Bytes of bodies that are held at once, at most *limit*.
+
+    Attributes:
+        left: Bytes that may be held beside those.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._left = limit
+        self.left = limit
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:
         """Whether *size* more bytes may be held; give them back later."""
         with self._lock:
-            if size > self._left:
+            if size > self.left:
                 return False
-            self._left -= size
+            self.left -= size
             return True
 
     def give(self, size: int) -> None:
         """Give back what was taken."""
         with self._lock:
-            self._left += size
+            self.left += size
 
 
 @lru_cache(maxsize=1)

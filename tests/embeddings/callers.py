@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from redis_asgi import EmbeddingCacheMiddleware
 
+from ..kit.inside import shared_of
 from ..kit.patience import quiet
 
 
@@ -67,4 +68,4 @@ class Caller:
 
 async def quiet_of(app: EmbeddingCacheMiddleware) -> None:
     """Let whatever was begun come to where it waits for the test."""
-    await quiet(app._shared.vectors.manager)
+    await quiet(shared_of(app).vectors.manager)

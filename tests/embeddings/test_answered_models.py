@@ -14,6 +14,7 @@ from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
+from ..kit.inside import shared_of
 from ..kit.logs import event_of
 from ..kit.patience import until
 from .callers import Caller, Gate
@@ -76,7 +77,7 @@ async def test_an_alias_that_changes_at_random_costs_two_calls_a_minute_more(see
     rng = random.Random(seed)
     alias, now = Alias(*(rng.choice(("one", "two")) for _ in range(99))), [100.0]
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
-    cached._shared.clock.monotonic = lambda: now[0]
+    shared_of(cached).clock.monotonic = lambda: now[0]
     for number in range(40):
         texts = ("same", f"new {number}")
         model, vectors, _ = await ask(cached, *texts)
@@ -88,7 +89,7 @@ async def test_another_model_when_a_lease_is_renewed_early_costs_two_calls_more(
     """Its answers renew no lease of the former one, and so nobody goes on asking."""
     alias, now = Alias("old"), [time.time()]
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "aa", "b")
     alias.turns = ["new"]
     now[0] += 280
@@ -101,11 +102,11 @@ async def test_a_flush_is_no_change_of_model(redis_url: str, caplog: pytest.LogC
     """Without a lease what was flushed is missing, in the process as in Redis: one call, and no word of a model."""
     alias, now = Alias("m"), [time.time()]
     cached = EmbeddingCacheMiddleware(alias.app, settings=Settings(REDIS_URL=redis_url))
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     for _ in range(2):
         await ask(cached, "aa", "b")
     now[0] += 400
-    cached._shared.clock.monotonic = lambda: now[0]
+    shared_of(cached).clock.monotonic = lambda: now[0]
     await flush_model("alias", redis=redis_url)
     assert "redis-asgi; fwd=miss; stored" == (await ask(cached, "aa", "b"))[2]
     assert 2 * [["aa", "b"]] == alias.calls
@@ -117,7 +118,7 @@ async def test_a_model_is_believed_for_five_minutes(lease: Any, any_settings: Se
     """After that at least one input shows the app's model, and only vectors of that one are used."""
     alias, now = Alias("old"), [time.time()]
     cached = EmbeddingCacheMiddleware(alias.app, lease=lease, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "aa", "b")
     alias.turns = ["new"]
     now[0] += 260
@@ -140,7 +141,7 @@ async def test_who_waits_for_a_lease_gets_vectors_of_its_model(any_settings: Set
 
     gate.open.set()
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await Caller(cached, "a", "b").task
     alias.turns = ["new"]
     now[0] += 400
@@ -149,7 +150,7 @@ async def test_who_waits_for_a_lease_gets_vectors_of_its_model(any_settings: Set
     first = Caller(cached, "a")
     await gate.reached.wait()
     second = Caller(cached, "b")
-    await until(lambda: any(len(flight._waiting) == 2 for flight in cached._shared.flights._by_name.values()))
+    await until(lambda: any(len(flight._waiting) == 2 for flight in shared_of(cached).flights._by_name.values()))
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     for caller, text in ((first, "a"), (second, "b")):
@@ -161,7 +162,7 @@ async def test_without_a_lease_what_is_found_counts_if_the_model_is_the_same(any
     """One input is asked for, and the others come from the store."""
     alias, now = Alias("m"), [time.time()]
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "aa", "bbb", "c")
     now[0] += 400
     model, vectors, said = await ask(cached, "aa", "bbb", "c")
@@ -176,7 +177,7 @@ async def test_an_alias_that_alternates_costs_two_calls_a_minute_more(
     """No answer mixes models, the log names both once, and what is asked is soon what was asked for."""
     alias, now = Alias(*("one", "two") * 40), [100.0]
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
-    cached._shared.clock.monotonic = lambda: now[0]
+    shared_of(cached).clock.monotonic = lambda: now[0]
     for number in range(20):
         texts = ("same", f"new {number}")
         model, vectors, _ = await ask(cached, *texts)

@@ -19,6 +19,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, respond, server
+from ..kit.inside import shared_of
 from ..kit.patience import PATIENCE
 from .requests import ask
 
@@ -144,10 +145,10 @@ async def test_a_compressed_answer_that_is_too_large_is_passed_on(settings: Sett
 
     small = settings.model_copy(update={"EMBEDDING_CACHE_MAX_RESPONSE_BYTES": 500_000})
     cached = EmbeddingCacheMiddleware(app, settings=small)
-    before = cached._shared.budget._left
+    before = shared_of(cached).budget.left
     said = await ask(cached, "a", **{"accept-encoding": "gzip"})
     assert "redis-asgi; fwd=bypass; detail=not-understood" == cache_status(said)
-    assert before == cached._shared.budget._left
+    assert before == shared_of(cached).budget.left
 
 
 async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
@@ -157,7 +158,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     monkeypatch.setattr("redis_asgi.embeddings.middleware._SETTLES_WITHIN", 0.01)
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
     endless = asyncio.create_task(asyncio.sleep(60))
-    app._shared.flights._tasks.add(endless)
+    shared_of(app).flights._tasks.add(endless)
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
     sent = []
 
@@ -172,7 +173,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     endless.cancel()
 
     assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == sent
-    assert app._shared.vectors.manager.pool is None
+    assert shared_of(app).vectors.manager.pool is None
 
 
 async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings) -> None:

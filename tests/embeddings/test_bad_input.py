@@ -14,6 +14,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
+from ..kit.inside import shared_of
 from .bodies import JSON, ZEROS, echo
 
 pytestmark = pytest.mark.anyio
@@ -234,7 +235,7 @@ async def test_no_mistake_of_a_wire_format_is_an_error_of_the_app(
             assert 200 == actual.status_code
             for one, other in zip(expected.json()["data"], actual.json()["data"], strict=True):
                 assert np.allclose(one["embedding"], other["embedding"], atol=0.001 if half else 0)
-    flights = cached._shared.flights
+    flights = shared_of(cached).flights
     assert ({}, 0) == (flights._by_name, flights.looking)
 
 

@@ -14,6 +14,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, respond, server
+from ..kit.inside import shared_of
 from .requests import ask
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +51,7 @@ async def test_a_revoked_key_is_served_no_longer_than_the_lease(local: int, redi
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_LEASE=60, EMBEDDING_CACHE_L1_BYTES=local)
     keys, now = {"key"}, [time.time()]
     app = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings)
-    app._shared.clock.wall = lambda: now[0]
+    shared_of(app).clock.wall = lambda: now[0]
     await ask(app, "a", authorization="key")
     keys.clear()
     for passed in (20, 20, 13):  # in the last tenth of it the app is asked early
@@ -65,7 +66,7 @@ async def test_of_two_with_the_same_records_the_outer_one_caches(any_settings: S
     keys, now = {"key"}, [time.time()]
     inner = EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=any_settings, lease=300)
     outer = EmbeddingCacheMiddleware(inner, settings=any_settings, lease=10)
-    inner._shared.clock.wall = outer._shared.clock.wall = lambda: now[0]
+    shared_of(inner).clock.wall = shared_of(outer).clock.wall = lambda: now[0]
     assert "redis-asgi; fwd=miss; stored" == cache_status(await ask(outer, "a", authorization="key"))
     keys.clear()
     now[0] += 11
@@ -226,7 +227,7 @@ async def test_a_refusal_in_one_worker_ends_the_lease_in_all(redis_url: str) -> 
         apps.append(
             EmbeddingCacheMiddleware(guarded(server(Spy()), keys), settings=settings, redis=RedisManager(settings))
         )
-        apps[-1]._shared.clock.monotonic = lambda: now[0]
+        shared_of(apps[-1]).clock.monotonic = lambda: now[0]
         for _ in range(2):
             assert 200 == (await ask(apps[-1], "a", authorization="key")).status_code
     without, within = apps

@@ -12,6 +12,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, respond, server
+from ..kit.inside import shared_of
 from ..kit.logs import event_of
 from .requests import ask, body
 
@@ -23,7 +24,7 @@ async def test_another_representation_counts_in_the_process_at_once(redis_url: s
     limit = 100_000
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=limit)
     app = EmbeddingCacheMiddleware(server(Spy(dims=100)), settings=settings)
-    items, local = [str(number) for number in range(60)], app._shared.vectors.local
+    items, local = [str(number) for number in range(60)], shared_of(app).vectors.local
     async with client(app) as c:
         await c.post("/v1/embeddings", json=body(*items, encoding_format="base64"))
         assert 60 == len(local._values)
@@ -50,11 +51,11 @@ async def test_request_directives(any_settings: Settings) -> None:
     assert 200 == (await say("only-if-cached", "a"))[0]
     assert (200, "fwd=request; stored", 1) == await say("max-age=0", "a")
     assert (200, "fwd=bypass; detail=no-store", 1) == await say("No-Store, max-age=5", "a")
-    app._shared.clock.wall = lambda: time.time() + 100
+    shared_of(app).clock.wall = lambda: time.time() + 100
     assert (200, "fwd=miss; stored", 1) == await say("max-age=50", "a")
     assert 0 == (await say("max-age=50", "a"))[2]
     assert 0 == (await say("max-age=nonsense", "a"))[2]
-    app._shared.clock.wall = time.time
+    shared_of(app).clock.wall = time.time
     old = await ask(app, "a", pragma="no-cache")
     assert "redis-asgi; fwd=request; stored" == cache_status(old)
     assert "; hit" in cache_status(await ask(app, "a", **{"pragma": "no-cache", "cache-control": "max-age=60"}))

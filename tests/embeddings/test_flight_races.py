@@ -14,6 +14,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, server
+from ..kit.inside import shared_of
 from ..kit.patience import until
 from .callers import Caller, Gate, quiet_of
 
@@ -40,9 +41,9 @@ async def test_a_hit_does_not_wait_for_a_call_that_need_not_bring_it(
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings, share=True)
     gate.open.set()
     items = [f"text {number}" for number in range(inputs)]
-    app._shared.clock.wall = lambda: time.time() - 120
+    shared_of(app).clock.wall = lambda: time.time() - 120
     await Caller(app, *items).task
-    app._shared.clock.wall = time.time
+    shared_of(app).clock.wall = time.time
     gate.open.clear()
     gate.reached.clear()
     asking = Caller(app, *items, **leader)
@@ -117,7 +118,7 @@ async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.M
     await until(lambda: bool(first.sent))
     monkeypatch.setattr(MemoryVectors, "lookup", look_up_slowly)
     second = Caller(app, "a")
-    await until(lambda: app._shared.flights.looking == 1)
+    await until(lambda: shared_of(app).flights.looking == 1)
     written.set()
     await first.task
     answered.set()
@@ -195,7 +196,7 @@ async def test_landed_flights_are_forgotten_when_no_lookup_can_need_them() -> No
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="forgotten:", EMBEDDING_CACHE_TIMEOUT=0.01)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     await Caller(app, "a", "b").task
-    flights = app._shared.flights
+    flights = shared_of(app).flights
     assert (0, 0) == (flights.looking, len(flights._landed))
     flights.looking += 1
     await Caller(app, "c", "d").task

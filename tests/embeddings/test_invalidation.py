@@ -12,6 +12,7 @@ from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, server
+from ..kit.inside import shared_of
 from .requests import ask
 
 pytestmark = pytest.mark.anyio
@@ -73,7 +74,7 @@ async def test_a_flush_is_complete_in_the_process_after_its_seconds(redis_url: s
     settings = Settings(REDIS_URL=redis_url)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     now = [0.0]
-    app._shared.clock.monotonic = lambda: now[0]
+    shared_of(app).clock.monotonic = lambda: now[0]
     await ask(app, "a")
     await ask(app, "a")
     await flush_model("m", settings=settings)
@@ -90,7 +91,7 @@ async def test_a_flush_makes_no_second_worker_compute_again(redis_url: str, has_
     spies, now = [Spy(), Spy()], [0.0]
     workers = [EmbeddingCacheMiddleware(server(spy), settings=settings) for spy in spies]
     for worker in workers:
-        worker._shared.clock.monotonic = lambda: now[0]
+        shared_of(worker).clock.monotonic = lambda: now[0]
         await ask(worker, "a", "bb", "ccc")
     assert [1, 0] == [spy.calls for spy in spies]
     await flush_model("m", settings=settings)

@@ -12,6 +12,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, client, server
+from ..kit.inside import shared_of
 from ..kit.patience import PATIENCE
 
 pytestmark = pytest.mark.anyio
@@ -131,7 +132,7 @@ async def test_requests_of_one_turn_share_a_trip_to_redis(settings: Settings) ->
     spy = Spy()
     app = EmbeddingCacheMiddleware(server(spy), settings=settings)
     async with client(app) as c:
-        manager = app._shared.vectors.manager
+        manager = shared_of(app).vectors.manager
 
         async def ask(caller: int) -> Any:
             body = {"model": "m", "input": f"text {caller % 4}"}
@@ -140,7 +141,7 @@ async def test_requests_of_one_turn_share_a_trip_to_redis(settings: Settings) ->
             return got.json()["data"]
 
         first = [await ask(caller) for caller in range(8)]
-        app._shared.vectors.local._seen.clear()
+        shared_of(app).vectors.local._seen.clear()
         redis = await manager.get_connection()
         before = (await redis.info("commandstats"))["cmdstat_mget"]["calls"]
         again = await asyncio.gather(*(ask(caller) for caller in range(8)))

@@ -15,6 +15,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, drive, read, respond, server
+from ..kit.inside import shared_of
 from .bodies import JSON, ZEROS, echo
 
 pytestmark = pytest.mark.anyio
@@ -172,7 +173,7 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
         return await asyncio.Future()
 
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [*RAW_JSON]}
-    before = app._shared.budget._left
+    before = shared_of(app).budget.left
     request = asyncio.ensure_future(drive(app, scope, receive))
     while reads[0] < 2:
         await asyncio.sleep(0)
@@ -180,7 +181,7 @@ async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, sett
         request.cancel()
     with pytest.raises(OverflowError if how == "refused" else asyncio.CancelledError):
         await request
-    assert before == app._shared.budget._left
+    assert before == shared_of(app).budget.left
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Se
     pieces = [body[at : at + 4_000] for at in range(0, len(body), 4_000)]
     go = asyncio.Event()
     left = iter(pieces)
-    before = app._shared.budget._left
+    before = shared_of(app).budget.left
 
     async def receive() -> Message:
         piece = next(left)
@@ -314,7 +315,7 @@ async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Se
     request = asyncio.ensure_future(drive(app, scope, receive))
     while "embedding_cache_result" not in scope.get("state", {}):
         await asyncio.sleep(0.001)
-    assert before == app._shared.budget._left
+    assert before == shared_of(app).budget.left
     go.set()
     [start, *_] = await request
     assert [body] == seen
@@ -379,12 +380,12 @@ async def test_a_full_budget_lets_requests_pass(settings: Settings) -> None:
     app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
     other = EmbeddingCacheMiddleware(echo(seen), settings=settings)
     held = 256 * 1024 * 1024
-    assert other._shared.budget.take(held)
+    assert shared_of(other).budget.take(held)
     async with client(app) as c:
         response = await c.post("/v1/embeddings", json={"model": "m", "input": "a"})
         assert "detail=busy" in cache_status(response)
         assert [response.request.content] == seen
-        other._shared.budget.give(held)
+        shared_of(other).budget.give(held)
         assert "busy" not in cache_status(await c.post("/v1/embeddings", json={"model": "m", "input": "a"}))
 
 
@@ -406,5 +407,5 @@ async def test_memory_stays_flat_over_many_different_requests(redis_url: str) ->
     await some(1000)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert app._shared.vectors.local.bytes <= 200_000
+    assert shared_of(app).vectors.local.bytes <= 200_000
     assert after - before < 3_000_000

@@ -17,6 +17,7 @@ from redis_asgi.embeddings.records.lease import Lease, decode_denied, decode_lea
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
+from ..kit.inside import shared_of
 from ..kit.patience import quiet, until
 from .callers import Caller, Gate
 
@@ -139,7 +140,7 @@ async def test_a_401_ends_every_lease_of_its_credential_in_every_worker(redis_ur
         EmbeddingCacheMiddleware(behind(server(Spy()), may), redis=RedisManager(settings)) for _ in range(2)
     )
     for app in (here, elsewhere):
-        app._shared.clock.wall = lambda: now[0]
+        shared_of(app).clock.wall = lambda: now[0]
     await ask(here, "a", authorization="k")
     async with client(here, authorization="k") as c:
         await c.post("/api/embed", json={"model": "m", "input": "a"})
@@ -197,7 +198,7 @@ async def test_a_401_counts_whatever_was_asked(
         return None if "x-nobody" in conn.headers else "t"
 
     cached = EmbeddingCacheMiddleware(app, partition_by=tenant, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "a", authorization="k")
     assert "; hit" in cache_status(await ask(cached, "a", authorization="k"))
     keys.clear()
@@ -213,13 +214,13 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
     spy, gate, now = Spy(), Gate(), [time.time()]
     gate.open.set()
     cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await Caller(cached, "a", "b").task
     now[0] += 301
     gate.open.clear()
     callers = [Caller(cached, text) for text in "ab" * 100]
     await until(lambda: spy.calls >= 2)
-    await quiet(cached._shared.vectors.manager)
+    await quiet(shared_of(cached).vectors.manager)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert {200} == {caller.status for caller in callers}
@@ -264,7 +265,7 @@ async def test_an_answer_with_warnings_lets_in_nobody_who_waits_for_it(any_setti
     await Caller(cached, "a").task
     gate.open.clear()
     callers = [Caller(cached, "a") for _ in range(3)]
-    await until(lambda: any(len(flight._waiting) == 3 for flight in cached._shared.flights._by_name.values()))
+    await until(lambda: any(len(flight._waiting) == 3 for flight in shared_of(cached).flights._by_name.values()))
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert 3 * ["redis-asgi; fwd=stale; detail=lease; stored"] == [caller.said for caller in callers]
@@ -277,7 +278,7 @@ async def test_a_lease_is_renewed_before_its_end_by_one(any_settings: Settings) 
     spy, gate, now = Spy(), Gate(), [time.time()]
     gate.open.set()
     cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await Caller(cached, "a", "bb").task
     now[0] += 269
     hit = Caller(cached, "a", "bb")
@@ -314,7 +315,7 @@ async def test_an_app_that_fails_when_it_is_asked_early_costs_no_hit(how: str, a
             await respond(send, b"{}", 503)
 
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "a")
     ill[0] = True
     now[0] += 280
@@ -332,7 +333,7 @@ async def test_a_refusal_when_asked_early_is_one(any_settings: Settings) -> None
     keys, now = {b"k"}, [time.time()]
     app = behind(server(Spy()), lambda headers: 200 if headers[b"authorization"] in keys else 401)
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     await ask(cached, "a", authorization="k")
     keys.clear()
     now[0] += 280

@@ -16,6 +16,7 @@ from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, server
+from ..kit.inside import shared_of
 from ..kit.logs import event_of
 from .requests import ask, body
 
@@ -252,7 +253,7 @@ def test_unknown_wire_formats_in_the_environment_are_found_at_construction() -> 
 async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings) -> None:
     """The lifespan opens it, and closes it before the server hears of the end; the app's own events pass."""
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
-    manager = app._shared.vectors.manager
+    manager = shared_of(app).vectors.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
     sent = []
 
@@ -282,7 +283,7 @@ async def test_the_shared_client_is_held_before_the_app_starts(settings: Setting
         await send({"type": "lifespan.shutdown.complete"})
 
     cached = EmbeddingCacheMiddleware(app, settings=settings)
-    manager = cached._shared.vectors.manager
+    manager = shared_of(cached).vectors.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
 
     async def receive() -> Any:

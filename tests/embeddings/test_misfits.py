@@ -13,6 +13,7 @@ from redis_asgi.embeddings.origin.misfits import Misfits
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
+from ..kit.inside import shared_of
 from ..kit.logs import event_of
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +60,7 @@ async def test_duplicates_cost_two_calls_a_minute_more(
     """Five batches with a duplicate are seven calls, not ten; after a minute it is tried again, twice."""
     app, now = Odd(how), [1000.0]
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._shared.clock.monotonic = lambda: now[0]
+    shared_of(cached).clock.monotonic = lambda: now[0]
     async with client(cached) as c, client(app) as bare:
         expected = (await ask(bare, "a", "b", "a")).content
         app.calls.clear()
@@ -150,7 +151,7 @@ async def test_nobody_asks_early_where_one_input_alone_is_refused(any_settings: 
     """Hits go on until the lease ends, and what renews it then is a whole request."""
     app, now = Odd("small"), [time.time()]
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    cached._shared.clock.wall = lambda: now[0]
+    shared_of(cached).clock.wall = lambda: now[0]
     async with client(cached) as c:
         await ask(c, "a", "b", "c")
         now[0] += 280

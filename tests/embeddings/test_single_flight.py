@@ -18,6 +18,7 @@ from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
+from ..kit.inside import shared_of
 from ..kit.patience import PATIENCE, until
 from .callers import Caller, Gate, quiet_of
 
@@ -191,7 +192,7 @@ async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_set
             await respond(send, b"null")
 
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
-    flights = cached._shared.flights
+    flights = shared_of(cached).flights
     leaders = Caller(cached, "one"), Caller(cached, "other")
     await until(lambda: len(flights._by_name) == 2)
     follower = Caller(cached, "one", "other")
@@ -421,11 +422,11 @@ async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: S
                 continue
             items = [f"a{n % 7}", f"b{(n * turn) % 11}", f"{turn}"]
             assert FORMATS["openai"][2]({"model": "m"}, items, Spy())["data"] == caller.answer["data"]
-    flights = app._shared.flights
+    flights = shared_of(app).flights
     await flights.settle()
     assert not flights._by_name
-    assert app._shared.budget.take(256 * 1024 * 1024)
-    app._shared.budget.give(256 * 1024 * 1024)
+    assert shared_of(app).budget.take(256 * 1024 * 1024)
+    shared_of(app).budget.give(256 * 1024 * 1024)
 
 
 async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:

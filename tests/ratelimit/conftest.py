@@ -9,7 +9,7 @@ from .limiters import in_memory
 
 
 @pytest.fixture
-def settings() -> Settings:
+def memory_settings() -> Settings:
     """Counters of this test's own, in the process."""
     return memory(REDIS_KEY_PREFIX=own_prefix())
 

@@ -19,6 +19,7 @@ from redis_asgi import (
 )
 from redis_asgi.ratelimit.limits.charge import Charge, Charges
 
+from ..kit.inside import engine_of
 from .harness import http_scope
 
 ESTIMATE, READ = 500, 10
@@ -163,7 +164,7 @@ async def remaining(app: RateLimitMiddleware, *, key: str = "k", name: str = "to
     rule = next(rule for rule in app._rules if rule.name == name)
     assert rule.policies is not None
     charges = Charges((Charge(rule.policies, rule.partition.of(key), 1),))
-    return (await app._engine.decide(charges, "peek")).decision.policies[0].remaining
+    return (await engine_of(app).decide(charges, "peek")).decision.policies[0].remaining
 
 
 def limited(

@@ -17,6 +17,7 @@ from redis_asgi.ratelimit.transport.check import Check
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..conftest import StartServer
+from ..kit.inside import manager_of
 from ..kit.logs import event_of
 from ..kit.servers import Server
 from ..kit.sharding import ShardingProxy
@@ -55,7 +56,7 @@ async def test_counts_are_exact_where_slots_are_enforced(
         ):
             admitted[who] += decision.allowed
             sources.add(decision.source)
-    states = {limiter._engine.manager.breaker_state for limiter in limiters}
+    states = {manager_of(limiter).breaker_state for limiter in limiters}
     await end(clients)
 
     assert {10} == set(admitted.values())
@@ -72,8 +73,8 @@ async def test_rules_of_several_partitions_are_decided_together(slots_server: Se
     for key in (b"a", b"a", b"a", b"b", b"b", b"c", b"d"):
         sent = await drive(app, http_scope(headers=[(b"x-api-key", key)]))
         statuses.append(sent[0]["status"])
-    state = app._manager.breaker_state
-    await app._manager.close()
+    state = manager_of(app).breaker_state
+    await manager_of(app).close()
 
     assert [200, 200, 429, 200, 200, 200, 429] == statuses
     assert "closed" == state

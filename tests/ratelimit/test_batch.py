@@ -26,6 +26,7 @@ from redis_asgi.ratelimit.transport.pooled_transport import PooledTransport
 from redis_asgi.ratelimit.transport.script import Call
 
 from ..kit.fair_time import fair_time
+from ..kit.inside import manager_of
 from ..kit.logs import event_of
 from ..kit.patience import PATIENCE, leave_unread
 from ..kit.proxy import FaultProxy
@@ -294,12 +295,12 @@ async def test_settled_after_the_response_in_redis(redis_server: ExternalServer)
     charged = RateLimitMiddleware(app, rules=[Rule("10/minute")], settings=settings)
     async with client_of(limited) as client:
         first = await client.get("/")
-        await all_answered(limited._manager)
+        await all_answered(manager_of(limited))
         second = await client.get("/")
-        await all_answered(limited._manager)
+        await all_answered(manager_of(limited))
     async with client_of(charged) as client:
         third = await client.get("/more")
-        await all_answered(charged._manager)
+        await all_answered(manager_of(charged))
         fourth = await client.get("/")
 
     remaining = [int(r.headers["ratelimit"].split("r=")[1].split(";")[0]) for r in (first, second, third, fourth)]

@@ -16,6 +16,7 @@ from redis_asgi import (
 )
 from redis_asgi.ratelimit.limits.charge import Charge, Charges
 
+from ..kit.inside import engine_of
 from .harness import drive, header, http_scope
 from .spending import (
     ASK,
@@ -159,7 +160,7 @@ async def test_what_was_used_of_one_policy(any_settings: Settings) -> None:
     charges = Charges(
         Charge(rule.policies, rule.partition.of("k"), 1) for rule in limited_app._rules if rule.policies is not None
     )
-    states = (await limited_app._engine.decide(charges, "peek")).decision.policies
+    states = (await engine_of(limited_app).decide(charges, "peek")).decision.policies
 
     assert {"tokens-3600s": 980, "tokens-86400s": 4993, "requests": 99} == {s.name: s.remaining for s in states}
     assert said

@@ -24,6 +24,7 @@ from redis_asgi import (
 from redis_asgi.testing import RateLimitClock
 
 from ..conftest import StartServer
+from ..kit.inside import engine_of
 from ..kit.logs import event_of
 from .harness import client_of, drive, header, http_scope, websocket_scope
 from .spending import (
@@ -60,7 +61,7 @@ async def test_what_is_charged_is_what_was_used_whatever_the_ending(
         cost += sum(ending.cost for ending in all_of_them)
 
     assert 100_000_000 - cost == await remaining(app)
-    assert {} == app._engine.in_flight._held
+    assert {} == engine_of(app).in_flight._held
 
 
 class Oracle:
@@ -415,4 +416,4 @@ async def test_cancelled_request_is_settled(any_settings: Settings) -> None:
         await asyncio.wait({task})
 
         assert 1_000_000 - cost == await remaining(limited_app, key=f"k{begun}")
-        assert {} == limited_app._engine.in_flight._held
+        assert {} == engine_of(limited_app).in_flight._held

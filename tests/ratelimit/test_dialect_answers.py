@@ -23,10 +23,10 @@ RULES = [
 
 
 @pytest.mark.anyio
-async def test_an_admitted_request_has_the_fields_of_its_dialect(settings: Settings) -> None:
+async def test_an_admitted_request_has_the_fields_of_its_dialect(memory_settings: Settings) -> None:
     """Beside those of `headers=`, and only of the path's dialect."""
     dialect: Any = {"/v1/messages": "anthropic", "/v1/*": "openai", "/mcp": "mcp"}
-    app = RateLimitMiddleware(Spy(), rules=RULES, dialect=dialect, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=RULES, dialect=dialect, settings=memory_settings)
     async with client_of(app) as client:
         found = {path: dict((await client.get(path)).headers) for path in ("/v1/chat", "/v1//messages/")}
         elsewhere = await client.get("/other")
@@ -49,10 +49,10 @@ async def test_an_admitted_request_has_the_fields_of_its_dialect(settings: Setti
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("style", "names"), [("none", 0), ("legacy", 3), ("both", 5)])
-async def test_a_dialect_is_beside_any_style_of_fields(settings: Settings, style: Any, names: int) -> None:
+async def test_a_dialect_is_beside_any_style_of_fields(memory_settings: Settings, style: Any, names: int) -> None:
     """`headers=` says what else is written, on admitted and refused ones."""
     rules = [Rule("1/minute", name="requests")]
-    app = RateLimitMiddleware(Spy(), rules=rules, headers=style, dialect="openai", settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, headers=style, dialect="openai", settings=memory_settings)
     async with client_of(app) as client:
         for _ in range(3):
             answer = await client.get("/")
@@ -62,10 +62,12 @@ async def test_a_dialect_is_beside_any_style_of_fields(settings: Settings, style
 
 
 @pytest.mark.anyio
-async def test_fields_of_a_provider_behind_the_app_stay(settings: Settings) -> None:
+async def test_fields_of_a_provider_behind_the_app_stay(memory_settings: Settings) -> None:
     """An app that passes on what its upstream said keeps those."""
     upstream = Spy(headers=[(b"x-ratelimit-remaining-requests", b"7")])
-    app = RateLimitMiddleware(upstream, rules=[Rule("9/minute", name="requests")], dialect="openai", settings=settings)
+    app = RateLimitMiddleware(
+        upstream, rules=[Rule("9/minute", name="requests")], dialect="openai", settings=memory_settings
+    )
     async with client_of(app) as client:
         answer = await client.get("/")
 
@@ -74,9 +76,9 @@ async def test_fields_of_a_provider_behind_the_app_stay(settings: Settings) -> N
 
 
 @pytest.mark.anyio
-async def test_remembered_refusals_are_kept_for_each_dialect(settings: Settings, redis_url: str) -> None:
+async def test_remembered_refusals_are_kept_for_each_dialect(memory_settings: Settings, redis_url: str) -> None:
     """One counter refuses on paths of several dialects: each gets its own, in whatever order they ask."""
-    settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=settings.REDIS_KEY_PREFIX)
+    settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=memory_settings.REDIS_KEY_PREFIX)
     dialect: Any = {"/a": "anthropic", "/o": "openai", "/m": "mcp"}
     app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="requests")], dialect=dialect, settings=settings)
     async with client_of(app) as client:
@@ -95,9 +97,9 @@ async def test_remembered_refusals_are_kept_for_each_dialect(settings: Settings,
 
 
 @pytest.mark.anyio
-async def test_a_remembered_refusal_counts_down(settings: Settings, redis_url: str, monkeypatch: Any) -> None:
+async def test_a_remembered_refusal_counts_down(memory_settings: Settings, redis_url: str, monkeypatch: Any) -> None:
     """What says milliseconds is not kept for a whole second."""
-    settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=settings.REDIS_KEY_PREFIX)
+    settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=memory_settings.REDIS_KEY_PREFIX)
     app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="requests")], dialect="openai", settings=settings)
     start = CLOCK.monotonic()
     async with client_of(app) as client:
@@ -112,13 +114,13 @@ async def test_a_remembered_refusal_counts_down(settings: Settings, redis_url: s
 
 
 @pytest.mark.anyio
-async def test_a_wait_of_hours_is_no_reason_to_retry(settings: Settings) -> None:
+async def test_a_wait_of_hours_is_no_reason_to_retry(memory_settings: Settings) -> None:
     """Nor is a cost that never fits."""
     rules = [
         Rule("2/day", name="requests", paths="/day"),
         Rule("2/day", name="tokens", paths="/big", cost=lambda conn: 3),
     ]
-    app = RateLimitMiddleware(Spy(), rules=rules, dialect="openai", settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, dialect="openai", settings=memory_settings)
     async with client_of(app) as client:
         for _ in range(2):
             await client.get("/day")
@@ -132,10 +134,10 @@ async def test_a_wait_of_hours_is_no_reason_to_retry(settings: Settings) -> None
 
 
 @pytest.mark.anyio
-async def test_the_rule_of_several_windows_is_named(settings: Settings) -> None:
+async def test_the_rule_of_several_windows_is_named(memory_settings: Settings) -> None:
     """The type is the rule's name, without the window."""
     app = RateLimitMiddleware(
-        Spy(), rules=[Rule("1/minute; 5/day", name="tokens")], dialect="openai", settings=settings
+        Spy(), rules=[Rule("1/minute; 5/day", name="tokens")], dialect="openai", settings=memory_settings
     )
     async with client_of(app) as client:
         await client.get("/")
@@ -176,14 +178,14 @@ async def test_what_is_no_429_is_told_in_the_dialect_too(dialect: Any, kinds: tu
 
 
 @pytest.mark.anyio
-async def test_on_exceeded_still_wins(settings: Settings) -> None:
+async def test_on_exceeded_still_wins(memory_settings: Settings) -> None:
     """What the user answers is not touched, but for the fields."""
     app = RateLimitMiddleware(
         Spy(),
         rules=[Rule("1/minute", name="requests")],
         dialect={"/mcp": "mcp", "/*": "openai"},
         on_exceeded=lambda conn, decision: PlainTextResponse("mine", 420),
-        settings=settings,
+        settings=memory_settings,
     )
     async with client_of(app) as client:
         await client.get("/")
@@ -195,9 +197,11 @@ async def test_on_exceeded_still_wins(settings: Settings) -> None:
 
 
 @pytest.mark.anyio
-async def test_no_body_for_head(settings: Settings) -> None:
+async def test_no_body_for_head(memory_settings: Settings) -> None:
     """The length is that of the body a GET would get."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="requests")], dialect="openai", settings=settings)
+    app = RateLimitMiddleware(
+        Spy(), rules=[Rule("1/minute", name="requests")], dialect="openai", settings=memory_settings
+    )
     async with client_of(app) as client:
         await client.get("/")
         head, get = await client.head("/"), await client.get("/")
@@ -207,9 +211,11 @@ async def test_no_body_for_head(settings: Settings) -> None:
 
 
 @pytest.mark.anyio
-async def test_websockets_have_no_dialect(settings: Settings) -> None:
+async def test_websockets_have_no_dialect(memory_settings: Settings) -> None:
     """A handshake is refused with a problem document, and carries the standard fields alone."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="requests")], dialect="openai", settings=settings)
+    app = RateLimitMiddleware(
+        Spy(), rules=[Rule("1/minute", name="requests")], dialect="openai", settings=memory_settings
+    )
     scope: Any = {"extensions": {"websocket.http.response": {}}}
     await drive(app, http_scope())
     sent = await drive(app, websocket_scope(**scope))
@@ -219,7 +225,7 @@ async def test_websockets_have_no_dialect(settings: Settings) -> None:
 
 
 @pytest.mark.anyio
-async def test_one_within_another(settings: Settings) -> None:
+async def test_one_within_another(memory_settings: Settings) -> None:
     """The inner one's dialect holds where the outer has none, the outer one's where both have one."""
     outer_rules, inner_rules = [Rule("9/minute", name="all")], [Rule("1/minute", name="requests")]
     cases: Any = ((None, "openai", "requests"), ("anthropic", "openai", "rate_limit_error"))

@@ -27,11 +27,11 @@ def tools(settings: Settings, spy: Spy, **options: Any) -> RateLimitMiddleware:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("revision", "status"), [("2026-07-28", 429), ("2025-06-18", 200), (None, 200)])
-async def test_a_tool_call_is_refused_by_its_id(settings: Settings, revision: str | None, status: int) -> None:
+async def test_a_tool_call_is_refused_by_its_id(memory_settings: Settings, revision: str | None, status: int) -> None:
     """A JSON-RPC error that the client takes for the answer to its call, with the status that it can read."""
     spy = Spy()
     headers = {} if revision is None else {"mcp-protocol-version": revision}
-    async with client_of(tools(settings, spy)) as client:
+    async with client_of(tools(memory_settings, spy)) as client:
         await client.post("/mcp", json=CALL)
         refused = await client.post("/mcp", json=CALL, headers=headers)
 
@@ -76,9 +76,11 @@ async def test_an_id_that_cannot_be_read_is_null(content: bytes, expected: objec
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("coding", "expected"), [("identity", 7), ("Identity", 7), ("gzip", None)])
-async def test_an_id_is_read_unless_the_body_is_encoded(settings: Settings, coding: str, expected: object) -> None:
+async def test_an_id_is_read_unless_the_body_is_encoded(
+    memory_settings: Settings, coding: str, expected: object
+) -> None:
     """``identity`` says that it is not."""
-    async with client_of(tools(settings, Spy())) as client:
+    async with client_of(tools(memory_settings, Spy())) as client:
         await client.post("/mcp", content=b"{}")
         refused = await client.post("/mcp", content=b'{"id":7}', headers={"content-encoding": coding})
 
@@ -86,9 +88,9 @@ async def test_an_id_is_read_unless_the_body_is_encoded(settings: Settings, codi
 
 
 @pytest.mark.anyio
-async def test_a_body_is_read_at_a_refusal_only(settings: Settings) -> None:
+async def test_a_body_is_read_at_a_refusal_only(memory_settings: Settings) -> None:
     """On a path of MCP, that is, and by POST: elsewhere nobody waits for it."""
-    app = RateLimitMiddleware(Spy(), "1/minute", dialect={"/mcp": "mcp", "/v1/*": "openai"}, settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", dialect={"/mcp": "mcp", "/v1/*": "openai"}, settings=memory_settings)
     asked: list[str] = []
 
     async def receive() -> Message:
@@ -109,9 +111,9 @@ async def test_a_body_is_read_at_a_refusal_only(settings: Settings) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_in_its_body_gets_no_id(settings: Settings) -> None:
+async def test_a_client_that_leaves_in_its_body_gets_no_id(memory_settings: Settings) -> None:
     """The refusal goes nowhere then, but nothing breaks."""
-    app = tools(settings, Spy())
+    app = tools(memory_settings, Spy())
     await drive(app, http_scope(method="POST", path="/mcp"))
     sent: list[Message] = []
 
@@ -127,11 +129,11 @@ async def test_a_client_that_leaves_in_its_body_gets_no_id(settings: Settings) -
 
 
 @pytest.mark.anyio
-async def test_a_body_that_a_rule_has_read_has_its_id(settings: Settings) -> None:
+async def test_a_body_that_a_rule_has_read_has_its_id(memory_settings: Settings) -> None:
     """Rules by the tool read it first; it is there for the answer too."""
     rules = [Rule("1/minute", name="tools", paths="/mcp", partition_by=by_mcp_tool("search"))]
     spy = Spy()
-    app = RateLimitMiddleware(spy, rules=rules, dialect={"/mcp": "mcp"}, settings=settings)
+    app = RateLimitMiddleware(spy, rules=rules, dialect={"/mcp": "mcp"}, settings=memory_settings)
     async with client_of(app) as client:
         for _ in range(2):
             answer = await client.post("/mcp", json=CALL)

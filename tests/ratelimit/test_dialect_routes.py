@@ -57,9 +57,9 @@ def starlette_app(settings: Settings, dialect: Any, **limit: Any) -> Starlette:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", [fastapi_app, starlette_app])
-async def test_a_route_answers_in_the_dialect_outside(settings: Settings, make: Any) -> None:
+async def test_a_route_answers_in_the_dialect_outside(memory_settings: Settings, make: Any) -> None:
     """Its refusal has the fields and the body of the middleware's dialect, whichever framework tells it."""
-    async with client_of(make(settings, "openai")) as client:
+    async with client_of(make(memory_settings, "openai")) as client:
         admitted = await client.post("/v1/chat", json={})
         refused = await client.post("/v1/chat", json={})
 
@@ -74,9 +74,9 @@ async def test_a_route_answers_in_the_dialect_outside(settings: Settings, make: 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", [fastapi_app, starlette_app])
-async def test_a_route_of_mcp_names_the_request(settings: Settings, make: Any) -> None:
+async def test_a_route_of_mcp_names_the_request(memory_settings: Settings, make: Any) -> None:
     """With the status that the client can read."""
-    async with client_of(make(settings, "mcp")) as client:
+    async with client_of(make(memory_settings, "mcp")) as client:
         await client.post("/v1/chat", json=CALL)
         older = await client.post("/v1/chat", json=CALL)
         newer = await client.post("/v1/chat", json=CALL, headers={"mcp-protocol-version": "2026-07-28"})
@@ -101,9 +101,9 @@ async def test_a_route_that_cannot_be_decided_says_so(make: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_apps_own_handler_wins(settings: Settings) -> None:
+async def test_the_apps_own_handler_wins(memory_settings: Settings) -> None:
     """What it answers is not touched, in one part or in several."""
-    app = fastapi_app(settings, "openai")
+    app = fastapi_app(memory_settings, "openai")
     app.add_exception_handler(RateLimitExceeded, lambda request, error: JSONResponse({"mine": "x" * 5000}, 429))
     async with client_of(app) as client:
         await client.post("/v1/chat", json={})
@@ -113,9 +113,9 @@ async def test_the_apps_own_handler_wins(settings: Settings) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_route_without_a_dialect_is_as_it_was(settings: Settings) -> None:
+async def test_a_route_without_a_dialect_is_as_it_was(memory_settings: Settings) -> None:
     """Elsewhere the framework's own body stays."""
-    async with client_of(fastapi_app(settings, {"/v2/*": "openai"})) as client:
+    async with client_of(fastapi_app(memory_settings, {"/v2/*": "openai"})) as client:
         await client.post("/v1/chat", json={})
         refused = await client.post("/v1/chat", json={})
 
@@ -124,7 +124,7 @@ async def test_a_route_without_a_dialect_is_as_it_was(settings: Settings) -> Non
 
 
 @pytest.mark.anyio
-async def test_a_refusal_that_the_app_swallows_is_no_answer(settings: Settings) -> None:
+async def test_a_refusal_that_the_app_swallows_is_no_answer(memory_settings: Settings) -> None:
     """The app may catch what a limit raises, and answer something else with the same status, or another one."""
 
     @rate_limit("1/minute", name="requests")
@@ -139,7 +139,7 @@ async def test_a_refusal_that_the_app_swallows_is_no_answer(settings: Settings) 
             return JSONResponse({"detail": f"not {error.detail}"}, status)
 
     app = Starlette(routes=[Mount("/v1", routes=[Route("/chat", endpoint)])])
-    limits = RateLimitMiddleware(app, rules=ELSEWHERE, dialect="openai", settings=settings)
+    limits = RateLimitMiddleware(app, rules=ELSEWHERE, dialect="openai", settings=memory_settings)
     async with client_of(limits) as client:
         await client.get("/v1/chat?status=200")
         found = [await client.get("/v1/chat", params={"status": status}) for status in (200, 429)]
@@ -150,7 +150,7 @@ async def test_a_refusal_that_the_app_swallows_is_no_answer(settings: Settings) 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("chunks", [1, 3, 40])
-async def test_a_body_in_parts_is_told_apart_too(settings: Settings, chunks: int) -> None:
+async def test_a_body_in_parts_is_told_apart_too(memory_settings: Settings, chunks: int) -> None:
     """Some middleware may cut a body: the framework's is known at its end, any other passes whole."""
     detail = "d" * 90
 
@@ -165,7 +165,9 @@ async def test_a_body_in_parts_is_told_apart_too(settings: Settings, chunks: int
             await send({"type": "http.response.body", "body": body[at : at + size], "more_body": True})
         await send({"type": "http.response.body"})
 
-    async with client_of(RateLimitMiddleware(app, rules=ELSEWHERE, dialect="openai", settings=settings)) as client:
+    async with client_of(
+        RateLimitMiddleware(app, rules=ELSEWHERE, dialect="openai", settings=memory_settings)
+    ) as client:
         answer: httpx.Response = await client.get("/")
 
     assert (b"y" * 2000 == answer.content) is (chunks == 40)

@@ -15,6 +15,7 @@ from redis_asgi.errors import Failure
 from redis_asgi.telemetry import telemetry
 
 from ..kit.fair_time import fair_time
+from ..kit.inside import manager_of
 from ..kit.logs import event_of
 from ..kit.patience import until
 from ..kit.proxy import FaultProxy
@@ -91,7 +92,7 @@ async def test_restarted_redis_is_used_within_half_a_second(private_server: Star
     down = [await timed(app) for _ in range(5)]
     server.restart()
     began = fair_time()
-    await until(lambda: app._manager.breaker_state != "open")
+    await until(lambda: manager_of(app).breaker_state != "open")
     took = fair_time() - began
     up = await timed(app, client=("192.0.2.3", 1))
 
@@ -108,20 +109,20 @@ async def test_open_breaker_spares_everybody_the_wait(private_server: StartServe
     await timed(app)
     server.pause()
     slow = 0
-    while app._manager.breaker().admits():
+    while manager_of(app).breaker().admits():
         await timed(app)
         slow += 1
     fast = [seconds for _, seconds in [await timed(app) for _ in range(100)]]
     server.resume()
     before, began = server.calls("evalsha"), fair_time()
-    await until(lambda: app._manager.breaker_state != "open")
-    half_open, took = app._manager.breaker_state, fair_time() - began
+    await until(lambda: manager_of(app).breaker_state != "open")
+    half_open, took = manager_of(app).breaker_state, fair_time() - began
     answers = await asyncio.gather(*(timed(app, client=("192.0.2.5", 1)) for _ in range(10)))
 
     assert slow <= 10
     assert took < 0.5
     assert max(fast) < 0.02
-    assert ("half_open", "closed") == (half_open, app._manager.breaker_state)
+    assert ("half_open", "closed") == (half_open, manager_of(app).breaker_state)
     assert 200 == answers[0][0]
     assert 1 <= server.calls("evalsha") - before <= 2
     assert [b"1"] == [value.split()[1] for value in server.client().hgetall("rate_limit:{192.0.2.5}").values()]
@@ -133,11 +134,11 @@ async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(privat
     server.command("ACL", "SETUSER", "default", "-evalsha")
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
     await timed(app)
-    opened = app._manager.breaker_state
+    opened = manager_of(app).breaker_state
     await asyncio.sleep(0.5)
 
-    assert "open" == opened == app._manager.breaker_state
-    assert Failure.PERMISSION is app._manager.breaker().reason
+    assert "open" == opened == manager_of(app).breaker_state
+    assert Failure.PERMISSION is manager_of(app).breaker().reason
 
 
 @pytest.mark.parametrize("right", ["evalsha", "time", "hset", "pexpire", "pttl"])
@@ -148,8 +149,8 @@ async def test_right_that_is_missing_in_the_script_is_one_too(any_server: StartS
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
     await timed(app)
     await timed(app)
-    state, reason = app._manager.breaker_state, app._manager.breaker().reason
-    await app._manager.close()
+    state, reason = manager_of(app).breaker_state, manager_of(app).breaker().reason
+    await manager_of(app).close()
 
     assert ("open", Failure.PERMISSION) == (state, reason)
 
@@ -166,7 +167,7 @@ async def test_failover_behind_a_name_is_followed_on_every_version(any_server: S
         while not second.client().exists("rate_limit:{192.0.2.9}") and asyncio.get_running_loop().time() < deadline:
             await timed(app, client=("192.0.2.9", 1))
             await asyncio.sleep(0.02)
-        await app._manager.close()
+        await manager_of(app).close()
 
     assert 1 == second.client().exists("rate_limit:{192.0.2.9}")
 
@@ -179,10 +180,10 @@ async def test_replica_that_takes_over_is_used(private_server: StartServer) -> N
     (before,) = {each["id"] for each in server.connections()}
     server.command("REPLICAOF", "127.0.0.1", "1")
     down = [await timed(app) for _ in range(8)]
-    opened = app._manager.breaker_state
+    opened = manager_of(app).breaker_state
     server.command("REPLICAOF", "NO", "ONE")
     began = fair_time()
-    await until(lambda: app._manager.breaker_state != "open")
+    await until(lambda: manager_of(app).breaker_state != "open")
     took = fair_time() - began
     await timed(app, client=("192.0.2.9", 1))
 
@@ -218,7 +219,7 @@ async def test_storm_of_cancelled_requests_serves_nobody_wrongly(private_server:
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 assert result is None or isinstance(result, asyncio.CancelledError)
         await proxy.set("pass")
-        await app._manager.close()
+        await manager_of(app).close()
     for number in range(20):
         (stored,) = server.client().hgetall(f"rate_limit:{{10.1.1.{number}}}").values()
 
@@ -259,7 +260,7 @@ async def test_a_defect_is_decided_as_without_redis(
         monkeypatch.setattr("redis_asgi.connection.client_factory.QueueingPool.make_connection", raise_it)
     app = RateLimitMiddleware(Spy(), "2/minute", on_redis_error=on, redis=RedisManager(Settings(REDIS_URL=redis_url)))
     statuses = [(await timed(app))[0] for _ in range(3)]
-    await app._manager.close()
+    await manager_of(app).close()
 
     assert expected == statuses
     assert ["redis_asgi.defect"] == [event_of(each) for each in caplog.records if each.levelname == "ERROR"]
@@ -279,7 +280,7 @@ async def test_a_charge_that_redis_does_not_take_is_made_here(private_server: St
         await send({"type": "http.response.body", "body": b"x"})
 
     app = RateLimitMiddleware(tokens, "10/hour", redis=RedisManager(Settings(REDIS_URL=server.url)))
-    manager = app._manager
+    manager = manager_of(app)
     answering = asyncio.create_task(drive(app, http_scope()))
     while not server.command("KEYS", "*"):
         await asyncio.sleep(0.01)
@@ -311,7 +312,7 @@ async def test_a_reset_that_is_answered_oddly_is_none() -> None:
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     limiter = RateLimiter(f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
     found = await limiter.reset("somebody")
-    await limiter._engine.manager.close()
+    await manager_of(limiter).close()
     listener.close()
 
     assert found is False
@@ -333,12 +334,12 @@ async def test_script_that_is_loaded_too_late_charges_nobody(private_server: Sta
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         app = RateLimitMiddleware(Spy(), "5/minute", settings=Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.1))
-        client = await app._manager.get_connection()
+        client = await manager_of(app).get_connection()
         await client.ping()  # connected, and the script not loaded yet
         await proxy.set("delay", seconds=0.15)
         status, seconds = await timed(app)
         await asyncio.sleep(0.3)
-        await app._manager.close()
+        await manager_of(app).close()
 
     assert 200 == status
     assert seconds < 0.15

@@ -12,9 +12,9 @@ from .harness import Spy, drive, http_scope, memory, statuses
 pytestmark = pytest.mark.anyio
 
 
-async def test_partition_by_header_and_user(settings: Settings) -> None:
+async def test_partition_by_header_and_user(memory_settings: Settings) -> None:
     """Each key has its own counter, and nobody without one shares a keyed client's."""
-    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("X-API-Key"), settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("X-API-Key"), settings=memory_settings)
 
     assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "a"})
     assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "b"})
@@ -34,27 +34,27 @@ async def test_missing_identity(mode: Any, expected: list[int]) -> None:
     assert expected == first + second
 
 
-async def test_user_partition(settings: Settings) -> None:
+async def test_user_partition(memory_settings: Settings) -> None:
     """An authenticated user is counted by identity, whatever address it comes from."""
 
     class User:
         is_authenticated = True
         identity = "ada"
 
-    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_user, settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_user, settings=memory_settings)
     first = await drive(app, http_scope(user=User()))
     second = await drive(app, http_scope(user=User(), client=("198.51.100.1", 1)))
 
     assert [200, 429] == [first[0]["status"], second[0]["status"]]
 
 
-async def test_custom_partition_of_none_leaves_the_rule(settings: Settings) -> None:
+async def test_custom_partition_of_none_leaves_the_rule(memory_settings: Settings) -> None:
     """A callable that returns None takes the request out of its rule; async ones are awaited."""
 
     async def tenant(conn: HTTPConnection) -> str | None:
         return conn.headers.get("x-tenant")
 
-    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=tenant, settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", partition_by=tenant, settings=memory_settings)
 
     assert [200] * 3 == await statuses(app, 3)
     assert [200, 429] == await statuses(app, 2, headers={"x-tenant": "t"})
@@ -89,9 +89,9 @@ async def test_spoofed_header_changes_nothing_unless_trusted() -> None:
     assert [200] == await statuses(trusting, 1, headers={"x-forwarded-for": "1.1.1.2"})
 
 
-async def test_no_address_is_one_partition(settings: Settings) -> None:
+async def test_no_address_is_one_partition(memory_settings: Settings) -> None:
     """Clients of a unix socket share one counter, which is nobody else's."""
-    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
     seen = [(await drive(app, http_scope(client=None)))[0]["status"] for _ in range(2)]
 
     assert [200, 429] == seen
@@ -109,9 +109,11 @@ async def test_no_address_is_one_partition(settings: Settings) -> None:
     ],
     ids=["not UTF-8", "a megabyte", "empty", "separators", "broken forwarding"],
 )
-async def test_hostile_headers_have_a_defined_answer(settings: Settings, headers: list[tuple[bytes, bytes]]) -> None:
+async def test_hostile_headers_have_a_defined_answer(
+    memory_settings: Settings, headers: list[tuple[bytes, bytes]]
+) -> None:
     """Whatever a header holds, the limit holds and nothing raises."""
-    trusting = settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("203.0.113.7",)})
+    trusting = memory_settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("203.0.113.7",)})
     app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("x-api-key"), settings=trusting)
     seen = [(await drive(app, http_scope(headers=headers)))[0]["status"] for _ in range(2)]
 
@@ -119,9 +121,9 @@ async def test_hostile_headers_have_a_defined_answer(settings: Settings, headers
 
 
 @pytest.mark.parametrize("client", [None, (None, 0), ("", 0)])
-async def test_peers_without_an_address_share(settings: Settings, client: Any) -> None:
+async def test_peers_without_an_address_share(memory_settings: Settings, client: Any) -> None:
     """However a server says that it does not know, nothing raises and all of them are one partition."""
-    trusting = settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("10.0.0.1",)})
+    trusting = memory_settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("10.0.0.1",)})
     app = RateLimitMiddleware(Spy(), "1/minute", settings=trusting)
     scope = http_scope(client=client, headers=[(b"x-forwarded-for", b"1.1.1.1")])
     seen = [(await drive(app, dict(scope)))[0]["status"] for _ in range(2)]
@@ -130,9 +132,9 @@ async def test_peers_without_an_address_share(settings: Settings, client: Any) -
 
 
 @pytest.mark.parametrize("host", ["1.2.3.4/x}{y z", "1.2.3.4/\ud800", "localhost", "::1/64"])
-async def test_peer_text_that_is_no_address_is_hashed(settings: Settings, host: str) -> None:
+async def test_peer_text_that_is_no_address_is_hashed(memory_settings: Settings, host: str) -> None:
     """What a server believed of a header never stands in a key as it came."""
-    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
     seen = [(await drive(app, http_scope(client=(host, 1))))[0]["status"] for _ in range(2)]
     scope = http_scope(client=(host, 1))
     charges = await app._plans.of(scope).charges(scope)

@@ -17,6 +17,7 @@ from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.ratelimit.transport.script import _say_denied
 
 from ..conftest import StartServer
+from ..kit.inside import engine_of
 from ..kit.logs import event_of
 from ..kit.servers import Cluster
 from .concurrency import Stream, ended, heart_of, members, on_redis, opened, running, settled, streams
@@ -215,7 +216,7 @@ async def test_a_refusal_is_remembered_for_a_tenth_of_a_second(patient: RedisMan
     limited = RateLimitMiddleware(app, rules=[streams(1), Rule("9/hour", name="rate")], redis=patient)
     (first,) = await opened(limited, 1)
     await opened(limited, 1)
-    (held,) = limited._engine.refusals.partitions.values()
+    (held,) = engine_of(limited).refusals.partitions.values()
     ((field, refusal),) = held.items()
 
     assert b"streams:c0:1" == field

@@ -13,6 +13,7 @@ from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule, Set
 from redis_asgi.ratelimit.limits.policy import make_partition
 
 from ..conftest import StartServer
+from ..kit.inside import engine_of
 from ..kit.patience import until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster
@@ -36,7 +37,7 @@ async def test_a_heartbeat_says_again_what_runs(patient: RedisManager, redis_cli
             forget()
         else:
             partition = make_partition("ip", "203.0.113.7", plain=True)
-            assert await limited._engine.reset(partition, None)
+            assert await engine_of(limited).reset(partition, None)
         assert [] == members(redis_client)
         await heart_of(patient).beat()
         assert keys == set(cast("list[bytes]", redis_client.keys("*:c0:1")))
@@ -58,7 +59,7 @@ async def test_one_reset_by_name_leaves_the_other(patient: RedisManager, redis_c
     """A name's set is found through its field."""
     limited = RateLimitMiddleware(Stream(), rules=[streams(3), streams(5, name="all")], redis=patient)
     requests = await opened(limited, 2)
-    assert await limited._engine.reset(make_partition("ip", "203.0.113.7", plain=True), "all")
+    assert await engine_of(limited).reset(make_partition("ip", "203.0.113.7", plain=True), "all")
 
     assert 2 == len(members(redis_client))
     await ended(requests)
@@ -391,7 +392,7 @@ async def test_gone_at_any_moment(patient: RedisManager, redis_client: redis.Red
 async def test_cancelled_in_the_moment_of_its_answer(patient: RedisManager, redis_client: redis.Redis) -> None:
     """The verdict has come, and nobody takes it: the place is given back."""
     limited = RateLimitMiddleware(Spy(), rules=[streams(1)], redis=patient)
-    engine = limited._engine
+    engine = engine_of(limited)
     ask = engine.ask
     asked: list[Any] = []
     engine.ask = lambda *args: asked.append(ask(*args)) or asked[-1]  # type: ignore[method-assign, func-returns-value]

@@ -16,6 +16,7 @@ from redis_asgi.connection.open_client import PROCESS
 from redis_asgi.ratelimit.counting.in_flight import Ids
 from redis_asgi.ratelimit.limits.policy import make_partition
 
+from ..kit.inside import manager_of
 from ..kit.processes import clean_environment
 from ..kit.servers import ExternalServer
 from .concurrency import Stream, ended, heart_of, members, on_redis, opened, running, server_time, settled, streams
@@ -47,7 +48,7 @@ async def test_never_more_than_so_many(redis_server: ExternalServer, redis_url: 
     managers: list[Any] = [RedisManager(settings) for _ in range(2)]
     users = [aioredis.Redis.from_url(redis_url) for _ in range(2)] if client != "own" else []
     limiters = [RateLimiter(each, timeout=20, settings=settings) for each in (users or managers)]
-    hearts = [heart_of(limiter._engine.manager) for limiter in limiters]
+    hearts = [heart_of(manager_of(limiter)) for limiter in limiters]
     outside, chance, refused = Observer(), random.Random(7), 0
     working = 24
 
@@ -76,7 +77,7 @@ async def test_never_more_than_so_many(redis_server: ExternalServer, redis_url: 
 
     await asyncio.gather(beat(), *(work(limiter) for _ in range(12) for limiter in limiters))
     for limiter in limiters:
-        await settled(limiter._engine.manager)
+        await settled(manager_of(limiter))
 
     assert 4 == outside.most
     assert 24 * 50 == outside.came + refused

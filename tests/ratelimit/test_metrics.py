@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection
 from redis_asgi import RateLimit, RateLimiter, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.telemetry import Telemetry, fresh_telemetry, telemetry
 
+from ..kit.inside import manager_of
 from ..kit.servers import ExternalServer
 from .harness import Spy, client_of, drive, http_scope
 
@@ -97,8 +98,8 @@ async def test_fallbacks_are_counted_with_mode_and_reason(
     assert policies == read(counted.ratelimit_policy)
     assert {(str(on_redis_error), "connection"): 3} == read(counted.ratelimit_fallback)
     assert {("check", "connection"): 3} == read(counted.redis_commands)
-    assert app._manager.fails_closed == (on_redis_error == "closed")
-    await app._manager.close()
+    assert manager_of(app).fails_closed == (on_redis_error == "closed")
+    await manager_of(app).close()
 
 
 async def test_transitions_of_the_breaker_are_counted(counted: Telemetry) -> None:
@@ -109,7 +110,7 @@ async def test_transitions_of_the_breaker_are_counted(counted: Telemetry) -> Non
     assert {("open",): 1} == read(counted.breaker_transitions)
     assert {("check", "connection"): 5} == read(counted.redis_commands)
     assert {("local", "connection"): 12} == read(counted.ratelimit_fallback)
-    await app._manager.close()
+    await manager_of(app).close()
 
 
 async def test_shadows_and_several_policies(counted: Telemetry) -> None:

@@ -18,18 +18,18 @@ from .harness import Spy, client_of, drive, header, http_scope, memory, statuses
 pytestmark = pytest.mark.anyio
 
 
-async def test_refuses_what_is_over_quota(settings: Settings) -> None:
+async def test_refuses_what_is_over_quota(memory_settings: Settings) -> None:
     """The quota is admitted, the next request is not, and never reaches the app."""
     spy = Spy()
-    app = RateLimitMiddleware(spy, "3/minute", settings=settings)
+    app = RateLimitMiddleware(spy, "3/minute", settings=memory_settings)
 
     assert [200, 200, 200, 429, 429] == await statuses(app, 5)
     assert 3 == spy.calls
 
 
-async def test_refusal_explains_itself(settings: Settings) -> None:
+async def test_refusal_explains_itself(memory_settings: Settings) -> None:
     """A 429 says how long to wait, is not cacheable, and carries the draft's problem document."""
-    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
     async with client_of(app) as client:
         await client.get("/")
         refused = await client.get("/")
@@ -44,9 +44,9 @@ async def test_refusal_explains_itself(settings: Settings) -> None:
     assert "203.0.113.7" not in refused.text
 
 
-async def test_admitted_response_says_how_the_client_stands(settings: Settings) -> None:
+async def test_admitted_response_says_how_the_client_stands(memory_settings: Settings) -> None:
     """An admitted response has the draft's fields and never Retry-After."""
-    app = RateLimitMiddleware(Spy(), "5/second; 100/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "5/second; 100/minute", settings=memory_settings)
     async with client_of(app) as client:
         response = await client.get("/")
 
@@ -55,9 +55,9 @@ async def test_admitted_response_says_how_the_client_stands(settings: Settings) 
     assert "retry-after" not in response.headers
 
 
-async def test_all_or_none(settings: Settings) -> None:
+async def test_all_or_none(memory_settings: Settings) -> None:
     """A request refused by one limit is charged under no other."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("2/hour; 10/day", name="r")], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[Rule("2/hour; 10/day", name="r")], settings=memory_settings)
     async with client_of(app) as client:
         for _ in range(6):
             last = await client.get("/")
@@ -65,9 +65,9 @@ async def test_all_or_none(settings: Settings) -> None:
     assert '"r-3600s";r=0;t=3600, "r-86400s";r=8;t=86400' == last.headers["ratelimit"]
 
 
-async def test_head_refusal_has_no_body(settings: Settings) -> None:
+async def test_head_refusal_has_no_body(memory_settings: Settings) -> None:
     """HEAD counts as GET does, and its refusal has no body."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET")], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET")], settings=memory_settings)
     await statuses(app, 1)
     sent = await drive(app, http_scope(method="HEAD"))
 
@@ -84,9 +84,9 @@ async def test_head_refusal_has_no_body(settings: Settings) -> None:
         ("none", set(), {"ratelimit", "ratelimit-policy", "x-ratelimit-limit"}),
     ],
 )
-async def test_header_styles(settings: Settings, style: Any, present: set[str], absent: set[str]) -> None:
+async def test_header_styles(memory_settings: Settings, style: Any, present: set[str], absent: set[str]) -> None:
     """Each style sends its own fields, on admitted and refused responses alike."""
-    app = RateLimitMiddleware(Spy(), "1/minute", headers=style, settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", headers=style, settings=memory_settings)
     async with client_of(app) as client:
         for _ in range(2):
             names = set((await client.get("/")).headers)
@@ -95,36 +95,36 @@ async def test_header_styles(settings: Settings, style: Any, present: set[str], 
             assert not absent & names
 
 
-async def test_fields_of_the_app_stay(settings: Settings) -> None:
+async def test_fields_of_the_app_stay(memory_settings: Settings) -> None:
     """A field the app has set itself is neither replaced nor doubled."""
-    app = RateLimitMiddleware(Spy(headers=[(b"ratelimit", b'"app";r=1;t=1')]), "5/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(headers=[(b"ratelimit", b'"app";r=1;t=1')]), "5/minute", settings=memory_settings)
     start, _ = await drive(app, http_scope())
 
     assert [b'"app";r=1;t=1'] == [value for name, value in start["headers"] if name == b"ratelimit"]
     assert b'"default";q=5;w=60' == header(start, b"ratelimit-policy")
 
 
-async def test_redirects_carry_no_fields(settings: Settings) -> None:
+async def test_redirects_carry_no_fields(memory_settings: Settings) -> None:
     """A redirect's target is counted by itself."""
-    app = RateLimitMiddleware(RedirectResponse("/x"), "5/minute", settings=settings)
+    app = RateLimitMiddleware(RedirectResponse("/x"), "5/minute", settings=memory_settings)
     start, _ = await drive(app, http_scope())
 
     assert 307 == start["status"]
     assert header(start, b"ratelimit") is None
 
 
-async def test_every_matching_rule_applies(settings: Settings) -> None:
+async def test_every_matching_rule_applies(memory_settings: Settings) -> None:
     """There is no first match: the narrow rule and the wide one both count."""
     rules = [Rule("2/minute", name="login", paths="/login", methods="POST"), Rule("4/minute", name="all")]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=memory_settings)
 
     assert [200, 200, 429] == await statuses(app, 3, "/login", method="POST")
     assert [200, 200, 429] == await statuses(app, 3, "/other")
 
 
-async def test_unmatched_request_is_not_limited(settings: Settings) -> None:
+async def test_unmatched_request_is_not_limited(memory_settings: Settings) -> None:
     """With rules alone, a path that matches none has no limit and no fields."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/api/*")], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/api/*")], settings=memory_settings)
     async with client_of(app) as client:
         responses = [await client.get("/free") for _ in range(3)]
 
@@ -133,17 +133,17 @@ async def test_unmatched_request_is_not_limited(settings: Settings) -> None:
     assert [200, 429] == await statuses(app, 2, "/api")
 
 
-async def test_exempt_paths_and_callable(settings: Settings) -> None:
+async def test_exempt_paths_and_callable(memory_settings: Settings) -> None:
     """Exempt requests are not counted: by pattern, by the environment's patterns, or by a callable."""
-    by_path = RateLimitMiddleware(Spy(), "1/minute", exempt=["/health/*"], settings=settings)
+    by_path = RateLimitMiddleware(Spy(), "1/minute", exempt=["/health/*"], settings=memory_settings)
     by_env = RateLimitMiddleware(
-        Spy(), "1/minute", settings=settings.model_copy(update={"RATE_LIMIT_EXEMPT_PATHS": ("/h*",)})
+        Spy(), "1/minute", settings=memory_settings.model_copy(update={"RATE_LIMIT_EXEMPT_PATHS": ("/h*",)})
     )
 
     async def internal(conn: HTTPConnection) -> bool:
         return conn.headers.get("x-internal") == "yes"
 
-    by_callable = RateLimitMiddleware(Spy(), "1/minute", exempt=internal, settings=settings)
+    by_callable = RateLimitMiddleware(Spy(), "1/minute", exempt=internal, settings=memory_settings)
 
     assert [200] * 3 == await statuses(by_path, 3, "/health/live")
     assert [200] * 3 == await statuses(by_env, 3, "/health")
@@ -151,18 +151,18 @@ async def test_exempt_paths_and_callable(settings: Settings) -> None:
     assert [200, 429] == await statuses(by_callable, 2)
 
 
-async def test_preflights_are_the_browsers(settings: Settings) -> None:
+async def test_preflights_are_the_browsers(memory_settings: Settings) -> None:
     """A CORS preflight is counted only by a rule that names OPTIONS; another OPTIONS request is counted."""
     preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
-    naming = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="o", methods="OPTIONS")], settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
+    naming = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="o", methods="OPTIONS")], settings=memory_settings)
 
     assert [200] * 3 == await statuses(app, 3, method="OPTIONS", headers=preflight)
     assert [200, 429] == await statuses(app, 2, method="OPTIONS")
     assert [200, 429] == await statuses(naming, 2, method="OPTIONS", headers=preflight)
 
 
-async def test_shadow_rule_only_watches(settings: Settings) -> None:
+async def test_shadow_rule_only_watches(memory_settings: Settings) -> None:
     """A shadow policy never refuses and is in no header, but the decision shows it."""
     seen: list[Decision] = []
 
@@ -171,7 +171,7 @@ async def test_shadow_rule_only_watches(settings: Settings) -> None:
         await PlainTextResponse("ok")(scope, receive, send)
 
     rules = [Rule("1/minute", name="new", shadow=True), Rule("10/minute", name="old")]
-    limited = RateLimitMiddleware(app, rules=rules, settings=settings)
+    limited = RateLimitMiddleware(app, rules=rules, settings=memory_settings)
 
     assert [200, 200] == await statuses(limited, 2)
     assert [True, 0, 8] == [seen[1].policies[0].shadow, seen[1].policies[0].remaining, seen[1].policies[1].remaining]
@@ -188,14 +188,14 @@ async def test_dry_run_makes_every_policy_a_shadow() -> None:
     assert "ratelimit" not in responses[0].headers
 
 
-async def test_on_exceeded_may_answer(settings: Settings) -> None:
+async def test_on_exceeded_may_answer(memory_settings: Settings) -> None:
     """The user's response replaces the 429 and gets its fields; None leaves it; async works."""
 
     async def answer(conn: HTTPConnection, decision: Decision) -> Response | None:
         assert not decision.allowed
         return JSONResponse({"error": "slow down"}, 420) if "x-json" in conn.headers else None
 
-    app = RateLimitMiddleware(Spy(), "1/minute", on_exceeded=answer, settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", on_exceeded=answer, settings=memory_settings)
     async with client_of(app) as client:
         await client.get("/")
         own = await client.get("/", headers={"x-json": "1"})
@@ -206,14 +206,14 @@ async def test_on_exceeded_may_answer(settings: Settings) -> None:
     assert 429 == default.status_code
 
 
-async def test_websocket_handshakes(settings: Settings) -> None:
+async def test_websocket_handshakes(memory_settings: Settings) -> None:
     """An admitted handshake carries the fields on accept; a refused one is a 429, or a close with 1008."""
 
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
         await websocket.close()
 
-    app = RateLimitMiddleware(Starlette(routes=[WebSocketRoute("/", endpoint)]), "1/minute", settings=settings)
+    app = RateLimitMiddleware(Starlette(routes=[WebSocketRoute("/", endpoint)]), "1/minute", settings=memory_settings)
     connect: Message = {"type": "websocket.connect"}
     admitted = await drive(app, websocket_scope(), connect)
     answered = await drive(app, websocket_scope(extensions={"websocket.http.response": {}}), connect)
@@ -226,18 +226,20 @@ async def test_websocket_handshakes(settings: Settings) -> None:
     assert [{"type": "websocket.close", "code": 1008, "reason": ""}] == closed
 
 
-async def test_a_handshake_is_one_whatever_else_its_scope_says(settings: Settings) -> None:
+async def test_a_handshake_is_one_whatever_else_its_scope_says(memory_settings: Settings) -> None:
     """A server that gives a handshake its method makes it no request, and no request one."""
-    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET", paths="/a")], settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", methods="GET", paths="/a")], settings=memory_settings)
     handshake = websocket_scope(path="/a", method="GET")
     plans = [app._plans.of(scope) for scope in (handshake, http_scope(path="/a"), handshake)]
 
     assert plans[0] is plans[2] is not plans[1]
 
 
-async def test_likely_misconfigurations_are_said_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_likely_misconfigurations_are_said_once(
+    memory_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     """A forwarding header from a stranger, and no client address at all, are logged once each, with a fix."""
-    app = RateLimitMiddleware(Spy(), "100/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "100/minute", settings=memory_settings)
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         for _ in range(3):
             await drive(app, http_scope(headers=[(b"x-forwarded-for", b"1.1.1.1")]))

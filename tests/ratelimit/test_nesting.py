@@ -20,17 +20,18 @@ from starlette.websockets import WebSocket
 
 from redis_asgi import ConfigurationError, RateLimitMiddleware, Rule, Settings
 
+from ..kit.inside import engine_of, manager_of
 from .harness import Spy, client_of, drive, header, http_scope, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_mounted_twice_counts_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_mounted_twice_counts_once(memory_settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     """The inner instance skips what the outer one has charged, says so once, and adds what is its own."""
     inner = RateLimitMiddleware(
-        Spy(), rules=[Rule("3/minute", name="a"), Rule("9/minute", name="b")], settings=settings
+        Spy(), rules=[Rule("3/minute", name="a"), Rule("9/minute", name="b")], settings=memory_settings
     )
-    app = RateLimitMiddleware(inner, rules=[Rule("3/minute", name="a")], settings=settings)
+    app = RateLimitMiddleware(inner, rules=[Rule("3/minute", name="a")], settings=memory_settings)
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         async with client_of(app) as client:
             responses = [await client.get("/") for _ in range(4)]
@@ -40,15 +41,15 @@ async def test_mounted_twice_counts_once(settings: Settings, caplog: pytest.LogC
     assert ["mounted_twice"] == [record.__dict__["code"] for record in caplog.records]
 
 
-async def test_an_inner_instance_keeps_what_it_charges(settings: Settings) -> None:
+async def test_an_inner_instance_keeps_what_it_charges(memory_settings: Settings) -> None:
     """What the outer one has left to it whole is the same as ever, so that made up requests push out nothing."""
-    inner = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", name="b", cost=lambda _: 1)], settings=settings)
-    app = RateLimitMiddleware(inner, rules=[Rule("9/minute", name="a")], settings=settings)
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", name="b", cost=lambda _: 1)], settings=memory_settings)
+    app = RateLimitMiddleware(inner, rules=[Rule("9/minute", name="a")], settings=memory_settings)
 
     kept = []
     for _ in range(3):
         assert 200 == (await drive(app, http_scope()))[0]["status"]
-        kept.append(len(inner._engine.plans.charges.young))
+        kept.append(len(engine_of(inner).plans.charges.young))
 
     assert kept[0] == kept[2]
 
@@ -99,11 +100,11 @@ ROUTES = [
     ],
     ids=["stream", "HTTPException", "404", "background", "mount", "websocket"],
 )
-async def test_message_by_message_the_same(settings: Settings, scope: Scope, messages: list[Message]) -> None:
+async def test_message_by_message_the_same(memory_settings: Settings, scope: Scope, messages: list[Message]) -> None:
     """But for its two header fields, the app's messages are those it sends alone."""
     app = Starlette(routes=ROUTES)
     alone = await drive(app, dict(scope), *messages)
-    limited = await drive(RateLimitMiddleware(app, "9/minute", settings=settings), dict(scope), *messages)
+    limited = await drive(RateLimitMiddleware(app, "9/minute", settings=memory_settings), dict(scope), *messages)
     for message in limited:
         if "headers" in message:
             ours = [field for field in message["headers"] if field[0].startswith(b"ratelimit")]
@@ -120,7 +121,7 @@ def _plain(message: Message) -> dict[str, Any]:
     return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
 
 
-async def test_unknown_messages_pass_through(settings: Settings) -> None:
+async def test_unknown_messages_pass_through(memory_settings: Settings) -> None:
     """Early hints, pathsend and trailers reach the server as they were sent, before, between and after."""
     messages: list[Message] = [
         {"type": "http.response.early_hint", "links": [b"</x>"]},
@@ -133,7 +134,7 @@ async def test_unknown_messages_pass_through(settings: Settings) -> None:
         for message in messages:
             await send(message)
 
-    sent = await drive(RateLimitMiddleware(app, "9/minute", settings=settings), http_scope())
+    sent = await drive(RateLimitMiddleware(app, "9/minute", settings=memory_settings), http_scope())
 
     assert [messages[0], messages[2], messages[3]] == [sent[0], sent[2], sent[3]]
     assert (b"a", b"b") == sent[1]["headers"][0]
@@ -141,9 +142,9 @@ async def test_unknown_messages_pass_through(settings: Settings) -> None:
     assert ((b"a", b"b"),) == messages[1]["headers"]
 
 
-async def test_a_request_leaves_nothing_to_the_collector(settings: Settings) -> None:
+async def test_a_request_leaves_nothing_to_the_collector(memory_settings: Settings) -> None:
     """Neither an admitted nor a refused request makes a reference cycle, which would double its cost."""
-    app = RateLimitMiddleware(Spy(), "500/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "500/minute", settings=memory_settings)
 
     class Server:
         def __init__(self) -> None:
@@ -174,16 +175,16 @@ async def test_a_request_leaves_nothing_to_the_collector(settings: Settings) -> 
         gc.enable()
 
 
-async def test_root_path_and_mounts(settings: Settings) -> None:
+async def test_root_path_and_mounts(memory_settings: Settings) -> None:
     """A pattern is about the path below root_path, so that a mounted app keeps its rules."""
-    inner = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/items")], settings=settings)
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", paths="/items")], settings=memory_settings)
     app = Starlette(routes=[Mount("/api/v1", app=inner)])
 
     assert [200, 429] == await statuses(app, 2, "/api/v1/items")
     assert [200, 200] == await statuses(app, 2, "/api/v1/others")
 
 
-async def test_as_starlette_middleware_it_survives_500s(settings: Settings) -> None:
+async def test_as_starlette_middleware_it_survives_500s(memory_settings: Settings) -> None:
     """An unhandled exception passes through unchanged, and is counted."""
 
     def broken(request: Request) -> Response:
@@ -191,7 +192,7 @@ async def test_as_starlette_middleware_it_survives_500s(settings: Settings) -> N
 
     app = Starlette(
         routes=[Route("/", broken)],
-        middleware=[Middleware(RateLimitMiddleware, limits="1/minute", settings=settings)],
+        middleware=[Middleware(RateLimitMiddleware, limits="1/minute", settings=memory_settings)],
     )
     with pytest.raises(KeyError):
         await statuses(app, 1)
@@ -208,7 +209,7 @@ async def test_lifespan_holds_the_shared_manager(redis_url: str) -> None:
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
-            client = await limited._manager.get_connection()
+            client = await manager_of(limited).get_connection()
             answers.append(bool(await client.ping()))
 
         limited = RateLimitMiddleware(
@@ -222,13 +223,13 @@ async def test_lifespan_holds_the_shared_manager(redis_url: str) -> None:
     async with _running(first), _running(second):
         await statuses(first, 1)
         await statuses(second, 1)
-        pool = first._manager.pool
-    assert first._manager is second._manager
+        pool = manager_of(first).pool
+    assert manager_of(first) is manager_of(second)
     assert [True, True] == answers
     assert pool is not None
-    assert first._manager.pool is None
+    assert manager_of(first).pool is None
     assert [200] == await statuses(first, 1)
-    await first._manager.close()
+    await manager_of(first).close()
 
 
 @asynccontextmanager
@@ -252,35 +253,37 @@ async def _running(app: RateLimitMiddleware) -> AsyncIterator[None]:
     await task
 
 
-async def test_inner_limit_of_another_quota_is_enforced(settings: Settings) -> None:
+async def test_inner_limit_of_another_quota_is_enforced(memory_settings: Settings) -> None:
     """Only the very same limit is skipped: a tighter one inside still refuses."""
-    inner = RateLimitMiddleware(Spy(), rules=[Rule("2/minute", name="inner")], settings=settings)
-    app = RateLimitMiddleware(inner, "100/minute", settings=settings)
+    inner = RateLimitMiddleware(Spy(), rules=[Rule("2/minute", name="inner")], settings=memory_settings)
+    app = RateLimitMiddleware(inner, "100/minute", settings=memory_settings)
 
     assert [200, 200, 429] == await statuses(app, 3)
 
 
 @pytest.mark.parametrize("inner", ["2/minute", "100/hour", lambda _conn: "2/minute"], ids=["quota", "window", "plan"])
-async def test_inner_limit_of_the_same_name_is_said_to_be_one_too_many(settings: Settings, inner: Any) -> None:
+async def test_inner_limit_of_the_same_name_is_said_to_be_one_too_many(memory_settings: Settings, inner: Any) -> None:
     """At the first request: two limits of one name would share a counter, or at least look as if they did."""
-    app = RateLimitMiddleware(RateLimitMiddleware(Spy(), inner, settings=settings), "100/minute", settings=settings)
+    app = RateLimitMiddleware(
+        RateLimitMiddleware(Spy(), inner, settings=memory_settings), "100/minute", settings=memory_settings
+    )
 
     with pytest.raises(ConfigurationError, match=r"name='default' stands for two limits.*100/60 s"):
         await statuses(app, 1)
 
 
-async def test_members_stand_in_the_order_of_the_rules(settings: Settings) -> None:
+async def test_members_stand_in_the_order_of_the_rules(memory_settings: Settings) -> None:
     """A rule whose cost is a callable keeps its place in the header."""
     rules = [Rule("9/minute", name="priced", cost=lambda request: 2), Rule("9/minute", name="plain")]
-    app = RateLimitMiddleware(Spy(), rules=rules, settings=settings)
+    app = RateLimitMiddleware(Spy(), rules=rules, settings=memory_settings)
     start, _ = await drive(app, http_scope())
 
     assert b'"priced";r=7;t=60, "plain";r=8;t=60' == header(start, b"ratelimit")
 
 
-async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> None:
+async def test_server_that_reuses_its_state_is_limited(memory_settings: Settings) -> None:
     """A decision left in the state by an earlier request does not count for the next one."""
-    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
     state: dict[str, Any] = {}
     starts = [(await drive(app, http_scope(state=state)))[0] for _ in range(4)]
 
@@ -289,7 +292,7 @@ async def test_server_that_reuses_its_state_is_limited(settings: Settings) -> No
     assert [b'"default";r=0;t=60'] * 4 == [header(start, b"ratelimit") for start in starts]
 
 
-async def test_requests_at_once_are_apart_where_a_server_reuses_its_state(settings: Settings) -> None:
+async def test_requests_at_once_are_apart_where_a_server_reuses_its_state(memory_settings: Settings) -> None:
     """One that is under way is no outer instance to another: each has the fields of its own, and of no other client."""
     began, go_on = asyncio.Event(), asyncio.Event()
 
@@ -299,7 +302,7 @@ async def test_requests_at_once_are_apart_where_a_server_reuses_its_state(settin
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    app = RateLimitMiddleware(slow, "9/minute", settings=settings)
+    app = RateLimitMiddleware(slow, "9/minute", settings=memory_settings)
     state: dict[str, Any] = {}
     first = asyncio.create_task(drive(app, http_scope(state=state)))
     await began.wait()

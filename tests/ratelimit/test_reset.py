@@ -59,10 +59,10 @@ async def test_login_that_succeeds_forgets_the_failures(
     assert "other" not in fields or '"other";r=99' in fields
 
 
-async def test_reset_of_what_does_not_apply_forgets_nothing(settings: Settings) -> None:
+async def test_reset_of_what_does_not_apply_forgets_nothing(memory_settings: Settings) -> None:
     """Another rule's name, a policy of another request, nonsense: nothing there, and no error of the app."""
     for name in ("log", "login-7s", "", "a b", "login-60s-60s"):
-        app, resets = login_app(settings, name, limits="50/minute; 90/hour")
+        app, resets = login_app(memory_settings, name, limits="50/minute; 90/hour")
         await statuses(app, 1, "/login")
         assert [200] == await statuses(app, 1, "/login?good")
         assert [False] == resets
@@ -79,15 +79,15 @@ async def test_reset_waits_for_redis_no_longer_than_a_check() -> None:
 
 
 @pytest.mark.parametrize("with_middleware", [False, True])
-async def test_reset_of_a_routes_limit(settings: Settings, with_middleware: bool) -> None:
+async def test_reset_of_a_routes_limit(memory_settings: Settings, with_middleware: bool) -> None:
     """A per-route limit is reset by its own name, with the middleware and without."""
     app = FastAPI()
 
-    @app.get("/login", dependencies=[Depends(RateLimit("2/minute", name="login", settings=settings))])
+    @app.get("/login", dependencies=[Depends(RateLimit("2/minute", name="login", settings=memory_settings))])
     async def login(request: Request, *, good: bool = False) -> bool:
         return good and bool(await request.state.rate_limit.reset("login"))
 
-    asked: ASGIApp = RateLimitMiddleware(app, "100/minute", settings=settings) if with_middleware else app
+    asked: ASGIApp = RateLimitMiddleware(app, "100/minute", settings=memory_settings) if with_middleware else app
     async with client_of(asked) as client:
         responses = [await client.get("/login", params={"good": good}) for good in (False, True, False, False, False)]
 

@@ -35,15 +35,16 @@ from redis_asgi.ratelimit.rules.endpoints import endpoint_name
 from redis_asgi.ratelimit.rules.policies import fit_name
 from redis_asgi.telemetry import fresh_telemetry
 
+from ..kit.inside import engine_of
 from .harness import client_of, drive, http_scope, memory, statuses, websocket_scope
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_dependency_limits_one_route(settings: Settings) -> None:
+async def test_dependency_limits_one_route(memory_settings: Settings) -> None:
     """Over quota the route answers 429 by itself, with the fields; its neighbour does not notice."""
     app = FastAPI()
-    limit = RateLimit("2/minute", settings=settings)
+    limit = RateLimit("2/minute", settings=memory_settings)
 
     @app.get("/report", dependencies=[Depends(limit)])
     async def report() -> dict[str, str]:
@@ -65,9 +66,9 @@ async def test_dependency_limits_one_route(settings: Settings) -> None:
     assert "ratelimit" not in other.headers
 
 
-async def test_limits_of_one_redis_share_the_room_for_what_they_keep(settings: Settings) -> None:
+async def test_limits_of_one_redis_share_the_room_for_what_they_keep(memory_settings: Settings) -> None:
     """Each client may ask for each endpoint, so that a room for each limit would be one for each pair of them."""
-    limits = [RateLimit("9/minute", name=f"limit-{i}", settings=settings) for i in range(3)]
+    limits = [RateLimit("9/minute", name=f"limit-{i}", settings=memory_settings) for i in range(3)]
     app = FastAPI()
     for i, limit in enumerate(limits):
         app.get(f"/{i}", dependencies=[Depends(limit)])(lambda: None)
@@ -75,17 +76,17 @@ async def test_limits_of_one_redis_share_the_room_for_what_they_keep(settings: S
     for i in range(3):
         assert [200] == await statuses(app, 1, f"/{i}")
     kept = limits[0].engine_for({}).plans.charges
-    outside = RateLimitMiddleware(app, "9/minute", settings=settings)
+    outside = RateLimitMiddleware(app, "9/minute", settings=memory_settings)
     assert all(kept is limit.engine_for({}).plans.charges for limit in limits)
-    assert kept is outside._engine.plans.charges
+    assert kept is engine_of(outside).plans.charges
     assert ["limit-0", "limit-1", "limit-2"] == [
         name for charges in list(kept.young.values())[-3:] for name in charges.names
     ]
 
 
-async def test_each_endpoint_of_a_router_has_its_own_counter(settings: Settings) -> None:
+async def test_each_endpoint_of_a_router_has_its_own_counter(memory_settings: Settings) -> None:
     """One dependency on a router counts per endpoint; under two prefixes the same endpoint shares by its name."""
-    router = APIRouter(dependencies=[Depends(RateLimit("1/minute", settings=settings))])
+    router = APIRouter(dependencies=[Depends(RateLimit("1/minute", settings=memory_settings))])
 
     @router.get("/a")
     async def a() -> str:
@@ -104,7 +105,7 @@ async def test_each_endpoint_of_a_router_has_its_own_counter(settings: Settings)
     assert [200, 429] == await statuses(app, 2, "/outer/inner/b")
 
 
-async def test_same_template_under_two_prefixes_is_two_counters(settings: Settings) -> None:
+async def test_same_template_under_two_prefixes_is_two_counters(memory_settings: Settings) -> None:
     """Two routers with the same template and different endpoints never share a bucket by accident."""
 
     def make(name: str) -> APIRouter:
@@ -114,7 +115,7 @@ async def test_same_template_under_two_prefixes_is_two_counters(settings: Settin
             return name
 
         items.__qualname__ = f"{name}.items"
-        router.get("/items", dependencies=[Depends(RateLimit("1/minute", settings=settings))])(items)
+        router.get("/items", dependencies=[Depends(RateLimit("1/minute", settings=memory_settings))])(items)
         return router
 
     app = FastAPI()
@@ -126,18 +127,20 @@ async def test_same_template_under_two_prefixes_is_two_counters(settings: Settin
     assert [429] == await statuses(app, 1, "/one/items")
 
 
-async def test_equal_names_share(settings: Settings) -> None:
+async def test_equal_names_share(memory_settings: Settings) -> None:
     """Two routes that name the same limit spend the same quota."""
     app = FastAPI()
     for path in ("/a", "/b"):
-        app.get(path, dependencies=[Depends(RateLimit("2/minute", name="shared", settings=settings))])(lambda: "x")
+        app.get(path, dependencies=[Depends(RateLimit("2/minute", name="shared", settings=memory_settings))])(
+            lambda: "x"
+        )
 
     assert [200] == await statuses(app, 1, "/a")
     assert [200] == await statuses(app, 1, "/b")
     assert [429] == await statuses(app, 1, "/a")
 
 
-async def test_route_joins_the_middleware(settings: Settings) -> None:
+async def test_route_joins_the_middleware(memory_settings: Settings) -> None:
     """With the middleware, the route's policies stand beside its own in one header and one decision."""
     app = FastAPI()
     seen: list[Any] = []
@@ -147,7 +150,7 @@ async def test_route_joins_the_middleware(settings: Settings) -> None:
         seen.append(request.state.rate_limit)
         return "r"
 
-    limited = RateLimitMiddleware(app, "9/minute", settings=settings)
+    limited = RateLimitMiddleware(app, "9/minute", settings=memory_settings)
     async with client_of(limited) as client:
         responses = [await client.get("/r") for _ in range(3)]
 
@@ -159,7 +162,7 @@ async def test_route_joins_the_middleware(settings: Settings) -> None:
     assert '"default";r=6;t=60, "r";r=0;t=60' == responses[2].headers["ratelimit"]
 
 
-async def test_decision_looked_at_early_sees_what_joins_later(settings: Settings) -> None:
+async def test_decision_looked_at_early_sees_what_joins_later(memory_settings: Settings) -> None:
     """Reading the decision before a route's limit has joined does not freeze it."""
     limit = RateLimit("5/minute", name="late")
     seen: list[tuple[str, ...]] = []
@@ -171,13 +174,13 @@ async def test_decision_looked_at_early_sees_what_joins_later(settings: Settings
         seen.append(tuple(state.name for state in decision.policies))
         return PlainTextResponse("ok")
 
-    app = RateLimitMiddleware(Starlette(routes=[Route("/", endpoint)]), "9/minute", settings=settings)
+    app = RateLimitMiddleware(Starlette(routes=[Route("/", endpoint)]), "9/minute", settings=memory_settings)
     await statuses(app, 1)
 
     assert [("default",), ("default", "late")] == seen
 
 
-async def test_everything_fastapi_answers_is_limited(settings: Settings) -> None:
+async def test_everything_fastapi_answers_is_limited(memory_settings: Settings) -> None:
     """Nested routers, mounted apps, 404s, 422s, raised HTTPExceptions and streams count and carry the fields."""
     inner = APIRouter()
 
@@ -204,7 +207,7 @@ async def test_everything_fastapi_answers_is_limited(settings: Settings) -> None
     sub = FastAPI()
     sub.get("/deep")(lambda: "deep")
     app.mount("/sub", sub)
-    app.add_middleware(RateLimitMiddleware, limits="6/minute", settings=settings)
+    app.add_middleware(RateLimitMiddleware, limits="6/minute", settings=memory_settings)
     paths = [
         "/api/v1/items/1",
         "/api/v1/items/x",
@@ -224,19 +227,19 @@ async def test_everything_fastapi_answers_is_limited(settings: Settings) -> None
     assert "data: 1\n\ndata: 2\n\n" == responses[3].text
 
 
-async def test_decorator_on_every_kind_of_endpoint(settings: Settings) -> None:
+async def test_decorator_on_every_kind_of_endpoint(memory_settings: Settings) -> None:
     """Async and sync functions and methods keep their answers, are limited, and say so in their own headers."""
 
-    @rate_limit("1/minute", settings=settings)
+    @rate_limit("1/minute", settings=memory_settings)
     async def coroutine(request: Request) -> Response:
         return PlainTextResponse("async")
 
-    @rate_limit("1/minute", settings=settings)
+    @rate_limit("1/minute", settings=memory_settings)
     def plain(request: Request) -> Response:
         return PlainTextResponse("sync")
 
     class Endpoint(HTTPEndpoint):
-        @rate_limit("1/minute", settings=settings)
+        @rate_limit("1/minute", settings=memory_settings)
         async def get(self, request: Request) -> Response:
             return PlainTextResponse("method")
 
@@ -251,10 +254,10 @@ async def test_decorator_on_every_kind_of_endpoint(settings: Settings) -> None:
     assert "coroutine" == coroutine.__name__
 
 
-async def test_decorator_on_a_websocket(settings: Settings) -> None:
+async def test_decorator_on_a_websocket(memory_settings: Settings) -> None:
     """A refused handshake is a 429 through the extension, else a close with 1008; neither is a server error."""
 
-    @rate_limit("1/minute", settings=settings)
+    @rate_limit("1/minute", settings=memory_settings)
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
         await websocket.close()
@@ -270,10 +273,10 @@ async def test_decorator_on_a_websocket(settings: Settings) -> None:
     assert ("websocket.close", 1008) == (closed[0]["type"], closed[0]["code"])
 
 
-async def test_decorator_without_a_request_says_what_is_missing(settings: Settings) -> None:
+async def test_decorator_without_a_request_says_what_is_missing(memory_settings: Settings) -> None:
     """An endpoint that takes no request cannot be limited, and the error says how to mend it."""
 
-    @rate_limit("1/minute", settings=settings)
+    @rate_limit("1/minute", settings=memory_settings)
     async def endpoint() -> None:
         return None
 
@@ -303,14 +306,14 @@ async def test_missing_identity_of_a_route() -> None:
     assert [200, 429] == await statuses(app, 2, headers={"x-api-key": "k"})
 
 
-async def test_dynamic_limits_and_cost_of_a_route(settings: Settings) -> None:
+async def test_dynamic_limits_and_cost_of_a_route(memory_settings: Settings) -> None:
     """Limits and cost may be callables of the connection, async or not."""
     app = FastAPI()
 
     async def plan(conn: Any) -> str | None:
         return cast("str | None", conn.headers.get("x-plan"))
 
-    limit = RateLimit(plan, name="plan", cost=lambda conn: int(conn.headers.get("x-cost", 1)), settings=settings)
+    limit = RateLimit(plan, name="plan", cost=lambda conn: int(conn.headers.get("x-cost", 1)), settings=memory_settings)
     app.get("/", dependencies=[Depends(limit)])(lambda: "x")
 
     assert [200] * 3 == await statuses(app, 3)
@@ -334,7 +337,7 @@ def test_exceeded_answers_itself() -> None:
     } == full.headers
 
 
-def test_credentials_are_never_the_clients_name(settings: Settings) -> None:
+def test_credentials_are_never_the_clients_name(memory_settings: Settings) -> None:
     """What the package raises itself names a credential's partition by kind and 8 hex digits."""
     from redis_asgi.ratelimit.limits.policy import make_partition
 
@@ -370,10 +373,10 @@ def test_endpoint_names_fit_and_stay_apart() -> None:
     assert "redis_asgi.ratelimit.rules.rule.Rule" == endpoint_name(Rule)
 
 
-async def test_annotated_dependency(settings: Settings) -> None:
+async def test_annotated_dependency(memory_settings: Settings) -> None:
     """It works as an annotated parameter too."""
     app = FastAPI()
-    limit = RateLimit("1/minute", settings=settings)
+    limit = RateLimit("1/minute", settings=memory_settings)
 
     @app.get("/")
     async def root(_: Annotated[None, Depends(limit)]) -> str:
@@ -382,11 +385,11 @@ async def test_annotated_dependency(settings: Settings) -> None:
     assert [200, 429] == await statuses(app, 2)
 
 
-async def test_route_speaks_the_middlewares_dialect(settings: Settings) -> None:
+async def test_route_speaks_the_middlewares_dialect(memory_settings: Settings) -> None:
     """Under a middleware that sends no fields, or legacy ones, a route's refusal sends the same."""
     app = FastAPI()
     app.get("/", dependencies=[Depends(RateLimit("1/minute", name="r"))])(lambda: "x")
-    silent = RateLimitMiddleware(app, "9/minute", headers="none", settings=settings)
+    silent = RateLimitMiddleware(app, "9/minute", headers="none", settings=memory_settings)
     async with client_of(silent) as client:
         responses = [await client.get("/") for _ in range(2)]
 
@@ -394,7 +397,7 @@ async def test_route_speaks_the_middlewares_dialect(settings: Settings) -> None:
     assert not [name for response in responses for name in response.headers if "ratelimit" in name]
 
 
-async def test_route_that_no_rule_covers_uses_the_middlewares_redis(settings: Settings) -> None:
+async def test_route_that_no_rule_covers_uses_the_middlewares_redis(memory_settings: Settings) -> None:
     """And its dialect; the server that the environment names, which is not there, is not asked."""
     app = FastAPI()
     for path in ("/", "/exempt"):
@@ -408,7 +411,7 @@ async def test_route_that_no_rule_covers_uses_the_middlewares_redis(settings: Se
         seen.append(request.state.rate_limit)
         return response
 
-    limited = RateLimitMiddleware(app, rules=rules, exempt=["/exempt"], headers="legacy", settings=settings)
+    limited = RateLimitMiddleware(app, rules=rules, exempt=["/exempt"], headers="legacy", settings=memory_settings)
     async with client_of(limited) as client:
         responses = [await client.get(path) for path in ("/", "/", "/exempt")]
 
@@ -417,10 +420,10 @@ async def test_route_that_no_rule_covers_uses_the_middlewares_redis(settings: Se
     assert ["1"] * 3 == [response.headers["x-ratelimit-limit"] for response in responses]
 
 
-async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Settings) -> None:
+async def test_middleware_answers_for_routes_that_no_rule_covers(memory_settings: Settings) -> None:
     """It writes the fields on whatever goes out, settles at the end, and counts each request once."""
     app = FastAPI()
-    limit = RateLimit("9/minute", name="r", settings=settings)
+    limit = RateLimit("9/minute", name="r", settings=memory_settings)
 
     @app.get("/response", dependencies=[Depends(limit)])
     async def own_response(request: Request) -> Response:
@@ -443,11 +446,11 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Setti
 
     app.get(
         "/refused",
-        dependencies=[Depends(limit), Depends(RateLimit("1/minute", cost=lambda _conn: 2, settings=settings))],
+        dependencies=[Depends(limit), Depends(RateLimit("1/minute", cost=lambda _conn: 2, settings=memory_settings))],
     )(lambda: "x")
     app.get("/free")(lambda: "x")
     with fresh_telemetry() as counted:
-        limited = RateLimitMiddleware(app, rules=[Rule("9/minute", paths="/other")], settings=settings)
+        limited = RateLimitMiddleware(app, rules=[Rule("9/minute", paths="/other")], settings=memory_settings)
         async with client_of(limited) as client:
             response, free, not_found = [await client.get(path) for path in ("/response", "/free", "/missing")]
             with pytest.raises(ZeroDivisionError):
@@ -469,14 +472,14 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(settings: Setti
     assert {"allowed": 4, "exempt": 1, "refused": 1} == counts
 
 
-async def test_broken_app_is_counted_where_nothing_limits_it(settings: Settings) -> None:
+async def test_broken_app_is_counted_where_nothing_limits_it(memory_settings: Settings) -> None:
     """An app that raises before it answers has been asked all the same."""
 
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise ZeroDivisionError
 
     with fresh_telemetry() as counted:
-        limited = RateLimitMiddleware(broken, rules=[Rule("9/minute", paths="/other")], settings=settings)
+        limited = RateLimitMiddleware(broken, rules=[Rule("9/minute", paths="/other")], settings=memory_settings)
         with pytest.raises(ZeroDivisionError):
             await drive(limited, http_scope())
         counted.buffer.flush()
@@ -485,12 +488,12 @@ async def test_broken_app_is_counted_where_nothing_limits_it(settings: Settings)
 
 
 @pytest.mark.parametrize("covered", ["never", "at first", "in between"])
-async def test_route_is_limited_where_a_server_reuses_its_state(settings: Settings, covered: str) -> None:
+async def test_route_is_limited_where_a_server_reuses_its_state(memory_settings: Settings, covered: str) -> None:
     """What an earlier request has left in the state, with the middleware or without, is not this one's decision."""
     app = FastAPI()
-    app.get("/r", dependencies=[Depends(RateLimit("2/minute", name="r", settings=settings))])(lambda: "r")
+    app.get("/r", dependencies=[Depends(RateLimit("2/minute", name="r", settings=memory_settings))])(lambda: "r")
     app.get("/m")(lambda: "m")
-    limited = RateLimitMiddleware(app, rules=[Rule("2/minute", name="m", paths="/m")], settings=settings)
+    limited = RateLimitMiddleware(app, rules=[Rule("2/minute", name="m", paths="/m")], settings=memory_settings)
     state: dict[str, Any] = {}
 
     async def server(scope: Scope, receive: Receive, send: Send) -> None:
@@ -525,11 +528,11 @@ async def test_charge_without_the_middleware_knows_no_end(redis_url: str) -> Non
             await client.get("/")
 
 
-async def test_same_name_as_the_middlewares_is_charged_once(settings: Settings) -> None:
+async def test_same_name_as_the_middlewares_is_charged_once(memory_settings: Settings) -> None:
     """A route that names the middleware's very own limit does not take from it twice."""
     app = FastAPI()
     app.get("/", dependencies=[Depends(RateLimit("9/minute", name="default"))])(lambda: "x")
-    limited = RateLimitMiddleware(app, "9/minute", settings=settings)
+    limited = RateLimitMiddleware(app, "9/minute", settings=memory_settings)
     async with client_of(limited) as client:
         response = await client.get("/")
 

@@ -408,7 +408,7 @@ async def test_body_that_nobody_receives_leaves_no_room_taken(any_settings: Sett
         Rule("100000/minute", name="tokens", cost=tokens(estimate=lambda request: 5)),
     ]
     app = RateLimitMiddleware(PlainTextResponse("ok"), rules=rules, settings=any_settings)
-    before = process_budget()._left
+    before = process_budget().left
     gc.disable()
     try:
         sent = [
@@ -417,7 +417,7 @@ async def test_body_that_nobody_receives_leaves_no_room_taken(any_settings: Sett
             )
             for _ in range(3)
         ]
-        assert before == process_budget()._left
+        assert before == process_budget().left
     finally:
         gc.enable()
 
@@ -438,7 +438,7 @@ async def test_cancelled_request_leaves_no_room_taken(any_settings: Settings) ->
     async def send(message: Message) -> None:
         raise AssertionError(message)
 
-    before = process_budget()._left
+    before = process_budget().left
     app = RateLimitMiddleware(Spy(), rules=[Rule("5/minute", partition_by=by_json("m", "a"))], settings=any_settings)
     task = asyncio.ensure_future(app(http_scope(method="POST"), receive, send))
     while first:
@@ -448,7 +448,7 @@ async def test_cancelled_request_leaves_no_room_taken(any_settings: Settings) ->
     await asyncio.wait({task})
     del task
 
-    assert before == process_budget()._left
+    assert before == process_budget().left
 
 
 HOSTILE: Sequence[bytes] = [

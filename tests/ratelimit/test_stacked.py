@@ -24,17 +24,17 @@ from .harness import client_of, drive, memory, own_prefix, statuses, websocket_s
 pytestmark = pytest.mark.anyio
 
 
-async def test_app_router_and_route_count_each_for_itself(settings: Settings) -> None:
+async def test_app_router_and_route_count_each_for_itself(memory_settings: Settings) -> None:
     """A hundred for everything and five for one route: five of twelve are admitted, and the hundred lost five."""
-    app = FastAPI(dependencies=[Depends(RateLimit("100/minute", settings=settings))])
-    router = APIRouter(dependencies=[Depends(RateLimit("50/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit("100/minute", settings=memory_settings))])
+    router = APIRouter(dependencies=[Depends(RateLimit("50/minute", settings=memory_settings))])
     outer = APIRouter()
 
-    @router.get("/tight", dependencies=[Depends(RateLimit("5/minute", settings=settings))])
-    async def tight(_: Annotated[None, Depends(RateLimit("1000/hour", settings=settings))]) -> str:
+    @router.get("/tight", dependencies=[Depends(RateLimit("5/minute", settings=memory_settings))])
+    async def tight(_: Annotated[None, Depends(RateLimit("1000/hour", settings=memory_settings))]) -> str:
         return "x"
 
-    outer.include_router(router, dependencies=[Depends(RateLimit("70/minute", settings=settings))])
+    outer.include_router(router, dependencies=[Depends(RateLimit("70/minute", settings=memory_settings))])
     app.include_router(outer, prefix="/v1")
 
     async with client_of(app) as client:
@@ -85,10 +85,10 @@ def test_names_with_an_ending_fit_and_stay_apart() -> None:
     assert all(len(name) <= 40 and name.endswith(ending) for name in names)
 
 
-async def test_neighbours_are_decided_together(settings: Settings) -> None:
+async def test_neighbours_are_decided_together(memory_settings: Settings) -> None:
     """Whichever refuses, none is charged; the first in order is not used up by what the last one refuses."""
-    app = FastAPI(dependencies=[Depends(RateLimit("10/minute", settings=settings))])
-    app.get("/", dependencies=[Depends(RateLimit("2/minute", settings=settings))])(lambda: "x")
+    app = FastAPI(dependencies=[Depends(RateLimit("10/minute", settings=memory_settings))])
+    app.get("/", dependencies=[Depends(RateLimit("2/minute", settings=memory_settings))])(lambda: "x")
 
     async with client_of(app) as client:
         responses = [await client.get("/") for _ in range(6)]
@@ -118,7 +118,7 @@ async def test_neighbours_share_one_trip(redis_url: str) -> None:
     assert {3.0} == set(samples.values())
 
 
-async def test_limit_behind_another_dependency_waits_for_it(settings: Settings) -> None:
+async def test_limit_behind_another_dependency_waits_for_it(memory_settings: Settings) -> None:
     """Who the user is is known only after the login dependency; what stands before it is charged by then."""
 
     def user(conn: HTTPConnection) -> str | None:
@@ -129,8 +129,10 @@ async def test_limit_behind_another_dependency_waits_for_it(settings: Settings) 
             raise FastAPIHTTPException(401)
         request.state.user = request.query_params["user"]
 
-    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings)), Security(login)])
-    app.get("/", dependencies=[Depends(RateLimit("1/minute", partition_by=user, settings=settings))])(lambda: "x")
+    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings)), Security(login)])
+    app.get("/", dependencies=[Depends(RateLimit("1/minute", partition_by=user, settings=memory_settings))])(
+        lambda: "x"
+    )
 
     async with client_of(app) as client:
         responses = [
@@ -141,9 +143,9 @@ async def test_limit_behind_another_dependency_waits_for_it(settings: Settings) 
     assert ["r=5", "r=0"] == [member.split(";")[1] for member in responses[-1].headers["ratelimit"].split(", ")]
 
 
-async def test_overridden_dependency_is_left_out(settings: Settings) -> None:
+async def test_overridden_dependency_is_left_out(memory_settings: Settings) -> None:
     """A test that puts nothing in the place of a limit is not limited by it, wherever it stands."""
-    wide, tight = RateLimit("9/minute", settings=settings), RateLimit("1/minute", settings=settings)
+    wide, tight = RateLimit("9/minute", settings=memory_settings), RateLimit("1/minute", settings=memory_settings)
     app = FastAPI(dependencies=[Depends(wide)])
     app.get("/", dependencies=[Depends(tight)])(lambda: "x")
 
@@ -155,13 +157,13 @@ async def test_overridden_dependency_is_left_out(settings: Settings) -> None:
     assert [429] == await statuses(app, 1)
 
 
-async def test_overridden_neighbour_takes_its_own_limits_along(settings: Settings) -> None:
+async def test_overridden_neighbour_takes_its_own_limits_along(memory_settings: Settings) -> None:
     """What stands in for a dependency has not the limits of that one; an override elsewhere changes nothing."""
 
-    def login(_: Annotated[None, Depends(RateLimit("1/minute", settings=settings))]) -> None:
+    def login(_: Annotated[None, Depends(RateLimit("1/minute", settings=memory_settings))]) -> None:
         """Limited by itself."""
 
-    app = FastAPI(dependencies=[Depends(RateLimit("3/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit("3/minute", settings=memory_settings))])
     app.get("/", dependencies=[Depends(login)])(lambda: "x")
     app.dependency_overrides[login] = lambda: None
     assert [200, 200] == await statuses(app, 2)
@@ -181,19 +183,19 @@ class _ForGuests(RateLimit):
             await super().__call__(conn, response)
 
 
-async def test_subclass_says_itself_whom_it_limits(settings: Settings) -> None:
+async def test_subclass_says_itself_whom_it_limits(memory_settings: Settings) -> None:
     """Its neighbours do not ask it before its turn has come."""
-    guests = _ForGuests("1/minute", settings=settings)
-    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings)), Depends(guests)])
-    app.get("/", dependencies=[Depends(RateLimit("8/minute", settings=settings))])(lambda: "x")
+    guests = _ForGuests("1/minute", settings=memory_settings)
+    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings)), Depends(guests)])
+    app.get("/", dependencies=[Depends(RateLimit("8/minute", settings=memory_settings))])(lambda: "x")
 
     assert [200] * 3 == await statuses(app, 3, "/?member")
     assert [200, 429] == await statuses(app, 2)
 
 
-async def test_very_same_limit_is_charged_once(settings: Settings) -> None:
+async def test_very_same_limit_is_charged_once(memory_settings: Settings) -> None:
     """One object twice, in or out of FastAPI's cache, and two objects that say the same: one counter, one unit."""
-    one, other = RateLimit("3/minute", settings=settings), RateLimit("3/minute", settings=settings)
+    one, other = RateLimit("3/minute", settings=memory_settings), RateLimit("3/minute", settings=memory_settings)
     app = FastAPI(dependencies=[Depends(one), Depends(one, use_cache=False)])
     app.get("/", dependencies=[Depends(other), Depends(one)])(lambda: "x")
 
@@ -205,10 +207,10 @@ async def test_very_same_limit_is_charged_once(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["neighbours", "apart"])
-async def test_equal_names_with_different_quotas_are_one_too_many(settings: Settings, between: bool) -> None:
+async def test_equal_names_with_different_quotas_are_one_too_many(memory_settings: Settings, between: bool) -> None:
     """At the first request, with both: neither would count what it says."""
-    wide = RateLimit("9/minute", name="same", settings=settings)
-    tight = RateLimit("2/minute", name="same", settings=settings)
+    wide = RateLimit("9/minute", name="same", settings=memory_settings)
+    tight = RateLimit("2/minute", name="same", settings=memory_settings)
     dependencies = [Depends(wide), *([Depends(lambda: None)] if between else []), Depends(tight)]
     app = FastAPI(dependencies=dependencies)
     app.get("/")(lambda: "x")
@@ -217,16 +219,16 @@ async def test_equal_names_with_different_quotas_are_one_too_many(settings: Sett
         await statuses(app, 1)
 
 
-async def test_route_named_like_a_rule_of_the_middleware_is_one_too_many(settings: Settings) -> None:
+async def test_route_named_like_a_rule_of_the_middleware_is_one_too_many(memory_settings: Settings) -> None:
     """The middleware's `default` at another quota."""
     app = FastAPI()
     app.get("/", dependencies=[Depends(RateLimit("2/minute", name="default"))])(lambda: "x")
 
     with pytest.raises(ConfigurationError, match="name='default'"):
-        await statuses(RateLimitMiddleware(app, "9/minute", settings=settings), 1)
+        await statuses(RateLimitMiddleware(app, "9/minute", settings=memory_settings), 1)
 
 
-async def test_each_is_asked_once(settings: Settings) -> None:
+async def test_each_is_asked_once(memory_settings: Settings) -> None:
     """A callable of a limit that stands further down is asked once a request, also where it says "not limited"."""
     asked: list[str] = []
 
@@ -237,9 +239,9 @@ async def test_each_is_asked_once(settings: Settings) -> None:
 
         return limits
 
-    app = FastAPI(dependencies=[Depends(RateLimit(plan("a", None), settings=settings))])
-    app.get("/", dependencies=[Depends(RateLimit(plan("b", None), settings=settings))])(lambda: "x")
-    app.get("/two", dependencies=[Depends(RateLimit(plan("c", "5/minute"), settings=settings))])(lambda: "x")
+    app = FastAPI(dependencies=[Depends(RateLimit(plan("a", None), settings=memory_settings))])
+    app.get("/", dependencies=[Depends(RateLimit(plan("b", None), settings=memory_settings))])(lambda: "x")
+    app.get("/two", dependencies=[Depends(RateLimit(plan("c", "5/minute"), settings=memory_settings))])(lambda: "x")
 
     await statuses(app, 1)
     await statuses(app, 2, "/two")
@@ -247,30 +249,30 @@ async def test_each_is_asked_once(settings: Settings) -> None:
     assert ["a", "b", "a", "c", "a", "c"] == asked
 
 
-async def test_quota_that_changes_keeps_its_counter(settings: Settings) -> None:
+async def test_quota_that_changes_keeps_its_counter(memory_settings: Settings) -> None:
     """A callable's quota may be another one each time: what was used stays used."""
     quotas = iter(range(12, 2, -1))
-    app = FastAPI(dependencies=[Depends(RateLimit(lambda _conn: f"{next(quotas)}/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit(lambda _conn: f"{next(quotas)}/minute", settings=memory_settings))])
     app.get("/")(lambda: "x")
 
     assert [200] * 6 + [429] * 4 == await statuses(app, 10)
 
 
-async def test_plans_stacked_are_told_apart_by_their_place(settings: Settings) -> None:
+async def test_plans_stacked_are_told_apart_by_their_place(memory_settings: Settings) -> None:
     """Callables have no numbers to be named by: each has a counter of its own, whatever they say, equal or not."""
 
     def plan(text: str) -> RateLimit:
-        return RateLimit(lambda _conn: text, settings=settings)
+        return RateLimit(lambda _conn: text, settings=memory_settings)
 
     app = FastAPI(dependencies=[Depends(plan("9/minute"))])
     app.get("/", dependencies=[Depends(plan("5/minute")), Security(lambda: None), Depends(plan("9/minute"))])(
         lambda: "x"
     )
 
-    @rate_limit(lambda _conn: "9/minute", settings=settings)
+    @rate_limit(lambda _conn: "9/minute", settings=memory_settings)
     @counting
-    @rate_limit(lambda _conn: "9/minute", settings=settings)
-    @rate_limit(lambda _conn: "7/minute; 9/hour", settings=settings)
+    @rate_limit(lambda _conn: "9/minute", settings=memory_settings)
+    @rate_limit(lambda _conn: "7/minute; 9/hour", settings=memory_settings)
     async def decorated(request: Request) -> Response:
         return PlainTextResponse("x")
 
@@ -286,10 +288,10 @@ async def test_plans_stacked_are_told_apart_by_their_place(settings: Settings) -
     assert [3, 4] == [len({member.split(";")[0] for member in members}) for members in found]
 
 
-async def test_limits_on_two_redis_are_decided_in_turn(settings: Settings) -> None:
+async def test_limits_on_two_redis_are_decided_in_turn(memory_settings: Settings) -> None:
     """What one server has charged stays charged when the other refuses; nothing is atomic over two."""
     elsewhere = memory(REDIS_KEY_PREFIX=own_prefix())
-    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings))])
     tight = RateLimit("1/minute", settings=elsewhere, redis=RedisManager(elsewhere))
     app.get("/", dependencies=[Depends(tight)])(lambda: "x")
 
@@ -300,11 +302,11 @@ async def test_limits_on_two_redis_are_decided_in_turn(settings: Settings) -> No
     assert ["r=6", "r=0"] == [member.split(";")[1] for member in responses[-1].headers["ratelimit"].split(", ")]
 
 
-async def test_websocket_routes_of_fastapi_are_stacked_too(settings: Settings) -> None:
+async def test_websocket_routes_of_fastapi_are_stacked_too(memory_settings: Settings) -> None:
     """A handshake is put to all limits in front of its endpoint."""
-    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings))])
 
-    @app.websocket("/", dependencies=[Depends(RateLimit("2/minute", settings=settings))])
+    @app.websocket("/", dependencies=[Depends(RateLimit("2/minute", settings=memory_settings))])
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
         await websocket.close()
@@ -314,27 +316,27 @@ async def test_websocket_routes_of_fastapi_are_stacked_too(settings: Settings) -
     assert ["websocket.accept"] * 2 + ["websocket.close"] == [messages[0]["type"] for messages in sent]
 
 
-async def test_websocket_routes_of_included_routers_are_limited(settings: Settings) -> None:
+async def test_websocket_routes_of_included_routers_are_limited(memory_settings: Settings) -> None:
     """Whether or not its neighbours can be found there."""
-    router = APIRouter(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
+    router = APIRouter(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings))])
 
-    @router.websocket("/", dependencies=[Depends(RateLimit("2/minute", settings=settings))])
+    @router.websocket("/", dependencies=[Depends(RateLimit("2/minute", settings=memory_settings))])
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
         await websocket.close()
 
-    app = FastAPI(dependencies=[Depends(RateLimit("7/minute", settings=settings))])
+    app = FastAPI(dependencies=[Depends(RateLimit("7/minute", settings=memory_settings))])
     app.include_router(router, prefix="/v1")
     sent = [await drive(app, websocket_scope(path="/v1/"), {"type": "websocket.connect"}) for _ in range(3)]
 
     assert ["websocket.accept"] * 2 + ["websocket.close"] == [messages[0]["type"] for messages in sent]
 
 
-async def test_mounted_app_has_its_own_stack(settings: Settings) -> None:
+async def test_mounted_app_has_its_own_stack(memory_settings: Settings) -> None:
     """Dependencies of the outer app are not those of an app mounted in it."""
-    inner = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=settings))])
-    inner.get("/", dependencies=[Depends(RateLimit("2/minute", settings=settings))])(lambda: "x")
-    app = FastAPI(dependencies=[Depends(RateLimit("1/minute", settings=settings))])
+    inner = FastAPI(dependencies=[Depends(RateLimit("9/minute", settings=memory_settings))])
+    inner.get("/", dependencies=[Depends(RateLimit("2/minute", settings=memory_settings))])(lambda: "x")
+    app = FastAPI(dependencies=[Depends(RateLimit("1/minute", settings=memory_settings))])
     app.mount("/inner", inner)
 
     assert [200, 200, 429] == await statuses(app, 3, "/inner/")
@@ -352,17 +354,17 @@ def counting(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
     return counted
 
 
-async def test_stacked_decorators_are_decided_together(settings: Settings) -> None:
+async def test_stacked_decorators_are_decided_together(memory_settings: Settings) -> None:
     """Right on each other both are charged or none; through another decorator in turn, and that one still runs."""
 
-    @rate_limit("9/minute", settings=settings)
-    @rate_limit("2/minute", settings=settings)
+    @rate_limit("9/minute", settings=memory_settings)
+    @rate_limit("2/minute", settings=memory_settings)
     async def stacked(request: Request) -> Response:
         return PlainTextResponse("x")
 
-    @rate_limit("9/minute", settings=settings)
+    @rate_limit("9/minute", settings=memory_settings)
     @counting
-    @rate_limit("2/minute", settings=settings)
+    @rate_limit("2/minute", settings=memory_settings)
     async def apart(request: Request) -> Response:
         return PlainTextResponse("x")
 

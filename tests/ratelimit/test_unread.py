@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
+from ..kit.inside import manager_of
 from .harness import all_answered, client_of, drive, header, http_scope, own_prefix, websocket_scope
 from .histories import strategy_of
 
@@ -84,7 +85,7 @@ async def remaining(app: ASGIApp) -> int:
 
 async def settled(app: RateLimitMiddleware) -> int:
     """`remaining`, after what responses have changed has been answered."""
-    await all_answered(app._manager)
+    await all_answered(manager_of(app))
     return await remaining(app)
 
 
@@ -156,7 +157,7 @@ async def test_garbage_in_turn_costs_one_each_where_the_app_turns_it_down(
     for _ in range(3):
         (start, _) = await drive(protected, {**POST}, *GARBAGE)
         told.append(header(start, b"ratelimit"))
-        await all_answered(protected._manager)
+        await all_answered(manager_of(protected))
 
     assert [b"r=99", b"r=98", b"r=97"] == [(field or b"").split(b";")[1] for field in told]
     app.status = 200

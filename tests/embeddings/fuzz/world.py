@@ -17,6 +17,7 @@ from redis_asgi.maintenance import FlushError, flush_model
 from redis_asgi.settings import Settings
 
 from ...kit.embedding_apps import read, respond
+from ...kit.inside import shared_of
 from ...kit.patience import PATIENCE
 from ...kit.proxy import FaultProxy, Mode
 from .asks import Ask, Request
@@ -132,7 +133,7 @@ class World:
 
     async def __aexit__(self, *exc: object) -> None:
         for worker in self._workers:
-            await worker._shared.flights.settle()
+            await shared_of(worker).flights.settle()
         for manager in self._managers:
             await manager.close()
         await self._stack.aclose()
@@ -161,7 +162,7 @@ class World:
             partition_by=tenant if self.config.partition else None,
             redis=self._managers[-1],
         )
-        made._shared.clock.wall = made._shared.clock.monotonic = lambda: self.judge.now
+        shared_of(made).clock.wall = shared_of(made).clock.monotonic = lambda: self.judge.now
         return made
 
     async def _answer(self, worker: int, scope: Scope, receive: Receive, send: SendMessage) -> None:
