@@ -47,9 +47,10 @@ async def until(truth: Callable[[], object]) -> None:
 async def quiet(manager: RedisManager) -> None:
     """Let the loop run until Redis has answered all that was asked, and whoever waits does so for the test."""
     calm = 0
-    while calm < _CALM:
-        await asyncio.sleep(0)
-        calm = 0 if getattr(manager.pool, "_in_use_connections", None) else calm + 1
+    async with asyncio.timeout(PATIENCE):
+        while calm < _CALM:
+            await asyncio.sleep(0)
+            calm = 0 if getattr(manager.pool, "_in_use_connections", None) else calm + 1
 
 
 async def leave_unread(connection: Any, *command: str) -> None:

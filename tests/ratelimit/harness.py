@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RedisManager, Settings
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
+from ..kit.patience import until
+
 MEMORY = Settings(REDIS_URL="memory://")
 _prefixes = itertools.count()
 
@@ -121,5 +123,4 @@ async def all_answered(manager: RedisManager) -> None:
         return
     made = manager.per_client(make_batcher)
     batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
-        await asyncio.sleep(0.001)
+    await until(lambda: not any(each._waiting or each._sent or each._transport.busy for each in batchers))
