@@ -121,6 +121,7 @@ async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
     assert ("healthy", "cluster") == (checked["status"], checked["mode"])
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) -> None:
     """Two of three nodes serve: degraded, even where Redis is required, since most requests are answered."""
     manager = RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True))
@@ -142,6 +143,7 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_cluster(private_cluster: Cluster, *, connected: bool) -> None:
     """All nodes are asked at the same time: the answer is no later than that of one."""
     app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
