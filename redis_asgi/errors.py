@@ -61,7 +61,7 @@ class ArgumentError(ConfigurationError, TypeError):
 
 
 class Failure(StrEnum):
-    """Why Redis gave no answer: a small closed set, fit for logs, health codes and metric labels."""
+    """The reasons why Redis gave no answer: a small closed set, fit for logs, health codes and metric labels."""
 
     TIMEOUT = "timeout"  # no answer within the deadline
     CONNECTION = "connection"  # refused, reset, closed, unresolvable, TLS

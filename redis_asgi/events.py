@@ -40,7 +40,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why Redis gave no answer, in words: what a `redis_asgi.errors.Failure` stands for, and what to do."""
+    """The reason why Redis gave no answer, in words: what a `redis_asgi.errors.Failure` stands for, and what to do."""
 
     cause: str
     fix: str
@@ -114,7 +114,7 @@ EVENTS: Mapping[str, Event] = {
     "breaker": Event(
         logging.DEBUG,
         "The breaker of Redis (%(address)s) is %(state)s now; the last failure: %(reason)s.",
-        "While it is open nobody waits for Redis, and a probe asks whether it is back.",
+        "While it is open no request waits for Redis, and a probe asks whether it is back.",
     ),
     "sentinels_refuse": Event(
         logging.ERROR,
@@ -229,13 +229,13 @@ EVENTS: Mapping[str, Event] = {
     ),
     "usage_unreadable": Event(
         logging.WARNING,
-        "An answer is encoded as '%(encoding)s' when the limiter sees it, so nobody reads what it has used, and its "
+        "An answer is encoded as '%(encoding)s' when the limiter sees it, so what it has used is not read, and its "
         "estimate stays under the rule %(rule)s.",
         "Compress outside of the limiter: what is added last with add_middleware is outermost.",
     ),
     "limits_unreadable": Event(
         logging.WARNING,
-        "The callable of the rule %(rule)s returned limits that nobody can read: %(why)s. Such a client has its last "
+        "The callable of the rule %(rule)s returned limits that cannot be read: %(why)s. Such a client has its last "
         "readable limits, else the default ones.",
         "Have it return notation such as '100/minute', or None for not limited.",
     ),

@@ -13,13 +13,13 @@ def annotate_span(**attributes: str | bool | float | None) -> None:
     """Set attributes on the current OpenTelemetry span; nothing when there is none that records.
 
     ``annotate_span(ratelimit_decision="refused", cache_result=None)`` sets ``redis_asgi.ratelimit.decision``: the
-    part of the package comes first, and ``None`` is left out. opentelemetry-api is never imported: where nobody else
+    part of the package comes first, and ``None`` is left out. opentelemetry-api is never imported: where nothing else
     has, there is no span, and a call costs one look into a dictionary.
 
     Args:
         attributes: Never an identity, a key or a text: traces are read by more people than Redis is.
     """
-    # They may be half imported by another thread. redis-py imports them wherever they are installed, also where nobody
+    # They may be half imported by another thread. redis-py imports them wherever they are installed, also where nothing
     # traces; whether there is a context at all is cheaper to see than that it holds no span.
     context = getattr(sys.modules.get("opentelemetry.context"), "get_current", None)
     current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)

@@ -1,6 +1,7 @@
 """Which way imports point, and what importing the package does not do."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -180,6 +181,29 @@ def test_each_folder_imports_from_those_below_it() -> None:
     order = list(FOLDERS)
     for folder, below in FOLDERS.items():
         assert set(below.split()) <= set(order[: order.index(folder)]), folder
+
+
+def test_the_readers_map_leads_somewhere() -> None:
+    """Every file that ``redis_asgi/README.md`` names is there, and defines what is named behind it in brackets."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    files = re.findall(r"`((?:\w+/)*\w+\.py)`(?: \(`([\w.]+)`\))?", text)
+    told = {(name, defined) for name, defined in files if not (ROOT / name).is_file()}
+    for name, defined in files:
+        source = (ROOT / name).read_text("utf-8")
+        told |= {
+            (name, part) for part in defined.split(".") if part and not re.search(rf"(def|class) {part}\b", source)
+        }
+
+    assert set() == told
+    assert 10 < len(files)
+
+
+def test_rooms_with_a_map_list_every_module() -> None:
+    """Where a folder's docstring maps its modules, none is missing and none is named that is not there."""
+    for folder in ("asgi", "connection", "ratelimit/rules", "embeddings/storage"):
+        docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text("utf-8"))) or ""
+        modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+        assert modules == set(re.findall(r"``(\w+)``", docstring)), folder
 
 
 def test_nothing_within_imports_the_front() -> None:

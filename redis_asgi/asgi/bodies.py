@@ -14,7 +14,7 @@ from .body_budget import Budget, process_budget
 
 # Where a scope keeps a body that is parsed already.
 _KEPT = "redis_asgi.parsed_body"
-# Parsed, a body may take thirty times its bytes: a longer one is looked at and parsed again by whoever needs more.
+# Parsed, a body may take thirty times its bytes: a longer one is looked at and parsed again for rules that need more.
 KEPT_BYTES = 16 * 1024
 # Lists and objects of one body, and the quotes around its texts: as many take some 20 ms each.
 _MOST_CONTAINERS = 100_000
@@ -90,7 +90,7 @@ class Buffer:
 
     @property
     def so_far(self) -> bytes:
-        """What was read."""
+        """The bytes that were read."""
         if self._content is None:
             content = bytes(self._read)
             if self.more:
@@ -116,11 +116,11 @@ class Buffer:
             self._json = (document.value,)
 
     def decided(self) -> None:
-        """All is decided: nobody asks for its parse here any more."""
+        """All is decided: no rule asks for its parse here any more."""
         self._json = None
 
     def expose(self) -> None:
-        """A callable of the user's is given the parse, and may have changed it: nobody behind is to believe it."""
+        """A user's callable is given the parse, and may have changed it: no middleware behind is to believe it."""
         if self._kept is not None:
             self._kept.forget()
 
@@ -162,7 +162,7 @@ class Kept:
         self.document: Document | None = document
 
     def forget(self) -> None:
-        """Let nobody take it any more."""
+        """Take it back: no middleware behind finds it."""
         self.document = None
 
 

@@ -1,6 +1,6 @@
 """The grammar of HTTP header fields: lists, media types, parameters and quoted strings. Pure.
 
-Time is in proportion to the length of what is read, whoever wrote it.
+Time is in proportion to the length of what is read, whatever that is.
 """
 
 import re

@@ -111,7 +111,7 @@ class Addressing:
         The peer's address, unless the peer is trusted: then the believed header is walked from the right, over all
         its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
         walk at the last trusted one; empty ones are not there. ``None`` when there is no address to be had (a unix
-        socket that is not trusted, or whose proxy names nobody).
+        socket that is not trusted, or whose proxy names no client).
         """
         peer = scope.get("client")
         host = peer[0] if peer else None

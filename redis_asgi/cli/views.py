@@ -101,7 +101,7 @@ def print_sizes(sizings: Sequence[Sizing], *, live: bool) -> None:
             output.line(f"{server}: maxmemory is 0; {in_use}")
             continue
         verdict = "fits" if first.fits else "does not fit"
-        # What is there already may be what was estimated, or somebody else's: only an operator knows.
+        # What is there already may be what was estimated, or another app's: only an operator knows.
         text = f"{server}: {output.size(needed)} {verdict} in maxmemory of {output.size(first.maxmemory)}; {in_use}"
         output.line(text, "" if first.fits else output.STYLES["fail"])
 

@@ -196,7 +196,7 @@ async def _read_more(connection: AbstractConnection, count: int, report: _Report
 
 
 async def _refusal(connection: AbstractConnection) -> Failure | None:
-    """Why the command that is needed was not taken; who answers with another error, such as NOSCRIPT, takes it."""
+    """The reason why the needed command was not taken; an answer of another error, such as NOSCRIPT, is none."""
     try:
         await side_connection.receive(connection)
     except ResponseError as error:

@@ -143,9 +143,9 @@ class RedisManager:
 
     @property
     def breaker_reason(self) -> Failure | None:
-        """Why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
+        """The reason why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
 
-        One that is to be tried again, and by nobody is, is not in doubt for ever: who is sent no requests while it is
+        One that is to be tried again, and is not, is not in doubt for ever: an app that is sent no requests while it is
         would never be sent one again.
         """
         try:

@@ -305,7 +305,7 @@ def _blamed(doing: str, module_name: str = "") -> Iterator[None]:
                 "that the app is started from, or set PYTHONPATH."
             ) from None
         at = _where(error)
-        # What anybody else says may hold a secret.
+        # What other code says may hold a secret.
         said = error.problems if isinstance(error, ConfigurationError) else (redact(str(error))[1:-1],)
         raise ConfigurationError(*(f"{doing} failed{at}: {type(error).__name__}: {each}" for each in said)) from None
 

@@ -14,7 +14,7 @@ from .rights import Run
 from .trouble import TROUBLE
 
 _PARTITIONS = 8  # of two, both might be at home on the same of two shards
-# It ends by itself where it cannot be taken away: a proxy may have put it where nobody looks.
+# It ends by itself where it cannot be taken away: a proxy may have put it where nothing looks.
 _WRITE = """
 for i = 1, #KEYS do
   redis.call('HSET', KEYS[i], 'check', '1')

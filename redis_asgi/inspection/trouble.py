@@ -1,4 +1,4 @@
-"""Why Redis cannot be used, and what to do about it, in words for an operator; no password is ever in them."""
+"""The reasons why Redis cannot be used, and what to do about them, in words for an operator; no password is in them."""
 
 import asyncio
 import re

@@ -64,7 +64,7 @@ def _dependency() -> Any:
     try:
         from fastapi import Depends  # noqa: PLC0415
     except ImportError:
-        return None  # nobody asks for an argument then, and all names of the package can be imported still
+        return None  # nothing asks for an argument then, and all names of the package can be imported still
     return Depends(current_limit)
 
 

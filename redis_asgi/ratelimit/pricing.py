@@ -128,7 +128,7 @@ async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTP
     """The estimated cost of a *charge* whose cost is known after the answer.
 
     Args:
-        asked: What the request's body asks of a model; ``None`` when nobody can read it.
+        asked: What the request's body asks of a model; ``None`` when it cannot be read.
         conn: What a callable of the user's is given.
     """
     price: Any = charge.price
@@ -223,7 +223,7 @@ async def charges_beside(
     """The charges *found* that are due, beside those that the *decision* on the request has made.
 
     Args:
-        asked: What the request's body asks of a model, where somebody wants to know.
+        asked: What the request's body asks of a model, where a rule wants to know.
 
     Returns:
         With what of it is to be settled after the answer.

@@ -1,7 +1,7 @@
 """Leases: that the app itself answered such a request of a caller, and what a full hit repeats of that answer.
 
-A middleware added last stands outside the app's own authentication, so a full hit would answer a caller nobody has
-looked at. It is given only while the app's own 2xx answer to the same caller, path, headers and body, but for the
+A middleware added last stands outside the app's own authentication, so a full hit would answer a caller whom it
+has not seen. It is given only while the app's own 2xx answer to the same caller, path, headers and body, but for the
 inputs, is younger than ``EMBEDDING_CACHE_LEASE``. A hit never renews it; a 401 or 403 ends it, and a 401 ends every
 lease of the credential.
 """

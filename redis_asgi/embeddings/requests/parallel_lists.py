@@ -75,7 +75,7 @@ def _scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int 
 
 
 def refusal_beside(batch: Batch, request_lists: FieldTree) -> Uncacheable | None:
-    """Why what stands beside the inputs makes a request uncacheable; ``None`` when it does not.
+    """The reason why what stands beside the inputs makes a request uncacheable; ``None`` when it does not.
 
     A list as long as the inputs, or an object with as many members all named by numbers, may belong to them one by
     one; of *request_lists* it is known that they belong to the whole request, and a format knows its own. Also looked

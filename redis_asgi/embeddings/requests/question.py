@@ -95,7 +95,7 @@ class Questions:
         return self._heads.read(scope["headers"])
 
     def refused_head(self, head: Head, scope: Scope, matched: Endpoint) -> str | None:
-        """Why a request passes through by its headers alone; ``None`` when its body decides."""
+        """The reason why a request passes through by its headers alone; ``None`` when its body decides."""
         if head.refusal is not None:
             return head.refusal
         if not head.is_json and matched.wire.name not in ANY_CONTENT_TYPE:
@@ -115,7 +115,7 @@ class Questions:
         """Cut a request into inputs and name them, or say why not; hostile input raises nothing.
 
         Args:
-            parsed: What somebody outside has parsed of a body, if anybody has.
+            parsed: The body as a middleware outside has parsed it, if one has.
         """
         content = body.content
         if content is None:

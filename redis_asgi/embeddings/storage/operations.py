@@ -8,8 +8,8 @@ from ...errors import Failure
 
 WRITE_TIMEOUT = 2.0  # seconds; only the flight it belongs to waits for a write
 
-# What stands for a value that may be there or not, since its server did not say. No record of ours is empty, so whoever
-# reads it as one finds none; only ``None`` says that there is nothing.
+# What stands for a value that may be there or not, since its server did not say. No record of ours is empty, so a
+# reader of one finds none; only ``None`` says that there is nothing.
 UNKNOWN = b""
 
 

@@ -90,7 +90,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Uncacheable:
-    """Why a request passes through.
+    """The reason why a request passes through.
 
     Attributes:
         detail: That of its ``Cache-Status``.
@@ -252,7 +252,7 @@ def recounted(said: Mapping[str, Any], names: Collection[str], usage: Usage) -> 
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:
-    """Why a body that asks for something other than one dense vector per input, alone, passes through."""
+    """The reason why a body asks for something other than one dense vector per input, alone, and passes through."""
     if any(fields.get(name) for name in _LATE_CHUNKING):
         return Uncacheable("late-chunking")
     if fields.get("return_multivector"):

@@ -43,7 +43,7 @@ class Members:
         shown = [(place, policy) for place, policy in policies if not policy.shadow]
         members = ", ".join(f'"{policy.name}";q={policy.quota};{_unit(policy)}' for _, policy in shown)
         self._policies = (b"ratelimit-policy", members.encode())
-        # When one of those in flight ends nobody knows.
+        # The end of those in flight cannot be known.
         told = (f'"{policy.name}";r=%d;t=%d' if policy.window else f'"{policy.name}";r=%d' for _, policy in shown)
         self._template = ", ".join(told).encode()
         self._shown = tuple((place, policy.strategy == "fixed-window", policy.window) for place, policy in shown)
@@ -161,7 +161,7 @@ def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now
 
 
 def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
-    """The fields of a decision in the configured style; none for shadow policies or when nobody decided."""
+    """The fields of a decision in the configured style; none for shadow policies or when no engine decided."""
     if style == "none" or decision.source == "none":
         return []
     states = [state for state in decision.policies if not state.shadow]

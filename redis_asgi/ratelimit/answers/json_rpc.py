@@ -18,7 +18,7 @@ async def in_reply(status: int, body: bytes, scope: Scope, receive: Receive, cap
 
 
 def answer_to(content: bytes | None, status: int, body: bytes, scope: Scope) -> tuple[int, bytes]:
-    """`in_reply` to a request whose body is *content*; ``None`` = nobody can read it."""
+    """`in_reply` to a request whose body is *content*; ``None`` = it cannot be read."""
     value = Document(content, is_encoded=is_encoded(scope)).value
     request_id = value.get("id") if isinstance(value, dict) else None
     revision = next(iter(header_values(scope, b"mcp-protocol-version")), b"").decode("latin-1")

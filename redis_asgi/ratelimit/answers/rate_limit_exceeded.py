@@ -51,7 +51,7 @@ def _texts(fields: Fields) -> dict[str, str]:
 def refusal_on(decision: Decision, verdict: Verdict, style: AnswerStyle) -> HTTPException:
     """The exception of an endpoint that *verdict*, a part of the *decision* on its request, refuses."""
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
-    if not refusing:  # nobody could decide, and the limit fails closed
+    if not refusing:  # no engine could decide, and the limit fails closed
         return HTTPException(503, headers.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect)))
     worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
     whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))

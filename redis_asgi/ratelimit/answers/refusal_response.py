@@ -47,7 +47,7 @@ async def send_refusal(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Answer a request that *verdict* refuses (429), or that nobody can decide (503).
+    """Answer a request that *verdict* refuses (429), or that no engine can decide (503).
 
     Args:
         fields: ``RateLimit`` and its kin; empty when an outer middleware writes them.

@@ -35,7 +35,7 @@ class RequestDecision(Decision):
         limit: RequestDecision = request.state.rate_limit  # in FastAPI, an argument ``limit: CurrentLimit``
         limit.charge(tokens)
 
-    Its fields are read from the verdicts when somebody first looks at one, so that a request whose app never does pays
+    Its fields are read from the verdicts at the first look at one, so that a request whose app never does pays
     nothing for them.
     """
 
@@ -69,7 +69,7 @@ class RequestDecision(Decision):
     def has_asked(
         self, manager: RedisManager, partition: Partition, policy: Policy, *, but_by: Engine | None = None
     ) -> bool:
-        """Whether this request was put to that very limit already, by anybody but *but_by*."""
+        """Whether this request was put to that very limit already, by any engine but *but_by*."""
         return any(
             charge.partition.key == partition.key and policy in charge.policies
             for verdict in self.verdicts
@@ -104,8 +104,8 @@ class RequestDecision(Decision):
         return found
 
     def _read_again(self) -> None:
-        """Forget the fields that somebody has looked at."""
-        with suppress(AttributeError):  # nobody has looked yet
+        """Forget the fields that were looked at."""
+        with suppress(AttributeError):  # there was no look yet
             for field in _FIELDS:
                 object.__delattr__(self, field)
 
@@ -197,7 +197,7 @@ def check_names(decision: RequestDecision | None, asking: Iterable[Charges], *, 
     """Refuse two limits of one name on one request: they would share a counter, and look like one in the fields.
 
     Args:
-        decision: What was decided about the request so far, by anybody but *but_by*.
+        decision: What was decided about the request so far, by any engine but *but_by*.
 
     Returns:
         Whether some name stands twice, both times for the same.

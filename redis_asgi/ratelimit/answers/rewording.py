@@ -42,7 +42,7 @@ class Rewording:
         """Answer so, where *refused* is about to be told by a framework's own handler.
 
         Args:
-            content: The request's body, for a dialect that names the request; ``None`` = nobody can read it.
+            content: The request's body, for a dialect that names the request; ``None`` = it cannot be read.
         """
         dialect = self.style.dialect
         if dialect is not None:

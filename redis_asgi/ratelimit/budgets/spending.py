@@ -34,7 +34,7 @@ class Accuracy:
         self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
 
     def warn_of(self, encoding: str) -> None:
-        """Say once that answers are encoded so that nobody can read them."""
+        """Say once that answers are encoded so that they cannot be read."""
         if not self._has_warned:
             self._has_warned = True
             say(logger, "usage_unreadable", encoding=encoding, rule=self._name)

@@ -1,4 +1,4 @@
-"""Budgets in tokens: what a request is charged before anybody knows, and what it has cost once its answer has ended.
+"""Budgets in tokens: what a request is charged before that is known, and what it has cost once its answer has ended.
 
 Sums are exact, and rounded up once: within an `Estimate` they are whole numbers of very small parts of a unit, whose
 size the weights decide.

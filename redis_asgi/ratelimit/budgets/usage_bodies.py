@@ -286,7 +286,7 @@ def _from_tail(tail: bytes, opening: bytes = b"{") -> dict[str, Any] | None:
     text can look so, since its quotes are escaped, and no inner object ends so early.
     """
     found: dict[str, Any] | None = None
-    # At the very start nobody knows what stands before.
+    # What stands before the very start is unknown.
     starts = [match.start() for match in _MEMBER.finditer(tail, 1)]
     for start in reversed(starts[-_TRIES:]):
         try:

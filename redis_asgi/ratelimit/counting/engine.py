@@ -93,7 +93,7 @@ class Engine:
             try:
                 await verdict.future
             except BaseException:
-                # Also where the answer has come, and nobody takes it.
+                # Also where the answer has come, and is not taken.
                 if verdict.slot is not None:
                     verdict.slot.abandon(verdict)
                 raise
@@ -273,7 +273,7 @@ class Engine:
 
 
 class _Settlement(Check):
-    """A charge or a refund that nobody waits for."""
+    """A charge or a refund that no request waits for."""
 
     __slots__ = ("_engine",)
 

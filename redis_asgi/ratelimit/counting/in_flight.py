@@ -5,7 +5,7 @@ often it comes, and nothing about another: a lost reply, a lost release, a check
 that was emptied are all mended by saying again what runs, and what does not run any more. That is a heartbeat. A worker
 that is killed says nothing, and its leases end.
 
-The life of a slot: its id goes to Redis with the check. An admission, whoever gives it, makes it run: it is counted in
+The life of a slot: its id goes to Redis with the check. An admission, from wherever, makes it run: it is counted in
 this process, renewed by each heartbeat, and released once, when its request ends. What may reach Redis after that (a
 check or a renewal that had no answer) makes it doubtful: it is then owed, and the heartbeats remove it again until one
 of them has been answered.
@@ -96,7 +96,7 @@ class Slot:
         return self.charges if len(fit) == len(self.charges) else Charges(fit)
 
     def abandon(self, check: Check) -> None:
-        """Release it, whose *check* nobody waits for any more."""
+        """Release it, whose *check* no request waits for any more."""
         if not self._is_answered:
             self.is_doubtful = self.is_known = check.may_have_run
         self.release()

@@ -40,7 +40,7 @@ _Asked: TypeAlias = tuple[Counter, Policy, Charge, int, bool, _Held | None]
 class LocalEngine:
     """Counters in this process, bounded: at most *max_partitions* clients and *max_stamps* log entries.
 
-    Of concurrency limits it knows all that runs in this process, whoever admitted it; each entry lasts for *lease* us
+    Of concurrency limits it knows all that runs in this process, wherever admitted; each entry lasts for *lease* us
     unless it is renewed.
 
     When full, expired partitions go first, then idle ones, and those last refused only when nothing else is

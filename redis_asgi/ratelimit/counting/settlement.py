@@ -149,7 +149,7 @@ class Settlement:
                             delta += cost
                     if used is not None and charged:
                         delta += self._used_of(policy, used) - charged
-                    # Nobody gets back more than was taken, however often they ask.
+                    # No request gets back more than was taken, however often it asks.
                     deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))
                 if spending is not None and used is not None:
                     spending.accuracy.note(spending.estimate.cost, self._used_of(charge.policies.policies[0], used))
@@ -198,7 +198,7 @@ class Settlement:
     def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
         """Changes to `apply` once the client has the start of an answer by which the app turns its request down.
 
-        All but one unit of what is held by bodies that nobody could read, unless their client has gone. The verdicts
+        All but one unit of what is held by bodies that could not be read, unless their client has gone. The verdicts
         say so already.
         """
         found = []

@@ -29,7 +29,7 @@ class Verdict(Check):
         engine: Who answers.
         charges: What the answer is about; fewer than were asked when some rules fail open.
         source: Who decided.
-        reply: The strategies' numbers; ``None`` when nobody counted, or a remembered refusal answered.
+        reply: The strategies' numbers; ``None`` when no engine counted, or a remembered refusal answered.
         known: The remembered refusals that answered, at the moment *at*.
         uncounted: The counters of what its policies said, which are counted with the request.
         rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
@@ -107,7 +107,7 @@ class Verdict(Check):
         self.allowed, self.known, self.at = False, known, at
 
     def leave(self, decision: Decision) -> None:
-        """Be what is said where nobody decides about any of its charges."""
+        """Be what is said where no engine decides about any of its charges."""
         self.charges, self.source, self.allowed, self._decision = Charges(), "none", decision.allowed, decision
 
     def count(self) -> None:

@@ -10,7 +10,7 @@ from .reply import size_of
 
 
 class Unread:
-    """A body whose cost nobody could read, while its request is under way.
+    """A body whose cost could not be read, while its request is under way.
 
     Attributes:
         is_abandoned: Whether the client has gone before the answer began.
@@ -100,7 +100,7 @@ class Charges(Sequence[Charge]):
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
         holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
-        render: Makes what an answer says of a reply to them; ``None`` where whoever charges them has nothing to say.
+        render: Makes what an answer says of a reply to them; ``None`` where nothing is said of it.
         known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
     """
 

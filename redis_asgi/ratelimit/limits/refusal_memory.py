@@ -205,6 +205,6 @@ class RefusalMemory:
 
 
 def _end(held: dict[bytes, Refusal]) -> None:
-    """Let no refusal that was *held* answer any more, whoever still has it."""
+    """Let no refusal that was *held* answer any more, wherever it is still at hand."""
     for refusal in held.values():
         refusal.until = 0.0

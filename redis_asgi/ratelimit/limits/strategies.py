@@ -225,7 +225,7 @@ class _MovingWindow(Counter):
         return self.log, self.log.last + self.window
 
 
-# How long the next place takes to come free nobody knows (us).
+# Until the next place comes free, which cannot be known (us).
 _SOON = 1_000_000.0
 
 
@@ -257,7 +257,7 @@ class _Concurrency(Counter):
         leases.ends = {holder: min(end, till) for holder, end in leases.ends.items()}
         leases.last = self.at
 
-    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - whoever ends is not told before
+    def wait(self, cost: int, now: float) -> float:  # noqa: ARG002 - no end is told before
         return _SOON
 
     def charge(self, cost: int) -> None:  # noqa: ARG002 - a request is one

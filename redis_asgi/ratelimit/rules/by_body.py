@@ -67,7 +67,7 @@ class ByBody(ABC):
         """The bucket of a request whose body was read.
 
         Raises:
-            ConfigurationError: Nobody has read it; only a rule whose ``partition_by`` it is, alone or in a list, does.
+            ConfigurationError: It was not read; only a rule whose ``partition_by`` it is, alone or in a list, does.
         """
         return self.said(conn.scope).bucket
 

@@ -116,7 +116,7 @@ class CompiledRule:
         """The charge of a request in tokens until its usage is known.
 
         Args:
-            asked: What its body asks for; ``None``: nobody can read it.
+            asked: What its body asks for; ``None``: it cannot be read.
             units: What a callable of the user's takes it to cost.
         """
         tokens: Any = self.tokens
@@ -181,7 +181,7 @@ class CompiledRule:
         return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
 
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
-        """Whether a request whose path has these spellings (see `redis_asgi.paths`) is this rule's business."""
+        """Whether a request whose path has these spellings (see `redis_asgi.asgi.paths`) is this rule's business."""
         # Some servers pass a method on as it is written, and some frameworks do not care.
         method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
         if self._methods is None:

@@ -17,7 +17,7 @@ class Looked(NamedTuple):
     """A body that was looked at; of a large one nothing else is kept, since parsed it takes many times its size.
 
     Attributes:
-        asked: What it asks of a model, where somebody wants to know; ``None`` also when it cannot be read.
+        asked: What it asks of a model, where a rule wants to know; ``None`` also when it cannot be read.
     """
 
     asked: Asked | None

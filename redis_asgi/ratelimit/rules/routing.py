@@ -58,7 +58,7 @@ class Routing:
         return route_path(scope, self._own_root)
 
     def spellings(self, scope: Scope) -> Spellings:
-        """Whatever some router may take the request's path for (see `redis_asgi.paths.spellings`).
+        """Whatever some router may take the request's path for (see `redis_asgi.asgi.paths.spellings`).
 
         Where there is a root, and the path is not below it, Starlette's mounts cannot take their own part away: what
         they hold sees the whole path, so that it may also stand below each mount that it leads to.

@@ -40,7 +40,7 @@ class Rule:
 
     Attributes:
         limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
-            for "not limited". A callable's quota of 0 refuses the request; what nobody can read is logged once, and
+            for "not limited". A callable's quota of 0 refuses the request; what cannot be read is logged once, and
             answered by the partition's last readable limits, else by the default ones of the settings.
         concurrency: Instead of *limits*: how many requests of a partition may be in flight at once, over all workers, 1
             to 10^9; or a callable that says it for a request (``None`` = not limited, 0 refuses it). A request is in
@@ -49,7 +49,7 @@ class Rule:
         name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
             (``default``).
         paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
-            spelling of such a path an app may serve it, see `redis_asgi.paths`.
+            spelling of such a path an app may serve it, see `redis_asgi.asgi.paths`.
         case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
         methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule that counts by the
             body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers HEAD; ``WEBSOCKET`` is a handshake;

@@ -1,11 +1,11 @@
 """Checks that share a round trip: what waits while a batch is under way leaves together in the next one.
 
-An idle limiter waits for nobody: a check that finds nothing in flight leaves at the end of the loop's turn, with those
+An idle limiter does not wait: a check that finds nothing in flight leaves at the end of the loop's turn, with those
 that arrived in it. Under load the queue fills while Redis works, so that batches grow with the load and trips per
 request fall. Many leave in two halves, so that the process has answers to work on while Redis decides the other half:
 without that all come to wait at once, and process and Redis take turns at being idle.
 
-Far from Redis nobody waits for the trip of others: a tenth of the deadline after the last batch was written the next
+Far from Redis no check waits for the trip of others: a tenth of the deadline after the last batch was written the next
 one leaves, so that a check has nine tenths for a trip of its own, however many ask.
 
 The life of a check: `Batcher.submit` puts it in the queue. When a transport has a connection in hand it takes what
@@ -42,7 +42,7 @@ class Batcher:
     """The queue and the batches in flight of one server.
 
     Attributes:
-        apart: Whether and how partitions are kept apart; ``None`` where that is somebody else's business.
+        apart: Whether and how partitions are kept apart; ``None`` where that is decided elsewhere.
     """
 
     def __init__(self, transport: Transport, breaker: Breaker) -> None:
@@ -211,13 +211,13 @@ class Batcher:
         return [Call(group, next(self._numbers), CLOCK.redis) for group in groups]
 
     def connect_failed(self, failure: Failure) -> None:
-        """Note that no connection could be made: nobody who waits now would fare better."""
+        """Note that no connection could be made: no check that waits now would fare better."""
         self._commands.labels("check", failure.value).inc()
         self.breaker.failed(failure)
         self._fail_waiting(failure)
 
     async def aclose(self) -> None:
-        """End the batches under way; whoever waits is told that the connection is gone."""
+        """End the batches under way; those who wait are told that the connection is gone."""
         self.closed = True
         await self._transport.aclose()
         self._fail_waiting(Failure.CONNECTION)

@@ -53,7 +53,7 @@ class Check:
         self.future: asyncio.Future[Any] = loop.create_future()
 
     def answer(self, outcome: Outcome) -> None:
-        """Give *outcome* to who waits, if anybody still does."""
+        """Give *outcome* to its request, if that still waits."""
         future = self.future
         if not future.done():
             try:

@@ -110,7 +110,7 @@ class DirectConnection(Takeover, asyncio.Protocol):
         batch, call = self.sent[0]
         if not isinstance(reply, hiredis.ReplyError):
             failure = call.hand_out(reply)
-            self.sent.popleft()  # not before the reply has proved to be one, else nobody would fail it
+            self.sent.popleft()  # not before the reply has proved to be one, else nothing would fail it
             self._answered(batch, failure)
             return
         self.sent.popleft()

@@ -67,7 +67,7 @@ class Call:
         return b"".join((head, *[charges.keys for charges in asked], _number(self.number), clock, *questions))
 
     def command_in_full(self) -> bytes | None:
-        """`command` once more, with the script, for a server that did not know it; ``None``: nobody waits any more.
+        """`command` once more, with the script, for a server that did not know it; ``None``: no check waits any more.
 
         Nothing ran, so sending it again cannot count twice.
         """
@@ -89,7 +89,7 @@ class Call:
             Why some have no verdict, the gravest reason; ``None`` when all have one.
 
         Raises:
-            OddReply: If it is no reply to this call; whoever has no outcome yet still waits then.
+            OddReply: If it is no reply to this call; checks without an outcome still wait then.
         """
         try:
             return self._hand_out(reply)

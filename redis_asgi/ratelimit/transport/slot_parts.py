@@ -47,7 +47,7 @@ class Parts:
                 self._combine(check, asked)
 
         def withdraw(_: asyncio.Future[Outcome]) -> None:
-            # Nobody waits any more: what is not written yet is not sent.
+            # No request waits any more: what is not written yet is not sent.
             for part in asked:
                 if not part.written:
                     part.future.cancel()

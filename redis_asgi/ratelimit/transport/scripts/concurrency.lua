@@ -2,7 +2,7 @@
 -- Field: "last" (us), by which a reset finds the set. A charge renews, and both it and a refund say the same however often
 -- they come, and in whatever order those of other ids do.
 make.c = function()
-  -- How long the next place takes to come free nobody knows.
+  -- When the next place comes free cannot be known.
   local SOON = 1000000
 
   local function count(s, used)

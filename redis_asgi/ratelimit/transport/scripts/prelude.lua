@@ -26,8 +26,8 @@ end
 local SLACK = ARGV[2] == '' and 1000 or 600000
 
 -- After a write, so that a server out of memory refuses the write itself. Never shortens, and heals a key without a TTL;
--- a new key that may have none does not stay, and where nobody may ask how long it has, it gets one all the same. Errors
--- are raised without a position.
+-- a new key that may have none does not stay, and where the user may not ask how long it has, it gets one all the
+-- same. Errors are raised without a position.
 local function expire(key, us)
   if us <= 0 then return end
   local needed = ceil(us / 1000) + SLACK
