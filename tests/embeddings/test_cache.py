@@ -400,7 +400,7 @@ async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkey
 
 async def test_a_change_waits_no_longer_than_a_write_takes(redis_url: str) -> None:
     """A loop that was closed amid a write, or left behind by a fork, never ends it."""
-    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.05))
+    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.5))
     left = Computation(["a"], {})
     cache._changes.begin(left)
     left.writing = True
