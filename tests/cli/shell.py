@@ -11,7 +11,7 @@ from typer.testing import Result
 import redis_asgi
 from redis_asgi import RateLimiter, Settings
 
-from ..kit.processes import clean_environment, without_haste
+from ..kit.processes import ENDS_WITHIN, clean_environment, without_haste
 from ..kit.servers import ExternalServer
 
 PASSWORD = "s3cr3t-of-a-test"
@@ -28,7 +28,7 @@ def run(*arguments: str, env: Mapping[str, str] | None = None, text: str | None 
     command = [sys.executable, "-W", "error", "-X", "dev", "-m", "redis_asgi", *arguments]
     environment = clean_environment(**(env or {}))
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=environment, check=False, input=text or ""
+        command, capture_output=True, text=True, timeout=ENDS_WITHIN, env=environment, check=False, input=text or ""
     )
     done.stderr = without_haste(done.stderr)
     return done

@@ -282,8 +282,9 @@ async def test_a_flush_that_redis_did_not_take_is_an_error() -> None:
 
 async def test_embedding_cache_survives_everything(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Trouble is ``None``, ``False``, ``{}`` and 0, one log line, and everything is computed."""
+    patient = EmbeddingCache(settings=settings_of(own_server.url))
     cache = EmbeddingCache(settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
-    assert await cache.set_embedding("a", [1.0])
+    assert await patient.set_embedding("a", [1.0])
     own_server.pause()
     caplog.set_level(logging.WARNING)
     assert await cache.get_embedding("a") is None

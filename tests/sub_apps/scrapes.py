@@ -17,7 +17,7 @@ from redis_asgi import (
 from redis_asgi.errors import Failure
 from redis_asgi.telemetry import Telemetry
 
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import Server, free_port, wait_until
 
 StartServer = Callable[..., Server]
@@ -129,7 +129,7 @@ def workers(folder: Path, source: str, number: int, **environment: str) -> Itera
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def answers(url: str) -> bool:
