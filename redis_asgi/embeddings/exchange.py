@@ -1,8 +1,8 @@
 """One request to an embedding endpoint, from its head to its last byte.
 
-Read, look in the process, look in Redis, join, forward, merge, send: `Exchange.run` is the story, in that order, and
-what is not needed is not begun. Whatever goes wrong before the app has been asked ends in `_bypass`: the app gets the
-original bytes.
+Read, look in the process, look in Redis, join, forward, merge, send: `Exchange.run` is the story,
+in that order, and what is not needed is not begun. Whatever goes wrong before the app has been
+asked ends in `_bypass`: the app gets the original bytes.
 """
 
 import asyncio
@@ -148,7 +148,7 @@ class Exchange:
         return self._calls
 
     def _asks_early(self, left: float) -> bool:
-        """Whether this request asks the app before the lease, of which *left* seconds are left, ends for all."""
+        """Whether this request asks the app before the lease ends for all; *left*: its seconds."""
         if not self._shared.vectors.ends_soon(left) or self._head.wanted.only_if_cached:
             return False
         calls = self._begun()
@@ -217,7 +217,7 @@ class Exchange:
         if leftover:
             if calls.waiting.gone:
                 return
-            # An error is always the app's answer to the request that gets it: ask, and join no flight.
+            # An error is the app's answer to the request that gets it: ask, and join no flight.
             flight = calls.begin(leftover, joinable=False)
             if flight is None:
                 await self._bypass("not-understood")
@@ -239,9 +239,9 @@ class Exchange:
             await self._bypass("not-understood")
 
     async def _agree(self, calls: AppCalls, lease: Lease | None) -> bool:
-        """Whether all vectors at hand are of the model that the newest answer named; if not, the request is answered.
+        """Whether all vectors are of the model that the newest answer named; else answer anew.
 
-        All others are asked for anew, in one call with the rest, so that no answer holds vectors of two models.
+        All are asked for anew then, in one call, so that no answer holds vectors of two models.
         """
         if lease is not None and not self._found.settles_on(lease.model):
             self._shared.warnings.model_changed(self._question.batch.model, self._found.lease, lease)
@@ -269,7 +269,7 @@ class Exchange:
         return landing
 
     async def _answer_whole(self, calls: AppCalls, detail: str) -> None:
-        """Ask for all inputs in one call, and answer with its answer alone; *detail* where the cache cannot do that."""
+        """Answer with one call for all inputs; *detail* where the cache cannot do that."""
         self._found.forget()
         calls.forced = calls.early = False
         names = list(self._question.inputs)
@@ -286,7 +286,7 @@ class Exchange:
             await self._replay(calls, flight)
 
     async def _relay(self, calls: AppCalls, flight: Flight) -> None:
-        """Pass on an answer that was not understood, or put the original request to the app instead."""
+        """Pass on an answer that was not understood, or let the app answer the request itself."""
         status = flight.call.status
         outcome = self._outcome
         if calls.early and (status is None or status >= 500) and not calls.waiting.gone:
