@@ -44,13 +44,22 @@ async def until(truth: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def quiet(manager: RedisManager) -> None:
-    """Let the loop run until Redis has answered all that was asked, and whoever waits does so for the test."""
+async def until_calm(is_busy: Callable[[], object]) -> None:
+    """Let the loop run until nothing is busy, nor becomes so by what goes on in this process.
+
+    Raises:
+        TimeoutError: Something still is.
+    """
     calm = 0
     async with asyncio.timeout(PATIENCE):
         while calm < _CALM:
             await asyncio.sleep(0)
-            calm = 0 if getattr(manager.pool, "_in_use_connections", None) else calm + 1
+            calm = 0 if is_busy() else calm + 1
+
+
+async def quiet(manager: RedisManager) -> None:
+    """Let the loop run until Redis has answered all that was asked, and whoever waits does so for the test."""
+    await until_calm(lambda: getattr(manager.pool, "_in_use_connections", None))
 
 
 async def leave_unread(connection: Any, *command: str) -> None:

@@ -1,8 +1,7 @@
 """Apps and drivers that the middleware's tests share."""
 
-import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,9 +9,10 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import RedisManager, Settings
+from redis_asgi.ratelimit.transport.batcher import Batcher
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
-from ..kit.patience import until
+from ..kit.patience import until_calm
 
 MEMORY = Settings(REDIS_URL="memory://")
 _prefixes = itertools.count()
@@ -117,10 +117,8 @@ def header(message: Message, name: bytes) -> bytes | None:
 
 async def all_answered(manager: RedisManager) -> None:
     """Wait until all that is to be sent has been answered: what a response has changed is settled behind it."""
-    for _ in range(3):  # in which what is charged later is handed over
-        await asyncio.sleep(0)
-    if not manager.has_redis:
-        return
-    made = manager.per_client(make_batcher)
-    batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    await until(lambda: not any(each._waiting or each._sent or each._transport.busy for each in batchers))
+    batchers: Sequence[Batcher] = ()
+    if manager.has_redis:
+        made = manager.per_client(make_batcher)
+        batchers = tuple(made._batchers.values()) if isinstance(made, ClusterBatcher) else (made,)
+    await until_calm(lambda: any(each._waiting or each._sent or each._transport.busy for each in batchers))

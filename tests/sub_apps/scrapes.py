@@ -26,9 +26,6 @@ StartServer = Callable[..., Server]
 MEMORY = Settings(REDIS_URL="memory://")
 
 
-DEADLINE = 0.5
-
-
 TLS = ssl.create_default_context()  # httpx would load the authorities for every request of its own
 
 

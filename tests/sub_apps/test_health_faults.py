@@ -21,7 +21,7 @@ from ..kit.fair_time import fair_time
 from ..kit.patience import PATIENCE, until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
-from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, probe
+from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, hurry, probe
 
 pytestmark = pytest.mark.anyio
 
@@ -308,19 +308,19 @@ async def test_database_that_is_not_there(redis_url: str) -> None:
     await assert_ill(app_on(f"{redis_url}/99"), "redis_reply")
 
 
-@pytest.mark.usefixtures("shipped_deadlines")
-async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certificates) -> None:
+async def test_hung_tls_is_hung_up_on(
+    tls_server: Server, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A peer that hangs is not asked for its part of a TLS goodbye, which may take 30 s."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
     async with FaultProxy("127.0.0.1", tls_server.port) as proxy:
         app = app_on(proxy.url.replace("redis:", "rediss:"), REDIS_SSL_CA_CERTS=certificates.ca.cert, **tls)
         assert "healthy" == (await probe(app))[1]["status"]
+        hurry(app, monkeypatch)
         await proxy.set("blackhole")
         forget(app)
         await assert_ill(app, "redis_timeout")
-        await asyncio.sleep(0.1)
-
-        assert 0 == proxy.open
+        await until(lambda: not proxy.open)
 
 
 async def test_full_server_is_degraded(private_server: StartServer) -> None:

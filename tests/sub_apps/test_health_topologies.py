@@ -18,7 +18,7 @@ from redis_asgi.connection.health_check import Checkup, _slots
 
 from ..kit.patience import PATIENCE
 from ..kit.servers import Cluster, SentinelTrio, Server, wait_until
-from .probes import assert_ill, forget, probe
+from .probes import DEADLINE, assert_ill, forget, hurry, probe
 
 pytestmark = pytest.mark.anyio
 
@@ -73,14 +73,14 @@ async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> No
             sentinel.resume()
 
 
-@pytest.mark.usefixtures("shipped_deadlines")
-async def test_hung_master(sentinels: SentinelTrio) -> None:
+async def test_hung_master(sentinels: SentinelTrio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ill in time while nobody has noticed, and well with the next master, though the old one hangs on."""
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     assert "healthy" == (await probe(app))[1]["status"]
     old = sentinels.primary()
     old.pause()
+    hurry(app, monkeypatch)
     try:
         forget(app)
         await assert_ill(app, "redis_timeout")
@@ -121,8 +121,7 @@ async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
     assert ("healthy", "cluster") == (checked["status"], checked["mode"])
 
 
-@pytest.mark.usefixtures("shipped_deadlines")
-async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) -> None:
+async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three nodes serve: degraded, even where Redis is required, since most requests are answered."""
     manager = RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True))
     app = health_app(redis=manager, require_redis=True)
@@ -131,6 +130,7 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
     forget(app)
     await assert_ill(app, "redis_cluster")
     private_cluster.nodes[2].pause()
+    hurry(app, monkeypatch)
     try:
         forget(app)
         status, body, seconds = await probe(app)
@@ -139,7 +139,7 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
 
     assert "redis_cluster" == body["error"]
     assert status in (200, 503)  # as soon as the last node knows that it is alone, it says so
-    assert seconds < 0.6
+    assert seconds < DEADLINE + 0.4
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])

@@ -19,7 +19,8 @@ from redis_asgi.telemetry import Telemetry
 
 from ..kit.fair_time import fair_time
 from ..kit.servers import ExternalServer, wait_until
-from .scrapes import DEADLINE, StartServer, samples, scraped
+from .probes import DEADLINE
+from .scrapes import StartServer, samples, scraped
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 

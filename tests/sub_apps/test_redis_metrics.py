@@ -26,7 +26,8 @@ from ..kit.fair_time import fair_time
 from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server
-from .scrapes import DEADLINE, KEYS, MEMORY, StartServer, samples, scraped
+from .probes import DEADLINE
+from .scrapes import KEYS, MEMORY, StartServer, samples, scraped
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 
