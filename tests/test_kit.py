@@ -43,7 +43,9 @@ def _client(url: str) -> aioredis.Redis:
 async def test_fault_is_felt_and_passes(
     private_server: StartServer, mode: Mode, error: type[Exception], connected: bool
 ) -> None:
-    """Every fault shows on open and new connections as the error it stands for, and ends with "pass"."""
+    """Every fault shows on open and new connections as the error it stands for, and ends with
+    "pass".
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy, _client(proxy.url) as client:
         if connected:
@@ -57,7 +59,9 @@ async def test_fault_is_felt_and_passes(
 
 
 async def test_answer_is_told_once_for_each_command(private_server: StartServer) -> None:
-    """``answer`` gives as many replies as there are commands in what was written, and the server hears none."""
+    """``answer`` gives as many replies as there are commands in what was written, and the server
+    hears none.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy, _client(proxy.url) as client:
         await client.ping()
@@ -103,7 +107,9 @@ async def test_delay_and_chunks_change_no_byte(private_server: StartServer) -> N
 
 
 async def test_server_pauses_resumes_and_restarts_on_its_port(private_server: StartServer) -> None:
-    """A paused server times out, a resumed one answers, a restarted one is empty and in the same place."""
+    """A paused server times out, a resumed one answers,
+    a restarted one is empty and in the same place.
+    """
     server = private_server()
     async with _client(server.url) as client:
         await client.set("key", "value")

@@ -9,6 +9,7 @@ import redis
 import redis.asyncio as aioredis
 from starlette.types import Scope
 
+from ..asgi.offer import offer_of
 from ..errors import ConfigurationError
 from ..events import say
 from ..misuse import shown
@@ -43,7 +44,8 @@ class _GivenClient(RedisManager):
         return Opened(self._client, own=False)
 
 
-# One shared default per settings for as long as the process lives: the counters of memory:// are in it.
+# One shared default per settings for as long as the process lives:
+# the counters of memory:// are in it.
 _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -53,8 +55,8 @@ _misspelt: set[str] = set()
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
     """The manager behind a ``redis=`` argument, and whether its life is the package's business.
 
-    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager`` or a
-    client is the user's and is never closed by the package.
+    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager``
+    or a client is the user's and is never closed by the package.
 
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.
@@ -119,19 +121,7 @@ def _checked_client(client: object) -> Client:
     )
 
 
-# Where a scope keeps the managers of the middlewares that its request has come through: nothing that a client sends
-# becomes a key of the scope itself.
-_MANAGERS = "redis_asgi.managers"
-
-
-def offer_manager(scope: Scope, manager: RedisManager) -> None:
-    """Tell the package's own sub-apps below that a middleware uses *manager*."""
-    outer = scope.get(_MANAGERS, ())
-    if manager not in outer:
-        scope[_MANAGERS] = (*outer, manager)
-
-
 def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:
     """The managers of the middlewares that a request has come through, the outermost first."""
-    offered: tuple[RedisManager, ...] = scope.get(_MANAGERS, ())
-    return offered
+    offer = offer_of(scope)
+    return () if offer is None else offer.managers

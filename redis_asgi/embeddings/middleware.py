@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..asgi.offer import OFFER, Offer
 from ..connection.lifespan import live
 from ..connection.manager import RedisManager
-from ..connection.redis_argument import RedisArgument, offer_manager
+from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
@@ -37,17 +38,17 @@ class EmbeddingCacheMiddleware:
 
     Args:
         app: Any ASGI app.
-        routes: Paths and the wire format each speaks, or its name: ``{"/my/path": "openai"}``; ``{model}``
-            stands for one segment. ``None`` = ``EMBEDDING_CACHE_ROUTES``.
+        routes: Paths and the wire format each speaks, or its name: ``{"/my/path": "openai"}``;
+            ``{model}`` stands for one segment. ``None`` = ``EMBEDDING_CACHE_ROUTES``.
         ttl: Seconds a vector is kept. ``None`` = ``EMBEDDING_CACHE_TTL``.
         namespace: In every key; set it to your model and its revision.
             ``None`` = ``EMBEDDING_CACHE_NAMESPACE``.
         share: Whether all credentials share their vectors. ``None`` = ``EMBEDDING_CACHE_SHARE``.
-        lease: Seconds for which the app's own 2xx answer lets a credential have full hits; 0 = every request
-            reaches the app; ``"off"`` = the cache stands inside the app's own authentication.
-            ``None`` = ``EMBEDDING_CACHE_LEASE``.
-        partition_by: Given one `HTTPConnection`, returns what separates tenants in the keys, in place of the
-            credential; ``None`` from it lets the request pass through.
+        lease: Seconds for which the app's own 2xx answer lets a credential have full hits; 0 =
+            every request reaches the app; ``"off"`` = the cache stands inside the app's own
+            authentication. ``None`` = ``EMBEDDING_CACHE_LEASE``.
+        partition_by: Given one `HTTPConnection`, returns what separates tenants in the keys, in
+            place of the credential; ``None`` from it lets the request pass through.
         redis: A `RedisManager`, a URL or a ``redis.asyncio`` client. ``None`` =
             ``EMBEDDING_CACHE_REDIS_URL``, else the client that all parts share.
         settings: ``None`` reads the environment now.
@@ -56,8 +57,9 @@ class EmbeddingCacheMiddleware:
         ConfigurationError: When an argument or a setting cannot work.
 
     Under it, ``request.state.embedding_cache`` is an `EmbeddingCache`, and on an embedding endpoint
-    ``request.state.embedding_cache_result`` says what was found. Of two around one app with one store and namespace,
-    the outer one caches: a hit of the inner one would be stored as new, and its lease renewed, as if by the app.
+    ``request.state.embedding_cache_result`` says what was found. Of two around one app with one
+    store and namespace, the outer one caches: a hit of the inner one would be stored as new, and
+    its lease renewed, as if by the app.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class EmbeddingCacheMiddleware:
         self._has_loop = False
         self._routes = read_routes(routes, settings.EMBEDDING_CACHE_ROUTES)
         self._shared = Shared(app, manager, options)
+        self._offer = Offer(manager)
         self._records = (manager, options.namespace)
         self._settings = settings
         self._cache = EmbeddingCache(manager, options.ttl, dtype=settings.EMBEDDING_CACHE_DTYPE, settings=settings)
@@ -110,7 +113,7 @@ class EmbeddingCacheMiddleware:
         if scope["type"] in ("http", "websocket"):
             # In place: what stands outside of us reads the result from the same mapping.
             scope.setdefault("state", {})["embedding_cache"] = self._cache
-            offer_manager(scope, self._shared.vectors.manager)
+            scope[OFFER] = self._offer.below(scope.get(OFFER))
         matched = self._routes.match(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
         around = scope.get(_AROUND, ())
         if matched is None or self._records in around:

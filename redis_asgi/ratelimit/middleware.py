@@ -10,9 +10,11 @@ from typing import Annotated, get_args
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..asgi.offer import OFFER, Offer
 from ..asgi.scope import Addressing
 from ..connection.lifespan import live
-from ..connection.redis_argument import RedisArgument, offer_manager, resolve_manager
+from ..connection.redis_argument import RedisArgument, resolve_manager
+from ..event_loop import running_loop
 from ..misuse import Uncalled, check_app, constructor_says_what_was_meant, only_called_as
 from ..settings import HeaderStyle, OnRedisError, Settings, StrategyName
 from .answers.dialects import AnswerStyle, plain_style
@@ -23,21 +25,24 @@ from .answers.refusal_response import (
     adding,
     check_on_exceeded,
     refuse_identity,
-    remembered_refusal,
+    remember_answer,
+    send_again,
     send_refusal,
 )
-from .answers.request_decision import STANDBY, STYLE, RequestDecision, Undecided, decision_of, keep_decision
+from .answers.request_decision import STANDBY, RequestDecision, Undecided, decision_of, keep_decision, put_decision
 from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
+from .limits.clock import CLOCK
+from .limits.refusal_memory import Known
 from .overview import Protection
-from .pricing import Ahead, left_over
+from .pricing import Ahead
 from .rules.checks import check_choice
 from .rules.compiled import compile_rules
 from .rules.coverage import Coverage, Covering
 from .rules.exemptions import Exempt, Exemptions
 from .rules.misconfiguration import Linter
-from .rules.partition import ADDRESSING, MissingIdentity, PartitionBy
+from .rules.partition import MissingIdentity, PartitionBy
 from .rules.plan import PlanCache, Plans, charges_kept
 from .rules.routing import Routing
 from .rules.rule import Limits, Rule
@@ -114,6 +119,7 @@ class RateLimitMiddleware(Covering):
             check_choice("headers", headers, get_args(HeaderStyle))
         headers = headers or settings.RATE_LIMIT_HEADERS
         self._style = plain_style(headers)
+        self._offer = Offer(self._manager, addressing=self._addressing, style=self._style)
         self._dialects = dialect_paths(dialect)
         self._engine = Engine(self._manager, timeout=settings.RATE_LIMIT_TIMEOUT, settings=settings)
         self._counts = self._engine.counts
@@ -123,6 +129,7 @@ class RateLimitMiddleware(Covering):
         self._styles = Styles(self._dialects, self._routing, headers, settings.RATE_LIMIT_BODY_CAP)
         self._engine.plans = PlanCache(self._addressing, self._manager.per_process(charges_kept), renderer_of(headers))
         self._plans = Plans(compiled, self._routing, self._engine.plans)
+        self._is_new = True  # has seen no request
         self._exemptions = Exemptions(self._routing, exempt, settings)
         if on_exceeded is not None:
             check_on_exceeded(on_exceeded)
@@ -135,36 +142,36 @@ class RateLimitMiddleware(Covering):
         if kind not in ("http", "websocket"):
             await (self._lifespan if kind == "lifespan" else self.app)(scope, receive, send)
             return
-        # For `client_ip` in every callable from here on, those of the app included.
-        scope[ADDRESSING] = self._addressing
-        style: AnswerStyle = scope.setdefault(STYLE, self._style)
-        is_plain = style is self._style and not self._dialects
-        style, send = (style, send) if is_plain else self._spoken(style, scope, send)
-        offer_manager(scope, self._manager)
-        if self._exemptions.any and await self._exemptions.cover(scope):
+        outer: RequestDecision | None = None
+        style = self._style
+        # Before any callable of the user's: `client_ip` looks there.
+        if OFFER in scope or self._dialects:
+            outer = decision_of(scope)
+            style, send = self._spoken(scope, send)
+        else:
+            scope[OFFER] = self._offer
+        if (self._exemptions.any or self._linter.looks) and await self._is_exempt(scope):
             await self._pass(scope, receive, send)
             return
 
-        if self._linter.looks:
-            self._linter.look(scope)
-        outer = decision_of(scope)
         verdict: Verdict | None = None
         try:
             plan = self._plans.of(scope)
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
-            if outer is not None:
-                charges = left_over(charges, outer, self._engine, self._linter)
-            if charges.is_priced or charges.holds or plan.behind is not None:
+            if charges.is_ready and outer is None:
+                if charges.known is not None and kind == "http" and charges.known.repeats(style, CLOCK.monotonic()):
+                    await self._repeat(charges.known, scope, send)
+                    return
+                verdict = self._engine.ask(charges)
+                if verdict.is_asked:
+                    await verdict.future
+            elif charges.counters or plan.behind is not None:
                 ahead = Ahead(self._engine, outer, self._linter, scope, receive, send)
                 try:
                     verdict = await ahead.decide(plan, charges)
                 finally:
                     receive, send = ahead.receive, ahead.send
-            elif charges.counters:
-                verdict = self._engine.ask(charges)
-                if verdict.is_asked:
-                    await verdict.future
         except MissingIdentity as missing:
             self._counts.request("refused", "none")
             await refuse_identity(missing.what, style, scope, receive, send)
@@ -181,8 +188,7 @@ class RateLimitMiddleware(Covering):
             except BaseException as error:
                 response.failed(error)
                 raise
-            if not verdict.is_over:
-                verdict.settle(response.status)
+            verdict.settle(response.status)
         else:
             await self._refuse(verdict, style, scope, receive, send)
 
@@ -195,11 +201,13 @@ class RateLimitMiddleware(Covering):
         headers = self._style.headers
         return Coverage(self._rules, self._exemptions.paths, self._engine.settings, headers, self._dialects)
 
-    def _spoken(self, outermost: AnswerStyle, scope: Scope, send: Send) -> tuple[AnswerStyle, Send]:
-        """The style for a request below a middleware of the *outermost* style, and where its response goes.
+    def _spoken(self, scope: Scope, send: Send) -> tuple[AnswerStyle, Send]:
+        """The style for a request, told to those below, and where its response goes.
 
-        Of two with a dialect the outer one's holds, so that all of an answer is in one.
+        It is the outermost middleware's, or the outermost one's that has a dialect, so that all of an answer is in one.
         """
+        offer = scope[OFFER] = self._offer.below(scope.get(OFFER))
+        outermost: AnswerStyle = offer.style
         if outermost.dialect is not None:
             return outermost, send
         style = self._styles.of(scope) if self._dialects and scope["type"] == "http" else self._style
@@ -207,9 +215,22 @@ class RateLimitMiddleware(Covering):
             return style, send
         if style.headers != outermost.headers:
             style = replace(style, headers=outermost.headers)
-        scope[STYLE] = style
+        scope[OFFER] = offer.in_style(style)
         rewording = scope[REWORDING] = Rewording(style, send)
         return style, rewording.send
+
+    async def _is_exempt(self, scope: Scope) -> bool:
+        """Whether a request is left alone; the linter looks at those that are not."""
+        exemptions = self._exemptions
+        if self._is_new:
+            running_loop()
+            exemptions.look()
+            self._is_new = False
+        if exemptions.any and (exemptions.cover_path(scope) or (exemptions.asks and await exemptions.ask(scope))):
+            return True
+        if self._linter.looks:
+            self._linter.look(scope)
+        return False
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through that is exempt."""
@@ -229,20 +250,27 @@ class RateLimitMiddleware(Covering):
         response.end()
 
     async def _refuse(self, verdict: Verdict, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
-        keep_decision(scope, verdict)
+        decision = keep_decision(scope, verdict)
         verdict.count()
         try:
             known = verdict.known
             is_usual = self._on_exceeded is None and scope["type"] == "http" and not style.names_request
             if is_usual and known is not None and len(known) == 1:
-                start, body = remembered_refusal(verdict, known, style, scope)
-                await send(start)
-                await send(body)
+                remember_answer(verdict, known, style)
+                verdict.conclude()
+                known.decided = decision
+                await send_again(known, scope, send)
             else:
                 fields = fields_of(verdict, style)
                 await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
+
+    async def _repeat(self, known: Known, scope: Scope, send: Send) -> None:
+        """Refuse a request as the one before was."""
+        put_decision(scope, known.decided)
+        self._counts.request("refused", "refusal_memory", known.counters)
+        await send_again(known, scope, send)
 
     async def _join(
         self,

@@ -25,7 +25,10 @@ from .rules.reading import look, look_on_route
 
 
 class Ahead:
-    """A request whose body is asked before the app sees it, or that is held until its answer has ended.
+    """A request whose head alone does not decide it.
+
+    Its body is asked before the app sees it, it is held until its answer has ended, or an instance outside has decided
+    a part of it.
 
     Args:
         engine: Decides about it.
@@ -57,6 +60,8 @@ class Ahead:
         Raises:
             MissingIdentity: See `Plan.charges`.
         """
+        if self._outer is not None:
+            charges = left_over(charges, self._outer, self._engine, self._linter)
         verdict = await self._decide(plan, charges)
         if verdict is not None and verdict.slot is not None:
             self.receive, self.send = until_ended(verdict, self.receive, self.send)

@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
+from ..asgi.offer import OFFER, Offer, offer_of
 from ..asgi.problem import POLICY_VIOLATION
 from ..connection.manager import RedisManager
 from ..event_loop import running_loop
@@ -22,7 +23,7 @@ from .limits.charge import Charge, Charges
 from .limits.decision import Decision
 from .pricing import charges_beside, charges_on_route
 from .rules.endpoints import endpoint_name
-from .rules.partition import ADDRESSING, MissingIdentity
+from .rules.partition import MissingIdentity
 from .rules.plan import Plan, PlanCache
 from .rules.reading import body_of
 
@@ -67,7 +68,9 @@ class Stack:
         try:
             for engine, plan in self._plans(scope):
                 # For the callables of the user's, as a middleware would.
-                scope.setdefault(ADDRESSING, engine.plans.addressing)
+                offer = offer_of(scope)
+                if offer is None or offer.addressing is None:
+                    scope[OFFER] = Offer(addressing=engine.plans.addressing).below(offer)
                 known = plan.known(scope)
                 charges = known if known is not None else await plan.charges(scope)
                 if plan.behind is not None or charges.has_tokens:

@@ -123,7 +123,9 @@ AT_WORK = (
 def test_trouble_is_told_without_a_secret(
     arguments: tuple[str, ...], private_server: StartServer, tls_server: Server, invoke: Invoke
 ) -> None:
-    """Unreachable, wrong password, no right, TLS where there is none: exit code 1, what to do, and no password."""
+    """Unreachable, wrong password, no right, TLS where there is none:
+    exit code 1, what to do, and no password.
+    """
     server = private_server()
     server.add_user("app", f">{PASSWORD}", "~*", "+ping")
     here = f"127.0.0.1:{server.port}"
@@ -248,7 +250,8 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            # A shell starts what runs in its background with this signal ignored, and children inherit that.
+            # A shell starts what runs in its background with this signal ignored, and children
+            # inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads
         ) as process:
             wait_until(lambda: _connections(server.port) > before, "it has connected")
@@ -261,7 +264,9 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
 
 
 def test_an_interrupt_that_is_lost_is_said_again() -> None:
-    """What swallows a cancellation, as Python 3.11's `asyncio.wait_for` may, does not keep the user waiting."""
+    """What swallows a cancellation, as Python 3.11's `asyncio.wait_for` may,
+    does not keep the user waiting.
+    """
     lost = 0
 
     async def stubborn() -> None:
@@ -336,7 +341,9 @@ def shown() -> list[tuple[str, str]]:
 
 
 def without_numbers(text: str) -> str:
-    """*text* without what differs from run to run: numbers, which server it is, how columns are laid out."""
+    """*text* without what differs from run to run: numbers,
+    which server it is, how columns are laid out.
+    """
     text = re.sub(r"redis://[a-z0-9.:]+", "redis://server", text).replace("Valkey", "Redis")
     return re.sub(r"[ \n]+", " ", re.sub(r"\d[\d,.:-]*", "N", text)).strip()
 

@@ -1,4 +1,6 @@
-"""The breaker's states, with time and the server as arguments; `tests.ratelimit.test_faults` has the real failures."""
+"""The breaker's states, with time and the server as arguments;
+`tests.ratelimit.test_faults` has the real failures.
+"""
 
 import asyncio
 import logging
@@ -161,7 +163,9 @@ async def test_a_trial_that_was_never_sent_does_not_keep_others_out(monkeypatch:
 
 @pytest.mark.parametrize("outcome", ["withdrawn", Failure.POOL, Failure.DEFECT, Failure.TIMEOUT])
 async def test_a_trial_that_says_nothing_is_followed_by_the_next(outcome: Failure | str) -> None:
-    """Another is let through: that one was not sent, or shows our own load or fault, or vectors slow for their size."""
+    """Another is let through: that one was not sent, or shows our own load or fault,
+    or vectors slow for their size.
+    """
     server = FakeServer()
     server.error = None
     breaker = await opened(server)
@@ -197,7 +201,9 @@ async def test_a_trial_of_vectors_counts_only_when_a_probe_fails_too() -> None:
 
 
 async def test_nothing_but_odd_replies_is_a_refusal() -> None:
-    """Twenty in a row, for ten seconds after the last, whatever becomes of vectors; one answer ends it."""
+    """Twenty in a row, for ten seconds after the last,
+    whatever becomes of vectors; one answer ends it.
+    """
     breaker = Breaker(FakeServer().probe, FakeServer().drop)
     for _ in range(19):
         breaker.failed(Failure.REPLY)
@@ -296,7 +302,9 @@ async def test_a_hung_probe_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that takes longer than its limit counts when it is answered, and few are under way at once meanwhile."""
+    """One that takes longer than its limit counts when it is answered,
+    and few are under way at once meanwhile.
+    """
     monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
     under_way, most = 0, 0
 
@@ -319,7 +327,9 @@ async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_probe_that_hangs_keeps_no_sign_of_life_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of an earlier one counts at once, whatever becomes of the latest, which takes its time to end."""
+    """That of an earlier one counts at once,
+    whatever becomes of the latest, which takes its time to end.
+    """
     monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
     count = 0
     ending = asyncio.Event()

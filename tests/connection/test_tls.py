@@ -1,4 +1,6 @@
-"""TLS where there are several servers: every connection to every one of them is encrypted and verified."""
+"""TLS where there are several servers:
+every connection to every one of them is encrypted and verified.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -59,7 +61,9 @@ async def test_cluster(tls_cluster: Cluster, certificates: Certificates) -> None
 
 
 async def test_sentinel(tls_sentinels: SentinelTrio, certificates: Certificates) -> None:
-    """The sentinels are asked and the master is used over TLS, and so is the next one after a failover."""
+    """The sentinels are asked and the master is used over TLS,
+    and so is the next one after a failover.
+    """
     where = {"REDIS_SENTINELS": tls_sentinels.addresses, "REDIS_SENTINEL_MASTER": SentinelTrio.MASTER}
     async with serving(**where, **certificates.settings()) as (manager, client):
         await assert_well(manager, client, "sentinel")

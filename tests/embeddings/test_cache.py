@@ -76,7 +76,9 @@ async def test_a_bare_float32_value_is_read(redis_url: str) -> None:
 
 
 async def test_a_value_under_another_key_is_a_miss(redis_url: str, redis_client: sync_redis.Redis) -> None:
-    """Whatever mixed them up, a reply out of step or an operator's copy: nobody gets another id's vector."""
+    """Whatever mixed them up, a reply out of step or an operator's copy:
+    nobody gets another id's vector.
+    """
     cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url))
     await cache.set_many({"a": [1.0], "b": [2.0]})
     redis_client.copy("embedding:a", "embedding:b", replace=True)
@@ -331,7 +333,9 @@ async def test_a_bare_str_is_no_list_of_ids(cache: EmbeddingCache) -> None:
 async def test_a_change_while_an_id_is_computed_wins(
     change: str, when: str, other: bool, any_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set or delete begun before the computation is over decides what is kept, also through another cache."""
+    """A set or delete begun before the computation is over decides what is kept, also through
+    another cache.
+    """
     manager = RedisManager(any_settings)
     cache = EmbeddingCache(manager)
     changed_by = EmbeddingCache(manager) if other else cache

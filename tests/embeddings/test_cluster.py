@@ -1,4 +1,6 @@
-"""Vectors on a cluster: what happens to a node costs its own keys only, and what is unknown is never taken for none."""
+"""Vectors on a cluster: what happens to a node costs its own keys only,
+and what is unknown is never taken for none.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator

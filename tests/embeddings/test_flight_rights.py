@@ -124,7 +124,9 @@ async def _status(caller: Caller) -> int:
 async def test_a_refusal_during_a_write_ends_the_lease_for_every_worker(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A 401 may overtake the 2xx whose lease is on its way to Redis; the lease does not outlive it there."""
+    """A 401 may overtake the 2xx whose lease is on its way to Redis;
+    the lease does not outlive it there.
+    """
     writing, go = asyncio.Event(), asyncio.Event()
     write = RedisVectors.write
 

@@ -62,7 +62,9 @@ async def test_a_lookup_waits_for_none_that_is_under_way() -> None:
 
 
 async def test_large_lookups_and_other_deadlines_go_alone() -> None:
-    """A long reply keeps no short one waiting, and nobody waits longer than he said; a trip holds 64 keys at most."""
+    """A long reply keeps no short one waiting,
+    and nobody waits longer than he said; a trip holds 64 keys at most.
+    """
     trips = Trips()
     joint = JointLookups(trips)
     many = [b"%d" % n for n in range(17)]
@@ -92,7 +94,9 @@ async def test_a_failure_is_everybodys() -> None:
 
 
 async def test_an_end_before_the_trip_has_left_reaches_all_who_wait() -> None:
-    """A store that is closed in the very turn in which somebody asks leaves nobody hanging, nor whoever comes later."""
+    """A store that is closed in the very turn in which somebody asks leaves nobody hanging, nor
+    whoever comes later.
+    """
     joint = JointLookups(Trips())
     waiting = [asyncio.ensure_future(joint.look_up([name], 1)) for name in (b"a", b"b")]
     closing = asyncio.ensure_future(joint.aclose())

@@ -114,7 +114,9 @@ async def test_a_credential_may_be_in_any_header(name: str, share: bool, any_set
 
 
 async def test_a_tenant_is_let_in_as_that_tenant_only(any_settings: Settings) -> None:
-    """A caller whom the app answers 403 for one tenant is not let in by what it allowed him for another."""
+    """A caller whom the app answers 403 for one tenant is not let in by what it allowed him for
+    another.
+    """
 
     def tenant(conn: HTTPConnection) -> str | None:
         return conn.headers["x-tenant"]
@@ -231,7 +233,9 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
 
 
 async def test_with_a_lease_of_zero_whoever_joins_asks_as_well(any_settings: Settings) -> None:
-    """The app sees every request, and one that it refuses meanwhile is not let in by the answer to another."""
+    """The app sees every request, and one that it refuses meanwhile is not let in by the answer to
+    another.
+    """
     gate, open_doors = Gate(), [True, False]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -65,7 +65,9 @@ def ask(*items: str, **more: Any) -> dict[str, Any]:
 
 
 async def test_hits_misses_and_their_bytes_and_tokens(any_settings: Settings, counted: Telemetry) -> None:
-    """A miss of 2, a hit of 2 with a duplicate, a partial of 2 and 1; a token per word and one more."""
+    """A miss of 2, a hit of 2 with a duplicate, a partial of 2 and 1;
+    a token per word and one more.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=any_settings)
     async with client(app) as c:
         for items in (("a", "b"), ("a", "b", "a"), ("a", "b", "c")):
@@ -82,7 +84,9 @@ async def test_hits_misses_and_their_bytes_and_tokens(any_settings: Settings, co
 
 
 async def test_a_lookup_is_timed_where_there_is_one(settings: Settings, counted: Telemetry) -> None:
-    """Each trip to Redis is a command; once the epoch is seen, a full hit of the process needs none."""
+    """Each trip to Redis is a command; once the epoch is seen,
+    a full hit of the process needs none.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     async with client(app) as c:
         for _ in range(5):
@@ -290,7 +294,9 @@ class Chatty(OpenAI):
 
 
 async def test_no_label_carries_what_somebody_sent(redis_url: str, counted: Telemetry) -> None:
-    """Texts, models, keys, paths, credentials and words of a wire format stay out; so do addresses of Redis."""
+    """Texts, models, keys, paths, credentials and words of a wire format stay out; so do addresses
+    of Redis.
+    """
     settings = Settings(REDIS_URL=redis_url)
 
     def app_of(**options: Any) -> ASGIApp:

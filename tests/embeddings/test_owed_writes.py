@@ -177,7 +177,9 @@ async def test_a_shared_server_is_left_in_peace(redis_server: ExternalServer) ->
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refusal_while_redis_is_away_reaches_other_processes(own_server: Server, status: int) -> None:
-    """Whose lease is in Redis is asked again by everyone soon after Redis is back; others stay let in."""
+    """Whose lease is in Redis is asked again by everyone soon after Redis is back; others stay let
+    in.
+    """
     allowed = {"alice", "bob"}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,6 @@
-"""One trip over a pooled connection: replies in order, nothing left over, nothing of it left when it ends early."""
+"""One trip over a pooled connection: replies in order, nothing left over,
+nothing of it left when it ends early.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -138,7 +140,9 @@ async def test_what_is_no_answer_is_hung_up_on(said: bytes) -> None:
 
 
 async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
-    """A unix socket and TLS carry a trip as TCP does, larger than a record, with redis-py's commands in between."""
+    """A unix socket and TLS carry a trip as TCP does, larger than a record,
+    with redis-py's commands in between.
+    """
     manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = cast("aioredis.Redis", await manager.get_connection())
     for _ in range(3):
@@ -148,7 +152,9 @@ async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
 
 
 async def test_a_connection_that_was_reset_while_idle_is_replaced(private_server: StartServer) -> None:
-    """A proxy or a firewall in between that resets what idles costs nobody an answer: neither a trip nor a command."""
+    """A proxy or a firewall in between that resets what idles costs nobody an answer: neither a
+    trip nor a command.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_POOL_SIZE=1))

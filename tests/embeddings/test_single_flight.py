@@ -132,7 +132,9 @@ async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_se
 async def test_an_answer_that_flows_ends_with_its_client(
     cancelled: bool, followed: bool, any_settings: Settings
 ) -> None:
-    """What is only relayed is somebody's alone: an app that streams hears of the disconnect, or is cancelled."""
+    """What is only relayed is somebody's alone:
+    an app that streams hears of the disconnect, or is cancelled.
+    """
     gate = Gate()
     ended: list[str] = []
 
@@ -177,7 +179,9 @@ async def test_an_answer_that_flows_ends_with_its_client(
 
 
 async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_settings: Settings) -> None:
-    """Who waits for two calls and is cancelled after one has brought nothing, ends the other at most."""
+    """Who waits for two calls and is cancelled after one has brought nothing, ends the other at
+    most.
+    """
     one, other, background = asyncio.Event(), asyncio.Event(), asyncio.Event()
     done: list[str] = []
 
@@ -226,7 +230,9 @@ async def test_a_client_that_leaves_first_is_not_cancelled_with_the_last(any_set
 
 @pytest.mark.parametrize("role", ["of its own", "of another"])
 async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_settings: Settings) -> None:
-    """Neither the original of a smaller request, nor what a failed flight of somebody else would have brought."""
+    """Neither the original of a smaller request,
+    nor what a failed flight of somebody else would have brought.
+    """
     gate, bodies = Gate(), []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -322,7 +328,9 @@ async def test_background_tasks_of_the_app_run_after_its_answer(settings: Settin
 
 
 def with_cancellation(endpoint: Any) -> Any:
-    """VLLM's decorator: cancels the endpoint when the client disconnects, by reading ``receive`` until then."""
+    """VLLM's decorator: cancels the endpoint when the client disconnects,
+    by reading ``receive`` until then.
+    """
 
     async def listen(request: Request, reads: list[int]) -> None:
         while True:
@@ -359,7 +367,9 @@ class _Authentication:
 
 
 def vllm(settings: Settings, spy: Spy, gate: Gate) -> Starlette:
-    """An app put together in vLLM's order: authentication, request ids, then ``--middleware``, outermost."""
+    """An app put together in vLLM's order: authentication, request ids,
+    then ``--middleware``, outermost.
+    """
 
     async def endpoint(request: Request) -> Response:
         fields = orjson.loads(await request.body())
@@ -381,7 +391,9 @@ def vllm(settings: Settings, spy: Spy, gate: Gate) -> Starlette:
 
 
 async def test_vllms_order_and_its_cancellation_loop_work(settings: Settings) -> None:
-    """No spin, no early disconnect, a key still needed for hits; a disconnect's ``200 null`` is not stored."""
+    """No spin, no early disconnect, a key still needed for hits;
+    a disconnect's ``200 null`` is not stored.
+    """
     spy, gate = Spy(), Gate()
     app = vllm(settings, spy, gate)
     gone = Caller(app, "gone", authorization="Bearer secret")
@@ -430,7 +442,9 @@ async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: S
 
 
 async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:
-    """The next identical request after an answer never misses: the flight is joined until its write has ended."""
+    """The next identical request after an answer never misses:
+    the flight is joined until its write has ended.
+    """
     spy = Spy()
     app = EmbeddingCacheMiddleware(server(spy), settings=settings.but(EMBEDDING_CACHE_L1_BYTES=0))
     async with client(app) as c:

@@ -41,7 +41,9 @@ def settled(served: Served, before: dict[str, int]) -> dict[str, Any]:
 
 
 def test_storm_through_one_worker(private_server: StartServer, tmp_path: Path, figures: list[str]) -> None:
-    """Nobody gets what is another's, Redis counts exactly what comes through, no 5xx, and nothing is left behind."""
+    """Nobody gets what is another's, Redis counts exactly what comes through,
+    no 5xx, and nothing is left behind.
+    """
     server = private_server()
     with serving(server.url, tmp_path, workers=1, quota=QUOTA) as served:
         before = served.get("/process")
@@ -58,7 +60,9 @@ def test_storm_through_one_worker(private_server: StartServer, tmp_path: Path, f
 
 
 def test_storm_finds_what_is_wrong(private_server: StartServer, tmp_path: Path) -> None:
-    """The control: an app that shares vectors among callers and counts a client as many is found out, of both."""
+    """The control: an app that shares vectors among callers and counts a client as many is found
+    out, of both.
+    """
     server = private_server()
     sabotage = "vectors and counters"
     with serving(server.url, tmp_path, workers=1, quota=QUOTA, FAULTS_SABOTAGE=sabotage) as served:

@@ -1,7 +1,8 @@
 """The time that tests leave Redis and this process, whose subject is no deadline.
 
-The package's own deadlines are short, and a busy machine keeps none of them. A test about a deadline names its own, in
-the settings or the argument that has one, or asks for those of the package by the fixture ``shipped_deadlines``.
+The package's own deadlines are short, and a busy machine keeps none of them. A test about a
+deadline names its own, in the settings or the argument that has one, or asks for those of the
+package by the fixture ``shipped_deadlines``.
 """
 
 import asyncio
@@ -25,7 +26,9 @@ _CALM = 20  # turns of the loop
 
 
 def be_patient(patch: pytest.MonkeyPatch) -> None:
-    """Let whatever is given no deadline have `PATIENCE`: limiters, middlewares, caches and health checks."""
+    """Let whatever is given no deadline have `PATIENCE`: limiters,
+    middlewares, caches and health checks.
+    """
     for name, value in PATIENT.items():
         patch.setenv(name, value)
     for takes, option in ((RateLimiter, "timeout"), (Checkup, "deadline")):
@@ -34,7 +37,8 @@ def be_patient(patch: pytest.MonkeyPatch) -> None:
 
 
 async def until(truth: Callable[[], object]) -> None:
-    """Let the loop run until *truth* holds; seconds of `fair_time` say whether that was soon enough.
+    """Let the loop run until *truth* holds;
+    seconds of `fair_time` say whether that was soon enough.
 
     Raises:
         TimeoutError: It does not come true.
@@ -58,7 +62,9 @@ async def until_calm(is_busy: Callable[[], object]) -> None:
 
 
 async def quiet(manager: RedisManager) -> None:
-    """Let the loop run until Redis has answered all that was asked, and whoever waits does so for the test."""
+    """Let the loop run until Redis has answered all that was asked,
+    and whoever waits does so for the test.
+    """
     await until_calm(lambda: getattr(manager.pool, "_in_use_connections", None))
 
 

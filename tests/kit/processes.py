@@ -30,7 +30,9 @@ def run_python(
     env: Mapping[str, str] | None = None,
     timeout: float = ENDS_WITHIN,
 ) -> subprocess.CompletedProcess[str]:
-    """Run *code* in a fresh interpreter; the caller looks at ``returncode``, ``stdout`` and ``stderr``."""
+    """Run *code* in a fresh interpreter;
+    the caller looks at ``returncode``, ``stdout`` and ``stderr``.
+    """
     command = [sys.executable, *flags, "-c", code, *arguments]
     environment = clean_environment(**(env or {}))
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)

@@ -116,7 +116,9 @@ def header(message: Message, name: bytes) -> bytes | None:
 
 
 async def all_answered(manager: RedisManager) -> None:
-    """Wait until all that is to be sent has been answered: what a response has changed is settled behind it."""
+    """Wait until all that is to be sent has been answered:
+    what a response has changed is settled behind it.
+    """
     batchers: Sequence[Batcher] = ()
     if manager.has_redis:
         made = manager.per_client(make_batcher)

@@ -1,4 +1,6 @@
-"""Redis Cluster: limits hold across slots and nodes, and a node that dies takes only its own clients along."""
+"""Redis Cluster: limits hold across slots and nodes,
+and a node that dies takes only its own clients along.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -65,7 +67,9 @@ def remaining(verdict: Verdict) -> list[int]:
 
 @every_strategy
 async def test_limits_are_exact_across_all_slots(cluster: Cluster, strategy: StrategyName) -> None:
-    """Sixty clients, twelve requests each, all at once: ten of each are admitted, wherever they live."""
+    """Sixty clients, twelve requests each, all at once:
+    ten of each are admitted, wherever they live.
+    """
     limiter = limiter_of(cluster)
     names = [f"client-{i}" for i in range(60)]
     decisions = await asyncio.gather(
@@ -129,7 +133,9 @@ async def test_rules_in_two_slots_are_decided_together(cluster: Cluster, strateg
 
 @every_strategy
 async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluster: Cluster, strategy: str) -> None:
-    """A body that nobody can read holds all of one rule, until it is known that the other refuses the request."""
+    """A body that nobody can read holds all of one rule,
+    until it is known that the other refuses the request.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     who = [make_partition("custom", clients_of(cluster, node, 1)[0]) for node in cluster.nodes[:2]]
     asked = charges(*who, quotas=(10, 1), strategy=strategy)
@@ -148,7 +154,9 @@ async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluste
 
 
 async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:
-    """A hundred requests at once, thirty admitted by the tighter rule; the wider one is charged for those alone."""
+    """A hundred requests at once, thirty admitted by the tighter rule;
+    the wider one is charged for those alone.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     address = make_partition("custom", clients_of(cluster, cluster.nodes[0], 1)[0])
     key = make_partition("custom", clients_of(cluster, cluster.nodes[2], 1)[0])
@@ -162,7 +170,9 @@ async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:
 
 
 async def test_what_is_given_back_is_not_remembered_as_gone(cluster: Cluster) -> None:
-    """A client that was refused only for a unit which another request gave back at once is admitted again at once."""
+    """A client that was refused only for a unit which another request gave back at once is admitted
+    again at once.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     address = make_partition("custom", clients_of(cluster, cluster.nodes[0], 1)[0])
     key = make_partition("custom", clients_of(cluster, cluster.nodes[1], 1)[0])
@@ -191,7 +201,9 @@ async def test_later_charges_reach_both_slots(cluster: Cluster) -> None:
 
 
 async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster: Cluster) -> None:
-    """When one half cannot be asked, this process decides about both, and the other half gets its unit back."""
+    """When one half cannot be asked, this process decides about both,
+    and the other half gets its unit back.
+    """
     engine = Engine(manager_of(private_cluster), timeout=PATIENCE)
     alive, dead, _ = private_cluster.nodes
     who = [make_partition("custom", clients_of(private_cluster, node, 1)[0]) for node in (alive, dead)]
@@ -253,7 +265,9 @@ async def ask_all(limiter: RateLimiter, names: Sequence[str]) -> tuple[list[Deci
 
 @pytest.mark.parametrize("how", ["killed", "hung"])
 async def test_dead_node_degrades_only_its_own_clients(private_cluster: Cluster, how: str) -> None:
-    """Clients on the other nodes keep being counted by Redis, all are answered in time, and nothing is raised."""
+    """Clients on the other nodes keep being counted by Redis,
+    all are answered in time, and nothing is raised.
+    """
     manager = manager_of(private_cluster)
     patient, limiter = RateLimiter(manager), RateLimiter(manager, timeout=1)
     dead, *alive = private_cluster.nodes[::-1]

@@ -18,7 +18,8 @@ PROCESSES, TASKS, QUOTA, WINDOW = 4, 50, 300, 3
 IN_TIME = WINDOW - 0.1  # seconds for a round to be within one window
 _ATTEMPTS = 4
 
-# Each round: wait for the time the test names, then hammer every strategy at once and say how many were admitted.
+# Each round: wait for the time the test names,
+# then hammer every strategy at once and say how many were admitted.
 WORKER = f"""
 import asyncio, json, sys, time
 from redis_asgi import RateLimiter
@@ -52,7 +53,9 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Round:
-    """What all processes together were admitted, by strategy, from when to when, and when all is free again."""
+    """What all processes together were admitted, by strategy,
+    from when to when, and when all is free again.
+    """
 
     admitted: dict[str, int]
     seconds: float
@@ -62,7 +65,8 @@ class Round:
 
 @pytest.fixture(scope="module")
 def rounds(_plain_server: ExternalServer) -> list[Round]:
-    """Two rounds of four processes with fifty tasks per strategy: at once, and a second after everything is free.
+    """Two rounds of four processes with fifty tasks per strategy: at once,
+    and a second after everything is free.
 
     Asked for again while the machine was too slow for a round to end in its window.
     """
@@ -117,7 +121,9 @@ def _round(workers: "list[subprocess.Popen[str]]", not_before: float) -> Round:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("turn", [pytest.param(0, id="at once"), pytest.param(1, id="a second after reset")])
 def test_processes_together_admit_exactly_the_quota(rounds: list[Round], strategy: str, turn: int) -> None:
-    """Four processes with fifty tasks each ask eight hundred times: the quota is admitted, and not one more."""
+    """Four processes with fifty tasks each ask eight hundred times:
+    the quota is admitted, and not one more.
+    """
     found = rounds[turn]
 
     assert {"redis"} == found.sources
@@ -156,7 +162,8 @@ def test_ten_thousand_clients_leave_no_key_behind(redis_server: ExternalServer, 
     left = look.execute()
 
     assert seen > 2500
-    # Two windows of the sliding counter, and a second of slack for the clock of a replica; -2 has gone meanwhile.
+    # Two windows of the sliding counter,
+    # and a second of slack for the clock of a replica; -2 has gone meanwhile.
     assert all(ttl == -2 or 0 <= ttl <= (2 + 1) * 1000 for ttl in left)
     # `KEYS` looks at each, whether the server's own sweep has come by or not.
     wait_until(lambda: redis_client.keys("*") == [], "every key has gone")

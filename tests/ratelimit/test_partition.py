@@ -21,9 +21,10 @@ from redis_asgi import (
     client_ip,
     rate_limit,
 )
+from redis_asgi.asgi.offer import OFFER, Offer
 from redis_asgi.asgi.scope import Addressing
 from redis_asgi.ratelimit.limits.policy import Partition, make_partition
-from redis_asgi.ratelimit.rules.partition import ADDRESSING, LONGEST_CACHED, MissingIdentity, Partitioner
+from redis_asgi.ratelimit.rules.partition import LONGEST_CACHED, MissingIdentity, Partitioner
 
 from .harness import drive, http_scope, memory
 
@@ -46,7 +47,7 @@ async def partition(by: Any, scope: Scope, **values: Any) -> Partition | None:
     settings = Settings(REDIS_URL="memory://", **values)
     addressing = Addressing(settings)
     # A request of its own, behind a door that has said whose addresses are believed.
-    return await ask(Partitioner(by, settings, addressing), {**scope, ADDRESSING: addressing})
+    return await ask(Partitioner(by, settings, addressing), {**scope, OFFER: Offer(addressing=addressing)})
 
 
 async def ask(partitioner: Partitioner, scope: Scope) -> Partition | None:
@@ -233,7 +234,9 @@ async def tenant_later(conn: HTTPConnection) -> str | None:
 
 @pytest.mark.parametrize("by", [lambda conn: conn.headers.get("x-tenant"), tenant_later], ids=["sync", "async"])
 async def test_callable_names_the_partition(by: Any) -> None:
-    """Its result is awaited if it must be; ``None`` takes the request out of the rule, whatever the setting."""
+    """Its result is awaited if it must be;
+    ``None`` takes the request out of the rule, whatever the setting.
+    """
     assert make_partition("custom", "acme") == await partition(by, request(("x-tenant", "acme")))
     assert await partition(by, request(), RATE_LIMIT_MISSING_IDENTITY="refuse") is None
 
@@ -274,7 +277,9 @@ async def _ask(app: Any, **changes: Any) -> int:
 
 
 async def test_every_callable_asks_the_same_proxies() -> None:
-    """Exemptions, limits, costs, partitions, refusals and the app: whom a request comes from is asked in one way."""
+    """Exemptions, limits, costs, partitions, refusals and the app:
+    whom a request comes from is asked in one way.
+    """
     seen: dict[str, str | None] = {}
 
     def see(name: str, result: Any) -> Any:

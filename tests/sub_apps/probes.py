@@ -68,7 +68,9 @@ def hurry(app: SubApp, patch: pytest.MonkeyPatch) -> None:
 
 
 async def assert_ill(app: ASGIApp, error: str, *, status: int = 200) -> None:
-    """``/ready`` and ``/`` name *error* within their deadline, ``/live`` does not mind, and nothing is given away."""
+    """``/ready`` and ``/`` name *error* within their deadline,
+    ``/live`` does not mind, and nothing is given away.
+    """
     ready, body, seconds = await probe(app)
     assert (status, "unhealthy" if status == 503 else "degraded", error) == (ready, body["status"], body["error"])
     assert seconds < DEADLINE + 0.4

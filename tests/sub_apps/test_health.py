@@ -157,7 +157,9 @@ async def test_open_breaker_is_degraded(redis_url: str, monkeypatch: pytest.Monk
 
 
 async def test_failing_closed_requires_redis() -> None:
-    """Without an argument, Redis is required as soon as a part on the manager fails closed, whichever is made first."""
+    """Without an argument, Redis is required as soon as a part on the manager fails closed,
+    whichever is made first.
+    """
     app = app_on(NOWHERE)
     assert (200, "degraded") == ((found := await probe(app))[0], found[1]["status"])
     RateLimitMiddleware(app, on_redis_error="closed", redis=app_manager(app))
@@ -168,7 +170,9 @@ async def test_failing_closed_requires_redis() -> None:
 
 @pytest.mark.usefixtures("shipped_deadlines")
 async def test_app_with_a_hung_redis(private_server: StartServer) -> None:
-    """An app whose breaker has opened under load tells so, is alive, and is well again soon after Redis is."""
+    """An app whose breaker has opened under load tells so, is alive,
+    and is well again soon after Redis is.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url))
     app = Starlette()
@@ -208,7 +212,9 @@ def _in_fastapi(app: SubApp) -> ASGIApp:
 
 @pytest.mark.parametrize("wrap", [_in_starlette, _in_fastapi])
 async def test_documented_urls(wrap: Callable[[SubApp], ASGIApp]) -> None:
-    """``/health/live``, ``/health/ready``, ``/health/``; anything else below is 404, any other method 405."""
+    """``/health/live``, ``/health/ready``, ``/health/``;
+    anything else below is 404, any other method 405.
+    """
     outer = wrap(app_on("memory://"))
     async with client_of(outer) as client:
         answers = [await client.get(f"/health{path}") for path in ("/live", "/ready", "/", "/nothing")]

@@ -168,7 +168,9 @@ async def test_info_answered_oddly() -> None:
 
 
 async def test_a_missing_right_to_call_the_script_is_permission(private_server: StartServer) -> None:
-    """A PING is answered, and yet no limit can be counted there, which is said before the first request is one."""
+    """A PING is answered, and yet no limit can be counted there,
+    which is said before the first request is one.
+    """
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-evalsha")
     app = app_on(server.url)
@@ -184,7 +186,9 @@ async def test_a_missing_right_to_call_the_script_is_permission(private_server: 
 async def test_a_missing_right_within_the_script_is_permission(
     private_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It shows when limits are counted, and is told while they cannot be, and no longer than anybody tries."""
+    """It shows when limits are counted, and is told while they cannot be,
+    and no longer than anybody tries.
+    """
     monkeypatch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.02)
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-hset")
@@ -216,7 +220,9 @@ async def test_a_renamed_command_of_the_script_is_reply(private_server: StartSer
 
 @pytest.mark.parametrize("said", [b"no upstream host", b"ERR handle response, backend conn reset"])
 async def test_a_proxy_that_has_lost_its_servers(said: bytes) -> None:
-    """It answers a PING itself, and everything else with words of its own: degraded, whoever needs Redis."""
+    """It answers a PING itself, and everything else with words of its own:
+    degraded, whoever needs Redis.
+    """
     talks: set[asyncio.Task[Any]] = set()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -324,7 +330,9 @@ async def test_hung_tls_is_hung_up_on(
 
 
 async def test_full_server_is_degraded(private_server: StartServer) -> None:
-    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes on."""
+    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes
+    on.
+    """
     server = private_server("--maxmemory", "1")
     app = app_on(server.url)
     await assert_ill(app, "redis_oom")

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_sentinel(sentinels: SentinelTrio) -> None:
-    """The master is asked; what it has become after a failover is asked too; no master is ``redis_cluster``."""
+    """The master is asked; what it has become after a failover is asked too;
+    no master is ``redis_cluster``.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     status, body, _ = await probe(app, "/")
@@ -51,7 +53,9 @@ async def assert_soon(app: SubApp, status: str) -> None:
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
 @pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> None:
-    """One of them is not waited for; without any, whoever has to find the master first cannot, in time."""
+    """One of them is not waited for; without any,
+    whoever has to find the master first cannot, in time.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     if connected:
@@ -74,7 +78,9 @@ async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> No
 
 
 async def test_hung_master(sentinels: SentinelTrio, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ill in time while nobody has noticed, and well with the next master, though the old one hangs on."""
+    """Ill in time while nobody has noticed,
+    and well with the next master, though the old one hangs on.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     assert "healthy" == (await probe(app))[1]["status"]
@@ -104,7 +110,9 @@ async def test_demoted_master_is_left(sentinels: SentinelTrio) -> None:
 
 
 async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
-    """Clients and memory are sums, the save the oldest; asked through one node, before and after it is used."""
+    """Clients and memory are sums, the save the oldest;
+    asked through one node, before and after it is used.
+    """
     manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
     status, body, _ = await probe(health_app(redis=manager), "/")
     infos = [node.client().info() for node in cluster.nodes]
@@ -122,7 +130,9 @@ async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
 
 
 async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three nodes serve: degraded, even where Redis is required, since most requests are answered."""
+    """Two of three nodes serve: degraded, even where Redis is required,
+    since most requests are answered.
+    """
     manager = RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True))
     app = health_app(redis=manager, require_redis=True)
     assert "healthy" == (await probe(app))[1]["status"]
@@ -176,7 +186,9 @@ async def test_slot_that_moves_is_no_matter(private_cluster: Cluster) -> None:
 
 
 async def test_cluster_that_serves_nothing_is_unhealthy(server_binary: str) -> None:
-    """With full coverage required, one lost node ends the service; nobody at all is a refused connection."""
+    """With full coverage required, one lost node ends the service;
+    nobody at all is a refused connection.
+    """
     cluster = Cluster.start(server_binary)
     try:
         manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
@@ -199,7 +211,9 @@ def _raw_info(node: Server) -> bytes:
 
 
 async def test_cluster_whose_known_primaries_are_gone(private_cluster: Cluster) -> None:
-    """The client has not heard of an election: the nodes it takes for replicas are asked who serves now."""
+    """The client has not heard of an election:
+    the nodes it takes for replicas are asked who serves now.
+    """
     async with aioredis.RedisCluster.from_url(private_cluster.url) as client:
         await client.initialize()
         for node in private_cluster.nodes[1:]:

@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 
 
 async def test_many_scrapes_are_one_question(private_server: StartServer) -> None:
-    """However many ask at once or within a second, health checks and the status page too, Redis is asked once."""
+    """However many ask at once or within a second,
+    health checks and the status page too, Redis is asked once.
+    """
     redis_server = private_server()
     manager = RedisManager(Settings(REDIS_URL=redis_server.url))
     apps = [metrics_app(redis=manager), health_app(redis=manager), status_app(redis=manager)]
@@ -61,7 +63,9 @@ async def test_scrape_needs_no_free_connection(redis_server: ExternalServer) -> 
 
 @pytest.mark.usefixtures("shipped_deadlines")
 async def test_scrape_of_a_hung_redis_is_answered_in_time(private_server: StartServer, counted: Telemetry) -> None:
-    """Once a second it waits for the deadline, else it is told at once; what we counted is there, and the reason."""
+    """Once a second it waits for the deadline, else it is told at once;
+    what we counted is there, and the reason.
+    """
     server = private_server()
     app = metrics_app(redis=server.url)
     counted.cache_saved_tokens.inc(7)
@@ -103,7 +107,9 @@ async def test_scraper_that_goes_away_takes_nothing_along(private_server: StartS
 
 
 async def test_closing_ends_a_question(private_server: StartServer) -> None:
-    """A manager that is closed while Redis is asked neither waits for the answer nor leaves anything running."""
+    """A manager that is closed while Redis is asked neither waits for the answer nor leaves
+    anything running.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url))
     server.pause()

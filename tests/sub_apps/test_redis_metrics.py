@@ -246,7 +246,9 @@ def test_only_clients_are_taken() -> None:
 
 
 async def test_users_client_is_left_as_it_was(private_server: StartServer) -> None:
-    """None of its connections is used, one question leaves none of ours, many share one, and it is not closed."""
+    """None of its connections is used, one question leaves none of ours,
+    many share one, and it is not closed.
+    """
     redis_server = private_server()
     async with aioredis.Redis.from_url(redis_server.url, retry=Retry(NoBackoff(), 0)) as client:
         await RedisMetrics(client).collect_metrics()

@@ -86,15 +86,15 @@ class Dialect:
         numbers: list[int] = []
         for state in states:
             numbers += state.remaining, round(state.reset * MICROSECONDS)
-        return self.teller((slice(2 * i, 2 * i + 2), state) for i, state in enumerate(states))(numbers, now)
+        return self.teller((2 * i, state) for i, state in enumerate(states))(numbers, now)
 
     def teller(
-        self, policies: "Iterable[tuple[slice, Policy | PolicyState]]"
+        self, policies: "Iterable[tuple[int, Policy | PolicyState]]"
     ) -> Callable[[Sequence[int], float], Fields]:
         """A function that makes the fields of numbers.
 
         Args:
-            policies: Each with its place among the numbers: what remains, and the reset in us. Shadows are left out.
+            policies: Each with the place of its numbers: what remains, and the reset in us. Shadows are left out.
         """
         enforcing = [(place, policy) for place, policy in policies if not policy.shadow]
         told = [
@@ -107,9 +107,7 @@ class Dialect:
             found: Fields = []
             for names, places in kept:
                 # The fewest units; of equals the one that is full last.
-                left, later, quota = min(
-                    (numbers[place.start], -numbers[place.start + 1], quota) for place, quota in places
-                )
+                left, later, quota = min((numbers[place], -numbers[place + 1], quota) for place, quota in places)
                 found += (
                     (names[0], quota),
                     (names[1], b"%d" % left),

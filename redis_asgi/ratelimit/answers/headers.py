@@ -33,13 +33,13 @@ class Members:
     """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of, a member each (draft-11, sections 3 and 4).
 
     Args:
-        policies: Each with its place among the numbers: remaining, and reset and retry in us, where 0 is "now", and
+        policies: Each with the place of its numbers: remaining, and reset and retry in us, where 0 is "now", and
             less is "never". Shadows are left out. Names need no escapes in a structured-field string.
     """
 
     __slots__ = ("_policies", "_shown", "_template")
 
-    def __init__(self, policies: "Iterable[tuple[slice, Policy | PolicyState]]") -> None:
+    def __init__(self, policies: "Iterable[tuple[int, Policy | PolicyState]]") -> None:
         shown = [(place, policy) for place, policy in policies if not policy.shadow]
         members = ", ".join(f'"{policy.name}";q={policy.quota};{_unit(policy)}' for _, policy in shown)
         self._policies = (b"ratelimit-policy", members.encode())
@@ -55,13 +55,13 @@ class Members:
         end; for the others until more is admitted when nothing is left, else the window.
         """
         values: tuple[int, ...] = ()
-        for place, is_fixed, window in self._shown:
-            remaining, reset, retry = numbers[place]
+        for at, is_fixed, window in self._shown:
+            remaining = numbers[at]
             if not window:
                 values += (remaining,)
                 continue
-            left = reset if is_fixed else 0 if remaining else retry
-            values += (remaining, (left + 999_999) // 1_000_000 if left > 0 else window)
+            left = numbers[at + 1] if is_fixed else 0 if remaining else numbers[at + 2]
+            values += remaining, (left + 999_999) // 1_000_000 if left > 0 else window
         return [self._policies, (b"ratelimit", self._template % values)] if values else []
 
 
@@ -79,7 +79,7 @@ def ietf_fields(states: Sequence[PolicyState]) -> Fields:
             round(state.reset * MICROSECONDS),
             round((state.retry_after or 0.0) * MICROSECONDS),
         )
-    return Members((slice(3 * i, 3 * i + 3), state) for i, state in enumerate(states)).fields(numbers)
+    return Members((3 * i, state) for i, state in enumerate(states)).fields(numbers)
 
 
 @lru_cache(maxsize=4096)
@@ -181,7 +181,9 @@ def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Mess
             names = dict(theirs)
             fields = [field for field in fields if field[0] not in names]
             break
-    return {**message, "headers": [*theirs, *fields]}
+    with_ours = {**message}
+    with_ours["headers"] = [*theirs, *fields]
+    return with_ours
 
 
 _OURS = frozenset(

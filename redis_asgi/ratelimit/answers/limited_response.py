@@ -1,15 +1,16 @@
 """The app's response on its way out: fields are added at its start, charges are settled at its end."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
+from ...asgi.offer import offer_of
 from ..budgets.usage import UsageReader
 from ..counting.verdict import Verdict
 from . import headers
 from .dialects import AnswerStyle, plain_style
-from .request_decision import STYLE, RequestDecision, Undecided
+from .request_decision import RequestDecision, Undecided
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 # How a server sends a file by itself.
@@ -18,7 +19,8 @@ _FILES = frozenset(("http.response.pathsend", "http.response.zerocopysend"))
 
 def style_of(scope: Scope, decision: RequestDecision) -> AnswerStyle:
     """The style of the answers to a request: of a middleware outside, else the settings'."""
-    style: AnswerStyle | None = scope.get(STYLE)
+    offer = offer_of(scope)
+    style: AnswerStyle | None = None if offer is None else offer.style
     return style or plain_style(decision.first.engine.settings.RATE_LIMIT_HEADERS)
 
 
@@ -34,7 +36,7 @@ class LimitedResponse:
     Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
     """
 
-    __slots__ = ("_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
+    __slots__ = ("_back", "_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
 
     def __init__(self, decision: RequestDecision, style: AnswerStyle, send: Send) -> None:
         self.decision = decision
@@ -43,19 +45,28 @@ class LimitedResponse:
         self._send = send
         self._gone = False
         self._reader: UsageReader | None = None  # of what it has used, where that is to be known
+        self._back: Sequence[tuple[Verdict, list[int]]] = ()  # what its start gives back, once it is sent
         self.status: int | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        """Send *message*; without a coroutine of its own where nothing is to be done after it."""
+        verdict = self._verdict
         kind = message["type"]
-        back: Sequence[tuple[Verdict, list[int]]] = ()
         if kind != "http.response.body":
-            message, back = self._start(kind, message)
+            message = self._start(kind, message)
+        elif not message.get("more_body") and not verdict.needs_end:
+            verdict.settle(self.status)
+        return self._followed(message) if verdict.needs_end else self._send(message)
+
+    async def _followed(self, message: Message) -> None:
+        """Send *message*, and settle what it changes."""
+        back, self._back = self._back, ()
         try:
             await self._send(message)
         except OSError:
             self._gone = True
             raise
-        reader = self._reader
+        kind, reader = message["type"], self._reader
         if kind == "http.response.body":
             if reader is not None:
                 reader.feed(message.get("body", b""))
@@ -65,20 +76,20 @@ class LimitedResponse:
                 self._verdict.settle(self.status)
         elif reader is not None and kind in _FILES and not message.get("more_body"):
             reader.close(complete=True)
-        if back:
-            for verdict, deltas in back:
-                self.decision.ledger.apply(verdict, deltas)
+        for verdict, deltas in back:
+            self.decision.ledger.apply(verdict, deltas)
 
-    def _start(self, kind: str, message: Message) -> tuple[Message, Sequence[tuple[Verdict, list[int]]]]:
-        """*message* with the fields, if it is a start, and what its status gives back."""
+    def _start(self, kind: str, message: Message) -> Message:
+        """*message* with the fields, if it is a start."""
         if kind not in _STARTS:
-            if kind != "websocket.close" or self.status is not None:
-                return message, ()
-            self.status = 403  # what the server answers a handshake that is closed before accept
-            return message, self.decision.turned_down()
+            if kind == "websocket.close" and self.status is None:
+                self.status = 403  # what the server answers a handshake that is closed before accept
+                self._back = self.decision.turned_down()
+            return message
         self.status = status = message.get("status", 101)
-        back = self.decision.turned_down() if 300 <= status < 500 else ()
         verdict = self._verdict
+        if verdict.needs_end and 300 <= status < 500:
+            self._back = self.decision.turned_down()
         verdict.count()
         # The draft has no fields on redirects: their target is counted by itself.
         if not 300 <= status < 400:
@@ -91,7 +102,7 @@ class LimitedResponse:
             # An app may pass headers that can be read only once.
             message = {**message, "headers": [*message.get("headers", ())]}
             self._reader = ledger.reader = UsageReader(status, message["headers"])
-        return message, back
+        return message
 
     def failed(self, error: BaseException) -> None:
         """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
@@ -110,9 +121,9 @@ class UncoveredResponse:
         self._send = send
         self._of_route: LimitedResponse | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         response = self._response()
-        await (self._send(message) if response is None else response.send(message))
+        return self._send(message) if response is None else response.send(message)
 
     def end(self, error: BaseException | None = None) -> None:
         """Count, and settle what was decided, when the app has returned or raised."""

@@ -76,18 +76,22 @@ async def send_refusal(
     await _send_body(429, headers.refusal_body(decision, style, held), fields, style, scope, receive, send)
 
 
-def remembered_refusal(verdict: Verdict, known: Known, style: AnswerStyle, scope: Scope) -> tuple[Message, Message]:
-    """The messages of a flood's usual refusal: one *known* to be one policy's, over HTTP.
+def remember_answer(verdict: Verdict, known: Known, style: AnswerStyle) -> None:
+    """Make a flood's usual refusal ready: one *known* to be one policy's, in a *style* that does not name the request.
 
-    Not in a dialect that names the request.
+    The answer of before stays where it still says what is true.
     """
     if verdict.at >= known.answers_until or known.answered_in is not style:
         held = verdict.engine.in_flight.most_of((known[0][0],), (known[0][1].policy.name,))
         _render(known, style, verdict.at, headers.held_words(held))
+
+
+async def send_again(known: Known, scope: Scope, send: Send) -> None:
+    """Send the answer that is ready for what is *known*, over HTTP."""
     fields, body = known.answer
     # Anew for each: who is outside may change them.
-    start = {"type": "http.response.start", "status": 429, "headers": fields.copy()}
-    return start, {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
+    await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
 def _render(known: Known, style: AnswerStyle, now: float, held: str) -> None:

@@ -6,7 +6,6 @@ charged locally is never copied back.
 
 import asyncio
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from ...connection.manager import RedisManager
 from ...connection.open_client import PROCESS
-from ...errors import Failure, OddReply, classify
+from ...errors import Failure, classify
 from ...events import say, words_for
 from ...settings import OnRedisError, Settings
 from ..budgets.spending import InFlight
@@ -22,7 +21,7 @@ from ..limits.charge import Charge, Charges
 from ..limits.clock import CLOCK
 from ..limits.counter import Mode
 from ..limits.decision import Decision
-from ..limits.policy import Partition, Policy, PolicySet, log_key
+from ..limits.policy import Partition, Policy, PolicySet
 from ..limits.refusal_memory import RefusalMemory
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
@@ -32,6 +31,7 @@ from .heartbeat import Hearts
 from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
 from .metrics import LimitMetrics
+from .reset import fields_of_rule, reset_in_redis
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -211,7 +211,7 @@ class Engine:
             on_request: Wait for Redis no longer than a check does.
         """
         here = self._local.fields(partition.key)
-        found = self._local.forget(partition.key, None if name is None else _of_rule(here, name))
+        found = self._local.forget(partition.key, None if name is None else fields_of_rule(here, name))
         if not self.manager.has_redis:
             return found
         try:
@@ -219,7 +219,7 @@ class Engine:
             if breaker.state == "open":
                 return False
             async with asyncio.timeout(self._timeout if on_request else self.manager.settings.REDIS_TIMEOUT):
-                return await self.reset_in_redis(partition, name)
+                return await reset_in_redis(self.manager, partition, name)
         except Exception as error:
             # Redis trouble never escapes; the caller learns that nothing was reset.
             say(logger, "reset_failed", **words_for(classify(error)), address=self.manager.address)
@@ -227,31 +227,6 @@ class Engine:
         finally:
             # A reply that is older than the reset says nothing any more.
             self.refusals.forget(partition.key, CLOCK.monotonic())
-
-    async def reset_in_redis(self, partition: Partition, name: str | None) -> bool:
-        """`reset`, in Redis only.
-
-        Raises:
-            redis.exceptions.RedisError: When Redis does not take it.
-        """
-        key = partition.key
-        client = await self.manager.get_connection()
-        reply = await client.execute_command("HKEYS", key)
-        if not isinstance(reply, list):
-            raise OddReply(f"HKEYS was answered by {type(reply).__name__}")
-        fields = [f if isinstance(f, bytes) else f.encode() for f in reply]
-        chosen = fields if name is None else _of_rule(fields, name)
-        if not chosen:
-            return False
-        # A log without its field is not read, and gone with the next charge: the order is safe.
-        if name is None:
-            gone = await client.execute_command("UNLINK", key)
-        else:
-            gone = await client.execute_command("HDEL", key, *chosen)
-        logs = [log_key(key, field) for field in chosen if _is_log(field)]
-        if logs:
-            await client.execute_command("UNLINK", *logs)
-        return bool(gone)
 
     def go_without(self, verdict: Verdict, reason: Failure) -> None:
         """Decide *verdict* where Redis gives no answer."""
@@ -305,13 +280,3 @@ def _in_order(charges: Sequence[Charge]) -> list[Charges]:
         (charge,) = charges
         return [Charges.of_one(charge)]
     return [Charges(same) for _, same in groupby(charges, lambda charge: charge.partition.key)]
-
-
-def _of_rule(fields: Sequence[bytes], name: str) -> list[bytes]:
-    """The *fields* that hold a policy of the rule *name*."""
-    belongs = re.compile(rb"%s(?:-\d+s)?:" % re.escape(name.encode()))
-    return [field for field in fields if belongs.match(field)]
-
-
-def _is_log(field: bytes) -> bool:
-    return field.split(b":")[1][:1] in b"mc"

@@ -38,6 +38,7 @@ class Verdict(Check):
         ledger: What the response changes about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
+        needs_end: Whether the end of its response changes what the request is charged.
         slot: Its place among the requests in flight, where one of its policies counts those.
     """
 
@@ -52,6 +53,7 @@ class Verdict(Check):
         "ledger",
         "loop",
         "more",
+        "needs_end",
         "rendered",
         "reply",
         "source",
@@ -67,6 +69,7 @@ class Verdict(Check):
         self.source: Source = "redis"
         self.allowed = True
         self.is_asked = self.is_counted = self.is_over = False
+        self.needs_end = charges.is_conditional
         self.known: Known | None = None
         self.more: Sequence[Verdict] = ()
         self.receipts = ()
@@ -91,20 +94,27 @@ class Verdict(Check):
         charges = self.charges
         self.source = source
         self.reply = reply
-        self.allowed = reply[0] == 1
-        if self.engine.counts_policies and self.mode == "consume":
-            if self.allowed and charges.all_enforcing:
+        self.allowed = allowed = reply[0] == 1
+        if allowed and charges.admission is not None:
+            self.uncounted = charges.admission
+        elif self.engine.counts_policies and self.mode == "consume":
+            if allowed and charges.all_enforcing:
                 # Nearly always: counted together with the request.
-                self.uncounted = charges.admission or self.engine.counts.admission(charges)
+                self.uncounted = self.engine.counts.admission(charges)
             else:
                 self.engine.counts.decided(charges, reply)
-        if charges.render is not None:
+        render = charges.render
+        if render is not None:
             # Here, for a whole batch in one go: see `Check.hear`.
-            self.rendered = charges.render(reply)
+            self.rendered = render(reply)
 
     def refuse(self, known: Known, at: float) -> None:
         """Be what is remembered to refuse it at the moment *at* (monotonic seconds)."""
         self.allowed, self.known, self.at = False, known, at
+
+    def conclude(self) -> None:
+        """Be from now on only what it says, so that it can be said again and again."""
+        self._decision, self.known = self.decision, None
 
     def leave(self, decision: Decision) -> None:
         """Be what is said where no engine decides about any of its charges."""
@@ -115,11 +125,10 @@ class Verdict(Check):
         if self.is_counted:
             return
         self.is_counted = True
-        said = self
-        if self.more:
-            said = next((verdict for verdict in self.all if not verdict.allowed), self)
-        outcome = "allowed" if said.allowed else "unavailable" if said.source == "none" else "refused"
-        said.engine.counts.request(outcome, "refusal_memory" if said.known else said.source, self.uncounted)
+        said = self if not self.more else next((verdict for verdict in self.all if not verdict.allowed), self)
+        source = said.source
+        outcome = "allowed" if said.allowed else "unavailable" if source == "none" else "refused"
+        said.engine.counts.request(outcome, source if said.known is None else "refusal_memory", self.uncounted)
 
     def settle(self, status: int | None) -> None:
         """Settle the request, at the end of its response; see `Settlement.settle`."""
@@ -127,11 +136,7 @@ class Verdict(Check):
             self.is_over = True
             if not self.is_counted:
                 self.count()
-            if (
-                self.ledger is not None
-                or self.charges.status_decides
-                or (self.more and any(verdict.charges.status_decides for verdict in self.more))
-            ):
+            if self.needs_end:
                 self.release()
                 self.open_ledger().settle(status)
                 # It refers to this: the cycle would leave every request to the collector.
@@ -152,6 +157,7 @@ class Verdict(Check):
         """The request's ledger; begun when it is first asked for."""
         if self.ledger is None:
             self.ledger = Settlement(self)
+            self.needs_end = True
         return self.ledger
 
     @property

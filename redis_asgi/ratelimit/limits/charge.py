@@ -94,8 +94,10 @@ class Charges(Sequence[Charge]):
         reply_size: How many numbers the answer is.
         all_enforcing: Whether all of them may refuse, so that a request that is admitted was admitted by each.
         status_decides: Whether the response's status decides if they stay.
+        is_conditional: Whether they may stay or not: by that status, or as one of them is *unread*.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
+        is_ready: Whether they are all there is to decide about the request, at known costs, and hold nothing.
         is_priced: Whether the cost of one of them is still to be asked for.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
         holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
@@ -114,7 +116,9 @@ class Charges(Sequence[Charge]):
         "counters",
         "has_tokens",
         "holds",
+        "is_conditional",
         "is_priced",
+        "is_ready",
         "is_spread",
         "key_count",
         "keys",
@@ -167,6 +171,7 @@ class Charges(Sequence[Charge]):
         self.all_enforcing = enforce
         self.status_decides = status_decides
         self.unread = unread
+        self.is_conditional = status_decides or unread
         self._limits: frozenset[tuple[bytes, bytes]] | None = None
         self._in_flight: Charges | None = None
         self.admission: Any = None
@@ -174,6 +179,7 @@ class Charges(Sequence[Charge]):
         self.known: Any = None
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
+        self.is_ready = bool(each) and not is_priced and not holds
         self.has_tokens = has_tokens
         self.holds = holds
 
@@ -191,7 +197,9 @@ class Charges(Sequence[Charge]):
         made.reply_size = size_of(made.counters)
         made.terms = b"".join((ONE, policies.resp, bulk_int(charge.cost)))
         made.consume = CONSUME + made.terms
-        made.is_spread = made.status_decides = made.unread = made.is_priced = made.has_tokens = made.holds = False
+        made.is_spread = made.status_decides = made.unread = made.is_conditional = False
+        made.is_priced = made.has_tokens = made.holds = False
+        made.is_ready = True
         made.admission = made.render = made.known = made._limits = made._in_flight = None
         return made
 
@@ -213,6 +221,8 @@ class Charges(Sequence[Charge]):
         made.sets, made.names, made.all_enforcing = self.sets, self.names, self.all_enforcing
         made.counters, made.reply_size = self.counters, self.reply_size
         made.is_spread, made.status_decides, made.unread = self.is_spread, self.status_decides, self.unread
+        made.is_conditional = self.is_conditional
+        made.is_ready = not self.holds
         made.holds, made._limits, made._in_flight = self.holds, self._limits, self._in_flight
         made.admission, made.render = self.admission, self.render
         return made

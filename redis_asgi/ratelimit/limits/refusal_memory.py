@@ -65,11 +65,12 @@ class Known(list[tuple[Charge, Refusal]]):
         counters: What is counted of them, kept by `counts`.
         answer: The last answer in full: header fields and body, kept by `responses`.
         answered_in: The style of that.
+        decided: The decision that it was the answer to.
         answers_until: How long, in monotonic seconds, the whole seconds in it stay the same.
         is_alone: Whether they are one, and no other charge was asked about that may come to be refused too.
     """
 
-    __slots__ = ("answer", "answered_in", "answers_until", "counters", "is_alone")
+    __slots__ = ("answer", "answered_in", "answers_until", "counters", "decided", "is_alone")
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +78,19 @@ class Known(list[tuple[Charge, Refusal]]):
         self.counters: Any = None
         self.answer: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
         self.answered_in: object = None
+        self.decided: Any = None
         self.answers_until = 0.0
+
+    def holds(self, now: float) -> bool:
+        """Whether they still answer what they answered last, at *now* (monotonic seconds), alone."""
+        if not self.is_alone:
+            return False
+        refusal = self[0][1]
+        return refusal.alone and now < refusal.until
+
+    def repeats(self, style: object, now: float) -> bool:
+        """Whether the last answer, in that *style*, is the answer at *now* (monotonic seconds), too."""
+        return self.answered_in is style and now < self.answers_until and self.decided is not None and self.holds(now)
 
 
 class RefusalMemory:
@@ -109,7 +122,7 @@ class RefusalMemory:
     def find(self, charges: Charges, now: float) -> Known:
         """The refusals that are known of *charges* at *now* (monotonic seconds); empty when there are none."""
         kept: Known | None = charges.known
-        if kept is not None and kept.is_alone and kept[0][1].alone and now < kept[0][1].until:
+        if kept is not None and kept.holds(now):
             return kept
         known = self._find(charges, now)
         if known == kept:

@@ -41,9 +41,9 @@ def size_of(counters: int) -> int:
     return 1 + VALUES_PER_COUNTER * counters
 
 
-def place_of(counter: int) -> slice:
-    """The place of `remaining`, `reset` and `retry` of a reply's n-th *counter*."""
-    return slice(2 + VALUES_PER_COUNTER * counter, 5 + VALUES_PER_COUNTER * counter)
+def place_of(counter: int) -> int:
+    """The place of `remaining` of a reply's n-th *counter*; `reset` and `retry` follow."""
+    return 2 + VALUES_PER_COUNTER * counter
 
 
 def charged_receipts(reply: Reply) -> list[int]:

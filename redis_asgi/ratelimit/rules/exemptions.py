@@ -9,7 +9,6 @@ from starlette.types import Scope
 
 from ...asgi.paths import PathPattern, path_patterns
 from ...errors import ConfigurationError
-from ...event_loop import running_loop
 from ...misuse import check_callable, shown
 from ...settings import Settings
 from .routing import Routing
@@ -40,25 +39,25 @@ class Exemptions:
                     hint = "Try exempt=['/internal/*'], or one callable."
                     raise ConfigurationError(f"exempt holds {shown(path)}, which is no path pattern. {hint}")
                 self._paths += path_patterns(path)
-        self._has_looked = False
-        self.any = True
+        self.any = True  # until `look`
 
     @property
     def paths(self) -> tuple[PathPattern, ...]:
         """The patterns of the user's."""
         return self._paths
 
-    async def cover(self, scope: Scope) -> bool:
-        """Whether a request is left alone."""
-        if not self._has_looked:
-            running_loop()  # here, where each first request comes by
-            self._has_looked = True
-            self.any = bool(self._paths or self._says_so or self._routing.has_pages)
-        if self.cover_path(scope):
-            return True
-        if self._says_so is None:
-            return False
-        said = self._says_so(HTTPConnection(scope))
+    def look(self) -> None:
+        """Find out whether there is *any*, once the app has all its routes."""
+        self.any = bool(self._paths or self._says_so or self._routing.has_pages)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a callable of the user's has to be asked where the path does not say so."""
+        return self._says_so is not None
+
+    async def ask(self, scope: Scope) -> bool:
+        """Whether the user's callable leaves a request alone."""
+        said = self._says_so(HTTPConnection(scope)) if self._says_so is not None else False
         return bool(await said if isawaitable(said) else said)
 
     def cover_path(self, scope: Scope) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
+from ...asgi.offer import OFFER, offer_of
 from ...asgi.scope import Addressing, is_plain_address
 from ...errors import ConfigurationError
 from ...misuse import check_callable, constructor_says_what_was_meant, shown
@@ -20,9 +21,6 @@ from .by_body import ByBody
 PartitionPart: TypeAlias = Callable[[HTTPConnection], str | None | Awaitable[str | None]]
 PartitionBy: TypeAlias = PartitionPart | Sequence[PartitionPart]
 
-# Whom a request comes from is asked in one way: the middleware's (without one, the first per-route limit's), by every
-# callable of the user's, by the limits of routes below and by the app itself.
-ADDRESSING = "redis_asgi.addressing"
 # The one partition of all clients whose server gives no address (a unix socket).
 UNKNOWN = "unknown"
 # Their values begin with a scheme, whose case and blanks say nothing (RFC 9110, 11.1).
@@ -38,7 +36,10 @@ def client_ip(conn: HTTPConnection) -> str | None:
     Behind proxies the forwarding header is believed only from ``RATE_LIMIT_TRUSTED_PROXIES``. A server that
     gives no address puts everybody into the one partition ``unknown``.
     """
-    addressing: Addressing | None = conn.scope.get(ADDRESSING)
+    # It is asked in one way: the middleware's (without one, the first per-route limit's), by every callable of the
+    # user's, by the limits of routes below and by the app itself.
+    offer = offer_of(conn.scope)
+    addressing = offer.addressing if offer is not None else None
     if addressing is None:
         addressing = _default_addressing()
     return addressing.client(conn.scope) or UNKNOWN
@@ -243,7 +244,7 @@ class Partitioner:
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
 
     def _read_address(self, scope: Scope) -> str | None:
-        return cast("Addressing", scope[ADDRESSING]).client(scope)
+        return cast("Addressing", scope[OFFER].addressing).client(scope)
 
     def of_address(self, client: str | None) -> Partition:
         """The partition of a client as `Addressing.client` names it."""

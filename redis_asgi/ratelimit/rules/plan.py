@@ -65,16 +65,19 @@ class Plan:
         self._kept = cache.charges
         self._steps = tuple((rule.limits_of, rule.partition.read, rule.partition, rule) for rule in rules)
         self._asks_user = any(rule.asks_user for rule in rules)
-        self._reads: Any = [rule.partition.read for rule in rules]
+        # What says which client it is, where no callable of the user's has to be asked.
+        reads: list[Any] = [] if self._asks_user else [rule.partition.read for rule in rules]
+        self._read, self._more_reads = reads[0] if reads else None, reads[1:]
+        self._nothing = None if rules else self._charge((self,))
 
     def known(self, scope: Scope) -> Charges | None:
         """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
-        if self._asks_user:
-            return None
-        asked: list[Any] = [self]
-        for read in self._reads:
-            asked.append(read(scope))  # noqa: PERF401 - a comprehension is one more call on Python 3.11
-        return self._kept.young.get(tuple(asked))
+        read = self._read
+        if read is None:
+            return self._nothing
+        if not self._more_reads:
+            return self._kept.young.get((self, read(scope)))
+        return self._kept.young.get((self, read(scope), *[more(scope) for more in self._more_reads]))
 
     async def charges(self, scope: Scope) -> Charges:
         """The charges of a request, but for what is *behind*; empty where no rule applies to it.
@@ -104,7 +107,9 @@ class Plan:
 
     def _charge(self, asked: AskedKey) -> Charges:
         both = zip(self._steps, asked[1:], strict=True)
-        return self._cache.make(rule.charge(name) for (*_, rule), name in both if name is not None)
+        charges = self._cache.make(rule.charge(name) for (*_, rule), name in both if name is not None)
+        charges.is_ready = charges.is_ready and self.behind is None
+        return charges
 
 
 class PlanCache:
@@ -197,10 +202,13 @@ class Plans:
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
-        method: str = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
-        if method == "OPTIONS" and is_preflight(scope):
-            method = "OPTIONS preflight"  # no method has a blank
+        method: str = scope["method"] if scope["type"] == "http" else "of a websocket"  # no method has a blank
         shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)
+        return self._by_shape.young.get(shape) or self._find(shape, scope)
+
+    def _find(self, shape: tuple[str, ...], scope: Scope) -> Plan:
+        if shape[0] == "OPTIONS":  # is never found as it is
+            shape = ("OPTIONS preflight" if is_preflight(scope) else "OPTIONS as such", *shape[1:])
         return self._by_shape.young.get(shape) or self._by_shape.find(shape, lambda _: self._make(scope))
 
     def _make(self, scope: Scope) -> Plan:

@@ -1,4 +1,6 @@
-"""Workers with the cache before one app, driven step by step and judged by what the app alone would answer."""
+"""Workers with the cache before one app,
+driven step by step and judged by what the app alone would answer.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -37,7 +39,9 @@ class Send:
 
 @dataclass(frozen=True)
 class Together:
-    """Several at once, while the app does not answer yet; some leave, or are cancelled, before it does."""
+    """Several at once, while the app does not answer yet; some leave,
+    or are cancelled, before it does.
+    """
 
     asks: tuple[tuple[Ask, Literal["stays", "leaves", "cancelled"]], ...]
     worker: int = 0
@@ -72,7 +76,9 @@ class Down:
 
 @dataclass(frozen=True)
 class Retrain:
-    """The model is another one behind its name; the operator flushes it and waits as long as is documented."""
+    """The model is another one behind its name;
+    the operator flushes it and waits as long as is documented.
+    """
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,8 @@ class World:
                     raise Violation(f"{ask}: cancelled by nobody")
                 self.judge.judge(ask, worker, task.result(), start)
         calls = len(self.judge.calls) - start
-        # Its own, what others did not bring, and the original: all are on their way before anything is known.
+        # Its own, what others did not bring, and the original:
+        # all are on their way before anything is known.
         if calls > 3 * len(asks):
             raise Violation(f"{calls} calls for {len(asks)} requests")
 
