@@ -16,7 +16,7 @@ import redis
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from .kit.processes import clean_environment
+from .kit.processes import ENDS_WITHIN, clean_environment
 from .kit.servers import free_port, wait_until
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
@@ -63,7 +63,7 @@ def serving(name: str, **environment: str) -> Iterator[Example]:
                 yield Example(client, port, log)
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=ENDS_WITHIN)
 
 
 def _listens(port: int) -> bool:

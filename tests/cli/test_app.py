@@ -21,7 +21,6 @@ from ..conftest import StartServer
 from ..kit.servers import ExternalServer
 
 PASSWORD = "s3cr3t-of-a-test"
-PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
 Invoke = Callable[..., Result]
 
 SHOP = """
@@ -59,7 +58,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def call(*arguments: str, text: str | None = None, **env: str) -> Result:
-        for name, value in {**PATIENT, **env}.items():
+        for name, value in env.items():
             monkeypatch.setenv(name, value)
         known = set(sys.modules)
         try:

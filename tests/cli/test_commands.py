@@ -24,7 +24,7 @@ from redis_asgi.inspection.rights import rights_of
 from ..conftest import StartServer
 from ..kit.documents import section
 from ..kit.fair_time import fair_time
-from ..kit.processes import clean_environment, run_python
+from ..kit.processes import ENDS_WITHIN, clean_environment, run_python
 from ..kit.servers import ExternalServer, Server, wait_until
 from .shell import PASSWORD, Invoke, counted, run
 
@@ -256,7 +256,7 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
         ) as process:
             wait_until(lambda: _connections(server.port) > before, "it has connected")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=10)
+            out, err = process.communicate(timeout=ENDS_WITHIN)
     finally:
         server.resume()
 
@@ -307,7 +307,7 @@ def test_colours_are_for_terminals(env: dict[str, str], coloured: bool, redis_ur
                 shown += data
         except OSError:
             pass
-        process.communicate(timeout=20)
+        process.communicate(timeout=ENDS_WITHIN)
     os.close(main)
 
     assert b"fail" in shown
@@ -321,7 +321,7 @@ def test_progress_is_for_terminals() -> None:
     command = [sys.executable, "-m", "redis_asgi", "check", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=other, env=environment) as process:
         os.close(other)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=ENDS_WITHIN)
     shown = os.read(main, 65536)
     os.close(main)
 

@@ -15,6 +15,7 @@ from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
 
 from ..kit.logs import event_of
+from ..kit.patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -45,13 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_of(breaker: Breaker) -> str:
     """Its state now: mypy takes an attribute for what it was."""
     return breaker.state
-
-
-async def until(truth: Callable[[], bool]) -> None:
-    """Wait for at most a second."""
-    async with asyncio.timeout(1):
-        while not truth():
-            await asyncio.sleep(0.001)
 
 
 async def opened(server: FakeServer) -> Breaker:

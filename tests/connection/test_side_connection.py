@@ -22,6 +22,7 @@ from redis_asgi.connection.sockets import connection_class
 from redis_asgi.errors import Failure, classify
 
 from ..kit.certificates import Certificates
+from ..kit.patience import PATIENCE
 from ..kit.servers import ExternalServer
 
 pytestmark = pytest.mark.anyio
@@ -122,7 +123,7 @@ async def test_a_task_that_swallows_a_cancellation_is_ended_all_the_same() -> No
     port = listener.sockets[0].getsockname()[1]
     task = asyncio.create_task(probing())
     await accepted.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await end([task])
     assert task.cancelled()
     await end([task])

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Settings, by_header, health_app, metrics_app
 
 from ..kit.certificates import Certificates
+from ..kit.patience import PATIENCE
 from ..kit.servers import Cluster, SentinelTrio, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -69,10 +70,10 @@ async def test_sentinel(tls_sentinels: SentinelTrio, certificates: Certificates)
         old = tls_sentinels.primary()
         assert 8 == old.client().dbsize()
         old.kill()
-        wait_until(lambda: tls_sentinels.primary() is not old, "a failover", within=20)
+        wait_until(lambda: tls_sentinels.primary() is not old, "a failover")
     async with serving(**where, **certificates.settings()) as (manager, client):
         # A sentinel that has not heard of the failover yet may be the first to answer.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while "redis" != (await RateLimiter(manager).peek("a")).source:
                 await asyncio.sleep(0.05)
             while "healthy" != (await client.get("/health/")).json()["status"]:

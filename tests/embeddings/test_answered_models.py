@@ -16,7 +16,8 @@ from redis_asgi.settings import Settings
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.inside import shared_of
 from ..kit.logs import event_of
-from .callers import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 

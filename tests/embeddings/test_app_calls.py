@@ -20,6 +20,7 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, respond, server
 from ..kit.inside import shared_of
+from ..kit.patience import PATIENCE
 from .requests import ask
 
 pytestmark = pytest.mark.anyio
@@ -175,7 +176,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         await app({"type": "lifespan", "state": {}}, receive, send)
     endless.cancel()
 

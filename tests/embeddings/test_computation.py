@@ -15,6 +15,8 @@ from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.storage.store import MemoryVectors
 from redis_asgi.settings import Settings
 
+from ..kit.patience import PATIENCE
+
 pytestmark = pytest.mark.anyio
 
 Compute = Callable[[list[str]], Awaitable[Any]]
@@ -206,7 +208,7 @@ async def test_nobody_else_sees_a_cancellation(manager: RedisManager, where: str
         if others:
             break
         await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         results = await asyncio.gather(*callers, return_exceptions=True)
     assert [RuntimeError] * 2 == [type(result) for result in results]
     assert "compute raised CancelledError" in str(results[0])
@@ -314,7 +316,7 @@ class World:
             self.step()
             for _ in range(self.rng.choice((0, 0, 1, 2, 7))):
                 await asyncio.sleep(0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not all(task.done() for task in (*self.callers, *self.changes)):
                 for gate in self.gates:
                     gate.set()

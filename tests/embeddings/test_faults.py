@@ -131,6 +131,7 @@ def fill(server: Server) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("trip", ["lookup", "claim", "write"])
 @pytest.mark.parametrize("harm", [kill, hang, fill], ids=lambda harm: harm.__name__)
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
     harm: Callable[[Server], None], trip: str, when: str, own_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,8 +290,9 @@ async def test_a_flush_that_redis_did_not_take_is_an_error() -> None:
 
 async def test_embedding_cache_survives_everything(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Trouble is ``None``, ``False``, ``{}`` and 0, one log line, and everything is computed."""
+    patient = EmbeddingCache(settings=settings_of(own_server.url))
     cache = EmbeddingCache(settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
-    assert await cache.set_embedding("a", [1.0])
+    assert await patient.set_embedding("a", [1.0])
     own_server.pause()
     caplog.set_level(logging.WARNING)
     assert await cache.get_embedding("a") is None

@@ -15,7 +15,8 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.inside import shared_of
-from .callers import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate, quiet_of
 
 pytestmark = pytest.mark.anyio
 
@@ -87,7 +88,7 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
     await gate.reached.wait()
     monkeypatch.setattr(MemoryVectors, "lookup", slowly)
     second = Caller(app, "a")
-    await asyncio.sleep(0.01)
+    await quiet_of(app)
     gate.open.set()
     await first.task
     slow.set()
@@ -270,7 +271,7 @@ async def test_two_workers_agree_on_a_new_model(redis_url: str) -> None:
     other = Caller(quick, "b")
     await other.task
     second = Caller(slow, "a")
-    await asyncio.sleep(0.05)
+    await quiet_of(slow)
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     later = [Caller(app, "a", "b") for app in (quick, slow)]

@@ -13,6 +13,7 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, client, server
 from ..kit.inside import shared_of
+from ..kit.patience import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -100,7 +101,7 @@ async def test_an_end_before_the_trip_has_left_reaches_all_who_wait() -> None:
     waiting = [asyncio.ensure_future(joint.look_up([name], 1)) for name in (b"a", b"b")]
     closing = asyncio.ensure_future(joint.aclose())
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert [Failure.CONNECTION] * 2 == await asyncio.gather(*waiting)
         await closing
         assert [b"c"] == await joint.look_up([b"c"], 1)

@@ -16,7 +16,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from ..kit.embedding_apps import Spy, cache_status, read, respond, server, vector
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import Server, free_port, wait_until
 from .clients import installed
 from .test_socket import served
@@ -109,7 +109,7 @@ def _serving(module: str, folder: Path, **environment: str) -> Iterator[httpx.Cl
             yield _ready(client, answers)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def _ready(client: httpx.Client, answers: Callable[[], bool]) -> httpx.Client:

@@ -21,8 +21,10 @@ from redis_asgi.settings import Settings
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.embedding_apps import DIMS, Spy, cache_status, client, drive, read, respond, server
+from ..kit.inside import shared_of
+from ..kit.patience import quiet, until
 from ..kit.servers import Server
-from .callers import Caller, Gate, until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +106,7 @@ async def test_what_waits_for_anothers_computation_is_collapsed(any_settings: Se
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     callers = [Caller(app, "a") for _ in range(3)]
     await gate.reached.wait()
-    await asyncio.sleep(0.05)
+    await quiet(shared_of(app).vectors.manager)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
 
@@ -266,7 +268,7 @@ async def test_every_request_counts_once_also_when_its_caller_goes(counted: Tele
     await until(lambda: spy.calls == 3)
     callers[0].disconnect()
     callers[1].task.cancel()
-    await asyncio.sleep(0.01)
+    await quiet(shared_of(app).vectors.manager)
     gate.open.set()
     await asyncio.wait({caller.task for caller in callers}, timeout=5)
 

@@ -19,6 +19,7 @@ from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.settings import Settings
 
+from ..kit.patience import leave_unread
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 
@@ -180,8 +181,7 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     await execute(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
     connection = await pool.get_connection()
     if left == "a reply":
-        await connection.send_command("GET", "a")
-        await asyncio.sleep(0.02)
+        await leave_unread(connection, "GET", "a")
     elif left == "half a reply":
         connection._parser._stream.feed_data(b"$4\r\nof")
     else:

@@ -181,12 +181,11 @@ class _Story:
             url = row.url.format(address=f"127.0.0.1:{proxy.port}")
             self.settings = Settings(
                 REDIS_URL=url,
-                REDIS_TIMEOUT=1,
                 RATE_LIMIT_TIMEOUT=row.deadline,
                 EMBEDDING_CACHE_TIMEOUT=row.deadline,
                 EMBEDDING_CACHE_L1_BYTES=0,
                 EMBEDDING_CACHE_NAMESPACE="faults",
-                **row.settings,
+                **{"REDIS_TIMEOUT": 1, **row.settings},
             )
             self.manager = RedisManager(self.settings)
             scene = Scene(self.server, proxy, self.manager)

@@ -421,7 +421,7 @@ OF_ALL_ELSE: dict[str, Row] = {
         health=None,
         breaker="closed",
         log=("command_failed",),
-        settings={"REDIS_POOL_SIZE": 1},
+        settings={"REDIS_POOL_SIZE": 1, "REDIS_TIMEOUT": 30},  # for which the app's command may block
     ),
     "a plain server for TLS": Row(
         nothing,

@@ -15,7 +15,6 @@ from .storm import Storm
 QUOTA = 25
 SEED = 20_261_129
 # The machine may be slow under a storm, Redis is not.
-PATIENT = {"RATE_LIMIT_TIMEOUT": "20", "EMBEDDING_CACHE_TIMEOUT": "20"}
 
 
 def charged(server: Server) -> dict[str, int]:
@@ -46,7 +45,7 @@ def test_storm_through_one_worker(private_server: StartServer, tmp_path: Path, f
     no 5xx, and nothing is left behind.
     """
     server = private_server()
-    with serving(server.url, tmp_path, workers=1, quota=QUOTA, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=1, quota=QUOTA) as served:
         before = served.get("/process")
         weather, wrong = storm(server, served, 500)
         after = settled(served, before)
@@ -66,7 +65,7 @@ def test_storm_finds_what_is_wrong(private_server: StartServer, tmp_path: Path) 
     """
     server = private_server()
     sabotage = "vectors and counters"
-    with serving(server.url, tmp_path, workers=1, quota=QUOTA, FAULTS_SABOTAGE=sabotage, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=1, quota=QUOTA, FAULTS_SABOTAGE=sabotage) as served:
         weather = Storm(served.port, QUOTA, random.Random(SEED), clients=2)
         asyncio.run(weather.run(120))
         wrong = weather.verdict(served.reached, charged(server))
@@ -80,7 +79,7 @@ def test_storm_finds_what_is_wrong(private_server: StartServer, tmp_path: Path) 
 def test_long_storm(private_server: StartServer, tmp_path: Path, workers: int, figures: list[str]) -> None:
     """Thousands of them, on four workers that share the clients too."""
     server = private_server()
-    with serving(server.url, tmp_path, workers=workers, quota=QUOTA, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=workers, quota=QUOTA) as served:
         weather, wrong = storm(server, served, 6000, clients=80)
     figures.append(f"storm, {workers} workers: {weather.figures()}")
 

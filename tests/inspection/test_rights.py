@@ -33,8 +33,6 @@ from ..test_guides import embedding_client, not_found
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 PASSWORD = "s3cr3t-of-a-test"
-# A busy machine is no finding.
-PATIENT: dict[str, Any] = {"RATE_LIMIT_TIMEOUT": 5, "EMBEDDING_CACHE_TIMEOUT": 5}
 
 
 def grant(server: ExternalServer, line: str) -> None:
@@ -116,7 +114,6 @@ async def test_the_line_suffices_and_none_of_it_is_idle(private_server: StartSer
         REDIS_USERNAME="app",
         REDIS_PASSWORD=PASSWORD,
         REDIS_KEY_PREFIX="my:*app[1]\\:",
-        **PATIENT,
     )
     rights = rights_of(settings)
     grant(server, rights.line("app", PASSWORD))
@@ -137,7 +134,7 @@ async def test_on_a_cluster_too(private_cluster: Cluster) -> None:
     EVALSHA needs no more than the package sends.
     """
     settings = Settings(
-        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD, **PATIENT
+        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD
     )
     rights = rights_of(settings)
     for node in private_cluster.nodes:

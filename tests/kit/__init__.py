@@ -34,6 +34,12 @@ A browser (``browser``)
     ``with Browser(binary) as it``   a real Chromium, headless: ``visit(url) run(script)
                                      screenshot(path) resize(w, h) prefer(scheme)``; ``served(app)``
                                      gives it something to look at
+Patience (``patience``)
+    whatever is given no deadline has twenty seconds instead of the package's quarter; a test about
+    a deadline names its own, or asks for the package's by the fixture ``shipped_deadlines``
+    ``await until(truth)``           lets the loop run until it holds
+    ``await quiet(manager)``         until Redis has answered all; ``until_calm(is_busy)``
+    ``await leave_unread(connection, *command)``
 Time (``fair_time``)
     ``fair_time()``                  seconds without those for which the process waited for a core:
                                      for upper bounds

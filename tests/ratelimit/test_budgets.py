@@ -390,7 +390,7 @@ async def test_surplus_of_an_outage_is_charged_in_the_process(private_server: St
     what was to come back is lost with it.
     """
     server = private_server()
-    settings = Settings(REDIS_URL=server.url, RATE_LIMIT_TIMEOUT=0.5)
+    settings = Settings(REDIS_URL=server.url)
     app = limited(settings, "10000/hour")
     gates = [(asyncio.Event(), asyncio.Event()) for _ in range(2)]
     dear, cheap = (Ending(answer(json.dumps(usage(0, used)).encode()), used) for used in (5500, 1))

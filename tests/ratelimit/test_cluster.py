@@ -21,7 +21,9 @@ from redis_asgi.ratelimit.limits.policy import STRATEGIES, Partition, PolicySet,
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE, leave_unread
 from ..kit.servers import SLOTS, Cluster, Server
+from .harness import all_answered
 from .histories import policy
 
 pytestmark = pytest.mark.anyio
@@ -122,7 +124,7 @@ async def test_rules_in_two_slots_are_decided_together(cluster: Cluster, strateg
 
     verdicts = [await engine.decide(asked) for _ in range(2)]
     refused = await engine.decide(asked)
-    await asyncio.sleep(0.05)  # the refund is a batch of its own
+    await all_answered(engine.manager)  # the refund is a batch of its own
 
     assert [(True, [9, 1]), (True, [8, 0])] == [(verdict.allowed, remaining(verdict)) for verdict in verdicts]
     assert (False, ("rule-1",)) == (refused.allowed, refused.decision.violated)
@@ -142,10 +144,10 @@ async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluste
     first = await engine.decide(unread)
     assert (True, [0, 0], [10, 1]) == (first.allowed, remaining(first), first.taken)
     engine.settle(first, [-7, 0])
-    await asyncio.sleep(0.05)
+    await all_answered(engine.manager)
     assert [6] == remaining(await engine.decide(Charges(asked[:1])))
     refused = await engine.decide(unread)
-    await asyncio.sleep(0.05)
+    await all_answered(engine.manager)
 
     assert (False, [6, 0]) == (refused.allowed, remaining(refused))
     assert [6, 0] == remaining(await engine.decide(asked, "peek"))
@@ -161,7 +163,7 @@ async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:
     asked = charges(address, key, quotas=(1000, 30))
 
     verdicts = await asyncio.gather(*(engine.decide(asked) for _ in range(100)))
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert 30 == sum(verdict.allowed for verdict in verdicts)
     assert [970, 0] == remaining(await engine.decide(asked, "peek"))
@@ -179,7 +181,7 @@ async def test_what_is_given_back_is_not_remembered_as_gone(cluster: Cluster) ->
     assert (await engine.decide(by_key)).allowed
 
     refused = await asyncio.gather(engine.decide(both), engine.decide(by_address))
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert [["rule-1"], ["rule-0"]] == [list(verdict.decision.violated) for verdict in refused]
     assert (await engine.decide(by_address)).allowed
@@ -193,7 +195,7 @@ async def test_later_charges_reach_both_slots(cluster: Cluster) -> None:
     verdict = await engine.decide(asked)
 
     engine.settle(verdict, [3, -1])
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert [6, 10] == remaining(await engine.decide(asked, "peek"))
 
@@ -202,7 +204,7 @@ async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster:
     """When one half cannot be asked, this process decides about both,
     and the other half gets its unit back.
     """
-    engine = Engine(manager_of(private_cluster), timeout=0.5)
+    engine = Engine(manager_of(private_cluster), timeout=PATIENCE)
     alive, dead, _ = private_cluster.nodes
     who = [make_partition("custom", clients_of(private_cluster, node, 1)[0]) for node in (alive, dead)]
     asked = charges(*who, quotas=(10, 10))
@@ -210,7 +212,7 @@ async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster:
     dead.kill()
 
     verdict = await engine.decide(asked)
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert (True, "local", [9, 9]) == (verdict.allowed, verdict.source, remaining(verdict))
     assert [9] == remaining(await engine.decide(Charges(asked[:1]), "peek"))
@@ -240,10 +242,7 @@ async def test_stray_reply_is_nobodys(cluster: Cluster) -> None:
     assert 1 == (await limiter.consume("a", "2/hour")).policies[0].remaining
     for node in client.get_primaries():
         for connection in node._free:
-            await connection.send_command("PING")
-            async with asyncio.timeout(5):
-                while not await connection.can_read():
-                    await asyncio.sleep(0.001)
+            await leave_unread(connection, "PING")
 
     decision = await limiter.consume("a", "2/hour")
     assert (True, "redis", 0) == (decision.allowed, decision.source, decision.policies[0].remaining)
@@ -269,11 +268,12 @@ async def test_dead_node_degrades_only_its_own_clients(private_cluster: Cluster,
     """Clients on the other nodes keep being counted by Redis,
     all are answered in time, and nothing is raised.
     """
-    limiter = limiter_of(private_cluster, timeout=0.3)
+    manager = manager_of(private_cluster)
+    patient, limiter = RateLimiter(manager), RateLimiter(manager, timeout=1)
     dead, *alive = private_cluster.nodes[::-1]
     theirs = clients_of(private_cluster, dead, 5)
     ours = [name for node in alive for name in clients_of(private_cluster, node, 5)]
-    decisions, _ = await ask_all(limiter, ours + theirs)
+    decisions, _ = await ask_all(patient, ours + theirs)
     assert {"redis"} == {decision.source for decision in decisions}
 
     if how == "killed":
@@ -283,7 +283,7 @@ async def test_dead_node_degrades_only_its_own_clients(private_cluster: Cluster,
     try:
         for _ in range(5):
             decisions, slowest = await ask_all(limiter, ours + theirs)
-            assert slowest < 0.6
+            assert slowest < 1.3
             assert {"local"} == {decision.source for decision in decisions[len(ours) :]}
             assert {"redis"} == {decision.source for decision in decisions[: len(ours)]}
             await asyncio.sleep(0.1)

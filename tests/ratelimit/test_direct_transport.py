@@ -22,6 +22,7 @@ from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 from redis_asgi.ratelimit.transport.direct_transport import DirectTransport
 
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -189,7 +190,7 @@ async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Outcome) ->
 
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert expected == await ask(batcher_of(manager))
     assert not batcher_of(manager)._sent
     await manager.close()
@@ -271,7 +272,7 @@ async def test_trial_does_not_wait_behind_checks_of_the_outage(redis_url: str) -
     await asyncio.sleep(0)
     pool.get_connection = connect  # type: ignore[method-assign]
     batcher.breaker.state = "half_open"
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert [99, 98] == [remaining(outcome) for outcome in await asyncio.gather(before, ask(batcher))]
     assert "closed" == manager.breaker_state
     await manager.close()

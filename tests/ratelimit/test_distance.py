@@ -19,6 +19,7 @@ from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
 from redis_asgi.ratelimit.transport.check import Check, SubmittedBatch
 
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -98,7 +99,7 @@ def submit(batcher: Batcher, *, timeout: float = 1.0, counters: int = 1) -> Chec
 
 async def written(check: Check) -> float:
     """When the batch of *check* was written, once it is."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not check.written:
             await asyncio.sleep(0.001)
     return check.written
@@ -242,7 +243,7 @@ async def test_a_check_that_had_no_time_for_a_trip_tells_nothing() -> None:
         batcher.start_if_due()
         assert Failure.TIMEOUT is await check.future
         assert 0 == batcher.breaker._failures
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while transport.under_way:
                 await asyncio.sleep(0.01)
         assert 1 == batcher.breaker._failures
@@ -261,7 +262,7 @@ async def test_redis_is_found_again_far_away(private_server: Callable[..., Serve
         while (await limiter.consume("a")).source == "redis" or manager.breaker().admits():
             pass
         await proxy.set("delay", seconds=0.2)  # a greeting, and then a PING or a check
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while (await limiter.consume("b", "1000/hour")).source != "redis":
                 await asyncio.sleep(0.05)
         assert "closed" == manager.breaker_state

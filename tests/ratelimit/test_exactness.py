@@ -12,9 +12,11 @@ import redis
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from ..kit.processes import clean_environment
-from ..kit.servers import ExternalServer
+from ..kit.servers import ExternalServer, wait_until
 
 PROCESSES, TASKS, QUOTA, WINDOW = 4, 50, 300, 3
+IN_TIME = WINDOW - 0.1  # seconds for a round to be within one window
+_ATTEMPTS = 4
 
 # Each round: wait for the time the test names,
 # then hammer every strategy at once and say how many were admitted.
@@ -65,6 +67,8 @@ class Round:
 def rounds(_plain_server: ExternalServer) -> list[Round]:
     """Two rounds of four processes with fifty tasks per strategy: at once,
     and a second after everything is free.
+
+    Asked for again while the machine was too slow for a round to end in its window.
     """
     _plain_server.flush()
     workers = [
@@ -80,8 +84,13 @@ def rounds(_plain_server: ExternalServer) -> list[Round]:
     try:
         for worker in workers:
             assert _line(worker) == "ready"
-        first = _round(workers, time.time() + 0.2)
-        again = _round(workers, time.time() + first.reset + 1)
+        not_before = time.time() + 0.2
+        for _ in range(_ATTEMPTS):
+            first = _round(workers, not_before)
+            again = _round(workers, time.time() + first.reset + 1)
+            if max(first.seconds, again.seconds) < IN_TIME:
+                break
+            not_before = time.time() + again.reset + 1
     finally:
         for worker in workers:
             worker.kill()
@@ -118,7 +127,7 @@ def test_processes_together_admit_exactly_the_quota(rounds: list[Round], strateg
     found = rounds[turn]
 
     assert {"redis"} == found.sources
-    assert found.seconds < WINDOW - 0.1, "the machine was too slow for this to say anything"
+    assert found.seconds < IN_TIME, "the machine was too slow for this to say anything"
     if strategy == "gcra":
         # A token bucket refills while it is hammered; how long that took was measured.
         assert QUOTA <= found.admitted[strategy] <= QUOTA + found.seconds * QUOTA / WINDOW
@@ -147,15 +156,14 @@ def test_ten_thousand_clients_leave_no_key_behind(redis_server: ExternalServer, 
     command = [sys.executable, "-c", CROWD, redis_server.url, *STRATEGIES]
     subprocess.run(command, check=True, env=clean_environment(), timeout=60)
     seen = redis_client.dbsize()
-
-    # Two windows of the sliding counter, and a second of slack for the clock of a replica.
-    deadline = time.monotonic() + 2 + 1 + 1.5
-    while redis_client.dbsize() and time.monotonic() < deadline:
-        # A server under test is idle, and its own sweep of expired keys slow: a look at each makes
-        # them go.
-        for key in redis_client.scan_iter(count=1000):
-            redis_client.exists(key)
-        time.sleep(0.05)
+    look = redis_client.pipeline(transaction=False)
+    for key in redis_client.keys("*"):
+        look.pttl(key)
+    left = look.execute()
 
     assert seen > 2500
-    assert [] == redis_client.keys("*")
+    # Two windows of the sliding counter,
+    # and a second of slack for the clock of a replica; -2 has gone meanwhile.
+    assert all(ttl == -2 or 0 <= ttl <= (2 + 1) * 1000 for ttl in left)
+    # `KEYS` looks at each, whether the server's own sweep has come by or not.
+    wait_until(lambda: redis_client.keys("*") == [], "every key has gone")

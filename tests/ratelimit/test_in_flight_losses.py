@@ -14,6 +14,7 @@ from redis_asgi.ratelimit.limits.policy import make_partition
 
 from ..conftest import StartServer
 from ..kit.inside import engine_of
+from ..kit.patience import until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster
 from .concurrency import Stream, ended, heart_of, members, on_redis, opened, running, server_time, settled, streams
@@ -237,7 +238,7 @@ async def test_a_lost_reply_keeps_its_place(private_server: StartServer) -> None
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2))
         limiter = RateLimiter(manager, timeout=0.2)
-        await limiter.consume("warm")
+        await RateLimiter(manager).consume("warm")
         await proxy.set("drop_replies", times=1)
         async with limiter.slot("a", 1) as decision:
             assert ("local", True) == (decision.source, decision.allowed)
@@ -268,7 +269,7 @@ async def test_a_late_check_that_is_refused_here_is_released(private_server: Sta
         settings = Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2, RATE_LIMIT_FALLBACK_DIVISOR=4)
         manager = RedisManager(settings)
         limiter = RateLimiter(manager, timeout=0.2, settings=settings)
-        async with limiter.slot("a", 4) as first:
+        async with RateLimiter(manager, settings=settings).slot("a", 4) as first:
             await proxy.set("drop_replies", times=1)
             async with limiter.slot("a", 4) as second:
                 assert [("redis", True), ("local", False)] == [(d.source, d.allowed) for d in (first, second)]
@@ -284,12 +285,11 @@ async def test_a_lost_release_is_said_again(private_server: StartServer) -> None
     """The next heartbeat removes what Redis was not told of."""
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
-        manager = RedisManager(Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2))
-        limiter = RateLimiter(manager, timeout=0.2)
-        async with limiter.slot("a", 1) as decision:
+        manager = RedisManager(Settings(REDIS_URL=proxy.url))
+        async with RateLimiter(manager).slot("a", 1) as decision:
             assert decision.source == "redis"
             await proxy.set("reset")
-        await asyncio.sleep(0.3)
+        await until(lambda: heart_of(manager).owes)
         assert 1 == len(members(server.client())) == heart_of(manager).owes
         await proxy.set("pass")
         await _beats(manager)

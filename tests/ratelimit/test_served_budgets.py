@@ -20,7 +20,7 @@ from redis_asgi import RedisManager, Settings
 from redis_asgi.inspection.quotas import look, partition_of
 
 from ..conftest import StartServer
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import free_port, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +58,7 @@ def serving(redis_url: str, quota: int, strategy: str = "fixed-window") -> Itera
         yield Worker(f"http://127.0.0.1:{port}/", process)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def _answers(port: int) -> bool:

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
-from .harness import client_of, drive, header, http_scope, own_prefix, websocket_scope
+from ..kit.inside import manager_of
+from .harness import all_answered, client_of, drive, header, http_scope, own_prefix, websocket_scope
 from .histories import strategy_of
 
 pytestmark = pytest.mark.anyio
@@ -71,7 +72,9 @@ class App:
             self._now -= 1
 
 
-def limited(app: ASGIApp, settings: Settings, strategy: str, limits: str = "100/hour", **more: Any) -> ASGIApp:
+def limited(
+    app: ASGIApp, settings: Settings, strategy: str, limits: str = "100/hour", **more: Any
+) -> RateLimitMiddleware:
     """*app* behind a rule that counts texts."""
     rule = Rule(limits, cost=inputs, strategy=strategy_of(strategy), **more)
     return RateLimitMiddleware(app, rules=[rule], settings=settings)
@@ -86,9 +89,9 @@ async def remaining(app: ASGIApp) -> int:
     return int(fields.partition(b";r=")[2].partition(b";")[0]) + 5 if start["status"] != 429 else 0
 
 
-async def settled(app: ASGIApp) -> int:
-    """`remaining`, after what responses have changed has been sent."""
-    await asyncio.sleep(0.05)
+async def settled(app: RateLimitMiddleware) -> int:
+    """`remaining`, after what responses have changed has been answered."""
+    await all_answered(manager_of(app))
     return await remaining(app)
 
 
@@ -166,7 +169,7 @@ async def test_garbage_in_turn_costs_one_each_where_the_app_turns_it_down(
     for _ in range(3):
         (start, _) = await drive(protected, {**POST}, *GARBAGE)
         told.append(header(start, b"ratelimit"))
-        await asyncio.sleep(0.05)
+        await all_answered(manager_of(protected))
 
     assert [b"r=99", b"r=98", b"r=97"] == [(field or b"").split(b";")[1] for field in told]
     app.status = 200

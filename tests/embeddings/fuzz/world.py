@@ -20,6 +20,7 @@ from redis_asgi.settings import Settings
 
 from ...kit.embedding_apps import read, respond
 from ...kit.inside import shared_of
+from ...kit.patience import PATIENCE
 from ...kit.proxy import FaultProxy, Mode
 from .asks import Ask, Request
 from .judge import Call, Config, Judge, Through, Violation
@@ -236,7 +237,7 @@ class World:
         self.judge.now += 6  # EMBEDDING_CACHE_L1_SECONDS and one
 
     async def _flush(self, model: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     await flush_model(model, namespace="fuzz", redis=self._managers[0])
@@ -255,7 +256,7 @@ class World:
         await self._proxies[worker].set("pass")
         self._cut.discard(worker)
         probe = Ask({"model": "probe", "input": ["x"]}, (("x-tenant", "t"),))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while self._managers[worker].breaker().state != "closed":
                 # It lets one request through to see, once its own probe was answered.
                 await self._drive(probe, worker)
