@@ -237,6 +237,19 @@ EVENTS: Mapping[str, Event] = {
         "estimate stays under the rule %(rule)s.",
         "Compress outside of the limiter: what is added last with add_middleware is outermost.",
     ),
+    "values_hidden": Event(
+        logging.WARNING,
+        "Nothing is ever counted as %(hidden)s of %(values)s: %(hiding)s stands before it, and the first that matches "
+        "counts.",
+        "Put the narrower pattern before the wider one: ['gpt-5-mini*', 'gpt-5*'].",
+    ),
+    "usage_undeclared": Event(
+        logging.WARNING,
+        "An answer has no Content-Type, and may be text that a model was told to write, so what it has used is not "
+        "read, and its estimate stays under the rule %(rule)s.",
+        "Give it its media type, such as StreamingResponse(..., media_type='text/event-stream'), or say what it used: "
+        "request.state.rate_limit.used(n).",
+    ),
     "limits_unreadable": Event(
         logging.WARNING,
         "The callable of the rule %(rule)s returned limits that cannot be read: %(why)s. Such a client has its last "

@@ -45,20 +45,20 @@ class Buffer:
         is_over: Whether the body is over the cap, or the process has no room for it.
     """
 
+    started = is_over = False
+    more = True
+    gone: Message | None = None
+    _held = 0
+    _json: Any = None
+    _kept: "Kept | None" = None
+    _is_handed_out = _is_gone_said = False
+
     def __init__(self, receive: Receive, *, cap: int, budget: Budget | None = None) -> None:
         self._receive = receive
         self._cap = cap
         self._budget = process_budget() if budget is None else budget
-        self._held = 0
-        # One bytearray: kept messages of one byte each would take 200 times their size.
-        self._read = bytearray()
-        self._content: bytes | None = None
-        self._json: Any = None
-        self._kept: Kept | None = None
-        self.started = False
-        self.more = True
-        self.gone: Message | None = None
-        self.is_over = False
+        # One bytearray: kept messages of one byte each would take 200 times their size. Bytes when it is whole.
+        self._read: bytes | bytearray = bytearray()
 
     def __del__(self) -> None:
         # However a request ends, the room goes with the last who could still look.
@@ -72,39 +72,43 @@ class Buffer:
     async def next(self) -> Message:
         """One message more from the server."""
         message = await self._receive()
+        self._keep(message)
+        return message
+
+    def _keep(self, message: Message) -> None:
         if message["type"] != "http.request":
             self.gone = message
-            return message
-        self.started = True
+            return
         body: bytes = message.get("body", b"")
         self.more = message.get("more_body", False)
-        self._read += body
+        if self.started or self.more or type(body) is not bytes:
+            self._read += body
+        else:
+            self._read = body  # nearly always it is one message
+        self.started = True
         if len(self._read) > self._cap or not self._budget.take(len(body)):
             self.is_over = True
         else:
             self._held += len(body)
-        return message
 
     async def whole(self) -> bytes | None:
         """The whole body; ``None`` when it cannot be had:
         over the cap, no room, or the client left.
         """
         while self.more and self.gone is None and not self.is_over:
-            await self.next()
-        if self.is_over or self.gone is not None:
-            return None
-        return self.so_far
+            self._keep(await self._receive())
+        return None if self.is_over or self.gone is not None else self.so_far
 
     @property
     def so_far(self) -> bytes:
         """The bytes that were read."""
-        if self._content is None:
-            content = bytes(self._read)
-            if self.more:
-                return content
-            self._content = content
-            self._read = bytearray()
-        return self._content
+        read = self._read
+        if type(read) is bytes:
+            return read
+        content = bytes(read)
+        if not self.more:
+            self._read = content
+        return content
 
     async def json(self) -> Any:
         """The body as `json.loads` reads it, parsed once; not to be changed.
@@ -137,24 +141,21 @@ class Buffer:
 
     def replay(self) -> Receive:
         """A ``receive`` that gives what was read, as one message, and then what is still to come."""
-        if not self.started and self.gone is None:
-            return self._receive
-        pending: list[Message] = [] if self.gone is None else [self.gone]
-        has_first = self.started
+        return self._replayed if self.started or self.gone is not None else self._receive
 
-        async def receive() -> Message:
-            nonlocal has_first
-            if has_first:
-                has_first = False
-                return self._hand_out()
-            return pending.pop() if pending else await self._receive()
-
-        return receive
+    async def _replayed(self) -> Message:
+        if self.started and not self._is_handed_out:
+            return self._hand_out()
+        if self.gone is not None and not self._is_gone_said:
+            self._is_gone_said = True
+            return self.gone
+        return await self._receive()
 
     def _hand_out(self) -> Message:
         """The body is the app's from here on."""
+        self._is_handed_out = True
         message: Message = {"type": "http.request", "body": self.so_far, "more_body": self.more}
-        self._content, self._read, self._json = b"", bytearray(), None
+        self._read, self._json = b"", None
         self._give()
         if self._kept is not None:
             self._kept.forget()

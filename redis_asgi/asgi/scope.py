@@ -42,6 +42,8 @@ def content_length(scope: Scope) -> int | None:
 
 def is_encoded(scope: Scope) -> bool:
     """Whether a request's body is compressed, or says so; ``identity`` says that it is not."""
+    if b"content-encoding" not in dict(scope["headers"]):  # nearly always
+        return False
     return any(value.strip().lower() not in (b"", b"identity") for value in header_values(scope, b"content-encoding"))
 
 

@@ -236,6 +236,11 @@ class RedisManager:
             if opened.users <= 0:
                 await self.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the running loop has a client, which has been opened and not been closed since."""
+        return self._forks == PROCESS.forks and running_loop() in self._opened
+
     def per_client(self, factory: Callable[["RedisManager", Client], T]) -> T:
         """The one *factory* product of this loop's client,
         made at first use and closed before the client.

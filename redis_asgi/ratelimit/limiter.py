@@ -110,9 +110,25 @@ class RateLimiter:
         cost: int = 1,
         name: str = "default",
         strategy: StrategyName | None = None,
+        concurrency: int | None = None,
     ) -> Decision:
-        """The answer that `consume` would give to the same arguments; charges nothing and writes nothing."""
-        return await self._decide("peek", client_id, limits, cost, name, strategy)
+        """The answer that `consume` would give to the same arguments; charges nothing and writes nothing.
+
+        Args:
+            concurrency: Instead of the other arguments but *name*: the answer that `slot` would give, without a place.
+
+        Raises:
+            ConfigurationError: As `consume` and `slot`.
+        """
+        if concurrency is None:
+            return await self._decide("peek", client_id, limits, cost, name, strategy)
+        if (limits, cost, strategy) != ("100/minute", 1, None):
+            raise ConfigurationError(
+                "concurrency= stands beside arguments of limits. Look at each by itself: "
+                "peek(client_id, '100/minute'), peek(client_id, concurrency=4)."
+            )
+        running_loop()
+        return (await self._engine.decide(self._in_flight(client_id, concurrency, name), "peek")).decision
 
     @says_what_was_meant("limiter.slot(client_id, 4, name='stream')")
     @asynccontextmanager
@@ -141,15 +157,7 @@ class RateLimiter:
             TypeError: If *client_id* is not a string.
         """
         running_loop()
-        try:
-            policies = make_concurrency(check_name(name), check_concurrency(concurrency, least=1))
-        except ConfigurationError:
-            raise
-        except ValueError as error:
-            raise ConfigurationError(f"{error} Try 4.") from None
-        # Names may be many, and are no labels.
-        charge = Charge(policies, self._partition(client_id), 1, self._on_redis_error, label=SLOTS)
-        verdict = await self._engine.decide(Charges((charge,)))
+        verdict = await self._engine.decide(self._in_flight(client_id, concurrency, name))
         try:
             yield verdict.decision
         finally:
@@ -189,6 +197,17 @@ class RateLimiter:
             self._has_warned_of_cost = warns_of_cost(name, policies, cost)
         charge = Charge(policies, self._partition(client_id), cost, self._on_redis_error)
         return (await self._engine.decide(Charges((charge,)), mode)).decision
+
+    def _in_flight(self, client_id: str | Partition, concurrency: int, name: str) -> Charges:
+        """The charge of one that is in flight."""
+        try:
+            policies = make_concurrency(check_name(name), check_concurrency(concurrency, least=1))
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            raise ConfigurationError(f"{error} Try 4.") from None
+        # Names may be many, and are no labels.
+        return Charges((Charge(policies, self._partition(client_id), 1, self._on_redis_error, label=SLOTS),))
 
     def _partition(self, client_id: str | Partition) -> Partition:
         if isinstance(client_id, Partition):

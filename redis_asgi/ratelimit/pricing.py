@@ -16,12 +16,12 @@ from .budgets.estimates import Asked
 from .budgets.spending import Spending
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.charge import Charge, Charges, Pricer, Unread
+from .limits.charge import Charge, Charges, Pricer, Unread, at_cost
 from .limits.policy import PolicySet
 from .rules.checks import check_cost
 from .rules.misconfiguration import Linter
 from .rules.plan import Plan
-from .rules.reading import look, look_on_route
+from .rules.reading import NO_BODY, look, look_on_route
 
 
 class Ahead:
@@ -60,15 +60,9 @@ class Ahead:
         Raises:
             MissingIdentity: See `Plan.charges`.
         """
+        engine, behind = self._engine, plan.behind
         if self._outer is not None:
-            charges = left_over(charges, self._outer, self._engine, self._linter)
-        verdict = await self._decide(plan, charges)
-        if verdict is not None and verdict.slot is not None:
-            self.receive, self.send = until_ended(verdict, self.receive, self.send)
-        return verdict
-
-    async def _decide(self, plan: Plan, charges: Charges) -> Verdict | None:
-        engine = self._engine
+            charges = left_over(charges, self._outer, engine, self._linter)
         if engine.refusals.partitions:
             # A refusal that is known already spares the reading of a body. Whether there is one, only the body says.
             says_empty = charges.has_tokens and content_length(self._scope) == 0
@@ -77,14 +71,39 @@ class Ahead:
                 return known
         buffer = Buffer(self._of_server, cap=engine.settings.RATE_LIMIT_BODY_CAP)
         asked = None
-        if plan.behind is not None or charges.has_tokens:
+        if behind is not None or charges.has_tokens:
+            asks = charges.has_tokens or (behind is not None and behind.has_tokens)
             try:
-                charges, asked = await self._look(plan.behind, charges, buffer)
+                asked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
+                if asked is NO_BODY:
+                    charges = without_tokens(charges)
+                elif behind is not None:
+                    more = behind.known(self._scope) or await behind.charges(self._scope)
+                    if self._outer is not None:
+                        more = left_over(more, self._outer, engine, self._linter)
+                    charges = engine.plans.together(charges, more)
             finally:
                 # Also for the answer to a request that lacks an identity, which may name what its body says.
                 self.receive = buffer.replay()
-        if not charges.is_priced:
-            return await engine.decide(charges) if charges.counters else None
+        spendings: Mapping[Charge, Spending] | None = None
+        unpriced = charges
+        if charges.is_priced:
+            charges, spendings = await self._price(charges, buffer, asked)
+        elif not charges.counters:
+            return None
+        verdict = await engine.decide(charges)
+        unpriced.admission = unpriced.admission or charges.admission  # for the next ones that are made of them
+        if spendings:
+            first = verdict if self._outer is None else self._outer.first
+            first.open_ledger().spend(verdict, spendings)
+        if verdict.slot is not None:
+            self.receive, self.send = until_ended(verdict, self.receive, self.send)
+        return verdict
+
+    async def _price(
+        self, charges: Charges, buffer: Buffer, asked: Asked | None
+    ) -> tuple[Charges, Mapping[Charge, Spending]]:
+        """*charges* at their costs, and what of them is to be settled after the answer."""
         costs: list[int | Unread | Spending] = []
         for charge in charges:
             price = charge.price
@@ -94,31 +113,11 @@ class Ahead:
                 costs.append(price.estimate(charge.policies, self._scope, asked, None))
             else:
                 costs.append(await self._cost(charge, price, buffer, asked))
+                self.receive = buffer.replay()
+                if isinstance(costs[-1], Unread):
+                    self.receive = _watching(self.receive, costs[-1])
         buffer.decided()
-        self.receive = buffer.replay()
-        for cost in costs:
-            if isinstance(cost, Unread):
-                self.receive = _watching(self.receive, cost)
-        priced, spendings = at_costs(charges, costs, engine)
-        verdict = await engine.decide(priced)
-        charges.admission = charges.admission or priced.admission  # for the next ones that are made of them
-        if spendings:
-            first = verdict if self._outer is None else self._outer.first
-            first.open_ledger().spend(verdict, spendings)
-        return verdict
-
-    async def _look(self, behind: Plan | None, charges: Charges, buffer: Buffer) -> tuple[Charges, Asked | None]:
-        """All charges, those that the body says included, and what it asks of a model."""
-        asks = charges.has_tokens or (behind is not None and behind.has_tokens)
-        looked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
-        if looked is None:  # there is no body
-            return without_tokens(charges), None
-        if behind is not None:
-            more = await behind.charges(self._scope)
-            if self._outer is not None:
-                more = left_over(more, self._outer, self._engine, self._linter)
-            charges = self._engine.plans.together(charges, more)
-        return charges, looked.asked
+        return at_costs(charges, costs, self._engine)
 
     async def _cost(
         self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
@@ -156,10 +155,21 @@ def at_costs(
     charges: Charges, costs: Sequence[int | Unread | Spending], engine: Engine
 ) -> tuple[Charges, dict[Charge, Spending]]:
     """*charges* at these *costs*, and which of them are to be settled after the answer."""
-    numbers = [cost.estimate.cost if isinstance(cost, Spending) else cost for cost in costs]
-    priced: Charges = engine.plans.priced(charges, numbers)
-    both = zip(priced, costs, strict=True)
-    return priced, {charge: cost for charge, cost in both if isinstance(cost, Spending)}
+    if not charges.has_tokens:
+        return engine.plans.priced(charges, costs), {}
+    each: list[Charge] = []
+    spendings: dict[Charge, Spending] = {}
+    has_unread = False
+    for charge, cost in zip(charges, costs, strict=True):
+        at = charge
+        if isinstance(cost, Spending):
+            at = at_cost(charge, cost.estimate.cost)
+            spendings[at] = cost
+        elif charge.price is not None:
+            at = at_cost(charge, cost)
+            has_unread = has_unread or at.unread is not None
+        each.append(at)
+    return (engine.plans.make(each) if has_unread else charges.at(each)), spendings
 
 
 def without_tokens(charges: Charges) -> Charges:
@@ -251,12 +261,12 @@ async def charges_on_route(
     """*charges* of a request to an endpoint, and those that its body says, and what that asks of a model."""
     asks = charges.has_tokens or (behind is not None and behind.has_tokens)
     readers = () if behind is None else behind.readers
-    looked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)
-    if looked is None:
+    asked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)
+    if asked is NO_BODY:
         return without_tokens(charges), None
     if behind is not None:
         charges = engine.plans.together(charges, await behind.charges(conn.scope))
-    return charges, looked.asked
+    return charges, asked
 
 
 def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None) -> Charges:

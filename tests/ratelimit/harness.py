@@ -9,6 +9,9 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redis_asgi import RedisManager, Settings
+from redis_asgi.ratelimit.counting.settlement import Change
+from redis_asgi.ratelimit.counting.verdict import Verdict
+from redis_asgi.ratelimit.limits.charge import counters_of
 from redis_asgi.ratelimit.transport.batcher import Batcher
 from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
@@ -124,3 +127,9 @@ async def all_answered(manager: RedisManager) -> None:
         made = manager.per_client(make_batcher)
         batchers = tuple(made._batchers.values()) if isinstance(made, ClusterBatcher) else (made,)
     await until_calm(lambda: any(each._waiting or each._sent or each._transport.busy for each in batchers))
+
+
+def changes_of(verdict: Verdict, deltas: Sequence[int]) -> list[Change]:
+    """The changes of *deltas*, one for each counter of what *verdict* charged, as `Engine.settle` takes them."""
+    both = zip(counters_of(verdict.charges), deltas, strict=True)
+    return [(at, charge, policy, delta) for at, ((charge, policy), delta) in enumerate(both) if delta]

@@ -344,6 +344,21 @@ async def test_compression_inside_is_told_once(any_settings: Settings, caplog: p
     assert ["redis_asgi.usage_unreadable"] == [event_of(record) for record in caplog.records]
 
 
+async def test_undeclared_answers_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A model may have written them, so that they keep their estimate; not where the app says what they used."""
+    app = limited(Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="undeclared"))
+    forged = answer(event(usage(0, 0)), headers=[])
+    await request(app, Ending(forged, 9, used=9))
+    await request(app, Ending(answer(headers=[]), ESTIMATE))  # nothing to read
+    await request(app, Ending(answer(b"Found", status=302, headers=[]), ESTIMATE))
+    assert [] == [event_of(record) for record in caplog.records]
+    for _ in range(2):
+        await request(app, Ending(forged, ESTIMATE))
+
+    assert 1_000_000 - 9 - 4 * ESTIMATE == await remaining(app)
+    assert ["redis_asgi.usage_undeclared"] == [event_of(record) for record in caplog.records]
+
+
 async def test_stacked_instances_settle_once(any_settings: Settings) -> None:
     """Of an inner one's own budget the outer one settles too."""
     manager = RedisManager(any_settings)

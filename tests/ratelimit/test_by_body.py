@@ -16,6 +16,7 @@ from redis_asgi.asgi.bodies import Document
 from redis_asgi.ratelimit.limits.policy import make_partition
 from redis_asgi.ratelimit.rules.joined import joined
 
+from ..kit.logs import event_of
 from .buckets import PLANS, TOOLS, body, call
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +53,25 @@ def bucket(reader: Any, content: bytes) -> Any:
 def test_value_falls_into_a_bucket(values: Any, model: Any, expected: str) -> None:
     """Buckets are what the rule names, and one more."""
     assert expected == bucket(by_json("model", values), body(model=model))
+
+
+@pytest.mark.parametrize(
+    ("values", "hidden"),
+    [
+        (["gpt-5*", "gpt-5-mini*"], ["'gpt-5-mini*'"]),
+        ({"*": "all", "a": "one", "b*": "two"}, ["'a'", "'b*'"]),
+        ({"a*c": "one", "ab*c": "two", "*": "three"}, ["'ab*c'"]),
+        ({"gpt-5*": "all", "gpt-5-mini*": "all"}, []),  # one bucket
+        (["gpt-5-mini*", "gpt-5*", "gpt-5*"], []),
+        (["a*c", "a*", "*a", "a*b"], ["'a*b'"]),
+        (["ab", "a*b", "*"], []),
+    ],
+)
+def test_pattern_that_hides_a_later_one_is_told_of(values: Any, hidden: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose bucket nobody is ever counted in: once each, with the order that was meant."""
+    by_json("model", values)
+
+    assert hidden == [vars(record)["hidden"] for record in caplog.records if event_of(record).endswith("values_hidden")]
 
 
 @pytest.mark.parametrize(

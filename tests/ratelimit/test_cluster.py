@@ -23,7 +23,7 @@ from redis_asgi.settings import StrategyName
 from ..kit.fair_time import fair_time
 from ..kit.patience import PATIENCE, leave_unread
 from ..kit.servers import SLOTS, Cluster, Server
-from .harness import all_answered
+from .harness import all_answered, changes_of
 from .histories import policy
 
 pytestmark = pytest.mark.anyio
@@ -143,7 +143,7 @@ async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluste
 
     first = await engine.decide(unread)
     assert (True, [0, 0], [10, 1]) == (first.allowed, remaining(first), first.taken)
-    engine.settle(first, [-7, 0])
+    engine.settle(first, changes_of(first, [-7, 0]))
     await all_answered(engine.manager)
     assert [6] == remaining(await engine.decide(Charges(asked[:1])))
     refused = await engine.decide(unread)
@@ -194,7 +194,7 @@ async def test_later_charges_reach_both_slots(cluster: Cluster) -> None:
     asked = charges(*who, quotas=(10, 10))
     verdict = await engine.decide(asked)
 
-    engine.settle(verdict, [3, -1])
+    engine.settle(verdict, changes_of(verdict, [3, -1]))
     await all_answered(engine.manager)
 
     assert [6, 10] == remaining(await engine.decide(asked, "peek"))

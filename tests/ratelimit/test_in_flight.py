@@ -109,11 +109,12 @@ async def test_a_place_for_those_who_pay(either: RedisManager) -> None:
     await ended([*free, *paying])
 
 
-@pytest.mark.parametrize("said", ["4", 4.0, -1, True, 10**9 + 1, [4]])
+@pytest.mark.parametrize("said", ["4", 4.0, float("nan"), -1, True, 10**9 + 1, [4]])
 async def test_a_callable_that_says_no_number_is_an_error(said: object) -> None:
     """Of the app, with the rule and the value; nothing is held."""
     limited = RateLimitMiddleware(Spy(), rules=[streams(lambda conn: said)], settings=memory())
-    with pytest.raises(ValueError, match=r"rule 'streams': concurrency=.* not a whole number .* None for no limit"):
+    words = r"rule 'streams', whose .* callable: concurrency=.* not a whole number .* None for no limit"
+    with pytest.raises(ConfigurationError, match=words):
         await drive(limited, http_scope())
 
 

@@ -160,6 +160,31 @@ async def test_a_slot_is_held_for_a_block(either: RedisManager) -> None:
         assert decision.allowed
 
 
+async def test_a_slot_can_be_looked_at(either: RedisManager) -> None:
+    """As often as one likes: nothing is held by it, and its answer is that of a slot."""
+    limiter = RateLimiter(either, timeout=5)
+    seen = [await limiter.peek("a", concurrency=2) for _ in range(5)]
+    async with limiter.slot("a", 2), limiter.slot("a", 2):
+        full = await limiter.peek("a", concurrency=2)
+        more = await limiter.peek("a", concurrency=3)
+        other = await limiter.peek("a", concurrency=2, name="jobs")
+    again = await limiter.peek("a", concurrency=2)
+
+    assert [(True, 2)] * 5 == [(each.allowed, each.policies[0].remaining) for each in seen]
+    assert (False, 0, 1.0, ("default",)) == (full.allowed, full.policies[0].remaining, full.retry_after, full.violated)
+    assert [(True, 1), (True, 2)] == [(each.allowed, each.policies[0].remaining) for each in (more, other)]
+    assert (True, 0) == (again.allowed, running(either))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"concurrency": 0}, {"concurrency": 4, "cost": 2}, {"concurrency": 4, "limits": "5/minute"}]
+)
+async def test_a_slot_that_cannot_be_is_not_looked_at(arguments: dict[str, Any]) -> None:
+    """A limit by rate is another one."""
+    with pytest.raises(ConfigurationError, match=r"concurrency="):
+        await RateLimiter(settings=memory()).peek("a", **arguments)
+
+
 @pytest.mark.parametrize(("number", "name"), [(0, "a"), ("4", "a"), (4, "a b"), (None, "a")])
 async def test_a_slot_that_cannot_be_is_refused(number: Any, name: str) -> None:
     """At the door of its block."""

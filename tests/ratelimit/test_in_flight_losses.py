@@ -16,7 +16,7 @@ from ..conftest import StartServer
 from ..kit.inside import engine_of
 from ..kit.patience import until
 from ..kit.proxy import FaultProxy
-from ..kit.servers import Cluster
+from ..kit.servers import Cluster, ExternalServer
 from .concurrency import Stream, ended, heart_of, members, on_redis, opened, running, server_time, settled, streams
 from .harness import Spy, drive, http_scope
 
@@ -423,3 +423,42 @@ async def test_cancelled_in_the_moment_of_its_answer(patient: RedisManager, redi
     assert asked[-1].allowed
     assert 0 == running(patient)
     assert [] == members(redis_client)
+
+
+@on_redis
+async def test_what_is_owed_during_a_heartbeat_waits_for_a_second(patient: RedisManager) -> None:
+    """Not for ten: a release that failed while others were renewed is told by the next heartbeat, which comes soon."""
+    limiter = RateLimiter(patient, timeout=5)
+    async with limiter.slot("a", 2):
+        heart = heart_of(patient)
+        (slot,) = heart._running.values()
+        beating = heart.beat()
+        heart._owe(slot)
+        await beating
+        assert heart._timer is not None
+        soon = heart._timer.when() - heart.loop.time()
+        owed = heart.owes
+        await heart.beat()
+        later = heart._timer.when() - heart.loop.time()
+
+    assert (1, 0) == (owed, heart.owes)
+    assert soon <= 1 < later
+
+
+@on_redis
+async def test_a_heart_opens_no_connection_that_was_closed(redis_server: ExternalServer, redis_url: str) -> None:
+    """What runs on when the app has closed its manager ends with its lease; who opens it again hears it beat again."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))
+    limiter = RateLimiter(manager, timeout=5)
+    async with limiter.slot("a", 2):
+        heart = heart_of(manager)
+        await manager.close()
+        await heart.beat()
+        assert not manager.is_open
+        assert 1 == len(members(redis_server.client()))
+    await heart.beat()
+    assert not manager.is_open
+    assert (await limiter.peek("b", concurrency=2)).allowed
+    await heart.beat()
+
+    assert [] == members(redis_server.client())

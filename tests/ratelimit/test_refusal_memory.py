@@ -22,6 +22,7 @@ from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 
 from ..kit.fair_time import fair_time
 from ..kit.servers import ExternalServer
+from .harness import changes_of
 from .histories import EPOCH, charge, client, costs, deltas, policy
 
 QUOTA = policy("gcra", 5, 60)
@@ -330,7 +331,7 @@ async def test_refund_is_seen_at_once_in_this_process(manager: RedisManager) -> 
     first = await engine.decide(asked)
     assert [True, False] == [first.allowed, (await engine.decide(asked)).allowed]
 
-    engine.settle(first, [-1])
+    engine.settle(first, changes_of(first, [-1]))
 
     assert (await engine.decide(asked)).allowed
 

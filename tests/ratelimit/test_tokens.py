@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from redis_asgi.errors import ConfigurationError
@@ -353,7 +353,19 @@ JSON = st.recursive(
 )
 
 
+TEXTS = st.text() | st.sampled_from(
+    ["data:image/png;base64,AAAA", "DATA:,x", "base64", "a:", "abcd:efg", "https://a/b.png"]
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["role", "content", "data", "images", "type", "format"]), TEXTS)))
+def test_objects_of_texts_are_read_in_one_go(objects: list[dict[str, str]]) -> None:
+    """As they are one by one, where something else stands beside them."""
+    assert input_tokens([*objects, None]) == input_tokens(objects)
+
+
 @given(JSON, st.integers(0, 2000))
+@example([{"a": "\x80", "b": None}], 100)
 def test_no_body_raises(document: object, quota: int) -> None:
     """Whatever a client sends, its estimate is from 1 to the quota."""
     assert 1 <= PLAIN.estimated(document, quota=quota).cost <= max(1, quota)

@@ -127,24 +127,21 @@ def test_raw_deflate() -> None:
 @pytest.mark.parametrize(
     ("body", "content_type"),
     [
-        (events(CHUNK, LAST_CHUNK), None),
         (events(CHUNK, LAST_CHUNK), b"text/json"),
         (b": hello\n\n" + events(CHUNK, LAST_CHUNK), b"application/json"),
         (b"\xef\xbb\xbf" + events(CHUNK, LAST_CHUNK), SSE),
-        (json.dumps(CHAT).encode(), None),
-        (b"\n\n \n" + json.dumps(CHAT).encode(), None),
+        (b"\n\n \n" + json.dumps(CHAT).encode(), SSE),
         (b"\n" * 500 + json.dumps(CHAT).encode(), JSON),
         (json.dumps(CHAT).encode(), SSE),
         (json.dumps(CHAT).encode(), b"Application/Vnd.api+JSON; charset=utf-8"),
         (lines(CHUNK, CHAT), b"application/jsonl"),
-        (lines(CHUNK, CHAT), None),
         (lines(CHUNK, CHAT), JSON),
         (b"\xef\xbb\xbf" + json.dumps(CHAT).encode(), JSON),
         (json.dumps({**CHAT, "logprob": float("-inf"), "half": "\ud83d"}).encode(), JSON),
     ],
 )
-def test_what_it_is_tells_itself_where_nothing_else_does(body: bytes, content_type: bytes | None) -> None:
-    """StreamingResponse sends no Content-Type unless it is told one."""
+def test_what_it_is_tells_itself_where_it_is_another(body: bytes, content_type: bytes) -> None:
+    """Of the kinds that are read, the first bytes say which."""
     assert ALL_OPENAI == read(body, content_type).usage
     assert ALL_OPENAI == read([body[i : i + 1] for i in range(len(body))], content_type).usage
 
@@ -157,11 +154,18 @@ def test_what_says_no_usage_is_not_read(content_type: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [events(LAST_CHUNK) + b"Once upon a time", json.dumps(CHAT).encode(), lines(CHUNK, CHAT)]
+    "text",
+    [events(LAST_CHUNK) + b"Once upon a time", events(LAST_CHUNK), json.dumps(CHAT).encode(), lines(CHUNK, CHAT)],
 )
-def test_plain_text_is_a_models_to_write(text: bytes) -> None:
-    """Whoever has a model begin with an event, or say nothing but a document, pays all the same."""
-    assert None is read(text, b"text/plain; charset=utf-8").usage
+@pytest.mark.parametrize("content_type", [None, b"", b"text/plain; charset=utf-8"])
+def test_plain_text_is_a_models_to_write(text: bytes, content_type: bytes | None) -> None:
+    """Whoever has a model begin with an event, or say nothing but a document, pays all the same.
+
+    `StreamingResponse` sends no ``Content-Type`` unless it is told one.
+    """
+    reader = read(text, content_type)
+    assert (None, len(text), not content_type) == (reader.usage, reader.bytes_sent, reader.is_undeclared)
+    assert None is read([text[i : i + 1] for i in range(len(text))], content_type).usage
 
 
 def test_cut_stream_is_guessed_by_its_events() -> None:

@@ -86,6 +86,7 @@ TEXT = st.lists(
 
 @given(HEADERS, TEXT | st.binary(), st.integers(1, 9), st.booleans())
 @example([(b"content-type", SSE)], b"data:\n\r\ndata:\r\r\n", 1, True)
+@example([(b"content-type", NDJSON)], b"{}\n{}\n", 1, False)
 def test_no_answer_raises_and_no_border_matters(
     headers: list[tuple[bytes, bytes]], body: bytes, size: int, complete: bool
 ) -> None:

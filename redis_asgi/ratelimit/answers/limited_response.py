@@ -7,6 +7,7 @@ from starlette.types import Message, Scope, Send
 
 from ...asgi.offer import offer_of
 from ..budgets.usage import UsageReader
+from ..counting.settlement import Change
 from ..counting.verdict import Verdict
 from . import headers
 from .dialects import AnswerStyle, plain_style
@@ -45,7 +46,7 @@ class LimitedResponse:
         self._send = send
         self._gone = False
         self._reader: UsageReader | None = None  # of what it has used, where that is to be known
-        self._back: Sequence[tuple[Verdict, list[int]]] = ()  # what its start gives back, once it is sent
+        self._back: Sequence[tuple[Verdict, list[Change]]] = ()  # what its start gives back, once it is sent
         self.status: int | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
@@ -76,8 +77,8 @@ class LimitedResponse:
                 self._verdict.settle(self.status)
         elif reader is not None and kind in _FILES and not message.get("more_body"):
             reader.close(complete=True)
-        for verdict, deltas in back:
-            self.decision.ledger.apply(verdict, deltas)
+        for verdict, changes in back:
+            self.decision.ledger.apply(verdict, changes)
 
     def _start(self, kind: str, message: Message) -> Message:
         """*message* with the fields, if it is a start."""
@@ -99,9 +100,11 @@ class LimitedResponse:
             message = headers.with_fields(message, fields)
         ledger = verdict.ledger
         if ledger is not None and ledger.spends:
-            # An app may pass headers that can be read only once.
-            message = {**message, "headers": [*message.get("headers", ())]}
-            self._reader = ledger.reader = UsageReader(status, message["headers"])
+            written = message.get("headers") or ()
+            if type(written) is not list:
+                # An app may pass headers that can be read only once.
+                message = {**message, "headers": (written := [*written])}
+            self._reader = ledger.reader = UsageReader(status, written)
         return message
 
     def failed(self, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from ...errors import ConfigurationError
 from ...event_loop import running_loop
 from ...misuse import Uncalled
 from ..counting.engine import Engine
-from ..counting.settlement import Settlement
+from ..counting.settlement import Change, Settlement
 from ..counting.verdict import Verdict
 from ..limits.charge import Charges
 from ..limits.decision import Decision, merged
@@ -93,7 +93,7 @@ class RequestDecision(Decision):
         verdict.engine.counts.policies(verdict.uncounted)
         self._read_again()
 
-    def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
+    def turned_down(self) -> "list[tuple[Verdict, list[Change]]]":
         """See `Settlement.turned_down`."""
         if not any(verdict.charges.unread for verdict in self.verdicts):
             return []

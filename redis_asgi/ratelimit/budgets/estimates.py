@@ -4,6 +4,8 @@ import re
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from .usage_formats import MOST, Usage
@@ -12,7 +14,9 @@ _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a documen
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
-_SAYS_MEDIUM = ("media_type", "mime_type", "mimeType", "format")
+_SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
+_HOLDS_MEDIA = frozenset(("data", "images"))
+_FIFTH = itemgetter(slice(4, 5))  # character of a text, which is a colon in each URL of data
 _REMEMBERED, _ENOUGH = 128, 20  # outputs
 
 
@@ -93,14 +97,13 @@ def asked_output(document: object) -> int | None:
     """
     if not isinstance(document, dict):
         return None
-    most = 0
-    for name in _LIMITS:
-        if name in document:
-            most = max(most, _count(document[name]))
-    options = document.get("options")
-    if isinstance(options, dict):
-        most = max(most, _count(options.get("num_predict")))
-    return min(most * (_count(document.get("n")) or 1), MOST) if most else None
+    said = [document[name] for name in _LIMITS if name in document]
+    if "options" in document and isinstance(document["options"], dict):
+        said.append(document["options"].get("num_predict"))
+    most = max(map(_count, said), default=0)
+    if "n" in document:
+        most *= _count(document["n"]) or 1
+    return min(most, MOST) if most else None
 
 
 def _count(value: object) -> int:
@@ -114,23 +117,42 @@ def _quarters(document: object) -> int:
     """`input_tokens` in quarters of a token."""
     quarters = 0
     left: list[Iterable[Any]] = [(document,)]
+    if type(document) is dict and _HOLDS_MEDIA.isdisjoint(document):
+        left = [document.values()]
     # A stack: a body may be nested deeper than Python calls.
     while left:
         for node in left.pop():
             kind = type(node)
+            if kind is int or kind is float:
+                continue
             if kind is str:
                 # Most texts, without a call for each.
                 quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
             elif kind is dict:
-                if "data" in node or "images" in node:
+                if not _HOLDS_MEDIA.isdisjoint(node):
                     quarters += _more_for_media(node)
                 left.append(node.values())
-            elif kind is list:
+            elif kind is list and node:
+                if type(node[0]) is dict and (plain := _quarters_of_plain(node)) is not None:
+                    quarters += plain
+                    continue
                 whole = list(map(type, node)).count(int)
                 quarters += 4 * whole
                 if whole < len(node):
                     left.append(node)
     return quarters
+
+
+def _quarters_of_plain(objects: list[Any]) -> int | None:
+    """The count of *objects* that hold nothing but texts, such as messages; ``None``: of others."""
+    try:
+        texts = list(chain.from_iterable(map(dict.values, objects)))
+        is_ascii = all(map(str.isascii, texts))
+        size = sum(map(len, texts)) if is_ascii else len("".join(texts).encode("utf-8", "surrogatepass"))
+    except TypeError:  # one of them is no object, or holds something else
+        return None
+    is_plain = ":" not in map(_FIFTH, texts) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(objects))
+    return size if is_plain else None
 
 
 def _quarters_of_text(text: str) -> int:
@@ -141,10 +163,12 @@ def _quarters_of_text(text: str) -> int:
 
 def _more_for_media(holder: dict[str, object]) -> int:
     """The count of the media that *holder* has in base64, less theirs as texts."""
-    encoded: list[object] = []
-    if holder.get("type") == "base64" or any(name in holder for name in _SAYS_MEDIUM):
-        encoded.append(holder.get("data"))
-    images = holder.get("images")
-    if isinstance(images, list):
-        encoded += [image for image in images if isinstance(image, str) and "://" not in image[:16]]
-    return sum(_QUARTERS_OF_MEDIUM - _quarters_of_text(text) for text in encoded if isinstance(text, str))
+    more = 0
+    data, images = holder.get("data"), holder.get("images")
+    if type(data) is str and (holder.get("type") == "base64" or not _SAYS_MEDIUM.isdisjoint(holder)):
+        more += _QUARTERS_OF_MEDIUM - _quarters_of_text(data)
+    if type(images) is list:
+        for image in images:
+            if type(image) is str and "://" not in image[:16]:
+                more += _QUARTERS_OF_MEDIUM - _quarters_of_text(image)
+    return more

@@ -33,11 +33,14 @@ class Accuracy:
         self._buffer.add((self._used, used))
         self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
 
-    def warn_of(self, encoding: str) -> None:
-        """Say once that answers are encoded so that they cannot be read."""
+    def warn_of(self, encoding: str | None) -> None:
+        """Say once why what answers have used is not read: their *encoding*, or that they have no media type."""
         if not self._has_warned:
             self._has_warned = True
-            say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
+            if encoding is not None:
+                say(logger, "usage_unreadable", encoding=encoding, rule=self._name)
+            else:
+                say(logger, "usage_undeclared", rule=self._name)
 
 
 class Spending(NamedTuple):
@@ -55,14 +58,17 @@ class Spending(NamedTuple):
     outputs: Outputs
     accuracy: Accuracy
 
-    def used(self, reader: UsageReader | None) -> int:
+    def used(self, reader: UsageReader | None, *, is_said: bool = False) -> int:
         """The units that it costs after all; to be asked once.
 
         Args:
             reader: Of the answer, closed; ``None`` if none has begun.
+            is_said: Whether the app says what it costs.
         """
         if reader is not None:
-            if reader.unread_encoding is not None:
+            is_unread = reader.is_undeclared or reader.unread_encoding is not None
+            # A redirect, or an answer without a body, need not say what it is.
+            if is_unread and not is_said and reader.status < 300 and reader.bytes_sent:
                 self.accuracy.warn_of(reader.unread_encoding)
             if reader.usage is not None and reader.complete:
                 self.outputs.note(reader.usage)
@@ -73,7 +79,7 @@ class InFlight:
     """Units that requests of this process hold whose answers have not ended, by counter."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[bytes, bytes], int] = {}
+        self._held: dict[tuple[bytes, bytes], int] = {}  # by partition and policies
         self._lock = threading.Lock()
 
     @classmethod
@@ -82,24 +88,22 @@ class InFlight:
 
     def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
         """Add what *charges* hold; with a *sign* of -1 take it away again."""
-        kept = self._held
+        held = self._held
         with self._lock:
             for charge in charges:
-                key, units = charge.partition.key, sign * charge.cost
-                for policy in charge.policies.policies:
-                    counter = key, policy.field
-                    held = kept.get(counter, 0) + units
-                    if held > 0:
-                        kept[counter] = held
-                    else:
-                        kept.pop(counter, None)
+                counted = charge.partition.key, charge.policies.spec
+                units = held.get(counted, 0) + sign * charge.cost
+                if units > 0:
+                    held[counted] = units
+                else:
+                    held.pop(counted, None)
 
     def most_of(self, charges: Iterable[Charge], names: Container[str]) -> int:
         """The most that they hold of one of the policies of *charges* with such *names*."""
         if not self._held:
             return 0
         held = (
-            self._held.get((charge.partition.key, policy.field), 0)
+            self._held.get((charge.partition.key, charge.policies.spec), 0)
             for charge, policy in counters_of(charges)
             if policy.name in names
         )

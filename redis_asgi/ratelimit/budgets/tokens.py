@@ -59,18 +59,14 @@ class Tokens:
             quota: The smallest of its rule, in units. The output alone is no more than a quarter of it.
             outputs: How long the answers of its rule and bucket were.
         """
-        said = document if isinstance(document, Asked) else Asked.by(document)
-        likely = outputs.likely if outputs is not None else None
-        asked = said.output
-        if asked is None:
+        said = document if type(document) is Asked else Asked.by(document)
+        output, likely = said.output, outputs.likely if outputs is not None else None
+        if output is None:
             output = UNKNOWN_OUTPUT if likely is None else likely
-        else:
-            output = asked if likely is None else min(asked, likely)
-        return self._bounded(
-            said.quarters * self._factors["input"],
-            min(4 * output * self._factors["output"], self._share(quota)),
-            quota,
-        )
+        elif likely is not None and likely < output:
+            output = likely
+        written = min(4 * output * self._factors["output"], self._share(quota))
+        return self._bounded(said.quarters * self._factors["input"], written, quota)
 
     def estimated_unread(self, content_length: int | None, *, quota: int) -> Estimate:
         """The estimate of a request whose body cannot be read.

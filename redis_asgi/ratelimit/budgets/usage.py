@@ -7,6 +7,7 @@ last 64 KiB. So an answer holds at most 1 MiB beside the chunk that passes, and 
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from ...asgi.fields import media_type, members
 from .decoder import Decoder
@@ -15,9 +16,9 @@ from .usage_formats import Said, Usage
 
 __all__ = ["Usage", "UsageReader"]
 
-# What may say a usage; `Body`: its first bytes tell. Not plain text, all of which a model may have written.
+# What may say a usage. Not plain text, nor what has no media type and may be that: a model may have written all of it,
+# as its user told it to.
 _KINDS: dict[bytes, type[Body]] = {
-    b"": Body,
     b"application/json": Document,
     b"application/jsonl": Lines,
     b"application/ndjson": Lines,
@@ -39,59 +40,48 @@ class UsageReader:
 
     Args:
         status: The answer's status.
-        headers: Its header fields. ``Content-Type`` says what it is; where that says nothing, or its first bytes are
-            those of something else that is known, they do. ``Content-Encoding`` may be gzip or deflate.
+        headers: Its header fields. ``Content-Type`` says what it is, or its first bytes do where those are of another
+            of the kinds that are read; without one nothing is read. ``Content-Encoding`` may be gzip or deflate.
 
     Attributes:
         status: As given.
         complete: Whether the last body message has passed; known at the end.
         usage: What it used; ``None`` before the end, and when it did not say.
+        is_undeclared: Whether it has no ``Content-Type``.
         unread_encoding: The ``Content-Encoding`` behind which nothing can be read, for the caller to say it once;
             ``None`` without one. Such an answer keeps its estimate: compression belongs outside.
     """
 
-    __slots__ = (
-        "_body",
-        "_declared",
-        "_decoder",
-        "_is_closed",
-        "_said",
-        "_start",
-        "complete",
-        "status",
-        "unread_encoding",
-        "usage",
-    )
+    complete = False
+    usage: Usage | None = None
+    unread_encoding: str | None = None
+    is_undeclared = False
+    _said: Said | None = None
+    _is_closed = False
+    _body: Body | None = None
+    _decoder: Decoder | None = None
+    _start = b""  # what has passed before it is known what it is
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.status = status
-        self.complete = False
-        self.usage: Usage | None = None
-        self.unread_encoding: str | None = None
-        self._said: Said | None = None
-        self._is_closed = False
-        self._body: Body | None = None
-        self._decoder: Decoder | None = None
-        # What has passed before it is known what it is.
-        self._start = b""
         content_type = b""
-        codings: list[bytes] = []
+        encodings: tuple[bytes, ...] = ()
         for name, value in headers:
             lowered = name.lower()
             if lowered == b"content-type":
-                content_type = content_type or media_type(value)
+                content_type = content_type or value
             elif lowered == b"content-encoding":
-                codings += members(value)
-        self._declared = Document if content_type.endswith(b"+json") else _KINDS.get(content_type)
-        if codings:
-            codings = [coding for coding in codings if coding not in (b"", b"identity")]
+                encodings += (value,)
+        self._declared = _declared_by(content_type)
         if self._declared is None:
+            self.is_undeclared = not content_type
             self._body = Body()
-        elif codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
-            self._decoder = Decoder(is_gzip=codings != [b"deflate"])
-        elif codings:
-            self.unread_encoding = b", ".join(codings).decode("latin-1")[:40]
-            self._body = Body()
+        elif encodings and (codings := _codings(encodings)):
+            if codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
+                self._decoder = Decoder(is_gzip=codings != [b"deflate"])
+            else:
+                self.unread_encoding = b", ".join(codings).decode("latin-1")[:40]
+                self._body = Body()
 
     @property
     def events(self) -> int:
@@ -167,7 +157,7 @@ class UsageReader:
         """Decide what it is by what is declared and how it starts, and read that."""
         start, self._start = self._start, b""
         begun = start.lstrip()
-        declared = self._declared or Body
+        declared = self._declared or Document
         if _FIELD.match(begun):
             declared = Events
         elif begun.startswith(_OF_JSON) and declared is not Lines:
@@ -175,6 +165,19 @@ class UsageReader:
         self._body = body = declared()
         _feed_slices(body, start)
         return body
+
+
+@lru_cache(maxsize=64)
+def _declared_by(content_type: bytes) -> type[Body] | None:
+    """The kind of body that a ``Content-Type`` declares; ``None``: one that may not say a usage."""
+    declared = media_type(content_type)
+    return Document if declared.endswith(b"+json") else _KINDS.get(declared)
+
+
+def _codings(encodings: Iterable[bytes]) -> list[bytes]:
+    """The codings that fields ``Content-Encoding`` name, but for ``identity``."""
+    named = [coding for value in encodings for coding in members(value)]
+    return [coding for coding in named if coding not in (b"", b"identity")]
 
 
 def _feed_slices(body: Body, chunk: bytes) -> None:

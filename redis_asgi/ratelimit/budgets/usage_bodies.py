@@ -36,15 +36,10 @@ class Body:
         last: The same of the last one.
     """
 
-    __slots__ = ("_events_at_last", "events", "first", "last", "size", "smallest")
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.events = 0
-        self.smallest = 0
-        self.first: Said | None = None
-        self.last: Said | None = None
-        self._events_at_last = 0
+    size = events = smallest = 0
+    first: Said | None = None
+    last: Said | None = None
+    _events_at_last = 0
 
     @property
     def is_current(self) -> bool:
@@ -73,12 +68,10 @@ class Body:
 class Document(Body):
     """One JSON document; several lines of them that nothing has declared are found out at the end."""
 
-    __slots__ = ("_is_long", "_kept")
+    _is_long = False
 
     def __init__(self) -> None:
-        super().__init__()
         self._kept = bytearray()
-        self._is_long = False
 
     def feed(self, chunk: bytes) -> None:
         self.size += len(chunk)
@@ -104,10 +97,7 @@ class Document(Body):
 class Lines(Body):
     """Documents, each on a line of its own (NDJSON)."""
 
-    __slots__ = ("_dropped", "_head", "_named", "_named_size", "_pending")
-
     def __init__(self) -> None:
-        super().__init__()
         self._pending = bytearray()
         # Those that name a usage but are not parsed yet, and their numbers: of many that say one, the last will do.
         self._named: list[tuple[int, bytes]] = []
@@ -152,7 +142,7 @@ class Lines(Body):
 
     def _is_one(self, chunk: bytes) -> bool:
         """Whether *chunk* is exactly one line, as servers send them."""
-        return chunk.find(b"\n") == len(chunk) - 1
+        return chunk.find(b"\n") == len(chunk) - 1 >= 0
 
     def _end(self, pending: bytearray, start: int) -> int:
         """The end of the first line that ends behind *start*; -1 if none does."""
@@ -207,11 +197,7 @@ class Lines(Body):
 class Events(Lines):
     """Server-sent events, as the HTML standard reads them."""
 
-    __slots__ = ("_has_cr",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._has_cr = False
+    _has_cr = False
 
     def _is_one(self, chunk: bytes) -> bool:
         if b"\r" in chunk:

@@ -97,7 +97,7 @@ class Said(NamedTuple):
             # What is missing keeps its estimate, and that is of all that is read.
             if read is None:
                 cached = cache_write = None
-            else:
+            elif cached or cache_write:
                 read = _less(read, (cached or 0) + (cache_write or 0))
         if written is None:
             reasoning = None
@@ -108,6 +108,7 @@ class Said(NamedTuple):
 
 
 _NOTHING = Usage()
+_NO_MEMBERS: dict[str, object] = {}
 
 
 def _last(before: int | None, now: int | None) -> int | None:
@@ -151,7 +152,9 @@ def find_usage(document: object, *, streamed: bool) -> Said | None:
 
 
 def _of_usage(usage: dict[str, object], document: dict[str, object], kind: str) -> Said:
-    tokens, billed = _member(usage, "tokens"), _member(usage, "billed_units")
+    tokens = billed = _NO_MEMBERS
+    if "tokens" in usage or "billed_units" in usage:
+        tokens, billed = _member(usage, "tokens"), _member(usage, "billed_units")
     if tokens or billed:
         return Said(
             _last(_whole(billed, "input_tokens"), _whole(tokens, "input_tokens")),
@@ -185,19 +188,18 @@ def _of_usage(usage: dict[str, object], document: dict[str, object], kind: str) 
 
 
 def _of_chat(usage: dict[str, object], document: dict[str, object]) -> Said:
-    details, thought = _member(usage, "prompt_tokens_details"), _member(usage, "completion_tokens_details")
     read, written = _whole(usage, "prompt_tokens"), _whole(usage, "completion_tokens")
+    cached = cache_write = reasoning = None
+    if "prompt_tokens_details" in usage:
+        details = _member(usage, "prompt_tokens_details")
+        cached, cache_write = _whole(details, "cached_tokens"), _whole(details, "cache_write_tokens")
+    if "completion_tokens_details" in usage:
+        reasoning = _whole(_member(usage, "completion_tokens_details"), "reasoning_tokens")
     if written is None and read is not None and "completion_tokens" not in usage:
         # Embeddings have no output. Of a long answer only the end is there.
         is_all = read == _whole(usage, "total_tokens") or isinstance(document.get("data"), list)
         written = 0 if is_all else None
-    return Said(
-        read,
-        _whole(details, "cached_tokens") if details else None,
-        _whole(details, "cache_write_tokens") if details else None,
-        written,
-        _whole(thought, "reasoning_tokens") if thought else None,
-    )
+    return Said(read, cached, cache_write, written, reasoning)
 
 
 def _of_ollama(document: dict[str, object]) -> Said:

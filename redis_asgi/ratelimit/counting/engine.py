@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any, Literal
 
 from ...connection.manager import RedisManager
@@ -32,6 +31,8 @@ from .in_flight import HeldVerdict
 from .local_engine import LocalEngine
 from .metrics import LimitMetrics
 from .reset import fields_of_rule, reset_in_redis
+from .settlement import Change
+from .settling_check import SettlingCheck
 from .verdict import Verdict
 
 logger = logging.getLogger("redis_asgi.ratelimit")
@@ -72,6 +73,7 @@ class Engine:
         self.in_flight = manager.per_process(InFlight.from_settings)
         self._hearts = manager.per_process(Hearts.from_settings)
         self._last_batcher: Batcher | ClusterBatcher | None = None
+        self._settling: dict[Mode, SettlingCheck] = {}  # the last one of each
         self._forks = PROCESS.forks
 
     def remembered(self, charges: Charges) -> Verdict | None:
@@ -126,53 +128,56 @@ class Engine:
             batcher.submit(verdict)
         return verdict
 
-    def settle(self, verdict: Verdict, deltas: Sequence[int]) -> None:
-        """Change what *verdict* charged, off the response path: in the next shared batch, unawaited.
+    def settle(self, verdict: Verdict, changes: Iterable[Change]) -> None:
+        """Make *changes* to what *verdict* charged, off the response path: in the next shared batch, unawaited.
 
-        Args:
-            deltas: Units to add (or, negative, to give back) per policy of the verdict's charges. What is given back
-                goes to the window it was taken from, by receipt, or nowhere once that has passed.
+        What is given back goes to the window it was taken from, by receipt, or nowhere once that has passed.
         """
-        more: list[Charge] = []
-        back: list[Charge] = []
-        receipts: list[int] = []
-        kept = iter(verdict.refundable or [-1] * len(deltas))
-        changes = iter(deltas)
-        for charge in verdict.charges:
+        for at, charge, policy, units in changes:
             policies = charge.policies
-            for policy in policies.policies:
-                delta, receipt = next(changes), next(kept)
-                if delta:
-                    alone = policies if len(policies.policies) == 1 else _alone(policy)
-                    (more if delta > 0 else back).append(Charge(alone, charge.partition, abs(delta)))
-                    if delta < 0:
-                        receipts.append(receipt)
-        if more:
-            self._apply("charge", more, (), verdict)
-        if back:
-            self._forget(back)
-            self._apply("refund", back, receipts, verdict)
+            alone = policies if len(policies.policies) == 1 else _alone(policy)
+            change = Charge(alone, charge.partition, abs(units))
+            if units > 0:
+                self._apply("charge", change, (), verdict)
+            else:
+                if self.refusals.partitions:
+                    self._forget((change,))
+                self._apply("refund", change, (verdict.receipt(at),), verdict)
 
     def _apply(
-        self, mode: Literal["charge", "refund"], charges: Sequence[Charge], receipts: Sequence[int], verdict: Verdict
+        self, mode: Literal["charge", "refund"], charge: Charge, receipts: tuple[int, ...], verdict: Verdict
     ) -> None:
         if verdict.source != "redis":
-            self._apply_here(mode, Charges(charges), receipts)
+            self._apply_here(mode, Charges.plain((charge,)), receipts)
             return
-        # On a cluster each charge may live on another node.
-        for mine in _in_order(charges):
-            theirs, receipts = receipts[: len(mine)], receipts[len(mine) :]
-            try:
-                batcher = self._batcher()
-            except Exception as error:
-                self.settled(mode, mine, classify(error))
-                continue
-            batcher.submit(_Settlement(self, batcher.loop, mode, mine, self._timeout, theirs))
+        try:
+            batcher = self._batcher()
+        except Exception as error:
+            self.settled(mode, Charges.plain((charge,)), classify(error))
+            return
+        waiting = self._settling.get(mode)
+        if (
+            waiting is not None
+            and waiting.future.get_loop() is batcher.loop
+            and batcher.gathers
+            and waiting.takes(charge, receipts)
+        ):
+            batcher.grown(len(charge.policies.policies))
+        else:
+            waiting = self._settling[mode] = SettlingCheck(self, batcher.loop, mode, self._timeout)
+            waiting.takes(charge, receipts)
+            batcher.submit(waiting)
+
+    def settle_again(self, checks: Iterable[Check]) -> None:
+        """Send *checks*, of what was sent together and did not run."""
+        batcher = self._batcher()
+        for check in checks:
+            batcher.submit(check)
 
     def settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
         """Count what came of a charge or a refund; one that Redis did not take is made here, or dropped."""
         failure = outcome if isinstance(outcome, Failure) else None
-        self.counts.settled(failure)
+        self.counts.settled(failure, len(charges))
         if mode == "refund":
             # What was refused meanwhile may be admitted now.
             self._forget(charges)
@@ -201,6 +206,7 @@ class Engine:
             return batcher
         # Not read back: a loop in another thread may have put its own there meanwhile.
         batcher = self._last_batcher = self.manager.per_client(make_batcher)
+        self._settling = {}  # what waits elsewhere, in the parent of a fork perhaps
         self._forks = PROCESS.forks
         return batcher
 
@@ -247,36 +253,6 @@ class Engine:
             verdict.leave(Decision(not closed, "none", CLOSED_RETRY_AFTER if closed else None))
 
 
-class _Settlement(Check):
-    """A charge or a refund that no request waits for."""
-
-    __slots__ = ("_engine",)
-
-    def __init__(
-        self,
-        engine: Engine,
-        loop: asyncio.AbstractEventLoop,
-        mode: Mode,
-        charges: Charges,
-        timeout: float,
-        receipts: Sequence[int],
-    ) -> None:
-        self._engine, self.mode, self.receipts = engine, mode, receipts
-        self.begin(loop, charges, timeout)
-
-    def hear(self, outcome: Outcome) -> Outcome:
-        self._engine.settled(self.mode, self.asked, outcome)
-        return outcome
-
-
 @lru_cache(maxsize=1024)
 def _alone(policy: Policy) -> PolicySet:
     return PolicySet((policy,))
-
-
-def _in_order(charges: Sequence[Charge]) -> list[Charges]:
-    """*charges*, those of a partition that follow each other together: their receipts are in the same order."""
-    if len(charges) == 1:
-        (charge,) = charges
-        return [Charges.of_one(charge)]
-    return [Charges(same) for _, same in groupby(charges, lambda charge: charge.partition.key)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     pass
 from .in_flight import Ids, Place, Slot
 
-# Seconds between heartbeats, a third of a lease; and after one that failed.
+# Seconds between heartbeats, a third of a lease; and after one that failed, or that something came too late for.
 BEAT = 10.0
 BEAT_AGAIN = 1.0
 # Ids in one check of a heartbeat, which is one counter of a batch.
@@ -117,10 +117,13 @@ class Heart:
             self._has_beaten()
 
     def _batcher(self) -> Batcher | ClusterBatcher | None:
-        """The batcher of the running loop; ``None`` where no client can be built, or, as one ends, in no loop."""
+        """The batcher of the running loop; ``None`` where its client is closed, or as it ends, in no loop.
+
+        No client is opened for it: a heart that beats on after the app has closed its manager would keep a connection.
+        """
         try:
             is_here = asyncio.get_running_loop() is self.loop
-            return self._manager.per_client(make_batcher) if is_here else None
+            return self._manager.per_client(make_batcher) if is_here and self._manager.is_open else None
         except Exception:
             return None
 
@@ -165,7 +168,8 @@ class Heart:
         for slot in late:
             if slot.is_known:
                 self._tell(slot)
-        self._plan(BEAT_AGAIN if self._has_failed else BEAT)
+        # What is owed now came while it beat, so that it was not told.
+        self._plan(BEAT_AGAIN if self._has_failed or self._owed else BEAT)
         if done is not None and not done.done():
             done.set_result(None)
 

@@ -29,6 +29,7 @@ class LimitMetrics:
     def __init__(self) -> None:
         counted = telemetry()
         self._note = counted.buffer.count
+        self._add = counted.buffer.add
         self._observe = counted.buffer.observe
         self._requests = {
             outcome: {source: counted.ratelimit_requests.labels(outcome, source) for source in _SOURCES}
@@ -64,9 +65,9 @@ class LimitMetrics:
             bound = self._fallbacks[mode, reason] = self._fallback.labels(mode, reason.value)
         self._note(bound)
 
-    def settled(self, failure: Failure | None) -> None:
-        """Count a charge or a refund that was sent after its request's answer, and what came of it."""
-        self._note(self._settled if failure is None else self._commands.labels("settle", failure.value))
+    def settled(self, failure: Failure | None, count: int) -> None:
+        """Count so many charges or refunds that were sent after their requests' answers, and what came of them."""
+        self._add((self._settled if failure is None else self._commands.labels("settle", failure.value), count))
 
     def admission(self, charges: Charges) -> Together:
         """The counters of an admission by all policies of *charges*."""

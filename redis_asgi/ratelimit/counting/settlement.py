@@ -5,8 +5,7 @@ once, after the last body byte, or at once where the request's first verdict has
 """
 
 from collections.abc import Mapping, Sequence
-from operator import add
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..budgets.spending import Spending
 from ..budgets.usage import UsageReader
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .verdict import Verdict
 
+# A counter of a verdict, by its number, whose charge and policy it is, and the units to add or (negative) to give back.
+Change: TypeAlias = tuple[int, Charge, Policy, int]
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
 
@@ -51,7 +52,7 @@ class Settlement:
         self._said: dict[str | None, int] = {}  # what the app says that was used, by policy
         self._booked: dict[tuple[Charge, Policy], int] = {}  # what of that was sent
         self._changes: list[tuple[int, str | None]] = []
-        self._sent: dict[Verdict, list[int]] = {}  # what was changed so far, per policy
+        self._sent: dict[tuple[Verdict, int], int] = {}  # what was changed so far, by counter
         self.reader: UsageReader | None = None
 
     @property
@@ -118,43 +119,44 @@ class Settlement:
         """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
-        if self._changes or self._spendings or any(verdict.charges.status_decides for verdict in self._first.all):
-            self._send(status, self._changes)
+        self._send(status, self._changes)
         for verdict, spendings in self._spendings.items():
             verdict.engine.in_flight.hold(spendings, sign=-1)
 
     def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self._first.all:
-            deltas: list[int] = []
-            sent = self._sent.get(verdict) or [0] * verdict.charges.counters
-            spendings = self._spendings.get(verdict, {}) if self._first.loop is None else {}
-            taken = iter(verdict.taken)
+            spendings = self._spendings.get(verdict) if self._first.loop is None else None
+            if not (changes or spendings or verdict.charges.status_decides):
+                continue
+            found: list[Change] = []
+            at = -1
             for charge in verdict.charges:
-                free = status is not None and charge.count_if is not None and not charge.count_if(status)
-                spending = spendings.get(charge)
+                policies = charge.policies.policies
+                free = charge.count_if is not None and status is not None and not charge.count_if(status)
+                spending = spendings.get(charge) if spendings else None
                 if spending is None and not changes and not free:
-                    for _ in charge.policies.policies:
-                        next(taken)
-                        deltas.append(0)
+                    at += len(policies)
                     continue
-                used = None if spending is None else spending.used(self.reader)
-                for policy in charge.policies.policies:
-                    charged = next(taken)
-                    if policy.strategy == "concurrency":
-                        deltas.append(0)  # a request is one, until it ends
-                        continue
-                    delta = 0
+                used = -1
+                if spending is not None:
+                    used = spending.used(self.reader, is_said=bool(self._said))
+                    spending.accuracy.note(spending.estimate.cost, self._used_of(policies[0], used))
+                for policy in policies:
+                    at += 1
+                    charged = verdict.taken_by(at, charge)
+                    units = self._used_of(policy, used) - charged if charged and used >= 0 else 0
                     for cost, name in changes:
                         if name is None or name == policy.name:
-                            delta += cost
-                    if used is not None and charged:
-                        delta += self._used_of(policy, used) - charged
+                            units += cost
+                    if free:
+                        units -= charged
                     # No request gets back more than was taken, however often it asks.
-                    deltas.append(max(delta - (charged if free else 0), -charged - sent[len(deltas)]))
-                if spending is not None and used is not None:
-                    spending.accuracy.note(spending.estimate.cost, self._used_of(charge.policies.policies[0], used))
-            if any(deltas):
-                self.apply(verdict, deltas)
+                    if units < 0:
+                        units = max(units, -charged - self._sent.get((verdict, at), 0))
+                    if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
+                        found.append((at, charge, policy, units))
+            if found:
+                self.apply(verdict, found)
 
     def _used_of(self, policy: Policy, used: int) -> int:
         """The units that the app says count for *policy*, else *used*, which the answer says."""
@@ -165,16 +167,15 @@ class Settlement:
     def _book(self, name: str | None, units: int) -> None:
         """Make what was charged by the policy *name* (``None``: all) *units*, at once: nothing sees the answer."""
         for verdict, spendings in self._spendings.items():
-            deltas = []
-            both = zip(counters_of(verdict.charges), verdict.taken, strict=True)
-            for (charge, policy), charged in both:
-                delta = 0
+            found: list[Change] = []
+            for at, (charge, policy) in enumerate(counters_of(verdict.charges)):
+                charged = verdict.taken_by(at, charge)
                 if charge in spendings and charged and (name is None or name in _names(policy)):
                     delta = units - charged - self._booked.get((charge, policy), 0)
                     self._booked[charge, policy] = units - charged
-                deltas.append(delta)
-            if any(deltas):
-                self.apply(verdict, deltas)
+                    if delta:
+                        found.append((at, charge, policy, delta))
+            self.apply(verdict, found)
 
     async def reset(self, name: str) -> bool:
         """See `RequestDecision.reset`."""
@@ -182,8 +183,7 @@ class Settlement:
         done: set[tuple[Engine, bytes]] = set()
         for verdict in self._first.all:
             engine, taken = verdict.engine, verdict.taken
-            counters = counters_of(verdict.charges)
-            for i, (charge, policy) in enumerate(counters):
+            for i, (charge, policy) in enumerate(counters_of(verdict.charges)):
                 partition = charge.partition
                 if policy.name not in (name, f"{name}-{policy.window}s"):
                     continue
@@ -192,10 +192,10 @@ class Settlement:
                     forgot |= await engine.reset(partition, name, on_request=True)
                 if forgot:
                     # Of what is forgotten nothing is given back.
-                    self._sent.setdefault(verdict, [0] * len(counters))[i] = -taken[i]
+                    self._sent[verdict, i] = -taken[i]
         return forgot
 
-    def turned_down(self) -> "list[tuple[Verdict, list[int]]]":
+    def turned_down(self) -> "list[tuple[Verdict, list[Change]]]":
         """Changes to `apply` once the client has the start of an answer by which the app turns its request down.
 
         All but one unit of what is held by bodies that could not be read, unless their client has gone. The verdicts
@@ -205,17 +205,20 @@ class Settlement:
         for verdict in self._first.all:
             if not verdict.charges.unread:
                 continue
-            deltas = [
-                0 if charge.unread is None or charge.unread.is_abandoned else min(0, charge.cost - units)
-                for (charge, _), units in zip(counters_of(verdict.charges), verdict.taken, strict=True)
-            ]
-            if any(deltas):
-                verdict.show([-delta for delta in deltas])
-                found.append((verdict, deltas))
+            back = [0] * verdict.charges.counters
+            changes: list[Change] = []
+            for at, (charge, policy) in enumerate(counters_of(verdict.charges)):
+                if charge.unread is not None and not charge.unread.is_abandoned:
+                    back[at] = max(0, verdict.taken_by(at, charge) - charge.cost)
+                    if back[at]:
+                        changes.append((at, charge, policy, -back[at]))
+            if changes:
+                verdict.show(back)
+                found.append((verdict, changes))
         return found
 
-    def apply(self, verdict: "Verdict", deltas: Sequence[int]) -> None:
-        """Send *deltas* of what *verdict* charged, and remember that they were."""
-        sent = self._sent.get(verdict)
-        self._sent[verdict] = list(deltas) if sent is None else list(map(add, sent, deltas))
-        verdict.engine.settle(verdict, deltas)
+    def apply(self, verdict: "Verdict", changes: Sequence[Change]) -> None:
+        """Send *changes* of what *verdict* charged, and remember that they were."""
+        for at, _, _, units in changes:
+            self._sent[verdict, at] = self._sent.get((verdict, at), 0) + units
+        verdict.engine.settle(verdict, changes)

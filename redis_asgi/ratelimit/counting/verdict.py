@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...count_buffer import Noted
-from ..limits.charge import Charges, counters_of
+from ..limits.charge import Charge, Charges, counters_of
 from ..limits.counter import Mode
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
 from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known
-from ..limits.reply import Reply, charged_receipts, fits_of, numbers_of, reply_of
+from ..limits.reply import Reply, fits_at, numbers_of, receipt_at, reply_of
 from ..transport.check import Check, Outcome
 from .settlement import Settlement
 
@@ -177,10 +177,16 @@ class Verdict(Check):
     @property
     def taken(self) -> list[int]:
         """The units that were charged, one per policy of the charges."""
-        if self.reply is None or not self.allowed:
-            return [0] * self.charges.counters
-        fits = iter(fits_of(self.reply))
-        return [charge.taken(next(fits)) for charge in self.charges for _ in charge.policies.policies]
+        return [self.taken_by(at, charge) for at, (charge, _) in enumerate(counters_of(self.charges))]
+
+    def taken_by(self, at: int, charge: Charge) -> int:
+        """The units that the counter number *at* was charged, one of those of *charge*."""
+        return charge.taken(self.reply[fits_at(at)]) if self.reply is not None and self.allowed else 0
+
+    def receipt(self, at: int) -> int:
+        """The receipt of the counter number *at*, for giving back; negative where nothing was charged."""
+        reply = self.reply
+        return reply[receipt_at(at)] if reply is not None and self.allowed and reply[fits_at(at)] else -1
 
     def show(self, back: Sequence[int]) -> None:
         """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
@@ -192,8 +198,3 @@ class Verdict(Check):
             remaining = min(policy.quota, each.remaining + units)
             shown.append(each._replace(remaining=remaining, reset=reset, retry=0) if units else each)
         self.reply, self._decision, self.rendered = reply_of(self.allowed, shown), None, None
-
-    @property
-    def refundable(self) -> list[int]:
-        """One per policy of the charges, for giving back: negative where nothing was charged."""
-        return charged_receipts(self.reply) if self.reply is not None and self.allowed else []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...settings import OnRedisError
-from .policy import CONSUME, ONE, WHAT_REMAINS, Partition, Policy, PolicySet, bulk, bulk_int, log_key
+from .policy import CONSUME, WHAT_REMAINS, Partition, Policy, PolicySet, bulk, bulk_int, log_key
 from .reply import size_of
 
 
@@ -106,32 +106,14 @@ class Charges(Sequence[Charge]):
         known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
     """
 
-    __slots__ = (
-        "_each",
-        "_in_flight",
-        "_limits",
-        "admission",
-        "all_enforcing",
-        "consume",
-        "counters",
-        "has_tokens",
-        "holds",
-        "is_conditional",
-        "is_priced",
-        "is_ready",
-        "is_spread",
-        "key_count",
-        "keys",
-        "known",
-        "names",
-        "render",
-        "reply_size",
-        "sets",
-        "status_decides",
-        "terms",
-        "unread",
-        "words",
-    )
+    # What most of them say, so that those that are made for each request set less.
+    _in_flight: "Charges | None" = None
+    _limits: frozenset[tuple[bytes, bytes]] | None = None
+    admission: Any = None
+    render: Callable[[Sequence[int]], Any] | None = None
+    known: Any = None
+    is_priced = has_tokens = holds = is_spread = status_decides = unread = False
+    is_conditional = is_ready = False
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
@@ -172,11 +154,6 @@ class Charges(Sequence[Charge]):
         self.status_decides = status_decides
         self.unread = unread
         self.is_conditional = status_decides or unread
-        self._limits: frozenset[tuple[bytes, bytes]] | None = None
-        self._in_flight: Charges | None = None
-        self.admission: Any = None
-        self.render: Callable[[Sequence[int]], Any] | None = None
-        self.known: Any = None
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.is_priced = is_priced
         self.is_ready = bool(each) and not is_priced and not holds
@@ -184,47 +161,42 @@ class Charges(Sequence[Charge]):
         self.holds = holds
 
     @classmethod
-    def of_one(cls, charge: Charge) -> "Charges":
-        """*charge* alone, at a known cost that stays: what settles another, made for each request."""
-        policies, partition = charge.policies, charge.partition
-        if policies.logs or charge.label is not None:
-            return cls((charge,))
+    def plain(cls, charges: Sequence[Charge]) -> "Charges":
+        """*charges* at known costs that stay: what settles others, made for each request."""
+        keys: list[bytes] = []
+        terms = [bulk_int(len(charges))]
+        counters = 0
+        for charge in charges:
+            policies = charge.policies
+            if policies.logs or charge.label is not None:
+                return cls(charges)
+            keys.append(charge.partition.resp)
+            terms += policies.resp, bulk_int(charge.cost)
+            counters += len(policies.policies)
         made = cls.__new__(cls)
-        made._each = (charge,)
-        made.keys, made.key_count, made.words = partition.resp, 1, 4
-        made.sets, made.names, made.all_enforcing = (policies,), policies.names, policies.all_enforce
-        made.counters = len(policies.names)
-        made.reply_size = size_of(made.counters)
-        made.terms = b"".join((ONE, policies.resp, bulk_int(charge.cost)))
+        made._each = tuple(charges)
+        made.keys, made.key_count, made.words = b"".join(keys), len(keys), 2 + 2 * len(keys)
+        made.counters, made.reply_size = counters, size_of(counters)
+        made.terms = b"".join(terms)
         made.consume = CONSUME + made.terms
-        made.is_spread = made.status_decides = made.unread = made.is_conditional = False
-        made.is_priced = made.has_tokens = made.holds = False
+        made.is_spread = len(keys) > 1 and len(set(keys)) > 1
+        made.sets, made.names, made.all_enforcing = (), (), False  # nobody asks
         made.is_ready = True
-        made.admission = made.render = made.known = made._limits = made._in_flight = None
         return made
 
-    def at(self, costs: Sequence[int]) -> "Charges":
-        """The same at these *costs*, one each, in a small part of the time that it takes to make them anew."""
+    def at(self, each: Sequence[Charge]) -> "Charges":
+        """The same at the costs that *each* of them has now, in a small part of the time that it takes to make them."""
+        terms = [bulk_int(len(each))]
+        for charge in each:
+            terms += charge.policies.resp, bulk_int(charge.cost)
         made = Charges.__new__(Charges)
-        each: list[Charge] = []
-        terms = [bulk_int(len(costs))]
-        for charge, cost in zip(self._each, costs, strict=True):
-            at = charge if charge.price is None else at_cost(charge, cost)
-            each.append(at)
-            terms += at.policies.resp, bulk_int(at.cost)
+        made.__dict__.update(self.__dict__)
         made._each = tuple(each)
         made.terms = b"".join(terms)
         made.consume = CONSUME + made.terms
         made.is_priced = made.has_tokens = False
         made.known = None
-        made.keys, made.key_count, made.words = self.keys, self.key_count, self.words
-        made.sets, made.names, made.all_enforcing = self.sets, self.names, self.all_enforcing
-        made.counters, made.reply_size = self.counters, self.reply_size
-        made.is_spread, made.status_decides, made.unread = self.is_spread, self.status_decides, self.unread
-        made.is_conditional = self.is_conditional
         made.is_ready = not self.holds
-        made.holds, made._limits, made._in_flight = self.holds, self._limits, self._in_flight
-        made.admission, made.render = self.admission, self.render
         return made
 
     @property

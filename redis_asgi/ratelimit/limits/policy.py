@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 from ...keys import digest, partition_key
@@ -27,10 +28,10 @@ def bulk(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
+@lru_cache(maxsize=4096)
 def bulk_int(number: int) -> bytes:
-    """A whole *number* likewise; formatted as bytes it would take twice as long."""
-    digits = str(number)
-    return f"${len(digits)}\r\n{digits}\r\n".encode()
+    """A whole *number* likewise: a cost, or a count, most of which come again."""
+    return bulk(b"%d" % number)
 
 
 CONSUME = bulk(b"consume")
@@ -71,10 +72,11 @@ class PolicySet:
         enforces: Whether one of them may refuse.
         all_enforce: Whether each of them may.
         holds: Whether one of them counts requests in flight.
+        least: The smallest quota.
         names: What they are called.
     """
 
-    __slots__ = ("all_enforce", "enforces", "holds", "logs", "names", "policies", "resp", "spec")
+    __slots__ = ("all_enforce", "enforces", "holds", "least", "logs", "names", "policies", "resp", "spec")
 
     def __init__(self, policies: tuple[Policy, ...]) -> None:
         self.policies = policies
@@ -88,6 +90,7 @@ class PolicySet:
         self.holds = any(policy.strategy == "concurrency" for policy in policies)
         self.enforces = not all(policy.shadow for policy in policies)
         self.all_enforce = not any(policy.shadow for policy in policies)
+        self.least = min((policy.quota for policy in policies), default=0)
         self.names = tuple(policy.name for policy in policies)
 
     def __iter__(self) -> Iterator[Policy]:

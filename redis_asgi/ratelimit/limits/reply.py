@@ -1,6 +1,5 @@
 """Replies of the script and its twin about one request: numbers in a row, and the one reader of their places."""
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 # 1 admitted | 0 refused, then the `Numbers` of each counter, in the order of the charges and their policies.
@@ -48,10 +47,15 @@ def place_of(counter: int) -> int:
 
 def charged_receipts(reply: Reply) -> list[int]:
     """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
-    receipts = reply[VALUES_PER_COUNTER::VALUES_PER_COUNTER]
-    return [receipt if fits else -1 for fits, receipt in zip(fits_of(reply), receipts, strict=True)]
+    counters = range(len(reply) // VALUES_PER_COUNTER)
+    return [reply[receipt_at(counter)] if reply[fits_at(counter)] else -1 for counter in counters]
 
 
-def fits_of(reply: Reply) -> Sequence[int]:
-    """The numbers by which each counter of a *reply* says whether, and how far, the cost fits."""
-    return reply[1::VALUES_PER_COUNTER]
+def fits_at(counter: int) -> int:
+    """The place of `fits` of a reply's n-th *counter*."""
+    return 1 + VALUES_PER_COUNTER * counter
+
+
+def receipt_at(counter: int) -> int:
+    """The place of `receipt` of a reply's n-th *counter*."""
+    return VALUES_PER_COUNTER + VALUES_PER_COUNTER * counter

@@ -1,5 +1,6 @@
 """Partitions from a request's body: `by_json`, a member of a JSON body; `by_mcp_tool`, the tool that is called."""
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,10 @@ from starlette.types import Scope
 from ...asgi.bodies import Document, Member, has_twice
 from ...asgi.paths import TextPattern
 from ...errors import ConfigurationError
+from ...events import say
 from ...misuse import constructor_says_what_was_meant, shown
+
+logger = logging.getLogger("redis_asgi.ratelimit")
 
 # Names, or patterns where * is any run of characters; or these with the bucket that each belongs to.
 Values: TypeAlias = str | Iterable[str] | Mapping[str, str]
@@ -283,7 +287,15 @@ def _buckets(values: object, what: str, instance: Mapping[str, str]) -> tuple[tu
                 f"{what}: values has {shown(pattern)} for the pattern {shown(bucket)}, whose bucket it would be. "
                 f"Write {{{shown(bucket)}: {shown(pattern)}}}."
             )
-    return tuple((TextPattern(str(pattern)), str(bucket)) for pattern, bucket in pairs)
+    written = [(str(pattern), TextPattern(str(pattern)), str(bucket)) for pattern, bucket in pairs]
+    for at, (pattern, _, bucket) in enumerate(written):
+        # A * is matched by nothing but a *, so that what matches the pattern itself matches all that it does.
+        hiding = next(
+            (text for text, before, other in written[:at] if other != bucket and before.matches(pattern)), None
+        )
+        if hiding is not None:
+            say(logger, "values_hidden", values=what, hidden=shown(pattern), hiding=shown(hiding))
+    return tuple((pattern, bucket) for _, pattern, bucket in written)
 
 
 def keep_said(scope: Scope, document: Document, readers: Iterable[ByBody]) -> None:

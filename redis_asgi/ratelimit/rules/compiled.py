@@ -127,7 +127,7 @@ class CompiledRule:
         outputs = self._outputs.get(bucket)
         if outputs is None:
             outputs = self._outputs[bucket] = Outputs()
-        quota = min([policy.quota for policy in policies])
+        quota = policies.least
         units = tokens.estimate if isinstance(tokens.estimate, int) else units
         if units is not None:
             estimate = tokens.estimated_as(units, asked, quota=quota)
@@ -203,12 +203,15 @@ class _Numbers:
         """The policy that the callable's number stands for.
 
         Raises:
-            ValueError: If it is none.
+            ConfigurationError: If it is none: the callable is at fault, not the request.
         """
         try:
             return make_concurrency(self._rule, check_concurrency(said, least=0), self._shadow)
         except ValueError as error:
-            raise ValueError(f"The rule {self._rule!r}: {error} Return one, or None for no limit.") from None
+            text = (
+                f"The rule {self._rule!r}, whose concurrency= is a callable: {error} Return one, or None for no limit."
+            )
+            raise ConfigurationError(text) from None
 
 
 def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:

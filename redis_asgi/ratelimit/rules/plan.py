@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -174,12 +174,9 @@ class PlanCache:
         def make(_: object) -> Charges:
             return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
 
-        # What cannot be read is each time another, and so is nearly every estimate.
-        for cost in costs:
-            if isinstance(cost, Unread):
-                return make(None)
-        if charges.has_tokens:
-            return charges.at(cast("Sequence[int]", costs))
+        # What cannot be read is each time another.
+        if any(isinstance(cost, Unread) for cost in costs):
+            return make(None)
         asked = (charges, *costs)
         return self.charges.young.get(asked) or self.charges.find(asked, make)
 

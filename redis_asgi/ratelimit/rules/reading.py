@@ -1,7 +1,6 @@
 """Reading a request's body for the rules that ask it: once, within bounds, and only where there is one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
@@ -12,52 +11,47 @@ from ..budgets.estimates import Asked
 from .by_body import ByBody, keep_said
 from .compiled import METHODS_WITH_BODY
 
-
-class Looked(NamedTuple):
-    """A body that was looked at; of a large one nothing else is kept, since parsed it takes many times its size.
-
-    Attributes:
-        asked: What it asks of a model, where a rule wants to know; ``None`` also when it cannot be read.
-    """
-
-    asked: Asked | None
+# What is said of a request without a body.
+NO_BODY = Asked(0, None)
 
 
-async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Looked | None:
-    """Look at a request's body; ``None`` when it has none.
+async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
+    """Look at a request's body: what it asks of a model, where that is wanted; `NO_BODY` when it has none.
 
-    What it says to *readers* is in the scope then.
+    What it says to *readers* is in the scope then. Of a large body nothing else is kept: parsed it takes many times its
+    size.
 
     Args:
         asks: Whether to find out what it asks of a model.
+
+    Returns:
+        ``None`` also when it cannot be read.
     """
     before = take_document(scope)
     content = await buffer.whole()
     if content == b"":
-        return None
-    document = before if before is not None and before.content == content else _document(content, scope)
-    buffer.keep(document, scope)
-    return _looked(document, scope, readers, asks=asks)
+        return NO_BODY
+    if before is None or before.content != content:
+        before = Document(content, is_encoded=is_encoded(scope))
+    buffer.keep(before, scope)
+    return _looked(before, scope, readers, asks=asks)
 
 
-async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody], *, asks: bool) -> Looked | None:
-    """`look` in front of an endpoint, where the app may have read the body already; ``None`` also for other methods."""
+async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
+    """`look` in front of an endpoint, where the app may have read the body already; other methods have `NO_BODY`."""
     if not isinstance(conn, Request) or conn.method not in METHODS_WITH_BODY:
-        return None
+        return NO_BODY
     content = await body_of(conn, cap)
     if content == b"":
-        return None
-    return _looked(_document(content, conn.scope), conn.scope, readers, asks=asks)
+        return NO_BODY
+    document = Document(content, is_encoded=is_encoded(conn.scope))
+    return _looked(document, conn.scope, readers, asks=asks)
 
 
-def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Looked:
+def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
     if readers:
         keep_said(scope, document, readers)
-    return Looked(Asked.by(document.value) if asks and document.is_read else None)
-
-
-def _document(content: bytes | None, scope: Scope) -> Document:
-    return Document(content, is_encoded=is_encoded(scope))
+    return Asked.by(document.value) if asks and document.is_read else None
 
 
 async def body_of(request: Request, cap: int) -> bytes | None:

@@ -112,6 +112,17 @@ class Batcher:
             else:
                 self.plan()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether one check may be about several partitions."""
+        return self.apart is None or not self.apart.now
+
+    def grown(self, counters: int) -> None:
+        """Note that a check that waits is about so many *counters* more."""
+        self._waiting_counters += counters
+        if self._waiting_counters >= MAX_COUNTERS:
+            self.start_if_due()
+
     def start_if_due(self) -> None:
         """Send what waits, if nothing is under way or it fills a batch; else plan when."""
         if self.closed:

@@ -70,6 +70,10 @@ class Check:
         """
         return outcome
 
+    def split(self) -> "Sequence[Check]":
+        """One for each partition that it is about, in its place, where nobody waits for it; else itself."""
+        return (self,)
+
     @property
     def may_have_run(self) -> bool:
         """Whether Redis may have been asked already, or be asked yet."""

@@ -16,6 +16,11 @@ from .slot_parts import ApartWhereAsked, Parts
 class ClusterBatcher:
     """One `Batcher` per node, so that a dead node degrades only its own partitions; `Parts` are asked at several."""
 
+    gathers = False
+
+    def grown(self, counters: int) -> None:
+        """See `Batcher.grown`: nothing grows here."""
+
     def __init__(self, manager: RedisManager, client: aioredis.RedisCluster) -> None:
         self.loop = asyncio.get_running_loop()
         self._manager = manager

@@ -35,8 +35,13 @@ class Parts:
     def takes(self, check: Check) -> bool:
         """Ask *check* in parts, if it has several partitions; whether that is so."""
         parts = by_partition(check.asked)
-        if len(parts) == 1 or check.mode in ("charge", "refund"):
+        if len(parts) == 1:
             return False
+        if check.mode in ("charge", "refund"):
+            for part in check.split():
+                self._route(part)
+            check.future.cancel()  # nobody waits for it
+            return True
         asked = [self._part(check, Charges(charges)) for charges in parts.values()]
         left = len(asked)
 
