@@ -1,6 +1,8 @@
-r"""A chat endpoint that streams, limited as model providers limit theirs: requests, tokens, and streams in flight.
+r"""A chat endpoint that streams, limited as model providers limit theirs: requests,
+tokens, and streams in flight.
 
-Each key has 20 requests and 4,000 tokens a minute for each kind of model, and two streams at a time::
+Each key has 20 requests and 4,000 tokens a minute for each kind of model, and two streams at a
+time::
 
     python examples/chat_api.py
     curl -N -H 'Authorization: Bearer ada' -H 'Content-Type: application/json' \
@@ -10,7 +12,8 @@ Each key has 20 requests and 4,000 tokens a minute for each kind of model, and t
         -d '{"model": "tiny-1", "max_tokens": 10, "messages": [{"role": "user", "content": "Hello"}]}' \
         http://127.0.0.1:8000/v1/messages
 
-Clients of OpenAI and Anthropic understand the refusals: `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="ada")`.
+Clients of OpenAI and Anthropic understand the refusals:
+`OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="ada")`.
 """
 
 import asyncio
@@ -28,7 +31,8 @@ from redis_asgi import RateLimitMiddleware, Rule, Settings, by_header, by_json, 
 
 SETTINGS = Settings(**({} if Settings().names_redis else {"REDIS_URL": "memory://"}))
 KEY = by_header("authorization")
-# What is no model of ours shares one bucket, so that nobody gets a fresh counter by making up a name.
+# What is no model of ours shares one bucket,
+# so that nobody gets a fresh counter by making up a name.
 MODEL = by_json("model", {"tiny-*": "small", "grand-*": "large"})
 PACE = float(os.environ.get("SECONDS_PER_WORD", "0.02"))  # of the fake model below
 

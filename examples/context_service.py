@@ -1,6 +1,6 @@
 """Contexts by id, their embeddings kept in Redis: `EmbeddingCache` under ids of the service's own.
 
-Rate limited, with probes at ``/health/``, metrics at ``/metrics/`` and a page for its operator at ``/status/``.
+Rate limited; probes at ``/health/``, metrics at ``/metrics/``, a page for operators: ``/status/``.
 
 ::
 
@@ -8,7 +8,7 @@ Rate limited, with probes at ``/health/``, metrics at ``/metrics/`` and a page f
     curl -X PUT http://127.0.0.1:8000/contexts/greeting -H 'content-type: application/json' -d '{"text": "hello world"}'
     curl -i 'http://127.0.0.1:8000/contexts/greeting/similar?text=hello'
 
-Vectors and counters are in the Redis that ``REDIS_*`` variables name, in this process when none is set.
+Vectors and counters are in the Redis that ``REDIS_*`` variables name, else in this process.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ cache = EmbeddingCache(ttl=24 * 3600, settings=SETTINGS)
 
 
 def embed(texts: list[str]) -> NDArray[np.float32]:
-    """Stands for a model: words hashed into a unit vector, shape ``(n, 256)``; sync, so a worker thread runs it."""
+    """Stands for a model: words hashed into unit vectors, ``(n, 256)``; sync: in a worker thread."""
     vectors = np.zeros((len(texts), DIMS), dtype=np.float32)
     for row, words in enumerate(text.lower().split() for text in texts):
         for word in words:

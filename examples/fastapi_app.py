@@ -1,4 +1,4 @@
-"""A FastAPI app with paying customers: a plan for each API key, limits on routes and routers, costs.
+"""A FastAPI app with paying customers: plans for API keys, limits on routes and routers, costs.
 
 ::
 
@@ -31,7 +31,7 @@ def plan_of(conn: HTTPConnection) -> str | None:
 
 
 async def texts(request: Request) -> int:
-    """Count the texts in a body, which the app still receives; what is not JSON costs the whole quota."""
+    """Count the texts in a body, which the app still receives; no JSON costs the whole quota."""
     body = await request.json()
     given = body.get("input") if isinstance(body, dict) else None
     return len(given) if isinstance(given, list) else 1
@@ -41,12 +41,12 @@ RULES = [
     Rule(plan_of, name="plan", partition_by=by_key),
     Rule("10/minute", name="texts", paths="/embed", methods="POST", partition_by=by_key, cost=texts),
     Rule("100/minute", name="words", paths="/story", partition_by=by_key),
-    # A key is only what a client says of itself: without this rule, one that invents keys is never limited.
+    # A key is only what a client says: without this rule, one that invents keys is never limited.
     Rule("60/minute", name="address", partition_by=client_ip),
 ]
 app = FastAPI()
 app.add_middleware(RateLimitMiddleware, rules=RULES, settings=SETTINGS)
-# The whole router shares the counter "archive"; without a name each of its routes would have its own.
+# The whole router shares the counter "archive"; without a name each route would have its own.
 archive = APIRouter(prefix="/archive", dependencies=[Depends(RateLimit("3/minute", name="archive"))])
 
 

@@ -1,4 +1,5 @@
-"""Tools for models, over MCP: each has a limit of its own, and a model that is over one is told so as MCP does.
+"""Tools for models, over MCP: each has a limit of its own,
+and a model that is over one is told so as MCP does.
 
 Each client has 5 searches and 20 other calls a minute::
 

@@ -5,7 +5,8 @@
     python examples/quickstart.py
     curl -i http://127.0.0.1:8000/
 
-It counts in the Redis that the ``REDIS_*`` variables name, and in this process when none of them is set.
+It counts in the Redis that the ``REDIS_*`` variables name,
+and in this process when none of them is set.
 """
 
 import os
@@ -36,5 +37,6 @@ async def hello() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # uvicorn believes X-Forwarded-For from 127.0.0.1 unless told otherwise; behind_a_proxy.py has the rest.
+    # uvicorn believes X-Forwarded-For from 127.0.0.1 unless told otherwise;
+    # behind_a_proxy.py has the rest.
     uvicorn.run(app, host="127.0.0.1", port=int(os.environ.get("PORT", "8000")), proxy_headers=False)

@@ -1,6 +1,6 @@
-"""A SaaS API: keys with plans, a login to protect, webhooks, behind a proxy, and called by a web page.
+"""A SaaS API: keys with plans, a login to protect, webhooks, behind a proxy, called by a web page.
 
-Here 127.0.0.1 is the trusted proxy, so curl can play its part (``-H 'X-Forwarded-For: 203.0.113.7'``)::
+Here 127.0.0.1 is the trusted proxy, so curl can play it (``-H 'X-Forwarded-For: 203.0.113.7'``)::
 
     python examples/saas_api.py
     curl -i -H 'X-API-Key: key-of-bob' http://127.0.0.1:8000/api/projects     # plan "free": 5 a minute
@@ -29,7 +29,7 @@ SECRET = os.environ.get("WEBHOOK_SECRET", secrets.token_hex()).encode()
 
 
 def plan_of(conn: HTTPConnection) -> str | None:
-    """Look up the limits of a key; ``None``, for one that is not known, is "not limited by this rule"."""
+    """Look up the limits of a key; ``None``, for an unknown one, is "not limited by this rule"."""
     known = KEYS.get(conn.headers.get("x-api-key", ""))
     return PLANS[known[1]] if known else None
 

@@ -66,8 +66,8 @@ app = Starlette(
 )
 RULES = [Rule("1000/hour", name="all"), Rule("3/minute", name="login", paths="/login", methods="POST")]
 app.add_middleware(RateLimitMiddleware, rules=RULES, settings=SETTINGS)
-# Added last, so it is outermost: a 429 gets its CORS headers too, or a browser would hide it from the script.
-# And a script may read only those fields of an answer that are exposed.
+# Added last, so it is outermost: a 429 gets its CORS headers too, or a browser would hide it from
+# the script. And a script may read only those fields of an answer that are exposed.
 EXPOSED = ["RateLimit", "RateLimit-Policy", "Retry-After"]
 app.add_middleware(CORSMiddleware, allow_origins=["https://example.com"], expose_headers=EXPOSED)
 

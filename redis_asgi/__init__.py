@@ -8,8 +8,9 @@
 ``cli/``        ``redis-asgi``: what an operator asks (``inspection/``) and does (``maintenance``)
 ``testing/``    a clock to move, and what else tests of an app need
 
-Public are the names in ``__all__`` here and in ``embeddings.wire``, ``errors``, ``maintenance``, ``telemetry``
-and ``testing``; every other module, and every other name in these, may change in any release.
+Public are the names in ``__all__`` here and in ``embeddings.wire``, ``errors``, ``maintenance``,
+``telemetry`` and ``testing``; every other module, and every other name in these, may change in any
+release.
 """
 
 import importlib
@@ -79,7 +80,8 @@ __all__ = [
     "tokens",
 ]
 
-# Imported at first use: an app without embeddings should not wait 150 ms for numpy, nor for what it does not mount.
+# Imported at first use: an app without embeddings should not wait 150 ms for numpy,
+# nor for what it does not mount.
 _LATE = {
     "CurrentLimit": ".ratelimit.current",
     "EmbeddingCache": ".embeddings",

@@ -1,4 +1,6 @@
-"""Counts on their way to the metrics: noted in a request, told a few times a second for all of them."""
+"""Counts on their way to the metrics: noted in a request,
+told a few times a second for all of them.
+"""
 
 import asyncio
 import threading
@@ -30,10 +32,12 @@ Noted: TypeAlias = "Counter | Together"
 
 
 class CountBuffer:
-    """Counts that the metrics were not told yet: a counter's lock for each request costs as much as deciding it.
+    """Counts that the metrics were not told yet:
+    a counter's lock for each request costs as much as deciding it.
 
-    They are told a quarter of a second after the first of them, in one go, and before the registry or the history is
-    read; so only a worker that answers for others in multi-process mode sees theirs that much later.
+    They are told a quarter of a second after the first of them, in one go, and before the registry
+    or the history is read; so only a worker that answers for others in multi-process mode sees
+    theirs that much later.
 
     Args:
         tick: See `Telemetry.tick`.

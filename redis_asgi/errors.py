@@ -12,7 +12,8 @@
         │   └── QuotaError             a client's quota was not told, or not reset
         └── RateLimitExceeded          (also starlette HTTPException) 429; lives in ``redis_asgi.ratelimit``
 
-Trouble with Redis during a request is no exception: it is a `Failure`, a value that the caller's policy answers.
+Trouble with Redis during a request is no exception: it is a `Failure`,
+a value that the caller's policy answers.
 """
 
 import asyncio
@@ -61,7 +62,9 @@ class ArgumentError(ConfigurationError, TypeError):
 
 
 class Failure(StrEnum):
-    """The reasons why Redis gave no answer: a small closed set, fit for logs, health codes and metric labels."""
+    """The reasons why Redis gave no answer: a small closed set, fit for logs,
+    health codes and metric labels.
+    """
 
     TIMEOUT = "timeout"  # no answer within the deadline
     CONNECTION = "connection"  # refused, reset, closed, unresolvable, TLS
@@ -79,10 +82,13 @@ class Failure(StrEnum):
 
 
 class OddReply(redis_exceptions.ResponseError):
-    """A reply that its command cannot have: nothing that follows it on that connection can be believed either."""
+    """A reply that its command cannot have:
+    nothing that follows it on that connection can be believed either.
+    """
 
 
-# The first word of an error reply decides: errors raised inside a script arrive as plain ResponseErrors.
+# The first word of an error reply decides:
+# errors raised inside a script arrive as plain ResponseErrors.
 _REPLY_CODES = {
     "NOAUTH": Failure.AUTH,
     "WRONGPASS": Failure.AUTH,
@@ -111,13 +117,14 @@ _ELSEWHERE_IN_SCRIPT = tuple(
     for what in ("non local key", "slot not served")
 )
 
-# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice if uncaught,
-# and Lua's own error() does so on every version.
+# What stands before the first word of an error raised inside a script: Redis 6.2 says where, twice
+# if uncaught, and Lua's own error() does so on every version.
 _BEFORE_FIRST_WORD = re.compile(
     r"(?:-|ERR |Error running script \(call to \w+\): |[@=]?(?:user_script|user_function|\[C\]): ?-?\d+: )*"
 )
 
-# Most specific first; redis-py makes AuthenticationError, BusyLoadingError and MaxConnectionsError ConnectionErrors.
+# Most specific first; redis-py makes AuthenticationError,
+# BusyLoadingError and MaxConnectionsError ConnectionErrors.
 _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
     (redis_exceptions.AuthenticationError, Failure.AUTH),
     (redis_exceptions.AuthorizationError, Failure.PERMISSION),
@@ -158,7 +165,8 @@ _said: set[tuple[type[BaseException], str, int]] = set()
 
 
 def classify_reply(text: str) -> Failure:
-    """The failure an error reply of Redis stands for, by its first word; `Failure.REPLY` when unknown.
+    """The failure an error reply of Redis stands for,
+    by its first word; `Failure.REPLY` when unknown.
 
     A position in a script before it is read past.
     """
@@ -187,11 +195,13 @@ def is_crossslot(reply: object) -> bool:
 
 
 def classify(exc: BaseException) -> Failure:
-    """Sort what a Redis client raised into a `Failure`; what no Redis causes is a `Failure.DEFECT`, and logged once.
+    """Sort what a Redis client raised into a `Failure`;
+    what no Redis causes is a `Failure.DEFECT`, and logged once.
 
-    redis-py 8.1 raises a wrong password, LOADING, an exhausted pool and an unknown sentinel master as
-    subclasses of its ``ConnectionError``, BUSY and in-script errors as plain ``ResponseError``, an unserved
-    cluster slot as ``RedisClusterException`` (no ``RedisError``), a client of another loop as ``RuntimeError``.
+    redis-py 8.1 raises a wrong password, LOADING, an exhausted pool and an unknown sentinel master
+    as subclasses of its ``ConnectionError``, BUSY and in-script errors as plain ``ResponseError``,
+    an unserved cluster slot as ``RedisClusterException`` (no ``RedisError``), a client of another
+    loop as ``RuntimeError``.
     """
     if isinstance(exc, redis_exceptions.ResponseError):
         by_text = classify_reply(str(exc))

@@ -1,8 +1,10 @@
-"""Every line of the log: what an event means and what to do, in one table; `say` is how each of them is logged.
+"""Every line of the log: what an event means and what to do, in one table;
+`say` is how each of them is logged.
 
-A line's message holds the event, its cause and the cure, so that Python's own format tells the whole story; for
-structured logs ``extra`` has the event's name in ``event`` (and without its prefix in ``code``), the cure in ``fix``,
-and what the message is about in fields of its own. ``redis-asgi explain`` prints the table (`explanations`).
+A line's message holds the event, its cause and the cure, so that Python's own format tells the
+whole story; for structured logs ``extra`` has the event's name in ``event`` (and without its prefix
+in ``code``), the cure in ``fix``, and what the message is about in fields of its own.
+``redis-asgi explain`` prints the table (`explanations`).
 """
 
 import logging
@@ -40,7 +42,9 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """The reason why Redis gave no answer, in words: what a `redis_asgi.errors.Failure` stands for, and what to do."""
+    """The reason why Redis gave no answer, in words:
+    what a `redis_asgi.errors.Failure` stands for, and what to do.
+    """
 
     cause: str
     fix: str
@@ -337,8 +341,8 @@ def say(logger: logging.Logger, event: str, error: BaseException | None = None, 
 
     Args:
         error: Whose traceback is logged with it.
-        fields: What its texts name, and whatever else structured logs are to have. Strings may be a client's: the
-            message shows them in one line, and no user or password of a URL in them.
+        fields: What its texts name, and whatever else structured logs are to have. Strings may be a
+            client's: the message shows them in one line, and no user or password of a URL in them.
     """
     row = EVENTS[event]
     if not logger.isEnabledFor(row.level):
@@ -390,7 +394,9 @@ def without_secrets(text: str) -> str:
 
 
 def _redacted(url: re.Match[str]) -> str:
-    """A URL without what may be a secret: a password may hold an @ or a ?, and an option may be one."""
+    """A URL without what may be a secret:
+    a password may hold an @ or a ?, and an option may be one.
+    """
     scheme, rest = url.groups()
     known = "***@" if rest.startswith("***@") else ""
     host, *_ = rest.removeprefix(known).partition("?")
@@ -398,5 +404,7 @@ def _redacted(url: re.Match[str]) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    """*text* with control characters and the like escaped: nobody writes lines of his own into the log."""
+    """*text* with control characters and the like escaped:
+    nobody writes lines of his own into the log.
+    """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,4 +1,6 @@
-"""Meanings of the words of the log, of health checks and of metrics' labels: ``redis-asgi explain``."""
+"""Meanings of the words of the log,
+of health checks and of metrics' labels: ``redis-asgi explain``.
+"""
 
 import difflib
 import logging
@@ -40,7 +42,9 @@ def explanations() -> tuple[Explanation, ...]:
 
 
 def explain(word: str) -> Explanation | None:
-    """The meaning of *word*: an event, with its prefix or without, a health check's code, or a reason (``timeout``)."""
+    """The meaning of *word*: an event, with its prefix or without,
+    a health check's code, or a reason (``timeout``).
+    """
     # Also as it stands in a line, with its colon and what follows.
     word = word.strip().partition(":")[0]
     known = {each.word: each for each in explanations()}

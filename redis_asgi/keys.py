@@ -53,10 +53,11 @@ class KeyManagement:
 
 
 def digest(*parts: str, secret: str | None = None) -> str:
-    """22 base64url characters of BLAKE2b-128 over length-prefixed *parts*, keyed by *secret* when given.
+    """22 base64url characters of BLAKE2b-128 over length-prefixed *parts*, keyed by *secret* when
+    given.
 
-    Lengths go in, so that ``("a:b", "c")`` and ``("a", "b:c")`` differ. A secret of any length works:
-    BLAKE2 keys are at most 64 bytes, so it is hashed to 32 first.
+    Lengths go in, so that ``("a:b", "c")`` and ``("a", "b:c")`` differ. A secret of any length
+    works: BLAKE2 keys are at most 64 bytes, so it is hashed to 32 first.
     """
     key = hashlib.sha256(secret.encode()).digest() if secret else b""
     state = hashlib.blake2b(digest_size=16, key=key)
@@ -99,7 +100,8 @@ def embedding_key(prefix: str, context_id: str) -> bytes:
 def embedding_input_key(prefix: bytes, scope: Digest, kind: bytes, canonical: bytes) -> bytes:
     """The key of one input's vector under `embedding_input_prefix`; *scope* holds everything else."""
     state = scope.copy()
-    # The kind is one byte, so nothing before or after the length can be mistaken for something else.
+    # The kind is one byte, so nothing before or after the length can be mistaken for something
+    # else.
     state.update(kind + len(canonical).to_bytes(8, "little") + canonical)
     return prefix + state.hexdigest().encode()
 
@@ -107,7 +109,8 @@ def embedding_input_key(prefix: bytes, scope: Digest, kind: bytes, canonical: by
 def key_mark(name: bytes, size: int = 8) -> bytes:
     """The last *size* bytes of the digest that *name* ends with, for its value to say whose it is.
 
-    Only of a key that ends with a digest (an input's, a lease's, an epoch's); of one by id it is `id_mark`.
+    Only of a key that ends with a digest (an input's, a lease's,
+    an epoch's); of one by id it is `id_mark`.
     """
     return unhexlify(name[-2 * size :])
 
@@ -118,7 +121,9 @@ def key_marks(names: Iterable[bytes]) -> list[bytes]:
 
 
 def id_mark(name: bytes, size: int = 8) -> bytes:
-    """*size* bytes of BLAKE2b over the key *name*, the user's prefix included, for its value to say whose it is."""
+    """*size* bytes of BLAKE2b over the key *name*, the user's prefix included,
+    for its value to say whose it is.
+    """
     return hashlib.blake2b(name, digest_size=size).digest()
 
 

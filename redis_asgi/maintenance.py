@@ -27,15 +27,16 @@ __all__ = [
     "vector_bytes",
 ]
 
-# What `configure_persistence` sets: snapshots after 15, 5 and 1 minutes with that many changes, compressed, and no
-# writes accepted while they fail.
+# What `configure_persistence` sets: snapshots after 15, 5 and 1 minutes with that many changes,
+# compressed, and no writes accepted while they fail.
 PERSISTENCE = {
     "save": "900 1 300 10 60 10000",
     "stop-writes-on-bgsave-error": "yes",
     "rdbcompression": "yes",
 }
 
-# Bytes, measured on Redis 7.0.15 with jemalloc ("What is in Redis" in examples/production); the sizing adds them up.
+# Bytes, measured on Redis 7.0.15 with jemalloc ("What is in Redis" in examples/production); the
+# sizing adds them up.
 CLIENT_BYTES = 120  # MEMORY USAGE of one client's hash with one policy
 POLICY_BYTES = 40  # of each further policy in it
 KEYSPACE_BYTES = 77  # what a key with a TTL costs beside that: its places in two hash tables
@@ -106,17 +107,19 @@ async def flush_model(
     settings: Settings | None = None,
     only_stored: bool = False,
 ) -> bool:
-    """Make every stored vector of *model*, as requests name it, a miss: in Redis now, in every process soon.
+    """Make every stored vector of *model*, as requests name it, a miss:
+    in Redis now, in every process soon.
 
-    Soon is after ``EMBEDDING_CACHE_L1_SECONDS`` (5). Writes one key; Redis takes the memory back as the vectors end. A
-    computation under way is flushed too.
+    Soon is after ``EMBEDDING_CACHE_L1_SECONDS`` (5). Writes one key; Redis takes the memory back as
+    the vectors end. A computation under way is flushed too.
 
     Args:
         model: The name in the requests; ``""`` for TEI, which has none.
         namespace: ``None`` = ``EMBEDDING_CACHE_NAMESPACE``.
         redis: As of `EmbeddingCacheMiddleware`.
         settings: ``None`` reads the environment now.
-        only_stored: Write nothing where nothing can be stored, such as under a model's misspelt name.
+        only_stored: Write nothing where nothing can be stored,
+            such as under a model's misspelt name.
 
     Returns:
         Whether it was flushed; ``False`` only with *only_stored*.
@@ -144,7 +147,8 @@ async def flush_model(
     else:
         done = await vectors.write([epochs.flush(name)], within)
     if not opened_before and not settings.REDIS_CLUSTER:
-        # No other part in this loop uses the client; a cluster's has no pool to tell by and ends with the loop.
+        # No other part in this loop uses the client;
+        # a cluster's has no pool to tell by and ends with the loop.
         await manager.close()
     if done.failure is not None:
         raise FlushError(done.failure)
@@ -154,19 +158,21 @@ async def flush_model(
 async def configure_persistence(client: "Client | RedisManager") -> tuple[Change, ...]:
     """Make Redis save snapshots: `PERSISTENCE`, on every node of a cluster, replicas included.
 
-    Counters and vectors then survive a restart of Redis, as of the last snapshot. It lasts until Redis itself
-    restarts: to keep it, write the same into its configuration file or run ``CONFIG REWRITE``. Behind sentinels
-    only the master is reached; a replica that takes over has its own configuration.
+    Counters and vectors then survive a restart of Redis, as of the last snapshot. It lasts until
+    Redis itself restarts: to keep it, write the same into its configuration file or run
+    ``CONFIG REWRITE``. Behind sentinels only the master is reached; a replica that takes over has
+    its own configuration.
 
     Args:
-        client: A ``redis.asyncio`` client, or a `RedisManager`. It needs ``CONFIG SET``; with ``CONFIG GET`` too
-            the result says what was changed.
+        client: A ``redis.asyncio`` client, or a `RedisManager`. It needs ``CONFIG SET``; with
+            ``CONFIG GET`` too the result says what was changed.
 
     Returns:
         Three changes per server, in the order they were made.
 
     Raises:
-        PersistenceError: Redis forbids CONFIG, as managed ones do, or does not answer; its ``changes`` were set.
+        PersistenceError: Redis forbids CONFIG, as managed ones do,
+            or does not answer; its ``changes`` were set.
         ConfigurationError: *client* is something else, or on ``memory://``.
     """
     if isinstance(client, RedisManager):
@@ -188,7 +194,9 @@ async def configure_persistence(client: "Client | RedisManager") -> tuple[Change
 
 
 async def _nodes(client: Client) -> list[tuple[str, dict[str, Any]]]:
-    """Each server a client speaks to: its name, and what directs a command there. Primaries come first."""
+    """Each server a client speaks to: its name,
+    and what directs a command there. Primaries come first.
+    """
     if isinstance(client, aioredis.Redis):
         return [("", {})]
     await client.initialize()
@@ -200,7 +208,8 @@ async def _config_get(client: Client, name: str, target: dict[str, Any]) -> str 
     try:
         found = await client.execute_command("CONFIG GET", name, **target)
     except RedisError as error:
-        # CONFIG SET may be allowed where CONFIG GET is not; if neither is, the next command says so.
+        # CONFIG SET may be allowed where CONFIG GET is not;
+        # if neither is, the next command says so.
         if classify(error) in (Failure.PERMISSION, Failure.REPLY):
             return None
         raise
@@ -233,10 +242,11 @@ def calculate_memory_usage(avg_embedding_size: float, num_embeddings: int, overh
     """The bytes that *num_embeddings* take in Redis, rounded up.
 
     Args:
-        avg_embedding_size: Bytes of one, above 0: dimensions times 4 for float32, times 2 for float16.
+        avg_embedding_size: Bytes of one, above 0:
+            dimensions times 4 for float32, times 2 for float16.
         num_embeddings: How many, 0 or more.
-        overhead_factor: What Redis adds, 1 or more. The default is that of 1,536 float32 numbers; shorter vectors
-            need more (1.3 for 384). `vector_bytes` knows each length.
+        overhead_factor: What Redis adds, 1 or more. The default is that of 1,536 float32 numbers;
+            shorter vectors need more (1.3 for 384). `vector_bytes` knows each length.
 
     Raises:
         ValueError: Names the argument, and a value that works.
@@ -255,7 +265,8 @@ def calculate_memory_usage(avg_embedding_size: float, num_embeddings: int, overh
 
 
 def vector_bytes(dims: int, dtype: Literal["float16", "float32", "float64"] = "float32") -> int:
-    """The bytes one input's vector of *dims* numbers takes in Redis, its key and its places in the keyspace included.
+    """The bytes one input's vector of *dims* numbers takes in Redis,
+    its key and its places in the keyspace included.
 
     Raises:
         ValueError: For *dims* outside 1 to 65,535, or another *dtype*.
@@ -272,7 +283,8 @@ def client_bytes(policies: int = 1, *, moving_quotas: Sequence[int] = ()) -> int
 
     Args:
         policies: How many it is counted by, 1 or more.
-        moving_quotas: The quotas of those that are moving windows: each keeps a log of that many units beside.
+        moving_quotas: The quotas of those that are moving windows:
+            each keeps a log of that many units beside.
 
     Raises:
         ValueError: For fewer *policies* than 1.

@@ -1,7 +1,9 @@
-"""Misuse, named where it happens: arguments that cannot work are refused, with what to write instead.
+"""Misuse, named where it happens:
+arguments that cannot work are refused, with what to write instead.
 
-Only construction pays for it. Python's own words (``__init__() takes 2 positional arguments but 3 were given``) say
-what is wrong, but not what is right.
+Only construction pays for it. Python's own words
+(``__init__() takes 2 positional arguments but 3 were given``) say what is wrong, but not what is
+right.
 """
 
 import difflib
@@ -53,7 +55,9 @@ _LONGEST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """*value* in an error: a function or class by its name, anything else by its repr, not longer than a line takes."""
+    """*value* in an error: a function or class by its name,
+    anything else by its repr, not longer than a line takes.
+    """
     name = getattr(value, "__qualname__", None)
     text = name.rpartition("<locals>.")[2] if isinstance(name, str) else without_secrets(repr(value))
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
@@ -101,9 +105,11 @@ def check_app(app: object, example: str) -> None:
 
 
 def only_called_as(meant: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have Python's words for a call with other arguments begin with what was *meant*, at no cost for any call.
+    """Have Python's words for a call with other arguments begin with what was *meant*, at no cost
+    for any call.
 
-    For what servers and frameworks call, and many times: Python names a function by its ``__qualname__`` there.
+    For what servers and frameworks call, and many times:
+    Python names a function by its ``__qualname__`` there.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -226,9 +232,11 @@ def _meant_for_text(text: str) -> tuple[str, ...]:
 
 
 class Uncalled:
-    """An annotation for what FastAPI must not take for a parameter of a request: it says how it was meant instead.
+    """An annotation for what FastAPI must not take for a parameter of a request:
+    it says how it was meant instead.
 
-    ``Depends(RateLimit)`` has FastAPI ask each request for the arguments of the constructor, as query parameters.
+    ``Depends(RateLimit)`` has FastAPI ask each request for the arguments of the constructor, as
+    query parameters.
     """
 
     def __init__(self, text: str) -> None:

@@ -1,9 +1,9 @@
 """The counters and timings that both middlewares add to, and a short history of them; no I/O.
 
-`telemetry()` gives the process's one `Telemetry`. Hot paths bind their children once, ``.labels(...)`` being four
-times as dear as the ``inc()`` that follows. What would count once per request is noted instead, see `CountBuffer`; what
-counts rarely calls ``tick(time.monotonic())`` before it does.
-prometheus-client is imported at the first use, not with the package.
+`telemetry()` gives the process's one `Telemetry`. Hot paths bind their children once,
+``.labels(...)`` being four times as dear as the ``inc()`` that follows. What would count once per
+request is noted instead, see `CountBuffer`; what counts rarely calls ``tick(time.monotonic())``
+before it does. prometheus-client is imported at the first use, not with the package.
 """
 
 import threading
@@ -53,10 +53,11 @@ class Sample:
         exempt: Requests that no limit covered.
         unavailable: Requests answered with 503, because Redis was needed and gone.
         hits: Inputs of embedding requests that were stored.
-        misses: Inputs that were computed; neither counts an input that waited for another request's computation.
+        misses: Inputs that were computed;
+            neither counts an input that waited for another request's computation.
         fallbacks: Checks that were decided without Redis because it gave no answer.
-        policies: Of each policy that was asked, the requests it admitted, refused, and would have refused if it were
-            no shadow.
+        policies: Of each policy that was asked, the requests it admitted, refused,
+            and would have refused if it were no shadow.
     """
 
     at: float
@@ -72,16 +73,18 @@ class Sample:
 
 
 class Telemetry:
-    """Every metric the package counts itself, in a registry of its own, and what they counted lately.
+    """Every metric the package counts itself,
+    in a registry of its own, and what they counted lately.
 
-    Metrics are plain ones of prometheus-client. Gauges are not among them: `metrics_app()` reads those when it is
-    asked.
+    Metrics are plain ones of prometheus-client. Gauges are not among them:
+    `metrics_app()` reads those when it is asked.
 
     Args:
         now: When history begins, in monotonic seconds; ``None`` = now.
 
     Raises:
-        ConfigurationError: If ``PROMETHEUS_MULTIPROC_DIR`` names no directory that can be written to.
+        ConfigurationError: If ``PROMETHEUS_MULTIPROC_DIR`` names no directory that can be written
+            to.
     """
 
     def __init__(self, *, now: float | None = None) -> None:
@@ -115,8 +118,9 @@ class Telemetry:
     def tick(self, now: float) -> None:
         """Take a sample for every interval of 5 s that has ended; nearly free when none has.
 
-        Call it once per request, before the request is counted: what was counted since the last sample is then known
-        to belong to the interval that began with it, however long ago that was.
+        Call it once per request, before the request is counted: what was counted since the last
+        sample is then known to belong to the interval that began with it, however long ago that
+        was.
 
         Args:
             now: ``time.monotonic()``.
@@ -127,8 +131,8 @@ class Telemetry:
     def history(self, now: float | None = None) -> tuple[Sample, ...]:
         """The counts of each interval of 5 s, oldest first; the last ten minutes at most.
 
-        Intervals in which nothing happened are there, with zeros; the one that has not ended is not. In
-        multi-process mode it is the history of this process alone.
+        Intervals in which nothing happened are there, with zeros; the one that has not ended is
+        not. In multi-process mode it is the history of this process alone.
 
         Args:
             now: In monotonic seconds; ``None`` = now.
@@ -240,7 +244,8 @@ def _difference(
 ) -> Mapping[tuple[str, ...], int]:
     found = {}
     for key, value in totals.items():
-        # A fork starts its own files at zero: a total that fell is counted from there, as Prometheus does it.
+        # A fork starts its own files at zero:
+        # a total that fell is counted from there, as Prometheus does it.
         gained = value - before.get(key, 0)
         found[key] = int(gained if gained >= 0 else value)
     return found

@@ -7,7 +7,8 @@ _TURN = 0.002  # seconds of work between two looks at the loop
 
 
 class TimeSlice:
-    """Says when the loop has been kept for long enough: ``if time_slice.expired: await time_slice.checkpoint()``.
+    """Says when the loop has been kept for long enough:
+    ``if time_slice.expired: await time_slice.checkpoint()``.
 
     One for all that a request does, as several small pieces of work make a long one.
     """

@@ -1,5 +1,6 @@
 """Fixtures over ``tests.kit``; its docstring lists what there is."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from redis_asgi import RedisManager, Settings
 
 from .kit.certificates import Certificates, Pair
 from .kit.fair_time import stop_fair_time
+from .kit.patience import be_patient
 from .kit.processes import is_setting
 from .kit.servers import (
     Cluster,
@@ -53,10 +55,34 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def shipped_deadlines() -> None:
+    """The package's own deadlines, for a test whose subject they are; all others are patient."""
+
+
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings_of_the_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in filter(is_setting, tuple(os.environ)):
         monkeypatch.delenv(name)
+    if "shipped_deadlines" not in request.fixturenames:
+        be_patient(monkeypatch)
+
+
+def pytest_collection_finish() -> None:
+    """Let a collection of garbage look at what the tests make,
+    and not at all that was imported for them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_open() -> Iterator[None]:
+    # What a test leaves open fails this one, and no other in whose time it happens to be collected.
+    # What outlives it is looked at no more, so that a look is short.
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +110,9 @@ def _plain_server(request: pytest.FixtureRequest) -> Iterator[ExternalServer]:
 
 @pytest.fixture
 def redis_server(_plain_server: ExternalServer) -> ExternalServer:
-    """The server most tests share, flushed and without the connections of earlier tests; look, do not break."""
+    """The server most tests share, flushed and without the connections of earlier tests; look, do
+    not break.
+    """
     _plain_server.flush()
     _plain_server.disconnect_all()
     return _plain_server
@@ -157,7 +185,9 @@ def _slots_server(server_binary: str) -> Iterator[Server]:
 
 @pytest.fixture
 def slots_server(_slots_server: Server) -> Server:
-    """What looks like one server and refuses keys of several slots in one command; shared, look, do not break."""
+    """What looks like one server and refuses keys of several slots in one command; shared, look, do
+    not break.
+    """
     _slots_server.flush()
     _slots_server.disconnect_all()
     return _slots_server
@@ -222,7 +252,9 @@ def other_socket(private_server: StartServer, request: pytest.FixtureRequest) ->
 
 @pytest.fixture(scope="session")
 def stranger_server(certificates: Certificates) -> Iterator[Server]:
-    """A TLS server whose certificate is good, but made out to another host; no client certificate needed."""
+    """A TLS server whose certificate is good,
+    but made out to another host; no client certificate needed.
+    """
     server = _start_tls(certificates, certificates.stranger, "--tls-auth-clients", "no")
     yield server
     server.stop()

@@ -95,7 +95,9 @@ def test_settings_are_found() -> None:
 
 
 def test_events_are_found() -> None:
-    """``redis-asgi explain`` prints every line that the log may have, and every code of a health check."""
+    """``redis-asgi explain`` prints every line that the log may have,
+    and every code of a health check.
+    """
     printed = CliRunner().invoke(command_line, ["explain"]).stdout
 
     assert [] == [told.word for told in explanations() if told.word not in printed]

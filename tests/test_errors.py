@@ -148,7 +148,9 @@ async def failure_in(client: aioredis.Redis, script: str) -> Failure:
 
 @pytest.mark.parametrize("script", [CAUGHT, RAISED, ESCAPED], ids=["caught", "raised again", "escaped"])
 async def test_error_inside_a_script_is_read_past_its_position(any_server: StartServer, script: str) -> None:
-    """Whatever a version puts before what went wrong in a script, and however it gets out, it is of its own kind."""
+    """Whatever a version puts before what went wrong in a script,
+    and however it gets out, it is of its own kind.
+    """
     server = any_server()
     server.add_user("app", ">pw", "~mine", "+@all", "-hset")
     write = script.format("'SET', 'mine', '1'")
@@ -169,7 +171,9 @@ async def test_error_inside_a_script_is_read_past_its_position(any_server: Start
 
 
 async def test_slot_of_another_inside_a_script_is_cluster(any_server: StartServer) -> None:
-    """A script that meets a key whose slot nobody serves is told so without a word like CLUSTERDOWN."""
+    """A script that meets a key whose slot nobody serves is told so without a word like
+    CLUSTERDOWN.
+    """
     server = any_server("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
     server.own_all_slots()
     server.command("CLUSTER", "DELSLOTS", key_slot(b"key"))

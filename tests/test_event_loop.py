@@ -57,7 +57,9 @@ def test_app_on_trio_does_not_start(make: Callable[[Settings], ASGIApp], setting
 
 @stores
 def test_request_on_trio_is_refused_in_the_same_words(settings: Settings) -> None:
-    """Where a server has no lifespan, the first request and every one after it say so; none reaches the app."""
+    """Where a server has no lifespan,
+    the first request and every one after it say so; none reaches the app.
+    """
     spy = Spy()
     limiting = RateLimitMiddleware(spy, "2/minute", settings=settings, exempt="/*")
     caching = EmbeddingCacheMiddleware(spy, settings=settings)

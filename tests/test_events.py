@@ -40,7 +40,9 @@ _NOT_SHOWN = frozenset({"node", "reason"})
 
 
 def _calls() -> Iterator[tuple[str, str, frozenset[str], bool]]:
-    """(where, event, fields, whether there may be more of them) of every line that the package logs."""
+    """(where, event, fields, whether there may be more of them) of every line that the package
+    logs.
+    """
     for path in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call):
@@ -121,7 +123,9 @@ def test_a_row_is_two_sentences(event: str) -> None:
 
 
 def test_a_line_says_it_all(caplog: pytest.LogCaptureFixture) -> None:
-    """Event, cause and cure are in the message; the event's name and the fields are in ``extra`` too."""
+    """Event, cause and cure are in the message;
+    the event's name and the fields are in ``extra`` too.
+    """
     say(LOGGER, "redis_unavailable", **words_for(Failure.AUTH), address="redis:6379/0")
     (record,) = caplog.records
 
@@ -194,7 +198,9 @@ def quoted(secret: str) -> str:
 
 
 def parts(secret: str) -> set[str]:
-    """*secret*, as it stands in a URL too, and its beginning and end: not even a piece of it may be seen."""
+    """*secret*, as it stands in a URL too, and its beginning and end:
+    not even a piece of it may be seen.
+    """
     return {"hUnter", "tWo", secret, quoted(secret)}
 
 
@@ -240,7 +246,9 @@ def test_no_secret_of_a_url_is_logged_or_told(secret_and_url: tuple[str, str]) -
 
 @given(SECRETS)
 def test_no_secret_setting_is_in_an_address(secret: str) -> None:
-    """Passwords of their own, of Redis and of sentinels, are nowhere in what is logged of a manager."""
+    """Passwords of their own, of Redis and of sentinels,
+    are nowhere in what is logged of a manager.
+    """
     settings = Settings(
         REDIS_PASSWORD=secret,
         REDIS_USERNAME="app",
@@ -289,7 +297,9 @@ async def test_retries_of_a_given_client_name_it(caplog: pytest.LogCaptureFixtur
 
 
 def test_the_default_format_tells_the_story() -> None:
-    """With nothing configured, a lost Redis is told on standard error with its address, the cause and the cure."""
+    """With nothing configured, a lost Redis is told on standard error with its address, the cause
+    and the cure.
+    """
     script = """
 import asyncio
 from redis_asgi import RateLimiter

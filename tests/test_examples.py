@@ -16,7 +16,7 @@ import redis
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from .kit.processes import clean_environment
+from .kit.processes import ENDS_WITHIN, clean_environment
 from .kit.servers import free_port, wait_until
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
@@ -46,7 +46,9 @@ class Example:
 
 @contextmanager
 def serving(name: str, **environment: str) -> Iterator[Example]:
-    """An example, started as ``python examples/<name>.py`` on a free port and ended by its process id."""
+    """An example, started as ``python examples/<name>.py`` on a free port and ended by its process
+    id.
+    """
     port = free_port()
     command = [sys.executable, str(EXAMPLES[0].parent / f"{name}.py")]
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +63,7 @@ def serving(name: str, **environment: str) -> Iterator[Example]:
                 yield Example(client, port, log)
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=ENDS_WITHIN)
 
 
 def _listens(port: int) -> bool:
@@ -186,7 +188,9 @@ def test_fastapi_invented_keys_are_limited_by_address() -> None:
 
 
 def test_fastapi_cost_is_read_from_the_body() -> None:
-    """Three texts cost three units, the app gets the body, and what is no JSON costs the whole quota."""
+    """Three texts cost three units, the app gets the body,
+    and what is no JSON costs the whole quota.
+    """
     with serving("fastapi_app") as example:
         body = json.dumps({"input": ["a", "b", "c"]})
         answers = [example.post("/embed", content=body, headers=ADA) for _ in range(4)]
@@ -215,7 +219,9 @@ def test_fastapi_router_shares_a_counter() -> None:
 
 
 def test_behind_a_proxy() -> None:
-    """The address that the proxy adds is counted, and what a client writes before it changes nothing."""
+    """The address that the proxy adds is counted,
+    and what a client writes before it changes nothing.
+    """
     with serving("behind_a_proxy") as example:
 
         def ask(forwarded: str) -> int:
@@ -227,7 +233,9 @@ def test_behind_a_proxy() -> None:
 
 
 def test_saas_plans() -> None:
-    """A key has its plan's quota, whoever sends it from wherever; one that is not known is let in by nobody."""
+    """A key has its plan's quota, whoever sends it from wherever;
+    one that is not known is let in by nobody.
+    """
     with serving("saas_api") as example:
 
         def ask(key: str, address: str) -> httpx.Response:
@@ -243,7 +251,9 @@ def test_saas_plans() -> None:
 
 
 def test_saas_login_is_protected() -> None:
-    """Three wrong passwords a minute from an address, ten an hour for an account; right ones cost nothing."""
+    """Three wrong passwords a minute from an address,
+    ten an hour for an account; right ones cost nothing.
+    """
     with serving("saas_api") as example:
 
         def log_in(user: str, password: str, address: str) -> httpx.Response:
@@ -277,7 +287,9 @@ def test_saas_webhooks_are_checked_and_not_counted() -> None:
 
 
 def test_saas_is_called_by_a_page() -> None:
-    """A preflight costs nothing, and the page may read a refusal and its fields; other pages may not."""
+    """A preflight costs nothing, and the page may read a refusal and its fields; other pages may
+    not.
+    """
     origin = {"Origin": "https://app.example.com", "X-API-Key": "key-of-bob"}
     asking = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "X-API-Key"}
     with serving("saas_api") as example:

@@ -58,7 +58,9 @@ def test_timeline_is_what_happens(strategy: Any) -> None:
 
 
 def test_configuration_table_is_what_settings_say() -> None:
-    """The table is what `redis-asgi settings --markdown` writes, and every setting says what it means."""
+    """The table is what `redis-asgi settings --markdown` writes,
+    and every setting says what it means.
+    """
     printed = CliRunner().invoke(command_line, ["settings", "--markdown"]).stdout
 
     assert printed in section("## Every setting")
@@ -81,7 +83,9 @@ def test_examples_of_the_table_work() -> None:
 
 
 def test_log_table_is_what_can_be_logged() -> None:
-    """Every event has a row with its level, its cause and its cure, and is named in full in the example."""
+    """Every event has a row with its level, its cause and its cure,
+    and is named in full in the example.
+    """
     rows = table(section("## Logs"))
 
     assert [[f"`{e.word}`", e.where, e.cause, e.fix] for e in explanations() if e.where != "health"] == rows
@@ -92,7 +96,9 @@ def test_log_table_is_what_can_be_logged() -> None:
 
 @pytest.mark.anyio
 async def test_keys_are_those_shown(settings: Settings, redis_client: redis.Redis) -> None:
-    """The table's keys are what an address, an identity and a moving window leave behind, of about that size."""
+    """The table's keys are what an address,
+    an identity and a moving window leave behind, of about that size.
+    """
     rows = [row for row in table(section("## What is in Redis")) if row[0].startswith("`rate_limit:")]
     in_flight = rows.pop()
     await RateLimiter(settings=settings).consume("client-1")
@@ -115,7 +121,9 @@ async def test_keys_are_those_shown(settings: Settings, redis_client: redis.Redi
 
 @pytest.mark.anyio
 async def test_embedding_keys_are_those_shown(settings: Settings, redis_client: redis.Redis) -> None:
-    """The table's keys are what a vector by id and an embedding request leave behind, of about that size."""
+    """The table's keys are what a vector by id and an embedding request leave behind, of about that
+    size.
+    """
     rows = [row for row in table(section("## What is in Redis")) if row[0].startswith("`embedding")]
     await EmbeddingCache(settings=settings).set_embedding("doc-1", [0.5] * 1536)
     async with embedding_client(settings) as client:
@@ -134,7 +142,9 @@ async def test_embedding_keys_are_those_shown(settings: Settings, redis_client: 
 
 
 def about(size: int, client: redis.Redis) -> Any:
-    """What equals *size* within a tenth, or within a third where Redis has another allocator than its own jemalloc."""
+    """What equals *size* within a tenth,
+    or within a third where Redis has another allocator than its own jemalloc.
+    """
     info = cast("dict[str, str]", client.info("memory"))
     return pytest.approx(size, rel=0.1 if info["mem_allocator"].startswith("jemalloc") else 1 / 3)
 

@@ -92,7 +92,9 @@ def test_partition_key_has_one_hash_tag() -> None:
 
 
 def test_a_mark_is_a_keys_own() -> None:
-    """Of a key that ends with a digest its last bytes, of one by id a digest of the whole; in the size asked for."""
+    """Of a key that ends with a digest its last bytes,
+    of one by id a digest of the whole; in the size asked for.
+    """
     name = embedding_lease_key("p:", (b"a",))
     assert bytes.fromhex(name[-32:].decode()) == key_mark(name, 16)
     assert key_mark(name) == key_mark(name, 16)[8:]

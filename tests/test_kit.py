@@ -10,7 +10,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from redis_asgi import RateLimiter, Settings
+from redis_asgi.connection import health_cache
+from redis_asgi.connection.health_check import Checkup
+
 from .conftest import StartServer, _missing
+from .kit.patience import PATIENCE
 from .kit.processes import run_python
 from .kit.proxy import FaultProxy, Mode
 from .kit.servers import Cluster, SentinelTrio, Server, wait_until
@@ -38,7 +43,9 @@ def _client(url: str) -> aioredis.Redis:
 async def test_fault_is_felt_and_passes(
     private_server: StartServer, mode: Mode, error: type[Exception], connected: bool
 ) -> None:
-    """Every fault shows on open and new connections as the error it stands for, and ends with "pass"."""
+    """Every fault shows on open and new connections as the error it stands for, and ends with
+    "pass".
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy, _client(proxy.url) as client:
         if connected:
@@ -52,7 +59,9 @@ async def test_fault_is_felt_and_passes(
 
 
 async def test_answer_is_told_once_for_each_command(private_server: StartServer) -> None:
-    """``answer`` gives as many replies as there are commands in what was written, and the server hears none."""
+    """``answer`` gives as many replies as there are commands in what was written, and the server
+    hears none.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy, _client(proxy.url) as client:
         await client.ping()
@@ -98,7 +107,9 @@ async def test_delay_and_chunks_change_no_byte(private_server: StartServer) -> N
 
 
 async def test_server_pauses_resumes_and_restarts_on_its_port(private_server: StartServer) -> None:
-    """A paused server times out, a resumed one answers, a restarted one is empty and in the same place."""
+    """A paused server times out, a resumed one answers,
+    a restarted one is empty and in the same place.
+    """
     server = private_server()
     async with _client(server.url) as client:
         await client.set("key", "value")
@@ -128,7 +139,7 @@ def test_sentinels_promote_the_replica(sentinels: SentinelTrio) -> None:
     before, after = sentinels.servers
     assert before is sentinels.primary()
     before.kill()
-    wait_until(lambda: sentinels.primary() is after, "failover", within=15)
+    wait_until(lambda: sentinels.primary() is after, "failover")
 
 
 def test_replica_refuses_writes(replica: Server) -> None:
@@ -147,6 +158,27 @@ def test_missing_server_fails_where_one_is_required(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(variable, "1")
     with pytest.raises(pytest.fail.Exception, match="no server"):
         _missing("no server", "Install one.")
+
+
+def _deadlines() -> tuple[object, ...]:
+    settings = Settings()
+    limiter = RateLimiter(settings=settings)
+    return (settings.RATE_LIMIT_TIMEOUT, settings.EMBEDDING_CACHE_TIMEOUT, limiter._engine._timeout)
+
+
+def test_whatever_is_given_no_deadline_is_patient() -> None:
+    """Settings, limiters and health checks, those of other processes too."""
+    assert (PATIENCE,) * 3 == _deadlines()
+    assert PATIENCE == Checkup(aioredis.Redis())._deadline == vars(health_cache)["DEADLINE"]
+    done = run_python("from redis_asgi import Settings; print(Settings().RATE_LIMIT_TIMEOUT)")
+    assert f"{PATIENCE}\n" == done.stdout
+
+
+@pytest.mark.usefixtures("shipped_deadlines")
+def test_shipped_deadlines_are_those_of_the_package() -> None:
+    """A test that asks for them meets what users do."""
+    assert (0.25,) * 3 == _deadlines()
+    assert 0.5 == Checkup(aioredis.Redis())._deadline == vars(health_cache)["DEADLINE"]
 
 
 def test_fair_time_stands_while_the_process_does() -> None:

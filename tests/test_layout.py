@@ -94,8 +94,8 @@ def test_only_init_files_import_a_middleware() -> None:
     assert set() == taken
 
 
-# Which folder of the package imports from which: what stands on what, the lowest first. A module at the top is a room
-# of its own; the package's front, which everybody may see, is none.
+# Which folder of the package imports from which: what stands on what, the lowest first. A module at
+# the top is a room of its own; the package's front, which everybody may see, is none.
 FOLDERS = {
     "_version": "",
     "events": "",
@@ -111,7 +111,8 @@ FOLDERS = {
     "settings": "errors misuse",
     "asgi": "errors misuse settings",
     "connection": "_version asgi errors event_loop events misuse settings telemetry",
-    # Rate limits: the nouns, how checks travel, who counts; what is asked; what is said; and the doors.
+    # Rate limits: the nouns, how checks travel, who counts;
+    # what is asked; what is said; and the doors.
     "ratelimit/limits": "keys settings",
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/budgets": "asgi errors events misuse ratelimit/limits settings telemetry",
@@ -129,7 +130,8 @@ FOLDERS = {
         " ratelimit/rules settings"
     ),
     "ratelimit/openapi": "asgi errors ratelimit ratelimit/answers ratelimit/rules settings",
-    # The embedding cache: values, who keeps them; what is asked; who computes; what is said; and the doors.
+    # The embedding cache: values, who keeps them; what is asked;
+    # who computes; what is said; and the doors.
     "embeddings/records": "errors events keys settings telemetry",
     "embeddings/wire": "embeddings/records errors",
     "embeddings/storage": "connection embeddings/records errors events keys settings time_slice",
@@ -176,7 +178,9 @@ def _arrows() -> dict[str, set[str]]:
 
 
 def test_each_folder_imports_from_those_below_it() -> None:
-    """Every folder is in the table, imports what the table says and nothing else, and only what stands before it."""
+    """Every folder is in the table, imports what the table says and nothing else,
+    and only what stands before it.
+    """
     assert {folder: set(below.split()) for folder, below in FOLDERS.items()} == _arrows()
     order = list(FOLDERS)
     for folder, below in FOLDERS.items():
@@ -184,7 +188,9 @@ def test_each_folder_imports_from_those_below_it() -> None:
 
 
 def test_the_readers_map_leads_somewhere() -> None:
-    """Every file that ``redis_asgi/README.md`` names is there, and defines what is named behind it in brackets."""
+    """Every file that ``redis_asgi/README.md`` names is there,
+    and defines what is named behind it in brackets.
+    """
     text = (ROOT / "README.md").read_text("utf-8")
     files = re.findall(r"`((?:\w+/)*\w+\.py)`(?: \(`([\w.]+)`\))?", text)
     told = {(name, defined) for name, defined in files if not (ROOT / name).is_file()}
@@ -199,7 +205,9 @@ def test_the_readers_map_leads_somewhere() -> None:
 
 
 def test_rooms_with_a_map_list_every_module() -> None:
-    """Where a folder's docstring maps its modules, none is missing and none is named that is not there."""
+    """Where a folder's docstring maps its modules,
+    none is missing and none is named that is not there.
+    """
     for folder in ("asgi", "connection", "ratelimit/rules", "embeddings/storage"):
         docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text("utf-8"))) or ""
         modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
@@ -298,7 +306,9 @@ LATE = ("fastapi", "limits", "numpy", "prometheus_client", "pybase64", "rich", "
     ],
 )
 def test_heavy_libraries_are_loaded_by_what_needs_them(use: str, loaded: list[str]) -> None:
-    """Nothing waits for numpy but vectors, nor for metrics, the notation or a framework before there is a use."""
+    """Nothing waits for numpy but vectors, nor for metrics,
+    the notation or a framework before there is a use.
+    """
     script = f"import sys, redis_asgi\n{use}\nprint([name for name in {LATE!r} if name in sys.modules])"
     done = run_python(script, env={"REDIS_URL": "memory://"})
 

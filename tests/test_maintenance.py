@@ -1,4 +1,6 @@
-"""What an operator does now and then: sizes that are true, persistence that is set, errors that say what to do."""
+"""What an operator does now and then: sizes that are true,
+persistence that is set, errors that say what to do.
+"""
 
 import math
 from typing import Any, Literal
@@ -121,7 +123,9 @@ async def test_a_moving_window_takes_what_is_said(settings: Settings, redis_clie
 
 
 def test_more_policies_take_more() -> None:
-    """Each further policy costs 40 bytes; a million clients of one fit the 200 MB that are promised."""
+    """Each further policy costs 40 bytes;
+    a million clients of one fit the 200 MB that are promised.
+    """
     assert (40, 40) == (client_bytes(2) - client_bytes(1), client_bytes(3) - client_bytes(2))
     assert client_bytes() * 1_000_000 <= 200_000_000
 

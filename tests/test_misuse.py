@@ -420,7 +420,9 @@ def test_a_callable_of_any_kind_is_taken() -> None:
 
 
 def test_what_servers_look_for_is_found() -> None:
-    """An instance is an ASGI app by what servers go by, though Python names its call by what was meant."""
+    """An instance is an ASGI app by what servers go by,
+    though Python names its call by what was meant.
+    """
     for made in (limited("5/minute"), cached(), health_app(settings=MEMORY)):
         assert inspect.iscoroutinefunction(made.__call__)
         assert not hasattr(made, "routes")

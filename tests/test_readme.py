@@ -1,4 +1,6 @@
-"""The README is true: its commands are those that run, its answers come back, and it ends before a reader does."""
+"""The README is true: its commands are those that run, its answers come back,
+and it ends before a reader does.
+"""
 
 import json
 import re
@@ -41,7 +43,9 @@ def without_seconds(text: str) -> str:
 
 
 def test_answers_are_what_the_quickstart_sends() -> None:
-    """The first and the sixth answer have that status line and those fields, in that order, and that body."""
+    """The first and the sixth answer have that status line and those fields, in that order, and
+    that body.
+    """
     (problem,) = README.blocks("json")
     with serving("quickstart") as example:
         answers = [example.get("/") for _ in range(6)]
@@ -103,7 +107,9 @@ def test_settings_are_told_with_their_defaults() -> None:
 
 
 def test_chart_is_of_the_figures_kept() -> None:
-    """The chart in the README, and the picture in the benchmarks' guide, show what was measured last."""
+    """The chart in the README, and the picture in the benchmarks' guide, show what was measured
+    last.
+    """
     figures = json.loads((ROOT / "tests/benchmarks/measured.json").read_text("utf-8"))["k"]
     lines = text_of(figures)
     picture = Path(ROOT, "tests/benchmarks/chart.svg").read_text("utf-8")
@@ -195,7 +201,9 @@ async def embeddings(request: Request) -> JSONResponse:
 
 @pytest.mark.anyio
 async def test_order_of_middlewares_is_right(settings: Settings) -> None:
-    """Added in that order: users are known, hits are counted and compressed, and a page may read the 429."""
+    """Added in that order: users are known,
+    hits are counted and compressed, and a page may read the 429.
+    """
     (text,) = README.sections("## The order of middlewares")
     options: dict[str, dict[str, Any]] = {
         "EmbeddingCacheMiddleware": {"namespace": "m", "settings": settings},

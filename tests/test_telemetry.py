@@ -92,7 +92,9 @@ def test_a_process_has_one() -> None:
 
 
 def test_it_is_made_at_first_use() -> None:
-    """Neither the package nor the module makes one, or imports prometheus-client, before somebody asks."""
+    """Neither the package nor the module makes one,
+    or imports prometheus-client, before somebody asks.
+    """
     script = """
 import sys
 import redis_asgi, redis_asgi.telemetry
@@ -107,7 +109,9 @@ assert redis_asgi.telemetry.telemetry() is first
 
 
 def test_global_registry_is_left_alone() -> None:
-    """What the app exposes itself does not change, unless it registers ours, which then brings every metric."""
+    """What the app exposes itself does not change, unless it registers ours,
+    which then brings every metric.
+    """
     script = """
 from prometheus_client import REGISTRY, generate_latest
 from redis_asgi.telemetry import telemetry
@@ -251,7 +255,9 @@ def test_threads_take_a_sample_once(counted: Telemetry) -> None:
 
 
 def test_tick_is_nearly_free(counted: Telemetry) -> None:
-    """While nothing is due a tick costs what a method that compares two numbers does (40 ns, measured alone)."""
+    """While nothing is due a tick costs what a method that compares two numbers does (40 ns,
+    measured alone).
+    """
 
     class Bare:
         due = 5.0
@@ -267,7 +273,9 @@ def test_tick_is_nearly_free(counted: Telemetry) -> None:
 
 
 def test_files_of_several_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In multi-process mode the counts go to files, whose sum is that of all processes, and history stays one's own."""
+    """In multi-process mode the counts go to files,
+    whose sum is that of all processes, and history stays one's own.
+    """
     folder = tmp_path_factory.mktemp("multiproc")
     script = """
 from redis_asgi.telemetry import telemetry
@@ -294,7 +302,9 @@ print([s.allowed for s in t.history(time.monotonic() + 5)])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("child", ["asyncio.run", "loop.run_until_complete"])
 def test_what_a_fork_finds_noted_is_its_parents_to_tell(tmp_path: Path, child: str) -> None:
-    """Three requests noted before the fork and one after it are four in all, and the child tells its own in time."""
+    """Three requests noted before the fork and one after it are four in all,
+    and the child tells its own in time.
+    """
     script = f"""
 import asyncio, os
 from prometheus_client import CollectorRegistry
@@ -333,7 +343,9 @@ print(registry.get_sample_value("redis_asgi_redis_batch_size_count"))
 
 
 def test_missing_folder_is_a_configuration_error() -> None:
-    """``PROMETHEUS_MULTIPROC_DIR`` that is not there is said at construction, with what to do, and not its path."""
+    """``PROMETHEUS_MULTIPROC_DIR`` that is not there is said at construction,
+    with what to do, and not its path.
+    """
     script = """
 from redis_asgi import ConfigurationError
 from redis_asgi.telemetry import telemetry

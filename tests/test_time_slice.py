@@ -1,4 +1,6 @@
-"""A large batch lets others run, and lets go of what it has sent; by a clock of the test's own, never by waiting."""
+"""A large batch lets others run, and lets go of what it has sent;
+by a clock of the test's own, never by waiting.
+"""
 
 import asyncio
 import tracemalloc
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def post(app: EmbeddingCacheMiddleware, body: bytes, sent: list[int]) -> None:
-    """One request, whose answer is thrown away; *sent* gets the memory in use at each message of it."""
+    """One request, whose answer is thrown away;
+    *sent* gets the memory in use at each message of it.
+    """
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b"", "headers": headers}
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -37,7 +41,9 @@ async def post(app: EmbeddingCacheMiddleware, body: bytes, sent: list[int]) -> N
 
 @pytest.mark.parametrize("inputs", [1, 16])
 async def test_small_pieces_of_work_add_up(inputs: int, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Naming, finding and writing are one request's work: it gives way when together they have taken 2 ms."""
+    """Naming, finding and writing are one request's work:
+    it gives way when together they have taken 2 ms.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=Settings(REDIS_URL=redis_url))
     body = orjson.dumps({"model": "m", "input": [f"text {n}" for n in range(inputs)]})
     await post(app, body, [])
@@ -59,7 +65,9 @@ async def test_small_pieces_of_work_add_up(inputs: int, redis_url: str, monkeypa
 
 @pytest.mark.parametrize("local_bytes", [0, 64 * 1024 * 1024])
 async def test_what_is_sent_is_let_go(redis_url: str, local_bytes: int) -> None:
-    """An answer of many megabytes is not held until its end, unless the process keeps the vectors anyway."""
+    """An answer of many megabytes is not held until its end,
+    unless the process keeps the vectors anyway.
+    """
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_L1_BYTES=local_bytes, EMBEDDING_CACHE_TIMEOUT=5)
     app = EmbeddingCacheMiddleware(server(Spy(dims=1536)), settings=settings)
     body = orjson.dumps({"model": "m", "input": [f"text {n}" for n in range(200)]})

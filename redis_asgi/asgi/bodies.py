@@ -1,4 +1,6 @@
-"""Bodies of requests that are read ahead of the app: bounded, once for all who look at them, replayed to the byte."""
+"""Bodies of requests that are read ahead of the app: bounded,
+once for all who look at them, replayed to the byte.
+"""
 
 import json
 import re
@@ -14,15 +16,18 @@ from .body_budget import Budget, process_budget
 
 # Where a scope keeps a body that is parsed already.
 _KEPT = "redis_asgi.parsed_body"
-# Parsed, a body may take thirty times its bytes: a longer one is looked at and parsed again for rules that need more.
+# Parsed, a body may take thirty times its bytes:
+# a longer one is looked at and parsed again for rules that need more.
 KEPT_BYTES = 16 * 1024
 # Lists and objects of one body, and the quotes around its texts: as many take some 20 ms each.
 _MOST_CONTAINERS = 100_000
 _MOST_QUOTES = 400_000
-# Objects, members and values of a body whose members have to be counted one by one, in some 100 ms at most.
+# Objects, members and values of a body whose members have to be counted one by one, in some 100 ms
+# at most.
 _MOST_OBJECTS, _MOST_MEMBERS, _MOST_VALUES = 50_000, 100_000, 200_000
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*"', re.DOTALL)
-# What may stand before the JSON that another parser than ours reads: blanks, the marks and the NULs of UTF-16 and 32.
+# What may stand before the JSON that another parser than ours reads: blanks,
+# the marks and the NULs of UTF-16 and 32.
 _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"
 
 
@@ -87,7 +92,9 @@ class Buffer:
             self._held += len(body)
 
     async def whole(self) -> bytes | None:
-        """The whole body; ``None`` when it cannot be had: over the cap, no room, or the client left."""
+        """The whole body; ``None`` when it cannot be had:
+        over the cap, no room, or the client left.
+        """
         while self.more and self.gone is None and not self.is_over:
             self._keep(await self._receive())
         return None if self.is_over or self.gone is not None else self.so_far
@@ -114,7 +121,9 @@ class Buffer:
         return self._json[0]
 
     def keep(self, document: "Document", scope: Scope) -> None:
-        """Let who reads *document* next, callables and what stands behind, have its parse, if that is small."""
+        """Let who reads *document* next, callables and what stands behind,
+        have its parse, if that is small.
+        """
         if document.is_read and len(document.content) <= KEPT_BYTES:
             self._kept = scope[_KEPT] = Kept(document)
             self._json = (document.value,)
@@ -124,7 +133,9 @@ class Buffer:
         self._json = None
 
     def expose(self) -> None:
-        """A user's callable is given the parse, and may have changed it: no middleware behind is to believe it."""
+        """A user's callable is given the parse, and may have changed it:
+        no middleware behind is to believe it.
+        """
         if self._kept is not None:
             self._kept.forget()
 
@@ -188,7 +199,8 @@ class Document:
         content: The body; empty where it could not be read.
         is_read: Whether it is JSON in UTF-8 that is not made to be slow.
         value: What it says.
-        may_be_json: Whether it is, or may be to another parser: what is no JSON in UTF-8 to us may be in UTF-16.
+        may_be_json: Whether it is, or may be to another parser:
+            what is no JSON in UTF-8 to us may be in UTF-16.
     """
 
     __slots__ = ("_members", "content", "is_read", "may_be_json", "value")
@@ -212,7 +224,9 @@ class Document:
         )  # fmt: skip
 
     def has_twice(self, path: Sequence["Member"]) -> bool:
-        """Whether one of the members that lead along *path* stands twice at its level: who reads it, reads which?"""
+        """Whether one of the members that lead along *path* stands twice at its level: who reads
+        it, reads which?
+        """
         for member in path:
             if not member.stands_once(self.content):
                 break
@@ -261,7 +275,8 @@ class Member:
         self._quoted = b'"%b"' % name.encode("utf-8", "surrogatepass")
         self._is_plain = name.replace("_", "").isalnum() and name.isascii()
         spelled = "".join(map(_spelled, name)).encode("utf-8", "surrogatepass")
-        # A quote behind a backslash is a part of some text; else only the name of a member has a colon behind it.
+        # A quote behind a backslash is a part of some text;
+        # else only the name of a member has a colon behind it.
         self._pattern = re.compile(rb'"(?<!\\")%b"[ \t\r\n]*+:' % spelled)
 
     def stands_once(self, content: bytes) -> bool:
@@ -303,7 +318,9 @@ def _members(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_within(content: bytes) -> bool:
-    """Whether *content*, a long one, is parsed in a time that its size explains: not a million lists, or texts."""
+    """Whether *content*, a long one, is parsed in a time that its size explains:
+    not a million lists, or texts.
+    """
     # Less those within texts, of which JSON that is a text has many.
     if content.count(b'"') - content.count(b'\\"') > _MOST_QUOTES:
         return False

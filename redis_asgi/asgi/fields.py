@@ -6,8 +6,9 @@ Time is in proportion to the length of what is read, whatever that is.
 import re
 from collections.abc import Iterator
 
-# One parameter with what ends it. The quantifiers of characters are possessive, so that none is tried again; those of
-# groups are not, which Python 3.11.2 gets wrong (gh-101955), and have only one way to match.
+# One parameter with what ends it. The quantifiers of characters are possessive, so that none is
+# tried again; those of groups are not, which Python 3.11.2 gets wrong (gh-101955), and have only
+# one way to match.
 _PARAMETER = re.compile(
     r"""[ \t]*+(?:(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]++)[ \t]*+=[ \t]*+"""
     r"""(?:"(?P<quoted>[^"\\]*+(?:\\.[^"\\]*+)*)"|(?P<plain>[^\s";,]*+)))?[ \t]*+(?:;|\Z)""",
@@ -17,7 +18,9 @@ _QUOTED_PAIR = re.compile(r"\\(.)", re.DOTALL)
 
 
 def members(value: bytes) -> list[bytes]:
-    """The parts between commas, quoted or not, in lower case and without blanks around them; empty ones too."""
+    """The parts between commas, quoted or not,
+    in lower case and without blanks around them; empty ones too.
+    """
     return [part.strip() for part in value.lower().split(b",")]
 
 
@@ -33,7 +36,9 @@ def argument(part: str) -> tuple[str, str]:
 
 
 def parameters(text: str) -> list[tuple[str, str]] | None:
-    """The names, in lower case, and values, unquoted, of ``name=value; name="value"``; ``None`` when it is not that."""
+    """The names, in lower case, and values, unquoted,
+    of ``name=value; name="value"``; ``None`` when it is not that.
+    """
     found, at = [], 0
     while at < len(text):
         parameter = _PARAMETER.match(text, at)
@@ -48,7 +53,9 @@ def parameters(text: str) -> list[tuple[str, str]] | None:
 
 
 def members_from_the_right(text: str) -> Iterator[str]:
-    """The parts between commas outside quotes, from the right: nothing written further left changes them."""
+    """The parts between commas outside quotes, from the right:
+    nothing written further left changes them.
+    """
     end = at = len(text)
     comma = quote = at
     while True:

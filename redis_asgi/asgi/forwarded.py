@@ -1,4 +1,6 @@
-"""Forwarding headers, read from the right: each entry only when it is asked for, each character at most once."""
+"""Forwarding headers, read from the right:
+each entry only when it is asked for, each character at most once.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +10,9 @@ _BLANKS = " \t"
 
 
 def only_entry(lines: list[bytes]) -> Iterator[str]:
-    """The one address of a header that carries no list; several lines are somebody's attempt to add one."""
+    """The one address of a header that carries no list;
+    several lines are somebody's attempt to add one.
+    """
     if len(lines) == 1:
         yield lines[0].decode("latin-1")
 
@@ -25,7 +29,9 @@ def _x_forwarded_for(lines: list[bytes]) -> Iterator[str]:
 
 
 def _forwarded(lines: list[bytes]) -> Iterator[str]:
-    """The ``for`` of every element (RFC 7239); an element without exactly one gives an entry that is no address."""
+    """The ``for`` of every element (RFC 7239);
+    an element without exactly one gives an entry that is no address.
+    """
     for line in reversed(lines):
         for element in members_from_the_right(line.decode("latin-1")):
             if element.strip(_BLANKS):
@@ -33,7 +39,9 @@ def _forwarded(lines: list[bytes]) -> Iterator[str]:
 
 
 def _node(element: str) -> str:
-    """The value of an element's one ``for``, unquoted; empty for none, for several and for what cannot be read."""
+    """The value of an element's one ``for``, unquoted; empty for none,
+    for several and for what cannot be read.
+    """
     values = [value for name, value in parameters(element) or () if name == "for"]
     return (values[0] or "unknown") if len(values) == 1 else ""
 

@@ -1,4 +1,4 @@
-"""What the middlewares that a request has come through offer to those below, to its limits and to the app."""
+"""The offers of the middlewares that a request has come through, to its limits and to the app."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ OFFER = "redis_asgi.offer"
 
 
 class Offer:
-    """What one middleware offers; the same for all of its requests, and so one entry of a scope. Do not change it.
+    """The offer of one middleware, the same for all its requests: one entry of a scope. Immutable.
 
     Attributes:
         managers: The managers of Redis, its own last; no two the same.
@@ -28,7 +28,9 @@ class Offer:
         self._joined: tuple[Offer, Offer] | None = None  # what was outside last, and both
 
     def below(self, outer: "Offer | None") -> "Offer":
-        """This one within *outer*: its own addressing, and the style that all of an answer has been given outside."""
+        """This one within *outer*: its own addressing,
+        and the style that all of an answer has been given outside.
+        """
         if outer is None:
             return self
         known = self._joined

@@ -1,8 +1,9 @@
 """Paths as an app may read them: the spellings of each, and the patterns that cover or exempt them.
 
-A rule and the app's router must never disagree in the client's favour. Routers forgive: slashes too many or too few, a
-fragment, a final newline, whatever stands before the path. So a path is looked at in each spelling that some router
-takes it for, and a rule covers it if its pattern covers any of them, where an exemption has to cover them all.
+A rule and the app's router must never disagree in the client's favour. Routers forgive: slashes too
+many or too few, a fragment, a final newline, whatever stands before the path. So a path is looked
+at in each spelling that some router takes it for, and a rule covers it if its pattern covers any of
+them, where an exemption has to cover them all.
 """
 
 import posixpath
@@ -27,12 +28,14 @@ from ..settings.types import pattern_problem
 
 # The path as it stands, then what else it may be; none at all: it may be anything.
 Spellings: TypeAlias = tuple[str, ...]
-# A pattern between its stars: what stands before the first, the parts between, what stands behind the last.
+# A pattern between its stars: what stands before the first,
+# the parts between, what stands behind the last.
 _Parts: TypeAlias = tuple[str, tuple[str, ...], str | None]
 
 # Longer ones are spelled each time: a cache must not hold what a client makes long.
 LONGEST_CACHED = 256
-# What no router or URL parser reads in two ways; every quantifier is possessive, so that none is tried again.
+# What no router or URL parser reads in two ways;
+# every quantifier is possessive, so that none is tried again.
 _ABSOLUTE = re.compile(r"(?:https?+|wss?+)://[a-z0-9._:\[\]-]++(?P<path>/[^?#;\x00-\x20\x7f]*+|)", re.IGNORECASE)
 _SLASHES = re.compile("//+")
 _STARS = re.compile(r"\*\*+")
@@ -44,7 +47,8 @@ def route_path(scope: Scope, root: str = "") -> str:
     """The decoded path below ``root_path``, by Starlette's own rule.
 
     Args:
-        root: What the app sets ``root_path`` to before its router looks; empty = it leaves the server's.
+        root: What the app sets ``root_path`` to before its router looks;
+            empty = it leaves the server's.
     """
     path: str = scope["path"]
     root = root or scope.get("root_path", "")
@@ -54,15 +58,17 @@ def route_path(scope: Scope, root: str = "") -> str:
 
 
 def spellings(path: str, roots: tuple[str, ...] = ()) -> Spellings:
-    """*path* as it stands, and whatever else a router may take it for, in time linear in its length.
+    """*path* as it stands, and whatever else a router may take it for, in time linear in its
+    length.
 
-    In this order, the earlier ones kept where a later step loses something: the path of an absolute-form target; less
-    the fragment behind ``#``; less what stands up to and with each of *roots*; less final slashes; slashes at the start
-    as one; all runs of slashes as one; dots and backslashes as a file system reads them.
+    In this order, the earlier ones kept where a later step loses something: the path of an
+    absolute-form target; less the fragment behind ``#``; less what stands up to and with each of
+    *roots*; less final slashes; slashes at the start as one; all runs of slashes as one; dots and
+    backslashes as a file system reads them.
 
-    None at all, since it is read in too many ways to list, has what does not begin like a path or a plain absolute-form
-    target, and what ends in a newline: a regular expression's ``$`` forgives that, and Starlette's mounts then cut the
-    path in the wrong place.
+    None at all, since it is read in too many ways to list, has what does not begin like a path or a
+    plain absolute-form target, and what ends in a newline: a regular expression's ``$`` forgives
+    that, and Starlette's mounts then cut the path in the wrong place.
     """
     if _is_plain(path):
         below = [_below(path, root) for root in roots if root in path]
@@ -105,7 +111,8 @@ _cached = lru_cache(maxsize=1024)(_spell)
 
 
 def _below(path: str, root: str) -> str:
-    # Some frameworks cut at its first occurrence, wherever that is, and not only between two segments.
+    # Some frameworks cut at its first occurrence, wherever that is,
+    # and not only between two segments.
     return "/" + path.partition(root)[2].removeprefix("/")
 
 
@@ -120,9 +127,11 @@ def _as_file(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PathPattern:
-    """A path where ``*`` is any run of characters, ``/`` included; ``/api/*`` also matches ``/api``.
+    """A path where ``*`` is any run of characters, ``/`` included;
+    ``/api/*`` also matches ``/api``.
 
-    Matching takes time in proportion to the path, whatever the pattern: no regular expression is involved.
+    Matching takes time in proportion to the path, whatever the pattern:
+    no regular expression is involved.
 
     Args:
         case_sensitive: Whether ``/Login`` is another path than ``/login``.
@@ -154,7 +163,9 @@ class PathPattern:
         return any(_covers(parts, path) for parts in self._exact)
 
     def covers(self, spelled: Spellings) -> bool:
-        """Whether any spelling of a path (see `spellings`) is covered; a final slash of the pattern says nothing."""
+        """Whether any spelling of a path (see `spellings`) is covered;
+        a final slash of the pattern says nothing.
+        """
         for path in spelled:
             text = path if self.case_sensitive else path.casefold()
             for parts in self._forgiving:
@@ -179,8 +190,8 @@ class PathTemplate:
 
     Args:
         text: With ``{name}`` or ``{name:convertor}`` for a parameter.
-        convertors: What Starlette reads the parameters with, by name, where *text* does not say. What neither says may
-            be anything.
+        convertors: What Starlette reads the parameters with, by name, where *text* does not say.
+            What neither says may be anything.
     """
 
     def __init__(self, text: str, convertors: Mapping[str, Convertor[Any]] | None = None) -> None:
@@ -199,14 +210,18 @@ class PathTemplate:
         return f"{type(self).__name__}({self.text!r})"
 
     def may_match(self, pattern: PathPattern) -> bool:
-        """Whether *pattern* covers one of the paths, as `PathPattern.covers` does where they are plain."""
+        """Whether *pattern* covers one of the paths,
+        as `PathPattern.covers` does where they are plain.
+        """
         parts = self._parts
         if not pattern.case_sensitive:
             parts = [part.casefold() if isinstance(part, str) else part for part in parts]
         return any(_meet(form, parts) for form in pattern._forgiving)
 
     def always_matches(self, pattern: PathPattern) -> bool:
-        """Whether *pattern* covers each of the paths as it stands: of a parameter only a star covers all."""
+        """Whether *pattern* covers each of the paths as it stands:
+        of a parameter only a star covers all.
+        """
         return pattern.matches("".join(part if isinstance(part, str) else _NOWHERE for part in self._parts))
 
 
@@ -240,7 +255,9 @@ def _parameter(convertor: Convertor[Any] | None) -> _Parameter:
 
 
 def _meet(pattern: _Parts, template: Sequence[str | _Parameter]) -> bool:
-    """Whether *pattern* covers some path of *template*, final slashes aside; each two places are looked at once."""
+    """Whether *pattern* covers some path of *template*, final slashes aside;
+    each two places are looked at once.
+    """
     # On both sides in turn what stands there, and whether it may stand there again, or not at all.
     head, middle, tail = pattern
     ours: list[tuple[str | None, bool]] = [(char, False) for char in head]

@@ -5,7 +5,8 @@ from http import HTTPStatus
 import orjson
 
 CONTENT_TYPE = b"application/problem+json"
-# RFC 6455: "when there is no other more suitable status code"; before accept, servers answer it with 403.
+# RFC 6455: "when there is no other more suitable status code";
+# before accept, servers answer it with 403.
 POLICY_VIOLATION = 1008
 
 

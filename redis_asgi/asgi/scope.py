@@ -26,7 +26,8 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def content_length(scope: Scope) -> int | None:
-    """The ``Content-Length`` of a request; ``None`` when it says none that can be read, or that counts.
+    """The ``Content-Length`` of a request;
+    ``None`` when it says none that can be read, or that counts.
 
     A ``Transfer-Encoding`` overrides it (RFC 9112, 6.3), and some servers pass on both.
     """
@@ -65,8 +66,8 @@ def _parse_address(text: str) -> Address | None:
 def parse_address(text: str) -> Address | None:
     """Read an address as it stands in a forwarding header: with or without port, brackets or zone.
 
-    ``::ffff:1.2.3.4`` and ``64:ff9b::1.2.3.4`` are ``1.2.3.4``. ``None`` for anything else, ``unknown`` and
-    ``_hidden`` included.
+    ``::ffff:1.2.3.4`` and ``64:ff9b::1.2.3.4`` are ``1.2.3.4``. ``None`` for anything else,
+    ``unknown`` and ``_hidden`` included.
     """
     text = text.strip(" \t")
     if not text or len(text) > _LONGEST_ADDRESS:
@@ -108,12 +109,14 @@ class Addressing:
         self._shared_by = lru_cache(maxsize=16_384)(self._shared_by_uncached)
 
     def client(self, scope: Scope) -> str | None:
-        """The name of the client's counter: its address, or the network that an IPv6 client shares it with.
+        """The name of the client's counter: its address,
+        or the network that an IPv6 client shares it with.
 
-        The peer's address, unless the peer is trusted: then the believed header is walked from the right, over all
-        its field lines, and the first address that is not trusted is the client. An entry that is no address ends the
-        walk at the last trusted one; empty ones are not there. ``None`` when there is no address to be had (a unix
-        socket that is not trusted, or whose proxy names no client).
+        The peer's address, unless the peer is trusted: then the believed header is walked from the
+        right, over all its field lines, and the first address that is not trusted is the client. An
+        entry that is no address ends the walk at the last trusted one; empty ones are not there.
+        ``None`` when there is no address to be had (a unix socket that is not trusted, or whose
+        proxy names no client).
         """
         peer = scope.get("client")
         host = peer[0] if peer else None
@@ -158,7 +161,9 @@ class Addressing:
 
 
 def is_plain_address(client: str) -> bool:
-    """Whether *client*, as `Addressing.client` gives it, is an address or a network, not whatever a server believed."""
+    """Whether *client*, as `Addressing.client` gives it, is an address or a network,
+    not whatever a server believed.
+    """
     if len(client) > _LONGEST_ADDRESS:
         return False
     try:
@@ -169,11 +174,14 @@ def is_plain_address(client: str) -> bool:
 
 
 class UnreadableBody(Exception):
-    """A body over the cap, cut short, or not the JSON or form that was asked for; never leaves the package."""
+    """A body over the cap, cut short,
+    or not the JSON or form that was asked for; never leaves the package.
+    """
 
 
 class BufferedRequest(Request):
-    """A request whose body may be read ahead of the app: bounded here, and replayed byte for byte to the app.
+    """A request whose body may be read ahead of the app: bounded here,
+    and replayed byte for byte to the app.
 
     A WebSocket handshake is a GET whose body is empty.
 
@@ -182,7 +190,8 @@ class BufferedRequest(Request):
         buffer: In place of *cap*: what reads the body for all who ask about the same request.
 
     Attributes:
-        unreadable: Whether it was over the cap, cut short, or not the JSON or form that was asked for.
+        unreadable: Whether it was over the cap, cut short,
+            or not the JSON or form that was asked for.
     """
 
     def __init__(self, scope: Scope, receive: Receive, *, cap: int = 0, buffer: Buffer | None = None) -> None:
@@ -249,7 +258,8 @@ class BufferedRequest(Request):
         if kind not in _FORMS:
             # Starlette reads an empty form then, and an empty one is cheap.
             raise self._refuse()
-        # What the server raises while it is read is not the client's doing; all that the parser raises then is.
+        # What the server raises while it is read is not the client's doing;
+        # all that the parser raises then is.
         await self.body()
         try:
             return await super()._get_form(**bounds)

@@ -1,4 +1,6 @@
-"""`SubApp`: the base of what is mounted beside an app, such as its health checks: read-only, small and quiet."""
+"""`SubApp`: the base of what is mounted beside an app,
+such as its health checks: read-only, small and quiet.
+"""
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
@@ -22,7 +24,8 @@ JSON = b"application/json"
 
 @dataclass(frozen=True, slots=True)
 class PageAnswer:
-    """An answer of a page, to which `SubApp` adds ``Content-Length`` and the fields of every answer.
+    """An answer of a page, to which `SubApp` adds ``Content-Length`` and the fields of every
+    answer.
 
     Attributes:
         headers: More fields, names in lower case.
@@ -70,14 +73,16 @@ def made_by_a_call(make: Callable[P, R]) -> Callable[P, R]:
 class SubApp:
     """An ASGI app of a few read-only pages, to be mounted in another or served by itself.
 
-    GET and HEAD, else 405; an unknown path is 404; a WebSocket is closed before it is accepted; a server's lifespan
-    is answered. `RateLimitMiddleware` does not count requests for the pages of its instances.
+    GET and HEAD, else 405; an unknown path is 404; a WebSocket is closed before it is accepted; a
+    server's lifespan is answered. `RateLimitMiddleware` does not count requests for the pages of
+    its instances.
 
     Args:
-        pages: The path below the mount, without a final slash (``""`` is the root), to what answers there.
-        authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403. What it raises
-            goes to the app's error handling: raise Starlette's ``HTTPException(401, headers=...)`` to ask for
-            credentials. ``None`` = anybody may.
+        pages: The path below the mount,
+            without a final slash (``""`` is the root), to what answers there.
+        authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403.
+            What it raises goes to the app's error handling: raise Starlette's
+            ``HTTPException(401, headers=...)`` to ask for credentials. ``None`` = anybody may.
         open_pages: Paths that *authorize* is not asked about.
 
     Raises:
@@ -132,7 +137,9 @@ class SubApp:
         return await page(connection)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        """Answer a server that serves this app by itself; an app that it is mounted in passes nothing on."""
+        """Answer a server that serves this app by itself;
+        an app that it is mounted in passes nothing on.
+        """
         while True:
             message = await receive()
             if message["type"] == "lifespan.shutdown":

@@ -1,7 +1,8 @@
-"""``redis-asgi``: what an operator asks and does; ``commands`` and ``quotas`` are its words, ``output`` how it speaks.
+"""``redis-asgi``: what an operator asks and does;
+``commands`` and ``quotas`` are its words, ``output`` how it speaks.
 
-``session`` is what each command needs, ``views`` how results are laid out. Needs the extra ``cli``. What it finds out
-and does is in modules that print nothing: ``inspection/`` and ``maintenance``.
+``session`` is what each command needs, ``views`` how results are laid out. Needs the extra ``cli``.
+What it finds out and does is in modules that print nothing: ``inspection/`` and ``maintenance``.
 """
 
 import logging

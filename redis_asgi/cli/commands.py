@@ -98,9 +98,9 @@ def check(
 ) -> None:
     """Say whether all is well: a gate for deploys.
 
-    Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction, connections,
-    persistence; sentinels and the slots of a cluster. With --app also the servers that its rules and its cache name.
-    Leaves nothing behind.
+    Settings, connection, TLS, server version, role, rights, the script, latency, clock, eviction,
+    connections, persistence; sentinels and the slots of a cluster. With --app also the servers that
+    its rules and its cache name. Leaves nothing behind.
     """
     about = "settings"
     try:
@@ -151,8 +151,8 @@ def list_settings(
 ) -> None:
     """List every setting and its value.
 
-    Each with the value in force, without passwords; where that came from (environment, a file's name, argument or
-    default); and what it means.
+    Each with the value in force, without passwords; where that came from (environment, a file's
+    name, argument or default); and what it means.
     """
     if markdown:
         print_markdown(reference())
@@ -188,9 +188,9 @@ def flush(
 ) -> None:
     """Make every stored vector of a model a miss.
 
-    Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS. Redis takes the
-    memory back as the vectors end. Where nothing is stored under that name, exits with 1. With --app wherever its
-    middlewares keep vectors, in their namespaces.
+    Writes one key: it holds in Redis now, and in every process within EMBEDDING_CACHE_L1_SECONDS.
+    Redis takes the memory back as the vectors end. Where nothing is stored under that name, exits
+    with 1. With --app wherever its middlewares keep vectors, in their namespaces.
     """
     with complaints():
         settings = settings_for(url)
@@ -228,7 +228,9 @@ def flush(
 
 
 def _places(caches: Sequence["CacheInForce"], instead: Settings | None) -> list[tuple[RedisManager, str, Settings]]:
-    """The (servers, namespaces, key schemes) in which an app keeps vectors; *instead* = all are there."""
+    """The (servers, namespaces, key schemes) in which an app keeps vectors; *instead* = all are
+    there.
+    """
     if not caches:
         raise ConfigurationError("Nothing caches in this app: it has no EmbeddingCacheMiddleware. Leave out --app.")
     elsewhere = None if instead is None else RedisManager(instead)
@@ -299,8 +301,8 @@ def acl(
 ) -> None:
     """Print the least rights that will do.
 
-    As one ACL SETUSER line: for limits, vectors, health and metrics, on Redis 6.2 or later. An administrator runs it
-    on every server, since primaries and replicas keep users of their own.
+    As one ACL SETUSER line: for limits, vectors, health and metrics, on Redis 6.2 or later. An
+    administrator runs it on every server, since primaries and replicas keep users of their own.
     """
     with complaints():
         settings = settings_for(url)

@@ -1,4 +1,6 @@
-"""Output of the command line: plain text, JSON, a progress line; colour and movement on a terminal only."""
+"""Output of the command line: plain text, JSON, a progress line;
+colour and movement on a terminal only.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +66,8 @@ def json(value: Any) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is done now, gone at the end; nothing unless that is a terminal.
+    """A line on stderr that says what is done now, gone at the end;
+    nothing unless that is a terminal.
 
     Nothing may be written to stdout meanwhile: it would end up on stderr.
     """
@@ -87,7 +90,9 @@ def size(count: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A wait for people: ``now``, ``23 s``, ``1 h 2 min``; ``?`` when unknown. Never earlier than the truth."""
+    """A wait for people: ``now``, ``23 s``, ``1 h 2 min``;
+    ``?`` when unknown. Never earlier than the truth.
+    """
     if value is None:
         return "?"
     whole = -int(-value // 1)

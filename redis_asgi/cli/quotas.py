@@ -1,4 +1,6 @@
-"""The commands about limits: what they are, how a client stands to them, and giving it its quota back."""
+"""The commands about limits: what they are,
+how a client stands to them, and giving it its quota back.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, cast, get_args
@@ -34,8 +36,8 @@ def list_rules(
 ) -> None:
     """List what limits an app, or a path of it.
 
-    Rules of its middlewares and limits of its routes. Nothing is asked of Redis, and no request is made: what a
-    callable says (limits, exempt, partitions of None) is not known.
+    Rules of its middlewares and limits of its routes. Nothing is asked of Redis, and no request is
+    made: what a callable says (limits, exempt, partitions of None) is not known.
     """
     with complaints():
         if path is not None and not path.startswith("/"):
@@ -83,8 +85,9 @@ def peek(
 ) -> None:
     """Show what a client has left, and until when.
 
-    Charges nothing. Quotas are not in Redis: --app knows them all; else they are those of --limits, or of limits that
-    are set in the environment, for the rule --name (default: default). Of other rules Redis tells what is used.
+    Charges nothing. Quotas are not in Redis: --app knows them all; else they are those of --limits,
+    or of limits that are set in the environment, for the rule --name (default: default). Of other
+    rules Redis tells what is used.
     """
     with complaints():
         alone(context)
@@ -152,7 +155,8 @@ def reset(
 ) -> None:
     """Give a client its full quota back.
 
-    With --app wherever its rules count. Other processes may refuse it from memory for a second more.
+    With --app wherever its rules count.
+    Other processes may refuse it from memory for a second more.
     """
     with complaints():
         alone(context)
@@ -191,7 +195,8 @@ def _some_limits(loaded: object) -> LimitedApp:
 
 
 def _by_manager(app: LimitedApp, url: str | None, settings: Settings) -> list[tuple[RedisManager, list[LimitInForce]]]:
-    """The limits of an app by where they are counted, and how names are made there; with *url* all are there.
+    """The limits of an app by where they are counted,
+    and how names are made there; with *url* all are there.
 
     Raises:
         ConfigurationError: For limits that are counted in the app's process.

@@ -26,7 +26,9 @@ ENV_FILE: ContextVar[Path | None] = ContextVar("env_file", default=None)
 
 
 def settings_for(url: str | None, **more: Any) -> Settings:
-    """The environment's settings, or those of another server: then nothing that says where the configured one is."""
+    """The environment's settings, or those of another server:
+    then nothing that says where the configured one is.
+    """
     if url is not None:
         more |= {**NO_SERVER, "REDIS_URL": url, "EMBEDDING_CACHE_REDIS_URL": None}
     return Settings(_env_file=ENV_FILE.get(), **more)
@@ -120,7 +122,9 @@ async def greet(manager: RedisManager) -> None:
 
 
 async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Await *work*; an interrupt ends it, although Python 3.11 loses one that meets `asyncio.wait_for`'s end."""
+    """Await *work*; an interrupt ends it,
+    although Python 3.11 loses one that meets `asyncio.wait_for`'s end.
+    """
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)

@@ -15,7 +15,9 @@ _WIDEST = 80  # of a value, where a list may be long
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """A line for each finding, and one below for what to do; the server's name where there are several."""
+    """A line for each finding, and one below for what to do;
+    the server's name where there are several.
+    """
     servers = {finding.server for finding in findings if finding.server}
     named = len(servers) > 1
     width = max(len(finding.server) for finding in findings) + 2 if named else 0
@@ -58,7 +60,9 @@ def print_standings(label: str, standings: Sequence[QuotaRow]) -> None:
 
 
 def print_rules(limits: Sequence[LimitInForce]) -> None:
-    """A line for each rule; which Redis counts it, where there are several, and its dialect, where some have one."""
+    """A line for each rule; which Redis counts it, where there are several,
+    and its dialect, where some have one.
+    """
     several = len({limit.manager for limit in limits}) > 1
     speaks = any(limit.dialects for limit in limits)
     head = ("rule", "limits", "by", "strategy", "cost", "methods", "paths", "without Redis")

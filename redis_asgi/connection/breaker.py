@@ -1,4 +1,5 @@
-"""The circuit breaker: after repeated failures no request waits for Redis any more, until a probe has found it well.
+"""The circuit breaker: after repeated failures no request waits for Redis any more,
+until a probe has found it well.
 
 ::
 
@@ -26,7 +27,8 @@ BreakerState: TypeAlias = Literal["closed", "half_open", "open"]
 PROBE_EVERY = 0.2  # seconds, give or take a fifth, so that workers do not probe in step
 PROBE_WITHIN = 0.2
 _LOOKS = 20  # after a probe, within its limit
-# Far away a connection and its greeting take longer than that, so one probe a second goes on while others are sent.
+# Far away a connection and its greeting take longer than that,
+# so one probe a second goes on while others are sent.
 _KEPT_EVERY = 1.0
 _KEPT_FOR = 5.0
 _SLOW_PROBE_EVERY = 5.0  # a refused login stays refused, and each one is a line in the server's ACL log
@@ -39,7 +41,8 @@ _SETTLED = 1.0  # seconds without trouble before an outage counts as over
 _IN_DOUBT = 10.0  # seconds after the last trouble in which one that is not tried is taken for as ill as it was
 _REFUSED = 20  # odd replies in a row that are more than a key of another program
 
-# Our own load and faults, a full memory and odd replies say nothing about whether the server answers.
+# Our own load and faults, a full memory and odd replies say nothing about whether the server
+# answers.
 _SAYS_NOTHING = frozenset((Failure.POOL, Failure.REPLY, Failure.DEFECT))
 _NOT_COUNTED = _SAYS_NOTHING | {Failure.OOM}
 _ANSWERS = frozenset((Failure.OOM, Failure.REPLY))
@@ -50,20 +53,24 @@ _OF_THE_CONNECTIONS = frozenset((Failure.READONLY, Failure.CLUSTER))
 class Breaker:
     """The circuit breaker of one server of an open client, in its loop.
 
-    The unit is one command sent, whose outcome is told to `worked` or `failed`; ask `admits` before the next. The log
-    has one line when Redis is lost, one when it is back, and few about single commands.
+    The unit is one command sent, whose outcome is told to `worked` or `failed`; ask `admits` before
+    the next. The log has one line when Redis is lost, one when it is back, and few about single
+    commands.
 
     Args:
-        probe: Asks the server for a sign of life over a connection of its own, and raises when there is none.
+        probe: Asks the server for a sign of life over a connection of its own,
+            and raises when there is none.
         drop_connections: Closes connections that may lead to the wrong server now.
         node: Of a cluster, whose lines in the log then say so.
         address: Where the server is, for the log: no user and no password.
-        trial: Whether a command has to work, too, after a probe has; where none may come, the probe is enough.
+        trial: Whether a command has to work, too, after a probe has;
+            where none may come, the probe is enough.
 
     Attributes:
         state: Whether commands go through.
         reason: Why it is not closed; the last reason of all while it is.
-        good_probes: How often a probe has half opened it; connections from before may be of the outage.
+        good_probes: How often a probe has half opened it;
+            connections from before may be of the outage.
     """
 
     def __init__(
@@ -118,11 +125,15 @@ class Breaker:
 
     @property
     def is_refused(self) -> bool:
-        """Whether commands were answered by nothing but odd replies lately, as by a proxy that has lost its servers."""
+        """Whether commands were answered by nothing but odd replies lately,
+        as by a proxy that has lost its servers.
+        """
         return self._refused >= _REFUSED and self._loop.time() < self._refused_at + _IN_DOUBT
 
     def withdrawn(self) -> None:
-        """Note that a command which was admitted says nothing: half open, the next one is the trial."""
+        """Note that a command which was admitted says nothing:
+        half open, the next one is the trial.
+        """
         self._trial_until = 0.0
 
     def worked(self, *, vectors: bool = False) -> None:
@@ -146,8 +157,8 @@ class Breaker:
         """Note that a command was not answered, or with an error.
 
         Args:
-            vectors: It moves vectors, which may be slow for their size, or have rights of their own: it counts only
-                when a probe sent next fails too.
+            vectors: It moves vectors, which may be slow for their size, or have rights of their
+                own: it counts only when a probe sent next fails too.
         """
         now = self._loop.time()
         if failure in _ANSWERS:
@@ -173,7 +184,8 @@ class Breaker:
         if not vectors or (self._failures and self.state == "closed"):
             self._count(failure)
             return
-        # Until that is known it was no trial; half open, the next one is, and that may be no vectors.
+        # Until that is known it was no trial; half open,
+        # the next one is, and that may be no vectors.
         self.withdrawn()
         self._unconfirmed += 1
         if self._unconfirmed == 1:
@@ -223,8 +235,9 @@ class Breaker:
     async def _alive(self, within: float) -> Failure | None:
         """The failure that a probe met; ``None`` is a sign of life.
 
-        A loop that is kept busy could not have read an answer meanwhile, and its own slowness is no fault of the
-        server's: the limit is counted in looks, each of which takes a few of its turns.
+        A loop that is kept busy could not have read an answer meanwhile, and its own slowness is no
+        fault of the server's: the limit is counted in looks, each of which takes a few of its
+        turns.
 
         Args:
             within: Its limit in seconds, of a loop that has time.

@@ -1,4 +1,6 @@
-"""Clients as settings describe them: alone, behind sentinels, or a cluster; every trap avoided at construction."""
+"""Clients as settings describe them: alone, behind sentinels, or a cluster;
+every trap avoided at construction.
+"""
 
 import asyncio
 import logging
@@ -47,16 +49,19 @@ class NewClient:
 
 
 class QueueingPool(ConnectionPool):
-    """A pool whose caller waits for a free connection, where redis-py's raises "Too many connections".
+    """A pool whose caller waits for a free connection,
+    where redis-py's raises "Too many connections".
 
-    A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a command
-    and reports its own exhaustion as a plain ``ConnectionError``.
+    A semaphore before the plain pool, not ``BlockingConnectionPool``: that one costs 20 us more a
+    command and reports its own exhaustion as a plain ``ConnectionError``.
 
-    What goes through the client, the app's own commands, gets all connections but one: some of them may block for as
-    long as they like (``BLPOP``, a subscription), and limits and vectors, which `take` theirs, still find one.
+    What goes through the client, the app's own commands, gets all connections but one: some of them
+    may block for as long as they like (``BLPOP``, a subscription), and limits and vectors, which
+    `take` theirs, still find one.
 
     Attributes:
-        on_shortage: Called when a caller has to wait; holders of an idle connection give it back then.
+        on_shortage: Called when a caller has to wait;
+            holders of an idle connection give it back then.
     """
 
     def __init__(self, *, turn_timeout: float, **kwargs: Any) -> None:
@@ -105,7 +110,8 @@ class QueueingPool(ConnectionPool):
             if transport is not None and transport.is_closing():
                 # Reset while it was idle, which redis-py notices by its next command.
                 await side_connection.hang_up(connection)
-            # The usual case, without the layers of redis-py's retries: connected, and nothing left to read.
+            # The usual case, without the layers of redis-py's retries:
+            # connected, and nothing left to read.
             if not connection.is_connected or await connection.can_read():
                 await self.ensure_connection(connection)
         except BaseException:
@@ -164,10 +170,12 @@ def _read_url(url: str) -> dict[str, Any]:
 def build_client(settings: Settings) -> NewClient:
     """Make the client these settings describe. No I/O; every choice below avoids a measured trap.
 
-    - no retries: a retried counting command counts again (connecting is retried by `initialize_pool` only);
-    - RESP2 and no maintenance notifications: with them redis-py 8.1 hands out connections that a restarted
-      server has closed;
-    - ``driver_info`` instead of ``client_name``: an ACL without ``client|setname`` would fail every command.
+    - no retries: a retried counting command counts again (connecting is retried by
+      `initialize_pool` only);
+    - RESP2 and no maintenance notifications:
+      with them redis-py 8.1 hands out connections that a restarted server has closed;
+    - ``driver_info`` instead of ``client_name``:
+      an ACL without ``client|setname`` would fail every command.
     """
     if settings.is_memory:
         raise ConfigurationError(
@@ -252,7 +260,9 @@ def describe(settings: Settings) -> str:
 
 
 def _describe_url(url: str) -> str:
-    """A valid *url* without user or password: put together from what it says, so that nothing else can be in it."""
+    """A valid *url* without user or password: put together from what it says,
+    so that nothing else can be in it.
+    """
     scheme = url.partition(":")[0]
     if scheme == "memory":
         return "'memory://'"
@@ -279,10 +289,12 @@ def describe_client(client: Client) -> str:
 
 
 async def ping(client: Client, node: str = "") -> None:
-    """Ask for a sign of life over a connection made for it, which shows that others can be made too.
+    """Ask for a sign of life over a connection made for it,
+    which shows that others can be made too.
 
     Args:
-        node: Of a cluster, the one that is meant; empty, or one that is no primary any more = any primary.
+        node: Of a cluster, the one that is meant; empty,
+            or one that is no primary any more = any primary.
     """
     if isinstance(client, aioredis.RedisCluster):
         await _ping_cluster(client, node)
@@ -308,7 +320,9 @@ async def _ping_cluster(client: aioredis.RedisCluster, name: str) -> None:
 
 
 async def drop_connections(client: Client) -> None:
-    """Close what may be connected to a server that is not the one to write to any more; it is made anew when needed."""
+    """Close what may be connected to a server that is not the one to write to any more; it is made
+    anew when needed.
+    """
     if isinstance(client, aioredis.RedisCluster):
         await learn_nodes(client)
         return

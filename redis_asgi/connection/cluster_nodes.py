@@ -1,4 +1,6 @@
-"""The nodes of a cluster: which of them to believe about the others, and a connection to one by its name."""
+"""The nodes of a cluster: which of them to believe about the others,
+and a connection to one by its name.
+"""
 
 import asyncio
 import logging
@@ -28,11 +30,13 @@ class _Asked(ClusterNode):
     """A node that is asked for the slot table, over connections of its own.
 
     Args:
-        is_only: Whether it is the only one that was given. When it tells nothing of a cluster then (its commands are
-            not allowed, unknown, or not for a server alone), all keys are there, as at an endpoint for several shards.
+        is_only: Whether it is the only one that was given. When it tells nothing of a cluster then
+            (its commands are not allowed, unknown, or not for a server alone), all keys are there,
+            as at an endpoint for several shards.
 
     Attributes:
-        refusal: Why it did not tell the table, if it is one of a cluster: redis-py takes any reason for its being none.
+        refusal: Why it did not tell the table, if it is one of a cluster:
+            redis-py takes any reason for its being none.
         is_alone: Whether it has told of itself only, for that reason.
     """
 
@@ -57,12 +61,13 @@ class _Asked(ClusterNode):
 class Nodes(NodesManager):
     """The slot table, told by the first node to answer of all that were ever given or are known.
 
-    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, so that one that hangs keeps a cluster off. It
-    forgets what it was given when it knows others, and would never find a cluster again that has moved as a whole; and
-    whenever it asks, it makes every connection anew.
+    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, so that one that hangs
+    keeps a cluster off. It forgets what it was given when it knows others, and would never find a
+    cluster again that has moved as a whole; and whenever it asks, it makes every connection anew.
 
     Attributes:
-        is_alone: Whether the only address tells nothing of a cluster, so that all slots are taken to be its own.
+        is_alone: Whether the only address tells nothing of a cluster,
+            so that all slots are taken to be its own.
     """
 
     def __init__(self, like: NodesManager) -> None:
@@ -238,7 +243,8 @@ async def first_to_answer(nodes: Iterable[_Node]) -> _Node:
 async def node_connection(client: aioredis.RedisCluster, name: str) -> AsyncIterator[AbstractConnection]:
     """A connection of the pool of the node *name*, with nothing left to read and no timer.
 
-    Not by redis-py's pipeline, which waits for all nodes when one of them hangs. An error drops the connection.
+    Not by redis-py's pipeline, which waits for all nodes when one of them hangs.
+    An error drops the connection.
 
     Raises:
         Exception: What redis-py does when it cannot connect.

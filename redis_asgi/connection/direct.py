@@ -1,8 +1,10 @@
-"""Commands over one connection without redis-py's layers above its socket: instead of its stream, or through it.
+"""Commands over one connection without redis-py's layers above its socket:
+instead of its stream, or through it.
 
-redis-py connects, logs in, and finds the master. `Takeover` is what its socket reports to from then on, for as long as
-we have it; `exchange` goes through the stream for connections that are not redis-py's own kind, with neither a task nor
-a timer per command. Either way the caller has the only clock.
+redis-py connects, logs in, and finds the master. `Takeover` is what its socket reports to from then
+on, for as long as we have it; `exchange` goes through the stream for connections that are not
+redis-py's own kind, with neither a task nor a timer per command. Either way the caller has the only
+clock.
 """
 
 import asyncio
@@ -18,7 +20,8 @@ from . import side_connection
 
 
 class Takeover(asyncio.BaseProtocol):
-    """The protocol of a connection's socket while we have it; redis-py's stream learns only that it was lost.
+    """The protocol of a connection's socket while we have it;
+    redis-py's stream learns only that it was lost.
 
     Args:
         transport: Of the connection, see `side_connection.transport_of`.

@@ -1,7 +1,8 @@
-"""One look a second at the server behind a manager, for its health checks, its metrics and its status page together.
+"""One look a second at the server behind a manager, for its health checks,
+its metrics and its status page together.
 
-However many ask, one check is in flight in a process and event loop, in a task that no caller's end cancels, and
-no caller waits for it longer than its deadline.
+However many ask, one check is in flight in a process and event loop, in a task that no caller's end
+cancels, and no caller waits for it longer than its deadline.
 """
 
 import asyncio
@@ -26,8 +27,8 @@ _GRACE = 0.05  # seconds after the deadline in which a check ends
 class Target:
     """The Redis that a mounted part looks at.
 
-    That of its own arguments if it was given any; else those of the middlewares that a request has come through; where
-    there are none, the shared default.
+    That of its own arguments if it was given any; else those of the middlewares that a request has
+    come through; where there are none, the shared default.
 
     Args:
         redis: As everywhere; see `resolve_manager`.
@@ -61,7 +62,9 @@ class Watch:
         self._flight: asyncio.Task[Health] | None = None
 
     async def health(self) -> Health:
-        """A result that is no older than a second (a refused login: five), within the deadline of one check."""
+        """A result that is no older than a second (a refused login: five),
+        within the deadline of one check.
+        """
         last = self._last
         if last is not None:
             kept = _KEPT_REFUSAL if last.failure is Failure.AUTH else _KEPT
@@ -103,7 +106,8 @@ async def watched(manager: RedisManager) -> tuple[Health, Deployment]:
     try:
         watch = manager.per_client(Watch)
     except Exception as error:
-        # No client can be built, such as for a certificate that cannot be read: the limits go on without, too.
+        # No client can be built, such as for a certificate that cannot be read:
+        # the limits go on without, too.
         return Health(classify(error)), _mode_of_settings(manager.settings)
     return await watch.health(), watch.mode
 

@@ -1,9 +1,12 @@
-"""A look at the server behind a client: one PING, with INFO beside it, over a connection of its own.
+"""A look at the server behind a client: one PING,
+with INFO beside it, over a connection of its own.
 
-A PING takes less than what the package does, so a command that it cannot do without may be sent along.
+A PING takes less than what the package does,
+so a command that it cannot do without may be sent along.
 
-The connection is none of the pool's, so that a pool in which everything waits or hangs is no reason to be called
-ill, and a check that hangs holds nothing that a request would need. Whatever happens, a check ends by its deadline.
+The connection is none of the pool's, so that a pool in which everything waits or hangs is no reason
+to be called ill, and a check that hangs holds nothing that a request would need. Whatever happens,
+a check ends by its deadline.
 """
 
 import asyncio
@@ -73,14 +76,16 @@ class Checkup:
         """Look once more; never raises but for a cancellation.
 
         Args:
-            needs: A command that the server has to take, and which may be neither denied nor renamed; empty = none.
+            needs: A command that the server has to take,
+                and which may be neither denied nor renamed; empty = none.
         """
         self._needs = needs
         until = asyncio.get_running_loop().time() + self._deadline
         try:
             health, is_stale = await self._look(until)
             if is_stale and asyncio.get_running_loop().time() < until:
-                # Over an old connection: the server may have restarted since, or handed its role on.
+                # Over an old connection: the server may have restarted since, or handed its role
+                # on.
                 await self.aclose()
                 health, _ = await self._look(until)
         except Exception as error:
@@ -106,7 +111,9 @@ class Checkup:
         return health, report.reused and health.failure is not None
 
     async def _ask(self, address: NodeAddress, connect: Any, more: Sequence[Command], until: float) -> _Report:
-        """PING, *more* and what is needed, in one write; what went wrong before the PONG is the report's failure."""
+        """PING, *more* and what is needed, in one write;
+        what went wrong before the PONG is the report's failure.
+        """
         report = _Report(address)
         connection = self._connections.pop(address, None)
         report.reused = connection is not None
@@ -133,7 +140,9 @@ class Checkup:
         return report
 
     async def _ask_cluster(self, client: aioredis.RedisCluster, until: float) -> list[_Report]:
-        """Ask every primary the client knows, and every primary that those name; only if none answers, the others."""
+        """Ask every primary the client knows, and every primary that those name;
+        only if none answers, the others.
+        """
         nodes = client.nodes_manager
         known = {(str(n.host), int(n.port)): n for n in (*nodes.startup_nodes.values(), *nodes.nodes_cache.values())}
         pattern = next(iter(known.values()))
@@ -196,7 +205,9 @@ async def _read_more(connection: AbstractConnection, count: int, report: _Report
 
 
 async def _refusal(connection: AbstractConnection) -> Failure | None:
-    """The reason why the needed command was not taken; an answer of another error, such as NOSCRIPT, is none."""
+    """The reason why the needed command was not taken;
+    an answer of another error, such as NOSCRIPT, is none.
+    """
     try:
         await side_connection.receive(connection)
     except ResponseError as error:
@@ -212,7 +223,8 @@ def _slots(reply: object, asked: str) -> Mapping[NodeAddress, int] | None:
         return None
     found: Counter[NodeAddress] = Counter()
     for first, last, primary, *_replicas in reply:
-        # A node that does not know its own address says nothing, and means the one that it was asked at.
+        # A node that does not know its own address says nothing,
+        # and means the one that it was asked at.
         host = primary[0].decode() if primary[0] not in (None, b"", b"?") else asked
         found[host, int(primary[1])] += last - first + 1
     return found
@@ -263,7 +275,9 @@ def _health_of_cluster(reports: Sequence[_Report]) -> Health:
 
 
 def _authority(report: _Report) -> tuple[bool, bool, int]:
-    """The node whose view of a cluster counts: it sees the cluster well, and has seen the latest election."""
+    """The node whose view of a cluster counts: it sees the cluster well,
+    and has seen the latest election.
+    """
     epoch = report.cluster.get("cluster_current_epoch", "0")
     return report.slots is not None, report.cluster.get("cluster_state") != "fail", int(epoch)
 

@@ -1,4 +1,6 @@
-"""A middleware's part in the lifespan of its app: the shared client stays open as long as the app lives."""
+"""A middleware's part in the lifespan of its app:
+the shared client stays open as long as the app lives.
+"""
 
 from collections.abc import Awaitable, Callable
 
@@ -22,8 +24,8 @@ async def live(
 ) -> None:
     """Pass a lifespan on to *app*, and retain *manager* from its start to its end.
 
-    It is retained before the app's own start, which may end with the only other user of the client, and released
-    before the server hears of the end, as the server may then end the loop.
+    It is retained before the app's own start, which may end with the only other user of the client,
+    and released before the server hears of the end, as the server may then end the loop.
 
     Args:
         manager: Whose client is held; ``None`` when its life is not the package's business.

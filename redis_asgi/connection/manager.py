@@ -1,8 +1,10 @@
-"""One lazily opened Redis client per process and event loop, shared by every part that is given none.
+"""One lazily opened Redis client per process and event loop,
+shared by every part that is given none.
 
-`RedisManager` owns the client and what hangs on it. Nothing connects when it is built: the first use inside a
-running loop opens a pool for that loop, `close()` or the loop's own end closes it, and the next use opens a
-new one. A fork or a second ``asyncio.run`` therefore never meets another loop's sockets.
+`RedisManager` owns the client and what hangs on it. Nothing connects when it is built: the first
+use inside a running loop opens a pool for that loop, `close()` or the loop's own end closes it, and
+the next use opens a new one. A fork or a second ``asyncio.run`` therefore never meets another
+loop's sockets.
 """
 
 import asyncio
@@ -42,12 +44,14 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-# What is open stays alive until its loop ends or it is closed, even if no part holds its manager any more.
+# What is open stays alive until its loop ends or it is closed,
+# even if no part holds its manager any more.
 _open: set[Opened] = set()
 
 
 async def _closed_with_the_loop(manager: "RedisManager", opened: Opened) -> AsyncGenerator[None, None]:
-    """Close *opened* when the loop finalises its async generators: after its tasks, before it is closed.
+    """Close *opened* when the loop finalises its async generators:
+    after its tasks, before it is closed.
 
     That is what lets an app without lifespan events end without a ResourceWarning, and an app's own
     teardown still use the client.
@@ -59,7 +63,8 @@ async def _closed_with_the_loop(manager: "RedisManager", opened: Opened) -> Asyn
         _open.discard(opened)
         manager.forget(opened)
         await opened.aclose()
-        # The loop that was to tell these takes its timers along, and the next one's would wait behind them.
+        # The loop that was to tell these takes its timers along,
+        # and the next one's would wait behind them.
         flush_counts()
 
 
@@ -70,16 +75,17 @@ class RedisManager:
     Args:
         settings: Where Redis is and how to reach it; ``None`` reads the environment now.
 
-    One client per (process, event loop): a client belongs to the loop that first uses it, and a forked
-    process must not share its parent's sockets. Use it from any number of tasks. After `close()` the next
-    `get_connection()` opens a new pool.
+    One client per (process, event loop): a client belongs to the loop that first uses it, and a
+    forked process must not share its parent's sockets. Use it from any number of tasks. After
+    `close()` the next `get_connection()` opens a new pool.
 
     Attributes:
         fails_closed: Whether a part that uses it needs Redis: without it, that part refuses.
-        keys_apart: Whether each command may name keys of one slot only, although the client is of no cluster: since
-            ``REDIS_BATCH`` says so, or since `found_slots`.
-        needs: A command that parts cannot do without, in a form that does nothing; empty = none. Health checks send it
-            beside their PING, which a server may answer that has renamed or denied it.
+        keys_apart: Whether each command may name keys of one slot only, although the client is of
+            no cluster: since ``REDIS_BATCH`` says so, or since `found_slots`.
+        needs: A command that parts cannot do without, in a form that does nothing; empty = none.
+            Health checks send it beside their PING, which a server may answer that has renamed or
+            denied it.
     """
 
     owns_client = True
@@ -121,7 +127,9 @@ class RedisManager:
 
     @property
     def pool(self) -> ConnectionPool | None:
-        """The running loop's connection pool; ``None`` outside a loop, when not open, or on a cluster."""
+        """The running loop's connection pool; ``None`` outside a loop,
+        when not open, or on a cluster.
+        """
         try:
             opened = self._opened.get(running_loop())
         except RuntimeError:
@@ -130,9 +138,11 @@ class RedisManager:
 
     @property
     def breaker_state(self) -> BreakerState:
-        """``open`` while this loop's client is left alone after failures, ``half_open`` while it is tried again.
+        """``open`` while this loop's client is left alone after failures,
+        ``half_open`` while it is tried again.
 
-        On a cluster each node has a breaker of its own, and the worst of them is told. ``closed`` when nothing is open.
+        On a cluster each node has a breaker of its own, and the worst of them is told.
+        ``closed`` when nothing is open.
         """
         try:
             opened = self._opened.get(running_loop())
@@ -143,10 +153,11 @@ class RedisManager:
 
     @property
     def breaker_reason(self) -> Failure | None:
-        """The reason why this loop's client is left alone, or has been until a moment ago; ``None`` when it is not.
+        """The reason why this loop's client is left alone,
+        or has been until a moment ago; ``None`` when it is not.
 
-        One that is to be tried again, and is not, is not in doubt for ever: an app that is sent no requests while it is
-        would never be sent one again.
+        One that is to be tried again, and is not, is not in doubt for ever: an app that is sent no
+        requests while it is would never be sent one again.
         """
         try:
             opened = self._opened.get(asyncio.get_running_loop())
@@ -165,7 +176,8 @@ class RedisManager:
         return opened is not None and any(breaker.is_refused for breaker in opened.used_breakers())
 
     async def get_connection(self) -> Client:
-        """The running loop's client, with raw ``bytes`` replies; opened now if it is not, without I/O.
+        """The running loop's client, with raw ``bytes`` replies;
+        opened now if it is not, without I/O.
 
         Raises:
             ConfigurationError: On ``memory://``, which has no client.
@@ -173,7 +185,8 @@ class RedisManager:
         return self._open().client
 
     async def initialize_pool(self) -> None:
-        """Open the pool and wait until Redis answers a PING, trying ``REDIS_RETRY_ATTEMPTS`` times more.
+        """Open the pool and wait until Redis answers a PING,
+        trying ``REDIS_RETRY_ATTEMPTS`` times more.
 
         Optional: everything opens at first use anyway. Call it at start to fail early.
 
@@ -229,7 +242,9 @@ class RedisManager:
         return self._forks == PROCESS.forks and running_loop() in self._opened
 
     def per_client(self, factory: Callable[["RedisManager", Client], T]) -> T:
-        """The one *factory* product of this loop's client, made at first use and closed before the client."""
+        """The one *factory* product of this loop's client,
+        made at first use and closed before the client.
+        """
         opened = self._open()
         made = opened.parts.get(factory)
         if made is None:
@@ -237,7 +252,9 @@ class RedisManager:
         return cast(T, made)
 
     def breaker(self, node: str = "") -> Breaker:
-        """The breaker of this loop's client; on a cluster that of a node by its name, or of its slot table."""
+        """The breaker of this loop's client;
+        on a cluster that of a node by its name, or of its slot table.
+        """
         opened = self._open()
         breaker = opened.breakers.get(node)
         if breaker is None:
@@ -251,14 +268,18 @@ class RedisManager:
         return breaker
 
     def found_slots(self) -> None:
-        """Note that the server has refused keys of several slots in one command; from here on none gets such a one."""
+        """Note that the server has refused keys of several slots in one command;
+        from here on none gets such a one.
+        """
         if self.keys_apart:
             return
         self.keys_apart = True
         say(logger, "slots_enforced", address=self.address)
 
     def per_process(self, factory: Callable[[Settings], T]) -> T:
-        """The one *factory* product of this manager in this process, such as the counters of ``memory://``."""
+        """The one *factory* product of this manager in this process,
+        such as the counters of ``memory://``.
+        """
         with self._lock:
             if factory not in self._shared:
                 self._shared[factory] = factory(self._settings)
@@ -270,7 +291,9 @@ class RedisManager:
             self._kept.add(part)
 
     def clear(self) -> None:
-        """Forget what this process remembers, such as the counters and vectors of ``memory://``; nothing in Redis."""
+        """Forget what this process remembers,
+        such as the counters and vectors of ``memory://``; nothing in Redis.
+        """
         with self._lock:
             parts = [*self._shared.values(), *self._kept]
         for part in parts:
@@ -300,7 +323,9 @@ class RedisManager:
                 del self._opened[loop]
 
     def _connect_if_reachable(self) -> Opened:
-        """`_connect`; what it raised (such as for a cluster's host without an address) is raised again for a moment."""
+        """`_connect`; what it raised (such as for a cluster's host without an address) is raised
+        again for a moment.
+        """
         if self._unreachable is not None:
             since, error = self._unreachable
             if time.monotonic() - since < PROBE_EVERY:

@@ -41,7 +41,9 @@ class Opened:
     users: int = 0
 
     def used_breakers(self) -> Iterator[Breaker]:
-        """The breakers of servers that commands go to; a node may have left its cluster, or be a replica now."""
+        """The breakers of servers that commands go to;
+        a node may have left its cluster, or be a replica now.
+        """
         for name, breaker in self.breakers.items():
             if isinstance(self.client, aioredis.RedisCluster) and name:
                 node = self.client.get_node(node_name=name)
@@ -73,7 +75,8 @@ class Process:
     """This process; what is asked of it for every request is an attribute, not a call.
 
     Attributes:
-        forks: How often it was forked off since the first manager was made: other sockets for each number.
+        forks: How often it was forked off since the first manager was made:
+            other sockets for each number.
     """
 
     forks = 0

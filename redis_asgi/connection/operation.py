@@ -22,10 +22,11 @@ def redis_operation(function: Callable[P, Awaitable[R]], /) -> Callable[P, Await
 @overload
 def redis_operation() -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]: ...
 def redis_operation(function: Callable[..., Any] | None = None, /) -> Callable[..., Any]:
-    """Log a Redis error of an ``async def`` function by kind and re-raise it; with or without parentheses.
+    """Log a Redis error of an ``async def`` function by kind and re-raise it; with or without
+    parentheses.
 
-    ``redis_asgi.connection_failed`` when Redis was not reached, ``redis_asgi.operation_failed`` for any
-    other ``RedisError``; the operation's name is in the record's ``operation``.
+    ``redis_asgi.connection_failed`` when Redis was not reached, ``redis_asgi.operation_failed`` for
+    any other ``RedisError``; the operation's name is in the record's ``operation``.
 
     Raises:
         TypeError: At decoration, if *function* is not an ``async def`` function.

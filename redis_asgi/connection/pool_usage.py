@@ -17,7 +17,9 @@ class PoolUsage:
 
 
 def pool_usage(client: Client) -> PoolUsage | None:
-    """The connections that *client* has, and may have; ``None`` for a pool of the user's own making."""
+    """The connections that *client* has, and may have;
+    ``None`` for a pool of the user's own making.
+    """
     try:
         if isinstance(client, aioredis.RedisCluster):
             nodes = client.get_nodes()

@@ -44,7 +44,8 @@ class _GivenClient(RedisManager):
         return Opened(self._client, own=False)
 
 
-# One shared default per settings for as long as the process lives: the counters of memory:// are in it.
+# One shared default per settings for as long as the process lives:
+# the counters of memory:// are in it.
 _managers: dict[Settings, RedisManager] = {}
 _given: weakref.WeakValueDictionary[tuple[int, Settings], RedisManager] = weakref.WeakValueDictionary()
 _warned_about: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -54,8 +55,8 @@ _misspelt: set[str] = set()
 def resolve_manager(redis: RedisArgument, settings: Settings | None) -> tuple[RedisManager, bool]:
     """The manager behind a ``redis=`` argument, and whether its life is the package's business.
 
-    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager`` or a
-    client is the user's and is never closed by the package.
+    ``None`` and a URL give the manager shared by all parts with equal settings; a ``RedisManager``
+    or a client is the user's and is never closed by the package.
 
     Raises:
         ConfigurationError: For a sync client, a pipeline, a malformed URL or anything else.

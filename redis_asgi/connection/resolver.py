@@ -1,9 +1,9 @@
 """Addresses of host names, looked up in threads of our own.
 
-asyncio asks the resolver in the loop's default executor, once for each connection: one that hangs for Redis's name
-takes all threads that the app has for its own look-ups, files and ``asyncio.to_thread``. Here at most one look-up of a
-name is under way in a process, and at most `MAX_LOOKUPS` in all. While the resolver does not answer, the last answer is
-used.
+asyncio asks the resolver in the loop's default executor, once for each connection: one that hangs
+for Redis's name takes all threads that the app has for its own look-ups, files and
+``asyncio.to_thread``. Here at most one look-up of a name is under way in a process, and at most
+`MAX_LOOKUPS` in all. While the resolver does not answer, the last answer is used.
 """
 
 import asyncio
@@ -96,7 +96,8 @@ class Names:
         """The addresses of *host*; the caller has the only deadline.
 
         Raises:
-            socket.gaierror: When the resolver says that it is nowhere, or says nothing and never did lately.
+            socket.gaierror: When the resolver says that it is nowhere,
+                or says nothing and never did lately.
         """
         known = known_without_asking(host)
         if known:
@@ -121,7 +122,8 @@ class Names:
         raise socket.gaierror(*(answer.args if answer is not None else ()))
 
     async def reach(self, host: str, connect: Callable[[str], Awaitable[T]]) -> T:
-        """Connect to the first address of *host* that works; those that lately did not are tried last.
+        """Connect to the first address of *host* that works;
+        those that lately did not are tried last.
 
         Raises:
             OSError: What the first address raised, when none works.
@@ -246,7 +248,9 @@ def _wake(future: asyncio.Future[Addresses], answer: Addresses) -> None:
 
 
 class _Process:
-    """The names of this process: after a fork the threads are gone, and a lock may be held for ever."""
+    """The names of this process: after a fork the threads are gone,
+    and a lock may be held for ever.
+    """
 
     pid = 0
     names = Names()

@@ -24,10 +24,12 @@ class SentinelRefusal(AuthenticationError):
 
 
 class Sentinels(Sentinel):
-    """Sentinels that are all asked at once: the first to know a master is believed, one that hangs is not waited for.
+    """Sentinels that are all asked at once: the first to know a master is believed,
+    one that hangs is not waited for.
 
-    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, and again with every connection: with the
-    first of them on a host that is gone, no check and no probe would ever find the master in time.
+    redis-py asks one after the other, each for up to ``REDIS_TIMEOUT``, and again with every
+    connection: with the first of them on a host that is gone, no check and no probe would ever find
+    the master in time.
 
     Args:
         addresses: Host and port of each.
@@ -75,7 +77,9 @@ def is_refusal(error: Exception) -> bool:
 
 
 async def master_of(sentinel: aioredis.Redis, name: str) -> MasterAnswer:
-    """The master's address as *sentinel* has it; ``None`` when it knows none that is up, else its error."""
+    """The master's address as *sentinel* has it;
+    ``None`` when it knows none that is up, else its error.
+    """
     connection = sentinel.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
     try:
         await side_connection.connect(connection)

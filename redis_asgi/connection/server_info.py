@@ -14,7 +14,8 @@ class Health:
         failure: What is wrong, if anything is.
         partial: Whether Redis goes on serving some of what it is asked for.
         latency: Seconds from a PING to its answer, the slowest primary's on a cluster.
-        servers: The fields of ``INFO``, a mapping for every primary that answered; empty where it is refused.
+        servers: The fields of ``INFO``,
+            a mapping for every primary that answered; empty where it is refused.
     """
 
     failure: Failure | None = None
@@ -63,7 +64,9 @@ class Health:
 
     @property
     def server(self) -> str:
-        """Name and version of the server, such as ``redis 7.0.15``; ``unknown`` when it does not say."""
+        """Name and version of the server, such as ``redis 7.0.15``;
+        ``unknown`` when it does not say.
+        """
         said = self.servers[0] if self.servers else {}
         for field in ("valkey_version", "dragonfly_version", "redis_version"):
             if field in said:

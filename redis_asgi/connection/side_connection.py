@@ -1,8 +1,10 @@
-"""A connection aside from any pool: who looks at a server takes none that a request would need, and leaves none.
+"""A connection aside from any pool:
+who looks at a server takes none that a request would need, and leaves none.
 
-redis-py ends a TLS connection by a goodbye whose answer it awaits for up to 30 s, in the background: with a server that
-hangs, one socket for each question. Here a connection is dropped at once, whatever state it is in; `hang_up` does so
-with a pool's, too, and `freshen` sees to it that nothing is left in it.
+redis-py ends a TLS connection by a goodbye whose answer it awaits for up to 30 s, in the
+background: with a server that hangs, one socket for each question. Here a connection is dropped at
+once, whatever state it is in; `hang_up` does so with a pool's, too, and `freshen` sees to it that
+nothing is left in it.
 """
 
 import asyncio
@@ -56,7 +58,8 @@ async def connect(connection: AbstractConnection) -> None:
 
 
 def see_it_open(connection: AbstractConnection) -> None:
-    """Refuse to write to a connection that was lost: Python 3.13's transports raise an `AttributeError` then.
+    """Refuse to write to a connection that was lost:
+    Python 3.13's transports raise an `AttributeError` then.
 
     Raises:
         redis.exceptions.ConnectionError: It was.
@@ -84,8 +87,9 @@ async def receive(connection: AbstractConnection) -> Any:
 def refuse_too_much(beginning: bytes) -> None:
     """Refuse a reply of more elements than any command asks for, which begins so.
 
-    hiredis makes room at once for what is announced, and Python's garbage collector walks through it again and again:
-    two thousand million elements that never come held a process up for a minute.
+    hiredis makes room at once for what is announced, and Python's garbage collector walks through
+    it again and again: two thousand million elements that never come held a process up for a
+    minute.
 
     Raises:
         InvalidResponse: It announces ten million or more.
@@ -110,8 +114,9 @@ async def ping(connection: AbstractConnection, *more: tuple[bytes, ...]) -> None
 async def freshen(connection: AbstractConnection) -> None:
     """Make a pooled connection fit for the next command: connected, and with nothing left to read.
 
-    What waits there belongs to no command, and would be taken for the answer to the next one, so the connection is
-    dropped. redis-py leaves that look out when maintenance notifications are on, as they are by default.
+    What waits there belongs to no command, and would be taken for the answer to the next one, so
+    the connection is dropped. redis-py leaves that look out when maintenance notifications are on,
+    as they are by default.
 
     Raises:
         Exception: What redis-py does when it cannot connect.
@@ -126,17 +131,20 @@ async def freshen(connection: AbstractConnection) -> None:
 
 
 async def hang_up(connection: AbstractConnection) -> None:
-    """Close at once: a peer that hangs is not waited for, neither for its goodbye nor for what it never read."""
+    """Close at once: a peer that hangs is not waited for,
+    neither for its goodbye nor for what it never read.
+    """
     _abort(transport_of(connection))
     with suppress(Exception):
         await connection.disconnect(nowait=True)
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel *tasks* and wait until they have ended, with whatever they raise: who ends them does not ask for it.
+    """Cancel *tasks* and wait until they have ended, with whatever they raise:
+    who ends them does not ask for it.
 
-    Again and again: asyncio's ``open_connection`` swallows a cancellation that comes in the moment in which the
-    connection is made, and who connects in a loop would go on for ever.
+    Again and again: asyncio's ``open_connection`` swallows a cancellation that comes in the moment
+    in which the connection is made, and who connects in a loop would go on for ever.
     """
     ending = list(tasks)
     left = {task for task in ending if not task.done()}
@@ -167,7 +175,9 @@ def info_fields(reply: object) -> Iterator[tuple[str, str]]:
 
 
 def transport_of(connection: AbstractConnection) -> asyncio.Transport | None:
-    """The transport of *connection*; ``None`` when it is not open, or not redis-py's own kind of connection."""
+    """The transport of *connection*; ``None`` when it is not open,
+    or not redis-py's own kind of connection.
+    """
     writer = getattr(connection, "_writer", None)
     return writer.transport if isinstance(writer, asyncio.StreamWriter) else None  # type: ignore[return-value]  # a stream's
 

@@ -1,4 +1,6 @@
-"""redis-py's connections: addresses of host names by `resolver`, not by the loop's executor, and bounded replies."""
+"""redis-py's connections: addresses of host names by `resolver`,
+not by the loop's executor, and bounded replies.
+"""
 
 import asyncio
 from collections.abc import Mapping
@@ -35,7 +37,9 @@ class BoundedParser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-p
 
 
 class NamedConnection(Connection):
-    """A connection to the first address of its host that takes one; a certificate is checked for the host's name."""
+    """A connection to the first address of its host that takes one;
+    a certificate is checked for the host's name.
+    """
 
     _address = ""
 

@@ -31,7 +31,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # At first use: numpy takes 150 ms to import, which an app without embeddings should not wait for.
+    # At first use: numpy takes 150 ms to import,
+    # which an app without embeddings should not wait for.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,4 +1,6 @@
-"""Answers of the cache's own making: of what is kept alone, or put together with what the app has just said."""
+"""Answers of the cache's own making: of what is kept alone,
+or put together with what the app has just said.
+"""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from .wire import FreshFields, Usage
 
 
 class Answers:
-    """To one request. Each method that answers says whether it has: not where the wire format fails.
+    """To one request. Each method that answers says whether it has:
+    not where the wire format fails.
 
     Args:
         shared: Of the middleware.

@@ -33,10 +33,11 @@ _VALUES_PER_TIMEOUT = 64
 class EmbeddingCache:
     """Keep vectors by id: ``{prefix}embedding:{context_id}`` in Redis.
 
-    Trouble with Redis gives ``None``, ``False``, ``{}`` or 0, never an exception, and one log line per
-    outage. Each different id of a `get_many` or `get_or_compute` counts once in
-    ``redis_asgi_cache_items_total``: as a hit, a miss (for whatever reason it was not found), or collapsed when
-    another call was already at it. Trips to Redis count in ``redis_asgi_redis_commands_total``.
+    Trouble with Redis gives ``None``, ``False``, ``{}`` or 0, never an exception, and one log line
+    per outage. Each different id of a `get_many` or `get_or_compute` counts once in
+    ``redis_asgi_cache_items_total``: as a hit, a miss (for whatever reason it was not found), or
+    collapsed when another call was already at it. Trips to Redis count in
+    ``redis_asgi_redis_commands_total``.
 
     Args:
         redis: A `RedisManager`, a URL or a ``redis.asyncio`` client; ``None`` =
@@ -79,16 +80,20 @@ class EmbeddingCache:
         self._items = Items()
 
     async def get_embedding(self, context_id: str) -> Float32Array | None:
-        """The vector of *context_id*, a writable copy of shape ``(d,)``; ``None`` when there is none."""
+        """The vector of *context_id*, a writable copy of shape ``(d,)``; ``None`` when there is
+        none.
+        """
         return (await self.get_many([context_id])).get(context_id)
 
     async def set_embedding(self, context_id: str, embedding: ArrayLike, *, ttl: float | None = None) -> bool:
         """Keep one vector, shape ``(d,)``, for *ttl* seconds; whether it was kept.
 
         Raises:
-            TypeError: For an id that is no ``str``, or an embedding of bools, complex numbers or objects.
-            ValueError: For an id that is empty, over 1,024 bytes or not UTF-8; an embedding that is not 1-D,
-                is empty, over 65,535 numbers or not finite as float32; a *ttl* that is not positive.
+            TypeError: For an id that is no ``str``,
+                or an embedding of bools, complex numbers or objects.
+            ValueError: For an id that is empty, over 1,024 bytes or not UTF-8; an embedding that is
+                not 1-D, is empty, over 65,535 numbers or not finite as float32; a *ttl* that is not
+                positive.
         """
         return await self.set_many({_checked_ids([context_id])[0]: embedding}, ttl=ttl) == 1
 
@@ -118,7 +123,9 @@ class EmbeddingCache:
         return found
 
     async def set_many(self, embeddings: Mapping[str, ArrayLike], *, ttl: float | None = None) -> int:
-        """Keep many vectors, checked before any is written; how many were kept. Raises as `set_embedding`."""
+        """Keep many vectors, checked before any is written;
+        how many were kept. Raises as `set_embedding`.
+        """
         if ttl is not None and not _is_ttl(ttl):
             raise ValueError(f"ttl={ttl!r} is not a positive number of seconds. Try 3600.")
         ids = _checked_ids(embeddings)
@@ -138,13 +145,14 @@ class EmbeddingCache:
         return await self._change(ids, delete)
 
     async def get_or_compute(self, context_ids: Sequence[str], compute: Compute) -> Float32Array:
-        """The vectors of *context_ids*, shape ``(n, d)``, in that order; what is not kept is computed, once.
+        """The vectors of *context_ids*, shape ``(n, d)``, in that order;
+        what is not kept is computed, once.
 
         Args:
             context_ids: Duplicates are fine; none at all gives shape ``(0, 0)``.
-            compute: Given the ids that are not stored, different ones in first-seen order; returns as many vectors,
-                shape ``(m, d)``. Async, or sync and then run in a worker thread. Concurrent calls for one id
-                share one computation, and its exception.
+            compute: Given the ids that are not stored, different ones in first-seen order; returns
+                as many vectors, shape ``(m, d)``. Async, or sync and then run in a worker thread.
+                Concurrent calls for one id share one computation, and its exception.
 
         Raises:
             TypeError: For a bare ``str``.
@@ -158,8 +166,8 @@ class EmbeddingCache:
         if not ids:
             return np.zeros((0, 0), dtype=np.float32)
         computing = self._computing.setdefault(asyncio.get_running_loop(), {})
-        # Claimed before anything is looked up, so that no answer of Redis can be older than a finished
-        # computation.
+        # Claimed before anything is looked up,
+        # so that no answer of Redis can be older than a finished computation.
         mine = Computation([name for name in dict.fromkeys(ids) if name not in computing], computing)
         self._changes.begin(mine)
         waits = {name: computing[name] for name in ids}
@@ -262,7 +270,8 @@ class EmbeddingCache:
         self._changes.changing(ids, 1)
         try:
             for computation in self._changes.supersede(ids):
-                # Its loop may be another thread's, or was closed meanwhile: a write takes no longer than its deadline.
+                # Its loop may be another thread's, or was closed meanwhile:
+                # a write takes no longer than its deadline.
                 ended = asyncio.wrap_future(computation.ended)
                 await asyncio.wait({ended}, timeout=self._write_timeout(len(computation.ids)))
             return await operation()

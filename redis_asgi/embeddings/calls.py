@@ -1,4 +1,6 @@
-"""The calls of the app that one request makes or joins, and what they have taught about requests like it."""
+"""The calls of the app that one request makes or joins,
+and what they have taught about requests like it.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,7 +27,8 @@ class AppCalls:
         scope: The request's, as it came.
         question: What it asks.
         found: What was found.
-        carried: Flights by key that were under way before Redis was asked; each may have ended meanwhile.
+        carried: Flights by key that were under way before Redis was asked;
+            each may have ended meanwhile.
         refusal: Why nothing is kept of their answers, whatever they say.
 
     Attributes:
@@ -104,7 +107,9 @@ class AppCalls:
         return self._shared.flights.renewal(self._question.identity.lease_name, found.epoch, found.asked_at)
 
     async def is_let_in(self) -> bool:
-        """Wait for a call under way that asks for the same caller; whether it has brought the lease."""
+        """Wait for a call under way that asks for the same caller;
+        whether it has brought the lease.
+        """
         flight = self.renewal()
         if self._shared.options.lease == 0 or flight is None or self._was_refused_since(flight):
             return False
@@ -116,7 +121,9 @@ class AppCalls:
         return True
 
     async def collect(self, joined: Mapping[bytes, Flight]) -> tuple[list[bytes], Lease | None]:
-        """Wait for the vectors of *joined*: the keys that failed, and what the app said last to this caller."""
+        """Wait for the vectors of *joined*: the keys that failed,
+        and what the app said last to this caller.
+        """
         failed: list[bytes] = []
         lease = self._found.lease
         for name, other in joined.items():
@@ -150,7 +157,9 @@ class AppCalls:
         return self._shared.misfits.remembers(self._misfit, self._shared.clock.monotonic())
 
     def strike(self, *, lasting: bool = False) -> None:
-        """Note a call more than without the cache: after two in a minute, requests of this scope go out whole."""
+        """Note a call more than without the cache: after two in a minute,
+        requests of this scope go out whole.
+        """
         if self._shared.misfits.strike(self._misfit, self._shared.clock.monotonic(), lasting=lasting):
             self._shared.warnings.say("embedding_answers_not_understood", wire_format=self._question.wire.name)
 
@@ -176,7 +185,9 @@ class AppCalls:
         self.waiting.end(cancelled=cancelled)
 
     async def settle(self) -> BaseException | None:
-        """Wait for what was begun, its writes included; what the app has raised, for the request to raise again."""
+        """Wait for what was begun, its writes included; what the app has raised,
+        for the request to raise again.
+        """
         for mine in self.made:
             if mine.task is not None:
                 await asyncio.shield(mine.task)

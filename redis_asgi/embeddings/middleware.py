@@ -38,17 +38,17 @@ class EmbeddingCacheMiddleware:
 
     Args:
         app: Any ASGI app.
-        routes: Paths and the wire format each speaks, or its name: ``{"/my/path": "openai"}``; ``{model}``
-            stands for one segment. ``None`` = ``EMBEDDING_CACHE_ROUTES``.
+        routes: Paths and the wire format each speaks, or its name: ``{"/my/path": "openai"}``;
+            ``{model}`` stands for one segment. ``None`` = ``EMBEDDING_CACHE_ROUTES``.
         ttl: Seconds a vector is kept. ``None`` = ``EMBEDDING_CACHE_TTL``.
         namespace: In every key; set it to your model and its revision.
             ``None`` = ``EMBEDDING_CACHE_NAMESPACE``.
         share: Whether all credentials share their vectors. ``None`` = ``EMBEDDING_CACHE_SHARE``.
-        lease: Seconds for which the app's own 2xx answer lets a credential have full hits; 0 = every request
-            reaches the app; ``"off"`` = the cache stands inside the app's own authentication.
-            ``None`` = ``EMBEDDING_CACHE_LEASE``.
-        partition_by: Given one `HTTPConnection`, returns what separates tenants in the keys, in place of the
-            credential; ``None`` from it lets the request pass through.
+        lease: Seconds for which the app's own 2xx answer lets a credential have full hits; 0 =
+            every request reaches the app; ``"off"`` = the cache stands inside the app's own
+            authentication. ``None`` = ``EMBEDDING_CACHE_LEASE``.
+        partition_by: Given one `HTTPConnection`, returns what separates tenants in the keys, in
+            place of the credential; ``None`` from it lets the request pass through.
         redis: A `RedisManager`, a URL or a ``redis.asyncio`` client. ``None`` =
             ``EMBEDDING_CACHE_REDIS_URL``, else the client that all parts share.
         settings: ``None`` reads the environment now.
@@ -57,8 +57,9 @@ class EmbeddingCacheMiddleware:
         ConfigurationError: When an argument or a setting cannot work.
 
     Under it, ``request.state.embedding_cache`` is an `EmbeddingCache`, and on an embedding endpoint
-    ``request.state.embedding_cache_result`` says what was found. Of two around one app with one store and namespace,
-    the outer one caches: a hit of the inner one would be stored as new, and its lease renewed, as if by the app.
+    ``request.state.embedding_cache_result`` says what was found. Of two around one app with one
+    store and namespace, the outer one caches: a hit of the inner one would be stored as new, and
+    its lease renewed, as if by the app.
     """
 
     def __init__(

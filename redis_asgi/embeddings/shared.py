@@ -48,7 +48,9 @@ class Shared:
         manager.keep(self)
 
     def clear(self) -> None:
-        """Forget what was seen so far: the in-process layer, who was denied, what defeats the cache."""
+        """Forget what was seen so far: the in-process layer,
+        who was denied, what defeats the cache.
+        """
         self.vectors.clear()
         self.questions.clear()
         self.misfits = Misfits()

@@ -1,4 +1,5 @@
-"""Answers to an operator's questions about settings and servers; nothing here prints, `redis_asgi.cli` does.
+"""Answers to an operator's questions about settings and servers;
+nothing here prints, `redis_asgi.cli` does.
 
 ``servers``   which servers the settings name           ``rights``   which commands on which keys they must allow
 ``trouble``   why Redis cannot be used, in words        ``findings`` what settings and INFO say, without I/O

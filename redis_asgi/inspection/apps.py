@@ -1,4 +1,6 @@
-"""An app as it is imported, and what limits it: middlewares are built as at its start, and no request is made."""
+"""An app as it is imported, and what limits it:
+middlewares are built as at its start, and no request is made.
+"""
 
 import contextlib
 import difflib
@@ -37,7 +39,8 @@ class LimitedPart:
 
     Attributes:
         below: The path that it is mounted below.
-        route: The path of the only route that it stands before, or that it is; ``None`` = all below.
+        route: The path of the only route that it stands before,
+            or that it is; ``None`` = all below.
         methods: Of that route; empty = all.
         protection: What a middleware limits; ``None`` for a route.
         limits: What stands before a route's endpoint.
@@ -70,7 +73,8 @@ class LimitedApp:
         app: Any ASGI app; routers are known of Starlette and FastAPI, and of what is built on them.
 
     Attributes:
-        found: Its middlewares that limit, from the outside in, and its routes, in the order in which they are tried.
+        found: Its middlewares that limit, from the outside in, and its routes,
+            in the order in which they are tried.
         caches: Where its middlewares keep vectors.
 
     Raises:
@@ -311,7 +315,9 @@ def _blamed(doing: str, module_name: str = "") -> Iterator[None]:
 
 
 def _where(error: BaseException) -> str:
-    """The last line of the app's own that had a part in it; nothing where that is in libraries only."""
+    """The last line of the app's own that had a part in it;
+    nothing where that is in libraries only.
+    """
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
     ours = str(Path(__file__).parents[1])

@@ -1,4 +1,6 @@
-"""Whether a command may have keys of several clients, and lands where they live: asked, not believed."""
+"""Whether a command may have keys of several clients,
+and lands where they live: asked, not believed.
+"""
 
 import secrets
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ return #KEYS
 
 
 async def batch_finding(run: Run, settings: Settings) -> Finding | None:
-    """Write for several partitions by one command and look for each by one of its own; which mode that means.
+    """Write for several partitions by one command and look for each by one of its own; which mode
+    that means.
 
     ``None`` when something else is wrong, which other findings say.
     """

@@ -1,7 +1,9 @@
-"""Findings of `redis-asgi check` about the settings and the servers behind them; nothing here prints.
+"""Findings of `redis-asgi check` about the settings and the servers behind them; nothing here
+prints.
 
-`diagnose` yields one `Finding` after the other: each says what is so and, unless all is well, what to do.
-A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary of a cluster.
+`diagnose` yields one `Finding` after the other: each says what is so and, unless all is well, what
+to do. A server is the shared one, or that of ``EMBEDDING_CACHE_REDIS_URL``; a node is one primary
+of a cluster.
 """
 
 import asyncio
@@ -121,14 +123,16 @@ async def diagnose(
     limits: Sequence[LimitInForce] | None = None,
     caches: Sequence["CacheInForce"] = (),
 ) -> AsyncIterator[Finding]:
-    """Look at everything that can keep the package from working well with *settings*; never on ``memory://``.
+    """Look at everything that can keep the package from working well with *settings*; never on
+    ``memory://``.
 
     Leaves nothing behind: what is written for a trial is under a random name and taken away again.
 
     Args:
         settings: ``REDIS_TIMEOUT`` bounds each command.
         on_step: Told what is looked at next.
-        limits: What limits an app, and with that the servers that it names; ``None`` = only the settings are known.
+        limits: What limits an app, and with that the servers that it names;
+            ``None`` = only the settings are known.
         caches: Where that app keeps vectors.
     """
     if limits is None:

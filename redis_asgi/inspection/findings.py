@@ -35,7 +35,8 @@ class Finding:
         level: ``ok``, ``warn`` (it works, and may surprise) or ``fail`` (something will not work).
         text: What is so.
         fix: What to do; empty when all is well.
-        server: ``redis``, or ``vectors`` for ``EMBEDDING_CACHE_REDIS_URL``; a cluster's node as ``redis host:port``.
+        server: ``redis``, or ``vectors`` for ``EMBEDDING_CACHE_REDIS_URL``;
+            a cluster's node as ``redis host:port``.
     """
 
     check: str
@@ -243,5 +244,6 @@ def persistence_findings(info: Info) -> list[Finding]:
         return [Finding("persistence", "warn", "the append-only file cannot be written", fix)]
     at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(int(info.get("rdb_last_save_time", 0))))
     aof = "append-only file on" if info.get("aof_enabled") else "append-only file off"
-    # What is lost is a limit's past and vectors that can be computed again: no fault, but good to know.
+    # What is lost is a limit's past and vectors that can be computed again: no fault, but good to
+    # know.
     return [Finding("persistence", "ok", f"{aof}; last snapshot, or start, {at}")]

@@ -1,6 +1,8 @@
-"""A client's quota as an operator looks at it: what is stored of it, what is left, when it is back; and resetting it.
+"""A client's quota as an operator looks at it: what is stored of it, what is left,
+when it is back; and resetting it.
 
-Reads with the commands that the limiter itself needs, and decides with its script, so that an app's own user will do.
+Reads with the commands that the limiter itself needs, and decides with its script,
+so that an app's own user will do.
 """
 
 import ipaddress
@@ -59,12 +61,13 @@ class QuotaRow:
         strategy: How it is counted.
         window: Seconds; 0 of requests in flight.
         quota: Units per window, or requests in flight; ``None`` when nothing here says.
-        used: Units that count now, or requests in flight; of a ``gcra`` policy of unknown quota those that did at the
-            last request.
+        used: Units that count now, or requests in flight; of a ``gcra`` policy of unknown quota
+            those that did at the last request.
         remaining: The largest cost admitted now; ``None`` when the quota is unknown.
-        retry_after: Seconds until a request of one unit is admitted: 0.0 = now; ``None`` when the quota is unknown.
-        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown quota, and while
-            requests are in flight.
+        retry_after: Seconds until a request of one unit is admitted: 0.0 = now;
+            ``None`` when the quota is unknown.
+        reset: Seconds until the full quota is back: 0.0 = it is; ``None`` for ``gcra`` of unknown
+            quota, and while requests are in flight.
         stored: Whether Redis has a counter of it.
     """
 
@@ -83,13 +86,15 @@ async def partition_of(client: str, by: str | None, settings: Settings) -> Parti
     """The partition that a middleware of these settings puts *client* into.
 
     Args:
-        client: An address or network, a header's value, a user's identity, a bucket of `by_json` or `by_mcp_tool`, or
-            what ``partition_by`` returns or a `RateLimiter` is called with; of several a list in JSON.
-        by: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or several with a comma
-            between them; ``None`` = ``RATE_LIMIT_PARTITION``.
+        client: An address or network, a header's value, a user's identity, a bucket of `by_json` or
+            `by_mcp_tool`, or what ``partition_by`` returns or a `RateLimiter` is called with; of
+            several a list in JSON.
+        by: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or several
+            with a comma between them; ``None`` = ``RATE_LIMIT_PARTITION``.
 
     Raises:
-        ConfigurationError: For another *by*, or a *client* that is no address where one is asked for.
+        ConfigurationError: For another *by*,
+            or a *client* that is no address where one is asked for.
     """
     by = settings.RATE_LIMIT_PARTITION if by is None else by
     if "," in by:
@@ -166,7 +171,9 @@ def known_policies(
 async def ask(
     manager: RedisManager, mode: Mode, charges: Charges, within: float, holders: Sequence[bytes] = ()
 ) -> Outcome:
-    """Put *charges* to the script, as a limiter does, and wait *within* seconds; the numbers, or why there are none."""
+    """Put *charges* to the script, as a limiter does, and wait *within* seconds;
+    the numbers, or why there are none.
+    """
     batcher = manager.per_client(make_batcher)
     check = HoldingCheck(batcher.loop, mode, charges, within, holders=holders)
     batcher.submit(check)
@@ -176,7 +183,8 @@ async def ask(
 async def look(
     manager: RedisManager, partition: Partition, known: Sequence[Policy], *, name: str | None = None
 ) -> list[QuotaRow]:
-    """A client's quotas: every stored policy (of the rule *name*), then the *known* ones it has not used.
+    """A client's quotas: every stored policy (of the rule *name*),
+    then the *known* ones it has not used.
 
     Charges and writes nothing.
 
@@ -214,7 +222,8 @@ async def look(
 
 
 async def reset(manager: RedisManager, partition: Partition, *, name: str | None = None) -> bool:
-    """Give a client its full quota back, under one rule's *name* or under all; whether anything was counted.
+    """Give a client its full quota back,
+    under one rule's *name* or under all; whether anything was counted.
 
     Other processes may refuse it from memory for up to a second more.
 
@@ -232,7 +241,9 @@ def _bytes(value: bytes | str) -> bytes:
 
 
 def _stand_in(field: bytes) -> Policy | None:
-    """The policy that a stored field belongs to, with a quota that nothing reaches; ``None`` for another layout."""
+    """The policy that a stored field belongs to,
+    with a quota that nothing reaches; ``None`` for another layout.
+    """
     match = _FIELD.fullmatch(field)
     if match is None:
         return None

@@ -1,4 +1,6 @@
-"""Every setting: what it may be and means, as the documentation's table has it; and what it is now, and why."""
+"""Every setting: what it may be and means,
+as the documentation's table has it; and what it is now, and why.
+"""
 
 import math
 import types
@@ -42,7 +44,8 @@ class Setting:
 
 
 def settings_in_force(settings: Settings, names: Collection[str] = ()) -> list[Setting]:
-    """Every setting of *settings*, or those of *names* in any case, in the order of the documentation.
+    """Every setting of *settings*, or those of *names* in any case,
+    in the order of the documentation.
 
     Raises:
         ConfigurationError: For names of no setting.
@@ -67,7 +70,9 @@ def settings_in_force(settings: Settings, names: Collection[str] = ()) -> list[S
 
 
 def reference() -> Iterator[tuple[str, str, str, str, str]]:
-    """The rows of the documentation's table in Markdown: variable, type, default, example, meaning; first its head."""
+    """The rows of the documentation's table in Markdown: variable, type, default,
+    example, meaning; first its head.
+    """
     yield "variable", "type", "default", "example", "meaning"
     for name, field in Settings.model_fields.items():
         default, example = _shown(name, field.default), example_of(field)
@@ -89,7 +94,8 @@ def _shown(name: str, value: object) -> str | None:
     if value is None or value in ("", ()):
         return None
     if isinstance(value, SecretStr):
-        # Of a URL only the user and the password are secret; where it leads is what one wants to see.
+        # Of a URL only the user and the password are secret;
+        # where it leads is what one wants to see.
         return redact(value.get_secret_value())[1:-1] if name.endswith("REDIS_URL") else "***"
     if isinstance(value, tuple):
         return ",".join(value)

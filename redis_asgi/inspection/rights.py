@@ -1,4 +1,6 @@
-"""Rights that an ACL has to give: the commands that the package uses, and on which keys; and whether one does."""
+"""Rights that an ACL has to give: the commands that the package uses,
+and on which keys; and whether one does.
+"""
 
 import hashlib
 import re
@@ -15,7 +17,8 @@ from ..settings import Settings
 
 Run: TypeAlias = Callable[..., Awaitable[Any]]
 
-# Of `RateLimiter` and all that limits: outside of the script, and inside, where rights are checked too.
+# Of `RateLimiter` and all that limits: outside of the script,
+# and inside, where rights are checked too.
 LIMITS = ("evalsha", "eval", "time", "hget", "hmget", "hset", "hkeys", "hdel", "pttl", "pexpire", "unlink")
 MOVING_WINDOW = ("lindex", "llen", "ltrim", "lrem", "rpush")
 CONCURRENCY = ("zadd", "zcount", "zrem", "zrangebyscore", "zremrangebyscore")
@@ -44,7 +47,8 @@ class Rights:
     commands: tuple[str, ...]
 
     def line(self, user: str, password: str | None = None) -> str:
-        """The ``ACL SETUSER`` command that gives *user* these rights and no other, of Redis 6.2 and later.
+        """The ``ACL SETUSER`` command that gives *user* these rights and no other, of Redis 6.2 and
+        later.
 
         Args:
             password: Goes in as its SHA-256; ``None`` leaves a placeholder that Redis refuses.
@@ -106,7 +110,8 @@ class MissingRight:
     """A command that a server did not let us run.
 
     Attributes:
-        right: As ``ACL SETUSER`` takes it: ``+hget`` or ``~rate_limit:*``; empty when it is no matter of rights.
+        right: As ``ACL SETUSER`` takes it: ``+hget`` or ``~rate_limit:*``;
+            empty when it is no matter of rights.
         failure: Why.
         text: The reply, shortened.
     """
@@ -120,7 +125,8 @@ def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> t
     """Unused keys of every family: a hash and a list of counters, and one per kind of vector key.
 
     Args:
-        fits: Whether a key lives on the server that is asked, on a cluster; its tag is then looked for.
+        fits: Whether a key lives on the server that is asked,
+            on a cluster; its tag is then looked for.
     """
     while True:
         tag = f"{{check-{secrets.token_hex(6)}}}"
@@ -134,10 +140,11 @@ def probe_keys(prefix: str, fits: Callable[[bytes], bool] = lambda _: True) -> t
 async def try_rights(
     run: Run, rights: Rights, hash_key: str, list_key: str, vector_keys: Sequence[str]
 ) -> list[MissingRight]:
-    """Try each command of *rights* on unused keys, so that nothing is left behind; what was not let through.
+    """Try each command of *rights* on unused keys,
+    so that nothing is left behind; what was not let through.
 
-    Rights are looked at before a command is carried out, so most are tried in a form that does nothing: on a key
-    that is not there, or with an argument too many.
+    Rights are looked at before a command is carried out, so most are tried in a form that does
+    nothing: on a key that is not there, or with an argument too many.
     """
     missing: list[MissingRight] = []
     granted: set[str] = set()

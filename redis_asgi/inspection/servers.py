@@ -21,12 +21,13 @@ class Server:
     """A server the settings name, and what the package keeps there.
 
     Attributes:
-        name: ``redis``, the shared one; ``vectors``, that of ``EMBEDDING_CACHE_REDIS_URL``; or ``rules`` and
-            ``cache``, those that an app names for its limits and its vectors.
+        name: ``redis``, the shared one; ``vectors``, that of ``EMBEDDING_CACHE_REDIS_URL``; or
+            ``rules`` and ``cache``, those that an app names for its limits and its vectors.
         settings: Those that lead there.
         limits: Whether counters are kept there.
         vectors: Whether vectors are.
-        manager: What leads there where settings do not: a client of the app's; ``None`` = the settings.
+        manager: What leads there where settings do not:
+            a client of the app's; ``None`` = the settings.
     """
 
     name: str
@@ -51,7 +52,9 @@ async def leave(manager: RedisManager) -> None:
 
 
 def servers_of(settings: Settings) -> list[Server]:
-    """The shared server, and that of ``EMBEDDING_CACHE_REDIS_URL`` if there is one; none of ``memory://``."""
+    """The shared server, and that of ``EMBEDDING_CACHE_REDIS_URL`` if there is one; none of
+    ``memory://``.
+    """
     found = [Server("redis", settings, limits=True, vectors=settings.EMBEDDING_CACHE_REDIS_URL is None)]
     if settings.EMBEDDING_CACHE_REDIS_URL is not None:
         # Here, because it brings numpy along, which nothing else of this module needs.
@@ -64,7 +67,8 @@ def servers_of(settings: Settings) -> list[Server]:
 def servers_of_app(
     settings: Settings, limits: Sequence[LimitInForce], caches: Sequence["CacheInForce"] = ()
 ) -> list[Server]:
-    """The servers of the environment's *settings* and those that an app names for *limits* and *caches*, each once.
+    """The servers of the environment's *settings* and those that an app names for *limits* and
+    *caches*, each once.
 
     The shared one is among them if the environment names it, or something of the app is kept there.
     """

@@ -25,7 +25,8 @@ class Sizing:
         bytes: Of all.
         used: Bytes the server uses now, all primaries of a cluster together; ``None`` = not asked.
         maxmemory: Bytes it may use; 0 = as many as there are.
-        fits: Whether all that is estimated for the server fits; ``None`` = not asked, or no ``maxmemory``.
+        fits: Whether all that is estimated for the server fits;
+            ``None`` = not asked, or no ``maxmemory``.
     """
 
     what: str
@@ -47,7 +48,8 @@ def estimate(
     clients: int | None,
     policies: Sequence[Policy],
 ) -> list[Sizing]:
-    """The most memory in Redis of *vectors* of *dims* numbers, and of *clients* counted by *policies*.
+    """The most memory in Redis of *vectors* of *dims* numbers,
+    and of *clients* counted by *policies*.
 
     Raises:
         ValueError: When nothing is asked about, or with half of what it takes.

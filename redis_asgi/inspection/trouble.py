@@ -1,4 +1,6 @@
-"""The reasons why Redis cannot be used, and what to do about them, in words for an operator; no password is in them."""
+"""The reasons why Redis cannot be used, and what to do about them,
+in words for an operator; no password is in them.
+"""
 
 import asyncio
 import re
@@ -35,7 +37,9 @@ class Trouble:
 
 
 async def explain(error: BaseException, settings: Settings) -> Trouble:
-    """The trouble behind *error*, raised by a client of *settings*; may ask the port what it speaks."""
+    """The trouble behind *error*, raised by a client of *settings*;
+    may ask the port what it speaks.
+    """
     # A cluster's client tells of its nodes' trouble in an error of its own.
     error = next((each for each in _chain(error) if classify(each) is not Failure.CLUSTER), error)
     refusal = next((each for each in _chain(error) if isinstance(each, SentinelRefusal)), None)
@@ -172,7 +176,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 async def _spoken_at(settings: Settings) -> Literal["plain", "tls", "full"] | None:
-    """The protocol of the port, or that it has no connection left; ``None`` where it does not say, or is no port."""
+    """The protocol of the port, or that it has no connection left;
+    ``None`` where it does not say, or is no port.
+    """
     if settings.REDIS_SENTINELS or settings.REDIS_CLUSTER_NODES:
         return None
     url = parse_url(settings.REDIS_URL.get_secret_value()) if settings.REDIS_URL else {}

@@ -1,4 +1,6 @@
-"""The environment, validated: `Settings`, from what variables may say to what contradicts each other."""
+"""The environment, validated: `Settings`,
+from what variables may say to what contradicts each other.
+"""
 
 from .settings import NO_SERVER, HeaderStyle, OnRedisError, Settings, StrategyName, check_settings
 

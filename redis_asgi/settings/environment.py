@@ -1,7 +1,9 @@
-"""Reading the environment: the origin of each value, the words about one that cannot work, and misspelt names.
+"""Reading the environment: the origin of each value,
+the words about one that cannot work, and misspelt names.
 
-pydantic-settings does the reading. Noted beside it is where each value came from, and which variables are no settings
-but look like one; `FromEnvironment` is the class that does so, whatever its fields are.
+pydantic-settings does the reading. Noted beside it is where each value came from, and which
+variables are no settings but look like one; `FromEnvironment` is the class that does so, whatever
+its fields are.
 """
 
 import difflib
@@ -24,9 +26,11 @@ from ..errors import ConfigurationError
 from ..misuse import Uncalled
 from .locations import redact, redact_url
 
-# The value of ``<NAME>_PORT``, which Kubernetes sets for every Service; its other variables look like none of ours.
+# The value of ``<NAME>_PORT``, which Kubernetes sets for every Service;
+# its other variables look like none of ours.
 _LINK = re.compile(r"\s*(tcp|udp|sctp)://")
-# How alike two names are, and two words of them, of which one is a typo of the other or another form (``PROXY``).
+# How alike two names are, and two words of them,
+# of which one is a typo of the other or another form (``PROXY``).
 _NEAR, _NEAR_WORD = 0.88, 0.66
 ENVIRONMENT, ARGUMENT = "environment", "argument"
 
@@ -36,7 +40,8 @@ class Reading:
     """The values that one construction of settings read.
 
     Attributes:
-        origins: Where each value came from that is no default: ``argument``, ``environment``, a file's name.
+        origins: Where each value came from that is no default: ``argument``,
+            ``environment``, a file's name.
         prefix: What stands before the name of each variable.
         others: Names of variables that are no settings, in whatever was read.
         values: What was read, as it was read; only until it is validated.
@@ -135,7 +140,8 @@ class FromEnvironment(BaseSettings):
             _reading.reset(token)
         reading.values = {}
         if problems:
-            # Outside of the block above: pydantic would chain the rejected input into the traceback.
+            # Outside of the block above: pydantic would chain the rejected input into the
+            # traceback.
             near = near_misses(reading, fields)
             problems += [f"{name} is not a setting. Did you mean {meant}?" for name, meant in near.items()]
             raise ConfigurationError(*problems)
@@ -187,14 +193,17 @@ class FromEnvironment(BaseSettings):
         return near_misses(self._read, type(self).model_fields)
 
     def origin_of(self, name: str) -> str:
-        """The origin of a field's value: ``default``, ``argument``, ``environment``, or a file's name."""
+        """The origin of a field's value: ``default``, ``argument``,
+        ``environment``, or a file's name.
+        """
         if name not in self.model_fields_set:
             return "default"
         # What was taken apart, or read by a source of a subclass, has no note of its own.
         return self._read.origins.get(name, ENVIRONMENT)
 
     def but(self, **changes: Any) -> Self:
-        """The same settings with *changes*; reads no environment again, and checks again that all agree.
+        """The same settings with *changes*; reads no environment again,
+        and checks again that all agree.
 
         Raises:
             ConfigurationError: As at construction.
@@ -238,9 +247,11 @@ def _file_of(source: PydanticBaseSettingsSource) -> str:
 
 
 def near_misses(reading: Reading, fields: Mapping[str, object]) -> dict[str, str]:
-    """Of the variables that are no settings those that look like one, with the variable that each looks like.
+    """Of the variables that are no settings those that look like one,
+    with the variable that each looks like.
 
-    ``REDIS_*`` is other programs' family too: there a name counts only while what it may mean is unset.
+    ``REDIS_*`` is other programs' family too:
+    there a name counts only while what it may mean is unset.
     """
     known = tuple(reading.prefix + name for name in fields)
     found = {}
@@ -267,7 +278,9 @@ def _meant(name: str, known: tuple[str, ...]) -> str | None:
 
 
 def _word_by_word(name: str, known: str) -> bool:
-    """Whether *name* has the words of *known*, each as it is or misspelt: another word is another program's name."""
+    """Whether *name* has the words of *known*, each as it is or misspelt:
+    another word is another program's name.
+    """
     if name.replace("_", "") == known.replace("_", ""):
         return True
     words, known_words = re.split("[_-]", name), known.split("_")

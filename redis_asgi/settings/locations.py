@@ -1,4 +1,6 @@
-"""Addresses of servers in settings: URLs and ``host:port``, read, checked, and shown without secrets."""
+"""Addresses of servers in settings: URLs and ``host:port``, read,
+checked, and shown without secrets.
+"""
 
 import ipaddress
 import re
@@ -16,7 +18,8 @@ _URL_SCHEMES = {
     "valkey": "redis",
     "valkeys": "rediss",
 }
-# Other programs with the same URL may want these; here they would undo what `connection/` relies on.
+# Other programs with the same URL may want these;
+# here they would undo what `connection/` relies on.
 URL_OPTIONS_NOT_TAKEN = frozenset(
     [
         "client_name",
@@ -49,7 +52,8 @@ _URL_OPTIONS = URL_OPTIONS_NOT_TAKEN | frozenset(
         "ssl_check_hostname",
     ]
 )
-# Up to the last @, scheme or not: a password may hold anything, and a host may have been given a whole URL.
+# Up to the last @, scheme or not: a password may hold anything,
+# and a host may have been given a whole URL.
 _BEFORE_HOST = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
 _PASSWORD_IN_QUERY = re.compile(r"((?:password|username)=)[^&]*", re.IGNORECASE)
 
@@ -64,7 +68,8 @@ def redact(value: object) -> str:
 def redact_url(url: str) -> str:
     """The repr of a URL that could not be read, without what may be a password.
 
-    That is what stands before an ``@``; where there is none, after a colon that no port follows; and an option's value.
+    That is what stands before an ``@``; where there is none,
+    after a colon that no port follows; and an option's value.
     """
     scheme, slashes, rest = url.partition("//")
     rest = rest if slashes else scheme
@@ -114,7 +119,9 @@ def check_url(value: SecretStr) -> SecretStr:
 
 
 def weakened_by(url: str) -> str | None:
-    """The option of a ``rediss://`` URL that gives up verifying who answers; ``None`` when it is verified."""
+    """The option of a ``rediss://`` URL that gives up verifying who answers; ``None`` when it is
+    verified.
+    """
     options = parse_url(url) if url.startswith("rediss:") else {}
     if options.get("ssl_cert_reqs") == "none":
         return "ssl_cert_reqs=none"

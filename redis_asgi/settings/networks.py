@@ -13,14 +13,17 @@ _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def unmapped(address: Address) -> Address:
-    """*address*, or the IPv4 address that it carries: mapped into IPv6, or translated to it by a NAT64 gateway."""
+    """*address*, or the IPv4 address that it carries: mapped into IPv6,
+    or translated to it by a NAT64 gateway.
+    """
     if isinstance(address, ipaddress.IPv6Address) and (address in _MAPPED or address in _TRANSLATED):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address
 
 
 def read_network(text: str) -> str:
-    """One entry of ``RATE_LIMIT_TRUSTED_PROXIES`` as addresses are compared with it: a mapped network is an IPv4 one.
+    """One entry of ``RATE_LIMIT_TRUSTED_PROXIES`` as addresses are compared with it:
+    a mapped network is an IPv4 one.
 
     Raises:
         ValueError: If it is neither an address nor a network nor ``unix``, or can match nothing.

@@ -1,7 +1,9 @@
-"""The rate notation everybody knows (``"10/second; 1000 per hour"``), read by ``limits`` and checked here.
+"""The rate notation everybody knows (``"10/second; 1000 per hour"``),
+read by ``limits`` and checked here.
 
-``limits`` is lenient in ways that would surprise an operator: it reads ``10/0 seconds`` as one second and
-ignores what follows a match. So the text is looked at before it is parsed, and the numbers after.
+``limits`` is lenient in ways that would surprise an operator: it reads ``10/0 seconds`` as one
+second and ignores what follows a match. So the text is looked at before it is parsed, and the
+numbers after.
 """
 
 import re
@@ -38,8 +40,8 @@ def read_limits(notation: str, *, least: int = 1) -> tuple[Limit, ...]:
         least: The smallest quota; 0 where a quota may refuse everything.
 
     Raises:
-        ValueError: Says what is wrong: unknown notation, a quota outside *least* to 10^9, a window outside
-            1 s to 366 days, or two limits with the same window.
+        ValueError: Says what is wrong: unknown notation, a quota outside *least* to 10^9, a window
+            outside 1 s to 366 days, or two limits with the same window.
     """
     # Here, not above: its storages come with it, 55 modules that nothing here uses.
     from limits import parse_many  # noqa: PLC0415

@@ -1,4 +1,6 @@
-"""The ``REDIS_*`` settings: where Redis is, how it is reached, and which of them contradict each other."""
+"""The ``REDIS_*`` settings: where Redis is, how it is reached,
+and which of them contradict each other.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -120,7 +122,9 @@ class ServerSettings(FromEnvironment):
     @model_validator(mode="before")
     @classmethod
     def _without_service_link(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Take ``REDIS_PORT=tcp://10.0.0.1:6379`` apart, or out where something else says where Redis is."""
+        """Take ``REDIS_PORT=tcp://10.0.0.1:6379`` apart,
+        or out where something else says where Redis is.
+        """
         port = values.get("REDIS_PORT")
         link = _SERVICE_LINK.fullmatch(port.strip()) if isinstance(port, str) else None
         if link is None:
@@ -177,7 +181,9 @@ class ServerSettings(FromEnvironment):
 
     @property
     def names_redis(self) -> bool:
-        """Whether anything says where Redis is, by argument or environment: else it is ``redis://localhost:6379``."""
+        """Whether anything says where Redis is, by argument or environment:
+        else it is ``redis://localhost:6379``.
+        """
         return not self.model_fields_set.isdisjoint(_WHERE)
 
 
@@ -193,7 +199,8 @@ _WHERE = (
     "REDIS_CLUSTER",
     "REDIS_CLUSTER_NODES",
 )
-# Nothing that says where the shared server is, and none of its secrets: for settings of another one.
+# Nothing that says where the shared server is,
+# and none of its secrets: for settings of another one.
 NO_SERVER: Mapping[str, Any] = {
     "REDIS_USERNAME": None,
     "REDIS_PASSWORD": None,

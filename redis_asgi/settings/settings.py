@@ -48,15 +48,18 @@ x-authenticated-user* x-session-token x-csrf-token
 
 
 class Settings(ServerSettings):
-    """Everything the package can be told from outside; each field is an environment variable of that name.
+    """Everything the package can be told from outside;
+    each field is an environment variable of that name.
 
-    ``Settings()`` reads the environment once; keyword arguments win over it. Empty variables are unset ones.
-    ``Settings(_env_file=".env")``, and subclasses with an ``env_file`` or ``env_prefix``, do what they do in every
-    class of pydantic-settings; foreign variables in the file are no error. Instances are frozen and hashable. No secret
-    is shown by ``repr`` or in an error.
+    ``Settings()`` reads the environment once; keyword arguments win over it. Empty variables are
+    unset ones. ``Settings(_env_file=".env")``, and subclasses with an ``env_file`` or
+    ``env_prefix``, do what they do in every class of pydantic-settings; foreign variables in the
+    file are no error. Instances are frozen and hashable. No secret is shown by ``repr`` or in an
+    error.
 
     Raises:
-        ConfigurationError: Names each variable that cannot work, its (redacted) value and a value that works.
+        ConfigurationError: Names each variable that cannot work,
+            its (redacted) value and a value that works.
     """
 
     RATE_LIMIT_WINDOW: int = Field(
@@ -261,7 +264,8 @@ class Settings(ServerSettings):
     )
 
     if TYPE_CHECKING:
-        # Checkers take a model's arguments for its fields' types; these come in whatever way a variable may.
+        # Checkers take a model's arguments for its fields' types;
+        # these come in whatever way a variable may.
         def __init__(self, **values: Any) -> None: ...
 
     def conflicts(self) -> Iterator[str]:
@@ -278,7 +282,9 @@ class Settings(ServerSettings):
 
     @property
     def default_limits(self) -> str:
-        """``RATE_LIMITS``, else the one limit of ``MAX_REQUESTS_PER_WINDOW`` and ``RATE_LIMIT_WINDOW``."""
+        """``RATE_LIMITS``, else the one limit of ``MAX_REQUESTS_PER_WINDOW`` and
+        ``RATE_LIMIT_WINDOW``.
+        """
         return self.RATE_LIMITS or str(Limit(self.MAX_REQUESTS_PER_WINDOW, self.RATE_LIMIT_WINDOW))
 
 

@@ -94,7 +94,9 @@ def _header_names(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def overlap(name: str, other: str) -> bool:
-    """Whether two header names, each perhaps the beginning of some and a ``*``, can stand for the same one."""
+    """Whether two header names, each perhaps the beginning of some and a ``*``, can stand for the
+    same one.
+    """
     if name.endswith("*") and other.endswith("*"):
         return name[:-1].startswith(other[:-1]) or other[:-1].startswith(name[:-1])
     if name.endswith("*"):

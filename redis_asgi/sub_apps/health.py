@@ -1,4 +1,5 @@
-"""`health_app`: is the process alive, can it serve, and how is its Redis; `check_redis_health` asks the last alone.
+"""`health_app`: is the process alive, can it serve, and how is its Redis;
+`check_redis_health` asks the last alone.
 
 ``/live``   nothing is asked; always 200
 ``/ready``  healthy or degraded 200, unhealthy 503
@@ -33,18 +34,20 @@ _WORSE = ("healthy", "degraded", "unhealthy")
 
 
 async def check_redis_health(client: Client) -> dict[str, Any]:
-    """Ask the Redis behind *client* how it is, over a connection of its own, within 0.5 s; never raises.
+    """Ask the Redis behind *client* how it is,
+    over a connection of its own, within 0.5 s; never raises.
 
     Args:
-        client: A ``redis.asyncio`` ``Redis`` or ``RedisCluster``, with ``decode_responses`` or without.
+        client: A ``redis.asyncio`` ``Redis`` or ``RedisCluster``,
+            with ``decode_responses`` or without.
 
     Returns:
-        ``status`` is ``healthy``; ``degraded`` when it answers but takes no writes, or when some of a cluster's
-        nodes are gone; or ``unhealthy``, and then everything else but ``error`` is ``None``.
-        ``connected_clients``, ``used_memory`` (such as ``"1.53M"``), ``last_save_time`` (ISO 8601, UTC),
-        ``latency_ms`` and ``mode``; ``None`` where Redis does not say. On a cluster: summed over its primaries,
-        the oldest save and the slowest answer.
-        ``error`` is ``None`` or a code such as ``redis_timeout``, with ``errors.Failure`` for its second word.
+        ``status`` is ``healthy``; ``degraded`` when it answers but takes no writes, or when some of
+        a cluster's nodes are gone; or ``unhealthy``, and then everything else but ``error`` is
+        ``None``. ``connected_clients``, ``used_memory`` (such as ``"1.53M"``), ``last_save_time``
+        (ISO 8601, UTC), ``latency_ms`` and ``mode``; ``None`` where Redis does not say. On a
+        cluster: summed over its primaries, the oldest save and the slowest answer. ``error`` is
+        ``None`` or a code such as ``redis_timeout``, with ``errors.Failure`` for its second word.
     """
     health = await check(client)
     if health.failure is not None and not health.partial:
@@ -109,7 +112,8 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    # What is looked at needs none of the rights that the script needs, so that it cannot show their lack.
+    # What is looked at needs none of the rights that the script needs,
+    # so that it cannot show their lack.
     denied = manager.breaker_reason is Failure.PERMISSION
     failure = health.failure or (Failure.PERMISSION if denied else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
@@ -175,19 +179,21 @@ def health_app(
 ) -> SubApp:
     """Probes as an ASGI app, to be mounted at ``/health``, say.
 
-    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, and where limits need it a script
-    call that does nothing, at most once a second, and answer within 0.6 s: ``healthy`` or ``degraded`` with 200 (Redis
-    is gone, read-only or loading, or the breaker is open, and the app serves all the same), ``unhealthy`` with 503.
-    ``/`` adds what Redis says of itself. Errors are codes; no host, port, user or message is shown.
+    ``/live`` asks nothing and is always 200. ``/ready`` and ``/`` send Redis a PING, and where
+    limits need it a script call that does nothing, at most once a second, and answer within 0.6 s:
+    ``healthy`` or ``degraded`` with 200 (Redis is gone, read-only or loading, or the breaker is
+    open, and the app serves all the same), ``unhealthy`` with 503. ``/`` adds what Redis says of
+    itself. Errors are codes; no host, port, user or message is shown.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
-            the shared default. Of several, the one that the app stands worst with is told.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the
+            middlewares outside, else the shared default. Of several, the one that the app stands
+            worst with is told.
         settings: ``None`` = from the environment.
-        authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async; ``False`` is a 403.
-            ``/live`` says nothing and asks no server.
-        require_redis: Whether the app is ``unhealthy`` without Redis; ``None`` = whether any part on the same
-            manager fails closed.
+        authorize: Given the connection, whether it may read ``/ready`` and ``/``, sync or async;
+            ``False`` is a 403. ``/live`` says nothing and asks no server.
+        require_redis: Whether the app is ``unhealthy`` without Redis; ``None`` = whether any part
+            on the same manager fails closed.
 
     Raises:
         ConfigurationError: At construction, naming what cannot work.

@@ -1,4 +1,5 @@
-"""`metrics_app`: what the package counts and what its Redis says, for Prometheus or as JSON; `RedisMetrics` the last.
+"""`metrics_app`: what the package counts and what its Redis says,
+for Prometheus or as JSON; `RedisMetrics` the last.
 
 ``/``      Prometheus text, or OpenMetrics or JSON by ``Accept``
 ``/json``  the same in short
@@ -55,13 +56,15 @@ class RedisMetrics:
         self._manager, _ = resolve_manager(client, None)
 
     async def collect_metrics(self) -> dict[str, Any]:
-        """Ask now, for 0.5 s at most, over a connection of its own; on a cluster, the sum over its primaries.
+        """Ask now, for 0.5 s at most, over a connection of its own;
+        on a cluster, the sum over its primaries.
 
         Returns:
-            ``hits``, ``misses`` and ``hit_rate`` (0.0 to 1.0; 0.0 when nothing was looked up), ``memory_used`` and
-            ``peak_memory`` in bytes, ``clients``, and ``operations`` with ``commands_processed``, ``expired_keys``
-            and ``evicted_keys``. A figure that the server does not give is ``None``.
-            ``{}`` when Redis, or one primary of a cluster, does not answer or refuses ``INFO``, and on ``memory://``.
+            ``hits``, ``misses`` and ``hit_rate`` (0.0 to 1.0; 0.0 when nothing was looked up),
+            ``memory_used`` and ``peak_memory`` in bytes, ``clients``, and ``operations`` with
+            ``commands_processed``, ``expired_keys`` and ``evicted_keys``. A figure that the server
+            does not give is ``None``. ``{}`` when Redis, or one primary of a cluster, does not
+            answer or refuses ``INFO``, and on ``memory://``.
         """
         if not self._manager.has_redis:
             return {}
@@ -125,7 +128,9 @@ async def _client(manager: RedisManager) -> Client | None:
 
 
 async def _with_counters(make: Callable[[Families], PageAnswer]) -> PageAnswer:
-    """Run *make* on everything counted, off the event loop: it takes 2 ms, or with many policies 20."""
+    """Run *make* on everything counted, off the event loop:
+    it takes 2 ms, or with many policies 20.
+    """
 
     def made() -> PageAnswer:
         with _giving_way():
@@ -134,7 +139,8 @@ async def _with_counters(make: Callable[[Families], PageAnswer]) -> PageAnswer:
     try:
         return await asyncio.get_running_loop().run_in_executor(_thread(os.getpid()), made)
     except (OSError, ValueError) as error:
-        # The files of several processes. Less than their sum would look like counters that were reset.
+        # The files of several processes.
+        # Less than their sum would look like counters that were reset.
         say(logger, "metrics_unreadable", error=type(error).__name__)
         return json_answer({"error": "counters_unreadable"}, status=503)
 
@@ -143,8 +149,8 @@ async def _with_counters(make: Callable[[Families], PageAnswer]) -> PageAnswer:
 def _giving_way() -> Iterator[None]:
     """Let this thread hand the interpreter over soon to who waits for it.
 
-    By itself it does so after 5 ms, and the event loop would wait as long at every turn. The interval is the process's,
-    for these milliseconds; only one thread comes here.
+    By itself it does so after 5 ms, and the event loop would wait as long at every turn. The
+    interval is the process's, for these milliseconds; only one thread comes here.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, _SWITCH_INTERVAL))
@@ -171,25 +177,29 @@ def _wants_json(accept: str) -> bool:
 def metrics_app(
     *, redis: RedisArgument = None, settings: Settings | None = None, authorize: Authorize | None = None
 ) -> MetricsApp:
-    """Make an ASGI app that shows what the package counted and what its Redis says of itself; mount it.
+    """Make an ASGI app that shows what the package counted and what its Redis says of itself; mount
+    it.
 
     ::
 
         app.mount("/metrics", metrics_app())   # a scrape asks /metrics/, a person /metrics/json
 
-    ``/`` is Prometheus text, OpenMetrics if ``Accept`` asks for it; ``/json``, or ``Accept: application/json``, the
-    figures of `RedisMetrics.collect_metrics` (``None`` where unknown) and a ``middleware`` block of this package's.
-    With ``PROMETHEUS_MULTIPROC_DIR`` counters are those of all processes together; gauges, such as the state of the
-    breaker and the pool, are always those of the process that answers. Redis is asked once a second at most, health
+    ``/`` is Prometheus text, OpenMetrics if ``Accept`` asks for it; ``/json``, or
+    ``Accept: application/json``, the figures of `RedisMetrics.collect_metrics` (``None`` where
+    unknown) and a ``middleware`` block of this package's. With ``PROMETHEUS_MULTIPROC_DIR``
+    counters are those of all processes together; gauges, such as the state of the breaker and the
+    pool, are always those of the process that answers. Redis is asked once a second at most, health
     checks and the status page included, for 0.5 s at most, over a connection of its own.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
-            the shared default. Of several, the outermost one's is shown.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the
+            middlewares outside, else the shared default. Of several, the outermost one's is shown.
         settings: ``None`` = from the environment.
-        authorize: Given the connection, whether it may read, sync or async; ``False`` is a 403. ``None`` = anybody.
+        authorize: Given the connection, whether it may read, sync or async;
+            ``False`` is a 403. ``None`` = anybody.
 
     Raises:
-        ConfigurationError: If an argument cannot work, or ``PROMETHEUS_MULTIPROC_DIR`` is no writable directory.
+        ConfigurationError: If an argument cannot work,
+            or ``PROMETHEUS_MULTIPROC_DIR`` is no writable directory.
     """
     return MetricsApp(Target(redis, settings), authorize)

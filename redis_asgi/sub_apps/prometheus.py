@@ -1,4 +1,5 @@
-"""The parts of a scrape: the counters of this process or of all of them, and gauges read at that moment.
+"""The parts of a scrape: the counters of this process or of all of them,
+and gauges read at that moment.
 
 Nothing here waits for anything: what Redis says of itself has been asked before (`health_cache`).
 """
@@ -25,7 +26,8 @@ Families: TypeAlias = list[Metric]
 
 _BREAKER_STATES = {"closed": 0, "half_open": 1, "open": 2}
 
-# Suffixes are redis_exporter's, so that its dashboards need another prefix only; INFO's name, and how primaries add up.
+# Suffixes are redis_exporter's, so that its dashboards need another prefix only;
+# INFO's name, and how primaries add up.
 _SERVER_GAUGES: tuple[tuple[str, str, str, Callable[[Iterable[float]], float]], ...] = (
     ("connected_clients", "connected_clients", "Clients connected to Redis.", sum),
     ("connected_slaves", "connected_slaves", "Replicas connected to Redis.", sum),
@@ -62,7 +64,8 @@ def counts_in_files() -> bool:
 
 
 def counted() -> Families:
-    """The counters and histograms of this process, or in multi-process mode of all of them together.
+    """The counters and histograms of this process,
+    or in multi-process mode of all of them together.
 
     Raises:
         OSError, ValueError: In multi-process mode, if the files cannot be read.
@@ -76,7 +79,9 @@ def counted() -> Families:
 
 
 def _without_created(family: Metric) -> Metric:
-    """*family* without the time stamps that prometheus-client adds, a third of all series, that are not looked at."""
+    """*family* without the time stamps that prometheus-client adds,
+    a third of all series, that are not looked at.
+    """
     family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
     return family
 
@@ -155,7 +160,8 @@ def _server(health: Health) -> Iterator[Metric]:
 
 
 def redis_figures(health: Health) -> dict[str, Any]:
-    """The ``INFO`` of a server about its whole work, other apps' included; memory in bytes, ``None`` = not known.
+    """The ``INFO`` of a server about its whole work, other apps' included;
+    memory in bytes, ``None`` = not known.
 
     ``hit_rate`` is hits per lookup, 0.0 when there were none.
     """

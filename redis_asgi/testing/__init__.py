@@ -1,4 +1,5 @@
-"""Tools for tests of an app with limits: a clock to move, limits to switch off, the computations really made.
+"""Tools for tests of an app with limits: a clock to move,
+limits to switch off, the computations really made.
 
 With pytest its fixtures are there without an import; elsewhere the same are context managers::
 
@@ -40,7 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 def start_anew() -> None:
-    """Forget what this process remembers: all that ``memory://`` keeps, refusals, vectors; nothing in Redis.
+    """Forget what this process remembers: all that ``memory://`` keeps,
+    refusals, vectors; nothing in Redis.
 
     The pytest plugin does so before each test, for an app built at import too.
     """

@@ -20,10 +20,12 @@ Calls: TypeAlias = list[list[Any]]
 
 @contextmanager
 def recorded_embedding_calls() -> Iterator[Calls]:
-    """The inputs of each call that an app below an `EmbeddingCacheMiddleware` gets meanwhile, in the order of calls.
+    """The inputs of each call that an app below an `EmbeddingCacheMiddleware` gets meanwhile, in
+    the order of calls.
 
-    Texts are strings, token arrays lists. Of a request that passes through, all inputs are computed; a body that the
-    cache cannot split is one input, itself. `EmbeddingCache.get_or_compute` adds the ids that it has computed.
+    Texts are strings, token arrays lists. Of a request that passes through, all inputs are
+    computed; a body that the cache cannot split is one input, itself.
+    `EmbeddingCache.get_or_compute` adds the ids that it has computed.
     """
     calls: Calls = []
     watched: dict[Shared, ASGIApp] = {}

@@ -1,7 +1,8 @@
 """The clock that limits go by, held still and moved by hand: on ``memory://``, and on a real Redis.
 
-Redis's scripts are given the time instead of asking for it. Their keys stay ten minutes longer than they count, since
-Redis itself still lets them expire in real time, and those of the clients that were counted are removed at the end.
+Redis's scripts are given the time instead of asking for it. Their keys stay ten minutes longer than
+they count, since Redis itself still lets them expire in real time, and those of the clients that
+were counted are removed at the end.
 """
 
 import asyncio
@@ -29,16 +30,18 @@ from .replaced import replaced
 
 _REMOVED_WITHIN = 2.0  # seconds
 _MOST = 10**9  # seconds; scripts reckon with whole microseconds below 2^53
-# Seconds from one look at the clock to the next: a second that has passed is never, by rounding, a bit less than one.
+# Seconds from one look at the clock to the next: a second that has passed is never,
+# by rounding, a bit less than one.
 _LOOK = 1e-7
 
 
 class RateLimitClock:
     """The time of every limit of this process, which stands still until it is moved.
 
-    It begins at the time of day. Only limits go by it: deadlines of requests to Redis, the life of vectors in the cache
-    and other processes on the same Redis go by the real one. So do the ten seconds after which Redis is told again what
-    is in flight: of what was before 30 s of this clock it knows nothing until then.
+    It begins at the time of day. Only limits go by it: deadlines of requests to Redis, the life of
+    vectors in the cache and other processes on the same Redis go by the real one. So do the ten
+    seconds after which Redis is told again what is in flight: of what was before 30 s of this clock
+    it knows nothing until then.
     """
 
     def __init__(self) -> None:
@@ -150,7 +153,8 @@ def current_clock() -> RateLimitClock | None:
 
 @contextmanager
 def held_clock() -> Iterator[RateLimitClock]:
-    """Hold the clock of all limits of this process; what was counted meanwhile is forgotten, in Redis too.
+    """Hold the clock of all limits of this process;
+    what was counted meanwhile is forgotten, in Redis too.
 
     Raises:
         RuntimeError: If it is held already.

@@ -48,15 +48,18 @@ def assert_limited(
     client: AsyncClient[R], method: str, url: str, *, after: int, **options: Any
 ) -> Coroutine[Any, Any, R]: ...
 def assert_limited(client: Any, method: str, url: str, *, after: int, **options: Any) -> Any:
-    """Prove that *after* requests are admitted and the next is refused, for as long as its ``Retry-After`` says.
+    """Prove that *after* requests are admitted and the next is refused,
+    for as long as its ``Retry-After`` says.
 
-    A second before that time it must still be refused, and then admitted. The clock of the limits is moved for it: the
-    one of the fixture ``rate_limit_clock``, else one that is held for as long as this takes.
+    A second before that time it must still be refused, and then admitted. The clock of the limits
+    is moved for it: the one of the fixture ``rate_limit_clock``, else one that is held for as long
+    as this takes.
 
     Args:
-        client: An ``httpx.AsyncClient``, with which this is awaited, or a synchronous one such as ``TestClient``, with
-            which it is not.
-        after: How many requests are admitted; 0 or more. Any answer but a 429 and a 503 counts as one.
+        client: An ``httpx.AsyncClient``, with which this is awaited, or a synchronous one such as
+            ``TestClient``, with which it is not.
+        after: How many requests are admitted; 0 or more.
+            Any answer but a 429 and a 503 counts as one.
         options: For ``client.request``, such as *headers* or *json*.
 
     Returns:

@@ -15,8 +15,9 @@ from .replaced import replaced
 def limits_off() -> Iterator[None]:
     """Admit every request, whatever limits apply to it; nothing is counted, and Redis is not asked.
 
-    ``request.state.rate_limit`` and the header fields are there, as of a client that has its whole quota. A request
-    without the identity that ``RATE_LIMIT_MISSING_IDENTITY=refuse`` asks for is still answered with 400.
+    ``request.state.rate_limit`` and the header fields are there, as of a client that has its whole
+    quota. A request without the identity that ``RATE_LIMIT_MISSING_IDENTITY=refuse`` asks for is
+    still answered with 400.
     """
     with ExitStack() as off:
         off.enter_context(replaced(Engine, "ask", lambda _: _admit))

@@ -1,8 +1,9 @@
 """The pytest plugin: its fixtures, and a new start of what the process keeps before each test.
 
-It is installed as a module of its own, ``_redis_asgi_pytest``: pytest imports its plugins in every project of an
-environment, before coverage is measured and before it knows which warnings are errors. So here is only what costs
-nothing until a test asks for it, and the package is touched only once the tests themselves have imported it.
+It is installed as a module of its own, ``_redis_asgi_pytest``: pytest imports its plugins in every
+project of an environment, before coverage is measured and before it knows which warnings are
+errors. So here is only what costs nothing until a test asks for it, and the package is touched only
+once the tests themselves have imported it.
 """
 
 import sys
@@ -44,7 +45,9 @@ def rate_limits_off() -> Iterator[None]:
 
 @pytest.fixture
 def embedding_calls() -> "Iterator[list[list[Any]]]":
-    """The inputs of each call that the app below the embedding cache has got: what was really computed."""
+    """The inputs of each call that the app below the embedding cache has got: what was really
+    computed.
+    """
     from redis_asgi.testing import recorded_embedding_calls
 
     with recorded_embedding_calls() as calls:

@@ -1,4 +1,6 @@
-"""A method of the package that does something else for a while: what only tests need costs an app nothing."""
+"""A method of the package that does something else for a while:
+what only tests need costs an app nothing.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

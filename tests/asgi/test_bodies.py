@@ -66,7 +66,9 @@ def test_numbers_and_texts_that_no_variable_holds_raise_nothing(text: str) -> No
 
 
 def test_members_without_number_are_not_counted_one_by_one() -> None:
-    """Where a name stands several times, and nobody can say in time at which level, it stands twice."""
+    """Where a name stands several times,
+    and nobody can say in time at which level, it stands twice.
+    """
     many = b",".join(b'"k%d":{"m":1}' % n for n in range(60_000))
     began = time.process_time()
 
@@ -78,7 +80,9 @@ def test_members_without_number_are_not_counted_one_by_one() -> None:
     ("filler", "is_told"), [(b'"%b"' % (b"1," * 300_000), True), (b"[%b1]" % (b"1," * 300_000), False)]
 )
 def test_values_without_number_are_not_read_once_more(filler: bytes, is_told: bool) -> None:
-    """A table in a text is one value; of a million numbers it is not asked at which level a name stands twice."""
+    """A table in a text is one value;
+    of a million numbers it is not asked at which level a name stands twice.
+    """
     document = Document(b'{"m":1,"x":%b,"y":{"m":2}}' % filler)
 
     assert document.is_read
@@ -157,7 +161,9 @@ async def test_body_without_room_is_unreadable_and_whole_for_the_app() -> None:
 
 @pytest.mark.parametrize(("size", "is_kept"), [(10, True), (KEPT_BYTES, False)])
 async def test_small_parse_is_kept_until_the_body_is_handed_out(size: int, is_kept: bool) -> None:
-    """Who wants it takes it before; nobody holds it afterwards, and nobody who comes after a callable of the user's."""
+    """Who wants it takes it before; nobody holds it afterwards,
+    and nobody who comes after a callable of the user's.
+    """
     content = json.dumps(["x" * size]).encode()
     scope: Scope = {}
     for meanwhile in ("nothing", "replay", "callable"):

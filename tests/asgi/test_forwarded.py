@@ -1,4 +1,6 @@
-"""Forwarding headers take time in proportion to their length, and only as far as they are asked for."""
+"""Forwarding headers take time in proportion to their length,
+and only as far as they are asked for.
+"""
 
 import importlib
 from collections.abc import Iterator
@@ -35,7 +37,9 @@ def test_elements_are_told_apart_in_one_walk(piece: str) -> None:
 
 
 def _repeats(parsed: Any) -> Iterator[tuple[str, bool]]:
-    """All repetitions in a parsed regular expression: their names, and whether they are of one character."""
+    """All repetitions in a parsed regular expression: their names,
+    and whether they are of one character.
+    """
     for operation, arguments in parsed:
         if "REPEAT" in str(operation):
             repeated = arguments[2]
@@ -48,7 +52,8 @@ def _repeats(parsed: Any) -> Iterator[tuple[str, bool]]:
 
 @pytest.mark.parametrize("pattern", [fields._PARAMETER, paths._ABSOLUTE, bodies._TEXT])
 def test_no_repetition_is_tried_again(pattern: Any) -> None:
-    """Repetitions of a character are possessive, so that a match that fails has read each character once.
+    """Repetitions of a character are possessive,
+    so that a match that fails has read each character once.
 
     Those of groups are not: Python 3.11.2 takes such a one for matched that is not (gh-101955).
     """
@@ -62,7 +67,9 @@ def test_no_repetition_is_tried_again(pattern: Any) -> None:
 
 @pytest.mark.parametrize("size", [1_000, 100_000])
 def test_an_open_quote_is_read_in_one_go(size: int) -> None:
-    """However many escapes a client puts into a string that it does not close, each is given up once."""
+    """However many escapes a client puts into a string that it does not close, each is given up
+    once.
+    """
     assert [""] == list(forwarded.LISTS[b"forwarded"]([b'for="' + b"\\a" * size]))
 
 

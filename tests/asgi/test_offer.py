@@ -1,4 +1,6 @@
-"""What middlewares offer to those below them: the managers of all, the nearest addresses, the outermost style."""
+"""What middlewares offer to those below them: the managers of all,
+the nearest addresses, the outermost style.
+"""
 
 import gc
 import weakref

@@ -166,7 +166,9 @@ PATTERNS = [
 
 @pytest.mark.parametrize(("pattern", "path", "expected"), PATTERNS)
 def test_path_pattern(pattern: str, path: str, expected: bool) -> None:
-    """``*`` is any run of characters, ``/*`` at the end also nothing at all, and nothing else is special."""
+    """``*`` is any run of characters,
+    ``/*`` at the end also nothing at all, and nothing else is special.
+    """
     assert expected is PathPattern(pattern).matches(path)
     assert expected is PathPattern(pattern).covers(spellings(path))
 
@@ -221,7 +223,9 @@ def _oracle(pattern: str, path: str) -> bool:
     path=st.from_regex(r"(/[ab/]{0,8})?", fullmatch=True),
 )
 def test_path_pattern_agrees_with_a_regular_expression(pattern: str, path: str) -> None:
-    """Whatever the pattern, the answer is that of the obvious regular expression, and a rule covers no less."""
+    """Whatever the pattern, the answer is that of the obvious regular expression, and a rule covers
+    no less.
+    """
     expected = _oracle(pattern, path)
 
     assert expected is PathPattern(pattern).matches(path)
@@ -242,7 +246,9 @@ class CountingPath(str):
 
 
 def test_hostile_pattern_walks_the_path_once() -> None:
-    """Where a regular expression would try every split, each part is looked for once, and never back."""
+    """Where a regular expression would try every split,
+    each part is looked for once, and never back.
+    """
     path = CountingPath("/" + "a" * 5000)
     path.searched = []
     pattern = PathPattern("/" + "*a" * 200 + "*b*c")

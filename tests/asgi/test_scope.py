@@ -174,7 +174,9 @@ def test_spoofed_header_without_trust_changes_nothing(header: str) -> None:
     ],
 )
 def test_proxy_on_a_unix_socket(peer: Any, lines: Sequence[str], expected: str | None) -> None:
-    """With ``unix`` among the trusted, a peer without an address is a proxy; what it does not say, nobody knows."""
+    """With ``unix`` among the trusted, a peer without an address is a proxy;
+    what it does not say, nobody knows.
+    """
     scope = {**http(None, xff(*lines)), "client": (peer, 0) if peer == "" else peer}
 
     assert expected == addressing("unix,10.0.0.0/8").client(scope)
@@ -209,7 +211,9 @@ def test_a_peer_with_a_name_is_on_no_unix_socket(peer: str) -> None:
 )
 @pytest.mark.parametrize("header", ["x-real-ip", "CF-Connecting-IP", "True-Client-IP", "fly-client-ip"])
 def test_header_with_one_address(header: str, lines: Sequence[str], expected: str) -> None:
-    """Exactly one line with one address, from a trusted peer; anything more was put there by somebody else."""
+    """Exactly one line with one address, from a trusted peer;
+    anything more was put there by somebody else.
+    """
     scope = http("192.0.2.1", [(header.lower(), line) for line in lines])
 
     assert expected == addressing(PROXIES, header).client(scope)
@@ -279,7 +283,9 @@ def test_forwarded_header(lines: Sequence[str], expected: str) -> None:
 
 @given(spoofed=st.lists(st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"), max_size=40), max_size=3))
 def test_nobody_can_choose_an_address_behind_a_proxy(spoofed: list[str]) -> None:
-    """Whatever a client writes, it is counted by its real address, which the proxy has written behind it."""
+    """Whatever a client writes, it is counted by its real address,
+    which the proxy has written behind it.
+    """
     # The proxy appends to the last line, as most do.
     own = [*spoofed[:-1], ", ".join([*spoofed[-1:], "198.51.100.7"])]
     assert addressing(PROXIES).client(http("192.0.2.1", xff(*own))) == "198.51.100.7"

@@ -104,7 +104,9 @@ async def test_body_over_the_cap_is_unreadable_and_whole_for_the_app(parts: list
 
 
 async def test_partly_read_stream_is_replayed() -> None:
-    """A callable that stops reading in the middle leaves the rest for the app, and its own part too."""
+    """A callable that stops reading in the middle leaves the rest for the app, and its own part
+    too.
+    """
     receive, _ = chunks(b"one", b"two", b"three")
     request = BufferedRequest(POST, receive, cap=100)
     async for chunk in request.stream():
@@ -250,7 +252,9 @@ async def test_websocket_handshake_has_an_empty_body() -> None:
 
 
 async def test_error_of_the_server_passes_through() -> None:
-    """What ``receive`` raises (another middleware's body limit, a cancelled task) is not ours to hide."""
+    """What ``receive`` raises (another middleware's body limit,
+    a cancelled task) is not ours to hide.
+    """
 
     class TooLarge(Exception):
         """Raised by a body limit of somebody else."""

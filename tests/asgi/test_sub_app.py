@@ -70,7 +70,9 @@ def _twice_mounted(sub_app: SubApp) -> ASGIApp:
     ids=["bare", "in Starlette", "in FastAPI", "in FastAPI in FastAPI behind a proxy"],
 )
 async def test_pages_answer_below_any_mount(wrap: Any, base: str) -> None:
-    """Its pages are found below the mount, a final slash does not matter, and what is no page is 404."""
+    """Its pages are found below the mount,
+    a final slash does not matter, and what is no page is 404.
+    """
     async with client_of(wrap(SubApp(PAGES))) as client:
         root = await client.get(f"{base}/?q=1")
         deep = await client.get(f"{base}/deep")

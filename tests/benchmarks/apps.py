@@ -1,7 +1,8 @@
 """The apps that are measured: one Starlette endpoint, bare and behind each rate limiter.
 
 ``python -m tests.benchmarks.apps NAME PORT REDIS_URL`` serves one of them with one uvicorn worker.
-All of them count by the client's address under a quota that is never reached, unless they say otherwise.
+All of them count by the client's address under a quota that is never reached, unless they say
+otherwise.
 """
 
 import sys
@@ -177,7 +178,9 @@ def _fastapi(dependencies: list[Any]) -> ASGIApp:
 
 
 def fastapi_limiter(url: str) -> ASGIApp:
-    """fastapi-limiter's dependency; one bucket per client, since clients of one bucket share its quota."""
+    """fastapi-limiter's dependency; one bucket per client,
+    since clients of one bucket share its quota.
+    """
     from fastapi import Depends
     from fastapi_limiter.depends import RateLimiter
     from fastapi_limiter.identifier import default_identifier

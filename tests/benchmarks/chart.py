@@ -37,7 +37,8 @@ _NAMES = {
 }
 _WIDTH = 32  # characters of the longest bar
 _BLOCK = re.compile(r"(<!-- chart -->\n).*?(\n<!-- /chart -->)", re.DOTALL)
-# Mid-tones that stand out from white and from near black; text and ground change with the reader's scheme.
+# Mid-tones that stand out from white and from near black;
+# text and ground change with the reader's scheme.
 _COLOURS = {"ours": "#2f81f7", "base": "#8b949e", "peer": "#d08a2e"}
 _SCHEMES = """
 #ground path { fill: #ffffff !important }

@@ -1,7 +1,9 @@
-"""The embedding cache against raw MGET and its peers, in one run: ``python -m tests.benchmarks.embeddings``.
+"""The embedding cache against raw MGET and its peers, in one run:
+``python -m tests.benchmarks.embeddings``.
 
-Prints microseconds, the best and the median of rounds that take turns, since the machine is shared, and ratios. Needs
-a Redis of its own, given as ``REDIS_URL``, which it empties. Peers that are not installed are left out.
+Prints microseconds, the best and the median of rounds that take turns, since the machine is shared,
+and ratios. Needs a Redis of its own, given as ``REDIS_URL``, which it empties. Peers that are not
+installed are left out.
 """
 
 import asyncio
@@ -91,7 +93,9 @@ class App:
 
 
 def request(app: Any, texts: list[str], encoding: str, *, keep: bool = True) -> Callable[[], Awaitable[list[bytes]]]:
-    """A call of *app*, in process and without a client's own cost; without *keep* nobody holds what was sent."""
+    """A call of *app*, in process and without a client's own cost;
+    without *keep* nobody holds what was sent.
+    """
     body = orjson.dumps({"model": "m", "input": texts, "encoding_format": encoding})
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
 
@@ -144,7 +148,9 @@ async def longest_stall(work: Work) -> float:
 
 @dataclass
 class Ours:
-    """The middleware over an app, its vectors stored: what is called, and what a first call took (microseconds)."""
+    """The middleware over an app, its vectors stored: what is called,
+    and what a first call took (microseconds).
+    """
 
     app: App
     manager: RedisManager
@@ -286,7 +292,8 @@ async def main() -> None:
         await one.call()
         one.app.calls = 0
     calls = {name: one.call for name, one in cached.items()}
-    # Rendering floats takes ten times what the others do, and leaves nothing of theirs in the CPU's caches.
+    # Rendering floats takes ten times what the others do,
+    # and leaves nothing of theirs in the CPU's caches.
     slow = {"MGET and orjson": rendered, "float from Redis": calls.pop("float from Redis")}
     timed = await race({"MGET and join": mget, **calls}) | await race(slow)
     print(f"{INPUTS} x {DIMS}, in-process ASGI, microseconds{'best':>13}{'median':>10}{'cold':>10}")

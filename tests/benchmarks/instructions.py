@@ -1,18 +1,20 @@
-"""How many instructions one request costs: the figure that does not depend on how busy the machine is.
+"""How many instructions one request costs:
+the figure that does not depend on how busy the machine is.
 
 ::
 
     python -m pip install -e '.[bench]'
     python -m tests.benchmarks.instructions [--rows bare,address] [--json FILE] [--compare]
 
-Each row's app is served by one uvicorn worker (uvloop, httptools, no access log) under valgrind's cachegrind, which
-counts the user-space instructions of the whole process. A row is served twice, for a short and a long run of requests
-over 32 connections, and its figure is the difference divided by the requests between them: what starting and warming
-up cost falls out of it. It repeats within about 1 % on one machine and interpreter; on others compare what is above
-the bare app. It says nothing of waiting, of the kernel, or of what Redis does.
+Each row's app is served by one uvicorn worker (uvloop, httptools, no access log) under valgrind's
+cachegrind, which counts the user-space instructions of the whole process. A row is served twice,
+for a short and a long run of requests over 32 connections, and its figure is the difference divided
+by the requests between them: what starting and warming up cost falls out of it. It repeats within
+about 1 % on one machine and interpreter; on others compare what is above the bare app. It says
+nothing of waiting, of the kernel, or of what Redis does.
 
-With ``--compare`` the figures kept in ``instructions.json`` are the bounds, and 1 is returned where one is exceeded by
-more than 3 %; ``--keep`` writes them anew.
+With ``--compare`` the figures kept in ``instructions.json`` are the bounds, and 1 is returned where
+one is exceeded by more than 3 %; ``--keep`` writes them anew.
 """
 
 import argparse
@@ -58,7 +60,9 @@ class Broken(Exception):
 
 
 class Served:
-    """A process under cachegrind that has imported everything, and serves each run from a fork of itself."""
+    """A process under cachegrind that has imported everything,
+    and serves each run from a fork of itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -116,14 +120,17 @@ class Served:
 
 
 def _serve() -> None:
-    """Fork for every line ``NAME PORT URL`` of standard input: print the pid at once, and ``ended`` at its end."""
+    """Fork for every line ``NAME PORT URL`` of standard input:
+    print the pid at once, and ``ended`` at its end.
+    """
     for line in sys.stdin:
         name, port, url = line.split()
         pid = os.fork()
         if not pid:
             try:
                 if ROWS[name].refuses:
-                    # A refusal is remembered for a second, in which this slow motion answers a few dozen requests.
+                    # A refusal is remembered for a second,
+                    # in which this slow motion answers a few dozen requests.
                     CLOCK.monotonic = repeat(CLOCK.monotonic()).__next__
                 app = ROWS[name].build(url)
                 uvicorn.run(app, port=int(port), access_log=False, log_level="warning", loop="uvloop", http="httptools")
@@ -305,7 +312,9 @@ def _missing() -> str | None:
 
 
 def _compile() -> None:
-    """Compile all that rows may import, else the first run of a row does, and its second one seems to cost less."""
+    """Compile all that rows may import, else the first run of a row does,
+    and its second one seems to cost less.
+    """
     for folder in {
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),

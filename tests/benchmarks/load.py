@@ -1,7 +1,9 @@
-"""Closed-loop HTTP load over kept-alive connections, from 200 clients in turn: ``wrk``, or Python where it is missing.
+"""Closed-loop HTTP load over kept-alive connections, from 200 clients in turn: ``wrk``,
+or Python where it is missing.
 
 A client is an ``X-Forwarded-For`` address, which uvicorn applies by default, and an ``X-API-Key``.
-``python -m tests.benchmarks.load PORT CONNECTIONS SECONDS PATH`` is the Python one; both print one line of JSON.
+``python -m tests.benchmarks.load PORT CONNECTIONS SECONDS PATH`` is the Python one; both print one
+line of JSON.
 """
 
 import asyncio

@@ -1,4 +1,5 @@
-"""What the measuring machine is asked and told: which core a process keeps to, and who uses the CPU.
+"""What the measuring machine is asked and told:
+which core a process keeps to, and who uses the CPU.
 
 Only Linux answers; elsewhere processes run where they like and the figures are ``None``.
 """
@@ -14,7 +15,9 @@ _CORES = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 
 def two_cores() -> tuple[int | None, int | None]:
-    """A core for the server and one for everything else; none where there are not two, or no choice."""
+    """A core for the server and one for everything else;
+    none where there are not two, or no choice.
+    """
     return (_CORES[0], _CORES[1]) if len(_CORES) > 1 else (None, None)
 
 
@@ -35,7 +38,9 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def _busy_seconds() -> float | None:
-    """CPU time so far that anybody has had of the two cores, or that the host of a virtual machine kept."""
+    """CPU time so far that anybody has had of the two cores,
+    or that the host of a virtual machine kept.
+    """
     path = Path("/proc/stat")
     if not path.exists() or len(_CORES) < 2:
         return None

@@ -5,9 +5,10 @@
     python -m pip install -e '.[bench]'
     python -m tests.benchmarks.ratelimit [--quick] [--json FILE]
 
-All servers run side by side and wait; each round puts a short load on one after the other, so that what slows the
-machine down slows all of them. Where the system allows it the server under load has one core, and Redis and the load
-generator another. Only the ratios of one run mean anything on another machine.
+All servers run side by side and wait; each round puts a short load on one after the other, so that
+what slows the machine down slows all of them. Where the system allows it the server under load has
+one core, and Redis and the load generator another. Only the ratios of one run mean anything on
+another machine.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from .load import CLIENTS, ROOT, Load, generate, has_wrk
 from .machine import Usage, cpu_seconds, pin, two_cores
 from .report import MANY, Results, Sample, promise_table, promises, table
 
-# Redis's own tables, which double, are as full with a million divided by a power of two as with a million.
+# Redis's own tables, which double,
+# are as full with a million divided by a power of two as with a million.
 MEASURED_CLIENTS = 62_500
 FEW_CLIENTS = 7_812
 _WARM_UP = 0.3  # seconds
@@ -161,7 +163,8 @@ def measure(
 ) -> list[Sample]:
     """Every app in turn at 32 connections and at one, round after round, forwards and backwards.
 
-    A sample that others disturbed is taken again, whatever it shows, until *patience* seconds have gone into that.
+    A sample that others disturbed is taken again, whatever it shows,
+    until *patience* seconds have gone into that.
     """
     server_core, other_core = two_cores()
     samples: list[Sample] = []

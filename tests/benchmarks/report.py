@@ -56,7 +56,9 @@ class Results:
         return max((_disturbance(taken) for taken in self._rounds(connections, *apps)), default=None)
 
     def _rounds(self, connections: int, *apps: str) -> list[tuple[Sample, ...]]:
-        """The samples of *apps*, round by round: those that nothing disturbed, or the quietest when these are few."""
+        """The samples of *apps*, round by round: those that nothing disturbed,
+        or the quietest when these are few.
+        """
         of_app = [[s for s in self._samples if (s.app, s.connections) == (app, connections)] for app in apps]
         rounds = sorted(zip(*of_app, strict=False), key=_disturbance)
         quiet = [taken for taken in rounds if not any(s.disturbed for s in taken)]
@@ -120,7 +122,9 @@ class Promise:
 
     @property
     def verdict(self) -> str:
-        """Whether the median of the rounds keeps it; with a question mark when other work disturbed them."""
+        """Whether the median of the rounds keeps it;
+        with a question mark when other work disturbed them.
+        """
         if not self.measured:
             return "not measured"
         figure = median(self.measured)
@@ -174,6 +178,8 @@ def promises(results: Results, bytes_per_client: float) -> list[Promise]:
 
 
 def promise_table(found: Sequence[Promise]) -> list[str]:
-    """The promises as Markdown: bound, median and range over the rounds, cores that others used, verdict."""
+    """The promises as Markdown: bound, median and range over the rounds,
+    cores that others used, verdict.
+    """
     head = ["promise", "bound", "median", "min .. max", "others", "verdict"]
     return _aligned([head, ["---"] + ["---:"] * (len(head) - 1), *(promise.row() for promise in found)])

@@ -1,7 +1,9 @@
-"""The configurations whose instructions are counted: an app, the requests it gets, and what a request may cost.
+"""The configurations whose instructions are counted: an app,
+the requests it gets, and what a request may cost.
 
-Those of the limiter are what services run, not only what is quickest; their quotas are never reached, unless a row
-is about refusing. Those of the cache answer one input of 1,536 numbers in base64.
+Those of the limiter are what services run, not only what is quickest; their quotas are never
+reached, unless a row is about refusing. Those of the cache answer one input of 1,536 numbers in
+base64.
 """
 
 import base64
@@ -62,7 +64,8 @@ class Row:
         build: Makes its app, given the URL of a Redis.
         requests: What its clients send, in turn.
         base: The name of the row that this one is compared with; None for a base itself.
-        promise: The most thousands of instructions that one request costs, beyond those of *base* where *above*.
+        promise: The most thousands of instructions that one request costs,
+            beyond those of *base* where *above*.
         refuses: All but the first request of each client is answered 429.
         needs: A module that may not be installed.
     """

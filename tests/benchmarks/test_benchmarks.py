@@ -45,7 +45,9 @@ def test_benchmark_gives_sane_rows(tmp_path: Path, server_binary: str, load: str
 
 
 def test_cache_benchmark_gives_every_ratio(private_server: Callable[..., Server]) -> None:
-    """Each way to answer is timed, each promise has its ratio, and a warm call never reached the app."""
+    """Each way to answer is timed, each promise has its ratio,
+    and a warm call never reached the app.
+    """
     command = [sys.executable, "-m", "tests.benchmarks.embeddings", "--no-peers"]
 
     ran = subprocess.run(

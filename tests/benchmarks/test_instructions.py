@@ -1,4 +1,6 @@
-"""Counting instructions: the figures are sane, and the gate falls where a request has become dearer."""
+"""Counting instructions: the figures are sane,
+and the gate falls where a request has become dearer.
+"""
 
 import json
 import shutil

@@ -7,15 +7,13 @@ from typer.testing import CliRunner, Result
 
 from redis_asgi.cli.commands import app
 
-from .shell import PATIENT
-
 
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The same in this process, which is quicker: ``invoke("peek", "1.2.3.4", REDIS_URL=...)``."""
 
     def call(*arguments: str, text: str | None = None, **env: str | None) -> Result:
-        for name, value in {**PATIENT, **env}.items():
+        for name, value in env.items():
             if value is None:
                 monkeypatch.delenv(name, raising=False)
             else:

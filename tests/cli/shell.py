@@ -1,6 +1,5 @@
 """The command line, run as a process and within one."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typer.testing import Result
 import redis_asgi
 from redis_asgi import RateLimiter, Settings
 
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment, without_haste
 from ..kit.servers import ExternalServer
 
 PASSWORD = "s3cr3t-of-a-test"
@@ -21,22 +20,17 @@ PASSWORD = "s3cr3t-of-a-test"
 CREDENTIAL = "sk-live-0123456789"
 
 
-# A busy machine is no finding.
-PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
-
-
 Run = subprocess.CompletedProcess[str]
 
 
 def run(*arguments: str, env: Mapping[str, str] | None = None, text: str | None = None) -> Run:
     """``python -m redis_asgi`` in a process of its own, under ``-W error -X dev``."""
     command = [sys.executable, "-W", "error", "-X", "dev", "-m", "redis_asgi", *arguments]
-    environment = clean_environment(**PATIENT, **(env or {}))
+    environment = clean_environment(**(env or {}))
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=30, env=environment, check=False, input=text or ""
+        command, capture_output=True, text=True, timeout=ENDS_WITHIN, env=environment, check=False, input=text or ""
     )
-    # What asyncio says in development mode of a machine that is busy.
-    done.stderr = re.sub(r"^Executing <.* took \d\.\d+ seconds\n", "", done.stderr, flags=re.MULTILINE)
+    done.stderr = without_haste(done.stderr)
     return done
 
 

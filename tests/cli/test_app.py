@@ -1,4 +1,6 @@
-"""The command line with ``--app``: what limits an app, and what is said of one that cannot be looked at."""
+"""The command line with ``--app``: what limits an app,
+and what is said of one that cannot be looked at.
+"""
 
 import asyncio
 import json
@@ -19,7 +21,6 @@ from ..conftest import StartServer
 from ..kit.servers import ExternalServer
 
 PASSWORD = "s3cr3t-of-a-test"
-PATIENT = {"RATE_LIMIT_TIMEOUT": "5", "EMBEDDING_CACHE_TIMEOUT": "5"}
 Invoke = Callable[..., Result]
 
 SHOP = """
@@ -49,13 +50,15 @@ def make():
 
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
-    """The command line in a directory with an app in ``shop.py``: ``invoke("rules", "--app", "shop:app")``."""
+    """The command line in a directory with an app in ``shop.py``:
+    ``invoke("rules", "--app", "shop:app")``.
+    """
     (tmp_path / "shop.py").write_text(SHOP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def call(*arguments: str, text: str | None = None, **env: str) -> Result:
-        for name, value in {**PATIENT, **env}.items():
+        for name, value in env.items():
             monkeypatch.setenv(name, value)
         known = set(sys.modules)
         try:
@@ -150,7 +153,9 @@ async def plain(): ...
 
 
 def test_rules_show_their_dialect(invoke: Invoke) -> None:
-    """By the paths it holds on, for each middleware as seen from outside, and for a route's limit that of its path."""
+    """By the paths it holds on, for each middleware as seen from outside,
+    and for a route's limit that of its path.
+    """
     Path("speaking.py").write_text(SPEAKING)
     told = json.loads(invoke("rules", "--app", "speaking:app", "--json").stdout)["rules"]
     shown = invoke("rules", "--app", "speaking:app").stdout.splitlines()
@@ -271,7 +276,9 @@ app.add_middleware(RateLimitMiddleware, rules=rules)
 
 
 def test_what_is_in_flight(redis_server: ExternalServer, invoke: Invoke, tmp_path: Path) -> None:
-    """Rules say how many, `peek` how many there are, and `reset` forgets them until their workers say so again."""
+    """Rules say how many, `peek` how many there are,
+    and `reset` forgets them until their workers say so again.
+    """
     (tmp_path / "chat.py").write_text(STREAMS)
     result = invoke("rules", "--app", "chat:app", "--json", REDIS_URL=redis_server.url)
     told = [(rule["name"], rule["limits"], rule["strategy"]) for rule in json.loads(result.stdout)["rules"]]
@@ -413,7 +420,9 @@ in_memory.add_middleware(EmbeddingCacheMiddleware, redis="memory://")
 
 
 def test_an_app_that_names_its_caches_server(redis_server: ExternalServer, invoke: Invoke, tmp_path: Path) -> None:
-    """A server that only `EmbeddingCacheMiddleware` was given is looked at, and flushed in the app's namespace."""
+    """A server that only `EmbeddingCacheMiddleware` was given is looked at,
+    and flushed in the app's namespace.
+    """
     url = redis_server.url
     (tmp_path / "cached.py").write_text(CACHED.format(url=url))
     checked = json.loads(invoke("check", "--app", "cached:app", "--json").stdout)

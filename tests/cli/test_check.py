@@ -14,7 +14,9 @@ from .shell import CREDENTIAL, PASSWORD, Invoke, run
 
 
 def test_check_of_a_good_server(redis_url: str) -> None:
-    """A gate lets a good server pass: exit code 0, one line per check, plain text when nobody looks."""
+    """A gate lets a good server pass: exit code 0,
+    one line per check, plain text when nobody looks.
+    """
     done = run("check", env={"REDIS_URL": redis_url})
 
     assert (0, "") == (done.returncode, done.stderr)
@@ -94,7 +96,9 @@ def test_check_tells_all_bad_settings_at_once(invoke: Invoke) -> None:
 
 
 def test_check_names_near_misses(redis_url: str, invoke: Invoke) -> None:
-    """A variable that looks like ours is a warning, so that a strict gate stops it; its value is not shown."""
+    """A variable that looks like ours is a warning,
+    so that a strict gate stops it; its value is not shown.
+    """
     env = {"REDIS_URL": redis_url, "RATE_LIMTS": CREDENTIAL, "redis_port": "1", "REDIS_PORT_6379_TCP": "tcp://h:1"}
     plain, strict = invoke("check", **env), invoke("check", "--strict", **env)
 
@@ -109,7 +113,9 @@ def test_check_names_near_misses(redis_url: str, invoke: Invoke) -> None:
 
 
 def test_settings(invoke: Invoke, tmp_path: Path) -> None:
-    """Name, value, source, default and meaning; secrets are stars, and what looks like a setting is noted."""
+    """Name, value, source, default and meaning; secrets are stars,
+    and what looks like a setting is noted.
+    """
     file = tmp_path / "prod.env"
     file.write_text(f"REDIS_DB=2\nREDIS_PASSWORD={PASSWORD}\nOTHER=x\nEMBEDING_CACHE_TTL=1\n")
     env = {"RATE_LIMITS": "5/minute", "RATE_LIMIT_DRY_RUN": ""}
@@ -150,7 +156,9 @@ def test_settings_of_a_file(invoke: Invoke, tmp_path: Path) -> None:
 
 
 def test_settings_by_name(invoke: Invoke) -> None:
-    """Those that are asked for, in any case; a name that is none is told with the one that was meant."""
+    """Those that are asked for, in any case;
+    a name that is none is told with the one that was meant.
+    """
     result = invoke("settings", "redis_db", "RATE_LIMITS", "--json")
     none = invoke("settings", "RATE_LIMTS", "x")
 

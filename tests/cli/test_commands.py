@@ -24,7 +24,7 @@ from redis_asgi.inspection.rights import rights_of
 from ..conftest import StartServer
 from ..kit.documents import section
 from ..kit.fair_time import fair_time
-from ..kit.processes import clean_environment, run_python
+from ..kit.processes import ENDS_WITHIN, clean_environment, run_python
 from ..kit.servers import ExternalServer, Server, wait_until
 from .shell import PASSWORD, Invoke, counted, run
 
@@ -123,7 +123,9 @@ AT_WORK = (
 def test_trouble_is_told_without_a_secret(
     arguments: tuple[str, ...], private_server: StartServer, tls_server: Server, invoke: Invoke
 ) -> None:
-    """Unreachable, wrong password, no right, TLS where there is none: exit code 1, what to do, and no password."""
+    """Unreachable, wrong password, no right, TLS where there is none:
+    exit code 1, what to do, and no password.
+    """
     server = private_server()
     server.add_user("app", f">{PASSWORD}", "~*", "+ping")
     here = f"127.0.0.1:{server.port}"
@@ -248,12 +250,13 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            # A shell starts what runs in its background with this signal ignored, and children inherit that.
+            # A shell starts what runs in its background with this signal ignored, and children
+            # inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 - no threads
         ) as process:
             wait_until(lambda: _connections(server.port) > before, "it has connected")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=10)
+            out, err = process.communicate(timeout=ENDS_WITHIN)
     finally:
         server.resume()
 
@@ -261,7 +264,9 @@ def test_ctrl_c_ends_cleanly(private_server: StartServer) -> None:
 
 
 def test_an_interrupt_that_is_lost_is_said_again() -> None:
-    """What swallows a cancellation, as Python 3.11's `asyncio.wait_for` may, does not keep the user waiting."""
+    """What swallows a cancellation, as Python 3.11's `asyncio.wait_for` may,
+    does not keep the user waiting.
+    """
     lost = 0
 
     async def stubborn() -> None:
@@ -302,7 +307,7 @@ def test_colours_are_for_terminals(env: dict[str, str], coloured: bool, redis_ur
                 shown += data
         except OSError:
             pass
-        process.communicate(timeout=20)
+        process.communicate(timeout=ENDS_WITHIN)
     os.close(main)
 
     assert b"fail" in shown
@@ -316,7 +321,7 @@ def test_progress_is_for_terminals() -> None:
     command = [sys.executable, "-m", "redis_asgi", "check", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=other, env=environment) as process:
         os.close(other)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=ENDS_WITHIN)
     shown = os.read(main, 65536)
     os.close(main)
 
@@ -336,7 +341,9 @@ def shown() -> list[tuple[str, str]]:
 
 
 def without_numbers(text: str) -> str:
-    """*text* without what differs from run to run: numbers, which server it is, how columns are laid out."""
+    """*text* without what differs from run to run: numbers,
+    which server it is, how columns are laid out.
+    """
     text = re.sub(r"redis://[a-z0-9.:]+", "redis://server", text).replace("Valkey", "Redis")
     return re.sub(r"[ \n]+", " ", re.sub(r"\d[\d,.:-]*", "N", text)).strip()
 

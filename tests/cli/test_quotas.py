@@ -74,7 +74,9 @@ def test_peek_without_a_quota(redis_server: ExternalServer, invoke: Invoke) -> N
 
 
 def test_a_name_from_redis_steers_no_terminal(redis_server: ExternalServer, invoke: Invoke) -> None:
-    """What somebody else has written into Redis is not shown, and nothing is with control characters."""
+    """What somebody else has written into Redis is not shown,
+    and nothing is with control characters.
+    """
     counted(redis_server, "a")
     (key,) = redis_server.client().keys()
     redis_server.client().hset(key, "\x1b[2J\r\nevil:f60:1", "1 1")
@@ -97,7 +99,9 @@ def test_reset_of_one_rule(redis_server: ExternalServer, invoke: Invoke) -> None
 
 
 def test_only_the_command_line_prints() -> None:
-    """What finds out and does knows nothing of a terminal; nothing but ``__main__`` imports the command line."""
+    """What finds out and does knows nothing of a terminal;
+    nothing but ``__main__`` imports the command line.
+    """
     for name in MODULES:
         if not name.startswith("redis_asgi.cli"):
             targets = _targets(name)
@@ -201,7 +205,9 @@ def test_flush_goes_where_the_vectors_are(private_server: StartServer, invoke: I
 
 
 def test_flush_as_the_middleware_sees_it(redis_server: ExternalServer, invoke: Invoke) -> None:
-    """A prefix and a key secret are those of the settings: the key is the one that `flush_model` writes."""
+    """A prefix and a key secret are those of the settings:
+    the key is the one that `flush_model` writes.
+    """
     env = {"REDIS_URL": redis_server.url, "REDIS_KEY_PREFIX": "p:", "REDIS_KEY_SECRET": PASSWORD}
     env["EMBEDDING_CACHE_NAMESPACE"] = "n"
 

@@ -1,4 +1,6 @@
-"""The breaker's states, with time and the server as arguments; `tests.ratelimit.test_faults` has the real failures."""
+"""The breaker's states, with time and the server as arguments;
+`tests.ratelimit.test_faults` has the real failures.
+"""
 
 import asyncio
 import logging
@@ -13,6 +15,7 @@ from redis_asgi.connection.breaker import Breaker
 from redis_asgi.errors import Failure
 
 from ..kit.logs import event_of
+from ..kit.patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -43,13 +46,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_of(breaker: Breaker) -> str:
     """Its state now: mypy takes an attribute for what it was."""
     return breaker.state
-
-
-async def until(truth: Callable[[], bool]) -> None:
-    """Wait for at most a second."""
-    async with asyncio.timeout(1):
-        while not truth():
-            await asyncio.sleep(0.001)
 
 
 async def opened(server: FakeServer) -> Breaker:
@@ -167,7 +163,9 @@ async def test_a_trial_that_was_never_sent_does_not_keep_others_out(monkeypatch:
 
 @pytest.mark.parametrize("outcome", ["withdrawn", Failure.POOL, Failure.DEFECT, Failure.TIMEOUT])
 async def test_a_trial_that_says_nothing_is_followed_by_the_next(outcome: Failure | str) -> None:
-    """Another is let through: that one was not sent, or shows our own load or fault, or vectors slow for their size."""
+    """Another is let through: that one was not sent, or shows our own load or fault,
+    or vectors slow for their size.
+    """
     server = FakeServer()
     server.error = None
     breaker = await opened(server)
@@ -203,7 +201,9 @@ async def test_a_trial_of_vectors_counts_only_when_a_probe_fails_too() -> None:
 
 
 async def test_nothing_but_odd_replies_is_a_refusal() -> None:
-    """Twenty in a row, for ten seconds after the last, whatever becomes of vectors; one answer ends it."""
+    """Twenty in a row, for ten seconds after the last,
+    whatever becomes of vectors; one answer ends it.
+    """
     breaker = Breaker(FakeServer().probe, FakeServer().drop)
     for _ in range(19):
         breaker.failed(Failure.REPLY)
@@ -302,7 +302,9 @@ async def test_a_hung_probe_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that takes longer than its limit counts when it is answered, and few are under way at once meanwhile."""
+    """One that takes longer than its limit counts when it is answered,
+    and few are under way at once meanwhile.
+    """
     monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
     under_way, most = 0, 0
 
@@ -325,7 +327,9 @@ async def test_a_probe_over_a_long_way_is_waited_for(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_probe_that_hangs_keeps_no_sign_of_life_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of an earlier one counts at once, whatever becomes of the latest, which takes its time to end."""
+    """That of an earlier one counts at once,
+    whatever becomes of the latest, which takes its time to end.
+    """
     monkeypatch.setattr(module, "PROBE_WITHIN", 0.01)
     count = 0
     ending = asyncio.Event()

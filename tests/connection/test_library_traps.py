@@ -90,7 +90,9 @@ async def test_connecting_says_no_more_than_needed(private_server: StartServer) 
 
 
 async def test_user_without_client_rights_can_work(private_server: StartServer) -> None:
-    """An ACL that allows three commands and nothing of CLIENT is enough; the prefix and user are obeyed."""
+    """An ACL that allows three commands and nothing of CLIENT is enough;
+    the prefix and user are obeyed.
+    """
     server = private_server()
     server.add_user("app", f">{SECRET}", "~*", "+ping", "+incr", "+info")
     async with managed(
@@ -156,7 +158,9 @@ async def test_wrong_password_fails_fast_and_once(private_server: StartServer, h
 
 
 async def test_initialize_pool_waits_for_a_server_that_is_starting(private_server: StartServer) -> None:
-    """``REDIS_RETRY_ATTEMPTS`` are for connecting: a server that comes up a moment later is reached."""
+    """``REDIS_RETRY_ATTEMPTS`` are for connecting:
+    a server that comes up a moment later is reached.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy, managed(REDIS_URL=proxy.url) as manager:
         await proxy.set("refuse")
@@ -178,7 +182,9 @@ async def test_initialize_pool_gives_up(private_server: StartServer) -> None:
 
 
 async def test_cancelled_commands_never_mix_up_replies(private_server: StartServer) -> None:
-    """A storm of cancelled commands over a slow, chopping line: every reply that arrives is its own."""
+    """A storm of cancelled commands over a slow, chopping line:
+    every reply that arrives is its own.
+    """
     server = private_server()
     dice = random.Random(0)
     wrong: list[object] = []
@@ -230,7 +236,9 @@ async def test_bad_key_is_an_input_error(redis_url: str) -> None:
 
 
 def test_no_telemetry_is_switched_on(redis_url: str) -> None:
-    """Using Redis through the package leaves redis-py's OpenTelemetry metrics off: they can deadlock."""
+    """Using Redis through the package leaves redis-py's OpenTelemetry metrics off: they can
+    deadlock.
+    """
     script = """
 import asyncio, sys
 from redis.observability import get_observability_instance

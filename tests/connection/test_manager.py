@@ -83,7 +83,9 @@ async def test_pool_size_is_the_bound(private_server: StartServer) -> None:
 
 
 async def test_waiting_for_a_connection_ends_at_the_deadline(redis_url: str) -> None:
-    """Nobody waits for a connection longer than ``REDIS_TIMEOUT``; it is told apart from a network failure."""
+    """Nobody waits for a connection longer than ``REDIS_TIMEOUT``;
+    it is told apart from a network failure.
+    """
     async with managed(REDIS_URL=redis_url, REDIS_POOL_SIZE=1, REDIS_TIMEOUT=0.1) as manager:
         client = await manager.get_connection()
         async with all_connections(manager, 1):
@@ -207,7 +209,9 @@ os.close(write)
 
 @pytest.mark.parametrize("dead", [pytest.param(False, id="server alive"), pytest.param(True, id="server gone")])
 def test_a_loop_that_ends_closes_silently(private_server: StartServer, dead: bool) -> None:
-    """``asyncio.run`` without ``close()`` leaves no warning, with warnings as errors and in development mode."""
+    """``asyncio.run`` without ``close()`` leaves no warning,
+    with warnings as errors and in development mode.
+    """
     server = private_server()
     script = """
 import asyncio, os, signal, sys
@@ -312,7 +316,9 @@ async def test_shared_products_are_one_per_manager() -> None:
 
 
 async def test_client_outlives_a_manager_that_nobody_keeps(redis_url: str) -> None:
-    """What a manager has opened in this loop stays open until the loop ends, whoever holds the manager."""
+    """What a manager has opened in this loop stays open until the loop ends, whoever holds the
+    manager.
+    """
     client = await RedisManager(Settings(REDIS_URL=redis_url)).get_connection()
     gc.collect()
     answers = await asyncio.gather(*(client.ping() for _ in range(5)))

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.anyio
 
 
 def test_equal_settings_share_one_manager() -> None:
-    """Parts that are given nothing, or equal settings, or the same URL share a manager; others do not."""
+    """Parts that are given nothing, or equal settings,
+    or the same URL share a manager; others do not.
+    """
     default, ours = resolve_manager(None, None)
 
     assert ours
@@ -84,7 +86,9 @@ def _retry_warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]
 async def test_client_that_retries_is_warned_about_once(
     caplog: pytest.LogCaptureFixture, make: Callable[[], Client], warnings: int
 ) -> None:
-    """However many parts are given a client, one line says that its retries may count twice, and the fix."""
+    """However many parts are given a client,
+    one line says that its retries may count twice, and the fix.
+    """
     client = make()
     for _ in range(3):
         resolve_manager(client, None)

@@ -1,4 +1,6 @@
-"""Host names are looked up beside the app's executor: once at a time each, and the last answer helps out in silence."""
+"""Host names are looked up beside the app's executor: once at a time each,
+and the last answer helps out in silence.
+"""
 
 import asyncio
 import os
@@ -124,7 +126,9 @@ async def test_two_loops_share_a_lookup(resolver: Resolver) -> None:
 
 @pytest.mark.parametrize("error", [NOWHERE, UNANSWERED, UnicodeError("label too long")])
 async def test_no_address(resolver: Resolver, error: Exception) -> None:
-    """What the resolver says against a name is told to each who asked, as the error that redis-py expects."""
+    """What the resolver says against a name is told to each who asked,
+    as the error that redis-py expects.
+    """
     resolver.answers["redis"] = error
     found = await asyncio.gather(*(Names(resolver).addresses_of("redis") for _ in range(3)), return_exceptions=True)
 
@@ -144,7 +148,9 @@ async def test_addresses_are_not_looked_up(resolver: Resolver, host: str) -> Non
 
 
 async def test_who_gives_up_leaves_nothing(resolver: Resolver) -> None:
-    """A cancelled caller is forgotten at once, and what only he wanted and was not asked yet is never asked."""
+    """A cancelled caller is forgotten at once,
+    and what only he wanted and was not asked yet is never asked.
+    """
     resolver.hang()
     ours = Names(resolver)
     asking = [asyncio.create_task(ours.addresses_of(f"node-{i}")) for i in range(MAX_LOOKUPS + 1)]
@@ -212,7 +218,9 @@ def test_fork_in_mid_lookup() -> None:
 
 
 async def test_last_answer_while_there_is_none(resolver: Resolver) -> None:
-    """It is used while the resolver hangs or says that it cannot tell, and no longer than ten minutes."""
+    """It is used while the resolver hangs or says that it cannot tell,
+    and no longer than ten minutes.
+    """
     now = [100.0]
     ours = Names(resolver, clock=lambda: now[0], patience=0)
     resolver.answers["redis"] = ("192.0.2.7",)
@@ -234,7 +242,9 @@ async def test_last_answer_while_there_is_none(resolver: Resolver) -> None:
 
 
 async def test_an_answer_replaces_the_last(resolver: Resolver) -> None:
-    """A new address, or the word that there is none, is believed at once; one that comes late is there for the next."""
+    """A new address, or the word that there is none, is believed at once;
+    one that comes late is there for the next.
+    """
     ours = Names(resolver, patience=20)
     resolver.answers["redis"] = ("192.0.2.1",)
     assert ("192.0.2.1",) == await ours.addresses_of("redis")
@@ -285,7 +295,9 @@ async def test_memory_is_bounded(resolver: Resolver, monkeypatch: pytest.MonkeyP
 
 
 async def test_each_address_is_tried(resolver: Resolver) -> None:
-    """Who refuses is passed over, and comes last the next time; when all refuse, the first one's error is told."""
+    """Who refuses is passed over, and comes last the next time; when all refuse,
+    the first one's error is told.
+    """
     resolver.answers["redis"] = ("192.0.2.1", "192.0.2.2", "192.0.2.3")
     ours = Names(resolver)
     tried: list[str] = []
@@ -328,7 +340,9 @@ async def test_an_address_that_hangs_comes_last(resolver: Resolver) -> None:
 
 @pytest.fixture
 def hosts(resolver: Resolver, monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    """The resolver that this process has: names that end in ``.test`` are this machine, the rest are the system's."""
+    """The resolver that this process has:
+    names that end in ``.test`` are this machine, the rest are the system's.
+    """
     theirs = socket.getaddrinfo
 
     def getaddrinfo(host: str, *arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
@@ -377,7 +391,9 @@ def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
 async def test_a_hanging_resolver_takes_nothing_of_the_app(
     where: Callable[[pytest.FixtureRequest], dict[str, Any]], hosts: Resolver, request: pytest.FixtureRequest
 ) -> None:
-    """While it hangs, requests are decided here and the only thread of the app's executor is free; then by Redis."""
+    """While it hangs, requests are decided here and the only thread of the app's executor is free;
+    then by Redis.
+    """
     manager = RedisManager(Settings(REDIS_TIMEOUT=20, **where(request)))
     limiter = RateLimiter(manager, timeout=0.05)
     hosts.hang()
@@ -398,7 +414,9 @@ async def test_a_hanging_resolver_takes_nothing_of_the_app(
 
 
 async def test_redis_is_found_again_while_the_resolver_hangs(hosts: Resolver, server_binary: str) -> None:
-    """A server that restarts is used again at its last address, although nobody can say where it is."""
+    """A server that restarts is used again at its last address,
+    although nobody can say where it is.
+    """
     server = Server.start(server_binary)
     manager = RedisManager(Settings(REDIS_HOST="redis.test", REDIS_PORT=server.port))
     limiter = RateLimiter(manager)

@@ -44,7 +44,9 @@ async def of_sentinels(settings: Settings) -> Finding:
 
 
 async def test_password(locked_sentinels: SentinelTrio) -> None:
-    """With it the master is found, although it has another or none; its own is not what the sentinels are told."""
+    """With it the master is found, although it has another or none;
+    its own is not what the sentinels are told.
+    """
     settings = settings_for(locked_sentinels, PASSWORD)
     manager = RedisManager(settings)
 
@@ -65,7 +67,9 @@ async def test_password(locked_sentinels: SentinelTrio) -> None:
 async def test_refused_login(
     locked_sentinels: SentinelTrio, caplog: pytest.LogCaptureFixture, password: str | None, said: str, fix: str
 ) -> None:
-    """A missing and a wrong password are ``auth`` in every part, and the words name the sentinels and the setting."""
+    """A missing and a wrong password are ``auth`` in every part,
+    and the words name the sentinels and the setting.
+    """
     settings = settings_for(locked_sentinels, password, REDIS_PASSWORD="of-the-master")
     assert "redis_auth" == (await health_of(settings))["error"]
 
@@ -113,7 +117,9 @@ async def test_user(sentinels: SentinelTrio) -> None:
 
 
 async def test_some_refuse(sentinels: SentinelTrio, caplog: pytest.LogCaptureFixture) -> None:
-    """One that lets us in is enough, and is believed; where it knows no master, that is the trouble."""
+    """One that lets us in is enough, and is believed;
+    where it knows no master, that is the trouble.
+    """
     caplog.set_level(logging.ERROR, "redis_asgi")
     for sentinel in sentinels.sentinels[:2]:
         sentinel.command("ACL", "SETUSER", "default", "resetpass", ">another")

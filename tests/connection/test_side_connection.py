@@ -22,6 +22,7 @@ from redis_asgi.connection.sockets import connection_class
 from redis_asgi.errors import Failure, classify
 
 from ..kit.certificates import Certificates
+from ..kit.patience import PATIENCE
 from ..kit.servers import ExternalServer
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +32,8 @@ WITHIN = 1.0  # seconds, in which a busy machine shakes hands
 
 @contextmanager
 def hanging(certificates: Certificates, answers: int) -> Iterator[tuple[int, list[ssl.SSLSocket]]]:
-    """A TLS server that answers so many writes of a connection, then neither reads nor says goodbye: a stopped process.
+    """A TLS server that answers so many writes of a connection,
+    then neither reads nor says goodbye: a stopped process.
 
     Yields its port, and the connections it has taken and will not close.
     """
@@ -46,7 +48,8 @@ def hanging(certificates: Certificates, answers: int) -> Iterator[tuple[int, lis
                 wrapped = context.wrap_socket(peer, server_side=True)
                 taken.append(wrapped)
                 for _ in range(answers):
-                    # One line for each command: an array's head is all that begins a line with a star.
+                    # One line for each command: an array's head is all that begins a line with a
+                    # star.
                     wrapped.sendall(b"+OK\r\n" * wrapped.recv(65536).count(b"*"))
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -120,7 +123,7 @@ async def test_a_task_that_swallows_a_cancellation_is_ended_all_the_same() -> No
     port = listener.sockets[0].getsockname()[1]
     task = asyncio.create_task(probing())
     await accepted.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await end([task])
     assert task.cancelled()
     await end([task])
@@ -128,7 +131,9 @@ async def test_a_task_that_swallows_a_cancellation_is_ended_all_the_same() -> No
 
 
 async def test_a_connection_that_was_lost_is_an_outage(redis_server: ExternalServer) -> None:
-    """Writing to it is a failure of the network, whatever Python's transports raise: 3.13's an AttributeError."""
+    """Writing to it is a failure of the network,
+    whatever Python's transports raise: 3.13's an AttributeError.
+    """
     where = redis_server.client().connection_pool.connection_kwargs
     connection = connection_class(encrypted=False)(host=where["host"], port=where["port"])
     await side_connection.connect(connection)

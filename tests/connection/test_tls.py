@@ -1,4 +1,6 @@
-"""TLS where there are several servers: every connection to every one of them is encrypted and verified."""
+"""TLS where there are several servers:
+every connection to every one of them is encrypted and verified.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,6 +16,7 @@ from starlette.routing import Route
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Settings, by_header, health_app, metrics_app
 
 from ..kit.certificates import Certificates
+from ..kit.patience import PATIENCE
 from ..kit.servers import Cluster, SentinelTrio, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -58,17 +61,19 @@ async def test_cluster(tls_cluster: Cluster, certificates: Certificates) -> None
 
 
 async def test_sentinel(tls_sentinels: SentinelTrio, certificates: Certificates) -> None:
-    """The sentinels are asked and the master is used over TLS, and so is the next one after a failover."""
+    """The sentinels are asked and the master is used over TLS,
+    and so is the next one after a failover.
+    """
     where = {"REDIS_SENTINELS": tls_sentinels.addresses, "REDIS_SENTINEL_MASTER": SentinelTrio.MASTER}
     async with serving(**where, **certificates.settings()) as (manager, client):
         await assert_well(manager, client, "sentinel")
         old = tls_sentinels.primary()
         assert 8 == old.client().dbsize()
         old.kill()
-        wait_until(lambda: tls_sentinels.primary() is not old, "a failover", within=20)
+        wait_until(lambda: tls_sentinels.primary() is not old, "a failover")
     async with serving(**where, **certificates.settings()) as (manager, client):
         # A sentinel that has not heard of the failover yet may be the first to answer.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while "redis" != (await RateLimiter(manager).peek("a")).source:
                 await asyncio.sleep(0.05)
             while "healthy" != (await client.get("/health/")).json()["status"]:

@@ -9,7 +9,8 @@ from ..kit.embedding_apps import read, respond
 JSON = {"content-type": "application/json"}
 
 
-# 10 MB in 10 kB, as often behind itself as one likes: what gzip unpacks is what all its members held.
+# 10 MB in 10 kB, as often behind itself as one likes:
+# what gzip unpacks is what all its members held.
 ZEROS = gzip.compress(bytes(10**7), 9)
 
 

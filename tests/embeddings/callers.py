@@ -1,11 +1,15 @@
 """Callers that wait, go and are cancelled, and gates that hold the app."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Scope
+
+from redis_asgi import EmbeddingCacheMiddleware
+
+from ..kit.inside import shared_of
+from ..kit.patience import quiet
 
 
 class Gate:
@@ -62,8 +66,6 @@ class Caller:
         return orjson.loads(b"".join(m.get("body", b"") for m in self.sent[1:]))
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something is so."""
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
+async def quiet_of(app: EmbeddingCacheMiddleware) -> None:
+    """Let whatever was begun come to where it waits for the test."""
+    await quiet(shared_of(app).vectors.manager)

@@ -1,4 +1,6 @@
-"""What the tests of real clients need: skipped where it is missing, or failed where nothing may be skipped."""
+"""What the tests of real clients need: skipped where it is missing,
+or failed where nothing may be skipped.
+"""
 
 import importlib
 import importlib.util

@@ -16,7 +16,8 @@ from redis_asgi.settings import Settings
 from ..kit.embedding_apps import Spy, cache_status, client, listed, openai, read, respond
 from ..kit.inside import shared_of
 from ..kit.logs import event_of
-from .callers import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -54,7 +55,9 @@ async def ask(app: ASGIApp, *texts: str) -> tuple[str, list[Any], str]:
 
 
 async def test_a_fallback_is_answered_alone_and_not_kept(any_settings: Settings) -> None:
-    """While the primary is away an answer is wholly the fallback's; when it is back, so are its vectors."""
+    """While the primary is away an answer is wholly the fallback's;
+    when it is back, so are its vectors.
+    """
     alias = Alias("primary")
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
     await ask(cached, "a")
@@ -98,7 +101,9 @@ async def test_another_model_when_a_lease_is_renewed_early_costs_two_calls_more(
 
 
 async def test_a_flush_is_no_change_of_model(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Without a lease what was flushed is missing, in the process as in Redis: one call, and no word of a model."""
+    """Without a lease what was flushed is missing, in the process as in Redis:
+    one call, and no word of a model.
+    """
     alias, now = Alias("m"), [time.time()]
     cached = EmbeddingCacheMiddleware(alias.app, settings=Settings(REDIS_URL=redis_url))
     shared_of(cached).clock.wall = lambda: now[0]
@@ -173,7 +178,9 @@ async def test_without_a_lease_what_is_found_counts_if_the_model_is_the_same(any
 async def test_an_alias_that_alternates_costs_two_calls_a_minute_more(
     any_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No answer mixes models, the log names both once, and what is asked is soon what was asked for."""
+    """No answer mixes models, the log names both once,
+    and what is asked is soon what was asked for.
+    """
     alias, now = Alias(*("one", "two") * 40), [100.0]
     cached = EmbeddingCacheMiddleware(alias.app, settings=any_settings)
     shared_of(cached).clock.monotonic = lambda: now[0]
@@ -187,7 +194,9 @@ async def test_an_alias_that_alternates_costs_two_calls_a_minute_more(
 
 
 async def test_other_models_of_one_length_share_nothing_under_one_name(redis_url: str) -> None:
-    """A lease of zero shows the app every request, and what was stored of another model is not used."""
+    """A lease of zero shows the app every request,
+    and what was stored of another model is not used.
+    """
     alias = Alias("one", "one", "two")
     cached = EmbeddingCacheMiddleware(alias.app, lease=0, settings=Settings(REDIS_URL=redis_url))
     for expected in ("one", "one", "two", "two"):

@@ -20,13 +20,16 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, respond, server
 from ..kit.inside import shared_of
+from ..kit.patience import PATIENCE
 from .requests import ask
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_what_the_app_sets_in_its_scope_is_seen_outside(settings: Settings) -> None:
-    """A middleware around the cache finds the route, as without it, when the answer starts and afterwards."""
+    """A middleware around the cache finds the route, as without it,
+    when the answer starts and afterwards.
+    """
     seen: list[tuple[str, Any]] = []
 
     async def embeddings(request: Request) -> JSONResponse:
@@ -53,7 +56,9 @@ async def test_what_the_app_sets_in_its_scope_is_seen_outside(settings: Settings
 
 @pytest.mark.parametrize("where", ["scope", "state"])
 async def test_a_replay_finds_nothing_of_the_first_call(where: str, settings: Settings) -> None:
-    """An app that keeps a parsed body in its scope or state reads the one of the call that it answers."""
+    """An app that keeps a parsed body in its scope or state reads the one of the call that it
+    answers.
+    """
     calls = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +103,9 @@ async def test_a_replay_is_routed_as_the_first_call_was(settings: Settings) -> N
 
 @pytest.mark.parametrize("accepts", ["gzip", "br, gzip;q=0.5", "gzip;q=0", "br", "*", ""])
 async def test_a_compressed_miss_stays_compressed_and_is_stored(accepts: str, any_settings: Settings) -> None:
-    """What compresses inside of the cache does so for a client that asks for it, as without the cache."""
+    """What compresses inside of the cache does so for a client that asks for it, as without the
+    cache.
+    """
     bare = GZipMiddleware(server(Spy()), minimum_size=1)
     cached = EmbeddingCacheMiddleware(bare, settings=any_settings)
     expected = await ask(bare, "a", "b", **{"accept-encoding": accepts})
@@ -136,7 +143,9 @@ async def test_an_answer_that_is_not_the_gzip_it_says_is_passed_on(spoil: Any, s
 
 
 async def test_a_compressed_answer_that_is_too_large_is_passed_on(settings: Settings) -> None:
-    """A megabyte of zeros in a thousand bytes takes no more memory than one that is not compressed may."""
+    """A megabyte of zeros in a thousand bytes takes no more memory than one that is not compressed
+    may.
+    """
     body = gzip.compress(b" " * 1_000_000 + orjson.dumps(FORMATS["openai"][2]({"model": "m"}, ["a"], Spy())))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,7 +176,7 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         await app({"type": "lifespan", "state": {}}, receive, send)
     endless.cancel()
 
@@ -176,7 +185,9 @@ async def test_a_computation_that_does_not_end_holds_up_no_shutdown(
 
 
 async def test_other_middlewares_may_stand_outside_and_inside(settings: Settings) -> None:
-    """``BaseHTTPMiddleware`` and compression around it, compression within: misses, partial and full hits."""
+    """``BaseHTTPMiddleware`` and compression around it, compression within:
+    misses, partial and full hits.
+    """
     spy = Spy()
 
     async def passing(request: Request, call_next: RequestResponseEndpoint) -> Response:

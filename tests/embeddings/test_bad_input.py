@@ -86,7 +86,9 @@ BAD: list[tuple[str, bytes, dict[str, str], str]] = [
 async def test_what_is_not_understood_passes_through(
     content: bytes, headers: dict[str, str], detail: str, settings: Settings
 ) -> None:
-    """The app gets the original bytes once and its answer is relayed; the reason is in ``Cache-Status``."""
+    """The app gets the original bytes once and its answer is relayed;
+    the reason is in ``Cache-Status``.
+    """
     seen: list[bytes] = []
     app = EmbeddingCacheMiddleware(echo(seen), settings=settings)
     async with client(app) as c:
@@ -218,7 +220,9 @@ MISTAKES: dict[str, tuple[str, Any]] = {
 async def test_no_mistake_of_a_wire_format_is_an_error_of_the_app(
     step: str, mistake: Any, half: bool, redis_url: str
 ) -> None:
-    """Whatever a user's format does or returns: cold, warm, partly stored and with a duplicate, the app's answer."""
+    """Whatever a user's format does or returns: cold, warm,
+    partly stored and with a duplicate, the app's answer.
+    """
     right = app_format()
 
     class Mistaken(type(right)):  # type: ignore[misc]  # a class found at run time

@@ -16,6 +16,8 @@ from redis_asgi.embeddings.storage.store import MemoryVectors, RedisVectors
 from redis_asgi.errors import ConfigurationError
 from redis_asgi.settings import Settings
 
+from ..kit.patience import PATIENCE, quiet
+
 pytestmark = pytest.mark.anyio
 
 
@@ -74,7 +76,9 @@ async def test_a_bare_float32_value_is_read(redis_url: str) -> None:
 
 
 async def test_a_value_under_another_key_is_a_miss(redis_url: str, redis_client: sync_redis.Redis) -> None:
-    """Whatever mixed them up, a reply out of step or an operator's copy: nobody gets another id's vector."""
+    """Whatever mixed them up, a reply out of step or an operator's copy:
+    nobody gets another id's vector.
+    """
     cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url))
     await cache.set_many({"a": [1.0], "b": [2.0]})
     redis_client.copy("embedding:a", "embedding:b", replace=True)
@@ -228,7 +232,7 @@ async def test_concurrent_calls_share_one_computation(cache: EmbeddingCache) -> 
         return [[float(ord(name))] for name in ids]
 
     tasks = [asyncio.ensure_future(cache.get_or_compute(ids, compute)) for ids in (["a", "b"], ["b", "c"], ["a"]) * 9]
-    await asyncio.sleep(0.02)
+    await quiet(cache._manager)
     tasks[0].cancel()
     await asyncio.sleep(0)
     go.set()
@@ -251,7 +255,7 @@ async def test_when_nobody_waits_the_computation_ends(cache: EmbeddingCache) -> 
         return []
 
     task = asyncio.ensure_future(cache.get_or_compute(["a"], compute))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await begun.wait()
         task.cancel()
         await ended.wait()
@@ -301,7 +305,7 @@ async def test_no_kind_of_exception_leaves_anyone_waiting(
         return compute(ids)
 
     answer: Any = Empty()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(raised):
             await cache.get_or_compute(["a"], compute if sync else compute_async)
         with pytest.raises(RuntimeError, match="compute raised StopIteration"):
@@ -329,7 +333,9 @@ async def test_a_bare_str_is_no_list_of_ids(cache: EmbeddingCache) -> None:
 async def test_a_change_while_an_id_is_computed_wins(
     change: str, when: str, other: bool, any_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set or delete begun before the computation is over decides what is kept, also through another cache."""
+    """A set or delete begun before the computation is over decides what is kept, also through
+    another cache.
+    """
     manager = RedisManager(any_settings)
     cache = EmbeddingCache(manager)
     changed_by = EmbeddingCache(manager) if other else cache
@@ -359,7 +365,7 @@ async def test_a_change_while_an_id_is_computed_wins(
     await reached.wait()
     operation = changed_by.set_embedding("a", [2.0]) if change == "set" else changed_by.delete_embedding("a")
     changing = asyncio.ensure_future(operation)
-    await asyncio.sleep(0.01)
+    await quiet(cache._manager)
     go.set()
     await asyncio.gather(computing, changing)
     kept = await cache.get_embedding("a")
@@ -388,7 +394,7 @@ async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkey
     await asyncio.to_thread(reached.wait)
     cache = EmbeddingCache(manager)
     changing = asyncio.ensure_future(cache.set_embedding("a", [2.0]))
-    await asyncio.sleep(0.02)
+    await quiet(manager)
     go.set()
     assert await changing
     await asyncio.to_thread(thread.join)
@@ -398,11 +404,11 @@ async def test_a_change_waits_for_a_write_of_another_loop(redis_url: str, monkey
 
 async def test_a_change_waits_no_longer_than_a_write_takes(redis_url: str) -> None:
     """A loop that was closed amid a write, or left behind by a fork, never ends it."""
-    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.05))
+    cache = EmbeddingCache(settings=Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_TIMEOUT=0.5))
     left = Computation(["a"], {})
     cache._changes.begin(left)
     left.writing = True
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert await cache.set_embedding("a", [1.0])
 
 

@@ -52,7 +52,9 @@ def finished(work: Generator[None, None, Result]) -> Result:
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=60, max_size=70),
 )
 def test_taking_long_arrays_out_loses_nothing(document: object, numbers: list[float]) -> None:
-    """Put back, the texts taken out give the document; tricky strings are never mistaken for arrays."""
+    """Put back, the texts taken out give the document;
+    tricky strings are never mistaken for arrays.
+    """
     text = json.dumps(numbers)
     whole = [numbers, document, {"embedding": numbers, "text": f'x"{text}', "other": text}]
     body = json.dumps(whole).encode()
@@ -173,7 +175,9 @@ def test_token_arrays_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 def test_values_are_counted_outside_of_strings(
     document: object, at_once: int, most: tuple[int, int, int], escaped: bool
 ) -> None:
-    """Whatever quotes, escapes and brackets are in them, and wherever the body is cut to be looked at."""
+    """Whatever quotes, escapes and brackets are in them,
+    and wherever the body is cut to be looked at.
+    """
     body = json.dumps(document, ensure_ascii=escaped).encode()
     lists = strings = values = 0
 

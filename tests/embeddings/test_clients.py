@@ -27,7 +27,9 @@ TEXTS = ["first text", "second", "first text", "naïve 🙂"]
 
 @pytest.fixture(autouse=True)
 def forgotten_clients() -> Iterator[None]:
-    """Some clients cannot be closed; what Python says of that belongs to this test and to no later one."""
+    """Some clients cannot be closed;
+    what Python says of that belongs to this test and to no later one.
+    """
     yield
     gc.collect()
 

@@ -1,4 +1,6 @@
-"""Vectors on a cluster: what happens to a node costs its own keys only, and what is unknown is never taken for none."""
+"""Vectors on a cluster: what happens to a node costs its own keys only,
+and what is unknown is never taken for none.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from redis_asgi.errors import Failure
 from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.fair_time import fair_time
 from ..kit.logs import event_of
+from ..kit.patience import PATIENCE
 from ..kit.servers import Cluster, Server
 from .test_faults import ask, settings_of
 
@@ -109,7 +112,7 @@ async def test_a_node_is_not_written_to_right_after_it_has_not_answered(
     assert 2 == (await store.write([Write(each[0], b"new", 60) for each in names.values()], 10)).count
     assert fair_time() - began < 1
     lost.resume()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while await store.write([Write(names[lost][0], b"new", 60)]) != WriteResult(1):
             await asyncio.sleep(0.05)
 
@@ -126,7 +129,7 @@ async def test_the_log_says_which_node_is_lost_and_back(
     for _ in range(10):
         await store.lookup(every, 0.05)
     lost.resume()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while "redis_asgi.redis_back" not in map(event_of, caplog.records):
             await store.lookup(every, 0.2)
             await asyncio.sleep(0.05)
@@ -162,7 +165,7 @@ async def test_without_a_slot_table_nobody_waits_longer_than_he_may(
     assert fair_time() - began < 1
     for node in private_cluster.nodes:
         node.resume()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while await store.lookup([b"a"], 1) != [None]:
             await asyncio.sleep(0.05)
 
@@ -185,7 +188,7 @@ async def test_closing_while_the_slot_table_is_read_cancels_nobody_else() -> Non
     await reached.wait()
     await manager.close()
     assert Failure.CONNECTION == await lookup
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await left.wait()
     listener.close()
 
@@ -256,7 +259,7 @@ async def test_the_middleware_goes_on_with_the_other_nodes(
             assert "redis-asgi; fwd=partial" in cache_status(await ask(c, *items))
         assert 10 == spy.calls - before
         lost.resume()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while "redis-asgi; hit" not in cache_status(await ask(c, *items)):
                 await asyncio.sleep(0.05)
     await theirs.aclose()

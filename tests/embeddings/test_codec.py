@@ -107,7 +107,9 @@ def test_numbers_that_are_not_finite_are_a_miss(number: float) -> None:
 @pytest.mark.parametrize("epoch", [bytes(8), b"\xff" * 8, b"\0\0\xc0\x7f" * 2])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_only_the_values_that_are_not_finite_are_misses(dtype: str, epoch: bytes, bad: float) -> None:
-    """Whatever stands in their headers, of one shape or of several, and however large the others' numbers."""
+    """Whatever stands in their headers, of one shape or of several,
+    and however large the others' numbers.
+    """
     largest = np.finfo(dtype).max
     good = [encode(np.full(6, n, dtype), born=n, own=OWN, epoch=epoch).raw for n in (0, 1)]
     good.append(encode(np.full(6, largest, dtype), born=1, own=OWN, epoch=epoch).raw)

@@ -15,6 +15,8 @@ from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.storage.store import MemoryVectors
 from redis_asgi.settings import Settings
 
+from ..kit.patience import PATIENCE
+
 pytestmark = pytest.mark.anyio
 
 Compute = Callable[[list[str]], Awaitable[Any]]
@@ -58,7 +60,9 @@ def left_over(cache: EmbeddingCache) -> tuple[list[Any], dict[str, Any]]:
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("turns", range(4))
 async def test_who_comes_while_a_computation_is_given_up_has_one_of_his_own(manager: RedisManager, turns: int) -> None:
-    """However long the clean-up of the cancelled one takes, and however soon after the cancellation he comes."""
+    """However long the clean-up of the cancelled one takes,
+    and however soon after the cancellation he comes.
+    """
     cache, go, cleaned, asked = EmbeddingCache(manager), asyncio.Event(), asyncio.Event(), 0
 
     async def compute(ids: list[str]) -> list[list[float]]:
@@ -177,7 +181,9 @@ async def test_nothing_is_computed_for_nobody(manager: RedisManager, monkeypatch
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("where", ["in it", "in a thread", "from outside", "before it has begun"])
 async def test_nobody_else_sees_a_cancellation(manager: RedisManager, where: str) -> None:
-    """A compute that was cancelled by something of its own, or by whoever cancels all tasks, is an error."""
+    """A compute that was cancelled by something of its own,
+    or by whoever cancels all tasks, is an error.
+    """
     cache = EmbeddingCache(manager)
 
     def in_a_thread(_ids: list[str]) -> Any:
@@ -202,7 +208,7 @@ async def test_nobody_else_sees_a_cancellation(manager: RedisManager, where: str
         if others:
             break
         await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         results = await asyncio.gather(*callers, return_exceptions=True)
     assert [RuntimeError] * 2 == [type(result) for result in results]
     assert "compute raised CancelledError" in str(results[0])
@@ -249,7 +255,9 @@ class Broken(Exception):
 
 
 class World:
-    """Callers of one cache that come, wait, leave and change things in an order that a seed decides."""
+    """Callers of one cache that come, wait,
+    leave and change things in an order that a seed decides.
+    """
 
     def __init__(self, manager: RedisManager, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -308,7 +316,7 @@ class World:
             self.step()
             for _ in range(self.rng.choice((0, 0, 1, 2, 7))):
                 await asyncio.sleep(0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not all(task.done() for task in (*self.callers, *self.changes)):
                 for gate in self.gates:
                     gate.set()
@@ -334,7 +342,9 @@ class World:
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("first_seed", range(0, 400, 100))
 async def test_no_order_of_events_reaches_who_was_not_cancelled(first_seed: int) -> None:
-    """Right vectors or a compute's own error for everybody who stays; nothing is left when all have gone."""
+    """Right vectors or a compute's own error for everybody who stays;
+    nothing is left when all have gone.
+    """
     for seed in range(first_seed, first_seed + 100):
         world = World(RedisManager(Settings(REDIS_URL="memory://")), seed)
         await world.run()

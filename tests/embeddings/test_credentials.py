@@ -169,7 +169,9 @@ async def test_what_partition_by_raises_is_the_apps_to_handle(settings: Settings
 
 
 async def test_cors_headers_are_those_of_the_origin(any_settings: Settings) -> None:
-    """A full hit outside ``CORSMiddleware`` repeats what the app said to this origin, and to no other."""
+    """A full hit outside ``CORSMiddleware`` repeats what the app said to this origin, and to no
+    other.
+    """
     inner = CORSMiddleware(server(Spy()), allow_origins=["https://a", "https://b"])
     app = EmbeddingCacheMiddleware(inner, settings=any_settings)
     for origin in ("https://a", "https://b", "https://a", "https://b"):
@@ -200,7 +202,9 @@ async def test_set_cookie_is_never_stored(settings: Settings, redis_url: str) ->
 
 
 async def test_other_headers_can_carry_the_credential_and_part_the_keys(redis_url: str) -> None:
-    """``CREDENTIAL_HEADERS`` replaces the default; ``IGNORED_HEADERS`` leave the key, all others part it."""
+    """``CREDENTIAL_HEADERS`` replaces the default;
+    ``IGNORED_HEADERS`` leave the key, all others part it.
+    """
     spy = Spy()
     settings = Settings(
         REDIS_URL=redis_url,
@@ -219,7 +223,9 @@ async def test_other_headers_can_carry_the_credential_and_part_the_keys(redis_ur
 
 
 async def test_a_refusal_in_one_worker_ends_the_lease_in_all(redis_url: str) -> None:
-    """What the app says to one process counts for every other: at once in Redis, after ``L1_SECONDS`` everywhere."""
+    """What the app says to one process counts for every other: at once in Redis,
+    after ``L1_SECONDS`` everywhere.
+    """
     keys, now = {"key"}, [0.0]
     apps = []
     for local in (0, 64 * 1024 * 1024):

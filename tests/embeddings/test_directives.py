@@ -35,7 +35,9 @@ async def test_another_representation_counts_in_the_process_at_once(redis_url: s
 
 
 async def test_request_directives(any_settings: Settings) -> None:
-    """``no-cache`` and ``max-age=0`` refresh, ``no-store`` leaves no trace, ``only-if-cached`` never calls."""
+    """``no-cache`` and ``max-age=0`` refresh, ``no-store`` leaves no trace,
+    ``only-if-cached`` never calls.
+    """
     spy = Spy()
     app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
 

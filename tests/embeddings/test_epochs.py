@@ -20,7 +20,9 @@ DAY = 86_400.0
     ],
 )
 def test_an_epoch_outlives_its_vectors(write: Write, size: int, ttl: float, mode: str) -> None:
-    """It lasts for two lives of a vector, or for a year where that is not known; a claim only until it is used."""
+    """It lasts for two lives of a vector, or for a year where that is not known;
+    a claim only until it is used.
+    """
     assert (b"e", size, ttl, mode) == (write.name, len(write.value), write.ttl, write.mode)
 
 

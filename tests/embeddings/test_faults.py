@@ -97,7 +97,9 @@ async def test_redis_may_go_between_lookup_and_write(own_server: Server) -> None
 async def test_a_full_redis_pauses_writing_and_goes_on_reading(
     own_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """OOM: what is stored is still served, what is not is computed, one log line, no write for 10 s."""
+    """OOM: what is stored is still served, what is not is computed,
+    one log line, no write for 10 s.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings_of(own_server.url))
     async with client(app) as c:
         await ask(c, "a")
@@ -129,10 +131,13 @@ def fill(server: Server) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("trip", ["lookup", "claim", "write"])
 @pytest.mark.parametrize("harm", [kill, hang, fill], ids=lambda harm: harm.__name__)
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
     harm: Callable[[Server], None], trip: str, when: str, own_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a trip's commands are sent, or when they have been done and no reply has come: a whole answer, once."""
+    """Before a trip's commands are sent,
+    or when they have been done and no reply has come: a whole answer, once.
+    """
     trips, last = {"lookup": 1, "claim": 2, "write": 3}, [0.0]
     trips_made = [0]
 
@@ -181,7 +186,9 @@ async def test_whatever_happens_to_redis_at_any_point_the_app_answers_in_time(
 
 
 async def test_a_redis_that_takes_no_writes_keeps_requests_together(own_server: Server) -> None:
-    """Full before the model has an epoch: nothing is stored or said to be, and one computation serves all at once."""
+    """Full before the model has an epoch: nothing is stored or said to be,
+    and one computation serves all at once.
+    """
     own_server.client().config_set("maxmemory", "1")
     spy, begun = Spy(), asyncio.Event()
 
@@ -251,7 +258,9 @@ async def test_a_foreign_type_under_our_key_is_the_apps_answer(redis_url: str) -
 
 
 async def test_a_key_that_a_proxy_cannot_reach_is_a_miss() -> None:
-    """Envoy puts an error into MGET's reply for each value whose server is gone, epoch and lease among them."""
+    """Envoy puts an error into MGET's reply for each value whose server is gone, epoch and lease
+    among them.
+    """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         commands = hiredis.Reader()
@@ -281,8 +290,9 @@ async def test_a_flush_that_redis_did_not_take_is_an_error() -> None:
 
 async def test_embedding_cache_survives_everything(own_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Trouble is ``None``, ``False``, ``{}`` and 0, one log line, and everything is computed."""
+    patient = EmbeddingCache(settings=settings_of(own_server.url))
     cache = EmbeddingCache(settings=settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.05))
-    assert await cache.set_embedding("a", [1.0])
+    assert await patient.set_embedding("a", [1.0])
     own_server.pause()
     caplog.set_level(logging.WARNING)
     assert await cache.get_embedding("a") is None
@@ -313,7 +323,9 @@ async def test_large_lookups_are_chunked(own_server: Server) -> None:
 
 @pytest.mark.parametrize("how", ["cancelled", "too late"])
 async def test_a_lookup_cut_short_leaves_its_reply_to_nobody(own_server: Server, how: str) -> None:
-    """The reply of an abandoned lookup comes when the server goes on: whoever asks next gets their own."""
+    """The reply of an abandoned lookup comes when the server goes on:
+    whoever asks next gets their own.
+    """
     manager = RedisManager(settings_of(own_server.url, REDIS_POOL_SIZE=1))
     store = manager.per_client(RedisVectors)
     assert 2 == (await store.write([Write(b"a", b"of a", 60), Write(b"b", b"of b", 60)])).count

@@ -15,7 +15,8 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, cache_status, client, server
 from ..kit.inside import shared_of
-from .callers import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate, quiet_of
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +71,9 @@ async def test_only_if_cached_looks_behind_a_call_under_way(any_settings: Settin
 
 
 async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What somebody was computing is not asked of the store, so his answer counts also when it comes first."""
+    """What somebody was computing is not asked of the store,
+    so his answer counts also when it comes first.
+    """
     spy, gate, slow = Spy(), Gate(), asyncio.Event()
     look_up = MemoryVectors.lookup
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="lands:", EMBEDDING_CACHE_L1_BYTES=0)
@@ -85,7 +88,7 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
     await gate.reached.wait()
     monkeypatch.setattr(MemoryVectors, "lookup", slowly)
     second = Caller(app, "a")
-    await asyncio.sleep(0.01)
+    await quiet_of(app)
     gate.open.set()
     await first.task
     slow.set()
@@ -97,7 +100,9 @@ async def test_a_flight_that_lands_during_a_lookup_is_joined(monkeypatch: pytest
 
 
 async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors are in the process before their lease is in Redis: who comes in between asks the app nothing."""
+    """Vectors are in the process before their lease is in Redis:
+    who comes in between asks the app nothing.
+    """
     spy, written, answered = Spy(), asyncio.Event(), asyncio.Event()
     look_up, write = MemoryVectors.lookup, MemoryVectors.write
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="lands-lease:")
@@ -129,7 +134,9 @@ async def test_a_lease_that_lands_during_a_lookup_is_taken(monkeypatch: pytest.M
 
 
 async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two callers look up at once; one has its answer before the other knows that nothing was stored."""
+    """Two callers look up at once; one has its answer before the other knows that nothing was
+    stored.
+    """
     spy, slow = Spy(), asyncio.Event()
     look_up = MemoryVectors.lookup
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="began:", EMBEDDING_CACHE_L1_BYTES=0)
@@ -160,7 +167,9 @@ async def test_a_flight_that_lands_during_a_lookup_it_began_after_is_joined(monk
 
 
 async def test_an_epoch_that_appears_during_a_lookup_parts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One caller's reply is from before another service gave the model its epoch, the other's from after."""
+    """One caller's reply is from before another service gave the model its epoch, the other's from
+    after.
+    """
     spy, slow = Spy(), asyncio.Event()
     look_up = MemoryVectors.lookup
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="appears:", EMBEDDING_CACHE_L1_BYTES=0)
@@ -191,7 +200,9 @@ async def test_an_epoch_that_appears_during_a_lookup_parts_nobody(monkeypatch: p
 
 
 async def test_landed_flights_are_forgotten_when_no_lookup_can_need_them() -> None:
-    """Their vectors stay in memory only while somebody looks up, and then no longer than a lookup takes."""
+    """Their vectors stay in memory only while somebody looks up,
+    and then no longer than a lookup takes.
+    """
     settings = Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="forgotten:", EMBEDDING_CACHE_TIMEOUT=0.01)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     await Caller(app, "a", "b").task
@@ -248,7 +259,9 @@ async def test_fifty_identical_requests_for_a_new_model_are_one_computation(redi
 
 
 async def test_two_workers_agree_on_a_new_model(redis_url: str) -> None:
-    """One stores its first vector while the other computes; nothing is computed twice or lost by that."""
+    """One stores its first vector while the other computes;
+    nothing is computed twice or lost by that.
+    """
     spy, gate = Spy(), Gate()
     settings = [Settings(REDIS_URL=redis_url, REDIS_POOL_SIZE=size) for size in (4, 5)]
     slow = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings[0], redis=RedisManager(settings[0]))
@@ -258,7 +271,7 @@ async def test_two_workers_agree_on_a_new_model(redis_url: str) -> None:
     other = Caller(quick, "b")
     await other.task
     second = Caller(slow, "a")
-    await asyncio.sleep(0.05)
+    await quiet_of(slow)
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     later = [Caller(app, "a", "b") for app in (quick, slow)]

@@ -14,7 +14,8 @@ from redis_asgi.maintenance import flush_model
 from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, read, respond, server
-from .callers import Caller, Gate, until
+from ..kit.patience import until
+from .callers import Caller, Gate, quiet_of
 
 pytestmark = pytest.mark.anyio
 
@@ -79,13 +80,13 @@ async def test_a_refused_caller_does_not_join_what_was_asked_before(any_settings
     older = Caller(cached, "a", authorization="good")
     await gate.reached.wait()
     joined = Caller(cached, "a", authorization="good")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     assert 1 == calls[0]
     keys.clear()
     refused = Caller(cached, "b", authorization="good")
     await refused.task
     later = Caller(cached, "a", authorization="good")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(older.task, joined.task, later.task)
     assert [200, 200, 401, 401] == [caller.status for caller in (older, joined, refused, later)]
@@ -123,7 +124,9 @@ async def _status(caller: Caller) -> int:
 async def test_a_refusal_during_a_write_ends_the_lease_for_every_worker(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A 401 may overtake the 2xx whose lease is on its way to Redis; the lease does not outlive it there."""
+    """A 401 may overtake the 2xx whose lease is on its way to Redis;
+    the lease does not outlive it there.
+    """
     writing, go = asyncio.Event(), asyncio.Event()
     write = RedisVectors.write
 

@@ -1,4 +1,6 @@
-"""HTTP's rules of caching, as tables: what a request wishes, what an answer permits, and what is said of it."""
+"""HTTP's rules of caching, as tables: what a request wishes,
+what an answer permits, and what is said of it.
+"""
 
 import pytest
 

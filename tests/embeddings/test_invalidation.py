@@ -86,7 +86,9 @@ async def test_a_flush_is_complete_in_the_process_after_its_seconds(redis_url: s
 
 @pytest.mark.parametrize("has_lease", [True, False])
 async def test_a_flush_makes_no_second_worker_compute_again(redis_url: str, has_lease: bool) -> None:
-    """What one worker has computed since a flush another finds in Redis, though it still has the old vectors itself."""
+    """What one worker has computed since a flush another finds in Redis,
+    though it still has the old vectors itself.
+    """
     settings = Settings(REDIS_URL=redis_url)
     spies, now = [Spy(), Spy()], [0.0]
     workers = [EmbeddingCacheMiddleware(server(spy), settings=settings) for spy in spies]

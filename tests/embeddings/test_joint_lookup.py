@@ -13,6 +13,7 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import Spy, client, server
 from ..kit.inside import shared_of
+from ..kit.patience import PATIENCE
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +62,9 @@ async def test_a_lookup_waits_for_none_that_is_under_way() -> None:
 
 
 async def test_large_lookups_and_other_deadlines_go_alone() -> None:
-    """A long reply keeps no short one waiting, and nobody waits longer than he said; a trip holds 64 keys at most."""
+    """A long reply keeps no short one waiting,
+    and nobody waits longer than he said; a trip holds 64 keys at most.
+    """
     trips = Trips()
     joint = JointLookups(trips)
     many = [b"%d" % n for n in range(17)]
@@ -91,12 +94,14 @@ async def test_a_failure_is_everybodys() -> None:
 
 
 async def test_an_end_before_the_trip_has_left_reaches_all_who_wait() -> None:
-    """A store that is closed in the very turn in which somebody asks leaves nobody hanging, nor whoever comes later."""
+    """A store that is closed in the very turn in which somebody asks leaves nobody hanging, nor
+    whoever comes later.
+    """
     joint = JointLookups(Trips())
     waiting = [asyncio.ensure_future(joint.look_up([name], 1)) for name in (b"a", b"b")]
     closing = asyncio.ensure_future(joint.aclose())
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert [Failure.CONNECTION] * 2 == await asyncio.gather(*waiting)
         await closing
         assert [b"c"] == await joint.look_up([b"c"], 1)

@@ -144,7 +144,9 @@ def test_no_delimiter_trick_moves_a_boundary(requests: list[tuple[str, str, str,
 
 
 def test_what_cannot_change_a_vector_is_not_in_the_key() -> None:
-    """The representation, the user, ids of a request, the order of fields and of headers share a key."""
+    """The representation, the user, ids of a request,
+    the order of fields and of headers share a key.
+    """
     fields = {"model": "m", "input": "q"}
     same = [
         {"input": ["q"], "model": "m"},
@@ -203,14 +205,18 @@ DOORS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_lease_opens_only_what_the_app_has_seen(share: bool) -> None:
-    """Requests that differ in anything that may open a door have leases of their own, shared vectors or not."""
+    """Requests that differ in anything that may open a door have leases of their own, shared
+    vectors or not.
+    """
     identities = make(share=share)
     names = [identity_of(**door, identities=identities)[0].lease_name for door in DOORS]
     assert len(names) == len(set(names))
 
 
 def test_an_address_is_somebody_only_where_no_credential_is() -> None:
-    """Beside a credential header the way to the service changes no lease; the port of an address never does."""
+    """Beside a credential header the way to the service changes no lease;
+    the port of an address never does.
+    """
     key = (b"authorization", b"k")
     one = identity_of(headers=(key, (b"x-forwarded-for", b"192.0.2.1")), client=("192.0.2.9", 1))[0]
     other = identity_of(headers=(key, (b"x-forwarded-for", b"192.0.2.2")), client=("192.0.2.8", 1))[0]

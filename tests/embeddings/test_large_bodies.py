@@ -1,4 +1,6 @@
-"""Bodies that are large, late, in tiny pieces or never there: bounded memory, and the app's to answer."""
+"""Bodies that are large, late, in tiny pieces or never there:
+bounded memory, and the app's to answer.
+"""
 
 import asyncio
 import gc
@@ -79,7 +81,8 @@ async def test_requests_that_wait_hold_little_more_than_their_bytes(
     content: bytes, times: float, settings: Settings
 ) -> None:
     """While the app is at it, each keeps at most *times* its body, the client's own copy included."""
-    # Beside that one: what was read, what is hashed, and what the app was sent, in twice the room that it takes.
+    # Beside that one: what was read, what is hashed, and what the app was sent,
+    # in twice the room that it takes.
     app = Held()
     cached = EmbeddingCacheMiddleware(app, settings=settings)
     encoding = {"content-encoding": "gzip"} if content[:2] == b"\x1f\x8b" else {}
@@ -160,7 +163,9 @@ async def test_a_client_that_leaves_while_sending_is_the_apps_to_notice(settings
 
 @pytest.mark.parametrize("how", ["cancelled", "refused"])
 async def test_a_body_that_does_not_come_holds_none_of_the_budget(how: str, settings: Settings) -> None:
-    """A request that is cancelled while it sends, or whose ``receive`` raises, leaves the process's bytes to others."""
+    """A request that is cancelled while it sends, or whose ``receive`` raises,
+    leaves the process's bytes to others.
+    """
     app = EmbeddingCacheMiddleware(echo([]), settings=settings)
     reads = [0]
 
@@ -295,7 +300,9 @@ async def test_an_answer_in_tiny_pieces_takes_little_more_than_its_bytes(underst
 
 
 async def test_a_body_that_is_late_passes_through_and_holds_nothing(settings: Settings) -> None:
-    """After ``BODY_SECONDS`` the app gets what came and what comes, to the byte; others may use the memory."""
+    """After ``BODY_SECONDS`` the app gets what came and what comes,
+    to the byte; others may use the memory.
+    """
     seen: list[bytes] = []
     late = settings.model_copy(update={"EMBEDDING_CACHE_BODY_SECONDS": 0.01})
     app = EmbeddingCacheMiddleware(echo(seen), settings=late)

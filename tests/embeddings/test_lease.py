@@ -18,7 +18,8 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, listed, read, respond, server
 from ..kit.inside import shared_of
-from .callers import Caller, Gate, until
+from ..kit.patience import quiet, until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -113,7 +114,9 @@ async def test_a_credential_may_be_in_any_header(name: str, share: bool, any_set
 
 
 async def test_a_tenant_is_let_in_as_that_tenant_only(any_settings: Settings) -> None:
-    """A caller whom the app answers 403 for one tenant is not let in by what it allowed him for another."""
+    """A caller whom the app answers 403 for one tenant is not let in by what it allowed him for
+    another.
+    """
 
     def tenant(conn: HTTPConnection) -> str | None:
         return conn.headers["x-tenant"]
@@ -212,16 +215,14 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
     """Who finds the lease being renewed waits for that; all get their own vectors."""
     spy, gate, now = Spy(), Gate(), [time.time()]
     gate.open.set()
-    # A lookup that takes longer passes through, as two hundred at once may on a busy machine.
-    settings = Settings(**any_settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_TIMEOUT=30)
-    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=settings)
+    cached = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     shared_of(cached).clock.wall = lambda: now[0]
     await Caller(cached, "a", "b").task
     now[0] += 301
     gate.open.clear()
     callers = [Caller(cached, text) for text in "ab" * 100]
     await until(lambda: spy.calls >= 2)
-    await asyncio.sleep(0.05)
+    await quiet(shared_of(cached).vectors.manager)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert {200} == {caller.status for caller in callers}
@@ -232,7 +233,9 @@ async def test_two_hundred_hits_at_a_leases_end_are_one_call(any_settings: Setti
 
 
 async def test_with_a_lease_of_zero_whoever_joins_asks_as_well(any_settings: Settings) -> None:
-    """The app sees every request, and one that it refuses meanwhile is not let in by the answer to another."""
+    """The app sees every request, and one that it refuses meanwhile is not let in by the answer to
+    another.
+    """
     gate, open_doors = Gate(), [True, False]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

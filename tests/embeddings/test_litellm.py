@@ -1,4 +1,6 @@
-"""LiteLLM's proxy as it comes, served alone and behind the cache, before a fake upstream on loopback."""
+"""LiteLLM's proxy as it comes, served alone and behind the cache,
+before a fake upstream on loopback.
+"""
 
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from ..kit.embedding_apps import Spy, cache_status, read, respond, server, vector
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import Server, free_port, wait_until
 from .clients import installed
 from .test_socket import served
@@ -107,7 +109,7 @@ def _serving(module: str, folder: Path, **environment: str) -> Iterator[httpx.Cl
             yield _ready(client, answers)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def _ready(client: httpx.Client, answers: Callable[[], bool]) -> httpx.Client:
@@ -157,7 +159,9 @@ def _vectors(answer: httpx.Response) -> list[Any]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_key_opens_only_for_whom_it_opens_alone(proxy: Proxy, place: str) -> None:
-    """With the key the second answer is a hit; without it, or with a wrong one, a caller gets what the proxy says."""
+    """With the key the second answer is a hit; without it, or with a wrong one,
+    a caller gets what the proxy says.
+    """
     text, key = f"sent with {place}", {place: PLACES[place]}
     expected, cold = proxy.ask([text], key)
     assert _vectors(expected) == _vectors(cold) == [vector(text, "first").tolist()]
@@ -176,7 +180,9 @@ def test_a_key_opens_only_for_whom_it_opens_alone(proxy: Proxy, place: str) -> N
 
 
 def test_an_answer_has_vectors_of_one_model_only(proxy: Proxy) -> None:
-    """While the spare model answers, nothing of the first one is among its vectors; nor the other way round."""
+    """While the spare model answers,
+    nothing of the first one is among its vectors; nor the other way round.
+    """
     proxy.through(["stored before"])
     proxy.upstream.down = True
     expected, mixed = proxy.ask(["stored before", "asked meanwhile"])
@@ -198,7 +204,9 @@ def test_a_fallback_does_not_outlive_its_outage(proxy: Proxy) -> None:
 
 
 def test_what_metadata_says_of_one_request_costs_no_hit(proxy: Proxy) -> None:
-    """An ignored member differs and the answer is a hit; any other member makes another request of it."""
+    """An ignored member differs and the answer is a hit;
+    any other member makes another request of it.
+    """
     answers = [proxy.through(["with metadata"], metadata={"trace_id": str(n), "tags": ["a"]}) for n in range(2)]
     assert ["fwd=miss", "hit"] == [cache_status(answer).split("; ")[1] for answer in answers]
     assert _vectors(answers[0]) == _vectors(answers[1])

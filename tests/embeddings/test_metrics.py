@@ -21,8 +21,10 @@ from redis_asgi.settings import Settings
 from redis_asgi.telemetry import Telemetry, fresh_telemetry
 
 from ..kit.embedding_apps import DIMS, Spy, cache_status, client, drive, read, respond, server
+from ..kit.inside import shared_of
+from ..kit.patience import quiet, until
 from ..kit.servers import Server
-from .callers import Caller, Gate, until
+from .callers import Caller, Gate
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +65,9 @@ def ask(*items: str, **more: Any) -> dict[str, Any]:
 
 
 async def test_hits_misses_and_their_bytes_and_tokens(any_settings: Settings, counted: Telemetry) -> None:
-    """A miss of 2, a hit of 2 with a duplicate, a partial of 2 and 1; a token per word and one more."""
+    """A miss of 2, a hit of 2 with a duplicate, a partial of 2 and 1;
+    a token per word and one more.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=any_settings)
     async with client(app) as c:
         for items in (("a", "b"), ("a", "b", "a"), ("a", "b", "c")):
@@ -80,7 +84,9 @@ async def test_hits_misses_and_their_bytes_and_tokens(any_settings: Settings, co
 
 
 async def test_a_lookup_is_timed_where_there_is_one(settings: Settings, counted: Telemetry) -> None:
-    """Each trip to Redis is a command; once the epoch is seen, a full hit of the process needs none."""
+    """Each trip to Redis is a command; once the epoch is seen,
+    a full hit of the process needs none.
+    """
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     async with client(app) as c:
         for _ in range(5):
@@ -100,7 +106,7 @@ async def test_what_waits_for_anothers_computation_is_collapsed(any_settings: Se
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     callers = [Caller(app, "a") for _ in range(3)]
     await gate.reached.wait()
-    await asyncio.sleep(0.05)
+    await quiet(shared_of(app).vectors.manager)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
 
@@ -262,7 +268,7 @@ async def test_every_request_counts_once_also_when_its_caller_goes(counted: Tele
     await until(lambda: spy.calls == 3)
     callers[0].disconnect()
     callers[1].task.cancel()
-    await asyncio.sleep(0.01)
+    await quiet(shared_of(app).vectors.manager)
     gate.open.set()
     await asyncio.wait({caller.task for caller in callers}, timeout=5)
 
@@ -288,7 +294,9 @@ class Chatty(OpenAI):
 
 
 async def test_no_label_carries_what_somebody_sent(redis_url: str, counted: Telemetry) -> None:
-    """Texts, models, keys, paths, credentials and words of a wire format stay out; so do addresses of Redis."""
+    """Texts, models, keys, paths, credentials and words of a wire format stay out; so do addresses
+    of Redis.
+    """
     settings = Settings(REDIS_URL=redis_url)
 
     def app_of(**options: Any) -> ASGIApp:

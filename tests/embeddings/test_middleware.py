@@ -251,7 +251,9 @@ def test_unknown_wire_formats_in_the_environment_are_found_at_construction() -> 
 
 
 async def test_the_shared_client_is_held_while_the_app_lives(settings: Settings) -> None:
-    """The lifespan opens it, and closes it before the server hears of the end; the app's own events pass."""
+    """The lifespan opens it, and closes it before the server hears of the end; the app's own events
+    pass.
+    """
     app = EmbeddingCacheMiddleware(Starlette(), settings=settings)
     manager = shared_of(app).vectors.manager
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
@@ -316,7 +318,9 @@ async def test_an_empty_namespace_is_said_once_at_the_first_store(
 
 
 async def test_vectors_can_have_a_server_of_their_own(own_server: Any, redis_url: str) -> None:
-    """``EMBEDDING_CACHE_REDIS_URL``: nothing of the cache is on the shared server, and its death is no matter."""
+    """``EMBEDDING_CACHE_REDIS_URL``:
+    nothing of the cache is on the shared server, and its death is no matter.
+    """
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_REDIS_URL=own_server.url, EMBEDDING_CACHE_L1_BYTES=0)
     app = EmbeddingCacheMiddleware(server(Spy()), settings=settings)
     await ask(app, "a")

@@ -136,7 +136,9 @@ MISBEHAVIOURS = [
 
 
 def misbehaving(misbehave: Misbehave, broken: list[bool], name: str = "openai", seen: Spy | None = None) -> ASGIApp:
-    """A good server of one format until *broken* says otherwise; *seen* keeps the bodies it got after that."""
+    """A good server of one format until *broken* says otherwise;
+    *seen* keeps the bodies it got after that.
+    """
     good = Spy()
     _, field, build = FORMATS[name]
 
@@ -159,9 +161,11 @@ def misbehaving(misbehave: Misbehave, broken: list[bool], name: str = "openai", 
 async def test_a_misbehaving_app_is_heard_as_it_is(
     misbehave: Misbehave, stored: list[str], any_settings: Settings
 ) -> None:
-    """Whatever the app answers to the original request is what the client gets, and nothing of it is stored.
+    """Whatever the app answers to the original request is what the client gets, and nothing of it
+    is stored.
 
-    It is called once, and once more only where its answer to a smaller request may not be the one to this request.
+    It is called once, and once more only where its answer to a smaller request may not be the one
+    to this request.
     """
     broken, seen = [False], Spy()
     app = misbehaving(misbehave, broken)
@@ -267,7 +271,9 @@ NOT_BASE64 = {
 @pytest.mark.parametrize("value", NOT_BASE64.values(), ids=NOT_BASE64)
 @pytest.mark.parametrize("name", ["openai", "cohere"])
 async def test_wrong_base64_is_the_apps_to_answer(name: str, value: Any, stored: bool, settings: Settings) -> None:
-    """What is not base64 of as many finite float32 numbers as its neighbours have is relayed and not stored."""
+    """What is not base64 of as many finite float32 numbers as its neighbours have is relayed and
+    not stored.
+    """
 
     async def wrong(send: Send, answer: Any, _raw: bytes) -> None:
         if name == "openai":
@@ -296,7 +302,9 @@ async def test_wrong_base64_is_the_apps_to_answer(name: str, value: Any, stored:
 
 
 async def test_what_an_item_says_of_its_own_input_is_not_said_of_another(settings: Settings) -> None:
-    """A member beside the vector, alike in every item of one answer or not: the app's words, not stored."""
+    """A member beside the vector, alike in every item of one answer or not: the app's words, not
+    stored.
+    """
 
     async def more(send: Send, answer: Any, raw: bytes) -> None:
         for item in answer["data"]:

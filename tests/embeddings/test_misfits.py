@@ -1,4 +1,6 @@
-"""Apps that do not understand smaller requests: the cache costs two calls a minute more, and full hits go on."""
+"""Apps that do not understand smaller requests:
+the cache costs two calls a minute more, and full hits go on.
+"""
 
 import random
 import time
@@ -57,7 +59,9 @@ async def ask(c: Any, *items: str, **fields: str) -> Any:
 async def test_duplicates_cost_two_calls_a_minute_more(
     how: str, any_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Five batches with a duplicate are seven calls, not ten; after a minute it is tried again, twice."""
+    """Five batches with a duplicate are seven calls, not ten;
+    after a minute it is tried again, twice.
+    """
     app, now = Odd(how), [1000.0]
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
     shared_of(cached).clock.monotonic = lambda: now[0]
@@ -76,7 +80,9 @@ async def test_duplicates_cost_two_calls_a_minute_more(
 
 
 async def test_full_hits_go_on_and_whole_requests_are_stored(any_settings: Settings) -> None:
-    """What is remembered concerns requests that miss something; a whole one without a duplicate can still be stored."""
+    """What is remembered concerns requests that miss something;
+    a whole one without a duplicate can still be stored.
+    """
     app = Odd("small")
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
     async with client(cached) as c:

@@ -73,7 +73,9 @@ def in_order(name: str, answer: Any) -> Any:
 async def test_an_answer_through_the_cache_is_the_answer_of_the_app_alone(
     name: str, style: str, any_settings: Settings
 ) -> None:
-    """Order, index, status, vectors, headers and exact counts are those of the app, for any mix of hits."""
+    """Order, index, status, vectors,
+    headers and exact counts are those of the app, for any mix of hits.
+    """
     rng = random.Random(f"{name}{style}")
     alone = server(Spy(style=style))
     spy = Spy(style=style, shuffle=rng, honours_base64=style != "wide")
@@ -186,7 +188,8 @@ OF_ONE_REQUEST: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 async def test_what_was_said_of_one_request_is_said_of_no_other(
     name: str, mode: str, dtype: str, redis_url: str
 ) -> None:
-    """Costs, images, details and durations are in the app's own answer, and in none that was put together.
+    """Costs, images, details and durations are in the app's own answer,
+    and in none that was put together.
 
     What is `billed` for a part of a request is what the app has said of that part.
     """
@@ -245,7 +248,9 @@ async def test_billed_usage_is_what_the_app_counted_for_this_request(redis_url: 
 
 
 def quantised(body: dict[str, Any], items: list[Any], spy: Spy) -> Any:
-    """A server that prints int8 whatever it is asked for; long vectors, so that they are read one at a time."""
+    """A server that prints int8 whatever it is asked for; long vectors,
+    so that they are read one at a time.
+    """
     answer = FORMATS["openai"][2](body, items, spy)
     for item in answer["data"]:
         item["embedding"] = [round(x * 40) for x in item["embedding"]]
@@ -255,7 +260,9 @@ def quantised(body: dict[str, Any], items: list[Any], spy: Spy) -> Any:
 @pytest.mark.parametrize("dims", [6, 300])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 async def test_integers_are_relayed_and_not_stored(dims: int, dtype: str, redis_url: str) -> None:
-    """Also around a duplicate they stay the integers that they were, and a stored float stands beside none."""
+    """Also around a duplicate they stay the integers that they were,
+    and a stored float stands beside none.
+    """
     settings = Settings(REDIS_URL=redis_url, EMBEDDING_CACHE_DTYPE=dtype)
     quantises, seen = [True], Spy(dims=dims)
 
@@ -288,7 +295,9 @@ async def test_integers_are_relayed_and_not_stored(dims: int, dtype: str, redis_
 
 @pytest.mark.parametrize("dims", [6, 300])
 async def test_integers_among_floats_are_stored(dims: int, any_settings: Settings) -> None:
-    """A vector of ones beside one of floats, and whole numbers in that, come back numerically the same."""
+    """A vector of ones beside one of floats, and whole numbers in that,
+    come back numerically the same.
+    """
     vectors = {"ones": [0, 1] * (dims // 2), "some": [1, 0.5] * (dims // 2)}
 
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:
@@ -305,7 +314,9 @@ async def test_integers_among_floats_are_stored(dims: int, any_settings: Setting
 
 @pytest.mark.parametrize("refuses", [False, True])
 async def test_an_empty_text_among_others_is_the_apps_to_refuse(refuses: bool, settings: Settings) -> None:
-    """One that takes it has it cached as any text; one that does not is heard, and the others are still stored."""
+    """One that takes it has it cached as any text; one that does not is heard,
+    and the others are still stored.
+    """
     build = FORMATS["openai"][2]
 
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:

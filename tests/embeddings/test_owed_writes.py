@@ -1,7 +1,7 @@
 """A denial that Redis could not be told reaches it as soon as it answers again."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import redis as sync_redis
@@ -17,6 +17,7 @@ from redis_asgi.embeddings.storage.store import vectors_of
 from redis_asgi.errors import Failure
 
 from ..kit.embedding_apps import Spy, cache_status, client, respond, server
+from ..kit.patience import PATIENCE, until
 from ..kit.servers import Cluster, ExternalServer, Server
 from .test_faults import settings_of
 
@@ -35,13 +36,6 @@ async def manager(own_server: Server) -> AsyncIterator[RedisManager]:
     manager = RedisManager(settings_of(own_server.url, EMBEDDING_CACHE_TIMEOUT=0.1))
     yield manager
     await manager.close()
-
-
-async def until(truth: Callable[[], object]) -> None:
-    """Wait until *truth* holds; the tasks under test go on meanwhile."""
-    async with asyncio.timeout(10):
-        while not truth():
-            await asyncio.sleep(0.01)
 
 
 NOTE = Write(b"denied", b"at", 60)
@@ -80,7 +74,7 @@ async def test_what_could_not_be_revoked_is_when_redis_is_back(
         own_server.resume()
     await until(lambda: own_server.client().dbsize() == 51)
     assert b"at" == own_server.client().get("denied")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while await store.lookup([b"0", b"149", b"150", b"199"], 1) != [None, None, b"lease", b"lease"]:
             await asyncio.sleep(0.01)
 
@@ -183,7 +177,9 @@ async def test_a_shared_server_is_left_in_peace(redis_server: ExternalServer) ->
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refusal_while_redis_is_away_reaches_other_processes(own_server: Server, status: int) -> None:
-    """Whose lease is in Redis is asked again by everyone soon after Redis is back; others stay let in."""
+    """Whose lease is in Redis is asked again by everyone soon after Redis is back; others stay let
+    in.
+    """
     allowed = {"alice", "bob"}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -208,7 +204,7 @@ async def test_a_refusal_while_redis_is_away_reaches_other_processes(own_server:
     own_server.pause()
     assert status == (await ask(0, "alice", "new"))[0]
     own_server.resume()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while "hit" not in (await ask(1, "bob"))[1] or (await ask(1, "alice"))[0] == 200:
             await asyncio.sleep(0.01)
     assert status == (await ask(1, "alice"))[0]

@@ -109,7 +109,9 @@ def test_what_is_too_deep_to_look_at_passes_through() -> None:
     )
 )
 def test_nothing_else_is_refused(value: Any) -> None:
-    """A body is refused exactly when a plain recursion finds such a list in it, or more than eight levels."""
+    """A body is refused exactly when a plain recursion finds such a list in it, or more than eight
+    levels.
+    """
 
     def found(value: Any, depth: int) -> bool:
         if not isinstance(value, list | dict):
@@ -163,7 +165,9 @@ def test_everything_else_is_in_the_scope(more: dict[str, Any], other: dict[str, 
 
 
 def test_scalars_of_the_scope_are_found_by_dotted_name() -> None:
-    """Those that may be new in every request: texts and numbers, not the inputs, nor what is ignored."""
+    """Those that may be new in every request: texts and numbers,
+    not the inputs, nor what is ignored.
+    """
     more = {"user": "u", "encoding_format": "float", "n": 1, "metadata": {"trace_id": "1", "id": "2", "x": {"y": 0.5}}}
     batch = batch_of({"model": "m", "input": "x", "list": ["a"], "none": None, "flag": True, **more})
     found = {"model": "m", "n": 1, "metadata.id": "2", "metadata.x.y": 0.5}
@@ -211,7 +215,9 @@ def test_names_of_a_setting_are_a_tree() -> None:
 
 @pytest.mark.anyio
 async def test_item_lists_reach_the_app_as_they_are(any_settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing of such a request is dropped, reordered or stored; the log names the field once, with the setting."""
+    """Nothing of such a request is dropped, reordered or stored;
+    the log names the field once, with the setting.
+    """
     spy = Spy()
     app = EmbeddingCacheMiddleware(server(spy), settings=any_settings)
     bodies = [

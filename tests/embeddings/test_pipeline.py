@@ -1,4 +1,6 @@
-"""One trip over a pooled connection: replies in order, nothing left over, nothing of it left when it ends early."""
+"""One trip over a pooled connection: replies in order, nothing left over,
+nothing of it left when it ends early.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from redis_asgi.connection.manager import RedisManager
 from redis_asgi.embeddings.storage.pipeline import execute
 from redis_asgi.settings import Settings
 
+from ..kit.patience import leave_unread
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 
@@ -137,7 +140,9 @@ async def test_what_is_no_answer_is_hung_up_on(said: bytes) -> None:
 
 
 async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
-    """A unix socket and TLS carry a trip as TCP does, larger than a record, with redis-py's commands in between."""
+    """A unix socket and TLS carry a trip as TCP does, larger than a record,
+    with redis-py's commands in between.
+    """
     manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = cast("aioredis.Redis", await manager.get_connection())
     for _ in range(3):
@@ -147,7 +152,9 @@ async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
 
 
 async def test_a_connection_that_was_reset_while_idle_is_replaced(private_server: StartServer) -> None:
-    """A proxy or a firewall in between that resets what idles costs nobody an answer: neither a trip nor a command."""
+    """A proxy or a firewall in between that resets what idles costs nobody an answer: neither a
+    trip nor a command.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_POOL_SIZE=1))
@@ -174,8 +181,7 @@ async def test_a_connection_of_a_users_client_with_something_left_to_read_is_dro
     await execute(pool, [("SET", "a", "of a"), ("SET", "b", "of b")], 5)
     connection = await pool.get_connection()
     if left == "a reply":
-        await connection.send_command("GET", "a")
-        await asyncio.sleep(0.02)
+        await leave_unread(connection, "GET", "a")
     elif left == "half a reply":
         connection._parser._stream.feed_data(b"$4\r\nof")
     else:

@@ -1,4 +1,6 @@
-"""What a request asks is the same whether it was read before or not, and what is remembered is bounded."""
+"""What a request asks is the same whether it was read before or not,
+and what is remembered is bounded.
+"""
 
 from typing import Any
 
@@ -100,7 +102,9 @@ DIFFERENT: list[dict[str, Any]] = [
 
 
 async def test_whatever_is_in_a_key_is_another_question() -> None:
-    """A reader that has read all others names the records of each as one does that has read nothing."""
+    """A reader that has read all others names the records of each as one does that has read
+    nothing.
+    """
     experienced = make()
     for _ in range(2):
         for case in DIFFERENT:
@@ -117,7 +121,9 @@ async def test_whatever_is_in_a_key_is_another_question() -> None:
 
 
 async def test_only_a_little_is_remembered() -> None:
-    """Small requests, the last 256 of them; none of a format of the user's, which may do with them what it likes."""
+    """Small requests, the last 256 of them; none of a format of the user's,
+    which may do with them what it likes.
+    """
     questions = make()
     for n in range(600):
         await read(questions, body(f"text {n}"))

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.anyio
 
 
 def service(field: str, vectors: str, seen: list[Any], around: Any = None) -> ASGIApp:
-    """A service that takes *field* and answers *vectors*, with what *around* makes of the texts beside them."""
+    """A service that takes *field* and answers *vectors*,
+    with what *around* makes of the texts beside them.
+    """
 
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:
         body = orjson.loads(await read(receive))
@@ -43,7 +45,9 @@ def through(app: ASGIApp, settings: Settings) -> httpx.AsyncClient:
 async def test_usual_names_are_understood(
     field: str, vectors: str, model: dict[str, str], any_settings: Settings
 ) -> None:
-    """With a model or without; only what is not stored is computed, and a hit is the app's own answer."""
+    """With a model or without; only what is not stored is computed,
+    and a hit is the app's own answer.
+    """
     seen: list[Any] = []
     app = service(field, vectors, seen, lambda texts: {"dim": 6})
     async with client(service(field, vectors, [], lambda texts: {"dim": 6})) as alone, through(app, any_settings) as c:
@@ -108,7 +112,9 @@ async def test_other_answers_are_relayed(answer: Any, any_settings: Settings) ->
 
 
 async def test_what_stands_around_is_true_of_the_request(any_settings: Settings) -> None:
-    """Texts, flags and lengths are repeated; counts, tokens, ids and the echo are made anew; the rest is left out."""
+    """Texts, flags and lengths are repeated; counts, tokens,
+    ids and the echo are made anew; the rest is left out.
+    """
     calls: list[Any] = []
 
     def around(texts: list[str]) -> dict[str, Any]:

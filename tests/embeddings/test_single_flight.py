@@ -19,7 +19,8 @@ from redis_asgi.settings import Settings
 
 from ..kit.embedding_apps import FORMATS, Spy, cache_status, client, read, respond, server
 from ..kit.inside import shared_of
-from .callers import Caller, Gate, until
+from ..kit.patience import PATIENCE, until
+from .callers import Caller, Gate, quiet_of
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +31,7 @@ async def test_fifty_identical_requests_are_one_computation(any_settings: Settin
     app = EmbeddingCacheMiddleware(server(spy, before=gate), settings=any_settings)
     callers = [Caller(app, "a", "b") for _ in range(50)]
     await gate.reached.wait()
-    await asyncio.sleep(0.05)
+    await quiet_of(app)
     gate.open.set()
     await asyncio.gather(*(caller.task for caller in callers))
     assert ["a", "b"] == spy.seen
@@ -70,9 +71,9 @@ async def test_the_first_callers_disconnect_fails_nobody(any_settings: Settings)
     first = Caller(cached, "a")
     await gate.reached.wait()
     second = Caller(cached, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     first.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(first.task, second.task)
     assert [False] == disconnected
@@ -86,7 +87,7 @@ async def test_the_first_callers_cancellation_fails_nobody(any_settings: Setting
     first = Caller(app, "a")
     await gate.reached.wait()
     second = Caller(app, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     first.task.cancel()
     await asyncio.wait({first.task})
     gate.open.set()
@@ -113,14 +114,14 @@ async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_se
     cached = EmbeddingCacheMiddleware(app, settings=any_settings)
     callers = [Caller(cached, "a") for _ in range(3)]
     await started.wait()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     for caller in callers:
         assert not seen
         if cancelled:
             caller.task.cancel()
         else:
             caller.disconnect()
-        await asyncio.sleep(0.01)
+        await quiet_of(cached)
     await asyncio.wait({caller.task for caller in callers})
     await until(lambda: bool(seen))
     assert ["cancelled" if cancelled else "http.disconnect"] == seen[:1]
@@ -131,7 +132,9 @@ async def test_the_app_learns_when_nobody_waits_any_more(cancelled: bool, any_se
 async def test_an_answer_that_flows_ends_with_its_client(
     cancelled: bool, followed: bool, any_settings: Settings
 ) -> None:
-    """What is only relayed is somebody's alone: an app that streams hears of the disconnect, or is cancelled."""
+    """What is only relayed is somebody's alone:
+    an app that streams hears of the disconnect, or is cancelled.
+    """
     gate = Gate()
     ended: list[str] = []
 
@@ -160,7 +163,7 @@ async def test_an_answer_that_flows_ends_with_its_client(
     first = Caller(cached, "a")
     await gate.reached.wait()
     second = Caller(cached, "a") if followed else None
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await until(lambda: len(first.sent) > 2)
     if cancelled:
@@ -176,7 +179,9 @@ async def test_an_answer_that_flows_ends_with_its_client(
 
 
 async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_settings: Settings) -> None:
-    """Who waits for two calls and is cancelled after one has brought nothing, ends the other at most."""
+    """Who waits for two calls and is cancelled after one has brought nothing, ends the other at
+    most.
+    """
     one, other, background = asyncio.Event(), asyncio.Event(), asyncio.Event()
     done: list[str] = []
 
@@ -200,7 +205,7 @@ async def test_what_the_app_does_after_its_answer_is_no_followers_to_end(any_set
     await until(lambda: len(leaders[1].sent) == 2)
     follower.task.cancel()
     await asyncio.wait({follower.task})
-    await asyncio.sleep(0.01)
+    await quiet_of(cached)
     one.set()
     background.set()
     await asyncio.gather(*(leader.task for leader in leaders))
@@ -214,9 +219,9 @@ async def test_a_client_that_leaves_first_is_not_cancelled_with_the_last(any_set
     first = Caller(app, "a")
     await gate.reached.wait()
     last = Caller(app, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     first.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(app)
     last.task.cancel()
     await asyncio.wait({first.task, last.task})
     assert last.task.cancelled()
@@ -225,7 +230,9 @@ async def test_a_client_that_leaves_first_is_not_cancelled_with_the_last(any_set
 
 @pytest.mark.parametrize("role", ["of its own", "of another"])
 async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_settings: Settings) -> None:
-    """Neither the original of a smaller request, nor what a failed flight of somebody else would have brought."""
+    """Neither the original of a smaller request,
+    nor what a failed flight of somebody else would have brought.
+    """
     gate, bodies = Gate(), []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -238,11 +245,11 @@ async def test_nothing_is_asked_again_for_a_client_that_has_gone(role: str, any_
     first = Caller(cached, "a", "a")
     await gate.reached.wait()
     leaving = first if role == "of its own" else Caller(cached, "a")
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     leaving.disconnect()
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.wait({leaving.task})
         await asyncio.wait({first.task})
     assert not leaving.sent
@@ -264,7 +271,7 @@ async def test_an_error_is_the_apps_answer_to_each_request_that_gets_it(any_sett
     first = Caller(cached, "a", x_request_id="0")
     await gate.reached.wait()
     rest = [Caller(cached, "a", x_request_id=str(n)) for n in (1, 2, 3)]
-    await asyncio.sleep(0.05)
+    await quiet_of(cached)
     assert 1 == len(calls)
     gate.open.set()
     await asyncio.gather(first.task, *(caller.task for caller in rest))
@@ -289,7 +296,7 @@ async def test_a_large_flight_is_not_joined_by_small_requests(any_settings: Sett
     await small.task
     assert 2 == spy.calls
     as_large = Caller(cached, *(f"text {n}" for n in range(17)))
-    await asyncio.sleep(0.02)
+    await quiet_of(cached)
     gate.open.set()
     await asyncio.gather(large.task, as_large.task)
     assert 2 == spy.calls
@@ -321,7 +328,9 @@ async def test_background_tasks_of_the_app_run_after_its_answer(settings: Settin
 
 
 def with_cancellation(endpoint: Any) -> Any:
-    """VLLM's decorator: cancels the endpoint when the client disconnects, by reading ``receive`` until then."""
+    """VLLM's decorator: cancels the endpoint when the client disconnects,
+    by reading ``receive`` until then.
+    """
 
     async def listen(request: Request, reads: list[int]) -> None:
         while True:
@@ -358,7 +367,9 @@ class _Authentication:
 
 
 def vllm(settings: Settings, spy: Spy, gate: Gate) -> Starlette:
-    """An app put together in vLLM's order: authentication, request ids, then ``--middleware``, outermost."""
+    """An app put together in vLLM's order: authentication, request ids,
+    then ``--middleware``, outermost.
+    """
 
     async def endpoint(request: Request) -> Response:
         fields = orjson.loads(await request.body())
@@ -380,7 +391,9 @@ def vllm(settings: Settings, spy: Spy, gate: Gate) -> Starlette:
 
 
 async def test_vllms_order_and_its_cancellation_loop_work(settings: Settings) -> None:
-    """No spin, no early disconnect, a key still needed for hits; a disconnect's ``200 null`` is not stored."""
+    """No spin, no early disconnect, a key still needed for hits;
+    a disconnect's ``200 null`` is not stored.
+    """
     spy, gate = Spy(), Gate()
     app = vllm(settings, spy, gate)
     gone = Caller(app, "gone", authorization="Bearer secret")
@@ -429,13 +442,11 @@ async def test_a_storm_of_cancelled_requests_never_mixes_answers(any_settings: S
 
 
 async def test_an_app_that_answers_twice_as_late_is_still_one_call(settings: Settings) -> None:
-    """The next identical request after an answer never misses: the flight is joined until its write has ended."""
+    """The next identical request after an answer never misses:
+    the flight is joined until its write has ended.
+    """
     spy = Spy()
-    # Nothing of this is about a machine that is busy.
-    no_layer = Settings(
-        **settings.model_dump(exclude_unset=True), EMBEDDING_CACHE_L1_BYTES=0, EMBEDDING_CACHE_TIMEOUT=5
-    )
-    app = EmbeddingCacheMiddleware(server(spy), settings=no_layer)
+    app = EmbeddingCacheMiddleware(server(spy), settings=settings.but(EMBEDDING_CACHE_L1_BYTES=0))
     async with client(app) as c:
 
         async def ask(n: int) -> httpx.Response:

@@ -1,4 +1,6 @@
-"""The store of vectors: what a server may answer, and what becomes of the rest when part of it is gone."""
+"""The store of vectors: what a server may answer,
+and what becomes of the rest when part of it is gone.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,7 +75,9 @@ ODD = {
 @pytest.mark.parametrize("shape", ODD)
 @pytest.mark.parametrize("whose", ["ours", "the user's"])
 async def test_a_reply_of_another_shape_is_a_failure(operation: str, shape: str, whose: str) -> None:
-    """Whatever a command cannot be answered by, and whoever made the client: a value that says so, never an error."""
+    """Whatever a command cannot be answered by, and whoever made the client:
+    a value that says so, never an error.
+    """
     said, fitting = ODD[shape]
     if operation in fitting:
         return
@@ -103,7 +107,9 @@ async def test_odd_replies_never_reach_a_client(shape: str) -> None:
 async def test_a_server_that_enforces_slots_has_its_keys_apart(
     slots_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The refused lookup is sent once more in time; the breaker hears nothing, and the log says it once."""
+    """The refused lookup is sent once more in time;
+    the breaker hears nothing, and the log says it once.
+    """
     manager = RedisManager(settings_of(slots_server.url))
     spy = Spy()
     async with client(EmbeddingCacheMiddleware(server(spy), redis=manager)) as c:

@@ -93,7 +93,9 @@ def test_a_request_of_texts_is_never_reported_as_nothing(values: list[Value], ex
 
 
 def test_what_is_reported() -> None:
-    """`original`: all; `billed`: what the app counted, its own words where they are about all of that."""
+    """`original`: all; `billed`: what the app counted,
+    its own words where they are about all of that.
+    """
     assert Usage(9) == reported(9, 4, "original") == reported(9, 4, "original", counted=4)
     assert Usage(4, 5) == reported(9, 4, "billed") == reported(9, 4, "billed", counted=3)
     assert Usage(None, 5) == reported(9, 4, "billed", counted=4)

@@ -81,7 +81,9 @@ def test_what_is_not_base64_of_float32_is_not_read(text: object) -> None:
 
 
 def test_what_is_kept_takes_no_more_than_its_length() -> None:
-    """What the in-process layer counts is what it holds; the same for token arrays, which wait for the app."""
+    """What the in-process layer counts is what it holds;
+    the same for token arrays, which wait for the app.
+    """
     numbers = np.random.default_rng(1).standard_normal(1536).astype("<f4")
     values = [encode(numbers, born=1, own=bytes(8), flags=Flag.SHORTEST) for _ in range(50)]
     tokens = [99_999] * 700

@@ -161,7 +161,9 @@ IMAGES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_base64_of_a_known_image_is_inline(name: str) -> None:
-    """Also with lines, or in the alphabet of URLs; of the same bytes behind others, or cut short, it is not."""
+    """Also with lines, or in the alphabet of URLs;
+    of the same bytes behind others, or cut short, it is not.
+    """
     image = IMAGES[name] + bytes(range(256)) * 4
     text = base64.b64encode(image).decode()
     assert is_inline(text)

@@ -1,4 +1,5 @@
-"""The laboratory: the whole package in one app, in front of a Redis that misbehaves, and an oracle that counts along.
+"""The laboratory: the whole package in one app, in front of a Redis that misbehaves,
+and an oracle that counts along.
 
 ``service``     the app under test: three limits, each failing its own way, the cache, and every page
 ``table``       one row for each way in which Redis can be ill, and what is promised then
@@ -10,6 +11,6 @@
 ``chaos``       a connection that changes its fault all the time
 ``serving``     a real uvicorn
 
-Durations are compared with a control that the same loop ran at the same time, never with a number of seconds: see
-`story.Control`.
+Durations are compared with a control that the same loop ran at the same time, never with a number
+of seconds: see `story.Control`.
 """

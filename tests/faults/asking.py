@@ -66,7 +66,9 @@ class Exchange:
         return self._answer(self._ended - began)
 
     def waits(self) -> bool:
-        """Whether the request, run now, has to wait for anything at all; to be called within the loop."""
+        """Whether the request, run now, has to wait for anything at all; to be called within the
+        loop.
+        """
         running = self._app(self._scope, self._receive, self._send).__await__()
         try:
             next(running)

@@ -20,7 +20,8 @@ from .story import Control
 QUOTA, DIVISOR = 10, 2
 DEADLINE = 0.1  # seconds
 Fault = tuple[Mode, float, int | None]
-# Momentary ones, of which the breaker does not open, and such as last; each may come while anything is under way.
+# Momentary ones, of which the breaker does not open, and such as last;
+# each may come while anything is under way.
 _BRIEF: tuple[Fault, ...] = (
     ("cut_replies", 0.0, 1),
     ("reset", 0.0, None),
@@ -46,7 +47,8 @@ async def disturb(proxy: FaultProxy, chance: random.Random) -> None:
         await proxy.set(mode, seconds=seconds, times=times)
         await asyncio.sleep(0.15 if lasts else 0.005)
         if mode in ("drop_replies", "blackhole"):
-            # TCP loses nothing in the middle of a connection that lives: whoever lost something loses the connection.
+            # TCP loses nothing in the middle of a connection that lives:
+            # whoever lost something loses the connection.
             await proxy.set("reset")
         await proxy.set("pass")
         await asyncio.sleep(chance.uniform(0.02, 0.06))
@@ -55,7 +57,8 @@ async def disturb(proxy: FaultProxy, chance: random.Random) -> None:
 async def run(
     server: Server, strategy: StrategyName, seconds: float, chance: random.Random, *, sabotage: str = ""
 ) -> tuple[Ledger, float, float]:
-    """Waves of new clients for *seconds*, each client asking twice its quota of every mode; then the quotas' rest.
+    """Waves of new clients for *seconds*,
+    each client asking twice its quota of every mode; then the quotas' rest.
 
     Args:
         sabotage: As of `build`; nothing else is wrong then, and nothing is left to drain.

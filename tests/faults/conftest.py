@@ -43,7 +43,8 @@ def told(request: pytest.FixtureRequest, server_binary: str) -> Told:
         row = replace(row, **row.before_7)
     arguments = ("--user", USER, "on", f">{SECRET}", "~*", "&*", "+@all", *row.arguments)
     with pytest.MonkeyPatch.context() as patch:
-        # A refused login is tried every five seconds, which test_breaker shows; here they pass sooner.
+        # A refused login is tried every five seconds,
+        # which test_breaker shows; here they pass sooner.
         patch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.2)
         for _ in range(_TELLINGS):
             server = Server.start(server_binary, *arguments)

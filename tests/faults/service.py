@@ -1,4 +1,5 @@
-"""The app under test: limits that fail locally, open and closed, the cache, and the pages, over one manager.
+"""The app under test: limits that fail locally, open and closed, the cache,
+and the pages, over one manager.
 
 ``uvicorn --factory tests.faults.service:served`` serves it, configured by the environment.
 """
@@ -36,7 +37,9 @@ MODES: tuple[OnRedisError, ...] = ("local", "open", "closed")
 
 
 def numbers(text: str, credential: str) -> list[float]:
-    """The one right vector of *text* for the owner of *credential*: no two callers may ever share one."""
+    """The one right vector of *text* for the owner of *credential*:
+    no two callers may ever share one.
+    """
     return [float(number) for number in vector(text, credential)]
 
 
@@ -44,8 +47,9 @@ class Endpoints:
     """The app behind the middlewares.
 
     Args:
-        reached: A file that gets a line ``address source`` for each limited request that came through, so that the
-            work of several processes can be counted without Redis; ``None`` = none.
+        reached: A file that gets a line ``address source`` for each limited request that came
+            through, so that the work of several processes can be counted without Redis; ``None`` =
+            none.
     """
 
     def __init__(self, reached: Path | None = None) -> None:
@@ -108,8 +112,8 @@ def build(
 
     Args:
         quota: Units of each client per hour, on each of ``/local``, ``/open`` and ``/closed``.
-        sabotage: With ``vectors`` in it what is not to be shared is, with ``counters`` one client counts as many:
-            what an oracle has to notice.
+        sabotage: With ``vectors`` in it what is not to be shared is, with ``counters`` one client
+            counts as many: what an oracle has to notice.
     """
     redis: dict[str, Any] = {"redis": manager, "settings": manager.settings}
     app: ASGIApp = Starlette(
@@ -139,7 +143,9 @@ def _by_connection(connection: HTTPConnection) -> str:
 
 
 def served() -> ASGIApp:
-    """The app as the environment describes it: ``FAULTS_QUOTA``, ``FAULTS_REACHED``, ``FAULTS_SABOTAGE``."""
+    """The app as the environment describes it: ``FAULTS_QUOTA``,
+    ``FAULTS_REACHED``, ``FAULTS_SABOTAGE``.
+    """
     manager = RedisManager(Settings())
     reached = os.environ.get("FAULTS_REACHED")
     return build(

@@ -33,13 +33,17 @@ class Served:
 
     @property
     def reached(self) -> Counter[tuple[str, str]]:
-        """How many limited requests came through to the app, in any process, by client and who had decided."""
+        """How many limited requests came through to the app, in any process,
+        by client and who had decided.
+        """
         lines = (self._folder / "reached").read_text().splitlines()
         return Counter((client, source) for client, source in map(str.split, lines))
 
     @property
     def raised(self) -> set[str]:
-        """What its processes printed tracebacks of, but for what Starlette and h11 say of clients that misbehave."""
+        """What its processes printed tracebacks of,
+        but for what Starlette and h11 say of clients that misbehave.
+        """
         log = (self._folder / "uvicorn.log").read_text()
         return set(re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Disconnect))(?::|$)", log, re.MULTILINE)) - _OTHERS
 
@@ -63,7 +67,8 @@ def serving(redis_url: str, folder: Path, *, workers: int, quota: int, **environ
     }
     command = [sys.executable, "-m", "uvicorn", "--factory", "tests.faults.service:served", "--port", str(port)]
     command += ["--workers", str(workers), "--no-access-log", "--log-level", "warning"]
-    # Its five seconds are what httpx keeps an idle connection, too: one might be closed while a request is on its way.
+    # Its five seconds are what httpx keeps an idle connection, too:
+    # one might be closed while a request is on its way.
     command += ["--timeout-keep-alive", "75"]
     # Not what else is installed: uvloop raises for what is written to a client who has gone.
     command += ["--loop", "asyncio", "--http", "h11"]

@@ -28,8 +28,9 @@ class Soak:
     Attributes:
         statuses: Of all answers.
         admitted: Of each client, by who decided.
-        recoveries: From the moment a new Redis answered to the first check that it decided, in seconds, on the clock
-            that all processes share: what an answer takes to come back from a busy server is no recovery.
+        recoveries: From the moment a new Redis answered to the first check that it decided, in
+            seconds, on the clock that all processes share: what an answer takes to come back from a
+            busy server is no recovery.
         late: Of those, how many came after half a second and one more request had passed.
         held: What the process held, every half second: bytes, tasks, files.
         wrong: What must not be.
@@ -81,7 +82,8 @@ class Soak:
 
     async def _limit(self, ending: asyncio.Event) -> None:
         while not ending.is_set():
-            # Redis forgets its counters when it is killed: a client is of one life, or of the time without one.
+            # Redis forgets its counters when it is killed:
+            # a client is of one life, or of the time without one.
             era = self._era
             client = f"10.{5 + era // 256}.{era % 256}.{self.chance.randrange(_CLIENTS)}"
             response = await self._get("/local", client)

@@ -1,4 +1,5 @@
-"""Clients that leave at every stage, by close and by reset, pipeline, dawdle and talk nonsense; and what they got.
+"""Clients that leave at every stage, by close and by reset, pipeline,
+dawdle and talk nonsense; and what they got.
 
 Everything is plain sockets, so that nothing is as tidy as a client library would make it.
 """
@@ -237,7 +238,8 @@ class Storm:
     # the oracle
 
     def verdict(self, reached: Counter[tuple[str, str]], charged: dict[str, int]) -> list[str]:
-        """What is wrong, of answers, of what came through to the app, and of what Redis has counted.
+        """What is wrong, of answers, of what came through to the app,
+        and of what Redis has counted.
 
         Args:
             reached: By client and who decided, as the app counted itself.

@@ -38,8 +38,8 @@ _GIVE_UP = 20.0  # seconds; a story that lasts longer has failed
 class Control:
     """How late this loop wakes: what a deadline may be missed by, measured beside it.
 
-    A machine that others use, a collection of garbage and the app's own work delay a plain timer as they delay a
-    request, so that the difference between the two is the package's.
+    A machine that others use, a collection of garbage and the app's own work delay a plain timer as
+    they delay a request, so that the difference between the two is the package's.
     """
 
     def __init__(self) -> None:
@@ -98,8 +98,10 @@ class Told:
     Attributes:
         checked: What `check_redis_health` found while it was ill.
         later: When the breaker stands where it is going to.
-        waited: Of requests that were run while the breaker was open, how many had something to wait for.
-        recovered: From the cure to the first check that Redis decided, in seconds; ``None``: there is no cure.
+        waited: Of requests that were run while the breaker was open,
+            how many had something to wait for.
+        recovered: From the cure to the first check that Redis decided,
+            in seconds; ``None``: there is no cure.
         is_in_time: Whether that was before half a second and a plain PING after it had passed.
         charged: What Redis counted for the ill client, by mode.
         metrics: As scraped while it was ill.
@@ -179,12 +181,11 @@ class _Story:
             url = row.url.format(address=f"127.0.0.1:{proxy.port}")
             self.settings = Settings(
                 REDIS_URL=url,
-                REDIS_TIMEOUT=1,
                 RATE_LIMIT_TIMEOUT=row.deadline,
                 EMBEDDING_CACHE_TIMEOUT=row.deadline,
                 EMBEDDING_CACHE_L1_BYTES=0,
                 EMBEDDING_CACHE_NAMESPACE="faults",
-                **row.settings,
+                **{"REDIS_TIMEOUT": 1, **row.settings},
             )
             self.manager = RedisManager(self.settings)
             scene = Scene(self.server, proxy, self.manager)

@@ -1,7 +1,9 @@
-"""Every way in which one Redis can be ill, one row each: how it comes about and ends, and what is promised meanwhile.
+"""Every way in which one Redis can be ill, one row each: how it comes about and ends,
+and what is promised meanwhile.
 
-A failover of sentinels, and nodes and slots of a cluster, are in ``test_topology``; clients of another event loop and
-forked processes, where nothing of Redis is ill, in ``tests/connection`` and ``tests/test_telemetry.py``.
+A failover of sentinels, and nodes and slots of a cluster, are in ``test_topology``; clients of
+another event loop and forked processes, where nothing of Redis is ill, in ``tests/connection`` and
+``tests/test_telemetry.py``.
 """
 
 import asyncio
@@ -21,13 +23,16 @@ from ..kit.proxy import FaultProxy, Mode
 from ..kit.servers import SLOTS, Server, wait_until
 
 USER, SECRET = "app", "the-secret-of-the-laboratory"
-# Seconds a request waits for Redis; where nothing is waited for, long enough for a machine that others use too.
+# Seconds a request waits for Redis; where nothing is waited for,
+# long enough for a machine that others use too.
 DEADLINE, LONG = 0.2, 1.0
 
 
 @dataclass
 class Scene:
-    """What a row may break: the server, the way to it, the app's own client, and whatever it has to put right again."""
+    """What a row may break: the server, the way to it, the app's own client,
+    and whatever it has to put right again.
+    """
 
     server: Server
     proxy: FaultProxy
@@ -58,13 +63,15 @@ class Row:
         inject: Makes Redis ill.
         heal: Makes it well; ``None`` where the app's own settings are at fault.
         meanwhile: Happens while requests wait.
-        reason: Why checks were decided without Redis, in metrics and log; ``None``: Redis decided all of them.
+        reason: Why checks were decided without Redis, in metrics and log;
+            ``None``: Redis decided all of them.
         also: Other reasons that some of them may have, from before the first one was known.
         health: The code of the health checks; ``None``: healthy.
         pings: Whether a PING is answered all the same, so that only the app itself knows better.
         breaker: Where the circuit breaker stands once several checks have failed.
-        cache: ``aside``: the app is asked and nothing kept; ``reads``: what is stored is served, the rest not kept;
-            ``works``: as ever; ``any``: as ever or aside, as what lies on the way has it.
+        cache: ``aside``: the app is asked and nothing kept; ``reads``: what is stored is served,
+            the rest not kept; ``works``: as ever; ``any``: as ever or aside, as what lies on the
+            way has it.
         log: The events of the outage, each once.
         keeps: Whether what was stored is still there afterwards.
         arguments: Of the server.
@@ -414,7 +421,7 @@ OF_ALL_ELSE: dict[str, Row] = {
         health=None,
         breaker="closed",
         log=("command_failed",),
-        settings={"REDIS_POOL_SIZE": 1},
+        settings={"REDIS_POOL_SIZE": 1, "REDIS_TIMEOUT": 30},  # for which the app's command may block
     ),
     "a plain server for TLS": Row(
         nothing,

@@ -1,4 +1,6 @@
-"""However the way to Redis behaves, nobody is admitted more than documented, and nobody is charged twice."""
+"""However the way to Redis behaves,
+nobody is admitted more than documented, and nobody is charged twice.
+"""
 
 import asyncio
 import random
@@ -39,7 +41,9 @@ def short(request: pytest.FixtureRequest, server_binary: str) -> Iterator[tuple[
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_mode_admits_more_than_documented(short: tuple[Ledger, float], mode: str) -> None:
-    """Redis the quota, the process its share beside it where it may, nobody else; each charge once at most."""
+    """Redis the quota, the process its share beside it where it may,
+    nobody else; each charge once at most.
+    """
     ledger, _ = short
 
     assert {} == ledger.wrong(mode)
@@ -58,7 +62,9 @@ def test_nobody_waits_longer_than_the_deadline(
 
 
 def test_oracle_sees_a_client_that_is_counted_as_many(private_server: StartServer) -> None:
-    """The control: where each connection has a quota of its own, more is admitted, and found in every mode."""
+    """The control: where each connection has a quota of its own,
+    more is admitted, and found in every mode.
+    """
     ledger, _ = told(private_server(), "fixed-window", 0.2, sabotage="counters")
 
     assert all(ledger.wrong(mode) for mode in MODES)

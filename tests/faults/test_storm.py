@@ -15,7 +15,6 @@ from .storm import Storm
 QUOTA = 25
 SEED = 20_261_129
 # The machine may be slow under a storm, Redis is not.
-PATIENT = {"RATE_LIMIT_TIMEOUT": "20", "EMBEDDING_CACHE_TIMEOUT": "20"}
 
 
 def charged(server: Server) -> dict[str, int]:
@@ -42,9 +41,11 @@ def settled(served: Served, before: dict[str, int]) -> dict[str, Any]:
 
 
 def test_storm_through_one_worker(private_server: StartServer, tmp_path: Path, figures: list[str]) -> None:
-    """Nobody gets what is another's, Redis counts exactly what comes through, no 5xx, and nothing is left behind."""
+    """Nobody gets what is another's, Redis counts exactly what comes through,
+    no 5xx, and nothing is left behind.
+    """
     server = private_server()
-    with serving(server.url, tmp_path, workers=1, quota=QUOTA, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=1, quota=QUOTA) as served:
         before = served.get("/process")
         weather, wrong = storm(server, served, 500)
         after = settled(served, before)
@@ -59,10 +60,12 @@ def test_storm_through_one_worker(private_server: StartServer, tmp_path: Path, f
 
 
 def test_storm_finds_what_is_wrong(private_server: StartServer, tmp_path: Path) -> None:
-    """The control: an app that shares vectors among callers and counts a client as many is found out, of both."""
+    """The control: an app that shares vectors among callers and counts a client as many is found
+    out, of both.
+    """
     server = private_server()
     sabotage = "vectors and counters"
-    with serving(server.url, tmp_path, workers=1, quota=QUOTA, FAULTS_SABOTAGE=sabotage, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=1, quota=QUOTA, FAULTS_SABOTAGE=sabotage) as served:
         weather = Storm(served.port, QUOTA, random.Random(SEED), clients=2)
         asyncio.run(weather.run(120))
         wrong = weather.verdict(served.reached, charged(server))
@@ -76,7 +79,7 @@ def test_storm_finds_what_is_wrong(private_server: StartServer, tmp_path: Path) 
 def test_long_storm(private_server: StartServer, tmp_path: Path, workers: int, figures: list[str]) -> None:
     """Thousands of them, on four workers that share the clients too."""
     server = private_server()
-    with serving(server.url, tmp_path, workers=workers, quota=QUOTA, **PATIENT) as served:
+    with serving(server.url, tmp_path, workers=workers, quota=QUOTA) as served:
         weather, wrong = storm(server, served, 6000, clients=80)
     figures.append(f"storm, {workers} workers: {weather.figures()}")
 

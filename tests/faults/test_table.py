@@ -29,7 +29,9 @@ def test_all_was_well(told: Told) -> None:
 
 
 def test_nobody_waits_longer_than_the_deadline(told: Told) -> None:
-    """A request is late by no more than a timer beside it was, and the work that the same burst took when well."""
+    """A request is late by no more than a timer beside it was,
+    and the work that the same burst took when well.
+    """
     work = told.before.slowest if not told.row.from_start else told.during.pages["/metrics/"].seconds
     slack = 3 * (told.during.worst + work)
 
@@ -82,7 +84,9 @@ def test_closed_refuses_with_503(told: Told) -> None:
 
 
 def test_vectors_are_right(told: Told) -> None:
-    """Whatever Redis says, an embedding request is a 200 with its own vectors, and says what the cache did."""
+    """Whatever Redis says, an embedding request is a 200 with its own vectors, and says what the
+    cache did.
+    """
     phases = (told.before, told.during, told.later, told.after)
     for texts, answer in [embedded for phase in phases for embedded in phase.embeddings]:
         assert 200 == answer.status
@@ -99,7 +103,9 @@ def test_vectors_are_right(told: Told) -> None:
 
 
 def test_health_names_the_reason(told: Told) -> None:
-    """One code on every page; 503 where a limit fails closed, 200 where none needs Redis, and always alive."""
+    """One code on every page; 503 where a limit fails closed,
+    200 where none needs Redis, and always alive.
+    """
     code, pages = told.row.health, told.during.pages
     required = (200, "healthy", None) if code is None else (503, "unhealthy", code)
     optional = (200, "healthy", None) if code is None else (200, "degraded", code)
@@ -115,7 +121,9 @@ def test_health_names_the_reason(told: Told) -> None:
 
 
 def test_operators_pages_answer(told: Told) -> None:
-    """Metrics, their JSON and the status page are 200; the page names the code and the JSON the breaker."""
+    """Metrics, their JSON and the status page are 200;
+    the page names the code and the JSON the breaker.
+    """
     pages = told.during.pages
 
     assert {200} == {pages[path].status for path in ("/metrics/", "/metrics/json", "/status/")}
@@ -125,7 +133,9 @@ def test_operators_pages_answer(told: Told) -> None:
 
 
 def test_counters_add_up(told: Told) -> None:
-    """Each request is counted once, as what its client saw; each that Redis did not decide, with mode and reason."""
+    """Each request is counted once, as what its client saw;
+    each that Redis did not decide, with mode and reason.
+    """
     seen = {(mode, answer.status) for mode in MODES for answer in told.during.limited[mode]}
     counted = told.metrics["redis_asgi_ratelimit_requests_total"]
     asked = told.before.limited, told.during.limited
@@ -174,7 +184,9 @@ def test_redis_is_used_again(told: Told) -> None:
 
 
 def test_no_secret_is_told(told: Told) -> None:
-    """Neither the password nor an address of Redis is in any answer, and the password in no log record."""
+    """Neither the password nor an address of Redis is in any answer,
+    and the password in no log record.
+    """
     phases = (told.before, told.during, told.after)
     answers: list[Answer] = [answer for phase in phases for answer in phase.pages.values()]
     told_to_clients = " ".join(answer.body.decode() for answer in answers)

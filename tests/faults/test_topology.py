@@ -1,6 +1,8 @@
-"""Redis as several servers: a failover of sentinels, and nodes and slots of a cluster, as every part's users see them.
+"""Redis as several servers: a failover of sentinels, and nodes and slots of a cluster,
+as every part's users see them.
 
-The bounds of the time that a request waits are `test_table`'s; here servers of other tests' making share the machine.
+The bounds of the time that a request waits are `test_table`'s;
+here servers of other tests' making share the machine.
 """
 
 import asyncio
@@ -91,7 +93,9 @@ def outages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 
 
 async def test_a_failover(sentinels: SentinelTrio, caplog: pytest.LogCaptureFixture) -> None:
-    """Until the replica is the master every mode does what it says; then that one counts and stores."""
+    """Until the replica is the master every mode does what it says;
+    then that one counts and stores.
+    """
     old = sentinels.primary()
     async with service(
         REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER, REDIS_TIMEOUT=1
@@ -127,7 +131,9 @@ def client_on(cluster: Cluster, node: Server) -> str:
 
 
 async def test_a_lost_node(private_cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    """Whose counters it has is decided as without Redis, and nobody else; it is used again when it is back."""
+    """Whose counters it has is decided as without Redis, and nobody else;
+    it is used again when it is back.
+    """
     lost, *others = private_cluster.nodes
     away, *here = (client_on(private_cluster, node) for node in private_cluster.nodes)
     async with service(REDIS_URL=others[0].url, REDIS_CLUSTER=True, REDIS_TIMEOUT=1) as served:
@@ -158,7 +164,9 @@ async def test_a_lost_node(private_cluster: Cluster, caplog: pytest.LogCaptureFi
 
 
 async def test_a_slot_that_moves(private_cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    """Counts go on where it is now, in the middle of the move too, and not one request is decided without Redis."""
+    """Counts go on where it is now, in the middle of the move too,
+    and not one request is decided without Redis.
+    """
     source, target, _ = private_cluster.nodes
     client = client_on(private_cluster, source)
     slot = key_slot(make_partition("ip", client).key)

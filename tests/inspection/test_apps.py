@@ -154,7 +154,8 @@ async def test_what_is_told_is_what_requests_find(make: type, method: str, path:
 
     told = {policy.name for limit in limits for policy in limit.policies}
 
-    # That a method is not allowed is answered from further outside, without the fields of a mount's own middleware.
+    # That a method is not allowed is answered from further outside,
+    # without the fields of a mount's own middleware.
     assert told == found | (told & {"mount"} if answer.status_code == 405 else set()), answer.status_code
 
 

@@ -134,7 +134,9 @@ async def test_the_mode_of_batches_is_named(redis_url: str, slots_server: Server
 
 
 async def test_a_cluster_of_one_node_is_no_failure(slots_server: Server) -> None:
-    """All keys are there, so limits and vectors work; it says what will happen when the cluster grows."""
+    """All keys are there, so limits and vectors work;
+    it says what will happen when the cluster grows.
+    """
     found = {f.check: f.level for f in await wrong(REDIS_URL=slots_server.url)}
 
     assert {"cluster": "warn"} == found
@@ -271,7 +273,9 @@ async def test_clock_skew(seconds: int, direction: str, private_server: StartSer
 
 @pytest.mark.slow
 async def test_slow_answers(private_server: StartServer) -> None:
-    """PINGs that take 0.8 of the deadline are a warning; slower ones mean that Redis decides nothing."""
+    """PINGs that take 0.8 of the deadline are a warning;
+    slower ones mean that Redis decides nothing.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         await proxy.set("delay", seconds=0.02)
@@ -293,7 +297,9 @@ async def test_too_few_connections(private_server: StartServer) -> None:
 
 
 async def test_failing_snapshots(private_server: StartServer) -> None:
-    """A snapshot that failed, or an append-only file that cannot be written, is told before writes stop."""
+    """A snapshot that failed, or an append-only file that cannot be written, is told before writes
+    stop.
+    """
     server = private_server()
     failed = replacing(("rdb_last_bgsave_status:ok", "rdb_last_bgsave_status:err"))
     async with lying(server, {b"INFO": failed}) as url:
@@ -304,7 +310,9 @@ async def test_failing_snapshots(private_server: StartServer) -> None:
 
 
 async def test_missing_rights(private_server: StartServer) -> None:
-    """The right that is missing is named, with the command that grants it; INFO alone is only a warning."""
+    """The right that is missing is named,
+    with the command that grants it; INFO alone is only a warning.
+    """
     server = private_server()
     settings = {"REDIS_URL": server.url.replace("//", f"//app:{PASSWORD}@")}
     line = rights_of(Settings(**settings)).line("app", PASSWORD)

@@ -152,7 +152,9 @@ async def test_tls_to_a_plain_port(how: str, private_server: StartServer) -> Non
 
 
 async def test_certificates(tls_server: Server, stranger_server: Server, certificates: Certificates) -> None:
-    """An unknown authority, another host's certificate and a missing client certificate are told apart."""
+    """An unknown authority, another host's certificate and a missing client certificate are told
+    apart.
+    """
     unknown = await the_only(REDIS_URL=tls_server.url, REDIS_SSL_CA_CERTS=certificates.other_ca.cert)
     name = await the_only(REDIS_URL=stranger_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert)
     missing = await the_only(REDIS_URL=tls_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert)

@@ -47,7 +47,9 @@ async def test_one_node_lacks_a_right(private_cluster: Cluster) -> None:
 
 
 async def test_cluster_or_not(private_cluster: Cluster, redis_url: str) -> None:
-    """A node of a cluster taken for a server alone, a server alone for a cluster, and slots that nobody serves."""
+    """A node of a cluster taken for a server alone,
+    a server alone for a cluster, and slots that nobody serves.
+    """
     alone = await wrong(REDIS_URL=private_cluster.url)
     assert alone[0].fix == "Set REDIS_CLUSTER=true."
     single = await the_only(REDIS_URL=redis_url, REDIS_CLUSTER=True)

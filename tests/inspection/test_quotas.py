@@ -153,7 +153,9 @@ async def test_a_custom_identity_is_found(settings: Settings, redis_client: redi
     ],
 )
 async def test_what_cannot_be_a_client(client: str, by: str) -> None:
-    """An impossible kind, or no address where one is asked for, is told without showing what may be a credential."""
+    """An impossible kind, or no address where one is asked for,
+    is told without showing what may be a credential.
+    """
     with pytest.raises(ConfigurationError) as caught:
         await partition_of(client, by, Settings())
 
@@ -163,7 +165,9 @@ async def test_what_cannot_be_a_client(client: str, by: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_known_and_unknown_quotas(strategy: Any, settings: Settings, manager: RedisManager) -> None:
-    """With the quota all is told, and looking charges nothing; without it, what is used and until when."""
+    """With the quota all is told, and looking charges nothing;
+    without it, what is used and until when.
+    """
     limiter = RateLimiter(settings=settings)
     for _ in range(2):
         await limiter.consume("a", "8/hour", cost=3, name="rule", strategy=strategy)
@@ -230,7 +234,9 @@ async def test_a_refused_client(settings: Settings, manager: RedisManager) -> No
 async def test_foreign_fields_are_left_alone(
     settings: Settings, manager: RedisManager, redis_client: redis.Redis
 ) -> None:
-    """A field of another layout is passed over; one of ours that holds no counter is an error with a reason."""
+    """A field of another layout is passed over;
+    one of ours that holds no counter is an error with a reason.
+    """
     partition = await partition_of("a", "custom", settings)
     redis_client.hset(partition.key, mapping={"something": "else", "default:f60:2": "1 2 3"})
     assert await look(manager, partition, ()) == []

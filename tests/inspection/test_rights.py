@@ -1,4 +1,6 @@
-"""The least rights that will do: they suffice for all the package does, none is idle, and nothing else is allowed."""
+"""The least rights that will do: they suffice for all the package does,
+none is idle, and nothing else is allowed.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -31,8 +33,6 @@ from ..test_guides import embedding_client, not_found
 pytestmark = [pytest.mark.anyio, pytest.mark.server]
 
 PASSWORD = "s3cr3t-of-a-test"
-# A busy machine is no finding.
-PATIENT: dict[str, Any] = {"RATE_LIMIT_TIMEOUT": 5, "EMBEDDING_CACHE_TIMEOUT": 5}
 
 
 def grant(server: ExternalServer, line: str) -> None:
@@ -98,7 +98,9 @@ def manager_of(settings: Settings) -> RedisManager:
 
 
 def commands_run(server: Server) -> set[str]:
-    """What ran since the statistics were reset, but for what the test itself and every client library asks."""
+    """What ran since the statistics were reset,
+    but for what the test itself and every client library asks.
+    """
     stats: Any = server.client().info("commandstats")
     names = {name.removeprefix("cmdstat_") for name in stats}
     return {name for name in names if not name.startswith(("acl", "config", "auth", "hello", "client"))}
@@ -112,7 +114,6 @@ async def test_the_line_suffices_and_none_of_it_is_idle(private_server: StartSer
         REDIS_USERNAME="app",
         REDIS_PASSWORD=PASSWORD,
         REDIS_KEY_PREFIX="my:*app[1]\\:",
-        **PATIENT,
     )
     rights = rights_of(settings)
     grant(server, rights.line("app", PASSWORD))
@@ -129,9 +130,11 @@ async def test_the_line_suffices_and_none_of_it_is_idle(private_server: StartSer
 
 
 async def test_on_a_cluster_too(private_cluster: Cluster) -> None:
-    """The line for a cluster, given to each node, suffices there; EVALSHA needs no more than the package sends."""
+    """The line for a cluster, given to each node, suffices there;
+    EVALSHA needs no more than the package sends.
+    """
     settings = Settings(
-        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD, **PATIENT
+        REDIS_URL=private_cluster.url, REDIS_CLUSTER=True, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD
     )
     rights = rights_of(settings)
     for node in private_cluster.nodes:
@@ -165,7 +168,8 @@ async def test_everything_else_is_refused(private_server: StartServer) -> None:
         except NoPermissionError:
             continue
         except Exception as error:
-            # EXEC says it in its own words, and MODULE and DEBUG are off by the server's configuration.
+            # EXEC says it in its own words,
+            # and MODULE and DEBUG are off by the server's configuration.
             if "NOPERM" not in str(error) and "command not allowed" not in str(error):
                 allowed.append(f"{name}: {error}")
         else:
@@ -202,7 +206,9 @@ async def missing_of(client: Client, settings: Settings) -> list[str]:
 
 
 async def test_each_missing_right_is_named(private_server: StartServer) -> None:
-    """Whatever single command or pattern is taken away is what is named, and nothing is left behind."""
+    """Whatever single command or pattern is taken away is what is named, and nothing is left
+    behind.
+    """
     server = private_server()
     settings = Settings(REDIS_URL=server.url, REDIS_USERNAME="app", REDIS_PASSWORD=PASSWORD, REDIS_KEY_PREFIX="p:")
     rights = rights_of(settings)
@@ -251,7 +257,9 @@ async def test_the_placeholder_makes_no_user(private_server: StartServer) -> Non
 
 
 def test_rights_follow_the_settings() -> None:
-    """SELECT only for another database, what a cluster takes only there, and by what is kept on the server."""
+    """SELECT only for another database, what a cluster takes only there,
+    and by what is kept on the server.
+    """
     plain = rights_of(Settings())
     assert "select" not in plain.commands
     assert "select" in rights_of(Settings(REDIS_DB=2)).commands

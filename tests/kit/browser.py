@@ -1,4 +1,6 @@
-"""A real browser, headless, driven over a pair of pipes (the DevTools protocol), and a server for it to visit."""
+"""A real browser, headless, driven over a pair of pipes (the DevTools protocol), and a server for
+it to visit.
+"""
 
 import base64
 import contextlib
@@ -38,8 +40,10 @@ class Browser:
     """One headless browser with one page; for the ``with`` statement.
 
     Attributes:
-        console: What the page, or the browser about it, has put on the console since the last `visit`.
-        requests: Address and status of everything loaded since the last `visit`; 0 = refused or failed.
+        console: What the page, or the browser about it,
+            has put on the console since the last `visit`.
+        requests: Address and status of everything loaded since the last `visit`; 0 = refused or
+            failed.
     """
 
     def __init__(self, binary: str) -> None:

@@ -42,7 +42,9 @@ class Page:
         return re.findall(r"\]\(([^)\s]+)\)", prose)
 
     def sections(self, title: str) -> Iterator[str]:
-        """What stands below a heading, ``## Title`` or deeper, up to the next of its level or of a higher one."""
+        """What stands below a heading, ``## Title`` or deeper,
+        up to the next of its level or of a higher one.
+        """
         level = len(title.partition(" ")[0])
         pattern = rf"^{re.escape(title)}\n(.*?)(?=^#{{2,{level}}} |\Z)"
         yield from re.findall(pattern, self.text, re.MULTILINE | re.DOTALL)

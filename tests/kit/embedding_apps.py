@@ -1,4 +1,6 @@
-"""Embedding servers as pure ASGI apps, one per wire format: deterministic, and they remember what they saw."""
+"""Embedding servers as pure ASGI apps, one per wire format: deterministic,
+and they remember what they saw.
+"""
 
 import base64
 import hashlib

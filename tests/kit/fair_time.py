@@ -1,6 +1,7 @@
 """A clock that stands while the machine has no time for this process.
 
-Whether nobody waits longer than a deadline cannot be told by the clock on the wall of a machine that others use too.
+Whether nobody waits longer than a deadline cannot be told by the clock on the wall of a machine
+that others use too.
 """
 
 import threading

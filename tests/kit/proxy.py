@@ -66,7 +66,9 @@ class FaultProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def lead_to(self, host: str, port: int) -> None:
-        """Connect to another server from now on, as a name does after a failover; open connections stay."""
+        """Connect to another server from now on,
+        as a name does after a failover; open connections stay.
+        """
         self._upstream = (host, port)
 
     async def set(self, mode: Mode, *, seconds: float = 0.0, times: int | None = None, reply: bytes = b"") -> None:
@@ -75,7 +77,8 @@ class FaultProxy:
         Args:
             mode: One of those in the docstring of ``tests.kit``.
             seconds: How much later ``delay`` lets every reply arrive, whatever else is on the way.
-            times: After so many replies dropped or cut all is well again; ``None`` = until the next `set`.
+            times: After so many replies dropped or cut all is well again;
+                ``None`` = until the next `set`.
             reply: What ``answer`` says to every command, of which the server hears nothing.
         """
         self._mode, self._seconds, self._times, self._reply = mode, seconds, times, reply

@@ -1,4 +1,6 @@
-"""A proxy that shards by the first key of a command and refuses nothing, as twemproxy, Codis and Envoy do."""
+"""A proxy that shards by the first key of a command and refuses nothing,
+as twemproxy, Codis and Envoy do.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ _KEYLESS = frozenset((b"PING", b"TIME", b"INFO", b"CLIENT", b"SELECT", b"HELLO",
 
 
 class ShardingProxy:
-    """Stands before several servers of this machine, in the running loop; a command goes where its first key belongs.
+    """Stands before several servers of this machine, in the running loop;
+    a command goes where its first key belongs.
 
     Args:
         ports: Of the servers.

@@ -1,7 +1,8 @@
 """A service that streams what no model has written, for tests that need real processes.
 
-``uvicorn --factory tests.ratelimit.chatting:served`` serves it. A request says how long its answer is: ``tokens``
-events (or fewer, of ``at_once`` each), one each ``pause`` seconds, and then the usage; the environment says the budget.
+``uvicorn --factory tests.ratelimit.chatting:served`` serves it. A request says how long its answer
+is: ``tokens`` events (or fewer, of ``at_once`` each), one each ``pause`` seconds, and then the
+usage; the environment says the budget.
 """
 
 import asyncio

@@ -11,9 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RedisManager, Rule
 from redis_asgi.ratelimit.counting.heartbeat import Heart, Hearts
 from redis_asgi.ratelimit.counting.local_engine import LocalEngine
-from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
 
-from .harness import http_scope
+from .harness import all_answered, http_scope
 
 on_redis = pytest.mark.server
 
@@ -36,11 +35,7 @@ def members(server: redis.Redis) -> list[bytes]:
 
 async def settled(manager: RedisManager) -> None:
     """Wait until all that was sent has been answered, and a heartbeat after that."""
-    await asyncio.sleep(0)
-    made = manager.per_client(make_batcher)
-    batchers = made._batchers.values() if isinstance(made, ClusterBatcher) else [made]
-    while any(batcher._waiting or batcher._sent or batcher._transport.busy for batcher in batchers):
-        await asyncio.sleep(0.001)
+    await all_answered(manager)
     await heart_of(manager).beat()
 
 

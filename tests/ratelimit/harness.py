@@ -8,10 +8,14 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from redis_asgi import Settings
+from redis_asgi import RedisManager, Settings
 from redis_asgi.ratelimit.counting.settlement import Change
 from redis_asgi.ratelimit.counting.verdict import Verdict
 from redis_asgi.ratelimit.limits.charge import counters_of
+from redis_asgi.ratelimit.transport.batcher import Batcher
+from redis_asgi.ratelimit.transport.cluster_batcher import ClusterBatcher, make_batcher
+
+from ..kit.patience import until_calm
 
 MEMORY = Settings(REDIS_URL="memory://")
 _prefixes = itertools.count()
@@ -112,6 +116,17 @@ async def drive(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]
 def header(message: Message, name: bytes) -> bytes | None:
     """The value of a response's header, ``None`` when it has none."""
     return next((value for key, value in message["headers"] if key.lower() == name), None)
+
+
+async def all_answered(manager: RedisManager) -> None:
+    """Wait until all that is to be sent has been answered:
+    what a response has changed is settled behind it.
+    """
+    batchers: Sequence[Batcher] = ()
+    if manager.has_redis:
+        made = manager.per_client(make_batcher)
+        batchers = tuple(made._batchers.values()) if isinstance(made, ClusterBatcher) else (made,)
+    await until_calm(lambda: any(each._waiting or each._sent or each._transport.busy for each in batchers))
 
 
 def changes_of(verdict: Verdict, deltas: Sequence[int]) -> list[Change]:

@@ -1,4 +1,6 @@
-"""Random histories of requests, and the twin that they are put to: what the strategies' property tests share."""
+"""Random histories of requests, and the twin that they are put to:
+what the strategies' property tests share.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -47,7 +49,9 @@ def charge(*policies: Policy, cost: int = 1, who: str = "203.0.113.7") -> Charge
 
 
 class Keeping(LocalEngine):
-    """One that sweeps nothing away, as Redis does: there no time passes while a test tells the time."""
+    """One that sweeps nothing away, as Redis does:
+    there no time passes while a test tells the time.
+    """
 
     def _shrink(self, now: float) -> None:
         pass
@@ -112,7 +116,8 @@ def snapshot(engine: LocalEngine) -> dict[bytes, dict[bytes, Any]]:
     return found
 
 
-# Where arithmetic goes wrong: nothing, one microsecond, a window and a microsecond either side of it, and back.
+# Where arithmetic goes wrong: nothing, one microsecond,
+# a window and a microsecond either side of it, and back.
 deltas = st.one_of(
     st.sampled_from([0, 0, 1, 2, 1000, 333_333, 999_999, 1_000_000, 1_000_001, 2_500_001, 9_999_999, 10_000_000]),
     st.integers(0, 3_000_000),

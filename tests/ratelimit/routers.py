@@ -1,4 +1,6 @@
-"""Apps of several frameworks with the same routes, and the spellings of a path that a client may try on them."""
+"""Apps of several frameworks with the same routes,
+and the spellings of a path that a client may try on them.
+"""
 
 import asyncio
 import contextlib
@@ -76,7 +78,8 @@ async def ask(app: ASGIApp, target: str, *, root: str = "", method: str = "GET",
     async def send(message: Message) -> None:
         sent.append(message)
 
-    # An app that fails on a spelling has served nothing; the limiter itself is asked without such an app elsewhere.
+    # An app that fails on a spelling has served nothing;
+    # the limiter itself is asked without such an app elsewhere.
     with contextlib.suppress(Exception):
         await asyncio.wait_for(app(scope, receive, send), 5)
     starts = [message for message in sent if message["type"] == "http.response.start"]

@@ -1,4 +1,6 @@
-"""Servers behind one address that are several: every count is exact, and no batch of the neighbours' is an outage."""
+"""Servers behind one address that are several: every count is exact,
+and no batch of the neighbours' is an outage.
+"""
 
 import asyncio
 from collections import Counter
@@ -44,7 +46,9 @@ async def end(clients: list[Any]) -> None:
 async def test_counts_are_exact_where_slots_are_enforced(
     slots_server: Server, caplog: pytest.LogCaptureFixture, strategy: Any, given: bool
 ) -> None:
-    """One endpoint that refuses keys of several slots: two workers admit the quota of each client, from the start."""
+    """One endpoint that refuses keys of several slots:
+    two workers admit the quota of each client, from the start.
+    """
     clients = clients_of(slots_server, given=given)
     limiters = [RateLimiter(client, strategy=strategy) for client in clients]
     admitted: Counter[str] = Counter()
@@ -134,7 +138,9 @@ async def test_one_slot_that_nobody_serves_is_an_outage_of_its_own_clients(priva
 
 
 async def test_counts_are_exact_behind_a_sharding_proxy_with_key(private_server: StartServer) -> None:
-    """A proxy that goes by the first key puts each client where it belongs once no command has another's."""
+    """A proxy that goes by the first key puts each client where it belongs once no command has
+    another's.
+    """
     servers = [private_server() for _ in range(3)]
     async with ShardingProxy([server.port for server in servers]) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, REDIS_BATCH="key", RATE_LIMIT_TIMEOUT=2))

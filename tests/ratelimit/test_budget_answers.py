@@ -127,7 +127,9 @@ async def test_each_chunk_passes_before_it_is_looked_at(any_settings: Settings) 
 
 
 async def test_the_app_is_believed_rather_than_the_answer(any_settings: Settings) -> None:
-    """The last that it said, of a policy or of all; it may be more than the answer says, less, or nothing."""
+    """The last that it said, of a policy or of all;
+    it may be more than the answer says, less, or nothing.
+    """
     told = answer(json.dumps(usage(300, 300)).encode())
     for used, left in ((5, 995), (0, 995), (600, 395)):
         app = limited(any_settings, "1000/hour; 100000/day")
@@ -136,7 +138,9 @@ async def test_the_app_is_believed_rather_than_the_answer(any_settings: Settings
 
 
 async def test_what_was_used_of_one_policy(any_settings: Settings) -> None:
-    """A rule's name stands for all its policies; what counts no tokens is an error, and so is what is no number."""
+    """A rule's name stands for all its policies;
+    what counts no tokens is an error, and so is what is no number.
+    """
     said: list[Any] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -110,7 +110,9 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(("content", "may_be_one"), UNREADABLE)
 def test_unreadable_body_is_other_and_never_outside_of_the_rule(content: bytes, may_be_one: bool) -> None:
-    """With ``other=None`` it is out of the rule only if no parser of JSON could take it for one of the values."""
+    """With ``other=None`` it is out of the rule only if no parser of JSON could take it for one of
+    the values.
+    """
     assert bucket(by_json("model", ["a"]), content) == "other"
     assert ("other" if may_be_one else None) == bucket(by_json("model", ["a"], other=None), content)
 

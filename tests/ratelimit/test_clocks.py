@@ -1,4 +1,6 @@
-"""A clock that is set back, or a replica that is behind: nobody is locked out for it, and nothing is opened again."""
+"""A clock that is set back, or a replica that is behind:
+nobody is locked out for it, and nothing is opened again.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +72,9 @@ def test_who_is_refused_is_not_locked_out_by_a_step(
     every: int,
     later: int,
 ) -> None:
-    """A used quota stays used after a step of any size, and is back when the first refusal says, whoever asks again."""
+    """A used quota stays used after a step of any size,
+    and is back when the first refusal says, whoever asks again.
+    """
     both = Both(script, policy(strategy, 5, 60))
     assert both.ask("consume", 5, at=EPOCH + later)[0]
     now = EPOCH + later - step
@@ -92,7 +96,9 @@ def test_what_was_used_stays_used_and_the_rest_is_there(
     step: int,
     used: int,
 ) -> None:
-    """Of five, what a client has not used before a step remains after it, and the full quota is back in time."""
+    """Of five, what a client has not used before a step remains after it,
+    and the full quota is back in time.
+    """
     both = Both(script, policy(strategy, 5, 60))
     both.ask("consume", used, at=EPOCH)
     now = EPOCH - step
@@ -108,7 +114,9 @@ def test_what_was_used_stays_used_and_the_rest_is_there(
     ("mode", "cost"), [("consume", 0), ("consume", 1), ("consume", 9), ("charge", 1), ("refund", 1)]
 )
 def test_every_decision_writes_the_step_back(script: Script, strategy: str, mode: Mode, cost: int) -> None:  # noqa: F811
-    """Refusals, requests that cost nothing and late refunds make a stored time of the future one of now."""
+    """Refusals, requests that cost nothing and late refunds make a stored time of the future one of
+    now.
+    """
     both = Both(script, policy(strategy, 5, 60))
     reply = both.ask("consume", 5, at=EPOCH)
     now = EPOCH - HOUR
@@ -143,7 +151,9 @@ def test_receipts_of_before_a_step_give_nothing_back(
     step: int,
     first: Mode,
 ) -> None:
-    """Whether the refund is the first to see the step or not; one of after the step gives back what it says."""
+    """Whether the refund is the first to see the step or not;
+    one of after the step gives back what it says.
+    """
     both = Both(script, policy(strategy, 5, 60))
     old = charged_receipts(both.ask("consume", 3, at=EPOCH))
     now = EPOCH - step
@@ -168,7 +178,9 @@ def test_log_is_cut_where_now_is(
     back: int,
     cost: int,
 ) -> None:
-    """The stamps of the future become as many of now, and those of before stay and expire when they would have."""
+    """The stamps of the future become as many of now,
+    and those of before stay and expire when they would have.
+    """
     both = Both(script, policy("moving-window", 100, 60))
     for stamp in sorted(stamps):
         both.ask("consume", 1, at=EPOCH + stamp)
@@ -185,7 +197,9 @@ def test_log_is_cut_where_now_is(
 
 @every_strategy
 def test_replica_that_is_behind_takes_over(strategy: str, private_server: Callable[..., Server]) -> None:
-    """After a failover to a server whose clock is half a minute behind, counts are as they were, and waits bounded."""
+    """After a failover to a server whose clock is half a minute behind,
+    counts are as they were, and waits bounded.
+    """
     primary = private_server()
     follower = private_server("--replicaof", primary.host, str(primary.port))
     limit = policy(strategy, 5, 60)

@@ -1,4 +1,6 @@
-"""Redis Cluster: limits hold across slots and nodes, and a node that dies takes only its own clients along."""
+"""Redis Cluster: limits hold across slots and nodes,
+and a node that dies takes only its own clients along.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,8 +21,9 @@ from redis_asgi.ratelimit.limits.policy import STRATEGIES, Partition, PolicySet,
 from redis_asgi.settings import StrategyName
 
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE, leave_unread
 from ..kit.servers import SLOTS, Cluster, Server
-from .harness import changes_of
+from .harness import all_answered, changes_of
 from .histories import policy
 
 pytestmark = pytest.mark.anyio
@@ -64,7 +67,9 @@ def remaining(verdict: Verdict) -> list[int]:
 
 @every_strategy
 async def test_limits_are_exact_across_all_slots(cluster: Cluster, strategy: StrategyName) -> None:
-    """Sixty clients, twelve requests each, all at once: ten of each are admitted, wherever they live."""
+    """Sixty clients, twelve requests each, all at once:
+    ten of each are admitted, wherever they live.
+    """
     limiter = limiter_of(cluster)
     names = [f"client-{i}" for i in range(60)]
     decisions = await asyncio.gather(
@@ -119,7 +124,7 @@ async def test_rules_in_two_slots_are_decided_together(cluster: Cluster, strateg
 
     verdicts = [await engine.decide(asked) for _ in range(2)]
     refused = await engine.decide(asked)
-    await asyncio.sleep(0.05)  # the refund is a batch of its own
+    await all_answered(engine.manager)  # the refund is a batch of its own
 
     assert [(True, [9, 1]), (True, [8, 0])] == [(verdict.allowed, remaining(verdict)) for verdict in verdicts]
     assert (False, ("rule-1",)) == (refused.allowed, refused.decision.violated)
@@ -128,7 +133,9 @@ async def test_rules_in_two_slots_are_decided_together(cluster: Cluster, strateg
 
 @every_strategy
 async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluster: Cluster, strategy: str) -> None:
-    """A body that nobody can read holds all of one rule, until it is known that the other refuses the request."""
+    """A body that nobody can read holds all of one rule,
+    until it is known that the other refuses the request.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     who = [make_partition("custom", clients_of(cluster, node, 1)[0]) for node in cluster.nodes[:2]]
     asked = charges(*who, quotas=(10, 1), strategy=strategy)
@@ -137,31 +144,35 @@ async def test_what_remains_is_given_back_whole_when_another_slot_refuses(cluste
     first = await engine.decide(unread)
     assert (True, [0, 0], [10, 1]) == (first.allowed, remaining(first), first.taken)
     engine.settle(first, changes_of(first, [-7, 0]))
-    await asyncio.sleep(0.05)
+    await all_answered(engine.manager)
     assert [6] == remaining(await engine.decide(Charges(asked[:1])))
     refused = await engine.decide(unread)
-    await asyncio.sleep(0.05)
+    await all_answered(engine.manager)
 
     assert (False, [6, 0]) == (refused.allowed, remaining(refused))
     assert [6, 0] == remaining(await engine.decide(asked, "peek"))
 
 
 async def test_rules_in_two_slots_never_over_admit(cluster: Cluster) -> None:
-    """A hundred requests at once, thirty admitted by the tighter rule; the wider one is charged for those alone."""
+    """A hundred requests at once, thirty admitted by the tighter rule;
+    the wider one is charged for those alone.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     address = make_partition("custom", clients_of(cluster, cluster.nodes[0], 1)[0])
     key = make_partition("custom", clients_of(cluster, cluster.nodes[2], 1)[0])
     asked = charges(address, key, quotas=(1000, 30))
 
     verdicts = await asyncio.gather(*(engine.decide(asked) for _ in range(100)))
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert 30 == sum(verdict.allowed for verdict in verdicts)
     assert [970, 0] == remaining(await engine.decide(asked, "peek"))
 
 
 async def test_what_is_given_back_is_not_remembered_as_gone(cluster: Cluster) -> None:
-    """A client that was refused only for a unit which another request gave back at once is admitted again at once."""
+    """A client that was refused only for a unit which another request gave back at once is admitted
+    again at once.
+    """
     engine = Engine(manager_of(cluster), timeout=5)
     address = make_partition("custom", clients_of(cluster, cluster.nodes[0], 1)[0])
     key = make_partition("custom", clients_of(cluster, cluster.nodes[1], 1)[0])
@@ -170,7 +181,7 @@ async def test_what_is_given_back_is_not_remembered_as_gone(cluster: Cluster) ->
     assert (await engine.decide(by_key)).allowed
 
     refused = await asyncio.gather(engine.decide(both), engine.decide(by_address))
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert [["rule-1"], ["rule-0"]] == [list(verdict.decision.violated) for verdict in refused]
     assert (await engine.decide(by_address)).allowed
@@ -184,14 +195,16 @@ async def test_later_charges_reach_both_slots(cluster: Cluster) -> None:
     verdict = await engine.decide(asked)
 
     engine.settle(verdict, changes_of(verdict, [3, -1]))
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert [6, 10] == remaining(await engine.decide(asked, "peek"))
 
 
 async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster: Cluster) -> None:
-    """When one half cannot be asked, this process decides about both, and the other half gets its unit back."""
-    engine = Engine(manager_of(private_cluster), timeout=0.5)
+    """When one half cannot be asked, this process decides about both,
+    and the other half gets its unit back.
+    """
+    engine = Engine(manager_of(private_cluster), timeout=PATIENCE)
     alive, dead, _ = private_cluster.nodes
     who = [make_partition("custom", clients_of(private_cluster, node, 1)[0]) for node in (alive, dead)]
     asked = charges(*who, quotas=(10, 10))
@@ -199,7 +212,7 @@ async def test_rules_of_a_dead_and_a_live_node_are_decided_here(private_cluster:
     dead.kill()
 
     verdict = await engine.decide(asked)
-    await asyncio.sleep(0.1)
+    await all_answered(engine.manager)
 
     assert (True, "local", [9, 9]) == (verdict.allowed, verdict.source, remaining(verdict))
     assert [9] == remaining(await engine.decide(Charges(asked[:1]), "peek"))
@@ -229,10 +242,7 @@ async def test_stray_reply_is_nobodys(cluster: Cluster) -> None:
     assert 1 == (await limiter.consume("a", "2/hour")).policies[0].remaining
     for node in client.get_primaries():
         for connection in node._free:
-            await connection.send_command("PING")
-            async with asyncio.timeout(5):
-                while not await connection.can_read():
-                    await asyncio.sleep(0.001)
+            await leave_unread(connection, "PING")
 
     decision = await limiter.consume("a", "2/hour")
     assert (True, "redis", 0) == (decision.allowed, decision.source, decision.policies[0].remaining)
@@ -255,12 +265,15 @@ async def ask_all(limiter: RateLimiter, names: Sequence[str]) -> tuple[list[Deci
 
 @pytest.mark.parametrize("how", ["killed", "hung"])
 async def test_dead_node_degrades_only_its_own_clients(private_cluster: Cluster, how: str) -> None:
-    """Clients on the other nodes keep being counted by Redis, all are answered in time, and nothing is raised."""
-    limiter = limiter_of(private_cluster, timeout=0.3)
+    """Clients on the other nodes keep being counted by Redis,
+    all are answered in time, and nothing is raised.
+    """
+    manager = manager_of(private_cluster)
+    patient, limiter = RateLimiter(manager), RateLimiter(manager, timeout=1)
     dead, *alive = private_cluster.nodes[::-1]
     theirs = clients_of(private_cluster, dead, 5)
     ours = [name for node in alive for name in clients_of(private_cluster, node, 5)]
-    decisions, _ = await ask_all(limiter, ours + theirs)
+    decisions, _ = await ask_all(patient, ours + theirs)
     assert {"redis"} == {decision.source for decision in decisions}
 
     if how == "killed":
@@ -270,7 +283,7 @@ async def test_dead_node_degrades_only_its_own_clients(private_cluster: Cluster,
     try:
         for _ in range(5):
             decisions, slowest = await ask_all(limiter, ours + theirs)
-            assert slowest < 0.6
+            assert slowest < 1.3
             assert {"local"} == {decision.source for decision in decisions[len(ours) :]}
             assert {"redis"} == {decision.source for decision in decisions[: len(ours)]}
             await asyncio.sleep(0.1)

@@ -32,7 +32,9 @@ async def test_dynamic_limits(memory_settings: Settings) -> None:
 @pytest.mark.parametrize("style", ["ietf", "legacy", "both", "none"])
 @pytest.mark.parametrize("store", ["memory", "redis"])
 async def test_quota_of_nothing_refuses_for_good(store: str, style: Any, request: pytest.FixtureRequest) -> None:
-    """A plan of ``0/minute`` is a 429 that names no time to come back, however it stands beside other limits."""
+    """A plan of ``0/minute`` is a 429 that names no time to come back,
+    however it stands beside other limits.
+    """
     url = request.getfixturevalue("redis_url") if store == "redis" else "memory://"
     mine = Settings(REDIS_URL=url, REDIS_KEY_PREFIX=f"z{store}{style}:")
     plans = {"free": "2/minute", "blocked": "0/minute", "mixed": "9/minute; 0/hour"}
@@ -78,7 +80,9 @@ async def test_plan_that_nobody_can_read_is_no_error_of_the_app(memory_settings:
 
 
 async def test_cost_zero_and_cost_too_big(memory_settings: Settings) -> None:
-    """Cost 0 is admitted and charges nothing; a cost above the quota is refused for good, without Retry-After."""
+    """Cost 0 is admitted and charges nothing;
+    a cost above the quota is refused for good, without Retry-After.
+    """
     costs = iter([0, 0, 6, 5])
     app = RateLimitMiddleware(
         Spy(), rules=[Rule("5/minute", cost=lambda request: next(costs))], settings=memory_settings
@@ -94,7 +98,9 @@ async def test_cost_zero_and_cost_too_big(memory_settings: Settings) -> None:
 
 
 async def test_cost_from_the_body_is_replayed_to_the_app(memory_settings: Settings) -> None:
-    """A cost callable may read the JSON body, and the app still receives it byte for byte, however it was cut."""
+    """A cost callable may read the JSON body,
+    and the app still receives it byte for byte, however it was cut.
+    """
 
     async def inputs(request: Request) -> int:
         return len((await request.json())["input"])
@@ -120,7 +126,9 @@ async def test_cost_from_the_body_is_replayed_to_the_app(memory_settings: Settin
     ids=["cut", "bytes", "nested", "big"],
 )
 async def test_unreadable_body_is_never_the_cheap_one(memory_settings: Settings, body: bytes) -> None:
-    """A body that is no JSON, or over the cap, takes all that remains, and the app receives it as it was."""
+    """A body that is no JSON, or over the cap, takes all that remains,
+    and the app receives it as it was.
+    """
 
     async def inputs(request: Request) -> int:
         return len((await request.json())["input"])
@@ -206,7 +214,9 @@ async def test_exception_counts_as_500_and_a_disconnect_stays_charged(memory_set
 
 
 async def test_charge_until_the_last_byte(memory_settings: Settings) -> None:
-    """The app may charge what it only knows later, for one policy or all, and give back what it was charged."""
+    """The app may charge what it only knows later, for one policy or all,
+    and give back what it was charged.
+    """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         limit = scope["state"]["rate_limit"]
@@ -244,7 +254,9 @@ async def test_nobody_gets_back_more_than_was_taken(memory_settings: Settings) -
 
 
 async def test_errors_of_the_apps_own_network_count_as_500(memory_settings: Settings) -> None:
-    """An app whose database is down raises an OSError too: that is its failure, not the client's absence."""
+    """An app whose database is down raises an OSError too:
+    that is its failure, not the client's absence.
+    """
     seen: list[int] = []
 
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:

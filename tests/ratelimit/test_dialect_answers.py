@@ -77,7 +77,9 @@ async def test_fields_of_a_provider_behind_the_app_stay(memory_settings: Setting
 
 @pytest.mark.anyio
 async def test_remembered_refusals_are_kept_for_each_dialect(memory_settings: Settings, redis_url: str) -> None:
-    """One counter refuses on paths of several dialects: each gets its own, in whatever order they ask."""
+    """One counter refuses on paths of several dialects:
+    each gets its own, in whatever order they ask.
+    """
     settings = Settings(REDIS_URL=redis_url, REDIS_KEY_PREFIX=memory_settings.REDIS_KEY_PREFIX)
     dialect: Any = {"/a": "anthropic", "/o": "openai", "/m": "mcp"}
     app = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="requests")], dialect=dialect, settings=settings)

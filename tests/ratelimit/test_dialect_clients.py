@@ -1,4 +1,6 @@
-"""The clients that the dialects are for: they raise what they raise of the services that they were made for."""
+"""The clients that the dialects are for:
+they raise what they raise of the services that they were made for.
+"""
 
 import time
 from collections.abc import Iterator
@@ -216,7 +218,9 @@ def test_anthropic_asks_once_for_what_never_fits(never: tuple[str, Counted]) -> 
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_a_session_of_mcp_survives_a_refusal(mode: Any) -> None:
-    """The call fails with what the limit says, of today's protocol and of the older one, and the next call works."""
+    """The call fails with what the limit says,
+    of today's protocol and of the older one, and the next call works.
+    """
     fastmcp = needed("fastmcp")
     server = fastmcp.FastMCP("tools")
 

@@ -28,7 +28,9 @@ def tools(settings: Settings, spy: Spy, **options: Any) -> RateLimitMiddleware:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("revision", "status"), [("2026-07-28", 429), ("2025-06-18", 200), (None, 200)])
 async def test_a_tool_call_is_refused_by_its_id(memory_settings: Settings, revision: str | None, status: int) -> None:
-    """A JSON-RPC error that the client takes for the answer to its call, with the status that it can read."""
+    """A JSON-RPC error that the client takes for the answer to its call,
+    with the status that it can read.
+    """
     spy = Spy()
     headers = {} if revision is None else {"mcp-protocol-version": revision}
     async with client_of(tools(memory_settings, spy)) as client:

@@ -58,7 +58,9 @@ def starlette_app(settings: Settings, dialect: Any, **limit: Any) -> Starlette:
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", [fastapi_app, starlette_app])
 async def test_a_route_answers_in_the_dialect_outside(memory_settings: Settings, make: Any) -> None:
-    """Its refusal has the fields and the body of the middleware's dialect, whichever framework tells it."""
+    """Its refusal has the fields and the body of the middleware's dialect, whichever framework
+    tells it.
+    """
     async with client_of(make(memory_settings, "openai")) as client:
         admitted = await client.post("/v1/chat", json={})
         refused = await client.post("/v1/chat", json={})
@@ -125,7 +127,9 @@ async def test_a_route_without_a_dialect_is_as_it_was(memory_settings: Settings)
 
 @pytest.mark.anyio
 async def test_a_refusal_that_the_app_swallows_is_no_answer(memory_settings: Settings) -> None:
-    """The app may catch what a limit raises, and answer something else with the same status, or another one."""
+    """The app may catch what a limit raises,
+    and answer something else with the same status, or another one.
+    """
 
     @rate_limit("1/minute", name="requests")
     async def limited(request: Request) -> JSONResponse:

@@ -58,7 +58,9 @@ def state(name: str, quota: int = 60, window: int = 60, *, left: int = 59, reset
     ],
 )
 def test_durations_are_as_go_writes_them(seconds: float, expected: str) -> None:
-    """Hours, minutes and seconds from the first that is not 0 on; below a second whole milliseconds."""
+    """Hours, minutes and seconds from the first that is not 0 on;
+    below a second whole milliseconds.
+    """
     assert expected == go_duration(seconds)
 
 
@@ -102,7 +104,9 @@ def test_times_are_in_utc(unix: float, expected: str) -> None:
 def test_of_several_windows_the_one_with_the_least_left_is_told(
     states: list[PolicyState], expected: str | None
 ) -> None:
-    """Of policies of one rule, and of no other, the one with the fewest units; of equals the one that is full last."""
+    """Of policies of one rule, and of no other, the one with the fewest units;
+    of equals the one that is full last.
+    """
     found = dict(OPENAI.fields(states, 0.0))
     told = next((each for each in states if each.name == expected), None)
 

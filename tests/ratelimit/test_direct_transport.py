@@ -1,4 +1,6 @@
-"""The limiter's own way over a pooled connection: it gives way, survives its end, leaves redis-py's stream whole."""
+"""The limiter's own way over a pooled connection: it gives way, survives its end,
+leaves redis-py's stream whole.
+"""
 
 import asyncio
 import re
@@ -20,6 +22,7 @@ from redis_asgi.ratelimit.transport.check import Check, Outcome
 from redis_asgi.ratelimit.transport.cluster_batcher import make_batcher
 from redis_asgi.ratelimit.transport.direct_transport import DirectTransport
 
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -53,7 +56,9 @@ def remaining(outcome: Outcome) -> int:
 
 
 async def test_one_connection_serves_everybody_in_turn(private_server: StartServer) -> None:
-    """With a pool of one, the limiter gives its connection back whole, and gets it again; there never is another."""
+    """With a pool of one, the limiter gives its connection back whole,
+    and gets it again; there never is another.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=1))
     client = await manager.get_connection()
@@ -83,7 +88,9 @@ async def test_idle_line_gives_way_to_whoever_waits(private_server: StartServer)
 
 
 async def test_blocking_commands_never_take_the_last_connection(private_server: StartServer) -> None:
-    """However many of the app's own block on the shared client, limits are decided in Redis meanwhile."""
+    """However many of the app's own block on the shared client,
+    limits are decided in Redis meanwhile.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url, REDIS_POOL_SIZE=3))
     client = await manager.get_connection()
@@ -101,7 +108,9 @@ async def test_blocking_commands_never_take_the_last_connection(private_server: 
 
 
 async def test_connection_that_the_server_closes_is_replaced(private_server: StartServer) -> None:
-    """CLIENT KILL between two checks, or an idle timeout: the next check is answered by Redis all the same."""
+    """CLIENT KILL between two checks, or an idle timeout:
+    the next check is answered by Redis all the same.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url))
     batcher = batcher_of(manager)
@@ -168,7 +177,9 @@ async def test_replies_that_came_before_the_end_are_given_out(private_server: St
     ],
 )
 async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Outcome) -> None:
-    """What is no reply to it ends the connection, and the check fails at once; nothing is read out of step."""
+    """What is no reply to it ends the connection,
+    and the check fails at once; nothing is read out of step.
+    """
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
@@ -179,7 +190,7 @@ async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Outcome) ->
 
     listener = await asyncio.start_server(talk, "127.0.0.1", 0)
     manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert expected == await ask(batcher_of(manager))
     assert not batcher_of(manager)._sent
     await manager.close()
@@ -187,7 +198,9 @@ async def test_what_is_no_redis_is_hung_up_on(said: bytes, expected: Outcome) ->
 
 
 async def test_swallowed_reply_gives_nobody_anothers_verdict(private_server: StartServer) -> None:
-    """What is out of step fails, and its connection with it: a client without quota gets no one else's admission."""
+    """What is out of step fails, and its connection with it:
+    a client without quota gets no one else's admission.
+    """
     server = private_server()
     async with swallowing(server) as (port, swallow):
         manager = RedisManager(Settings(REDIS_URL=f"redis://127.0.0.1:{port}"))
@@ -259,14 +272,16 @@ async def test_trial_does_not_wait_behind_checks_of_the_outage(redis_url: str) -
     await asyncio.sleep(0)
     pool.get_connection = connect  # type: ignore[method-assign]
     batcher.breaker.state = "half_open"
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE):
         assert [99, 98] == [remaining(outcome) for outcome in await asyncio.gather(before, ask(batcher))]
     assert "closed" == manager.breaker_state
     await manager.close()
 
 
 async def test_two_replies_that_come_together_are_told_apart(private_server: StartServer) -> None:
-    """More checks than a batch holds go out before the first is answered, and each gets its own numbers."""
+    """More checks than a batch holds go out before the first is answered,
+    and each gets its own numbers.
+    """
     manager = RedisManager(Settings(REDIS_URL=private_server().url))
     batcher = batcher_of(manager)
     await ask(batcher)
@@ -278,7 +293,9 @@ async def test_two_replies_that_come_together_are_told_apart(private_server: Sta
 
 
 async def test_every_kind_of_socket(other_socket: dict[str, Any]) -> None:
-    """A unix socket and TLS carry batches as TCP does, with the checks and commands of others in between."""
+    """A unix socket and TLS carry batches as TCP does,
+    with the checks and commands of others in between.
+    """
     manager = RedisManager(Settings(**other_socket, REDIS_POOL_SIZE=1))
     client = await manager.get_connection()
     for turn in range(1, 4):

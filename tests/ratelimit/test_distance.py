@@ -1,4 +1,6 @@
-"""Redis far away: what a round trip may take of the deadline, and when a batch leaves while others are under way."""
+"""Redis far away: what a round trip may take of the deadline,
+and when a batch leaves while others are under way.
+"""
 
 import asyncio
 from collections import deque
@@ -17,6 +19,7 @@ from redis_asgi.ratelimit.limits.policy import Policy, PolicySet, make_partition
 from redis_asgi.ratelimit.transport.batcher import MANY, MAX_COUNTERS, MAX_IN_FLIGHT, Batcher
 from redis_asgi.ratelimit.transport.check import Check, SubmittedBatch
 
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 
@@ -96,14 +99,16 @@ def submit(batcher: Batcher, *, timeout: float = 1.0, counters: int = 1) -> Chec
 
 async def written(check: Check) -> float:
     """When the batch of *check* was written, once it is."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not check.written:
             await asyncio.sleep(0.001)
     return check.written
 
 
 async def test_a_batch_leaves_a_tenth_of_the_deadline_after_the_last() -> None:
-    """An idle limiter sends at the end of the turn; behind a batch under way the next waits a tenth, and shares."""
+    """An idle limiter sends at the end of the turn;
+    behind a batch under way the next waits a tenth, and shares.
+    """
     async with held(Hold()) as batcher:
         first = submit(batcher)
         await asyncio.sleep(0)
@@ -118,7 +123,9 @@ async def test_a_batch_leaves_a_tenth_of_the_deadline_after_the_last() -> None:
 
 
 async def test_an_answer_sends_what_waits_before_its_time() -> None:
-    """A reply that leaves nothing in flight sends the next batch at once; one that leaves others sends none early."""
+    """A reply that leaves nothing in flight sends the next batch at once;
+    one that leaves others sends none early.
+    """
     transport = Hold()
     async with held(transport) as batcher:
         submit(batcher, timeout=50)
@@ -149,7 +156,9 @@ async def test_ten_at_most_are_under_way(counters: int) -> None:
 
 
 async def test_nothing_is_started_beside_a_connection_that_is_made() -> None:
-    """What waits for a connection goes with it, however long that takes: there is not a second one every tenth."""
+    """What waits for a connection goes with it, however long that takes:
+    there is not a second one every tenth.
+    """
     transport = Hold(is_ready=False)
     async with held(transport) as batcher:
         first = submit(batcher, timeout=0.5)
@@ -161,7 +170,9 @@ async def test_nothing_is_started_beside_a_connection_that_is_made() -> None:
 
 
 async def test_who_is_in_a_hurry_takes_the_patient_along() -> None:
-    """Parts of one process may have deadlines of their own: the shortest of those that wait says when they leave."""
+    """Parts of one process may have deadlines of their own:
+    the shortest of those that wait says when they leave.
+    """
     async with held(Hold()) as batcher:
         first = submit(batcher, timeout=50)
         await asyncio.sleep(0)
@@ -171,7 +182,9 @@ async def test_who_is_in_a_hurry_takes_the_patient_along() -> None:
 
 
 async def everybody(arrivals: str, ask: Callable[[int], "asyncio.Future[None]"]) -> None:
-    """Requests as clients send them: *n* that each wait for their answer, or 200 a second whatever the answers do."""
+    """Requests as clients send them: *n* that each wait for their answer,
+    or 200 a second whatever the answers do.
+    """
     if arrivals == "open":
         async with asyncio.TaskGroup() as group:
             for n in range(200):
@@ -193,7 +206,9 @@ async def _one(ask: Callable[[int], "asyncio.Future[None]"], n: int) -> None:
 
 @pytest.mark.parametrize("arrivals", ["1", "4", "32", "open"])
 async def test_a_long_trip_is_still_decided_by_redis(private_server: Callable[..., Server], arrivals: str) -> None:
-    """Of a trip that takes more than half of the deadline nobody waits for two: all decided by Redis, each once."""
+    """Of a trip that takes more than half of the deadline nobody waits for two:
+    all decided by Redis, each once.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url))
@@ -216,7 +231,9 @@ async def test_a_long_trip_is_still_decided_by_redis(private_server: Callable[..
 
 
 async def test_a_check_that_had_no_time_for_a_trip_tells_nothing() -> None:
-    """Late for having waited for a connection, it is no failure of the server, until its batch's own limit passes."""
+    """Late for having waited for a connection, it is no failure of the server,
+    until its batch's own limit passes.
+    """
     transport = Hold(is_ready=False)
     async with held(transport) as batcher:
         check = submit(batcher, timeout=0.2)
@@ -226,14 +243,16 @@ async def test_a_check_that_had_no_time_for_a_trip_tells_nothing() -> None:
         batcher.start_if_due()
         assert Failure.TIMEOUT is await check.future
         assert 0 == batcher.breaker._failures
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while transport.under_way:
                 await asyncio.sleep(0.01)
         assert 1 == batcher.breaker._failures
 
 
 async def test_redis_is_found_again_far_away(private_server: Callable[..., Server]) -> None:
-    """Where no connection can be made within a probe's limit, nor a trial's deadline, an outage ends all the same."""
+    """Where no connection can be made within a probe's limit,
+    nor a trial's deadline, an outage ends all the same.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url))
@@ -243,7 +262,7 @@ async def test_redis_is_found_again_far_away(private_server: Callable[..., Serve
         while (await limiter.consume("a")).source == "redis" or manager.breaker().admits():
             pass
         await proxy.set("delay", seconds=0.2)  # a greeting, and then a PING or a check
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while (await limiter.consume("b", "1000/hour")).source != "redis":
                 await asyncio.sleep(0.05)
         assert "closed" == manager.breaker_state
@@ -251,7 +270,9 @@ async def test_redis_is_found_again_far_away(private_server: Callable[..., Serve
 
 
 async def test_a_users_pool_of_one_is_not_asked_all_the_time(private_server: Callable[..., Server]) -> None:
-    """Where the only connection of a given client is under way, it is asked for now and then, not every turn."""
+    """Where the only connection of a given client is under way,
+    it is asked for now and then, not every turn.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         client = aioredis.Redis.from_url(proxy.url, max_connections=1)

@@ -12,11 +12,14 @@ import redis
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
 from ..kit.processes import clean_environment
-from ..kit.servers import ExternalServer
+from ..kit.servers import ExternalServer, wait_until
 
 PROCESSES, TASKS, QUOTA, WINDOW = 4, 50, 300, 3
+IN_TIME = WINDOW - 0.1  # seconds for a round to be within one window
+_ATTEMPTS = 4
 
-# Each round: wait for the time the test names, then hammer every strategy at once and say how many were admitted.
+# Each round: wait for the time the test names,
+# then hammer every strategy at once and say how many were admitted.
 WORKER = f"""
 import asyncio, json, sys, time
 from redis_asgi import RateLimiter
@@ -50,7 +53,9 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Round:
-    """What all processes together were admitted, by strategy, from when to when, and when all is free again."""
+    """What all processes together were admitted, by strategy,
+    from when to when, and when all is free again.
+    """
 
     admitted: dict[str, int]
     seconds: float
@@ -60,7 +65,11 @@ class Round:
 
 @pytest.fixture(scope="module")
 def rounds(_plain_server: ExternalServer) -> list[Round]:
-    """Two rounds of four processes with fifty tasks per strategy: at once, and a second after everything is free."""
+    """Two rounds of four processes with fifty tasks per strategy: at once,
+    and a second after everything is free.
+
+    Asked for again while the machine was too slow for a round to end in its window.
+    """
     _plain_server.flush()
     workers = [
         subprocess.Popen(
@@ -75,8 +84,13 @@ def rounds(_plain_server: ExternalServer) -> list[Round]:
     try:
         for worker in workers:
             assert _line(worker) == "ready"
-        first = _round(workers, time.time() + 0.2)
-        again = _round(workers, time.time() + first.reset + 1)
+        not_before = time.time() + 0.2
+        for _ in range(_ATTEMPTS):
+            first = _round(workers, not_before)
+            again = _round(workers, time.time() + first.reset + 1)
+            if max(first.seconds, again.seconds) < IN_TIME:
+                break
+            not_before = time.time() + again.reset + 1
     finally:
         for worker in workers:
             worker.kill()
@@ -107,11 +121,13 @@ def _round(workers: "list[subprocess.Popen[str]]", not_before: float) -> Round:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("turn", [pytest.param(0, id="at once"), pytest.param(1, id="a second after reset")])
 def test_processes_together_admit_exactly_the_quota(rounds: list[Round], strategy: str, turn: int) -> None:
-    """Four processes with fifty tasks each ask eight hundred times: the quota is admitted, and not one more."""
+    """Four processes with fifty tasks each ask eight hundred times:
+    the quota is admitted, and not one more.
+    """
     found = rounds[turn]
 
     assert {"redis"} == found.sources
-    assert found.seconds < WINDOW - 0.1, "the machine was too slow for this to say anything"
+    assert found.seconds < IN_TIME, "the machine was too slow for this to say anything"
     if strategy == "gcra":
         # A token bucket refills while it is hammered; how long that took was measured.
         assert QUOTA <= found.admitted[strategy] <= QUOTA + found.seconds * QUOTA / WINDOW
@@ -140,14 +156,14 @@ def test_ten_thousand_clients_leave_no_key_behind(redis_server: ExternalServer, 
     command = [sys.executable, "-c", CROWD, redis_server.url, *STRATEGIES]
     subprocess.run(command, check=True, env=clean_environment(), timeout=60)
     seen = redis_client.dbsize()
-
-    # Two windows of the sliding counter, and a second of slack for the clock of a replica.
-    deadline = time.monotonic() + 2 + 1 + 1.5
-    while redis_client.dbsize() and time.monotonic() < deadline:
-        # A server under test is idle, and its own sweep of expired keys slow: a look at each makes them go.
-        for key in redis_client.scan_iter(count=1000):
-            redis_client.exists(key)
-        time.sleep(0.05)
+    look = redis_client.pipeline(transaction=False)
+    for key in redis_client.keys("*"):
+        look.pttl(key)
+    left = look.execute()
 
     assert seen > 2500
-    assert [] == redis_client.keys("*")
+    # Two windows of the sliding counter,
+    # and a second of slack for the clock of a replica; -2 has gone meanwhile.
+    assert all(ttl == -2 or 0 <= ttl <= (2 + 1) * 1000 for ttl in left)
+    # `KEYS` looks at each, whether the server's own sweep has come by or not.
+    wait_until(lambda: redis_client.keys("*") == [], "every key has gone")

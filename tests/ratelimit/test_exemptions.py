@@ -1,4 +1,6 @@
-"""What is never counted: exactly the pages of the package's own sub-apps, and paths that no router takes for others."""
+"""What is never counted: exactly the pages of the package's own sub-apps,
+and paths that no router takes for others.
+"""
 
 from typing import Any
 
@@ -74,7 +76,9 @@ def pages_of(app: object) -> set[str]:
 @pytest.mark.parametrize("build", [_starlette, _fastapi])
 @pytest.mark.parametrize("outside", [True, False])
 async def test_own_pages_are_not_counted(build: Any, outside: bool) -> None:
-    """By GET and HEAD, around the finished app or added to it; everything else counts, redirects and 404s too."""
+    """By GET and HEAD, around the finished app or added to it;
+    everything else counts, redirects and 404s too.
+    """
     app = build()
     manager = RedisManager(MEMORY)
     if outside:
@@ -197,7 +201,9 @@ async def test_pages_below_a_root_of_the_apps_own() -> None:
 
 
 async def test_a_root_below_a_mount_hides_its_pages() -> None:
-    """A mounted app that replaces its root looks elsewhere for its own mounts; nothing is exempt on a guess."""
+    """A mounted app that replaces its root looks elsewhere for its own mounts; nothing is exempt on
+    a guess.
+    """
     inner = FastAPI()
     inner.root_path = "/other"
     inner.mount("/health", sub_app())

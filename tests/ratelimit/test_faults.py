@@ -17,6 +17,7 @@ from redis_asgi.telemetry import telemetry
 from ..kit.fair_time import fair_time
 from ..kit.inside import manager_of
 from ..kit.logs import event_of
+from ..kit.patience import until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Server
 from .harness import Spy, client_of, drive, header, http_scope
@@ -45,7 +46,9 @@ async def test_redis_down_at_start_changes_nothing_but_the_engine() -> None:
 
 
 async def test_each_rule_fails_its_own_way() -> None:
-    """Local rules go on counting beside open ones; one closed rule that covers the request closes it."""
+    """Local rules go on counting beside open ones;
+    one closed rule that covers the request closes it.
+    """
     rules = [
         Rule("2/minute", name="local"),
         Rule("1/minute", name="open", on_redis_error="open"),
@@ -83,23 +86,30 @@ async def test_fallback_divisor_shares_the_quota() -> None:
 
 
 async def test_restarted_redis_is_used_within_half_a_second(private_server: StartServer) -> None:
-    """A kill and a restart cost no 5xx and no wait, and half a second later verdicts come from Redis again."""
+    """A kill and a restart cost no 5xx and no wait,
+    and half a second later verdicts come from Redis again.
+    """
     server = private_server()
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
     await asyncio.gather(*(timed(app) for _ in range(10)))
     server.kill()
     down = [await timed(app) for _ in range(5)]
     server.restart()
-    await asyncio.sleep(0.5)
+    began = fair_time()
+    await until(lambda: manager_of(app).breaker_state != "open")
+    took = fair_time() - began
     up = await timed(app, client=("192.0.2.3", 1))
 
     assert {200} == {status for status, _ in [*down, up]}
     assert max(seconds for _, seconds in down) < 0.1
+    assert took < 0.5
     assert b"rate_limit:{192.0.2.3}" in server.client().keys()
 
 
 async def test_open_breaker_spares_everybody_the_wait(private_server: StartServer) -> None:
-    """A hung Redis costs few requests their deadline, then none waits at all; it is asked by probes only."""
+    """A hung Redis costs few requests their deadline,
+    then none waits at all; it is asked by probes only.
+    """
     server = private_server()
     app = RateLimitMiddleware(Spy(), "500/minute", settings=Settings(REDIS_URL=server.url, RATE_LIMIT_TIMEOUT=0.05))
     await timed(app)
@@ -110,12 +120,13 @@ async def test_open_breaker_spares_everybody_the_wait(private_server: StartServe
         slow += 1
     fast = [seconds for _, seconds in [await timed(app) for _ in range(100)]]
     server.resume()
-    before = server.calls("evalsha")
-    await asyncio.sleep(0.5)
-    half_open = manager_of(app).breaker_state
+    before, began = server.calls("evalsha"), fair_time()
+    await until(lambda: manager_of(app).breaker_state != "open")
+    half_open, took = manager_of(app).breaker_state, fair_time() - began
     answers = await asyncio.gather(*(timed(app, client=("192.0.2.5", 1)) for _ in range(10)))
 
     assert slow <= 10
+    assert took < 0.5
     assert max(fast) < 0.02
     assert ("half_open", "closed") == (half_open, manager_of(app).breaker_state)
     assert 200 == answers[0][0]
@@ -124,7 +135,9 @@ async def test_open_breaker_spares_everybody_the_wait(private_server: StartServe
 
 
 async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(private_server: StartServer) -> None:
-    """NOPERM will not pass by itself: one failure is enough, and the server's ACL log is not filled."""
+    """NOPERM will not pass by itself: one failure is enough,
+    and the server's ACL log is not filled.
+    """
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-evalsha")
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
@@ -138,7 +151,9 @@ async def test_a_right_that_is_missing_opens_at_once_and_is_probed_slowly(privat
 
 @pytest.mark.parametrize("right", ["evalsha", "time", "hset", "pexpire", "pttl"])
 async def test_right_that_is_missing_in_the_script_is_one_too(any_server: StartServer, right: str) -> None:
-    """On every version a right that only the script needs opens the breaker at once, for what it is."""
+    """On every version a right that only the script needs opens the breaker at once, for what it
+    is.
+    """
     server = any_server()
     server.command("ACL", "SETUSER", "default", f"-{right}")
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
@@ -151,7 +166,9 @@ async def test_right_that_is_missing_in_the_script_is_one_too(any_server: StartS
 
 
 async def test_failover_behind_a_name_is_followed_on_every_version(any_server: StartServer) -> None:
-    """The node the limiter is connected to becomes a replica: the next connection finds who took over."""
+    """The node the limiter is connected to becomes a replica:
+    the next connection finds who took over.
+    """
     first, second = any_server(), any_server()
     async with FaultProxy(first.host, first.port) as proxy:
         app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=proxy.url))
@@ -168,7 +185,9 @@ async def test_failover_behind_a_name_is_followed_on_every_version(any_server: S
 
 
 async def test_replica_that_takes_over_is_used(private_server: StartServer) -> None:
-    """READONLY: connections are dropped and made anew, so that a name that leads elsewhere now is asked again."""
+    """READONLY: connections are dropped and made anew,
+    so that a name that leads elsewhere now is asked again.
+    """
     server = private_server()
     app = RateLimitMiddleware(Spy(), "50/minute", settings=Settings(REDIS_URL=server.url))
     await timed(app)
@@ -177,17 +196,22 @@ async def test_replica_that_takes_over_is_used(private_server: StartServer) -> N
     down = [await timed(app) for _ in range(8)]
     opened = manager_of(app).breaker_state
     server.command("REPLICAOF", "NO", "ONE")
-    await asyncio.sleep(0.5)
+    began = fair_time()
+    await until(lambda: manager_of(app).breaker_state != "open")
+    took = fair_time() - began
     await timed(app, client=("192.0.2.9", 1))
 
     assert {200} == {status for status, _ in down}
     assert "open" == opened
+    assert took < 0.5
     assert 1 == server.client().exists("rate_limit:{192.0.2.9}")
     assert before not in {each["id"] for each in server.connections()}
 
 
 async def test_storm_of_cancelled_requests_serves_nobody_wrongly(private_server: StartServer) -> None:
-    """A thousand requests cancelled at random: nobody gets another's numbers, and no counter exceeds its requests."""
+    """A thousand requests cancelled at random: nobody gets another's numbers,
+    and no counter exceeds its requests.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         app = RateLimitMiddleware(Spy(), "1000000/minute", settings=Settings(REDIS_URL=proxy.url))
@@ -219,7 +243,9 @@ async def test_storm_of_cancelled_requests_serves_nobody_wrongly(private_server:
 
 
 async def test_client_that_cannot_be_built_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster client resolves its host when it is built; a name without an address is an outage like any other."""
+    """A cluster client resolves its host when it is built;
+    a name without an address is an outage like any other.
+    """
 
     def nowhere(manager: RedisManager) -> None:
         raise socket.gaierror(-2, "Name or service not known")
@@ -240,7 +266,9 @@ async def test_a_defect_is_decided_as_without_redis(
     on: Any,
     expected: Any,
 ) -> None:
-    """What no Redis causes, such as an odd version of redis-py, is no 500, no outage, and one line with a traceback."""
+    """What no Redis causes, such as an odd version of redis-py, is no 500, no outage,
+    and one line with a traceback.
+    """
     monkeypatch.setattr("redis_asgi.errors._said", set())
 
     def raise_it(*_given: object, **_options: object) -> None:
@@ -261,7 +289,9 @@ async def test_a_defect_is_decided_as_without_redis(
 
 @pytest.mark.parametrize("state", ["open", "closed"])
 async def test_a_charge_that_redis_does_not_take_is_made_here(private_server: StartServer, state: str) -> None:
-    """What an admitted answer costs in the end is not lost with Redis, whether the breaker knows of it or not."""
+    """What an admitted answer costs in the end is not lost with Redis,
+    whether the breaker knows of it or not.
+    """
     server = private_server()
     go = asyncio.Event()
 
@@ -322,7 +352,9 @@ async def test_shadow_and_dry_run_never_refuse_even_when_closed() -> None:
 
 
 async def test_script_that_is_loaded_too_late_charges_nobody(private_server: StartServer) -> None:
-    """NOSCRIPT that comes after the deadline: the request was answered without Redis, so Redis is not asked again."""
+    """NOSCRIPT that comes after the deadline:
+    the request was answered without Redis, so Redis is not asked again.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         app = RateLimitMiddleware(Spy(), "5/minute", settings=Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.1))

@@ -1,4 +1,6 @@
-"""A flood of refused requests: one answer, said again for as long as it is true, and to each as if it were its own."""
+"""A flood of refused requests: one answer, said again for as long as it is true,
+and to each as if it were its own.
+"""
 
 import gc
 
@@ -99,7 +101,9 @@ async def test_what_is_said_to_many_can_be_changed_by_none(settings: Settings) -
 
 
 async def test_nothing_of_it_waits_for_the_collector(settings: Settings) -> None:
-    """A refused request is gone when it has been answered, and so is a decision that was said again."""
+    """A refused request is gone when it has been answered,
+    and so is a decision that was said again.
+    """
     app = RateLimitMiddleware(PlainTextResponse("ok"), "1/minute", settings=settings)
     await flood(app)
     gc.collect()

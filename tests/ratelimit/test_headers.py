@@ -35,7 +35,9 @@ def state(
     ids=["open window", "untouched", "used up", "bucket with rest", "empty bucket", "peeked", "rounded up"],
 )
 def test_effective_window(policy: PolicyState, expected: bytes) -> None:
-    """``t`` runs to a fixed window's end; otherwise to the next unit when none is left, else it is the window."""
+    """``t`` runs to a fixed window's end;
+    otherwise to the next unit when none is left, else it is the window.
+    """
     assert expected == dict(headers.ietf_fields([policy]))[b"ratelimit"]
 
 
@@ -54,7 +56,9 @@ def test_shadow_policies_and_nobodys_decisions_send_nothing() -> None:
 
 
 def test_fields_from_numbers_equal_fields_from_states() -> None:
-    """What a strategy's reply gives is what the states in it give; a shadow is no client's business."""
+    """What a strategy's reply gives is what the states in it give;
+    a shadow is no client's business.
+    """
     policies = [Policy("a", 10, 60), Policy("s", 5, 1, "gcra", True), Policy("g", 10, 60, "gcra")]
     reply = [1, 1, 3, 12_200_000, 0, 0, 0, 0, 1_000_000, 200_000, 0, 1, 0, 60_000_000, 5_100_000, 0]
     states = [state("a"), state("g", 0, 60.0, 5.1, strategy="gcra")]
@@ -76,7 +80,9 @@ def test_fields_from_numbers_equal_fields_from_states() -> None:
 def test_legacy_speaks_for_one_policy(
     states: list[PolicyState], violated: tuple[str, ...], expected: tuple[bytes, ...]
 ) -> None:
-    """The violated policy with the longest wait, else the one with the least left; the reset is epoch seconds."""
+    """The violated policy with the longest wait,
+    else the one with the least left; the reset is epoch seconds.
+    """
     fields = dict(headers.legacy_fields(states, violated, now=1000.0))
 
     assert expected == tuple(fields.values())
@@ -121,7 +127,9 @@ def test_rendered_refusal_equals_the_long_way() -> None:
 
 
 def test_merged_decisions() -> None:
-    """Admitted only if all admit; the longest wait; degraded if one is; None once one can never fit."""
+    """Admitted only if all admit; the longest wait;
+    degraded if one is; None once one can never fit.
+    """
     yes = Decision(True, "redis", None, (state("a"),))
     no = Decision(False, "local", 5.0, (state("b", 0, 5.0, 5.0),), ("b",))
     never = Decision(False, "redis", None, (state("c", 3, 5.0, None),), ("c",))

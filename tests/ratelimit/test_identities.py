@@ -26,7 +26,9 @@ async def test_partition_by_header_and_user(memory_settings: Settings) -> None:
     [("ip", [200, 429, 200]), ("skip", [200, 200, 200]), ("shared", [200, 429, 429]), ("refuse", [400, 400, 400])],
 )
 async def test_missing_identity(mode: Any, expected: list[int]) -> None:
-    """Requests without the header are counted by address, not at all, together, or refused with 400."""
+    """Requests without the header are counted by address, not at all,
+    together, or refused with 400.
+    """
     settings = memory(RATE_LIMIT_MISSING_IDENTITY=mode, REDIS_KEY_PREFIX=f"m-{mode}:")
     app = RateLimitMiddleware(Spy(), "1/minute", partition_by=by_header("x-api-key"), settings=settings)
     first, second = await statuses(app, 2), await statuses(app, 1, address="203.0.113.8")
@@ -76,7 +78,9 @@ async def test_client_ip_inside_a_callable_believes_the_same_proxies() -> None:
 
 
 async def test_spoofed_header_changes_nothing_unless_trusted() -> None:
-    """X-Forwarded-For from a peer that is not trusted buys no new counter; from a trusted one it names the client."""
+    """X-Forwarded-For from a peer that is not trusted buys no new counter;
+    from a trusted one it names the client.
+    """
     untrusting = RateLimitMiddleware(Spy(), "1/minute", settings=memory(REDIS_KEY_PREFIX="u:"))
     trusting = RateLimitMiddleware(
         Spy(), "1/minute", settings=memory(REDIS_KEY_PREFIX="v:", RATE_LIMIT_TRUSTED_PROXIES="203.0.113.7")
@@ -122,7 +126,9 @@ async def test_hostile_headers_have_a_defined_answer(
 
 @pytest.mark.parametrize("client", [None, (None, 0), ("", 0)])
 async def test_peers_without_an_address_share(memory_settings: Settings, client: Any) -> None:
-    """However a server says that it does not know, nothing raises and all of them are one partition."""
+    """However a server says that it does not know,
+    nothing raises and all of them are one partition.
+    """
     trusting = memory_settings.model_copy(update={"RATE_LIMIT_TRUSTED_PROXIES": ("10.0.0.1",)})
     app = RateLimitMiddleware(Spy(), "1/minute", settings=trusting)
     scope = http_scope(client=client, headers=[(b"x-forwarded-for", b"1.1.1.1")])

@@ -229,7 +229,9 @@ async def test_a_refusal_is_remembered_for_a_tenth_of_a_second(patient: RedisMan
 
 
 async def test_parts_of_a_cluster_leave_nothing(cluster: Cluster) -> None:
-    """What one slot admits and another refuses is given back: too much is counted for a moment, never too little."""
+    """What one slot admits and another refuses is given back:
+    too much is counted for a moment, never too little.
+    """
     manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True, RATE_LIMIT_TIMEOUT=5.0))
     app = Stream()
     rules = [
@@ -258,7 +260,9 @@ async def test_parts_of_a_cluster_leave_nothing(cluster: Cluster) -> None:
 async def test_an_old_user_keeps_redis_for_the_other_limits(
     private_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without the rights that came with concurrency such rules are decided here, others go on, and the log says so."""
+    """Without the rights that came with concurrency such rules are decided here,
+    others go on, and the log says so.
+    """
     _say_denied.cache_clear()
     server = private_server()
     settings = Settings(REDIS_URL=server.url, REDIS_USERNAME="old", REDIS_PASSWORD="secret", RATE_LIMIT_TIMEOUT=5.0)

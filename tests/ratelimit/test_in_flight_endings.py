@@ -1,4 +1,6 @@
-"""The end of a request in flight: its last byte, its error, its client's going, or the end of a block of code."""
+"""The end of a request in flight: its last byte, its error, its client's going,
+or the end of a block of code.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable

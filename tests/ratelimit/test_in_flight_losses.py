@@ -14,6 +14,7 @@ from redis_asgi.ratelimit.limits.policy import make_partition
 
 from ..conftest import StartServer
 from ..kit.inside import engine_of
+from ..kit.patience import until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer
 from .concurrency import Stream, ended, heart_of, members, on_redis, opened, running, server_time, settled, streams
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.anyio
 
 @on_redis
 async def test_a_heartbeat_says_again_what_runs(patient: RedisManager, redis_client: redis.Redis) -> None:
-    """After FLUSHALL, and after a reset, it is all back: in two keys, of two policies of one client."""
+    """After FLUSHALL, and after a reset, it is all back: in two keys,
+    of two policies of one client.
+    """
     app = Stream()
     limited = RateLimitMiddleware(app, rules=[streams(3), streams(5, name="all")], redis=patient)
     requests = await opened(limited, 3)
@@ -87,7 +90,9 @@ async def test_a_heartbeat_is_one_command(patient: RedisManager, redis_client: r
 
 @on_redis
 async def test_it_beats_by_itself(patient: RedisManager, redis_client: redis.Redis) -> None:
-    """Every ten seconds while something runs; one that failed is followed by another after a second."""
+    """Every ten seconds while something runs;
+    one that failed is followed by another after a second.
+    """
     heart = heart_of(patient)
     loop = asyncio.get_running_loop()
     async with RateLimiter(patient, timeout=5).slot("a", 1):
@@ -109,7 +114,9 @@ async def test_it_beats_by_itself(patient: RedisManager, redis_client: redis.Red
 
 @on_redis
 async def test_a_release_waits_for_the_renewal_under_way(patient: RedisManager, redis_client: redis.Redis) -> None:
-    """Whichever of the two Redis carries out first over two connections, the place is free in the end."""
+    """Whichever of the two Redis carries out first over two connections, the place is free in the
+    end.
+    """
     heart = heart_of(patient)
     async with RateLimiter(patient, timeout=5).slot("a", 1):
         beating = heart.beat()
@@ -191,7 +198,9 @@ async def test_much_that_is_owed_leaves_in_parts(patient: RedisManager, redis_cl
 
 @pytest.mark.slow
 async def test_a_node_that_is_gone_takes_no_place_along(private_cluster: Cluster) -> None:
-    """Decided here because of one node, a request keeps its place at another, and gives it back there."""
+    """Decided here because of one node,
+    a request keeps its place at another, and gives it back there.
+    """
     settings = Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)
     manager = RedisManager(settings)
     address = make_partition("ip", "203.0.113.7", plain=True)
@@ -222,12 +231,14 @@ async def test_a_node_that_is_gone_takes_no_place_along(private_cluster: Cluster
 
 @on_redis
 async def test_a_lost_reply_keeps_its_place(private_server: StartServer) -> None:
-    """Redis has admitted it, nobody was told, and the process decides: it goes on under the same id."""
+    """Redis has admitted it, nobody was told,
+    and the process decides: it goes on under the same id.
+    """
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
         manager = RedisManager(Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2))
         limiter = RateLimiter(manager, timeout=0.2)
-        await limiter.consume("warm")
+        await RateLimiter(manager).consume("warm")
         await proxy.set("drop_replies", times=1)
         async with limiter.slot("a", 1) as decision:
             assert ("local", True) == (decision.source, decision.allowed)
@@ -258,7 +269,7 @@ async def test_a_late_check_that_is_refused_here_is_released(private_server: Sta
         settings = Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2, RATE_LIMIT_FALLBACK_DIVISOR=4)
         manager = RedisManager(settings)
         limiter = RateLimiter(manager, timeout=0.2, settings=settings)
-        async with limiter.slot("a", 4) as first:
+        async with RateLimiter(manager, settings=settings).slot("a", 4) as first:
             await proxy.set("drop_replies", times=1)
             async with limiter.slot("a", 4) as second:
                 assert [("redis", True), ("local", False)] == [(d.source, d.allowed) for d in (first, second)]
@@ -274,12 +285,11 @@ async def test_a_lost_release_is_said_again(private_server: StartServer) -> None
     """The next heartbeat removes what Redis was not told of."""
     server = private_server()
     async with FaultProxy(server.host, server.port) as proxy:
-        manager = RedisManager(Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=0.2))
-        limiter = RateLimiter(manager, timeout=0.2)
-        async with limiter.slot("a", 1) as decision:
+        manager = RedisManager(Settings(REDIS_URL=proxy.url))
+        async with RateLimiter(manager).slot("a", 1) as decision:
             assert decision.source == "redis"
             await proxy.set("reset")
-        await asyncio.sleep(0.3)
+        await until(lambda: heart_of(manager).owes)
         assert 1 == len(members(server.client())) == heart_of(manager).owes
         await proxy.set("pass")
         await _beats(manager)
@@ -290,7 +300,9 @@ async def test_a_lost_release_is_said_again(private_server: StartServer) -> None
 
 @on_redis
 async def test_what_is_owed_is_forgotten_in_the_end(private_server: StartServer) -> None:
-    """When its leases have long ended, so that nothing beats for ever because of a Redis that never comes back."""
+    """When its leases have long ended,
+    so that nothing beats for ever because of a Redis that never comes back.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url))
     async with RateLimiter(manager).slot("a", 1) as decision:
@@ -309,7 +321,9 @@ async def test_what_is_owed_is_forgotten_in_the_end(private_server: StartServer)
 
 @on_redis
 async def test_without_redis_all_that_runs_counts(private_server: StartServer) -> None:
-    """Whoever admitted it, against this process's share; nothing is cut; and Redis is told of it when it is back."""
+    """Whoever admitted it, against this process's share; nothing is cut;
+    and Redis is told of it when it is back.
+    """
     server = private_server()
     settings = Settings(REDIS_URL=server.url, RATE_LIMIT_FALLBACK_DIVISOR=2)
     manager = RedisManager(settings)
@@ -353,7 +367,9 @@ async def test_without_redis_a_rule_may_fail_otherwise(private_server: StartServ
 
 @on_redis
 async def test_gone_at_any_moment(patient: RedisManager, redis_client: redis.Redis) -> None:
-    """Two thousand requests that are cancelled anywhere between the door and the end leave nothing behind."""
+    """Two thousand requests that are cancelled anywhere between the door and the end leave nothing
+    behind.
+    """
     chance = random.Random(11)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

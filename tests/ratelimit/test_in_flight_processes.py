@@ -43,7 +43,9 @@ class Observer:
 @on_redis
 @pytest.mark.parametrize("client", ["own", "the user's"])
 async def test_never_more_than_so_many(redis_server: ExternalServer, redis_url: str, client: str) -> None:
-    """Two workers, many tasks, releases that come twice and out of order, renewals between, and SCRIPT FLUSH."""
+    """Two workers, many tasks, releases that come twice and out of order,
+    renewals between, and SCRIPT FLUSH.
+    """
     settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=20.0)
     managers: list[Any] = [RedisManager(settings) for _ in range(2)]
     users = [aioredis.Redis.from_url(redis_url) for _ in range(2)] if client != "own" else []
@@ -195,7 +197,9 @@ def started(url: str) -> subprocess.Popen[bytes]:
 @on_redis
 @pytest.mark.slow
 async def test_a_killed_worker_holds_its_places_for_a_lease(redis_url: str, patient: RedisManager) -> None:
-    """Four processes hold two each; two are killed, and what they held is free when its lease has ended."""
+    """Four processes hold two each; two are killed,
+    and what they held is free when its lease has ended.
+    """
     limiter = RateLimiter(patient, timeout=5)
     workers = [started(redis_url) for _ in range(4)]
     try:
@@ -219,7 +223,9 @@ async def test_a_killed_worker_holds_its_places_for_a_lease(redis_url: str, pati
 @on_redis
 @pytest.mark.slow
 async def test_a_decision_costs_the_same_with_many_workers(patient: RedisManager, redis_client: redis.Redis) -> None:
-    """Server time a call with the requests of 200 workers in flight, against those of one: at most 1.5 times."""
+    """Server time a call with the requests of 200 workers in flight,
+    against those of one: at most 1.5 times.
+    """
     limiter = RateLimiter(patient, timeout=5)
 
     async def cost(others: int) -> float:

@@ -243,7 +243,9 @@ async def test_limiters_on_one_url_share_their_counters() -> None:
 async def test_small_quotas_of_the_sliding_counter_are_warned_about(
     caplog: pytest.LogCaptureFixture, limiters: StrategyName, calls: StrategyName | None, said: list[str]
 ) -> None:
-    """As the middleware does it, at the first call that names one, and once: a name may be new with each call."""
+    """As the middleware does it, at the first call that names one, and once:
+    a name may be new with each call.
+    """
     limiter = RateLimiter(RedisManager(Settings(REDIS_URL="memory://")), strategy=limiters)
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         for name, limits in [("wide", "10/minute"), ("jobs", "9/minute"), ("jobs", "9/minute"), ("more", "8/minute")]:

@@ -1,4 +1,6 @@
-"""Arguments of `RateLimiter`: bad ones are named, any client is limited, any client of Redis used as it is."""
+"""Arguments of `RateLimiter`: bad ones are named, any client is limited,
+any client of Redis used as it is.
+"""
 
 import asyncio
 import logging
@@ -157,7 +159,9 @@ async def test_client_of_the_user_is_used_as_it_is(redis_url: str, kind: str) ->
 
 
 async def test_many_tasks_share_a_small_pool(redis_url: str) -> None:
-    """A thousand requests at once over as many connections as there may be batches: all are decided by Redis."""
+    """A thousand requests at once over as many connections as there may be batches: all are decided
+    by Redis.
+    """
     async with given_client("small pool", redis_url) as client:
         limiter = RateLimiter(client, timeout=5)
         decisions = await asyncio.gather(*(limiter.consume("a", "750/minute") for _ in range(1000)))
@@ -198,7 +202,9 @@ HOSTILE = [
 async def test_hostile_client_is_limited_like_any_other(
     redis_url: str, redis_client: redis.Redis, client_id: str
 ) -> None:
-    """Whatever a client calls itself: two are admitted, the third is not, and its key is short and plain."""
+    """Whatever a client calls itself: two are admitted, the third is not,
+    and its key is short and plain.
+    """
     limiter = RateLimiter(redis_url, timeout=5)
     decisions = [await limiter.consume(client_id, "2/minute") for _ in range(3)]
 

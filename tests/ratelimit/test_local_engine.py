@@ -80,7 +80,9 @@ def test_admitted_again_is_idle_again() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_expired_partitions_go(strategy: str) -> None:
-    """What counts for nothing any more is swept, a little with every request, before anything alive is evicted."""
+    """What counts for nothing any more is swept, a little with every request,
+    before anything alive is evicted.
+    """
     engine = LocalEngine(max_partitions=1000)
     short = policy(strategy, 5, 1)
     for i in range(500):
@@ -152,7 +154,9 @@ def test_count_of_stamps_is_right(data: st.DataObject) -> None:
 
 
 def test_memory_stays_flat_over_many_random_clients() -> None:
-    """Two hundred thousand clients, each new, in an engine for a thousand: no more memory at the end than early on."""
+    """Two hundred thousand clients, each new, in an engine for a thousand:
+    no more memory at the end than early on.
+    """
     engine = LocalEngine(max_partitions=1000)
     limits = PolicySet((policy("fixed-window", 5, 3600), policy("moving-window", 5, 60, name="log")))
     rng = random.Random(7)

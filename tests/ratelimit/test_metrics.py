@@ -1,4 +1,6 @@
-"""What is counted is what happened: each request once, each policy's decision, each fallback; and no identity."""
+"""What is counted is what happened: each request once, each policy's decision,
+each fallback; and no identity.
+"""
 
 import asyncio
 import threading
@@ -114,7 +116,9 @@ async def test_transitions_of_the_breaker_are_counted(counted: Telemetry) -> Non
 
 
 async def test_shadows_and_several_policies(counted: Telemetry) -> None:
-    """A shadow's refusal is its own outcome; a policy that admits what another refuses has admitted it."""
+    """A shadow's refusal is its own outcome;
+    a policy that admits what another refuses has admitted it.
+    """
     rules = [Rule("9/minute", name="wide"), Rule("1/minute", name="watch", shadow=True), Rule("2/minute", name="tight")]
     app = RateLimitMiddleware(Spy(), rules=rules, redis=RedisManager(Settings(REDIS_URL="memory://")))
     for _ in range(3):

@@ -152,7 +152,9 @@ async def test_exempt_paths_and_callable(memory_settings: Settings) -> None:
 
 
 async def test_preflights_are_the_browsers(memory_settings: Settings) -> None:
-    """A CORS preflight is counted only by a rule that names OPTIONS; another OPTIONS request is counted."""
+    """A CORS preflight is counted only by a rule that names OPTIONS;
+    another OPTIONS request is counted.
+    """
     preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
     app = RateLimitMiddleware(Spy(), "1/minute", settings=memory_settings)
     naming = RateLimitMiddleware(Spy(), rules=[Rule("1/minute", name="o", methods="OPTIONS")], settings=memory_settings)
@@ -207,7 +209,9 @@ async def test_on_exceeded_may_answer(memory_settings: Settings) -> None:
 
 
 async def test_websocket_handshakes(memory_settings: Settings) -> None:
-    """An admitted handshake carries the fields on accept; a refused one is a 429, or a close with 1008."""
+    """An admitted handshake carries the fields on accept;
+    a refused one is a 429, or a close with 1008.
+    """
 
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -238,7 +242,9 @@ async def test_a_handshake_is_one_whatever_else_its_scope_says(memory_settings: 
 async def test_likely_misconfigurations_are_said_once(
     memory_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A forwarding header from a stranger, and no client address at all, are logged once each, with a fix."""
+    """A forwarding header from a stranger, and no client address at all,
+    are logged once each, with a fix.
+    """
     app = RateLimitMiddleware(Spy(), "100/minute", settings=memory_settings)
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         for _ in range(3):

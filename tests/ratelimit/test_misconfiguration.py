@@ -1,4 +1,6 @@
-"""Likely misconfigurations: each is said once, when a request shows it, and never to a deployment that is right."""
+"""Likely misconfigurations: each is said once, when a request shows it,
+and never to a deployment that is right.
+"""
 
 import logging
 from typing import Any
@@ -77,7 +79,9 @@ async def said(app: ASGIApp, caplog: pytest.LogCaptureFixture, headers: dict[str
 async def test_by_user_without_a_user_middleware_outside(
     stack: list[Middleware], expected: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody has a user then; where one is known outside, a caller who is not logged in is no misconfiguration."""
+    """Nobody has a user then; where one is known outside,
+    a caller who is not logged in is no misconfiguration.
+    """
     assert expected == await said(app_of(*stack), caplog)
 
 
@@ -118,7 +122,9 @@ FROM_PAGE = {"origin": "https://page.example"}
 async def test_cors_inside(
     app: ASGIApp, headers: dict[str, str], expected: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A refusal could not be read by the page: said when a browser asks from another page, and CORS is inside."""
+    """A refusal could not be read by the page:
+    said when a browser asks from another page, and CORS is inside.
+    """
     assert expected == await said(app, caplog, headers)
 
 

@@ -125,7 +125,9 @@ def _patiently(ask: Any, refused: type[Exception]) -> Any:
 
 
 async def test_a_tool_has_its_limit() -> None:
-    """FastMCP's client gets five searches, is told when to search again, and may use the other tool meanwhile."""
+    """FastMCP's client gets five searches, is told when to search again,
+    and may use the other tool meanwhile.
+    """
     fastmcp = needed("fastmcp")
     with serving("mcp_tools") as example:
         async with fastmcp.Client(f"http://127.0.0.1:{example.port}/mcp") as client:
@@ -138,7 +140,9 @@ async def test_a_tool_has_its_limit() -> None:
 
 
 def test_an_older_session_outlives_a_refusal() -> None:
-    """Clients of revisions before 2026-07-28 end their session at a 429: they get the error with status 200."""
+    """Clients of revisions before 2026-07-28 end their session at a 429:
+    they get the error with status 200.
+    """
     needed("fastmcp")
     call = {
         "jsonrpc": "2.0",

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_mounted_twice_counts_once(memory_settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    """The inner instance skips what the outer one has charged, says so once, and adds what is its own."""
+    """The inner instance skips what the outer one has charged,
+    says so once, and adds what is its own.
+    """
     inner = RateLimitMiddleware(
         Spy(), rules=[Rule("3/minute", name="a"), Rule("9/minute", name="b")], settings=memory_settings
     )
@@ -42,7 +44,9 @@ async def test_mounted_twice_counts_once(memory_settings: Settings, caplog: pyte
 
 
 async def test_an_inner_instance_keeps_what_it_charges(memory_settings: Settings) -> None:
-    """What the outer one has left to it whole is the same as ever, so that made up requests push out nothing."""
+    """What the outer one has left to it whole is the same as ever,
+    so that made up requests push out nothing.
+    """
     inner = RateLimitMiddleware(Spy(), rules=[Rule("9/minute", name="b", cost=lambda _: 1)], settings=memory_settings)
     app = RateLimitMiddleware(inner, rules=[Rule("9/minute", name="a")], settings=memory_settings)
 
@@ -122,7 +126,9 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 async def test_unknown_messages_pass_through(memory_settings: Settings) -> None:
-    """Early hints, pathsend and trailers reach the server as they were sent, before, between and after."""
+    """Early hints, pathsend and trailers reach the server as they were sent, before, between and
+    after.
+    """
     messages: list[Message] = [
         {"type": "http.response.early_hint", "links": [b"</x>"]},
         {"type": "http.response.start", "status": 200, "headers": ((b"a", b"b"),), "trailers": True},
@@ -143,7 +149,9 @@ async def test_unknown_messages_pass_through(memory_settings: Settings) -> None:
 
 
 async def test_a_request_leaves_nothing_to_the_collector(memory_settings: Settings) -> None:
-    """Neither an admitted nor a refused request makes a reference cycle, which would double its cost."""
+    """Neither an admitted nor a refused request makes a reference cycle, which would double its
+    cost.
+    """
     app = RateLimitMiddleware(Spy(), "500/minute", settings=memory_settings)
 
     class Server:
@@ -169,7 +177,8 @@ async def test_a_request_leaves_nothing_to_the_collector(memory_settings: Settin
             await request()
         app.app.scopes.clear()  # type: ignore[attr-defined]  # the spy's
 
-        # A few dozen objects of an earlier test's app may be let go of meanwhile; its caches are cycles.
+        # A few dozen objects of an earlier test's app may be let go of meanwhile; its caches are
+        # cycles.
         assert gc.collect() < 500
     finally:
         gc.enable()
@@ -201,7 +210,9 @@ async def test_as_starlette_middleware_it_survives_500s(memory_settings: Setting
 
 
 async def test_lifespan_holds_the_shared_manager(redis_url: str) -> None:
-    """The client stays open for the app's own teardown, the last of two apps closes it, and it opens again after."""
+    """The client stays open for the app's own teardown,
+    the last of two apps closes it, and it opens again after.
+    """
     settings = Settings(REDIS_URL=redis_url)
     answers: list[bool] = []
 
@@ -263,7 +274,9 @@ async def test_inner_limit_of_another_quota_is_enforced(memory_settings: Setting
 
 @pytest.mark.parametrize("inner", ["2/minute", "100/hour", lambda _conn: "2/minute"], ids=["quota", "window", "plan"])
 async def test_inner_limit_of_the_same_name_is_said_to_be_one_too_many(memory_settings: Settings, inner: Any) -> None:
-    """At the first request: two limits of one name would share a counter, or at least look as if they did."""
+    """At the first request: two limits of one name would share a counter,
+    or at least look as if they did.
+    """
     app = RateLimitMiddleware(
         RateLimitMiddleware(Spy(), inner, settings=memory_settings), "100/minute", settings=memory_settings
     )
@@ -293,7 +306,9 @@ async def test_server_that_reuses_its_state_is_limited(memory_settings: Settings
 
 
 async def test_requests_at_once_are_apart_where_a_server_reuses_its_state(memory_settings: Settings) -> None:
-    """One that is under way is no outer instance to another: each has the fields of its own, and of no other client."""
+    """One that is under way is no outer instance to another:
+    each has the fields of its own, and of no other client.
+    """
     began, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:

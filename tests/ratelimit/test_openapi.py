@@ -47,7 +47,9 @@ def in_memory(**settings: Any) -> RedisManager:
 
 
 def app_of(*operations: str, **options: Any) -> FastAPI:
-    """An app of *operations* such as ``GET /items``, behind a middleware of *options* if there are any."""
+    """An app of *operations* such as ``GET /items``,
+    behind a middleware of *options* if there are any.
+    """
     app = FastAPI()
     add(app, *operations)
     if options:
@@ -141,7 +143,9 @@ def test_a_rule_is_written_where_it_may_cover(rule: dict[str, Any], expected: se
 
 
 def test_the_other_refusals_are_written_where_they_may_happen() -> None:
-    """503 where a rule fails closed, 400 where an identity is required, each beside the 429 of its rule."""
+    """503 where a rule fails closed, 400 where an identity is required,
+    each beside the 429 of its rule.
+    """
     rules = [
         Rule("5/minute", name="all"),
         Rule("5/minute", name="closed", paths="/closed", on_redis_error="closed"),
@@ -178,7 +182,9 @@ def test_exempt_paths_are_left_alone() -> None:
 
 
 def test_limits_of_routes_are_written_to_theirs() -> None:
-    """As dependencies of the route, of its routers and of an argument, and as a decorator; below another dependency."""
+    """As dependencies of the route, of its routers and of an argument,
+    and as a decorator; below another dependency.
+    """
     app, outer, inner = FastAPI(), APIRouter(prefix="/outer"), APIRouter(prefix="/inner")
     limit = RateLimit("5/minute", redis=in_memory())
     closed = RateLimit("5/minute", redis=in_memory(), on_redis_error="closed")
@@ -212,12 +218,15 @@ def test_limits_of_routes_are_written_to_theirs() -> None:
         ("GET", "/v1/outer/inner/items/{item}", 429),
         ("POST", "/v1/outer/inner/items", 429),
     } == documented(app)
-    # FastAPI's own handler answers a route's refusal, where the app has none that makes problem documents.
+    # FastAPI's own handler answers a route's refusal,
+    # where the app has none that makes problem documents.
     assert {PROBLEM, "application/json"} == set(app.openapi()["paths"]["/route"]["get"]["responses"]["429"]["content"])
 
 
 def test_limits_of_a_route_go_by_the_middleware() -> None:
-    """Its ``on_redis_error``, its missing identities and its fields; exempt from the rules, not from them."""
+    """Its ``on_redis_error``, its missing identities and its fields;
+    exempt from the rules, not from them.
+    """
     settings = {"RATE_LIMIT_ON_REDIS_ERROR": "closed", "RATE_LIMIT_MISSING_IDENTITY": "refuse"}
     app = app_of(
         rules=[Rule("5/minute", paths="/other")], exempt="/route", headers="legacy", redis=in_memory(**settings)
@@ -332,7 +341,9 @@ LIMITS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("of", ["rule", "route"])
 @pytest.mark.parametrize("path", LIMITS)
 async def test_what_is_written_is_what_is_answered(path: str, of: str, style: Any) -> None:
-    """Each of the three, by a rule and by a route, has the fields, the type and the members that are written."""
+    """Each of the three, by a rule and by a route, has the fields,
+    the type and the members that are written.
+    """
     url = "redis://127.0.0.1:1" if path == "/503" else "memory://"
     manager = RedisManager(Settings(REDIS_URL=url, RATE_LIMIT_MISSING_IDENTITY="refuse"))
     rule = Rule("1/hour", paths=path if of == "rule" else "/elsewhere", **LIMITS[path])
@@ -367,7 +378,9 @@ def test_routes_added_later_are_documented() -> None:
 
 
 def test_a_document_of_the_apps_own_making_is_completed() -> None:
-    """Its paths say which operations there are, also those of no route here; a name that is taken is not used."""
+    """Its paths say which operations there are, also those of no route here;
+    a name that is taken is not used.
+    """
     app = app_of(rules=[Rule("5/minute", paths="/elsewhere/a/b")])
     taken = {"type": "string"}
     item = {"name": "it", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -442,7 +455,9 @@ def test_may_match_is_what_some_value_does(pattern: str, before: str, kind: str,
 
 
 def test_a_dialect_is_documented() -> None:
-    """Of each path's own, with its fields and the schema of its body; a route's limit too, elsewhere as ever."""
+    """Of each path's own, with its fields and the schema of its body;
+    a route's limit too, elsewhere as ever.
+    """
     app = app_of("POST /v1/messages", "POST /v1/chat", "POST /mcp", "GET /about")
     add(app, "POST /v1/images/{image_id}", dependencies=[Depends(RateLimit("5/minute"))])
     dialect: Any = {"/v1/messages": "anthropic", "/v1/*": "openai", "/mcp": "mcp"}

@@ -234,7 +234,9 @@ async def tenant_later(conn: HTTPConnection) -> str | None:
 
 @pytest.mark.parametrize("by", [lambda conn: conn.headers.get("x-tenant"), tenant_later], ids=["sync", "async"])
 async def test_callable_names_the_partition(by: Any) -> None:
-    """Its result is awaited if it must be; ``None`` takes the request out of the rule, whatever the setting."""
+    """Its result is awaited if it must be;
+    ``None`` takes the request out of the rule, whatever the setting.
+    """
     assert make_partition("custom", "acme") == await partition(by, request(("x-tenant", "acme")))
     assert await partition(by, request(), RATE_LIMIT_MISSING_IDENTITY="refuse") is None
 
@@ -275,7 +277,9 @@ async def _ask(app: Any, **changes: Any) -> int:
 
 
 async def test_every_callable_asks_the_same_proxies() -> None:
-    """Exemptions, limits, costs, partitions, refusals and the app: whom a request comes from is asked in one way."""
+    """Exemptions, limits, costs, partitions, refusals and the app:
+    whom a request comes from is asked in one way.
+    """
     seen: dict[str, str | None] = {}
 
     def see(name: str, result: Any) -> Any:

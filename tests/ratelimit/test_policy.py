@@ -64,7 +64,9 @@ def test_address_stands_in_its_key() -> None:
 
 
 def test_anything_else_is_hashed() -> None:
-    """22 base64url characters in the key; the label is kind and 8 hex digits; neither holds the value."""
+    """22 base64url characters in the key;
+    the label is kind and 8 hex digits; neither holds the value.
+    """
     made = make_partition("header:x-api-key", "hunter2", prefix="shop:")
     tag = made.key.removeprefix(b"shop:rate_limit:{").removesuffix(b"}")
     kind, _, digits = made.label.rpartition(":")

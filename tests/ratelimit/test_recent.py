@@ -8,7 +8,9 @@ from redis_asgi.ratelimit.rules.recent import Recent
 
 @given(st.lists(st.integers(0, 300)))
 def test_what_is_found_is_what_was_made(keys: list[int]) -> None:
-    """Whatever is forgotten, a value is the one of its key, and what is kept weighs no more than twice the limit."""
+    """Whatever is forgotten, a value is the one of its key,
+    and what is kept weighs no more than twice the limit.
+    """
     recent: Recent[int, str] = Recent(100, lambda _: 1)
     for key in keys:
         assert str(key) == (recent.young.get(key) or recent.find(key, str))

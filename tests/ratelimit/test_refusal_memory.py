@@ -51,7 +51,9 @@ WINDOW = policy("fixed-window", 5, 60)
 
 @pytest.mark.parametrize(("quota", "expected"), [(WINDOW, [False, True, True]), (QUOTA, [False, True, False])])
 def test_answers_what_is_refused_for_as_long(quota: Policy, expected: list[bool]) -> None:
-    """A cheaper request may fit, and a dearer one waits longer, but for the end of a fixed window: they ask."""
+    """A cheaper request may fit, and a dearer one waits longer,
+    but for the end of a fixed window: they ask.
+    """
     memory = remembered(charge(quota, cost=3), cost=4)
 
     assert expected == [bool(memory.find(Charges([charge(quota, cost=cost)]), 100.1)) for cost in (2, 3, 4)]
@@ -69,7 +71,9 @@ def test_answers_what_is_refused_for_as_long(quota: Policy, expected: list[bool]
 def test_nothing_left_answers_every_cost_above_nothing(
     quota: Policy, used: int, refused: int, expected: list[bool]
 ) -> None:
-    """Where a fixed window is used up; a bucket has a unit sooner than three, and what never fits names no time."""
+    """Where a fixed window is used up; a bucket has a unit sooner than three,
+    and what never fits names no time.
+    """
     memory = remembered(charge(quota, cost=refused), cost=used)
 
     assert expected == [bool(memory.find(Charges([charge(quota, cost=cost)]), 100.1)) for cost in (0, 1, 3, 4)]
@@ -98,7 +102,9 @@ def test_says_nothing_where_another_limit_applies_too() -> None:
 
 
 def test_what_was_found_is_kept_until_more_is_known() -> None:
-    """A flood's answer is made once, but the other limit of the same request may come to refuse it too."""
+    """A flood's answer is made once,
+    but the other limit of the same request may come to refuse it too.
+    """
     burst, key = charge(WINDOW, cost=6), charge(policy("fixed-window", 5, 3600, name="key"), who="key", cost=6)
     both, memory, engine = Charges([burst, key]), RefusalMemory(), LocalEngine()
     reply = engine.decide("consume", both, now=EPOCH)
@@ -179,7 +185,9 @@ def test_shadow_of_now_is_not_answered_by_an_enforcing_past() -> None:
 
 
 def test_other_quota_is_not_answered() -> None:
-    """Limits that depend on the request: a refusal under a small quota says nothing about a larger one."""
+    """Limits that depend on the request:
+    a refusal under a small quota says nothing about a larger one.
+    """
     memory = remembered(charge(policy("fixed-window", 5, 60)))
 
     assert [] == memory.find(Charges([charge(policy("fixed-window", 50, 60))]), 100.1)

@@ -60,7 +60,9 @@ async def test_login_that_succeeds_forgets_the_failures(
 
 
 async def test_reset_of_what_does_not_apply_forgets_nothing(memory_settings: Settings) -> None:
-    """Another rule's name, a policy of another request, nonsense: nothing there, and no error of the app."""
+    """Another rule's name, a policy of another request, nonsense:
+    nothing there, and no error of the app.
+    """
     for name in ("log", "login-7s", "", "a b", "login-60s-60s"):
         app, resets = login_app(memory_settings, name, limits="50/minute; 90/hour")
         await statuses(app, 1, "/login")

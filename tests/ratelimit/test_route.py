@@ -66,7 +66,9 @@ async def test_dependency_limits_one_route(memory_settings: Settings) -> None:
 
 
 async def test_limits_of_one_redis_share_the_room_for_what_they_keep(memory_settings: Settings) -> None:
-    """Each client may ask for each endpoint, so that a room for each limit would be one for each pair of them."""
+    """Each client may ask for each endpoint,
+    so that a room for each limit would be one for each pair of them.
+    """
     limits = [RateLimit("9/minute", name=f"limit-{i}", settings=memory_settings) for i in range(3)]
     app = FastAPI()
     for i, limit in enumerate(limits):
@@ -84,7 +86,9 @@ async def test_limits_of_one_redis_share_the_room_for_what_they_keep(memory_sett
 
 
 async def test_each_endpoint_of_a_router_has_its_own_counter(memory_settings: Settings) -> None:
-    """One dependency on a router counts per endpoint; under two prefixes the same endpoint shares by its name."""
+    """One dependency on a router counts per endpoint;
+    under two prefixes the same endpoint shares by its name.
+    """
     router = APIRouter(dependencies=[Depends(RateLimit("1/minute", settings=memory_settings))])
 
     @router.get("/a")
@@ -140,7 +144,9 @@ async def test_equal_names_share(memory_settings: Settings) -> None:
 
 
 async def test_everything_fastapi_answers_is_limited(memory_settings: Settings) -> None:
-    """Nested routers, mounted apps, 404s, 422s, raised HTTPExceptions and streams count and carry the fields."""
+    """Nested routers, mounted apps, 404s, 422s,
+    raised HTTPExceptions and streams count and carry the fields.
+    """
     inner = APIRouter()
 
     @inner.get("/items/{item}")
@@ -187,7 +193,9 @@ async def test_everything_fastapi_answers_is_limited(memory_settings: Settings) 
 
 
 async def test_decorator_on_every_kind_of_endpoint(memory_settings: Settings) -> None:
-    """Async and sync functions and methods keep their answers, are limited, and say so in their own headers."""
+    """Async and sync functions and methods keep their answers, are limited,
+    and say so in their own headers.
+    """
 
     @rate_limit("1/minute", settings=memory_settings)
     async def coroutine(request: Request) -> Response:
@@ -214,7 +222,9 @@ async def test_decorator_on_every_kind_of_endpoint(memory_settings: Settings) ->
 
 
 async def test_decorator_on_a_websocket(memory_settings: Settings) -> None:
-    """A refused handshake is a 429 through the extension, else a close with 1008; neither is a server error."""
+    """A refused handshake is a 429 through the extension,
+    else a close with 1008; neither is a server error.
+    """
 
     @rate_limit("1/minute", settings=memory_settings)
     async def endpoint(websocket: WebSocket) -> None:
@@ -280,7 +290,9 @@ async def test_dynamic_limits_and_cost_of_a_route(memory_settings: Settings) -> 
 
 
 def test_exceeded_answers_itself() -> None:
-    """RateLimitExceeded is a 429 with a detail that does not name the client; str() does; never a content type."""
+    """RateLimitExceeded is a 429 with a detail that does not name the client;
+    str() does; never a content type.
+    """
     bare = RateLimitExceeded("203.0.113.7", 100, 60)
     state = PolicyState("default", 5, 60, 0, 12.5, 12.5, False, "fixed-window")
     full = RateLimitExceeded("203.0.113.7", 5, 60, decision=Decision(False, "redis", 12.5, (state,), ("default",)))
@@ -322,7 +334,9 @@ def _long() -> None:
 
 
 def test_endpoint_names_fit_and_stay_apart() -> None:
-    """A name that is too long or odd is cut and keeps a digest, so that two endpoints never share by accident."""
+    """A name that is too long or odd is cut and keeps a digest,
+    so that two endpoints never share by accident.
+    """
     _long.__qualname__ = "Very.Long.Qualified.Name.Of.An.Endpoint.That.Goes.On"
     endpoints: list[object] = [functools.partial(_long), lambda: None, Rule, RateLimit]
     names = {fit_name(endpoint_name(endpoint)) for endpoint in endpoints}
@@ -345,7 +359,9 @@ async def test_annotated_dependency(memory_settings: Settings) -> None:
 
 
 async def test_charge_without_the_middleware_knows_no_end(redis_url: str) -> None:
-    """Nobody sees the response end, so a background task may charge too; with the middleware that is an error."""
+    """Nobody sees the response end, so a background task may charge too;
+    with the middleware that is an error.
+    """
     app = FastAPI()
     limit = RateLimit("9/minute", name="late", settings=Settings(REDIS_URL=redis_url))
 
@@ -382,7 +398,9 @@ async def test_sync_endpoint_charges_without_the_middleware(redis_url: str) -> N
 
 @pytest.mark.parametrize("store", ["memory", "redis"])
 async def test_route_gives_back_no_more_than_it_took_however_often(store: str, request: pytest.FixtureRequest) -> None:
-    """Without the middleware each `charge` is applied at once; together they free nothing that others have used."""
+    """Without the middleware each `charge` is applied at once;
+    together they free nothing that others have used.
+    """
     url = "memory://" if store == "memory" else request.getfixturevalue("redis_url")
     app = FastAPI()
     limit = RateLimit("10/minute", name=f"{store}-{uuid.uuid4().hex[:8]}", settings=Settings(REDIS_URL=url))
@@ -401,7 +419,8 @@ async def test_route_gives_back_no_more_than_it_took_however_often(store: str, r
     async with client_of(app) as client:
         for _ in range(3):
             await left(client)
-        # In turn: 6 left and the one is given back; the same with two more, of which three in all are given back.
+        # In turn: 6 left and the one is given back; the same with two more,
+        # of which three in all are given back.
         seen = [await left(client, "?back=5"), await left(client, "?more=2&back=5"), await left(client)]
 
     assert ["6;t=60"] * 3 == seen

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_route_joins_the_middleware(memory_settings: Settings) -> None:
-    """With the middleware, the route's policies stand beside its own in one header and one decision."""
+    """With the middleware, the route's policies stand beside its own in one header and one
+    decision.
+    """
     app = FastAPI()
     seen: list[Any] = []
 
@@ -148,7 +150,8 @@ async def test_middleware_answers_for_routes_that_no_rule_covers(memory_settings
 
     fields = [r.headers.get("ratelimit") for r in (response, free, not_found)]
     assert ['"r";r=8;t=60', None, '"r";r=5;t=60'] == fields
-    # The broken one gave its unit back, and the late one kept it; the refused one is charged nothing.
+    # The broken one gave its unit back, and the late one kept it;
+    # the refused one is charged nothing.
     assert (429, '"r";r=4;t=60') == (refused.status_code, refused.headers["ratelimit"].partition(", ")[0])
     assert {"allowed": 4, "exempt": 1, "refused": 1} == counts
 
@@ -170,7 +173,9 @@ async def test_broken_app_is_counted_where_nothing_limits_it(memory_settings: Se
 
 @pytest.mark.parametrize("covered", ["never", "at first", "in between"])
 async def test_route_is_limited_where_a_server_reuses_its_state(memory_settings: Settings, covered: str) -> None:
-    """What an earlier request has left in the state, with the middleware or without, is not this one's decision."""
+    """What an earlier request has left in the state,
+    with the middleware or without, is not this one's decision.
+    """
     app = FastAPI()
     app.get("/r", dependencies=[Depends(RateLimit("2/minute", name="r", settings=memory_settings))])(lambda: "r")
     app.get("/m")(lambda: "m")

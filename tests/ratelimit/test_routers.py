@@ -1,4 +1,6 @@
-"""Whatever spelling of a path reaches an endpoint, its rule counts the request: on real routers and servers."""
+"""Whatever spelling of a path reaches an endpoint,
+its rule counts the request: on real routers and servers.
+"""
 
 import asyncio
 import contextlib
@@ -28,7 +30,9 @@ ROOTS = ("", "", "/api", "/api/", "/")
 
 
 def check_every_spelling(app: Any, examples: int = 250, **options: Any) -> None:
-    """Ask *app* in many spellings for each of its endpoints; where one answers, the rule for it has counted."""
+    """Ask *app* in many spellings for each of its endpoints;
+    where one answers, the rule for it has counted.
+    """
     rules = {name: limited(app, pattern, **options) for name, (_, pattern) in ROUTES.items()}
     served = set()
 
@@ -114,7 +118,9 @@ def test_static_files_are_files() -> None:
 
 
 def test_newline_behind_every_kind_of_route() -> None:
-    """A regular expression's ``$`` forgives one, at the end of plain paths, parameters, mounts and numbers."""
+    """A regular expression's ``$`` forgives one, at the end of plain paths,
+    parameters, mounts and numbers.
+    """
 
     async def page(_request: Any) -> PlainTextResponse:
         return PlainTextResponse("page")
@@ -161,7 +167,9 @@ SERVERS = {
 
 
 def _ask_raw(port: int, method: str, target: str) -> tuple[int, bool, bytes]:
-    """Status, whether a rule counted, and body of an answer to a request line that no library would write."""
+    """Status, whether a rule counted,
+    and body of an answer to a request line that no library would write.
+    """
     with socket.create_connection(("127.0.0.1", port), 5) as connection:
         connection.settimeout(5)
         connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())

@@ -56,7 +56,9 @@ DEEPER = Mount("/{tenant}", routes=[Mount("/{team}", routes=[Route("/admin/login
     ],
 )
 def test_mounts_that_lose_their_way(app: Any, target: str, root: str) -> None:
-    """Starlette's mounts take their part away only where the path begins with the root; the rule counts anyhow."""
+    """Starlette's mounts take their part away only where the path begins with the root; the rule
+    counts anyhow.
+    """
     assert Answer(200, "page", counted=True) == answer(app, "/*/admin/login", target, root)
 
 
@@ -67,7 +69,9 @@ def test_mounts_that_lose_their_way(app: Any, target: str, root: str) -> None:
     own=st.sampled_from(["", "", "/a", "/api", "/a/b"]),
 )
 def test_whatever_a_router_reaches_is_covered(path: list[str], root: str, own: str) -> None:
-    """Mounts with and without parameters in each other, whatever the server and the app take for their root."""
+    """Mounts with and without parameters in each other,
+    whatever the server and the app take for their root.
+    """
 
     def named(full: str) -> Route:
         return Route("/" + full.rpartition("/")[2], lambda _request: PlainTextResponse(full))

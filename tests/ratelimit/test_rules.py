@@ -86,7 +86,9 @@ def covers(rule: Rule, scope: Scope) -> bool:
     ],
 )
 def test_pattern_covers_paths(pattern: str, path: str, expected: bool) -> None:
-    """``*`` is any run of characters, ``/`` included; nothing else is special, case counts, a last slash does not."""
+    """``*`` is any run of characters, ``/`` included; nothing else is special,
+    case counts, a last slash does not.
+    """
     assert expected == covers(Rule("5/minute", paths=pattern), request(path=path))
 
 
@@ -104,7 +106,9 @@ def test_pattern_covers_paths(pattern: str, path: str, expected: bool) -> None:
 )
 @pytest.mark.parametrize("paths", [None, "/api/*"])
 def test_methods_covered(methods: Any, asked: set[str], paths: str | None) -> None:
-    """GET covers HEAD, a preflight is counted only where OPTIONS is named, a handshake is its own method."""
+    """GET covers HEAD, a preflight is counted only where OPTIONS is named,
+    a handshake is its own method.
+    """
     preflight = [(b"origin", b"https://a.example"), (b"access-control-request-method", b"POST")]
     scopes = {method: request(method, "/api/x") for method in ("GET", "HEAD", "POST", "OPTIONS", "WEBSOCKET")}
     scopes["PREFLIGHT"] = request("OPTIONS", "/api/x", headers=preflight)
@@ -273,7 +277,9 @@ def test_dry_run_makes_every_policy_a_shadow(shadow: bool, dry_run: bool) -> Non
 @pytest.mark.anyio
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_limits_may_depend_on_the_request(*, is_async: bool) -> None:
-    """A callable, sync or async, is asked each time; what it says is read under the rule's name and strategy."""
+    """A callable, sync or async, is asked each time;
+    what it says is read under the rule's name and strategy.
+    """
 
     async def later(conn: HTTPConnection) -> str | None:
         return limits(conn)
@@ -314,7 +320,9 @@ async def quotas_of(rule: CompiledRule, keys: str) -> "list[list[int] | None]":
 async def test_limits_that_nobody_can_read_are_the_last_readable_ones(
     said: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client's own, else the default ones, never another client's; said once, with the rule and why."""
+    """The client's own, else the default ones, never another client's;
+    said once, with the rule and why.
+    """
     rule = plans("7/minute", said, said, "8/minute; 9/hour", said, None, said, "0/minute", said)
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         quotas = await quotas_of(rule, "aabaaaaaa")
@@ -338,7 +346,9 @@ async def test_readable_limits_of_many_clients_are_not_all_remembered() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("size", [8, 300, 30_000, 60_000])
 async def test_what_is_kept_of_made_up_identities_is_bounded(size: int) -> None:
-    """However long they are, and whether or not the cost is asked for each time: at most two generations."""
+    """However long they are, and whether or not the cost is asked for each time: at most two
+    generations.
+    """
     rule = compiled(Rule("5/minute", partition_by=by_header("x-key"), cost=lambda _: 1))
     cache = PlanCache(Addressing(SETTINGS), charges_kept(SETTINGS))
     plan = cache.of((rule,))
@@ -355,7 +365,9 @@ async def test_what_is_kept_of_made_up_identities_is_bounded(size: int) -> None:
 
 @pytest.mark.anyio
 async def test_default_limits_fit_the_strategy() -> None:
-    """A moving window keeps a stamp per unit, so that of a large default quota it has as much as it can."""
+    """A moving window keeps a stamp per unit,
+    so that of a large default quota it has as much as it can.
+    """
     settings = Settings(REDIS_URL="memory://", RATE_LIMITS="50000/minute; 9/hour")
     rule = compiled(Rule(lambda _conn: "", strategy="moving-window"), settings)
 
@@ -374,7 +386,9 @@ async def test_default_limits_fit_the_strategy() -> None:
     ],
 )
 def test_limits_and_rules_replace_the_environment(limits: Any, rules: Any, names: list[str]) -> None:
-    """``limits`` is the rule ``default``, ``rules`` are added to it, and without both the settings decide."""
+    """``limits`` is the rule ``default``, ``rules`` are added to it,
+    and without both the settings decide.
+    """
     assert names == [rule.name for rule in compile_all(limits, rules)]
 
 
@@ -441,7 +455,9 @@ def test_bad_default_is_named(changes: dict[str, Any]) -> None:
 def test_small_quotas_of_the_sliding_counter_are_warned_about(
     caplog: pytest.LogCaptureFixture, limits: str, strategy: str, warned: list[str]
 ) -> None:
-    """Its clients wait noticeably longer than the window then; the line says how long and what to use."""
+    """Its clients wait noticeably longer than the window then;
+    the line says how long and what to use.
+    """
     with caplog.at_level(logging.WARNING, "redis_asgi"):
         compile_all(limits, strategy=strategy)
 
@@ -451,7 +467,9 @@ def test_small_quotas_of_the_sliding_counter_are_warned_about(
 
 @pytest.mark.anyio
 async def test_small_quotas_of_dynamic_limits_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    """They are known from the first request on that gets one, and a line for each request would be a flood."""
+    """They are known from the first request on that gets one,
+    and a line for each request would be a flood.
+    """
     notations = iter(["10/minute", "9/minute", "8/minute"])
     rule = compiled(Rule(lambda conn: next(notations)), strategy="sliding-window-counter")
     with caplog.at_level(logging.WARNING, "redis_asgi"):

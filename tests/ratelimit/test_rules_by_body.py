@@ -84,7 +84,9 @@ async def test_rule_covers_requests_with_a_body_only(any_settings: Settings) -> 
 async def test_no_length_says_that_there_is_no_body(
     any_settings: Settings, encoding: list[tuple[bytes, bytes]]
 ) -> None:
-    """A server that passes on a ``Content-Length`` of 0 beside a body in chunks takes no request out of a rule."""
+    """A server that passes on a ``Content-Length`` of 0 beside a body in chunks takes no request
+    out of a rule.
+    """
     rules = [
         Rule("9/minute", name="m", partition_by=by_json("model", ["a"])),
         Rule("100000/minute", name="tokens", cost=tokens()),
@@ -163,7 +165,9 @@ async def test_none_of_one_part_takes_the_request_out_of_the_rule(any_settings: 
 )
 @pytest.mark.parametrize("parts", [[client_ip], [by_json("model", ["a"])]], ids=["known", "with the body"])
 async def test_missing_identity_of_a_part(any_settings: Settings, missing: Any, expected: Any, parts: Any) -> None:
-    """``RATE_LIMIT_MISSING_IDENTITY`` holds for each part; the address in its place is no identity of that name."""
+    """``RATE_LIMIT_MISSING_IDENTITY`` holds for each part;
+    the address in its place is no identity of that name.
+    """
     strict = any_settings.model_copy(update={"RATE_LIMIT_MISSING_IDENTITY": missing})
     rule = Rule("1/minute", partition_by=[by_header("x-key"), *parts])
     app = RateLimitMiddleware(Spy(), rules=[rule], settings=strict)
@@ -397,7 +401,9 @@ async def test_decorated_endpoint_counts_by_the_body(any_settings: Settings) -> 
 
 @pytest.mark.parametrize("limits", ["9/minute", "1/minute"], ids=["admitted", "refused"])
 async def test_body_that_nobody_receives_leaves_no_room_taken(any_settings: Settings, limits: str) -> None:
-    """The room is back when the request is over, not when the collector comes: else a few clients take all of it."""
+    """The room is back when the request is over, not when the collector comes:
+    else a few clients take all of it.
+    """
 
     async def cost(request: Request) -> int:
         return 1 + len(await request.body()) // 10_000_000
@@ -476,7 +482,9 @@ async def test_hostile_bodies_are_other_and_reach_the_app(any_settings: Settings
 
 
 async def test_cache_behind_uses_the_parse(any_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body of an embedding request is parsed by the limiter alone, and its answer is what it was."""
+    """The body of an embedding request is parsed by the limiter alone,
+    and its answer is what it was.
+    """
 
     async def unparsed(*_: Any) -> Any:
         raise AssertionError("parsed again")

@@ -1,4 +1,6 @@
-"""The scripts on a real server: the twin's decisions, number for number, and what they leave in Redis."""
+"""The scripts on a real server: the twin's decisions,
+number for number, and what they leave in Redis.
+"""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,8 @@ from .histories import EPOCH, Keeping, charge, client, costs, deltas_and_back, n
 pytestmark = pytest.mark.server
 _fresh = count()
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-# How much longer (ms) than it counts a key stays: on Redis's own clock, and on one that a test holds.
+# How much longer (ms) than it counts a key stays:
+# on Redis's own clock, and on one that a test holds.
 SLACK, HELD_SLACK = 1000, 600_000
 
 
@@ -201,7 +204,9 @@ on_one_server = example_settings(
 @on_one_server
 @given(trace=traces())
 def test_script_and_twin_give_the_same_numbers(script: Script, trace: list[Step]) -> None:
-    """Verdict, remaining, reset, retry and receipt agree to the microsecond, step by step, whatever happened before."""
+    """Verdict, remaining, reset, retry and receipt agree to the microsecond,
+    step by step, whatever happened before.
+    """
     checks = [script.check(step.mode, step.charges, step.receipts, step.holders) for step in trace]
     actual = script.run([(step.now, check) for step, check in zip(trace, checks, strict=True)])
 
@@ -211,7 +216,9 @@ def test_script_and_twin_give_the_same_numbers(script: Script, trace: list[Step]
 
 @every_strategy
 def test_late_refund_of_a_client_in_debt(script: Script, strategy: str) -> None:
-    """Given back after its window while later charges exceed the quota: script and twin name the same wait."""
+    """Given back after its window while later charges exceed the quota:
+    script and twin name the same wait.
+    """
     asked = [charge(policy(strategy, 2, 1))]
     twin = LocalEngine()
     receipts = charged_receipts(twin.decide("consume", asked, now=EPOCH))
@@ -295,7 +302,9 @@ def test_refused_request_leaves_every_key_as_it_was(script: Script, strategy: st
 
 @every_strategy
 def test_peek_writes_nothing(redis_server: ExternalServer, script: Script, strategy: str) -> None:
-    """Looking changes no key and makes none, so it may be sent to a replica; expired stamps are not trimmed either."""
+    """Looking changes no key and makes none, so it may be sent to a replica;
+    expired stamps are not trimmed either.
+    """
     asked = [charge(policy(strategy, 5, 1))]
     assert script.decide("peek", asked, now=EPOCH)[0] == 1
     assert _dump(script.server) == {}
@@ -354,7 +363,9 @@ def test_shorter_policy_never_shortens_the_ttl(script: Script, strategy: str) ->
 
 @every_strategy
 def test_key_expires_with_what_it_counts(script: Script, strategy: str) -> None:
-    """On Redis's own clock nothing is left of a client a second after its counters say nothing any more."""
+    """On Redis's own clock nothing is left of a client a second after its counters say nothing any
+    more.
+    """
     asked = [charge(policy(strategy, 5, 10), cost=5)]
     script.decide("consume", asked)
 
@@ -376,7 +387,9 @@ def test_late_refund_makes_no_key(script: Script, strategy: str) -> None:
 @pytest.mark.parametrize("right", ["pexpire", "pttl"])
 @every_strategy
 def test_no_key_without_ttl_when_the_acl_forbids_one(private_server: StartServer, strategy: str, right: str) -> None:
-    """A user that may not PEXPIRE, or not PTTL, gets an error that says so, and Redis no key that would stay."""
+    """A user that may not PEXPIRE, or not PTTL, gets an error that says so,
+    and Redis no key that would stay.
+    """
     server = private_server()
     server.add_user("app", ">secret", "~*", "+@all", f"-{right}")
     looking = server.client()
@@ -393,7 +406,9 @@ def test_no_key_without_ttl_when_the_acl_forbids_one(private_server: StartServer
 
 
 def test_odd_key_costs_only_its_own_request_the_verdict(script: Script) -> None:
-    """Within a batch a request that meets somebody else's key fails alone; its neighbours are decided."""
+    """Within a batch a request that meets somebody else's key fails alone; its neighbours are
+    decided.
+    """
     odd = client("odd").key
     script.server.set(odd, "not a hash")
     checks = [script.check("consume", [charge(policy("fixed-window"), who=who)]) for who in ("a", "odd", "b")]
@@ -446,7 +461,9 @@ def test_clock_is_the_servers_own(script: Script) -> None:
 
 
 def test_script_is_not_known_before_it_was_sent(redis_client: redis.Redis) -> None:
-    """An EVALSHA of an unknown script runs nothing, which is why sending it again as EVAL counts once."""
+    """An EVALSHA of an unknown script runs nothing,
+    which is why sending it again as EVAL counts once.
+    """
     with pytest.raises(NoScriptError):
         redis_client.execute_command("EVALSHA", SCRIPT_SHA, 0, 17, "")
 
@@ -467,7 +484,9 @@ _THREE = [(20, 1), (1000, 3600), (10_000, 86_400)]
 
 
 def test_layout_is_the_documented_one(script: Script) -> None:
-    """One hash per partition, a field per policy named by policy, strategy, window and layout; a list only for logs."""
+    """One hash per partition, a field per policy named by policy, strategy,
+    window and layout; a list only for logs.
+    """
     every = [policy(strategy, 5, 60, name="all") for strategy in STRATEGIES]
     script.decide("consume", [charge(*every)], now=EPOCH)
 
@@ -485,7 +504,9 @@ def test_layout_is_the_documented_one(script: Script) -> None:
 
 
 def test_one_call_trims_a_bounded_number_of_stamps(script: Script) -> None:
-    """An idle client's ten thousand expired stamps go a thousand at a time, and count for nothing meanwhile."""
+    """An idle client's ten thousand expired stamps go a thousand at a time,
+    and count for nothing meanwhile.
+    """
     asked = policy("moving-window", 10_000, 1)
     log = log_key(client("203.0.113.7").key, asked.field)
     script.decide("consume", [charge(asked, cost=10_000)], now=EPOCH)
@@ -497,7 +518,9 @@ def test_one_call_trims_a_bounded_number_of_stamps(script: Script) -> None:
 
 
 def test_changed_quota_keeps_what_was_counted(script: Script) -> None:
-    """Lowering or raising a limit neither forgets the past nor breaks on it; what a bucket owes is scaled with it."""
+    """Lowering or raising a limit neither forgets the past nor breaks on it;
+    what a bucket owes is scaled with it.
+    """
     kept = [0, 0, 1, 16]
     for strategy in STRATEGIES:
         script.decide("consume", [charge(policy(strategy, 10), cost=4, who=strategy)], now=EPOCH)
@@ -511,7 +534,9 @@ def test_changed_quota_keeps_what_was_counted(script: Script) -> None:
 
 @every_strategy
 def test_what_remains_is_taken_whole_and_admitted_while_anything_does(script: Script, strategy: str) -> None:
-    """The least that remains of a rule's enforcing policies, at least one unit; twin and script name what it was."""
+    """The least that remains of a rule's enforcing policies, at least one unit;
+    twin and script name what it was.
+    """
     small, large = policy(strategy, 5, 60, name="small"), policy(strategy, 50, 60, name="large")
     watched = policy(strategy, 1, 60, name="watched", shadow=True)
     rule = charge(small, watched, large)
@@ -524,13 +549,16 @@ def test_what_remains_is_taken_whole_and_admitted_while_anything_does(script: Sc
         counters = numbers_of(reply)
         said.append((reply[0], [each.fits for each in counters], [each.remaining for each in counters]))
 
-    # The shadow does not fit two units, then not three, then not one of what remains: it has never been charged.
+    # The shadow does not fit two units, then not three,
+    # then not one of what remains: it has never been charged.
     assert [(1, [1, 0, 1], [3, 1, 48]), (1, [3, 0, 3], [0, 1, 45]), (0, [0, 1, 1], [0, 1, 45])] == said
 
 
 @every_strategy
 def test_quota_of_nothing_refuses_everything_for_good(script: Script, strategy: str) -> None:
-    """Whatever was counted under another quota, and whatever it costs; nothing is written, nothing divided by zero."""
+    """Whatever was counted under another quota, and whatever it costs;
+    nothing is written, nothing divided by zero.
+    """
     none, some = policy(strategy, 0), policy(strategy, 5)
     script.decide("consume", [charge(some, cost=3)], now=EPOCH)
     before = _dump(script.server)

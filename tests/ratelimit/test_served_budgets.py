@@ -1,4 +1,6 @@
-"""Budgets in tokens over real processes: workers that are killed, and many streams at once against one budget."""
+"""Budgets in tokens over real processes: workers that are killed,
+and many streams at once against one budget.
+"""
 
 import asyncio
 import random
@@ -18,7 +20,7 @@ from redis_asgi import RedisManager, Settings
 from redis_asgi.inspection.quotas import look, partition_of
 
 from ..conftest import StartServer
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import free_port, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -56,7 +58,7 @@ def serving(redis_url: str, quota: int, strategy: str = "fixed-window") -> Itera
         yield Worker(f"http://127.0.0.1:{port}/", process)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def _answers(port: int) -> bool:
@@ -76,7 +78,9 @@ async def used(redis_url: str) -> int:
 
 
 async def test_killed_worker_has_charged_what_it_sent(private_server: StartServer) -> None:
-    """SIGKILL in the middle of a stream leaves the estimate, which is more than what was sent of the answer."""
+    """SIGKILL in the middle of a stream leaves the estimate,
+    which is more than what was sent of the answer.
+    """
     url = private_server().url
     with serving(url, 100_000) as worker:
         async with httpx.AsyncClient(timeout=20) as client:
@@ -92,7 +96,9 @@ async def test_killed_worker_has_charged_what_it_sent(private_server: StartServe
 
 
 async def test_client_that_leaves_is_charged_what_was_sent(private_server: StartServer) -> None:
-    """Under a real server, which neither raises nor says so: the estimate goes, and what was sent stays."""
+    """Under a real server, which neither raises nor says so:
+    the estimate goes, and what was sent stays.
+    """
     url = private_server().url
     with serving(url, 100_000) as worker:
         async with httpx.AsyncClient(timeout=20) as client:
@@ -115,7 +121,8 @@ async def test_client_that_leaves_is_charged_what_was_sent(private_server: Start
 async def test_many_streams_over_processes_use_one_budget(
     private_server: StartServer, strategy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """128 streams over three processes: what is used beyond the budget is no more than the estimates were too low.
+    """128 streams over three processes:
+    what is used beyond the budget is no more than the estimates were too low.
 
     With ``max_tokens`` of eight times the median answer at least 80 % of the budget can be used.
     """
@@ -129,7 +136,8 @@ async def test_many_streams_over_processes_use_one_budget(
                 await asyncio.sleep(left + 1)
         spent = await _spend([worker.url for worker in workers], rng)
         counted = await used(url)
-    # An estimate is what nine of ten answers of its process had, so less than eight of ten had only by chance.
+    # An estimate is what nine of ten answers of its process had,
+    # so less than eight of ten had only by chance.
     likely = sorted(spent)[len(spent) * 8 // 10]
     too_low = sum(sorted((max(0, tokens - likely) for tokens in spent), reverse=True)[:STREAMS])
     with capsys.disabled():

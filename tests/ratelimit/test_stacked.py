@@ -1,4 +1,6 @@
-"""Limits stacked on an app, its routers, a route and its parameters: each counts for itself, and they agree."""
+"""Limits stacked on an app, its routers, a route and its parameters:
+each counts for itself, and they agree.
+"""
 
 import functools
 import os
@@ -25,7 +27,9 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_app_router_and_route_count_each_for_itself(memory_settings: Settings) -> None:
-    """A hundred for everything and five for one route: five of twelve are admitted, and the hundred lost five."""
+    """A hundred for everything and five for one route:
+    five of twelve are admitted, and the hundred lost five.
+    """
     app = FastAPI(dependencies=[Depends(RateLimit("100/minute", settings=memory_settings))])
     router = APIRouter(dependencies=[Depends(RateLimit("50/minute", settings=memory_settings))])
     outer = APIRouter()
@@ -48,7 +52,9 @@ async def test_app_router_and_route_count_each_for_itself(memory_settings: Setti
 
 
 def test_names_are_the_same_in_every_worker() -> None:
-    """They are made of the endpoint and the limit alone: another process finds the very same counter."""
+    """They are made of the endpoint and the limit alone:
+    another process finds the very same counter.
+    """
     code = (
         "from redis_asgi.ratelimit.rules.endpoints import endpoint_name as name\n"
         "from redis_asgi.ratelimit.rules.policies import make_policies\n"
@@ -86,7 +92,9 @@ def test_names_with_an_ending_fit_and_stay_apart() -> None:
 
 
 async def test_neighbours_are_decided_together(memory_settings: Settings) -> None:
-    """Whichever refuses, none is charged; the first in order is not used up by what the last one refuses."""
+    """Whichever refuses, none is charged;
+    the first in order is not used up by what the last one refuses.
+    """
     app = FastAPI(dependencies=[Depends(RateLimit("10/minute", settings=memory_settings))])
     app.get("/", dependencies=[Depends(RateLimit("2/minute", settings=memory_settings))])(lambda: "x")
 
@@ -119,7 +127,9 @@ async def test_neighbours_share_one_trip(redis_url: str) -> None:
 
 
 async def test_limit_behind_another_dependency_waits_for_it(memory_settings: Settings) -> None:
-    """Who the user is is known only after the login dependency; what stands before it is charged by then."""
+    """Who the user is is known only after the login dependency;
+    what stands before it is charged by then.
+    """
 
     def user(conn: HTTPConnection) -> str | None:
         return getattr(conn.state, "user", None)
@@ -158,7 +168,9 @@ async def test_overridden_dependency_is_left_out(memory_settings: Settings) -> N
 
 
 async def test_overridden_neighbour_takes_its_own_limits_along(memory_settings: Settings) -> None:
-    """What stands in for a dependency has not the limits of that one; an override elsewhere changes nothing."""
+    """What stands in for a dependency has not the limits of that one;
+    an override elsewhere changes nothing.
+    """
 
     def login(_: Annotated[None, Depends(RateLimit("1/minute", settings=memory_settings))]) -> None:
         """Limited by itself."""
@@ -194,7 +206,9 @@ async def test_subclass_says_itself_whom_it_limits(memory_settings: Settings) ->
 
 
 async def test_very_same_limit_is_charged_once(memory_settings: Settings) -> None:
-    """One object twice, in or out of FastAPI's cache, and two objects that say the same: one counter, one unit."""
+    """One object twice, in or out of FastAPI's cache,
+    and two objects that say the same: one counter, one unit.
+    """
     one, other = RateLimit("3/minute", settings=memory_settings), RateLimit("3/minute", settings=memory_settings)
     app = FastAPI(dependencies=[Depends(one), Depends(one, use_cache=False)])
     app.get("/", dependencies=[Depends(other), Depends(one)])(lambda: "x")
@@ -229,7 +243,9 @@ async def test_route_named_like_a_rule_of_the_middleware_is_one_too_many(memory_
 
 
 async def test_each_is_asked_once(memory_settings: Settings) -> None:
-    """A callable of a limit that stands further down is asked once a request, also where it says "not limited"."""
+    """A callable of a limit that stands further down is asked once a request,
+    also where it says "not limited".
+    """
     asked: list[str] = []
 
     def plan(name: str, said: str | None) -> Callable[[HTTPConnection], str | None]:
@@ -259,7 +275,9 @@ async def test_quota_that_changes_keeps_its_counter(memory_settings: Settings) -
 
 
 async def test_plans_stacked_are_told_apart_by_their_place(memory_settings: Settings) -> None:
-    """Callables have no numbers to be named by: each has a counter of its own, whatever they say, equal or not."""
+    """Callables have no numbers to be named by: each has a counter of its own,
+    whatever they say, equal or not.
+    """
 
     def plan(text: str) -> RateLimit:
         return RateLimit(lambda _conn: text, settings=memory_settings)
@@ -355,7 +373,9 @@ def counting(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awai
 
 
 async def test_stacked_decorators_are_decided_together(memory_settings: Settings) -> None:
-    """Right on each other both are charged or none; through another decorator in turn, and that one still runs."""
+    """Right on each other both are charged or none;
+    through another decorator in turn, and that one still runs.
+    """
 
     @rate_limit("9/minute", settings=memory_settings)
     @rate_limit("2/minute", settings=memory_settings)

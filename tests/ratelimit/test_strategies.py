@@ -53,7 +53,9 @@ class Taken:
 
 @cache
 def histories(quota: int, *, back: bool = True, refunds: bool = True) -> st.SearchStrategy[list[Wish]]:
-    """Requests against *quota* that come in bursts, rest, and sometimes meet a clock that stepped back."""
+    """Requests against *quota* that come in bursts, rest,
+    and sometimes meet a clock that stepped back.
+    """
     return st.lists(
         st.builds(
             Wish,
@@ -105,7 +107,9 @@ def intervals(taken: Sequence[Taken]) -> "list[tuple[int, int]]":
 @quickly
 @given(case=limited())
 def test_fixed_window_admits_a_quota_per_window(case: tuple[int, int, list[Wish]]) -> None:
-    """At most one quota within a window, at most two in any stretch of a window's length; refunds change neither."""
+    """At most one quota within a window,
+    at most two in any stretch of a window's length; refunds change neither.
+    """
     quota, window, history = case
     forward = live(Twin(policy("fixed-window", quota, window)), [wish for wish in history if wish.delta >= 0])
     taken = live(Twin(policy("fixed-window", quota, window)), history)
@@ -128,7 +132,9 @@ def test_moving_window_admits_a_quota_in_every_window(case: tuple[int, int, list
 @quickly
 @given(case=limited())
 def test_sliding_window_counter_admits_less_than_two_quotas(case: tuple[int, int, list[Wish]]) -> None:
-    """In a stretch shorter than the window: a quota, and of a second one no more than the stretch's part of it."""
+    """In a stretch shorter than the window: a quota,
+    and of a second one no more than the stretch's part of it.
+    """
     quota, window, history = case
     taken = live(Twin(policy("sliding-window-counter", quota, window)), history)
     whole = window * MICROSECONDS
@@ -149,7 +155,9 @@ def test_sliding_window_counter_admits_less_than_two_quotas(case: tuple[int, int
     )
 )
 def test_gcra_admits_a_burst_and_what_refills(case: tuple[int, int, list[Wish]]) -> None:
-    """In any stretch: a quota at once, and a quota per window on top; a late refund buys nothing more."""
+    """In any stretch: a quota at once, and a quota per window on top;
+    a late refund buys nothing more.
+    """
     quota, window, history = case
     taken = live(Twin(policy("gcra", quota, window)), history)
     # Receipts are whole microseconds, rounded down: an early refund by less than one each.
@@ -213,7 +221,9 @@ def test_remaining_is_exact(strategy: str, data: st.DataObject) -> None:
 @quickly
 @given(data=st.data())
 def test_retry_is_exact(strategy: str, data: st.DataObject) -> None:
-    """Refused now, admitted after ``retry_after``, and not a moment earlier; never, only if it exceeds the quota."""
+    """Refused now, admitted after ``retry_after``, and not a moment earlier;
+    never, only if it exceeds the quota.
+    """
     quota = data.draw(quotas)
     twin = Twin(policy(strategy, quota, data.draw(windows)))
     live(twin, data.draw(histories(quota)), charges=data.draw(st.booleans()))
@@ -265,7 +275,9 @@ def test_what_looks_changes_nothing(strategy: str, data: st.DataObject) -> None:
 @quickly
 @given(data=st.data())
 def test_refused_request_charges_no_policy(data: st.DataObject) -> None:
-    """All or nothing, over several rules of several clients: one refusal, and every number is as it was."""
+    """All or nothing, over several rules of several clients: one refusal,
+    and every number is as it was.
+    """
     engine = LocalEngine()
     groups = [[policy(s, data.draw(quotas), 60, name=f"{i}-{s}") for s in STRATEGIES] for i in range(2)]
     now = EPOCH
@@ -388,7 +400,9 @@ def test_charge_may_exceed_the_quota_up_to_ten_times(strategy: str) -> None:
 
 
 def test_only_the_fixed_window_forgets_a_debt_at_its_end() -> None:
-    """Three quotas charged at once: after one window (gcra and the counter: not yet) all is forgiven."""
+    """Three quotas charged at once: after one window (gcra and the counter: not yet) all is
+    forgiven.
+    """
     free = {}
     for strategy in STRATEGIES:
         twin = Twin(policy(strategy, 10, 10))
@@ -404,7 +418,9 @@ def test_only_the_fixed_window_forgets_a_debt_at_its_end() -> None:
 @quickly
 @given(data=st.data())
 def test_fallback_share_is_the_quota_divided_and_rounded_up(strategy: str, data: st.DataObject) -> None:
-    """With a divisor a process admits ``ceil(quota / divisor)`` at once, and what the strategy promises of that."""
+    """With a divisor a process admits ``ceil(quota / divisor)`` at once,
+    and what the strategy promises of that.
+    """
     quota, window = data.draw(quotas), data.draw(windows)
     twin = Twin(policy(strategy, quota, window))
     twin.divisor = divisor = data.draw(st.integers(1, 2 * quota))
@@ -419,7 +435,9 @@ def test_fallback_share_is_the_quota_divided_and_rounded_up(strategy: str, data:
 
 @every_strategy
 def test_cost_above_the_share_is_told_to_wait_a_window(strategy: str) -> None:
-    """It fits the quota but not this process's share of it: no time is right, and it is not called impossible."""
+    """It fits the quota but not this process's share of it: no time is right,
+    and it is not called impossible.
+    """
     twin = Twin(policy(strategy, 10, 10))
     twin.divisor = 5
 
@@ -448,7 +466,9 @@ def test_clock_that_stepped_back_reopens_nothing(strategy: str) -> None:
 
 
 class _IdleTimer:
-    """limits sweeps expired keys from a thread, which reads the clock too; its answers do not depend on it."""
+    """limits sweeps expired keys from a thread, which reads the clock too;
+    its answers do not depend on it.
+    """
 
     def __init__(self, *_: object) -> None:
         pass
@@ -482,7 +502,8 @@ def test_limits_is_of_the_same_opinion(
         twin.now = 1000 * MICROSECONDS
         for delta in data.draw(st.lists(st.one_of(st.just(0), deltas), min_size=1, max_size=4 * quota + 20)):
             twin.now += delta
-            # limits keeps a stamp that is exactly one window old, this package does not; a nanosecond decides.
+            # limits keeps a stamp that is exactly one window old,
+            # this package does not; a nanosecond decides.
             later = len(moments) * 1e-9 if strategy == "moving-window" else 0.0
             moments.append(twin.now / MICROSECONDS + later)
             assert theirs.hit(item, "client") == twin.consume()

@@ -84,7 +84,9 @@ def test_weights_of_parts_that_have_none() -> None:
     ],
 )
 def test_what_is_read(document: object, expected: float) -> None:
-    """Bytes of texts by four, tokens by one, media at a flat price; names of members are not the user's to write."""
+    """Bytes of texts by four, tokens by one, media at a flat price;
+    names of members are not the user's to write.
+    """
     assert expected == input_tokens(document)
 
 
@@ -123,7 +125,9 @@ def test_depth_and_size_do_not_matter() -> None:
     ],
 )
 def test_what_is_asked_for(document: object, expected: int | None) -> None:
-    """The largest that is a whole number above 0, as often as ``n`` says; anything else is as if it were not there."""
+    """The largest that is a whole number above 0, as often as ``n`` says;
+    anything else is as if it were not there.
+    """
     assert expected == asked_output(document)
 
 
@@ -173,7 +177,9 @@ def test_outputs_count_what_was_thought_and_leave_out_what_is_not_known() -> Non
     ],
 )
 def test_estimate(document: object, outputs: Outputs | None, quota: int, expected: int) -> None:
-    """What is read and what may be written, the latter a quarter of the quota at most; from 1 to the quota."""
+    """What is read and what may be written,
+    the latter a quarter of the quota at most; from 1 to the quota.
+    """
     assert expected == PLAIN.estimated(document, quota=quota, outputs=outputs).cost
 
 
@@ -182,7 +188,9 @@ def test_estimate(document: object, outputs: Outputs | None, quota: int, expecte
     [(400, LARGE, 100), (401, LARGE, 101), (10**9, 1000, 250), (0, 1000, 1), (None, 1000, 250), (-5, 1000, 250)],
 )
 def test_estimate_of_what_cannot_be_read(length: int | None, quota: int, expected: int) -> None:
-    """By its length, a quarter of the quota at most, which it is as well where nobody says the length."""
+    """By its length, a quarter of the quota at most,
+    which it is as well where nobody says the length.
+    """
     assert expected == PLAIN.estimated_unread(length, quota=quota).cost
 
 
@@ -216,7 +224,9 @@ def test_weights_bear_on_estimates() -> None:
     ],
 )
 def test_cost_of_usage(usage: Usage, expected: int) -> None:
-    """Each part by its weight, rounded up once; what is not known keeps its estimate of 100 read and 400 written."""
+    """Each part by its weight, rounded up once;
+    what is not known keeps its estimate of 100 read and 400 written.
+    """
     made = tokens(weights={"output": 4, "cached": 0.1})
     estimate = made.estimated({"m": "x" * 400, "max_tokens": 100}, quota=LARGE)
     assert 500 == estimate.cost

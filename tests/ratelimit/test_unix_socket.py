@@ -39,7 +39,9 @@ def _statuses(path: Path, addresses: list[str]) -> list[int]:
     ("trusted", "expected"), [("unix", [404, 404, 429, 429]), ("0.0.0.0/0,::/0", [404, 429, 429, 429])]
 )
 def test_clients_behind_a_unix_socket(server: str, trusted: str, expected: list[int], tmp_path: Path) -> None:
-    """With ``unix`` trusted each has its counter; without it all share one, whatever networks are trusted."""
+    """With ``unix`` trusted each has its counter; without it all share one,
+    whatever networks are trusted.
+    """
     if server != "uvicorn":
         needed(server)
     (tmp_path / "served.py").write_text(APP)

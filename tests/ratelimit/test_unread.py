@@ -1,4 +1,6 @@
-"""What bodies cost that nobody can read: never less than good ones, and no more than a unit where the app says no."""
+"""What bodies cost that nobody can read: never less than good ones,
+and no more than a unit where the app says no.
+"""
 
 import asyncio
 import json
@@ -15,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from redis_asgi import RateLimitMiddleware, Rule, Settings
 from redis_asgi.ratelimit.limits.policy import STRATEGIES
 
-from .harness import client_of, drive, header, http_scope, own_prefix, websocket_scope
+from ..kit.inside import manager_of
+from .harness import all_answered, client_of, drive, header, http_scope, own_prefix, websocket_scope
 from .histories import strategy_of
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +45,9 @@ async def inputs(request: Request) -> int:
 
 
 class App:
-    """An app that answers with *status* once it is let go, or raises, and knows how many requests it had at once."""
+    """An app that answers with *status* once it is let go, or raises,
+    and knows how many requests it had at once.
+    """
 
     def __init__(self, status: int = 400, *, leaves: bool = False) -> None:
         self.status = status
@@ -67,29 +72,35 @@ class App:
             self._now -= 1
 
 
-def limited(app: ASGIApp, settings: Settings, strategy: str, limits: str = "100/hour", **more: Any) -> ASGIApp:
+def limited(
+    app: ASGIApp, settings: Settings, strategy: str, limits: str = "100/hour", **more: Any
+) -> RateLimitMiddleware:
     """*app* behind a rule that counts texts."""
     rule = Rule(limits, cost=inputs, strategy=strategy_of(strategy), **more)
     return RateLimitMiddleware(app, rules=[rule], settings=settings)
 
 
 async def remaining(app: ASGIApp) -> int:
-    """What a client has left, as a good request of five units finds it, those included; 0 if it is refused."""
+    """What a client has left, as a good request of five units finds it,
+    those included; 0 if it is refused.
+    """
     (start, _) = await drive(app, {**POST}, *GOOD)
     fields = header(start, b"ratelimit") or b""
     return int(fields.partition(b";r=")[2].partition(b";")[0]) + 5 if start["status"] != 429 else 0
 
 
-async def settled(app: ASGIApp) -> int:
-    """`remaining`, after what responses have changed has been sent."""
-    await asyncio.sleep(0.05)
+async def settled(app: RateLimitMiddleware) -> int:
+    """`remaining`, after what responses have changed has been answered."""
+    await all_answered(manager_of(app))
     return await remaining(app)
 
 
 @stores
 @strategies
 async def test_hundred_garbage_bodies_at_once_are_worth_one(settings: Settings, store: str, strategy: str) -> None:
-    """The first holds all that there is until the app has turned it down; of good ones twenty would have passed."""
+    """The first holds all that there is until the app has turned it down;
+    of good ones twenty would have passed.
+    """
     app = App(422)
     app.gate.clear()
     protected = limited(app, settings, strategy)
@@ -112,7 +123,9 @@ async def test_hundred_garbage_bodies_at_once_are_worth_one(settings: Settings, 
 async def test_clients_that_leave_are_worth_no_more_than_one(
     settings: Settings, store: str, strategy: str, leaves: bool
 ) -> None:
-    """A hundred that send half a body and go: whatever the app makes of that, the first one's hold stays."""
+    """A hundred that send half a body and go:
+    whatever the app makes of that, the first one's hold stays.
+    """
     app = App(400, leaves=leaves)
     protected = limited(app, settings, strategy)
     for _ in range(100):
@@ -128,7 +141,9 @@ async def test_clients_that_leave_are_worth_no_more_than_one(
 
 @strategies
 async def test_client_that_leaves_while_the_app_works_keeps_the_hold(settings: Settings, strategy: str) -> None:
-    """The garbage is whole, and its client gone before the answer: the app that saw it go may answer what it likes."""
+    """The garbage is whole, and its client gone before the answer:
+    the app that saw it go may answer what it likes.
+    """
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -154,7 +169,7 @@ async def test_garbage_in_turn_costs_one_each_where_the_app_turns_it_down(
     for _ in range(3):
         (start, _) = await drive(protected, {**POST}, *GARBAGE)
         told.append(header(start, b"ratelimit"))
-        await asyncio.sleep(0.05)
+        await all_answered(manager_of(protected))
 
     assert [b"r=99", b"r=98", b"r=97"] == [(field or b"").split(b";")[1] for field in told]
     app.status = 200
@@ -166,7 +181,9 @@ async def test_garbage_in_turn_costs_one_each_where_the_app_turns_it_down(
 async def test_only_an_answer_that_turns_it_down_gives_back(
     settings: Settings, strategy: str, status: int, left: int
 ) -> None:
-    """3xx and 4xx give back all but one unit; what the app did something for, or broke on, keeps it."""
+    """3xx and 4xx give back all but one unit;
+    what the app did something for, or broke on, keeps it.
+    """
     app = App(status)
     protected = limited(app, settings, strategy)
     await drive(protected, {**POST}, *GARBAGE)
@@ -210,7 +227,9 @@ async def test_server_that_cannot_send_the_answer_keeps_the_hold(settings: Setti
 
 @strategies
 async def test_whatever_remains_admits_it(settings: Settings, strategy: str) -> None:
-    """After nineteen good ones of five, a typo finds five units, then one less each time, until none is left."""
+    """After nineteen good ones of five, a typo finds five units,
+    then one less each time, until none is left.
+    """
     app = App(200)
     protected = limited(app, settings, strategy)
     for _ in range(19):
@@ -255,7 +274,9 @@ async def test_shadow_has_no_say_in_what_is_held(settings: Settings) -> None:
 
 
 async def test_count_if_gives_back_the_rest_once(settings: Settings) -> None:
-    """A garbage body that is turned down and does not count: the hold at the answer's start, the one unit after it."""
+    """A garbage body that is turned down and does not count:
+    the hold at the answer's start, the one unit after it.
+    """
     app = App(400)
     protected = limited(app, settings, "fixed-window", count_if=lambda status: status == 200)
     await drive(protected, {**POST}, *GARBAGE)
@@ -310,7 +331,9 @@ async def test_app_sees_what_is_held_and_what_came_back(settings: Settings) -> N
     ids=["broken", "no boundary", "no name", "no form", "big"],
 )
 async def test_broken_form_is_a_body_like_broken_json(settings: Settings, headers: dict[str, str], body: bytes) -> None:
-    """No form of a client's makes an error of the app: it holds what remains, and reaches the app as it was."""
+    """No form of a client's makes an error of the app: it holds what remains,
+    and reaches the app as it was.
+    """
 
     async def fields(request: Request) -> int:
         async with request.form() as form:
@@ -352,7 +375,9 @@ async def test_good_form_costs_what_the_callable_says(settings: Settings) -> Non
 
 @pytest.mark.parametrize("read", ["nothing", "body", "json", "form"])
 async def test_handshake_under_a_cost_callable_has_an_empty_body(settings: Settings, read: str) -> None:
-    """A rule without methods covers handshakes: their callable gets a request without a body, and the app its own."""
+    """A rule without methods covers handshakes:
+    their callable gets a request without a body, and the app its own.
+    """
     requests = []
 
     async def cost(request: Request) -> int:

@@ -145,7 +145,9 @@ def test_each_format_is_read(body: bytes, content_type: bytes, expected: Usage) 
     ],
 )  # fmt: skip
 def test_numbers(number: object, expected: int | None) -> None:
-    """Whole numbers from 0 to 2^53 count, 5.0 among them; others are as if they were not there, and spoil no others."""
+    """Whole numbers from 0 to 2^53 count, 5.0 among them;
+    others are as if they were not there, and spoil no others.
+    """
     usage = {"prompt_tokens": 9, "completion_tokens": number}
     assert Usage(input=9, output=expected) == read(json.dumps({"usage": usage}).encode()).usage
     assert Usage(input=9, output=expected) == read(events({"usage": usage}), SSE).usage
@@ -167,13 +169,17 @@ def test_numbers(number: object, expected: int | None) -> None:
     ],
 )  # fmt: skip
 def test_odd_usage(usage: object, expected: Usage | None) -> None:
-    """Parts that are more than the whole stand beside it, and those of an unknown whole are unknown."""
+    """Parts that are more than the whole stand beside it,
+    and those of an unknown whole are unknown.
+    """
     assert expected == read(json.dumps({"usage": usage}).encode()).usage
 
 
 @pytest.mark.parametrize("forgery", FORGERIES, ids=str)
 def test_nothing_but_the_place_counts(forgery: dict[str, Any]) -> None:
-    """What a client or a model writes is no usage, before or behind the real one, in an answer or a stream."""
+    """What a client or a model writes is no usage,
+    before or behind the real one, in an answer or a stream.
+    """
     real = {"prompt_tokens": 5, "completion_tokens": 7}
     expected = Usage(input=5, output=7)
     assert None is read(json.dumps(forgery).encode()).usage

@@ -30,7 +30,9 @@ from .usages import (
 
 
 def test_usage_of_long_answers_is_that_of_their_end() -> None:
-    """Above 1 MiB the last 64 KiB are read, of a document as of an event; what stands before them is not found."""
+    """Above 1 MiB the last 64 KiB are read, of a document as of an event;
+    what stands before them is not found.
+    """
     vectors = {"data": [[0.123456789] * 1000] * 200}
     usage = {"prompt_tokens": 5, "total_tokens": 5}
     assert Usage(input=5, output=0) == read(json.dumps({**vectors, "usage": usage}).encode()).usage
@@ -167,7 +169,9 @@ def test_plain_text_is_a_models_to_write(text: bytes, content_type: bytes | None
 
 
 def test_cut_stream_is_guessed_by_its_events() -> None:
-    """Events of one token each are as many tokens; what is longer counts 4 bytes each, and comments nothing."""
+    """Events of one token each are as many tokens;
+    what is longer counts 4 bytes each, and comments nothing.
+    """
     short = events({**CHUNK, "choices": [{"delta": {"content": "a"}}]})
     assert 300 == read(short * 300 + b": ping\n\n", SSE, complete=False).output_of_cut()
     long = events({**CHUNK, "choices": [{"delta": {"content": "a" * 401}}]})
@@ -185,7 +189,9 @@ def test_cut_event_says_nothing_of_how_small_one_is() -> None:
 
 
 def test_cut_stream_knows_its_output_only_from_its_last_event() -> None:
-    """Cumulative counts in each frame are exact; one before other events is what there was until then."""
+    """Cumulative counts in each frame are exact;
+    one before other events is what there was until then.
+    """
     frames = [{**CHUNK, "usage": {"prompt_tokens": 5, "completion_tokens": n}} for n in range(5)]
     assert read(events(*frames), SSE, complete=False).output_is_known
     assert not read(events(*frames, CHUNK), SSE, complete=False).output_is_known

@@ -21,7 +21,9 @@ def compressed(body: bytes, rng: random.Random) -> tuple[bytes, bytes | None]:
 
 @given(st.randoms(use_true_random=False), st.sampled_from(["json", "chat", "responses", "ollama"]))
 def test_random_answers_are_read_as_the_oracle_does(rng: random.Random, style: str) -> None:
-    """Whole or cut anywhere, in any chunks and encoding: the first and the last usage count, the later one first."""
+    """Whole or cut anywhere, in any chunks and encoding:
+    the first and the last usage count, the later one first.
+    """
     answer = answer_of(rng, style)
     body = b"".join(answer.pieces)
     complete = rng.random() < 0.6

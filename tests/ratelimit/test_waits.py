@@ -1,4 +1,6 @@
-"""Whatever is stored, and however the quota was changed since: the wait told is true, and of a bounded length."""
+"""Whatever is stored, and however the quota was changed since:
+the wait told is true, and of a bounded length.
+"""
 
 import math
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ class Case:
         return policy(self.strategy, quota, self.window)
 
 
-# Made once for each window and strategy: to make a strategy costs hypothesis more than to draw from it.
+# Made once for each window and strategy:
+# to make a strategy costs hypothesis more than to draw from it.
 WINDOWS = st.sampled_from([1, 2, 7, 60, 3600, 86_400, 366 * 86_400])
 COUNTS = st.one_of(st.integers(0, 20), st.integers(0, 10**10))
 BUCKETS = st.one_of(st.integers(-3, 2), st.integers(-(10**6), 2))
@@ -90,7 +93,9 @@ def charges(most: int) -> st.SearchStrategy[list[tuple[int, int]]]:
 
 @st.composite
 def cases(draw: st.DrawFn, strategy: str) -> Case:
-    """Counters found in any state, of before the clock was set back too, whose quota was changed once or more."""
+    """Counters found in any state, of before the clock was set back too,
+    whose quota was changed once or more.
+    """
     window = draw(WINDOWS)
     most = 10_000 if strategy == "moving-window" else 10**9
     stored: tuple[float, ...]
@@ -175,7 +180,9 @@ def quotas_owed(twin: Twin, case: Case) -> float:
 @often
 @given(data=st.data())
 def test_wait_is_true_and_bounded_whatever_is_stored(strategy: str, data: st.DataObject) -> None:
-    """At most a window (two for the counter; for a bucket its debt), admitted after it, and not before."""
+    """At most a window (two for the counter; for a bucket its debt),
+    admitted after it, and not before.
+    """
     case = data.draw(cases(strategy))
     twin = found(case)
     looked = twin.peek(case.cost)
@@ -187,7 +194,8 @@ def test_wait_is_true_and_bounded_whatever_is_stored(strategy: str, data: st.Dat
     assert looked == told
     assert 0 < told.retry <= longest(case, quotas_owed(twin, case))
     assert twin.peek(case.cost, at=EPOCH + told.retry).fits
-    # Counts are told apart to 1e-12 of the quota and a rounding, and at the slowest one unit fades in a window.
+    # Counts are told apart to 1e-12 of the quota and a rounding,
+    # and at the slowest one unit fades in a window.
     grain = math.ceil(max(1e-9, 2e-12 * case.quota) * case.window * MICROSECONDS)
     early = EPOCH + told.retry - 3 - grain
     assert early <= EPOCH or not twin.peek(case.cost, at=early).fits
@@ -215,7 +223,9 @@ def test_script_tells_what_the_twin_tells(
     strategy: str,
     data: st.DataObject,
 ) -> None:
-    """From any stored state, through debts under other quotas, number for number, now and at the end of the wait."""
+    """From any stored state, through debts under other quotas, number for number,
+    now and at the end of the wait.
+    """
     case = data.draw(cases(strategy))
     store(script.server, case)
     for quota, cost in case.debts:
@@ -264,7 +274,9 @@ def test_bucket_keeps_its_share_through_every_quota() -> None:
 
 @pytest.mark.parametrize("quota", [1, 3, 10, 1000, 10**6])
 def test_every_unit_of_a_bucket_is_there(quota: int) -> None:
-    """Used one by one at one moment, a whole quota is admitted and no unit more: rounding takes none."""
+    """Used one by one at one moment,
+    a whole quota is admitted and no unit more: rounding takes none.
+    """
     twin = Twin(policy("gcra", quota, 60))
     steps = min(quota, 20_000)
     assert twin.consume(quota - steps)

@@ -199,7 +199,9 @@ def response_usage(said: dict[str, int | None], rng: random.Random) -> dict[str,
 
 
 def answer_of(rng: random.Random, style: str) -> Answer:
-    """An answer in the format *style*: forged usage in texts and arguments; usage first or last, twice, in each."""
+    """An answer in the format *style*: forged usage in texts and arguments;
+    usage first or last, twice, in each.
+    """
     forged = [rng.choice(FORGERIES[:7]) for _ in range(rng.randrange(4))]
     usual = rng.choice(["last", "each", "twice", "first", "none"])
     number = rng.randrange(1, 8)
@@ -254,7 +256,9 @@ def answer_of(rng: random.Random, style: str) -> Answer:
 
 
 def as_event(text: str, rng: random.Random) -> bytes:
-    """*text* as an event: with or without a name, a comment, a blank, several data lines, in each way to end a line."""
+    """*text* as an event: with or without a name, a comment, a blank,
+    several data lines, in each way to end a line.
+    """
     eol = rng.choice(["\n", "\r\n", "\r"])
     colon = rng.choice([":", ": "])
     if rng.random() < 0.3 and ', "' in text:

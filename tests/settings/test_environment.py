@@ -1,4 +1,6 @@
-"""How the environment is read: what is unset, what others put there, what was misspelt, and what is said of it all."""
+"""How the environment is read: what is unset, what others put there,
+what was misspelt, and what is said of it all.
+"""
 
 import copy
 import logging
@@ -144,7 +146,9 @@ SERVICES = sorted(
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_service_breaks_or_is_taken_for_a_typo(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a Service is called, its variables are no settings but the one of ``redis``, and no misspelt ones."""
+    """Whatever a Service is called, its variables are no settings but the one of ``redis``, and no
+    misspelt ones.
+    """
     for name, value in links(service).items():
         monkeypatch.setenv(name, value)
     settings = Settings()
@@ -187,7 +191,9 @@ def test_a_subclass_with_a_file(env_file: Path) -> None:
 
 
 def test_a_subclass_with_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fields of an app may be called otherwise outside, required ones too; what is made of its settings keeps them."""
+    """Fields of an app may be called otherwise outside, required ones too;
+    what is made of its settings keeps them.
+    """
 
     class Aliased(Settings):
         database: str = Field(validation_alias="DATABASE_URL")
@@ -252,7 +258,9 @@ def test_contradictions_name_the_variables_that_were_read(monkeypatch: pytest.Mo
 
 
 def test_a_case_insensitive_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subclass may read names in any case, as pydantic-settings does by itself; they are no typos then."""
+    """A subclass may read names in any case,
+    as pydantic-settings does by itself; they are no typos then.
+    """
 
     class AnyCase(Settings):
         model_config = SettingsConfigDict(case_sensitive=False)
@@ -277,7 +285,9 @@ def test_secrets_from_files(tmp_path: Path) -> None:
 
 
 def test_all_bad_settings_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line each: unknown arguments, bad values, contradictions of the others, and what looks like ours."""
+    """A line each: unknown arguments, bad values,
+    contradictions of the others, and what looks like ours.
+    """
     for name, value in {
         "REDIS_DB": "y",
         "REDIS_TIMEOUT": "10s",
@@ -379,7 +389,9 @@ def test_an_empty_near_miss_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_programs_redis_variables_are_not_named_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``REDIS_URI`` beside ``REDIS_URL`` is another program's; another case of a name is told all the same."""
+    """``REDIS_URI`` beside ``REDIS_URL`` is another program's;
+    another case of a name is told all the same.
+    """
     for name in ("REDIS_URI", "REDISHOST", "REDISPORT", "REDIS_TLS", "redis_url"):
         monkeypatch.setenv(name, "x")
     alone = Settings().near_misses
@@ -418,7 +430,9 @@ def test_near_misses_are_warned_of_once(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_changed_settings_read_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is made of an app's settings is of its class, and takes up no variable that it had not read."""
+    """What is made of an app's settings is of its class,
+    and takes up no variable that it had not read.
+    """
     monkeypatch.setenv("APP_REDIS_DB", "1")
     settings = AppSettings()
     monkeypatch.setenv("APP_REDIS_DB", "2")

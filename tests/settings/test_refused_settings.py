@@ -131,7 +131,9 @@ REFUSED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("name", "text"), REFUSED, ids=[f"{n}={t[:24]!r}" for n, t in REFUSED])
 def test_bad_value_names_the_variable_and_one_that_works(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
-    """One error on one line: variable, what was given, what is wrong, and an example that is accepted."""
+    """One error on one line: variable, what was given, what is wrong,
+    and an example that is accepted.
+    """
     monkeypatch.setenv(name, text)
     with pytest.raises(ConfigurationError) as caught:
         Settings()

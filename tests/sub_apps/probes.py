@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
 from starlette.types import ASGIApp
 
 from redis_asgi import (
@@ -14,6 +15,7 @@ from redis_asgi import (
     health_app,
 )
 from redis_asgi.asgi.sub_app import SubApp
+from redis_asgi.connection import health_cache
 from redis_asgi.connection.health_cache import Watch
 from redis_asgi.sub_apps.health import HealthApp
 
@@ -23,6 +25,7 @@ from ..kit.servers import Server
 StartServer = Callable[..., Server]
 
 
+DEADLINE = 0.5  # seconds of a check, as the package has it
 NOWHERE = "redis://someuser:somesecret@127.0.0.1:1"
 
 
@@ -58,14 +61,22 @@ def forget(app: SubApp) -> None:
     app_manager(app).per_client(Watch)._last = None
 
 
+def hurry(app: SubApp, patch: pytest.MonkeyPatch) -> None:
+    """Let its checks end by the package's deadline from now on; all that was well before had time."""
+    app_manager(app).per_client(Watch)._checkup._deadline = DEADLINE
+    patch.setattr(health_cache, "DEADLINE", DEADLINE)
+
+
 async def assert_ill(app: ASGIApp, error: str, *, status: int = 200) -> None:
-    """``/ready`` and ``/`` name *error* within 0.6 s, ``/live`` does not mind, and nothing is given away."""
+    """``/ready`` and ``/`` name *error* within their deadline,
+    ``/live`` does not mind, and nothing is given away.
+    """
     ready, body, seconds = await probe(app)
     assert (status, "unhealthy" if status == 503 else "degraded", error) == (ready, body["status"], body["error"])
-    assert seconds < 0.6
+    assert seconds < DEADLINE + 0.4
     overview, full, seconds = await probe(app, "/")
     assert (status, body["status"], error) == (overview, full["status"], full["error"])
-    assert seconds < 0.6
+    assert seconds < DEADLINE + 0.4
     live, alive, seconds = await probe(app, "/live")
     assert (200, {"status": "alive"}) == (live, alive)
     assert seconds < 0.1

@@ -17,16 +17,13 @@ from redis_asgi import (
 from redis_asgi.errors import Failure
 from redis_asgi.telemetry import Telemetry
 
-from ..kit.processes import clean_environment
+from ..kit.processes import ENDS_WITHIN, clean_environment
 from ..kit.servers import Server, free_port, wait_until
 
 StartServer = Callable[..., Server]
 
 
 MEMORY = Settings(REDIS_URL="memory://")
-
-
-DEADLINE = 0.5
 
 
 TLS = ssl.create_default_context()  # httpx would load the authorities for every request of its own
@@ -129,7 +126,7 @@ def workers(folder: Path, source: str, number: int, **environment: str) -> Itera
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=ENDS_WITHIN)
 
 
 def answers(url: str) -> bool:

@@ -29,9 +29,10 @@ from redis_asgi.errors import Failure
 from redis_asgi.sub_apps.health import human_bytes
 
 from ..kit.documents import section
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer
-from .probes import NOWHERE, StartServer, app_manager, app_on, client_of, forget, probe
+from .probes import DEADLINE, NOWHERE, StartServer, app_manager, app_on, client_of, forget, probe
 
 pytestmark = pytest.mark.anyio
 
@@ -117,6 +118,7 @@ async def test_forbidden_info_is_null(private_server: StartServer) -> None:
     assert body["latency_ms"] is not None
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_slow_info_is_null(private_server: StartServer) -> None:
     """PING has been answered and INFO has not by the deadline: healthy, in time, without details."""
     server = private_server()
@@ -137,7 +139,7 @@ async def test_slow_info_is_null(private_server: StartServer) -> None:
         status, body, seconds = await probe(app, "/")
 
     assert (1, 200, "healthy", None) == (checkup_replies, status, body["status"], body["used_memory"])
-    assert seconds < 0.6
+    assert seconds < DEADLINE + 0.4
 
 
 # the breaker, and who needs Redis
@@ -155,7 +157,9 @@ async def test_open_breaker_is_degraded(redis_url: str, monkeypatch: pytest.Monk
 
 
 async def test_failing_closed_requires_redis() -> None:
-    """Without an argument, Redis is required as soon as a part on the manager fails closed, whichever is made first."""
+    """Without an argument, Redis is required as soon as a part on the manager fails closed,
+    whichever is made first.
+    """
     app = app_on(NOWHERE)
     assert (200, "degraded") == ((found := await probe(app))[0], found[1]["status"])
     RateLimitMiddleware(app, on_redis_error="closed", redis=app_manager(app))
@@ -164,8 +168,11 @@ async def test_failing_closed_requires_redis() -> None:
     assert (200, "degraded") == ((found := await probe(optional))[0], found[1]["status"])
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_app_with_a_hung_redis(private_server: StartServer) -> None:
-    """An app whose breaker has opened under load tells so, is alive, and is well again soon after Redis is."""
+    """An app whose breaker has opened under load tells so, is alive,
+    and is well again soon after Redis is.
+    """
     server = private_server()
     manager = RedisManager(Settings(REDIS_URL=server.url))
     app = Starlette()
@@ -183,8 +190,8 @@ async def test_app_with_a_hung_redis(private_server: StartServer) -> None:
 
     assert (200, 200, "degraded", "redis_timeout", "open") == (live, status, *(body[name] for name in FIELDS[:3]))
     assert fast < 0.1
-    assert seconds < 0.6
-    async with asyncio.timeout(5), client_of(app) as client:
+    assert seconds < DEADLINE + 0.4
+    async with asyncio.timeout(PATIENCE), client_of(app) as client:
         while (await probe(app, "/health/"))[1]["error"] is not None:
             await client.get("/")
             await asyncio.sleep(0.05)
@@ -205,7 +212,9 @@ def _in_fastapi(app: SubApp) -> ASGIApp:
 
 @pytest.mark.parametrize("wrap", [_in_starlette, _in_fastapi])
 async def test_documented_urls(wrap: Callable[[SubApp], ASGIApp]) -> None:
-    """``/health/live``, ``/health/ready``, ``/health/``; anything else below is 404, any other method 405."""
+    """``/health/live``, ``/health/ready``, ``/health/``;
+    anything else below is 404, any other method 405.
+    """
     outer = wrap(app_on("memory://"))
     async with client_of(outer) as client:
         answers = [await client.get(f"/health{path}") for path in ("/live", "/ready", "/", "/nothing")]

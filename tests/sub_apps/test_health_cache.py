@@ -1,4 +1,6 @@
-"""Whose Redis the mounted parts look at: their own argument's, else that of the middlewares outside them."""
+"""Whose Redis the mounted parts look at: their own argument's,
+else that of the middlewares outside them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +102,9 @@ async def test_an_argument_of_its_own_wins(part: Part, redis_server: ExternalSer
 
 @PARTS
 async def test_of_several_the_worst_is_told(part: Part, redis_server: ExternalServer) -> None:
-    """Health and status tell the one that the app stands worst with, metrics those of the outermost."""
+    """Health and status tell the one that the app stands worst with,
+    metrics those of the outermost.
+    """
     well, gone = limiter(redis=redis_server.url), Middleware(EmbeddingCacheMiddleware, redis=NOWHERE)
     worst = part is not metrics_app
 
@@ -109,7 +113,9 @@ async def test_of_several_the_worst_is_told(part: Part, redis_server: ExternalSe
 
 
 async def test_ready_says_what_the_app_does(monkeypatch: pytest.MonkeyPatch, redis_server: ExternalServer) -> None:
-    """An app whose limits fail closed on a Redis that is gone is not ready, whatever the default Redis is doing."""
+    """An app whose limits fail closed on a Redis that is gone is not ready,
+    whatever the default Redis is doing.
+    """
     monkeypatch.setenv("REDIS_URL", redis_server.url)
     # A manager is shared by equal settings, and remembers that one of its users fails closed.
     app = app_with(health_app(), limiter(redis=RedisManager(Settings(REDIS_URL=NOWHERE)), on_redis_error="closed"))

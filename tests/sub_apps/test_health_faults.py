@@ -18,9 +18,10 @@ from redis_asgi.connection.health_cache import Watch
 
 from ..kit.certificates import Certificates
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE, until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
-from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, probe
+from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, hurry, probe
 
 pytestmark = pytest.mark.anyio
 
@@ -47,6 +48,7 @@ async def test_name_that_does_not_resolve() -> None:
     ],
 )
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_fault_on_the_way(redis_server: Server, mode: Any, error: str, *, connected: bool) -> None:
     """Silence, resets and refusals, on a new connection and on one that an earlier check has left."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -59,6 +61,7 @@ async def test_fault_on_the_way(redis_server: Server, mode: Any, error: str, *, 
         await proxy.set("pass")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_slow_and_chunked_is_healthy(redis_server: ExternalServer) -> None:
     """An answer in single bytes, or 0.3 s late, is an answer; one 2 s late is none."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -72,6 +75,7 @@ async def test_slow_and_chunked_is_healthy(redis_server: ExternalServer) -> None
         await assert_ill(app_on(proxy.url), "redis_timeout")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung(private_server: StartServer) -> None:
     """SIGSTOP: the kernel accepts and nobody answers; 200 probes wait for the same 0.5 s."""
     server = private_server()
@@ -164,7 +168,9 @@ async def test_info_answered_oddly() -> None:
 
 
 async def test_a_missing_right_to_call_the_script_is_permission(private_server: StartServer) -> None:
-    """A PING is answered, and yet no limit can be counted there, which is said before the first request is one."""
+    """A PING is answered, and yet no limit can be counted there,
+    which is said before the first request is one.
+    """
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-evalsha")
     app = app_on(server.url)
@@ -180,7 +186,9 @@ async def test_a_missing_right_to_call_the_script_is_permission(private_server: 
 async def test_a_missing_right_within_the_script_is_permission(
     private_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It shows when limits are counted, and is told while they cannot be, and no longer than anybody tries."""
+    """It shows when limits are counted, and is told while they cannot be,
+    and no longer than anybody tries.
+    """
     monkeypatch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.02)
     server = private_server()
     server.command("ACL", "SETUSER", "default", "-hset")
@@ -188,7 +196,7 @@ async def test_a_missing_right_within_the_script_is_permission(
     assert "healthy" == (await probe(app))[1]["status"]
     await RateLimiter(app_manager(app)).consume("somebody")
     await assert_ill(app, "redis_permission")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while app_manager(app).breaker_state != "half_open":
             await asyncio.sleep(0.01)
     await assert_ill(app, "redis_permission")
@@ -212,7 +220,9 @@ async def test_a_renamed_command_of_the_script_is_reply(private_server: StartSer
 
 @pytest.mark.parametrize("said", [b"no upstream host", b"ERR handle response, backend conn reset"])
 async def test_a_proxy_that_has_lost_its_servers(said: bytes) -> None:
-    """It answers a PING itself, and everything else with words of its own: degraded, whoever needs Redis."""
+    """It answers a PING itself, and everything else with words of its own:
+    degraded, whoever needs Redis.
+    """
     talks: set[asyncio.Task[Any]] = set()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -284,7 +294,6 @@ async def test_stranger_with_a_good_certificate(stranger_server: Server, certifi
     await assert_ill(app_on(stranger_server.url, REDIS_SSL_CA_CERTS=certificates.ca.cert), "redis_connection")
 
 
-@pytest.mark.usefixtures("patient")
 async def test_tls(tls_server: Server, certificates: Certificates) -> None:
     """TLS with certificates on both sides; plain text to it, and TLS that trusts somebody else."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
@@ -294,6 +303,7 @@ async def test_tls(tls_server: Server, certificates: Certificates) -> None:
     await assert_ill(app_on(tls_server.url.replace("rediss", "redis")), "redis_connection")
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_tls_to_a_server_that_has_none(redis_url: str) -> None:
     """It takes the greeting for the beginning of a command, and waits for the rest."""
     await assert_ill(app_on(redis_url.replace("redis:", "rediss:")), "redis_timeout")
@@ -304,22 +314,25 @@ async def test_database_that_is_not_there(redis_url: str) -> None:
     await assert_ill(app_on(f"{redis_url}/99"), "redis_reply")
 
 
-async def test_hung_tls_is_hung_up_on(tls_server: Server, certificates: Certificates) -> None:
+async def test_hung_tls_is_hung_up_on(
+    tls_server: Server, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A peer that hangs is not asked for its part of a TLS goodbye, which may take 30 s."""
     tls: dict[str, Any] = {"REDIS_SSL_CERTFILE": certificates.client.cert, "REDIS_SSL_KEYFILE": certificates.client.key}
     async with FaultProxy("127.0.0.1", tls_server.port) as proxy:
         app = app_on(proxy.url.replace("redis:", "rediss:"), REDIS_SSL_CA_CERTS=certificates.ca.cert, **tls)
         assert "healthy" == (await probe(app))[1]["status"]
+        hurry(app, monkeypatch)
         await proxy.set("blackhole")
         forget(app)
         await assert_ill(app, "redis_timeout")
-        await asyncio.sleep(0.1)
-
-        assert 0 == proxy.open
+        await until(lambda: not proxy.open)
 
 
 async def test_full_server_is_degraded(private_server: StartServer) -> None:
-    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes on."""
+    """OOM is no answer to a PING, but what INFO says of the memory tells it; one that evicts goes
+    on.
+    """
     server = private_server("--maxmemory", "1")
     app = app_on(server.url)
     await assert_ill(app, "redis_oom")
@@ -329,19 +342,22 @@ async def test_full_server_is_degraded(private_server: StartServer) -> None:
     assert (200, {"status": "healthy", "error": None}) == (await probe(app))[:2]
 
 
-async def test_exhausted_pool_is_no_matter(redis_url: str) -> None:
+async def test_exhausted_pool_is_no_matter(redis_server: ExternalServer) -> None:
     """A check has a connection of its own: not one of the pool, in ours and in a user's."""
-    manager = RedisManager(Settings(REDIS_URL=redis_url, REDIS_POOL_SIZE=1))
-    async with aioredis.Redis.from_url(redis_url, max_connections=1, socket_timeout=5) as given:
+    manager = RedisManager(Settings(REDIS_URL=redis_server.url, REDIS_POOL_SIZE=1))
+    look = redis_server.client()
+    async with aioredis.Redis.from_url(redis_server.url, max_connections=1) as given:
         for redis, client in ((manager, await manager.get_connection()), (given, given)):
             block: Any = client.execute_command
-            waiting = asyncio.create_task(block("BLPOP", "never", 0.5))
-            await asyncio.sleep(0.05)
+            waiting = asyncio.create_task(block("BLPOP", "never", 0))
+            await until(lambda: look.info("clients")["blocked_clients"])
             status, body, seconds = await probe(health_app(redis=redis))
 
-            assert (200, "healthy") == (status, body["status"])
-            assert seconds < 0.2
-            await waiting
+            assert (200, "healthy", False) == (status, body["status"], waiting.done())
+            assert seconds < 5  # REDIS_TIMEOUT is 10
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await until(lambda: not look.info("clients")["blocked_clients"])
 
 
 async def test_client_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,17 @@ from redis_asgi import (
 from redis_asgi.asgi.sub_app import SubApp
 from redis_asgi.connection.health_check import Checkup, _slots
 
+from ..kit.patience import PATIENCE
 from ..kit.servers import Cluster, SentinelTrio, Server, wait_until
-from .probes import assert_ill, forget, probe
+from .probes import DEADLINE, assert_ill, forget, hurry, probe
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_sentinel(sentinels: SentinelTrio) -> None:
-    """The master is asked; what it has become after a failover is asked too; no master is ``redis_cluster``."""
+    """The master is asked; what it has become after a failover is asked too;
+    no master is ``redis_cluster``.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     status, body, _ = await probe(app, "/")
@@ -31,7 +34,7 @@ async def test_sentinel(sentinels: SentinelTrio) -> None:
     old = sentinels.primary()
     old.kill()
     await assert_soon(app, "degraded")
-    wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+    wait_until(lambda: sentinels.primary() is not old, "a failover")
     await assert_soon(app, "healthy")
     for sentinel in sentinels.sentinels:
         sentinel.kill()
@@ -41,15 +44,18 @@ async def test_sentinel(sentinels: SentinelTrio) -> None:
 
 async def assert_soon(app: SubApp, status: str) -> None:
     """*app* says *status* within a few seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while (await probe(app))[1]["status"] != status:
             await asyncio.sleep(0.1)
             forget(app)
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> None:
-    """One of them is not waited for; without any, whoever has to find the master first cannot, in time."""
+    """One of them is not waited for; without any,
+    whoever has to find the master first cannot, in time.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     if connected:
@@ -71,17 +77,20 @@ async def test_hung_sentinels(sentinels: SentinelTrio, *, connected: bool) -> No
             sentinel.resume()
 
 
-async def test_hung_master(sentinels: SentinelTrio) -> None:
-    """Ill in time while nobody has noticed, and well with the next master, though the old one hangs on."""
+async def test_hung_master(sentinels: SentinelTrio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ill in time while nobody has noticed,
+    and well with the next master, though the old one hangs on.
+    """
     manager = RedisManager(Settings(REDIS_SENTINELS=sentinels.addresses, REDIS_SENTINEL_MASTER=SentinelTrio.MASTER))
     app = health_app(redis=manager)
     assert "healthy" == (await probe(app))[1]["status"]
     old = sentinels.primary()
     old.pause()
+    hurry(app, monkeypatch)
     try:
         forget(app)
         await assert_ill(app, "redis_timeout")
-        wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+        wait_until(lambda: sentinels.primary() is not old, "a failover")
         await assert_soon(app, "healthy")
     finally:
         old.resume()
@@ -94,14 +103,16 @@ async def test_demoted_master_is_left(sentinels: SentinelTrio) -> None:
     assert 200 == (await probe(app))[0]
     old = sentinels.primary()
     sentinels.sentinels[0].command("SENTINEL", "FAILOVER", SentinelTrio.MASTER)
-    wait_until(lambda: sentinels.primary() is not old, "a failover", within=20)
+    wait_until(lambda: sentinels.primary() is not old, "a failover")
     # The sentinels would do it too, ten seconds later.
     old.command("REPLICAOF", sentinels.primary().host, sentinels.primary().port)
     await assert_soon(app, "healthy")
 
 
 async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
-    """Clients and memory are sums, the save the oldest; asked through one node, before and after it is used."""
+    """Clients and memory are sums, the save the oldest;
+    asked through one node, before and after it is used.
+    """
     manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
     status, body, _ = await probe(health_app(redis=manager), "/")
     infos = [node.client().info() for node in cluster.nodes]
@@ -118,8 +129,10 @@ async def test_cluster_is_summed_over_its_primaries(cluster: Cluster) -> None:
     assert ("healthy", "cluster") == (checked["status"], checked["mode"])
 
 
-async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) -> None:
-    """Two of three nodes serve: degraded, even where Redis is required, since most requests are answered."""
+async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three nodes serve: degraded, even where Redis is required,
+    since most requests are answered.
+    """
     manager = RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True))
     app = health_app(redis=manager, require_redis=True)
     assert "healthy" == (await probe(app))[1]["status"]
@@ -127,6 +140,7 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
     forget(app)
     await assert_ill(app, "redis_cluster")
     private_cluster.nodes[2].pause()
+    hurry(app, monkeypatch)
     try:
         forget(app)
         status, body, seconds = await probe(app)
@@ -135,10 +149,11 @@ async def test_cluster_that_lost_a_node_is_degraded(private_cluster: Cluster) ->
 
     assert "redis_cluster" == body["error"]
     assert status in (200, 503)  # as soon as the last node knows that it is alone, it says so
-    assert seconds < 0.6
+    assert seconds < DEADLINE + 0.4
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["from the start", "once connected"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_cluster(private_cluster: Cluster, *, connected: bool) -> None:
     """All nodes are asked at the same time: the answer is no later than that of one."""
     app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
@@ -154,7 +169,6 @@ async def test_hung_cluster(private_cluster: Cluster, *, connected: bool) -> Non
             node.resume()
 
 
-@pytest.mark.usefixtures("patient")
 async def test_slot_that_moves_is_no_matter(private_cluster: Cluster) -> None:
     """While an operator moves slots, and after, every one of them is served by somebody."""
     app = health_app(redis=RedisManager(Settings(REDIS_URL=private_cluster.url, REDIS_CLUSTER=True)))
@@ -172,12 +186,14 @@ async def test_slot_that_moves_is_no_matter(private_cluster: Cluster) -> None:
 
 
 async def test_cluster_that_serves_nothing_is_unhealthy(server_binary: str) -> None:
-    """With full coverage required, one lost node ends the service; nobody at all is a refused connection."""
+    """With full coverage required, one lost node ends the service;
+    nobody at all is a refused connection.
+    """
     cluster = Cluster.start(server_binary)
     try:
         manager = RedisManager(Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True))
         cluster.nodes[2].kill()
-        wait_until(lambda: b"cluster_state:fail" in _raw_info(cluster.nodes[0]), "the cluster fails", within=20)
+        wait_until(lambda: b"cluster_state:fail" in _raw_info(cluster.nodes[0]), "the cluster fails")
         await assert_ill(health_app(redis=manager, require_redis=True), "redis_cluster", status=503)
         await assert_ill(health_app(redis=manager, require_redis=False), "redis_cluster")
         for node in cluster.nodes:
@@ -195,7 +211,9 @@ def _raw_info(node: Server) -> bytes:
 
 
 async def test_cluster_whose_known_primaries_are_gone(private_cluster: Cluster) -> None:
-    """The client has not heard of an election: the nodes it takes for replicas are asked who serves now."""
+    """The client has not heard of an election:
+    the nodes it takes for replicas are asked who serves now.
+    """
     async with aioredis.RedisCluster.from_url(private_cluster.url) as client:
         await client.initialize()
         for node in private_cluster.nodes[1:]:

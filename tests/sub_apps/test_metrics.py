@@ -43,7 +43,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 
 
 async def test_app_is_one_of_ours(settings: Settings) -> None:
-    """It has the manners of every sub-app: mounted anywhere, read-only, asked for by name or not at all."""
+    """It has the manners of every sub-app: mounted anywhere, read-only,
+    asked for by name or not at all.
+    """
     app = metrics_app(settings=settings)
     outer = Starlette()
     outer.mount("/metrics", app)
@@ -173,7 +175,9 @@ HOSTILE = [
 
 
 async def test_hostile_clients_reach_no_label(redis_server: ExternalServer, counted: Telemetry) -> None:
-    """Whatever clients call themselves, what they ask for and where they say they are from: not a series more."""
+    """Whatever clients call themselves,
+    what they ask for and where they say they are from: not a series more.
+    """
     settings = Settings(REDIS_URL=redis_server.url, RATE_LIMIT_TIMEOUT=2, RATE_LIMIT_TRUSTED_PROXIES=["127.0.0.1"])
     rules = [
         Rule("9/minute", name="by-key", partition_by=by_header("x-api-key")),
@@ -214,7 +218,9 @@ ALSO_LABELLED = {
 
 
 async def test_scrape_leaves_the_loop_to_others(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is counted is put together in a thread that gives way ten times as soon, and in no other time."""
+    """What is counted is put together in a thread that gives way ten times as soon, and in no other
+    time.
+    """
     usual = sys.getswitchinterval()
     seen: list[tuple[float, int]] = []
 
@@ -275,7 +281,9 @@ async def test_pool_of_the_users_own_making_is_left_out(redis_url: str) -> None:
 
 
 async def test_clients_counted_here_are_shown() -> None:
-    """On ``memory://`` those of the manager; while Redis is gone, those of its stand-in and nobody's name."""
+    """On ``memory://`` those of the manager; while Redis is gone,
+    those of its stand-in and nobody's name.
+    """
     manager = RedisManager(MEMORY)
     limiter = RateLimiter(manager)
     for client in "abc":

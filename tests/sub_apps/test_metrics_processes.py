@@ -45,7 +45,9 @@ asyncio.run(main())
 
 
 def test_files_are_read_and_missed(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """We show ours, the app both; without the files a scrape fails instead of starting again from zero."""
+    """We show ours, the app both; without the files a scrape fails instead of starting again from
+    zero.
+    """
     folder = tmp_path_factory.mktemp("multiproc")
     # Without -X dev: prometheus-client leaves its files to the end of the process.
     done = run_python(FILES, flags=(), env={"PROMETHEUS_MULTIPROC_DIR": str(folder)})
@@ -107,7 +109,9 @@ def total(url: str, series: str) -> set[float]:
 
 
 def test_sums_over_workers_are_exact(tmp_path: Path, redis_url: str) -> None:
-    """Whichever of three workers is scraped says what all have counted, also of one that has been replaced."""
+    """Whichever of three workers is scraped says what all have counted,
+    also of one that has been replaced.
+    """
     requests = 'redis_asgi_ratelimit_requests_total{outcome="allowed",source="redis"}'
     with workers(tmp_path, WORKER, 3, REDIS_URL=redis_url) as url:
         counted_by: list[int] = []

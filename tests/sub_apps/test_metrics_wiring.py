@@ -73,7 +73,9 @@ class Series:
 
 
 def settled(url: str) -> tuple[Series, int]:
-    """The samples when every worker has told what it noted, and how many scrapes it took to see that."""
+    """The samples when every worker has told what it noted,
+    and how many scrapes it took to see that.
+    """
     last, scrapes = Series(url), 1
     for _ in range(50):
         time.sleep(2 * FLUSHED_WITHIN)
@@ -87,7 +89,9 @@ def settled(url: str) -> tuple[Series, int]:
 
 
 def statuses(url: str, path: str, count: int, **headers: str) -> Tally[int]:
-    """What so many requests, eight at a time and each over a connection of its own, were answered with."""
+    """What so many requests, eight at a time and each over a connection of its own, were answered
+    with.
+    """
 
     def ask(_: int) -> int:
         return httpx.get(f"{url}{path}", headers=headers, trust_env=False, verify=TLS).status_code
@@ -143,7 +147,9 @@ def test_shadow_is_counted_apart(tmp_path: Path, redis_url: str) -> None:
 
 
 def test_outage_is_counted(tmp_path: Path, private_server: StartServer) -> None:
-    """Each request without Redis once, as a fallback with its reason, and the breaker's way there and back."""
+    """Each request without Redis once, as a fallback with its reason,
+    and the breaker's way there and back.
+    """
     server = private_server()
     with workers(tmp_path, APP, 1, REDIS_URL=server.url) as url:
         before, _ = settled(url)
@@ -186,7 +192,9 @@ app.mount("/metrics", metrics_app())
 
 
 def test_guide_shows_what_is_counted(tmp_path: Path, redis_url: str, redis_client: redis.Redis) -> None:
-    """The first answer of the section comes back after six requests, and the second has those names."""
+    """The first answer of the section comes back after six requests,
+    and the second has those names.
+    """
     shown = re.findall(r"^redis_asgi_ratelimit_\w+\{.*$", section("## Metrics"), re.MULTILINE)
     with workers(tmp_path, GUIDE_APP, 1, REDIS_URL=redis_url) as url:
         assert {404: 5, 429: 1} == statuses(url, "/", 6)
@@ -209,7 +217,9 @@ def shape(value: object) -> object:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_cache_counts_what_clients_saw(tmp_path: Path, private_server: StartServer, count: int) -> None:
-    """Inputs found and computed, requests by result, and bypasses: exactly, with three workers in sum."""
+    """Inputs found and computed, requests by result, and bypasses:
+    exactly, with three workers in sum.
+    """
 
     def embed(*texts: str, **more: object) -> str:
         body = {"model": "m", "input": list(texts), **more}
@@ -217,7 +227,8 @@ def test_cache_counts_what_clients_saw(tmp_path: Path, private_server: StartServ
         assert 200 == answer.status_code
         said = answer.headers["cache-status"]
         if "stored" in said:
-            # The answer leaves before the write, and the next request may reach another worker before it.
+            # The answer leaves before the write,
+            # and the next request may reach another worker before it.
             kept.update(texts)
             wait_until(lambda: len(kept) == len(inside.keys("embedding_input:*")), "the vectors in Redis")
         return said
@@ -228,7 +239,8 @@ def test_cache_counts_what_clients_saw(tmp_path: Path, private_server: StartServ
     inside = store.client()
     with workers(tmp_path, APP, count, REDIS_URL=store.url, EMBEDDING_CACHE_L1_BYTES="0") as url:
         before, _ = settled(url)
-        # Five batches of ten new inputs, each asked four times more; then two half known; then two of no use to keep.
+        # Five batches of ten new inputs, each asked four times more;
+        # then two half known; then two of no use to keep.
         told = [embed(*(f"{batch} {n}" for n in range(10))) for batch in range(5) for _ in range(5)]
         told += [embed(f"{batch} 0", f"new {batch}") for batch in range(2)]
         more_headers["cache-control"] = "no-store"

@@ -23,9 +23,11 @@ from redis_asgi.connection.server_info import Health
 
 from ..kit.certificates import Certificates
 from ..kit.fair_time import fair_time
+from ..kit.patience import PATIENCE
 from ..kit.proxy import FaultProxy
 from ..kit.servers import Cluster, ExternalServer, SentinelTrio, Server
-from .scrapes import DEADLINE, KEYS, MEMORY, StartServer, samples, scraped
+from .probes import DEADLINE
+from .scrapes import KEYS, MEMORY, StartServer, samples, scraped
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 
@@ -107,6 +109,7 @@ async def test_dead_redis_gives_no_figures() -> None:
     assert seconds < DEADLINE
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_redis_gives_no_figures_in_time(private_server: StartServer) -> None:
     """The kernel accepts the connection and nobody answers; later it does."""
     server = private_server()
@@ -124,6 +127,7 @@ async def test_hung_redis_gives_no_figures_in_time(private_server: StartServer) 
 
 
 @pytest.mark.parametrize("mode", ["blackhole", "reset", "cut_replies", "drop_replies"])
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_broken_network_gives_no_figures_in_time(redis_server: ExternalServer, mode: Any) -> None:
     """Whatever the network does with the question or the answer."""
     async with FaultProxy("127.0.0.1", int(redis_server.url.rpartition(":")[2])) as proxy:
@@ -161,6 +165,7 @@ async def test_redis_that_refuses(private_server: StartServer, user: str, is_up:
         assert secret not in answer.text + text
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_figures_over_tls(tls_server: Server, certificates: Certificates) -> None:
     """With the certificates of the settings, as every other connection."""
     settings = Settings(
@@ -182,6 +187,7 @@ async def test_figures_over_tls(tls_server: Server, certificates: Certificates) 
     assert seconds < DEADLINE + 0.4
 
 
+@pytest.mark.usefixtures("shipped_deadlines")
 async def test_hung_tls_peer_is_not_waited_for(tls_server: Server, certificates: Certificates) -> None:
     """One that hangs after the handshake gets no goodbye, which TLS would wait 30 s for."""
     url = urlsplit(tls_server.url)
@@ -201,7 +207,7 @@ async def test_hung_tls_peer_is_not_waited_for(tls_server: Server, certificates:
         figures, seconds = await timed(RedisMetrics(client))
         assert {} == figures
         assert seconds < DEADLINE + 0.4
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE):
             while proxy.open:
                 await asyncio.sleep(0.01)
         await client.aclose()
@@ -240,7 +246,9 @@ def test_only_clients_are_taken() -> None:
 
 
 async def test_users_client_is_left_as_it_was(private_server: StartServer) -> None:
-    """None of its connections is used, one question leaves none of ours, many share one, and it is not closed."""
+    """None of its connections is used, one question leaves none of ours,
+    many share one, and it is not closed.
+    """
     redis_server = private_server()
     async with aioredis.Redis.from_url(redis_server.url, retry=Retry(NoBackoff(), 0)) as client:
         await RedisMetrics(client).collect_metrics()

@@ -23,7 +23,9 @@ def manager(request: pytest.FixtureRequest) -> RedisManager:
 
 @pytest.fixture
 def make_app(manager: RedisManager) -> MakeApp:
-    """``make_app(limits, **options)``: an app behind the middleware, which answers how its client stands."""
+    """``make_app(limits, **options)``: an app behind the middleware,
+    which answers how its client stands.
+    """
 
     async def stand(request: Request) -> JSONResponse:
         decision = request.state.rate_limit

@@ -40,7 +40,9 @@ async def _ask(client: httpx.AsyncClient, given: Any, **fields: Any) -> httpx.Re
 
 
 async def test_only_what_is_new_is_there(embedding_calls: list[list[Any]], app: Starlette) -> None:
-    """What the cache answers is not; texts, token arrays and what passes through are, each as it was sent."""
+    """What the cache answers is not; texts,
+    token arrays and what passes through are, each as it was sent.
+    """
     async with client_of(app) as client:
         await _ask(client, ["a", "b"])
         await _ask(client, ["b", "c", "a"])

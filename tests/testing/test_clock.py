@@ -28,7 +28,9 @@ every_strategy = pytest.mark.parametrize("strategy", get_args(StrategyName))
 
 @every_strategy
 async def test_clock_decides(rate_limit_clock: RateLimitClock, make_app: MakeApp, strategy: StrategyName) -> None:
-    """Nothing comes back while it stands still, and all of it when the windows have passed, in Redis as in memory."""
+    """Nothing comes back while it stands still,
+    and all of it when the windows have passed, in Redis as in memory.
+    """
     async with client_of(make_app("10/minute", strategy=strategy)) as client:
         first = [(await client.get("/")).status_code for _ in range(11)]
         rate_limit_clock.advance(5 * 60)
@@ -38,7 +40,9 @@ async def test_clock_decides(rate_limit_clock: RateLimitClock, make_app: MakeApp
 
 
 async def test_fields_count_down(rate_limit_clock: RateLimitClock, make_app: MakeApp) -> None:
-    """``t``, ``Retry-After`` and ``X-RateLimit-Reset`` are those of the clock, of remembered refusals too."""
+    """``t``, ``Retry-After`` and ``X-RateLimit-Reset`` are those of the clock, of remembered
+    refusals too.
+    """
     told = []
     async with client_of(make_app("1/minute", headers="both")) as client:
         await client.get("/")
@@ -145,7 +149,9 @@ async def test_key_lives_as_long_as_the_clock_stands_still(
 
 @every_strategy
 async def test_nothing_is_left_in_redis(redis_url: str, redis_client: redis.Redis, strategy: StrategyName) -> None:
-    """What was counted is removed in the end, logs too, whatever the loop does by then; other keys stay."""
+    """What was counted is removed in the end, logs too,
+    whatever the loop does by then; other keys stay.
+    """
     limiter = RateLimiter(redis_url, timeout=20)
     await limiter.consume("bob", "5/minute")
     with held_clock() as clock:
@@ -225,7 +231,9 @@ def test_time_goes_forward(rate_limit_clock: RateLimitClock, seconds: Any) -> No
 
 @given(up=st.integers(0, 3 * 366 * 86_400 * 10**6), waits=st.lists(st.integers(0, 10**11), min_size=1, max_size=5))
 def test_wait_that_has_passed_is_over(up: int, waits: list[int]) -> None:
-    """Whatever the machine's uptime (us), what was to last so long (us) has, and not a microsecond more."""
+    """Whatever the machine's uptime (us),
+    what was to last so long (us) has, and not a microsecond more.
+    """
     with held_clock() as clock:
         clock._began_here = up
         for wait in waits:
@@ -246,7 +254,9 @@ def test_clock_begins_at_the_time_of_day(rate_limit_clock: RateLimitClock) -> No
 
 
 async def test_new_start(manager: RedisManager) -> None:
-    """Counters and refusals of the process are forgotten; those in Redis are not this process's to forget."""
+    """Counters and refusals of the process are forgotten;
+    those in Redis are not this process's to forget.
+    """
     limiter = RateLimiter(manager, timeout=20)
     await limiter.consume("ada", "1/minute")
     await limiter.consume("ada", "1/minute")
@@ -272,7 +282,9 @@ def _keys(cluster: Cluster) -> list[Any]:
 
 @pytest.mark.parametrize("given", [False, True])
 def test_nothing_is_left_in_a_cluster(cluster: Cluster, given: bool) -> None:
-    """On every node the clock decides, and what was counted there is removed; a client of the user's is one too."""
+    """On every node the clock decides, and what was counted there is removed;
+    a client of the user's is one too.
+    """
 
     async def consume() -> list[bool]:
         settings = Settings(REDIS_URL=cluster.url, REDIS_CLUSTER=True)

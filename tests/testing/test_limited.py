@@ -41,7 +41,9 @@ async def test_options_are_those_of_the_client(rate_limit_clock: RateLimitClock,
 
 
 def test_sync_client_is_not_awaited(make_app: MakeApp, manager: RedisManager) -> None:
-    """With Starlette's client it is a plain call, whether that has one loop or one for each request."""
+    """With Starlette's client it is a plain call,
+    whether that has one loop or one for each request.
+    """
     app = make_app("5/minute")
     refused = assert_limited(TestClient(app), "GET", "/", after=5)
 
@@ -121,7 +123,9 @@ FINDINGS = [
 
 @pytest.mark.parametrize(("answers", "after", "expected"), FINDINGS)
 async def test_what_is_not_so_is_told(answers: Any, after: int, expected: str) -> None:
-    """Which request was answered how, and what that says of the limit; the same of both kinds of clients."""
+    """Which request was answered how, and what that says of the limit;
+    the same of both kinds of clients.
+    """
     async with client_of(_Answers(*answers)) as client:
         with pytest.raises(AssertionError) as found:
             await assert_limited(client, "GET", "/x", after=after)

@@ -1,1 +1,3 @@
-"""Programs as users write them, for type checkers only: mypy (strict) and pyright (strict). None is ever run."""
+"""Programs as users write them, for type checkers only:
+mypy (strict) and pyright (strict). None is ever run.
+"""

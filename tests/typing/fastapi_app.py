@@ -1,4 +1,6 @@
-"""A FastAPI app: dependencies, the current limit as an argument, documented limits, the embedding cache."""
+"""A FastAPI app: dependencies, the current limit as an argument,
+documented limits, the embedding cache.
+"""
 
 from typing import Annotated
 

@@ -1,4 +1,6 @@
-"""The outcome of one request, said in one place: to the header, the state, the metrics and the span."""
+"""The outcome of one request, said in one place: to the header,
+the state, the metrics and the span.
+"""
 
 from typing import Literal
 
@@ -11,7 +13,8 @@ from .result import EmbeddingCacheResult
 
 
 class Outcome:
-    """One request's; the one that answers it says here what the answer is, and gets what to send it by.
+    """One request's; the one that answers it says here what the answer is, and gets what to send it
+    by.
 
     Args:
         counts: Of the middleware.
@@ -57,7 +60,8 @@ class Outcome:
         self.looked_up = False
 
     def says(self, result: CacheResult, member: str, *, reason: str = "", error: bool = False) -> Send:
-        """Say that the request is a *result*; gives the ``send`` of its answer, with *member* in ``Cache-Status``.
+        """Say that the request is a *result*; gives the ``send`` of its answer,
+        with *member* in ``Cache-Status``.
 
         Args:
             result: For the metrics; a ``stale`` one is a hit or a miss for the app.
@@ -81,7 +85,8 @@ class Outcome:
         self._turns_out("error")
 
     def expects(self, inputs: int, misses: int, collapsed: int) -> None:
-        """Say how the request looks before it is answered; it counts as that if nothing else is said.
+        """Say how the request looks before it is answered;
+        it counts as that if nothing else is said.
 
         Args:
             inputs: How many different ones it has.

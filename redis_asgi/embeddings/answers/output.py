@@ -11,7 +11,8 @@ _IN_ONE = 1024 * 1024  # bytes of an answer that is sent as one message
 
 
 async def send_joined(send: Send, status: int, headers: RawHeaders, pieces: list[bytes], time_slice: TimeSlice) -> None:
-    """Send an answer whose body is *pieces*, joined so far that no copy stops the loop for long; takes them out.
+    """Send an answer whose body is *pieces*,
+    joined so far that no copy stops the loop for long; takes them out.
 
     *headers* hold none that is about another body.
     """

@@ -9,7 +9,8 @@ class EmbeddingCacheResult:
     """``request.state.embedding_cache_result`` on every request to an embedding endpoint.
 
     Attributes:
-        outcome: ``hit``: all answered from the cache; ``miss``: none; ``partial``; ``bypass``: not looked at.
+        outcome: ``hit``: all answered from the cache; ``miss``: none;
+            ``partial``; ``bypass``: not looked at.
         hits: Different inputs found.
         misses: Different inputs the app computes for this request.
         collapsed: Different inputs another request was already waiting for.

@@ -1,4 +1,6 @@
-"""One call of the wrapped app with a body of ours, its answer held back until it is known what it is."""
+"""One call of the wrapped app with a body of ours,
+its answer held back until it is known what it is.
+"""
 
 import asyncio
 import zlib
@@ -48,9 +50,11 @@ async def _nowhere(_message: Message) -> None:
 
 
 class Untouched:
-    """A request's scope as it came, for each call of the app; what a call sets in it is not there for the next one.
+    """A request's scope as it came, for each call of the app;
+    what a call sets in it is not there for the next one.
 
-    An app keeps in its scope what it has read, and finds it again: a parsed body, say, which is another call's.
+    An app keeps in its scope what it has read, and finds it again:
+    a parsed body, say, which is another call's.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -71,7 +75,9 @@ class Untouched:
         return {**self._scope, "state": self._state | said}
 
     def show(self, inside: Scope) -> None:
-        """Let what stands outside see what a call has set in its copy *inside*, such as its ``route``."""
+        """Let what stands outside see what a call has set in its copy *inside*, such as its
+        ``route``.
+        """
         for mine, theirs, before in (
             (self._outside, inside, self._scope),
             (self._outside["state"], inside["state"], self._state),
@@ -82,7 +88,8 @@ class Untouched:
 
 
 class AppCall:
-    """The app's view: a request with our body, a ``receive`` that then waits, a ``send`` that works as usual.
+    """The app's view: a request with our body, a ``receive`` that then waits,
+    a ``send`` that works as usual.
 
     Args:
         app: The wrapped app.
@@ -93,10 +100,12 @@ class AppCall:
         budget: What all calls may hold together.
 
     Attributes:
-        reply: Resolves to the `AppReply`, or to ``None`` when the answer can only be relayed, or there is none.
+        reply: Resolves to the `AppReply`,
+            or to ``None`` when the answer can only be relayed, or there is none.
         start: The app's ``http.response.start``, once it has come.
         error: What the app raised, once it has.
-        cancelled: Whether we ended it, as no request waited any more; what it raised is then dropped.
+        cancelled: Whether we ended it, as no request waited any more;
+            what it raised is then dropped.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ class Computation:
 
     Args:
         ids: What it is to find.
-        under_way: Where callers find it by id; it takes its place there at once, and leaves it with the last
-            caller that waits, so that none joins what is being given up.
+        under_way: Where callers find it by id; it takes its place there at once, and leaves it with
+            the last caller that waits, so that none joins what is being given up.
     """
 
     def __init__(self, ids: Sequence[str], under_way: dict[str, "Computation"]) -> None:
@@ -36,7 +36,9 @@ class Computation:
         self._waiting += 1
 
     def leave(self) -> None:
-        """Note one less; when that was the last and there are no vectors yet, no caller joins any more and it ends."""
+        """Note one less; when that was the last and there are no vectors yet,
+        no caller joins any more and it ends.
+        """
         self._waiting -= 1
         if self._waiting == 0 and not self.vectors.done():
             self.given_up = True
@@ -58,7 +60,9 @@ class Computation:
 
 
 class Changes:
-    """The ids being computed or changed now, in all caches of one manager and all loops of the process."""
+    """The ids being computed or changed now,
+    in all caches of one manager and all loops of the process.
+    """
 
     def __init__(self, _settings: Settings) -> None:
         self._changing: Counter[str] = Counter()
@@ -106,8 +110,8 @@ class Changes:
 def raisable(error: BaseException) -> BaseException:
     """An exception that a future can raise in place of *error*.
 
-    With a `StopIteration` it would never be done, and a `CancelledError` would tell callers that were not cancelled
-    that they were.
+    With a `StopIteration` it would never be done, and a `CancelledError` would tell callers that
+    were not cancelled that they were.
     """
     if isinstance(error, StopIteration | asyncio.CancelledError):
         raised = RuntimeError(f"compute raised {type(error).__name__}. Ask again.")

@@ -1,4 +1,6 @@
-"""Scopes whose app does not answer a smaller request as the cache needs it, remembered for a minute."""
+"""Scopes whose app does not answer a smaller request as the cache needs it, remembered for a
+minute.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,22 +18,25 @@ class _Struck:
 
 
 class Misfits:
-    """Lessons of calls that the app would not have had without the cache: after two, none for a minute. Bounded.
+    """Lessons of calls that the app would not have had without the cache:
+    after two, none for a minute. Bounded.
 
-    A *scope* is everything in the key but the item, so the caller's own unless callers share, and the representation
-    asked for, of which an app may refuse one.
+    A *scope* is everything in the key but the item, so the caller's own unless callers share, and
+    the representation asked for, of which an app may refuse one.
     """
 
     def __init__(self) -> None:
         self._scopes: OrderedDict[bytes, _Struck] = OrderedDict()
 
     def strike(self, scope: bytes, now: float, *, lasting: bool = False) -> bool:
-        """Note that an answer to a shrunken request was of no use; whether that is remembered from now on.
+        """Note that an answer to a shrunken request was of no use;
+        whether that is remembered from now on.
 
         Args:
             scope: Its name.
             now: Monotonic seconds.
-            lasting: Whether an understood answer says nothing against it, as where models take turns.
+            lasting: Whether an understood answer says nothing against it, as where models take
+                turns.
         """
         struck = self._scopes.pop(scope, None)
         if struck is None or struck.until <= now:
@@ -54,6 +59,8 @@ class Misfits:
             self._scopes.pop(scope, None)
 
     def remembers(self, scope: bytes, now: float) -> bool:
-        """Whether requests of *scope* that miss something go out whole, at *now* (monotonic seconds)."""
+        """Whether requests of *scope* that miss something go out whole, at *now* (monotonic
+        seconds).
+        """
         struck = self._scopes.get(scope)
         return struck is not None and struck.strikes >= _STRIKES and struck.until > now

@@ -51,11 +51,14 @@ class SubRequest:
 
 
 async def read_answer(asked: SubRequest, reply: AppReply, body: bytes, now: float) -> FlightResult | None:
-    """Read *reply* with its *body*, received *now* (Unix seconds); ``None`` when it is not understood as a whole."""
+    """Read *reply* with its *body*, received *now* (Unix seconds);
+    ``None`` when it is not understood as a whole.
+    """
     try:
         return await _read(asked, reply, body, now)
     except Exception as error:
-        # Fails open: a wire format may be the user's, and an answer it cannot read is relayed as it is.
+        # Fails open: a wire format may be the user's,
+        # and an answer it cannot read is relayed as it is.
         say(logger, "embedding_answer_unreadable", error, wire_format=asked.wire.name)
         return None
 
@@ -67,7 +70,8 @@ async def _read(asked: SubRequest, reply: AppReply, body: bytes, now: float) -> 
         if skeleton is None:
             continue
         answer = asked.wire.read(asked.batch, inputs, skeleton.document)
-        # Each text taken out must be exactly one vector; if not, it was something else: parse as a whole.
+        # Each text taken out must be exactly one vector; if not,
+        # it was something else: parse as a whole.
         if answer is not None and _all_placed(answer, skeleton):
             return await _land(asked, reply, answer, skeleton, now)
         if not skeleton.spans:

@@ -1,9 +1,9 @@
 """Single-flight: concurrent misses of one input share one call of the app.
 
-A flight is one sub-request in a task of its own, so that no caller's disconnect fails another. It can be
-joined until its write has ended: later requests find its vectors in the store. Only when no request waits
-any more does the app see a disconnect. A flight that ends without vectors releases its followers, and each
-asks the app itself.
+A flight is one sub-request in a task of its own, so that no caller's disconnect fails another. It
+can be joined until its write has ended: later requests find its vectors in the store. Only when no
+request waits any more does the app see a disconnect. A flight that ends without vectors releases
+its followers, and each asks the app itself.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ class FlightResult:
         tokens: What the app counted for it; ``None`` when it does not say.
         rule: Whether it is stored, and given to others.
         repeatable: Whether a full hit may repeat what stands around its vectors.
-        is_stray: Whether it names another model than the caller's living lease, as a fallback's does: it answers
-            those that wait for it, and is not kept.
+        is_stray: Whether it names another model than the caller's living lease, as a fallback's
+            does: it answers those that wait for it, and is not kept.
     """
 
     values: Mapping[bytes, Value]
@@ -59,8 +59,10 @@ class Flight:
         filling: Whether its lookup found none of its inputs, so that others need not look for them.
 
     Attributes:
-        outcome: Resolves to the `FlightResult` for the request that began it, ``None`` when nothing was understood.
-        landed: The same for those who joined, ``None`` also when the answer is only for the request that asked.
+        outcome: Resolves to the `FlightResult` for the request that began it,
+            ``None`` when nothing was understood.
+        landed: The same for those who joined,
+            ``None`` also when the answer is only for the request that asked.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class Flight:
             self._waiting.add(who)
 
     def leave(self, who: object, *, cancelled: bool) -> None:
-        """Wait no more; the last to leave ends the call: by a disconnect, or as it was itself *cancelled*."""
+        """Wait no more; the last to leave ends the call: by a disconnect,
+        or as it was itself *cancelled*.
+        """
         if who not in self._waiting:
             return
         self._waiting.remove(who)
@@ -130,8 +134,8 @@ class Flights:
     """All flights of one event loop, by the keys of their inputs.
 
     Args:
-        remembered: Seconds for which a landed one is still found by lookups that were under way: as long as a
-            lookup can take.
+        remembered: Seconds for which a landed one is still found by lookups that were under way: as
+            long as a lookup can take.
 
     Attributes:
         looking: Lookups under way; while there is none nothing that lands is remembered.
@@ -146,12 +150,16 @@ class Flights:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def find(self, name: bytes, asked_at: float) -> Flight | None:
-        """The flight that computes the input of this key, or has since *asked_at* (the loop's clock)."""
+        """The flight that computes the input of this key,
+        or has since *asked_at* (the loop's clock).
+        """
         flight, landed_at = self._landed.get(name, (None, 0.0))
         return self._by_name.get(name) or (flight if landed_at >= asked_at else None)
 
     def carrying(self, names: Collection[bytes]) -> dict[bytes, Flight]:
-        """The flights that compute inputs of *names*, and that a request of all of them need not look behind."""
+        """The flights that compute inputs of *names*,
+        and that a request of all of them need not look behind.
+        """
         if not self._by_name:
             return {}
         flown = [(name, flight) for name in names if (flight := self._by_name.get(name)) is not None]

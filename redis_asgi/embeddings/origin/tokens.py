@@ -1,4 +1,6 @@
-"""Tokens: what the app counted for an answer, split over its inputs, and put together again for another."""
+"""Tokens: what the app counted for an answer, split over its inputs,
+and put together again for another.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +24,11 @@ class TokenCount:
 
 
 def apportion(total: int | None, inputs: Sequence[Input]) -> list[TokenCount] | None:
-    """Split the app's count over *inputs*: exact where it is known, else by length with the sum kept.
+    """Split the app's count over *inputs*: exact where it is known,
+    else by length with the sum kept.
 
-    It is known for one input, for none counted, and for token arrays whose lengths add up to *total*. An estimated
-    share is at least 1 where *total* is enough for all.
+    It is known for one input, for none counted, and for token arrays whose lengths add up to
+    *total*. An estimated share is at least 1 where *total* is enough for all.
     """
     if total is None:
         return None
@@ -52,7 +55,8 @@ def apportion(total: int | None, inputs: Sequence[Input]) -> list[TokenCount] | 
 
 
 def count_all(slots: Sequence[bytes], values: Mapping[bytes, Value], inputs: Mapping[bytes, Input]) -> tuple[int, int]:
-    """The tokens that the app would have counted for all inputs, and those that it did count itself.
+    """The tokens that the app would have counted for all inputs,
+    and those that it did count itself.
 
     Args:
         slots: One key per input sent.
@@ -76,7 +80,8 @@ def reported(tokens: int, billed: int, mode: Literal["original", "billed"], *, c
     """The usage to report: of *tokens* in all, the app has counted *billed* for this request.
 
     Args:
-        counted: What the app's last answer says; when that is all of *billed*, its own words are those to repeat.
+        counted: What the app's last answer says; when that is all of *billed*,
+            its own words are those to repeat.
     """
     if mode == "original":
         return Usage(tokens)

@@ -8,7 +8,8 @@ from .single_flight import Flight
 
 
 class Waiting:
-    """The flights of one request: it leaves them all when its answer is out, or when its client has gone.
+    """The flights of one request: it leaves them all when its answer is out, or when its client has
+    gone.
 
     Attributes:
         gone: Whether the client has; the answer then goes nowhere, as it would without us.
@@ -50,7 +51,8 @@ class Waiting:
         try:
             message = await receive()
         except Exception:
-            # A server that cannot tell tells the app's next reader, if there is one; the answer is still due.
+            # A server that cannot tell tells the app's next reader,
+            # if there is one; the answer is still due.
             return
         if message["type"] == "http.disconnect":
             self.gone = True

@@ -42,7 +42,9 @@ class DType(IntEnum):
 
 
 class Flag:
-    """Bits: what else is known about a value. Plain integers, as every input of a hit looks at them."""
+    """Bits: what else is known about a value. Plain integers,
+    as every input of a hit looks at them.
+    """
 
     TOKENS_KNOWN = 1
     TOKENS_EXACT = 2
@@ -61,9 +63,11 @@ _DTYPES = {dtype.str: code for code, dtype in _NUMPY.items()}
 
 @dataclass(slots=True)
 class Value:
-    """One stored vector: the bytes as Redis has them, what their header says, and what this process made of them.
+    """One stored vector: the bytes as Redis has them, what their header says,
+    and what this process made of them.
 
-    Only the last two attributes ever change. One object, because a hit of many inputs makes one for each.
+    Only the last two attributes ever change. One object,
+    because a hit of many inputs makes one for each.
 
     Attributes:
         raw: Header and numbers.
@@ -108,7 +112,8 @@ def encode(
     flags: int = 0,
     texts: dict[str, bytes] | None = None,
 ) -> Value:
-    """Put a header before *numbers*, shape ``(d,)``, float16, float32 or float64 with ``1 <= d <= 65535``.
+    """Put a header before *numbers*, shape ``(d,)``, float16,
+    float32 or float64 with ``1 <= d <= 65535``.
 
     Args:
         numbers: Finite numbers; the caller has looked.
@@ -131,7 +136,8 @@ def encode(
 
 
 def decode(raw: object, own: bytes) -> Value | None:
-    """Read a value of ours; ``None`` for anything else: absent, truncated, foreign, of another version or key.
+    """Read a value of ours; ``None`` for anything else: absent, truncated,
+    foreign, of another version or key.
 
     Does not look whether the numbers are finite: `decode_finite` does, for many at once.
     """
@@ -157,14 +163,17 @@ def _all_finite(values: Sequence[Value]) -> bool:
     first = values[0]
     if len({value.dims for value in values}) > 1 or len({value.dtype for value in values}) > 1:
         return all(_all_finite([value]) for value in values)
-    # In one piece, a look at all numbers costs a third of what it does one by one; counting is the quickest look.
+    # In one piece, a look at all numbers costs a third of what it does one by one;
+    # counting is the quickest look.
     numbers = b"".join([memoryview(value.raw)[HEADER_BYTES:] for value in values])
     words = np.frombuffer(numbers, dtype=_NUMPY[first.dtype])
     return bool(np.count_nonzero(np.isfinite(words)) == len(words))
 
 
 def decode_vector(raw: object, own: bytes) -> Float32Array | None:
-    """Read a vector kept by id, shape ``(d,)``: a value of ours, or bare little-endian float32 numbers."""
+    """Read a vector kept by id, shape ``(d,)``: a value of ours,
+    or bare little-endian float32 numbers.
+    """
     value = decode(raw, own)
     if value is not None:
         with np.errstate(over="ignore"):

@@ -20,7 +20,8 @@ class RecordKeys:
         lease_name: The lease's key.
         epoch_name: The epoch's key.
         denied_name: The key of when the app last did not know this caller.
-        marks: The digest of each value that is in the key, by name; ``None`` before `novelty` has looked.
+        marks: The digest of each value that is in the key, by name;
+            ``None`` before `novelty` has looked.
     """
 
     scope: Digest
@@ -33,7 +34,9 @@ class RecordKeys:
 
 @lru_cache(maxsize=1024)
 def mark_of(epoch: bytes, model: str) -> bytes:
-    """The 8 bytes that a value carries: half of them of the epoch, half of it and the model that its answer named."""
+    """The 8 bytes that a value carries: half of them of the epoch,
+    half of it and the model that its answer named.
+    """
     return (
         epoch_part(epoch) + hashlib.blake2b(epoch + model.encode("utf-8", "surrogatepass"), digest_size=_HALF).digest()
     )

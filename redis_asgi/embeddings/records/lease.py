@@ -1,9 +1,10 @@
-"""Leases: that the app itself answered such a request of a caller, and what a full hit repeats of that answer.
+"""Leases: that the app itself answered such a request of a caller,
+and what a full hit repeats of that answer.
 
-A middleware added last stands outside the app's own authentication, so a full hit would answer a caller whom it
-has not seen. It is given only while the app's own 2xx answer to the same caller, path, headers and body, but for the
-inputs, is younger than ``EMBEDDING_CACHE_LEASE``. A hit never renews it; a 401 or 403 ends it, and a 401 ends every
-lease of the credential.
+A middleware added last stands outside the app's own authentication, so a full hit would answer a
+caller whom it has not seen. It is given only while the app's own 2xx answer to the same caller,
+path, headers and body, but for the inputs, is younger than ``EMBEDDING_CACHE_LEASE``. A hit never
+renews it; a 401 or 403 ends it, and a 401 ends every lease of the credential.
 """
 
 import base64
@@ -54,7 +55,9 @@ class Lease:
 
 
 def encode_lease(name: bytes, lease: Lease) -> bytes | None:
-    """The record of the key *name* as JSON; ``None`` when it is too large to keep, or its frame is no JSON."""
+    """The record of the key *name* as JSON;
+    ``None`` when it is too large to keep, or its frame is no JSON.
+    """
     headers = [[name.decode("latin-1"), base64.b64encode(value).decode()] for name, value in lease.headers]
     said = {
         "v": _VERSION,
@@ -76,8 +79,8 @@ def encode_lease(name: bytes, lease: Lease) -> bytes | None:
 def decode_lease(name: bytes, raw: object) -> Lease | None:
     """Read the record of the key *name*; ``None`` for anything else, so that the app is asked.
 
-    A record carries the digits of its own key, so that no other one, read by mistake, opens anything. A client that
-    gets it changes nothing in it.
+    A record carries the digits of its own key, so that no other one, read by mistake, opens
+    anything. A client that gets it changes nothing in it.
     """
     return _decode(name, raw) if isinstance(raw, bytes) and len(raw) <= _MAX_BYTES else None
 
@@ -118,13 +121,17 @@ def _value(text: str) -> bytes:
 
 
 class Denials:
-    """The times at which the app last refused callers, so that an older 2xx on its way grants nothing. Bounded."""
+    """The times at which the app last refused callers,
+    so that an older 2xx on its way grants nothing. Bounded.
+    """
 
     def __init__(self) -> None:
         self._denied_at: OrderedDict[bytes, float] = OrderedDict()
 
     def note(self, name: bytes, at: float) -> None:
-        """Remember a 401 or 403 of *at*, Unix seconds, by the key of a lease or of a caller's refusals."""
+        """Remember a 401 or 403 of *at*, Unix seconds,
+        by the key of a lease or of a caller's refusals.
+        """
         self._denied_at[name] = max(at, self._denied_at.get(name, at))
         self._denied_at.move_to_end(name)
         if len(self._denied_at) > _MAX_DENIED:
@@ -137,7 +144,9 @@ class Denials:
 
 
 def encode_denied(at: float) -> bytes:
-    """The record of a refusal of *at*, Unix seconds; rounded up, as what was allowed just before is not any more."""
+    """The record of a refusal of *at*, Unix seconds; rounded up,
+    as what was allowed just before is not any more.
+    """
     return b"%d" % math.ceil(at * 1000)
 
 

@@ -10,7 +10,8 @@ CacheResult = Literal["hit", "miss", "partial", "bypass", "stale", "error"]
 Rejection = Literal["response-no-store", "vary", "not-understood", "status", "unique-header", "integers"]
 
 _RESULTS: tuple[CacheResult, ...] = ("hit", "miss", "partial", "bypass", "stale", "error")
-# The tokens of `Cache-Status`; "partition" is what a partition_by let pass, and "other" a wire format's own word.
+# The tokens of `Cache-Status`; "partition" is what a partition_by let pass,
+# and "other" a wire format's own word.
 _BYPASSES = (
     "body-header",
     "busy",

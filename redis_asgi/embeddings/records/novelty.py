@@ -1,7 +1,8 @@
 """Noticing what defeats the cache: a header or a field in the key that is new in every request.
 
-Such a request can hit nothing, and what it would store could not be found again: while that lasts nothing is written,
-and the log names the header or the field once, with the setting that leaves it out of the key. Only digests are kept.
+Such a request can hit nothing, and what it would store could not be found again: while that lasts
+nothing is written, and the log names the header or the field once, with the setting that leaves it
+out of the key. Only digests are kept.
 """
 
 import hashlib
@@ -34,7 +35,9 @@ class Novelty:
         self._once = SaidOnce(logger, _MAX_NAMES)
 
     def marks(self, headers: Iterable[tuple[bytes, bytes]], fields: Iterable[tuple[str, object]]) -> Marks:
-        """Digests of what stands in the key: header values, and scalar body fields by their dotted names."""
+        """Digests of what stands in the key: header values,
+        and scalar body fields by their dotted names.
+        """
         named = [(_HEADER + name.decode("latin-1"), value) for name, value in headers]
         named += [(_FIELD + name, repr(value).encode("utf-8", "replace")) for name, value in fields]
         return tuple((name, self._digest(name, value)) for name, value in named)

@@ -2,7 +2,8 @@
 
 Floats are answered numerically identical to how they were first seen. Three kinds of text occur:
 
-- a float32 printed as its float64 twin (``.tolist()`` of most servers): kept as float32, printed as float64;
+- a float32 printed as its float64 twin (``.tolist()`` of most servers):
+  kept as float32, printed as float64;
 - the shortest text of a float32 (Rust, Go, orjson): kept as float32, printed shortest;
 - anything else: kept as float64.
 """
@@ -54,7 +55,9 @@ class Parsed:
 
 
 def read_floats(numbers: object) -> Parsed | None:
-    """Read a JSON array of numbers; ``None`` if it is not 1-D, finite, of numbers and of 1 to 65,535."""
+    """Read a JSON array of numbers; ``None`` if it is not 1-D, finite,
+    of numbers and of 1 to 65,535.
+    """
     if not isinstance(numbers, list) or not 0 < len(numbers) <= MAX_DIMS:
         return None
     kinds = set(map(type, numbers))
@@ -76,7 +79,9 @@ def read_floats(numbers: object) -> Parsed | None:
 
 
 def read_base64(text: object) -> Parsed | None:
-    """Read base64 of little-endian float32; ``None`` if it is not that, empty, too long or not finite."""
+    """Read base64 of little-endian float32; ``None`` if it is not that,
+    empty, too long or not finite.
+    """
     if not isinstance(text, str):
         return None
     try:
@@ -111,7 +116,9 @@ def render(value: Value, encoding: Encoding) -> bytes:
 
 
 def trimmed(text: bytes) -> bytes:
-    """A copy of what orjson wrote: its own keeps the room it had reserved, up to thirty times of what it used."""
+    """A copy of what orjson wrote: its own keeps the room it had reserved,
+    up to thirty times of what it used.
+    """
     return b"%b" % text
 
 

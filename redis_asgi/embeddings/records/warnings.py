@@ -17,7 +17,9 @@ class Warnings(SaidOnce):
         super().__init__(logger)
 
     def wire_format_fails(self, wire_format: str, step: str, got: object) -> None:
-        """Say that a wire format, which may be the user's, raised in a *step* of its, or returned what it must not."""
+        """Say that a wire format, which may be the user's,
+        raised in a *step* of its, or returned what it must not.
+        """
         self.say("embedding_wire_format_fails", wire_format=wire_format, step=step, got=type(got).__name__)
 
     def lengths_differ(self, model: str) -> None:

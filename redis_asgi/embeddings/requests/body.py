@@ -1,4 +1,6 @@
-"""Reading a request's body without taking it from the app: what was read can be replayed, to the byte."""
+"""Reading a request's body without taking it from the app:
+what was read can be replayed, to the byte.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -48,7 +50,8 @@ NOTHING_READ = Body((), None)
 async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float) -> tuple[Body, int]:
     """Read up to *limit* bytes in up to *seconds*; stops at a disconnect and where *budget* ends.
 
-    Who sends a little and then waits holds memory that others need; nothing is held before the first bytes are there.
+    Who sends a little and then waits holds memory that others need;
+    nothing is held before the first bytes are there.
 
     Returns:
         What was read, and how many bytes of *budget* it holds.
@@ -65,7 +68,8 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
             else:
                 deadline = deadline or asyncio.get_running_loop().time() + seconds
                 coming = asyncio.ensure_future(_next(receive))
-                # Not a time-out around it: a message that comes while it is cancelled could be lost.
+                # Not a time-out around it: a message that comes while it is cancelled could be
+                # lost.
                 await asyncio.wait({coming}, timeout=deadline - asyncio.get_running_loop().time())
                 if not coming.done():
                     return Body(messages, None, coming), held
@@ -90,7 +94,9 @@ async def read_body(receive: Receive, limit: int, budget: Budget, seconds: float
 
 
 def let_go(coming: "asyncio.Task[Message] | None") -> None:
-    """Wait no more for a message that will not be asked for; once it has come or failed, that is all."""
+    """Wait no more for a message that will not be asked for;
+    once it has come or failed, that is all.
+    """
     if coming is not None and not coming.cancel() and not coming.cancelled():
         coming.exception()  # seen
 

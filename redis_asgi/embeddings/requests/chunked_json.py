@@ -1,8 +1,9 @@
-"""Parsing a large JSON document in pieces: its long arrays of numbers are taken out, and read one at a time.
+"""Parsing a large JSON document in pieces:
+its long arrays of numbers are taken out, and read one at a time.
 
-A million numbers take orjson 30 ms, in which no other request gets a turn. They are the vectors of an answer, or the
-token arrays of a request. What else a request holds so many of, it holds to do harm: a million lists take a second,
-and are counted before they are parsed.
+A million numbers take orjson 30 ms, in which no other request gets a turn. They are the vectors of
+an answer, or the token arrays of a request. What else a request holds so many of, it holds to do
+harm: a million lists take a second, and are counted before they are parsed.
 """
 
 from collections.abc import Generator, Iterator
@@ -62,7 +63,8 @@ class Most:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A JSON document whose long arrays of numbers are taken out, so that they can be parsed one at a time.
+    """A JSON document whose long arrays of numbers are taken out,
+    so that they can be parsed one at a time.
 
     Attributes:
         document: The parsed rest; each array is a placeholder in it.
@@ -76,8 +78,9 @@ class Skeleton:
 def is_within(body: bytes, most: Most) -> Generator[None, None, bool]:
     """Whether *body*, if it is JSON, holds no more than *most*. Pauses now and then.
 
-    What is in its strings does not count. Most bodies have little enough of such characters with their strings, which
-    is seen in a twentieth of the time that parsing takes; of others the strings are cut out.
+    What is in its strings does not count. Most bodies have little enough of such characters with
+    their strings, which is seen in a twentieth of the time that parsing takes; of others the
+    strings are cut out.
     """
     for texts in (_chunks(body), _outside_strings(body)):
         lists = quotes = values = 0
@@ -120,12 +123,14 @@ def _outside_strings(body: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def take_apart(body: bytes, most: Most | None = None) -> Generator[None, None, Skeleton | None]:
-    """Parse *body* without its long arrays of numbers; ``None`` if it is not JSON. Pauses after each array.
+    """Parse *body* without its long arrays of numbers;
+    ``None`` if it is not JSON. Pauses after each array.
 
     With more than *most* beside those arrays, a hostile body's, it is left whole: ``None``, too.
 
-    A text that only looks like an array, inside of a string, breaks that string's quotes and so the rest's
-    syntax, or leaves a placeholder that is not asked for: see `Skeleton.spans` and what uses it.
+    A text that only looks like an array, inside of a string, breaks that string's quotes and so the
+    rest's syntax, or leaves a placeholder that is not asked for: see `Skeleton.spans` and what uses
+    it.
     """
     parts: list[bytes] = []
     spans: dict[str, bytes] = {}
@@ -201,7 +206,9 @@ async def parse_request(body: bytes, inputs: int, time_slice: TimeSlice) -> obje
 
 
 async def _put_back(skeleton: Skeleton, time_slice: TimeSlice) -> bool:
-    """Parse what was taken out, where inputs are: a field, or an item of one; whether that was all of it."""
+    """Parse what was taken out, where inputs are: a field,
+    or an item of one; whether that was all of it.
+    """
     left = dict(skeleton.spans)
     fields = skeleton.document if isinstance(skeleton.document, dict) else {}
     holders: list[Any] = [fields, *(value for value in fields.values() if isinstance(value, list))]

@@ -1,4 +1,6 @@
-"""The head of a request as the cache reads it: in one pass, and once for all requests that say the same. Pure."""
+"""The head of a request as the cache reads it: in one pass,
+and once for all requests that say the same. Pure.
+"""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ _PORT = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|\]):\d{1,5}")
 _CONTENT_TYPE = b"content-type"
 # What clients without a key and proxies without a certificate put into a credential header.
 _OF_NOBODY = frozenset((b"", b"bearer", b"basic", b"none", b"null", b"(null)", b"-"))
-# Of no class that counts, or perhaps not, and yet they decide whether and how a request is looked up.
+# Of no class that counts, or perhaps not,
+# and yet they decide whether and how a request is looked up.
 _DECIDING = http.BODY_BINDING | {b"accept", b"cache-control", b"content-encoding", _CONTENT_TYPE, b"pragma"}
 
 
@@ -31,7 +34,8 @@ class SaidByHead:
     Attributes:
         key: Headers of the class *key*, without credentials.
         credential: Credential headers.
-        lease: Headers of the class *lease*; where no credential header says anything the address headers, too.
+        lease: Headers of the class *lease*;
+            where no credential header says anything the address headers, too.
         has_credential: Whether a credential header says anything.
         keyed: Name and value of each header in the key, credentials too when they are.
     """

@@ -1,8 +1,8 @@
 """The class of each request header: part of the key, of the lease only, or of neither.
 
-An unknown header is in the key, so it can cause a miss, never another caller's vector and never a permission. A header
-leaves the key only by standing in a group below, each with its reason, or by a setting. Names that end in ``*`` stand
-for all that begin so.
+An unknown header is in the key, so it can cause a miss, never another caller's vector and never a
+permission. A header leaves the key only by standing in a group below, each with its reason, or by a
+setting. Names that end in ``*`` stand for all that begin so.
 """
 
 from collections.abc import Iterable
@@ -55,7 +55,8 @@ _NEITHER = (
     fly-region fly-request-id fly-traceparent fly-forwarded-* x-vercel-id x-vercel-ip-* x-railway-* rndr-id
     render-proxy-ttl x-heroku-* x-kong-request-id x-akamai-edgescape akamai-origin-hop l5d-ctx-* l5d-reqid
     """,
-    # Tracing, and ids of one request; with `baggage` in the key every user of Sentry would only miss.
+    # Tracing, and ids of one request;
+    # with `baggage` in the key every user of Sentry would only miss.
     """
     traceparent tracestate baggage b3 x-b3-* uber-trace-id jaeger-debug-id jaeger-baggage sentry-trace newrelic
     x-newrelic-* x-datadog-* x-dynatrace x-dtc x-dtpc elastic-apm-traceparent sw8 sw8-correlation sw8-x x-instana-*
@@ -91,7 +92,8 @@ class Headers:
     """The classes of one middleware.
 
     Args:
-        settings: ``EMBEDDING_CACHE_CREDENTIAL_HEADERS``, ``_KEYED_HEADERS`` and ``_IGNORED_HEADERS`` of it.
+        settings: ``EMBEDDING_CACHE_CREDENTIAL_HEADERS``,
+            ``_KEYED_HEADERS`` and ``_IGNORED_HEADERS`` of it.
         shared: Whether credentials are out of the key.
     """
 
@@ -115,7 +117,9 @@ class Headers:
         return kind
 
     def is_keyed(self, name: bytes) -> bool:
-        """Whether ``EMBEDDING_CACHE_KEYED_HEADERS`` names it: it is in the key whole, whatever else it is."""
+        """Whether ``EMBEDDING_CACHE_KEYED_HEADERS`` names it:
+        it is in the key whole, whatever else it is.
+        """
         return name in self._keyed
 
     def is_in_key(self, name: bytes) -> bool:

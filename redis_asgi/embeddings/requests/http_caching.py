@@ -1,4 +1,5 @@
-"""HTTP's rules of caching: ``Cache-Control`` of requests and answers, ``Vary``, ``Cache-Status``. Pure.
+"""HTTP's rules of caching: ``Cache-Control`` of requests and answers,
+``Vary``, ``Cache-Status``. Pure.
 
 RFC 9111 (directives) and RFC 9211 (``Cache-Status``).
 """
@@ -36,7 +37,8 @@ _OF_THE_BODY = frozenset(
         b"transfer-encoding",
     }
 )
-# Headers of an answer that a full hit replays, besides access-control-*: what it is, and what keeps a browser safe.
+# Headers of an answer that a full hit replays, besides access-control-*: what it is,
+# and what keeps a browser safe.
 _REPLAYED = frozenset(
     {
         b"content-security-policy",
@@ -65,7 +67,9 @@ def by_name(headers: RawHeaders) -> HeaderFields:
 
 
 def directives(fields: HeaderFields) -> dict[str, str]:
-    """``Cache-Control`` as a mapping of lower-case names to arguments (``""`` when a directive has none)."""
+    """``Cache-Control`` as a mapping of lower-case names to arguments (``""`` when a directive has
+    none).
+    """
     found: dict[str, str] = {}
     for value in fields.get(b"cache-control", ()):
         for part in value.decode("latin-1").split(","):
@@ -131,7 +135,9 @@ class StorePermission:
 
 
 def storable(fields: HeaderFields, is_in_key: Callable[[bytes], bool]) -> StorePermission:
-    """Read an answer's ``Cache-Control`` and ``Vary``; *is_in_key*: whether a request header is in the key."""
+    """Read an answer's ``Cache-Control`` and ``Vary``; *is_in_key*:
+    whether a request header is in the key.
+    """
     said = directives(fields)
     stated = said["s-maxage"] if "s-maxage" in said else said.get("max-age")
     max_age = seconds(stated)
@@ -194,7 +200,9 @@ def is_gzip(fields: HeaderFields) -> bool:
 
 
 def accepts_gzip(headers: RawHeaders) -> bool:
-    """Whether ``Accept-Encoding`` names gzip; where it only may be meant, an answer that is not compressed will do."""
+    """Whether ``Accept-Encoding`` names gzip; where it only may be meant,
+    an answer that is not compressed will do.
+    """
     for name, value in headers:
         if name.lower() == b"accept-encoding":
             for coding in members(value):
@@ -205,7 +213,9 @@ def accepts_gzip(headers: RawHeaders) -> bool:
 
 
 def for_sub_request(headers: RawHeaders, length: int, *, gzip: bool = False) -> list[tuple[bytes, bytes]]:
-    """A request's headers for a body of ours, whose answer we mean to read: not compressed, or by *gzip*."""
+    """A request's headers for a body of ours,
+    whose answer we mean to read: not compressed, or by *gzip*.
+    """
     dropped = (b"content-length", b"transfer-encoding", b"expect", b"accept-encoding", b"trailer")
     kept = [(name, value) for name, value in headers if name.lower() not in dropped]
     return [*kept, (b"accept-encoding", b"gzip" if gzip else b"identity"), (b"content-length", b"%d" % length)]

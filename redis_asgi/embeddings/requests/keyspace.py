@@ -1,8 +1,9 @@
-"""The keys of a request: of its vectors, its lease, its model's epoch and its caller's refusals. No I/O.
+"""The keys of a request: of its vectors, its lease,
+its model's epoch and its caller's refusals. No I/O.
 
-Whatever may change a vector is in the key of each, so that what is unknown can only cause a miss. A lease is named by
-all of that but the item, by every credential, and by the headers that only open doors: it opens what the app has
-answered itself, and nothing else.
+Whatever may change a vector is in the key of each, so that what is unknown can only cause a miss. A
+lease is named by all of that but the item, by every credential, and by the headers that only open
+doors: it opens what the app has answered itself, and nothing else.
 """
 
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ _MAX_MEMORISED = 256
 _MEMORISED_BYTES = 8 * 1024  # of what one is found by
 
 
-# Root path, path, path as it was sent, query, scheme, address where nothing else says who asks, client certificate.
+# Root path, path, path as it was sent, query, scheme,
+# address where nothing else says who asks, client certificate.
 Route = tuple[str, str, bytes | None, bytes, str | None, str | None, bytes]
 
 
@@ -40,7 +42,8 @@ class Identities:
         settings: The key prefix and secret.
         namespace: In every key.
         share: Whether all credentials share their vectors.
-        trusting: Whether the cache stands inside the app's own authentication, so that leases name no caller.
+        trusting: Whether the cache stands inside the app's own authentication,
+            so that leases name no caller.
     """
 
     def __init__(self, settings: Settings, *, namespace: str, share: bool, trusting: bool) -> None:
@@ -54,7 +57,8 @@ class Identities:
 
     def route_of(self, scope: Scope, told: SaidByHead) -> Route:
         """The part of keys that is neither of a request's headers nor of its body."""
-        # What the app routes by, which a middleware outside of us may have rewritten; and what the client sent.
+        # What the app routes by, which a middleware outside of us may have rewritten; and what the
+        # client sent.
         return (
             scope.get("root_path", ""),  # of a mount that leaves it out of the path
             scope["path"],
@@ -89,7 +93,8 @@ class Identities:
         return self._denied_name(self._who(told, _address(scope, told), _certificate(scope)))
 
     def _who(self, told: SaidByHead, address: str | None, tls: bytes) -> tuple[bytes, ...]:
-        # An address is somebody where nothing else is; inside the app's authentication nobody is asked who he is.
+        # An address is somebody where nothing else is;
+        # inside the app's authentication nobody is asked who he is.
         return (b"",) if self._trusting else (_caller(told, tls), _encoded(address or ""))
 
     def _denied_name(self, who: tuple[bytes, ...]) -> bytes:

@@ -1,4 +1,5 @@
-"""Fields beside the inputs of a request: which of them are in the key, and which belong to inputs one by one.
+"""Fields beside the inputs of a request: which of them are in the key,
+and which belong to inputs one by one.
 
 Names of fields in settings are dotted (``metadata.tags``), and name all that is below. Pure.
 """
@@ -36,7 +37,9 @@ def names_of(dotted: tuple[str, ...]) -> FieldTree:
 
 
 def scope_of(batch: Batch, ignored: FieldTree) -> bytes:
-    """Canonical JSON of all that may change a vector, except the inputs: every field that is not known better."""
+    """Canonical JSON of all that may change a vector, except the inputs:
+    every field that is not known better.
+    """
     kept = _without(batch.fields, ignored)
     for name in (batch.input_field, *batch.represented):
         kept.pop(name, None)
@@ -53,7 +56,9 @@ def _without(fields: Mapping[str, Any], names: FieldTree) -> dict[str, Any]:
 
 
 def scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int | float]]:
-    """The texts and numbers of *batch* that are in its scope, in objects of objects, by dotted name; the first 64."""
+    """The texts and numbers of *batch* that are in its scope,
+    in objects of objects, by dotted name; the first 64.
+    """
     return islice(_scalars(batch, ignored), _MAX_SCALARS)
 
 
@@ -75,11 +80,13 @@ def _scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int 
 
 
 def refusal_beside(batch: Batch, request_lists: FieldTree) -> Uncacheable | None:
-    """The reason why what stands beside the inputs makes a request uncacheable; ``None`` when it does not.
+    """The reason why what stands beside the inputs makes a request uncacheable; ``None`` when it
+    does not.
 
-    A list as long as the inputs, or an object with as many members all named by numbers, may belong to them one by
-    one; of *request_lists* it is known that they belong to the whole request, and a format knows its own. Also looked
-    at: a number that may have lost digits, as an integer beyond 64 bits is read as a float, and forwarded as one.
+    A list as long as the inputs, or an object with as many members all named by numbers, may belong
+    to them one by one; of *request_lists* it is known that they belong to the whole request, and a
+    format knows its own. Also looked at: a number that may have lost digits, as an integer beyond
+    64 bits is read as a float, and forwarded as one.
     """
     count = 0 if batch.bare else len(batch.inputs)
     own = batch.represented

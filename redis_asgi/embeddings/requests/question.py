@@ -1,4 +1,6 @@
-"""A request's question: whether it can be cached, into which inputs it falls, and the key of each. No I/O."""
+"""A request's question: whether it can be cached,
+into which inputs it falls, and the key of each. No I/O.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -95,7 +97,9 @@ class Questions:
         return self._heads.read(scope["headers"])
 
     def refused_head(self, head: Head, scope: Scope, matched: Endpoint) -> str | None:
-        """The reason why a request passes through by its headers alone; ``None`` when its body decides."""
+        """The reason why a request passes through by its headers alone;
+        ``None`` when its body decides.
+        """
         if head.refusal is not None:
             return head.refusal
         if not head.is_json and matched.wire.name not in ANY_CONTENT_TYPE:
@@ -139,7 +143,9 @@ class Questions:
         return question
 
     def is_defeated_by(self, question: Question) -> bool:
-        """Whether something in the key is new in every request, so that nothing that is stored is found again."""
+        """Whether something in the key is new in every request,
+        so that nothing that is stored is found again.
+        """
         identity = question.identity
         again = identity.marks is not None
         if identity.marks is None:
@@ -234,7 +240,9 @@ class Questions:
         return refusal_beside(batch, self._request_lists)
 
     def _has_too_many(self, fields: Mapping[str, object]) -> bool:
-        """Whether some field lists more than a batch may have of texts, arrays or objects; before any is looked at."""
+        """Whether some field lists more than a batch may have of texts,
+        arrays or objects; before any is looked at.
+        """
         lists = [value for value in fields.values() if isinstance(value, list)]
         return any(len(value) > self._max_inputs and isinstance(value[0], str | list | dict) for value in lists)
 
@@ -270,5 +278,7 @@ def _is_content(item: Input) -> bool:
 
 
 def _holds_much(batch: Batch, size: int) -> bool:
-    """Whether what stands beside the inputs is long: parsed it takes up to thirty times its bytes, until the answer."""
+    """Whether what stands beside the inputs is long:
+    parsed it takes up to thirty times its bytes, until the answer.
+    """
     return size > _MAX_BESIDE and len(orjson.dumps(batch.fields)) > _MAX_BESIDE

@@ -28,7 +28,9 @@ class Routes:
         self._patterns = tuple((_pattern(path), wire) for path, wire in paths.items() if _MODEL in path)
 
     def match(self, scope: MutableMapping[str, Any]) -> Endpoint | None:
-        """The endpoint of *scope*, by its full path or by that less ``root_path``; ``None`` if it is none."""
+        """The endpoint of *scope*, by its full path or by that less ``root_path``; ``None`` if it
+        is none.
+        """
         path: str = scope["path"]
         found = self._find(path)
         root = scope.get("root_path", "")

@@ -1,4 +1,6 @@
-"""Vectors, leases and epochs on a cluster: each node is asked for its own, and one in trouble costs its own only."""
+"""Vectors, leases and epochs on a cluster: each node is asked for its own,
+and one in trouble costs its own only.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,9 +21,11 @@ R = TypeVar("R")
 
 
 class ClusterVectors:
-    """The store of a cluster's client in its loop: one `RedisVectors` for each primary, asked at the same time.
+    """The store of a cluster's client in its loop:
+    one `RedisVectors` for each primary, asked at the same time.
 
-    The values of a node that does not answer, or whose breaker is open, are `UNKNOWN`, and nothing is written to it.
+    The values of a node that does not answer, or whose breaker is open,
+    are `UNKNOWN`, and nothing is written to it.
     """
 
     def __init__(self, manager: RedisManager, client: aioredis.RedisCluster) -> None:
@@ -102,7 +106,9 @@ class ClusterVectors:
         within: float,
         do: Callable[[RedisVectors, Sequence[T], float], Awaitable[R]],
     ) -> list[tuple[list[int], R | Failure]] | Failure:
-        """*do* with its *items* at every node at once: where they were among all, and what came of it."""
+        """*do* with its *items* at every node at once:
+        where they were among all, and what came of it.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + within
         failure = await self._opened(within)

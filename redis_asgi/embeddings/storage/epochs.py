@@ -22,7 +22,9 @@ def renewal(name: bytes, ttl: float) -> Write:
 
 
 def replacement(name: bytes, ttl: float) -> Write:
-    """Another epoch for a model whose vectors live for *ttl* seconds: all that are stored become misses."""
+    """Another epoch for a model whose vectors live for *ttl* seconds:
+    all that are stored become misses.
+    """
     return Write(name, _new(), _seconds(ttl))
 
 

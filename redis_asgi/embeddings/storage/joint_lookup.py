@@ -1,4 +1,6 @@
-"""One trip for the small lookups that begin together: in one turn of the loop, so that none waits for another."""
+"""One trip for the small lookups that begin together: in one turn of the loop,
+so that none waits for another.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,7 +41,8 @@ class JointLookups:
         self._tasks: dict[asyncio.Task[None], _Trip] = {}
 
     async def look_up(self, names: Sequence[bytes], within: float) -> Values | Failure:
-        """The values of *names*; in one trip with those that others ask for in this turn of the loop.
+        """The values of *names*; in one trip with those that others ask for in this turn of the
+        loop.
 
         A cancelled lookup takes nothing from the others: what has left goes on until its deadline.
         """
@@ -71,7 +74,8 @@ class JointLookups:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         trip = self._tasks.pop(task)
-        # Here and not in `_leave`: a task that is cancelled before its first step runs none of its own lines.
+        # Here and not in `_leave`: a task that is cancelled before its first step runs none of its
+        # own lines.
         if self._trip is trip:
             self._trip = None
         trip.resolve(Failure.CONNECTION)  # only where `_leave` did not: the store was closed

@@ -70,7 +70,9 @@ class L1Cache:
         return value
 
     def put(self, name: bytes, value: Value) -> None:
-        """Keep *value*; one without a known end, or larger than a quarter of the layer, is not kept."""
+        """Keep *value*; one without a known end,
+        or larger than a quarter of the layer, is not kept.
+        """
         size = _VALUE_BYTES + len(value.raw) + sum(map(len, value.texts.values()))
         with self._lock:
             self._drop(name)

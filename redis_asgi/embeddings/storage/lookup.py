@@ -23,11 +23,14 @@ class Stored:
     """The records that a request has to start from.
 
     Attributes:
-        values: Vectors by key, of the model that the lease names; without a lease those that this process had.
-        epoch: The model's; `NO_EPOCH` when Redis has none and takes none, so that nothing can be stored.
+        values: Vectors by key, of the model that the lease names;
+            without a lease those that this process had.
+        epoch: The model's; `NO_EPOCH` when Redis has none and takes none,
+            so that nothing can be stored.
         lease: The caller's; ``None`` when none is alive.
         lease_left: Seconds for which it lets full hits through.
-        provisional: Without a lease: vectors by key, of whatever model; the app's next answer says which count.
+        provisional: Without a lease: vectors by key, of whatever model;
+            the app's next answer says which count.
         asked_at: When Redis was asked, on the loop's clock.
         size: Bytes of the vectors that were found.
     """
@@ -52,14 +55,18 @@ class Stored:
         return len({value.dims for value in self.values.values()}) <= 1
 
     def believe(self, lease: Lease) -> None:
-        """Take *lease* for the caller's: of what is provisional, the vectors of its model count, no others."""
+        """Take *lease* for the caller's: of what is provisional,
+        the vectors of its model count, no others.
+        """
         mark = mark_of(self.epoch, lease.model)
         self.lease = lease
         self.values |= {name: value for name, value in self.provisional.items() if value.epoch == mark}
         self.provisional = {}
 
     def settles_on(self, model: str) -> bool:
-        """Whether all that is at hand is of *model*, what is provisional included, which then counts."""
+        """Whether all that is at hand is of *model*,
+        what is provisional included, which then counts.
+        """
         mark = mark_of(self.epoch, model)
         at_hand = (*self.values.values(), *self.provisional.values())
         if {value.epoch for value in at_hand} - {mark}:
@@ -78,7 +85,8 @@ class Stored:
 
 
 def recall(vectors: VectorCache, identity: RecordKeys, names: Collection[bytes], max_age: float | None) -> Stored:
-    """The values that this process has of *names*; with the lease if that is all, and known to be valid.
+    """The values that this process has of *names*;
+    with the lease if that is all, and known to be valid.
 
     Args:
         vectors: Where.
@@ -209,7 +217,9 @@ async def _take(
 
 
 def _sort(vectors: VectorCache, found: Stored, near: Mapping[bytes, Value]) -> list[bytes]:
-    """Put what this process had to what Redis has, by the model that the lease names; the names that do not count."""
+    """Put what this process had to what Redis has,
+    by the model that the lease names; the names that do not count.
+    """
     lease, part = found.lease, epoch_part(found.epoch)
     mark = mark_of(found.epoch, lease.model) if lease is not None else None
     values = found.provisional if mark is None else found.values

@@ -8,8 +8,8 @@ from ...errors import Failure
 
 WRITE_TIMEOUT = 2.0  # seconds; only the flight it belongs to waits for a write
 
-# What stands for a value that may be there or not, since its server did not say. No record of ours is empty, so a
-# reader of one finds none; only ``None`` says that there is nothing.
+# What stands for a value that may be there or not, since its server did not say. No record of ours
+# is empty, so a reader of one finds none; only ``None`` says that there is nothing.
 UNKNOWN = b""
 
 
@@ -57,7 +57,9 @@ class VectorStore(Protocol):
         """
 
     async def claim(self, write: Write, within: float) -> bytes | None:
-        """Keep *write* if there is nothing of its name; what is there then, or ``None`` when that is not known."""
+        """Keep *write* if there is nothing of its name; what is there then,
+        or ``None`` when that is not known.
+        """
 
     async def write(self, writes: Sequence[Write], within: float = WRITE_TIMEOUT) -> WriteResult:
         """Keep *writes*; those of mode ``set`` are counted."""

@@ -20,7 +20,8 @@ Sent = tuple[Sequence[Command], Failure | None]
 class Owed:
     """Commands about one key each, the latest of each key, that are sent until they are answered.
 
-    At most 10,000 wait, the oldest go first, and all with the process. One task repeats them while there are any.
+    At most 10,000 wait, the oldest go first, and all with the process.
+    One task repeats them while there are any.
 
     Args:
         tell: Sends some, and says which of them failed, and why the first did.

@@ -1,7 +1,8 @@
 """Commands over one connection of a pool, without the layers of redis-py above its socket.
 
-Packing 66 keys in Python, a stream that copies what it reads, a timer per command and the client's retries take half of
-a lookup's time. A lookup has its deadline and fails open, so it needs none of them.
+Packing 66 keys in Python, a stream that copies what it reads, a timer per command and the client's
+retries take half of a lookup's time. A lookup has its deadline and fails open, so it needs none of
+them.
 """
 
 import asyncio
@@ -23,7 +24,8 @@ from ...errors import OddReply
 
 Command = tuple[bytes | str | int, ...]
 
-# Read from the socket at most in one go, and for each word of a command: memory that is fresh costs more than it holds.
+# Read from the socket at most in one go, and for each word of a command:
+# memory that is fresh costs more than it holds.
 _READ_BYTES = 256 * 1024
 _READ_BYTES_PER_WORD = 8 * 1024
 _BEGINNING = 64  # bytes of a chunk that say how long a reply is to be
@@ -35,8 +37,8 @@ def checked(commands: Sequence[Command], replies: list[Any]) -> list[Any]:
     """*replies*, if each is one that its command can have; the only place that looks.
 
     Raises:
-        OddReply: For any other. An error reply fits every command, and every value of an ``MGET``: a proxy answers so
-            for a key whose server it cannot reach.
+        OddReply: For any other. An error reply fits every command, and every value of an ``MGET``:
+            a proxy answers so for a key whose server it cannot reach.
     """
     for command, reply in zip(commands, replies, strict=True):
         if not _fits(command, reply):
@@ -67,14 +69,15 @@ def _are_values(found: list[Any]) -> bool:
 
 
 async def execute(pool: ConnectionPool, commands: Sequence[Command], within: float) -> list[Any]:
-    """Send *commands* together and read their replies, undecoded; an error reply is a value among them.
+    """Send *commands* together and read their replies, undecoded;
+    an error reply is a value among them.
 
-    Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another shape, drops the
-    connection, so that no other caller reads what was meant for us.
+    Whatever ends it early, a cancellation, the deadline of *within* seconds or a reply of another
+    shape, drops the connection, so that no other caller reads what was meant for us.
 
     Raises:
-        Exception: What redis-py does when there is no connection or no reply, none left in the pool among it;
-            `TimeoutError` at the deadline; `OddReply`.
+        Exception: What redis-py does when there is no connection or no reply, none left in the pool
+            among it; `TimeoutError` at the deadline; `OddReply`.
     """
     connection: AbstractConnection | None = None
     try:
@@ -102,7 +105,8 @@ async def execute(pool: ConnectionPool, commands: Sequence[Command], within: flo
 
 
 def _see_to_be_in_time(clock: asyncio.Timeout) -> None:
-    # A connection that is made in the moment of the deadline swallows it, and there is no other clock.
+    # A connection that is made in the moment of the deadline swallows it, and there is no other
+    # clock.
     until = clock.when()
     if until is not None and asyncio.get_running_loop().time() >= until:
         raise TimeoutError
@@ -111,7 +115,8 @@ def _see_to_be_in_time(clock: asyncio.Timeout) -> None:
 async def run_on_node(
     cluster: RedisCluster, node: str, commands: Sequence[Command], clock: asyncio.Timeout
 ) -> list[Any]:
-    """`execute` on one node of a cluster, by its name; what has moved to another one is asked for there.
+    """`execute` on one node of a cluster, by its name;
+    what has moved to another one is asked for there.
 
     Args:
         clock: The deadline that the caller has set.
@@ -179,7 +184,8 @@ class _Replies(Takeover, asyncio.BufferedProtocol):
         if len(self._come) > self._count or self.replies.has_data():
             self.all.set_exception(ConnectionError("more replies than commands"))
             return
-        # At once: whatever comes now belongs to no command, and redis-py's stream will show that to the pool.
+        # At once: whatever comes now belongs to no command,
+        # and redis-py's stream will show that to the pool.
         self.give_back()
         self.all.set_result(self._come)
 

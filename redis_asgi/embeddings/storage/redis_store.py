@@ -1,7 +1,8 @@
 """Vectors, leases and epochs on one Redis server, or on one node of a cluster.
 
-A lookup is one pipeline of ``MGET`` in chunks, of one key each where keys may not go together, or of ``GET`` on a
-cluster; a write pipelines of ``SET`` with a TTL. No call raises what Redis does; none waits longer than its deadline.
+A lookup is one pipeline of ``MGET`` in chunks, of one key each where keys may not go together, or
+of ``GET`` on a cluster; a write pipelines of ``SET`` with a TTL. No call raises what Redis does;
+none waits longer than its deadline.
 """
 
 import asyncio
@@ -89,7 +90,8 @@ class RedisVectors:
             if not isinstance(reply, Exception):
                 found += _values(reply)
             elif (failure := _classify(reply)) is Failure.REPLY:
-                # Such as WRONGTYPE, and that key's own; or the command is not there, and nothing is known of any.
+                # Such as WRONGTYPE, and that key's own;
+                # or the command is not there, and nothing is known of any.
                 found += [UNKNOWN] * (len(read) - 1)
             else:
                 self._failed(failure)
@@ -203,8 +205,8 @@ class RedisVectors:
                     return await run_on_node(self._client, self._node, commands, clock)
             return await execute(self._client.connection_pool, commands, within)
         except Exception as error:
-            # Fails open: whatever the client raises is a miss. RedisClusterException is no RedisError, and a
-            # slot table in flux raises KeyErrors and more.
+            # Fails open: whatever the client raises is a miss. RedisClusterException is no
+            # RedisError, and a slot table in flux raises KeyErrors and more.
             failure = classify(error)
             self._failed(failure, write=write)
             return failure
@@ -216,7 +218,9 @@ def revocation(names: Sequence[bytes], notes: Sequence[Write]) -> list[Command]:
 
 
 def _values(reply: Any) -> "list[bytes | None]":
-    """The values that an ``MGET`` or a ``GET`` found; an error for one key is of a proxy that lost its server."""
+    """The values that an ``MGET`` or a ``GET`` found;
+    an error for one key is of a proxy that lost its server.
+    """
     if not isinstance(reply, list):
         return [reply]
     return [UNKNOWN if isinstance(value, Exception) else value for value in reply]

@@ -1,6 +1,7 @@
 """Records by key, in this process and in Redis: vectors, leases, epochs and refusals of callers.
 
-Knows keys and values, and nothing of requests, wire formats or calls of the app. Reading is `look_up`'s.
+Knows keys and values, and nothing of requests,
+wire formats or calls of the app. Reading is `look_up`'s.
 """
 
 import time
@@ -70,7 +71,9 @@ class VectorCache:
     # Time to live.
 
     def ttl_of(self, name: bytes, cap: int | None = None) -> int:
-        """Seconds a vector is kept: the TTL, shortened by up to ``TTL_JITTER`` as the key's own hash says."""
+        """Seconds a vector is kept: the TTL,
+        shortened by up to ``TTL_JITTER`` as the key's own hash says.
+        """
         ttl = int(self._ttl - self._ttl_spread * int(name[-_SUFFIX:], 16)) or 1
         return ttl if cap is None or cap > ttl else cap
 
@@ -87,7 +90,8 @@ class VectorCache:
             ends = [value.expires_at for value in values.values() if value.expires_at is not None]
             if len(ends) == len(values):
                 return min(ends)
-        # Of those born in one second the key with the greatest hash ends first, and a batch is often of one second.
+        # Of those born in one second the key with the greatest hash ends first,
+        # and a batch is often of one second.
         last: dict[int, bytes] = {}
         for name, value in values.items():
             if value.flags & _CAPPED:
@@ -110,11 +114,14 @@ class VectorCache:
         return left < self._lease_seconds * _LAST
 
     def is_denied(self, identity: RecordKeys, asked_at: float) -> bool:
-        """Whether the app has refused this caller since he asked at *asked_at*, as far as this process knows."""
+        """Whether the app has refused this caller since he asked at *asked_at*, as far as this
+        process knows.
+        """
         return self._denials.since((identity.lease_name, identity.denied_name), asked_at)
 
     async def deny(self, identity: RecordKeys, status: int) -> None:
-        """The app has refused this caller (401, 403): no full hit for him until the app answers him again.
+        """The app has refused this caller (401, 403):
+        no full hit for him until the app answers him again.
 
         A 401 says that it does not know him, so that no lease of his stands, whatever it was for.
         """
@@ -123,7 +130,9 @@ class VectorCache:
         await self._revoke([identity.lease_name], identity.denied_name if status == _UNKNOWN_CALLER else None)
 
     async def disown(self, denied_name: bytes) -> None:
-        """The app does not know a caller (401) who asked for what is not cached: no lease of his stands."""
+        """The app does not know a caller (401) who asked for what is not cached: no lease of his
+        stands.
+        """
         await self._revoke([], denied_name)
 
     async def _revoke(self, lease_names: Sequence[bytes], denied_name: bytes | None) -> None:
@@ -138,7 +147,8 @@ class VectorCache:
     # Epochs.
 
     async def claim_epoch(self, epoch_name: bytes, within: float) -> bytes:
-        """Give a model that has no epoch a new one, the same for all who try at once; `NO_EPOCH` if Redis will not.
+        """Give a model that has no epoch a new one,
+        the same for all who try at once; `NO_EPOCH` if Redis will not.
 
         A missing epoch validates nothing, so an evicted one never brings flushed vectors back.
         """
@@ -165,7 +175,8 @@ class VectorCache:
         repeatable: bool,
         max_age: int | None,
     ) -> None:
-        """Write an answer's vectors and its lease; in Redis, and in this process. Nothing without an epoch.
+        """Write an answer's vectors and its lease; in Redis,
+        and in this process. Nothing without an epoch.
 
         Args:
             identity: Whose they are.

@@ -33,7 +33,8 @@ _OTHER_INPUTS = ("images", "inputs")
 
 
 class Cohere:
-    """``{"model", "texts", "input_type", "embedding_types"}`` -> ``{"embeddings": {"float": [[...]]}}``.
+    """``{"model", "texts", "input_type", "embedding_types"}`` ->
+    ``{"embeddings": {"float": [[...]]}}``.
 
     Args:
         name: Part of every key.

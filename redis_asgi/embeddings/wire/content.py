@@ -1,4 +1,6 @@
-"""Whether a content object or a text is the content itself: what a URL, a path or an id points to may change."""
+"""Whether a content object or a text is the content itself: what a URL,
+a path or an id points to may change.
+"""
 
 import base64
 import binascii
@@ -9,8 +11,9 @@ from typing import Any
 _OF_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=\r\n"
 _HEAD = 64  # characters of base64 that tell an image; the smallest one has no fewer bytes than 24
 _LEAST = 24
-# How the bytes of each known format begin (RFC 2083, JFIF and Exif, GIF89a, RFC 9649, BMP, TIFF 6.0, ISO 14496-12,
-# ISO 18181-2). The two bytes of a bare JPEG XL stream are not among them: they are "/wo", as in "/world/cat".
+# How the bytes of each known format begin (RFC 2083, JFIF and Exif, GIF89a, RFC 9649, BMP, TIFF
+# 6.0, ISO 14496-12, ISO 18181-2). The two bytes of a bare JPEG XL stream are not among them: they
+# are "/wo", as in "/world/cat".
 _IMAGE = re.compile(
     rb"\x89PNG\r\n\x1a\n"
     rb"|\xff\xd8\xff[\xc0-\xc4\xdb\xe0-\xef\xfe]"

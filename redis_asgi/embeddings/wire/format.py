@@ -1,9 +1,10 @@
 """A wire format: the JSON dialect of an embedding server, as five pure names.
 
 To add one, write a class with the names of `WireFormat` and give an instance to
-``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a socket or
-knows of ASGI: it cuts a request into inputs, puts a smaller request together, finds the vectors in an
-answer, and writes an answer. `read_inputs` and `read_model` do the parts that are alike everywhere.
+``EmbeddingCacheMiddleware(app, routes={"/my/path": MyFormat()})``. Nothing in it awaits, reads a
+socket or knows of ASGI: it cuts a request into inputs, puts a smaller request together, finds the
+vectors in an answer, and writes an answer. `read_inputs` and `read_model` do the parts that are
+alike everywhere.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -65,7 +66,8 @@ class TokenArray(list[int]):
 
 @dataclass(slots=True)
 class Batch:
-    """A request that can be answered input by input. Not frozen only because its reader adds the scope.
+    """A request that can be answered input by input.
+    Not frozen only because its reader adds the scope.
 
     Attributes:
         model: As requested; names the epoch and the lease.
@@ -74,8 +76,10 @@ class Batch:
         fields: The body, in the order sent, with ``None`` where the inputs were.
         input_field: Their name in *fields*.
         encodings: The representations asked for.
-        represented: Names of the fields that say so; they are in no key, and a list in them is of the whole request.
-        scope: Canonical JSON of all that may change a vector, except the inputs; a format leaves it empty.
+        represented: Names of the fields that say so; they are in no key,
+            and a list in them is of the whole request.
+        scope: Canonical JSON of all that may change a vector,
+            except the inputs; a format leaves it empty.
     """
 
     model: str
@@ -106,11 +110,13 @@ class Answer:
     """An app's answer, taken apart.
 
     Attributes:
-        values: The vectors as they stand in the JSON, unparsed, by representation and in the inputs' order.
+        values: The vectors as they stand in the JSON, unparsed,
+            by representation and in the inputs' order.
         frame: Everything else, as JSON values; `WireFormat.render` puts it around vectors again.
         tokens: What the app counted for the whole request; ``None`` when it does not say.
         model: The one that it names as its own; empty when it names none.
-        repeatable: Whether the frame may be put around vectors of another request; not when it warns of this one.
+        repeatable: Whether the frame may be put around vectors of another request;
+            not when it warns of this one.
     """
 
     values: Mapping[Encoding, Sequence[object]]
@@ -125,7 +131,8 @@ class Usage:
     """The usage to report.
 
     Attributes:
-        tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what it says.
+        tokens: The count; ``None`` = the frame is the app's answer to this very request: leave what
+            it says.
         cached: How many more tokens the cache answered; ``None`` = do not say.
     """
 
@@ -135,7 +142,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class FreshFields:
-    """Fields that a full hit makes new where the app sends them: ``created`` (Unix seconds) and ``id``."""
+    """Fields that a full hit makes new where the app sends them:
+    ``created`` (Unix seconds) and ``id``.
+    """
 
     created: int
     unique: str
@@ -169,7 +178,8 @@ class WireFormat(Protocol):
 
 
 def read_inputs(value: object) -> tuple[tuple[Input, ...], bool] | None:
-    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs; whether it was one without a list.
+    """Cut ``str | [str] | [int] | [[int]] | [object]`` into inputs;
+    whether it was one without a list.
 
     An empty text is one in a list; by itself it is nothing to embed (to Ollama: a model to load).
     """
@@ -209,7 +219,9 @@ def _read_input(item: object) -> Input | None:
 
 
 def read_model(fields: Mapping[str, Any], path_model: str | None) -> str | None:
-    """The model as requested, in the body, else in the path, else the empty one; ``None`` when it is no text."""
+    """The model as requested, in the body, else in the path,
+    else the empty one; ``None`` when it is no text.
+    """
     model = fields.get("model")
     model = (path_model or "") if model is None else model
     return model if isinstance(model, str) else None
@@ -238,7 +250,8 @@ def without_warnings(fields: Mapping[str, Any], usage: Usage) -> dict[str, Any]:
 def recounted(said: Mapping[str, Any], names: Collection[str], usage: Usage) -> dict[str, Any]:
     """The counts that an answer *said*, *names* of them made anew for another request.
 
-    What else it says was about its own (cost, images, details), and left out, but for what it says nothing of.
+    What else it says was about its own (cost, images, details), and left out,
+    but for what it says nothing of.
     """
     if usage.tokens is None:
         return dict(said)
@@ -252,7 +265,9 @@ def recounted(said: Mapping[str, Any], names: Collection[str], usage: Usage) -> 
 
 
 def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:
-    """The reason why a body asks for something other than one dense vector per input, alone, and passes through."""
+    """The reason why a body asks for something other than one dense vector per input, alone, and
+    passes through.
+    """
     if any(fields.get(name) for name in _LATE_CHUNKING):
         return Uncacheable("late-chunking")
     if fields.get("return_multivector"):
@@ -263,7 +278,9 @@ def refusal_of(fields: Mapping[str, Any]) -> Uncacheable | None:
 
 
 def shrink(batch: Batch, inputs: Sequence[Input]) -> bytes:
-    """The usual `WireFormat.shrink`: the same body with other inputs, in a list if the original had one."""
+    """The usual `WireFormat.shrink`: the same body with other inputs,
+    in a list if the original had one.
+    """
     texts = [orjson.Fragment(item.json) for item in inputs]
     value: object = texts[0] if batch.bare else texts
     return orjson.dumps({**batch.fields, batch.input_field: value})

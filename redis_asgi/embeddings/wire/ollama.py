@@ -41,7 +41,9 @@ def _split(fields: dict[str, Any], path_model: str | None, input_field: str) -> 
 
 
 def _unloads(keep_alive: object) -> bool:
-    """Whether no whole second or duration is left (``0``, ``0.5``, ``"0m"``): a client that asks for it means it."""
+    """Whether no whole second or duration is left (``0``, ``0.5``, ``"0m"``):
+    a client that asks for it means it.
+    """
     if isinstance(keep_alive, str):
         return not set(keep_alive) & _NOT_ZERO
     return isinstance(keep_alive, int | float) and 0 <= keep_alive < 1

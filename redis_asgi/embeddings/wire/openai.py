@@ -1,4 +1,6 @@
-"""OpenAI's ``/v1/embeddings``; Azure, vLLM, infinity, llama-cpp-python, LiteLLM, Jina and Voyage speak it."""
+"""OpenAI's ``/v1/embeddings``; Azure, vLLM, infinity, llama-cpp-python,
+LiteLLM, Jina and Voyage speak it.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -29,7 +31,8 @@ from .format import (
 
 _REPRESENTED = frozenset({"encoding_format"})
 _NATIVE = (None, "little", "native")
-# What else an item may say; anything more may be about its own input, and another's hit would repeat it.
+# What else an item may say; anything more may be about its own input,
+# and another's hit would repeat it.
 _OF_EVERY_ITEM = frozenset({"object", "encoding_format"})
 
 
@@ -54,7 +57,9 @@ class OpenAI:
         return shrink(batch, inputs)
 
     def read(self, batch: Batch, inputs: Sequence[Input], document: object) -> Answer | None:
-        """See `WireFormat.read`; vectors are placed by their ``index``, by position only where none is given."""
+        """See `WireFormat.read`; vectors are placed by their ``index``,
+        by position only where none is given.
+        """
         if not isinstance(document, dict):
             return None
         items = document.get("data")
@@ -66,7 +71,8 @@ class OpenAI:
             if not isinstance(item, dict):
                 return None
             index, value = item.pop("index", None), item.pop("embedding", None)
-            # Gemini's leaves 0 out. Where that is not its place, another has it: twice one index is no answer.
+            # Gemini's leaves 0 out. Where that is not its place,
+            # another has it: twice one index is no answer.
             index = at if index is None else index
             if type(index) is not int or not 0 <= index < len(items) or values[index] is not None:
                 return None
@@ -81,7 +87,8 @@ class OpenAI:
             del fields["usage"]
             tokens = count(usage.get("prompt_tokens"))
             tokens = tokens if tokens is not None else count(usage.get("total_tokens"))
-        # Which representation it is, the values themselves say: some servers ignore encoding_format.
+        # Which representation it is, the values themselves say:
+        # some servers ignore encoding_format.
         encoding = Encoding.BASE64 if isinstance(values[0], str) and values[0][:1] != "\0" else Encoding.FLOAT
         frame = {"fields": fields, "usage": usage, "item": extra or {}}
         return Answer({encoding: values}, frame, tokens, model_of(document), not warns(document))
@@ -119,7 +126,8 @@ def _other_representation(fields: Mapping[str, Any]) -> Uncacheable | None:
         return Uncacheable("encoding")
     if fields.get("output_dtype") not in (None, "float"):
         return Uncacheable("integers")
-    # Jina's name for it, and vLLM's other number formats: what they mean as base64 is not ours to guess.
+    # Jina's name for it, and vLLM's other number formats:
+    # what they mean as base64 is not ours to guess.
     if fields.get("embedding_type") not in (None, "float") or fields.get("embed_dtype") not in (
         None,
         "float32",

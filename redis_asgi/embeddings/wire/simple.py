@@ -1,4 +1,6 @@
-"""Hand-written services: ``{"texts": [...]}`` -> ``{"embeddings": [[...], ...]}``, under a few usual names."""
+"""Hand-written services: ``{"texts": [...]}`` -> ``{"embeddings": [[...], ...]}``, under a few
+usual names.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,13 +41,16 @@ _MAX_DEPTH = 4  # of objects around the vectors
 
 
 class Simple:
-    """A list of texts in, a list of vectors out, with or without a model; other fields may stand around both.
+    """A list of texts in, a list of vectors out, with or without a model;
+    other fields may stand around both.
 
-    Of those around the vectors a hit repeats texts and flags, the length of a vector and an echo of the texts; it
-    counts inputs and tokens anew, and leaves every other number and list out, as they may be about one request.
+    Of those around the vectors a hit repeats texts and flags, the length of a vector and an echo of
+    the texts; it counts inputs and tokens anew, and leaves every other number and list out, as they
+    may be about one request.
 
     Args:
-        inputs: The field of the texts; ``None`` = ``texts``, ``inputs``, ``sentences`` or ``input``.
+        inputs: The field of the texts; ``None`` = ``texts``,
+            ``inputs``, ``sentences`` or ``input``.
         vectors: The field of the vectors; ``None`` = ``embeddings``, ``vectors`` or ``data``.
 
     Raises:

@@ -26,7 +26,9 @@ class TEI:
     name = "tei"
 
     def split(self, fields: dict[str, Any], path_model: str | None) -> Batch | Uncacheable:
-        """See `WireFormat.split`; a server has one model, so the path and the namespace stand for it."""
+        """See `WireFormat.split`; a server has one model,
+        so the path and the namespace stand for it.
+        """
         refusal = refusal_of(fields)
         if refusal is not None:
             return refusal

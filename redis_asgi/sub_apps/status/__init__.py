@@ -1,4 +1,5 @@
-"""`status_app`: one page for whoever operates the app, with what its limiter, its cache and its Redis do right now.
+"""`status_app`: one page for whoever operates the app, with what its limiter,
+its cache and its Redis do right now.
 
 ``markup``  text that is escaped unless it says otherwise    ``charts``  history as SVG
 ``page``    what stands on the page, and in which words      ``page.html``, ``status.css``  how it looks
@@ -104,16 +105,17 @@ def status_app(
 ) -> SubApp:
     """A page for operators as an ASGI app, to be mounted at ``/status``, say.
 
-    It shows what this process has decided and served in the last ten minutes, its busiest policies, and how its Redis
-    is. It is plain HTML, without a script, and loads itself again every ten seconds. It names policies and figures of
-    the server, but no host, no user and no client.
+    It shows what this process has decided and served in the last ten minutes, its busiest policies,
+    and how its Redis is. It is plain HTML, without a script, and loads itself again every ten
+    seconds. It names policies and figures of the server, but no host, no user and no client.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the middlewares outside, else
-            the shared default. Of several, the one that the app stands worst with is shown.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = that of the
+            middlewares outside, else the shared default. Of several, the one that the app stands
+            worst with is shown.
         settings: ``None`` = from the environment.
-        authorize: Given the connection, whether it may read the page, sync or async; ``False`` is a 403. Without it
-            the page says that it is open to anybody.
+        authorize: Given the connection, whether it may read the page, sync or async; ``False`` is a
+            403. Without it the page says that it is open to anybody.
 
     Raises:
         ConfigurationError: At construction, naming what cannot work.

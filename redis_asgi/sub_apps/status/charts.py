@@ -1,7 +1,9 @@
-"""History as small SVG charts: no script, no inline style; colours come from the stylesheet by class.
+"""History as small SVG charts: no script, no inline style;
+colours come from the stylesheet by class.
 
-A chart is drawn in a box of ``SLOTS * SLOT`` by ``HEIGHT`` units that the page stretches to its width, so it holds no
-text; what it says in words stands beside it, and over each slot when one points at it.
+A chart is drawn in a box of ``SLOTS * SLOT`` by ``HEIGHT`` units that the page stretches to its
+width, so it holds no text; what it says in words stands beside it, and over each slot when one
+points at it.
 """
 
 import math

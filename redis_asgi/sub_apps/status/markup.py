@@ -11,7 +11,9 @@ class Markup(str):
 
 
 def markup(template: str, /, **values: object) -> Markup:
-    """*template* with each ``{name}`` replaced: `Markup` as it is, everything else escaped, for text and attributes."""
+    """*template* with each ``{name}`` replaced: `Markup` as it is,
+    everything else escaped, for text and attributes.
+    """
     return Markup(template.format_map({name: _safe(value) for name, value in values.items()}))
 
 

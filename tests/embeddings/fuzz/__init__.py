@@ -1,1 +1,3 @@
-"""A differential fuzz of the middleware: random apps, histories and configurations, judged by the app alone."""
+"""A differential fuzz of the middleware: random apps,
+histories and configurations, judged by the app alone.
+"""

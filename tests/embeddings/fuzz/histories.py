@@ -241,7 +241,9 @@ def histories(draw: st.DrawFn, app: Quirks, workers: int) -> list[Step]:
 
 @st.composite
 def revocations(draw: st.DrawFn, app: Quirks, asks_: st.SearchStrategy[Ask], workers: int) -> tuple[Step, ...]:
-    """Somebody whom the app has let in is let in no more, hears that of another request, and asks as before."""
+    """Somebody whom the app has let in is let in no more,
+    hears that of another request, and asks as before.
+    """
     workers_ = st.integers(0, workers - 1)
     ask = _watched(app, with_header(draw(asks_), "cache-control", ""), well=True)
     for place in app.key_headers:

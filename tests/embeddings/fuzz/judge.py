@@ -1,4 +1,6 @@
-"""What an answer through the cache is measured by: what the app alone would say, and what it has said before."""
+"""What an answer through the cache is measured by:
+what the app alone would say, and what it has said before.
+"""
 
 import base64
 import gzip
@@ -135,7 +137,9 @@ class Judge:
             self._compare(story, request, through, alone)
 
     def _excuse(self, story: str, request: Request, worker: int, through: Through, alone: Reply, start: int) -> None:
-        """Of 2xx where the app alone says no, only what an earlier answer of the app's to such a request allows."""
+        """Of 2xx where the app alone says no,
+        only what an earlier answer of the app's to such a request allows.
+        """
         if alone.status in (400, 413, 422):
             return  # of the request's form: what is stored, or sent once, was not asked in that form
         if not ("; hit" in through.said or "fwd=partial" in through.said or "collapsed" in through.said):
@@ -161,7 +165,9 @@ class Judge:
         return denial.seen_at is not None and self.now > denial.seen_at + (5 if self.config.local else 0)
 
     def _compare(self, story: str, request: Request, through: Through, alone: Reply) -> None:
-        """Every vector is one that the app alone gives now, or a deployment did so lately; all of the same one."""
+        """Every vector is one that the app alone gives now,
+        or a deployment did so lately; all of the same one.
+        """
         if not self.app.right(request, self.app.state.deployment):
             return  # a list that does not fit: refused for its form, which a smaller request need not have
         door = request.sides.door
@@ -211,7 +217,8 @@ class Judge:
             raise Violation(f"{story}: warns {warnings} for {expected.get('meta')}")
 
     def weigh(self, ask: Ask, worker: int, through: Through, calls: Sequence[Call]) -> None:
-        """Look at the *calls* that a request has cost: no more than alone, but for two a minute, scope and encoding.
+        """Look at the *calls* that a request has cost: no more than alone,
+        but for two a minute, scope and encoding.
 
         Raises:
             Violation: When there were more, or more texts.

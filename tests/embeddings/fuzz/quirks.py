@@ -1,4 +1,6 @@
-"""An embedding app with the quirks of real ones; what it answers depends on the request and its state alone."""
+"""An embedding app with the quirks of real ones;
+what it answers depends on the request and its state alone.
+"""
 
 import base64
 import gzip
@@ -31,9 +33,11 @@ class Quirks:
         door: What opens it.
         key_headers: Where it takes its key from; the first that is there.
         watched: A header in which it takes no `UNWELCOME`, or ``scheme``: only ``https`` will do.
-        tenant: What chooses the vector space: ``header:NAME``, ``field:NAME``, ``query:`` or nothing.
+        tenant: What chooses the vector space: ``header:NAME``,
+            ``field:NAME``, ``query:`` or nothing.
         private: Whether a key opens its own tenants only.
-        beside: A body field that may be a list (or an object of numbered members) with one value per input.
+        beside: A body field that may be a list (or an object of numbered members) with one value
+            per input.
         names_model: Whether it says which deployment has answered, and that has vectors of its own.
     """
 
@@ -139,7 +143,9 @@ class App:
         return f"{asked}@{deployment}" if names else asked
 
     def right(self, request: Request, deployment: str) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-        """The only right vectors of a request, answered by *deployment*; none where it has no answer."""
+        """The only right vectors of a request,
+        answered by *deployment*; none where it has no answer.
+        """
         shared = {k: v for k, v in request.fields.items() if k not in (request.input_field, "encoding_format", "user")}
         shared.pop("embedding_types", None)
         beside = member(request.fields, self.quirks.beside) if self.quirks.beside else None

@@ -1,7 +1,8 @@
-"""A differential fuzz: whatever happens, an answer through the cache is one that the app alone would give.
+"""A differential fuzz: whatever happens,
+an answer through the cache is one that the app alone would give.
 
-A failure prints its example, shrunk, which repeats it: ``play(example, url)``. The long runs draw anew each time and
-print their seed (``--hypothesis-seed``).
+A failure prints its example, shrunk, which repeats it: ``play(example, url)``. The long runs draw
+anew each time and print their seed (``--hypothesis-seed``).
 """
 
 import asyncio
@@ -83,7 +84,9 @@ def fuzz(url: str, examples: st.SearchStrategy[Play], profile: example_settings)
 
 @short_and_long
 def test_an_answer_is_one_that_the_app_alone_would_give(url: str, many: bool) -> None:
-    """Any app, configuration and history: status, vectors, what is said of them, and how often the app is asked."""
+    """Any app, configuration and history: status, vectors, what is said of them,
+    and how often the app is asked.
+    """
     profile = LONG if many else example_settings(SHORT, max_examples=25)
     requests, hits = fuzz(url, plays(quirks(), configs()), profile)
     assert hits > requests / 20, "the cache was hardly used"
@@ -91,7 +94,9 @@ def test_an_answer_is_one_that_the_app_alone_would_give(url: str, many: bool) ->
 
 @short_and_long
 def test_nobody_is_let_in_whom_the_app_alone_would_refuse(url: str, many: bool) -> None:
-    """Whatever opens a door, and whoever closes it: a hit is for whom the app itself has let in, and no longer."""
+    """Whatever opens a door, and whoever closes it:
+    a hit is for whom the app itself has let in, and no longer.
+    """
     profile = LONG if many else example_settings(SHORT, max_examples=25)
     requests, hits = fuzz(url, plays(doors(), configs(), one_in=4), profile)
     assert hits > requests / 20, "the cache was hardly used"
@@ -213,7 +218,9 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("sabotage", SABOTAGE.values(), ids=SABOTAGE)
 def test_the_fuzz_sees(sabotage: Sabotage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With this one thing wrong an example is found that does not pass, and passes when it is right again."""
+    """With this one thing wrong an example is found that does not pass,
+    and passes when it is right again.
+    """
     tried: list[Play] = []
 
     def kept(example: Play) -> Play:

@@ -1,4 +1,6 @@
-"""Workers with the cache before one app, driven step by step and judged by what the app alone would answer."""
+"""Workers with the cache before one app,
+driven step by step and judged by what the app alone would answer.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from redis_asgi.settings import Settings
 
 from ...kit.embedding_apps import read, respond
 from ...kit.inside import shared_of
+from ...kit.patience import PATIENCE
 from ...kit.proxy import FaultProxy, Mode
 from .asks import Ask, Request
 from .judge import Call, Config, Judge, Through, Violation
@@ -36,7 +39,9 @@ class Send:
 
 @dataclass(frozen=True)
 class Together:
-    """Several at once, while the app does not answer yet; some leave, or are cancelled, before it does."""
+    """Several at once, while the app does not answer yet; some leave,
+    or are cancelled, before it does.
+    """
 
     asks: tuple[tuple[Ask, Literal["stays", "leaves", "cancelled"]], ...]
     worker: int = 0
@@ -71,7 +76,9 @@ class Down:
 
 @dataclass(frozen=True)
 class Retrain:
-    """The model is another one behind its name; the operator flushes it and waits as long as is documented."""
+    """The model is another one behind its name;
+    the operator flushes it and waits as long as is documented.
+    """
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ class World:
         self.judge.now += 6  # EMBEDDING_CACHE_L1_SECONDS and one
 
     async def _flush(self, model: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     await flush_model(model, namespace="fuzz", redis=self._managers[0])
@@ -249,7 +256,7 @@ class World:
         await self._proxies[worker].set("pass")
         self._cut.discard(worker)
         probe = Ask({"model": "probe", "input": ["x"]}, (("x-tenant", "t"),))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while self._managers[worker].breaker().state != "closed":
                 # It lets one request through to see, once its own probe was answered.
                 await self._drive(probe, worker)
@@ -287,7 +294,8 @@ class World:
                     raise Violation(f"{ask}: cancelled by nobody")
                 self.judge.judge(ask, worker, task.result(), start)
         calls = len(self.judge.calls) - start
-        # Its own, what others did not bring, and the original: all are on their way before anything is known.
+        # Its own, what others did not bring, and the original:
+        # all are on their way before anything is known.
         if calls > 3 * len(asks):
             raise Violation(f"{calls} calls for {len(asks)} requests")
 
