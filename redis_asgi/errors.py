@@ -43,7 +43,7 @@ class RedisASGIError(Exception):
 
 
 class ConfigurationError(RedisASGIError, ValueError):
-    """A setting or argument cannot work; raised while something is built, or what a callable of the user's returns.
+    """A setting or argument cannot work; raised while it is built, or what a callable returns.
 
     Args:
         problems: What cannot work, and what would: a sentence or two for each.

@@ -57,7 +57,8 @@ class Buffer:
         self._receive = receive
         self._cap = cap
         self._budget = process_budget() if budget is None else budget
-        # One bytearray: kept messages of one byte each would take 200 times their size. Bytes when it is whole.
+        # One bytearray: kept messages of one byte each would take 200 times their size. Bytes when
+        # it is whole.
         self._read: bytes | bytearray = bytearray()
 
     def __del__(self) -> None:

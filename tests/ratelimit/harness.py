@@ -130,6 +130,6 @@ async def all_answered(manager: RedisManager) -> None:
 
 
 def changes_of(verdict: Verdict, deltas: Sequence[int]) -> list[Change]:
-    """The changes of *deltas*, one for each counter of what *verdict* charged, as `Engine.settle` takes them."""
+    """The changes of *deltas*, one for each counter that *verdict* charged, for `Engine.settle`."""
     both = zip(counters_of(verdict.charges), deltas, strict=True)
     return [(at, charge, policy, delta) for at, ((charge, policy), delta) in enumerate(both) if delta]

@@ -1,8 +1,8 @@
-"""A service whose streams are counted from outside: each tells a Redis of the observer's when it begins and ends.
+"""A service whose streams are counted from outside: each tells a Redis when it begins and ends.
 
-``uvicorn --factory tests.ratelimit.observed:served`` serves it, limited to as many streams of a key at once as the
-environment says. What is told is a hash of its own for each key: how many run in each process, and the most that ever
-did in all.
+``uvicorn --factory tests.ratelimit.observed:served`` serves it, limited to as many streams of a key
+at once as the environment says. What is told is a hash of its own for each key: how many run in
+each process, and the most that ever did in all.
 """
 
 import asyncio

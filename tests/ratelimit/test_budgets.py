@@ -345,7 +345,7 @@ async def test_compression_inside_is_told_once(any_settings: Settings, caplog: p
 
 
 async def test_undeclared_answers_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A model may have written them, so that they keep their estimate; not where the app says what they used."""
+    """A model may have written them: they keep their estimate, unless the app says what they used."""
     app = limited(Settings(REDIS_URL="memory://", REDIS_KEY_PREFIX="undeclared"))
     forged = answer(event(usage(0, 0)), headers=[])
     await request(app, Ending(forged, 9, used=9))

@@ -427,7 +427,7 @@ async def test_cancelled_in_the_moment_of_its_answer(patient: RedisManager, redi
 
 @on_redis
 async def test_what_is_owed_during_a_heartbeat_waits_for_a_second(patient: RedisManager) -> None:
-    """Not for ten: a release that failed while others were renewed is told by the next heartbeat, which comes soon."""
+    """Not for ten: a release that failed while others were renewed is told by the next heartbeat."""
     limiter = RateLimiter(patient, timeout=5)
     async with limiter.slot("a", 2):
         heart = heart_of(patient)
@@ -447,7 +447,7 @@ async def test_what_is_owed_during_a_heartbeat_waits_for_a_second(patient: Redis
 
 @on_redis
 async def test_a_heart_opens_no_connection_that_was_closed(redis_server: ExternalServer, redis_url: str) -> None:
-    """What runs on when the app has closed its manager ends with its lease; who opens it again hears it beat again."""
+    """What runs on when its manager was closed ends with its lease, or once that is open again."""
     manager = RedisManager(Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0))
     limiter = RateLimiter(manager, timeout=5)
     async with limiter.slot("a", 2):

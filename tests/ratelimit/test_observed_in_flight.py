@@ -61,7 +61,7 @@ def _answers(port: int) -> bool:
 
 
 async def _client(urls: list[str], rng: random.Random, until: float, statuses: Counter[int]) -> None:
-    """Ask for short streams, one after the other; some are left in their middle, and what is refused asks again."""
+    """Ask for short streams, one after the other; some are left, and what is refused asks again."""
     async with httpx.AsyncClient(timeout=30, headers={"x-key": "k"}) as client:
         while time.monotonic() < until:
             url = f"{rng.choice(urls)}?seconds={rng.uniform(0.0, 0.05)}"
@@ -77,7 +77,7 @@ async def _client(urls: list[str], rng: random.Random, until: float, statuses: C
 async def test_an_outside_observer_never_sees_more(
     private_server: StartServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Four processes and one key: never more than its places, whatever is left, refused, asked again and unloaded.
+    """Four processes and one key: never more than its places, whatever is left or refused.
 
     One of them is killed while it holds all of them: they are free when their leases have ended.
     """

@@ -180,7 +180,7 @@ class Charges(Sequence[Charge]):
         made.terms = b"".join(terms)
         made.consume = CONSUME + made.terms
         made.is_spread = len(keys) > 1 and len(set(keys)) > 1
-        made.sets, made.names, made.all_enforcing = (), (), False  # nobody asks
+        made.sets, made.names, made.all_enforcing = (), (), False  # not asked for of these
         made.is_ready = True
         return made
 
