@@ -31,9 +31,8 @@ class LimitMetrics:
         self._note = counted.buffer.count
         self._observe = counted.buffer.observe
         self._requests = {
-            (outcome, source): counted.ratelimit_requests.labels(outcome, source)
+            outcome: {source: counted.ratelimit_requests.labels(outcome, source) for source in _SOURCES}
             for outcome in _OUTCOMES
-            for source in _SOURCES
         }
         self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
@@ -50,7 +49,7 @@ class LimitMetrics:
 
     def request(self, outcome: str, source: str, said: "Noted | None" = None) -> None:
         """Count one request, once, and with it what the policies *said*."""
-        self._note(self._requests[outcome, source], said)
+        self._note(self._requests[outcome][source], said)
         if may_be_traced():
             annotate_span(ratelimit_decision=outcome, ratelimit_source=source)
 
