@@ -17,13 +17,20 @@ from ..budgets.estimates import Asked, Outputs
 from ..budgets.spending import Accuracy, Spending
 from ..budgets.tokens import Tokens
 from ..limits.charge import Charge
-from ..limits.policy import Partition, PolicySet, Strategy
+from ..limits.policy import PolicySet, Strategy
 from .by_body import ByBody
-from .checks import check_choice, check_concurrency, check_strategy_of_tokens
+from .checks import check_choice, check_strategy_of_tokens
 from .joined import partitioner_of
 from .last_limits import LastLimits
 from .partition import PartitionBy
-from .policies import MOVING_WINDOW_MAX, make_concurrency, make_policies, warns_of_cost, warns_of_small_quotas
+from .policies import (
+    MOVING_WINDOW_MAX,
+    ConcurrencyReader,
+    make_concurrency,
+    make_policies,
+    warns_of_cost,
+    warns_of_small_quotas,
+)
 from .rule import DEFAULT_NAME, Limits, Rule, listed_rules
 
 # What rules cover that count by a body, where they do not say.
@@ -85,12 +92,12 @@ class CompiledRule:
         self._has_warned_of_cost = False
         self.policies = self._make(rule.limits) if isinstance(rule.limits, str) else None
         self.limits_of: Any = None if isinstance(rule.limits, str) else rule.limits
-        self.last: LastLimits | _Numbers
+        self.last: LastLimits | ConcurrencyReader
         if rule.concurrency is None:
             self.last = LastLimits(self.name, partial(self._make, least=0), self._default, self._note_constant_cost)
         else:
             self.strategy = "concurrency"
-            self.last = _Numbers(self.name, self.shadow)
+            self.last = ConcurrencyReader(self.name, self.shadow)
             if callable(rule.concurrency):
                 self.limits_of = rule.concurrency
             else:
@@ -190,28 +197,6 @@ class CompiledRule:
         elif method not in self._methods and not (method == "HEAD" and "GET" in self._methods):
             return False
         return not self._paths or any(pattern.covers(spelled) for pattern in self._paths)
-
-
-class _Numbers:
-    """A reader of the number of requests that a rule's callable lets be in flight; see `LastLimits`."""
-
-    def __init__(self, rule: str, shadow: bool) -> None:
-        self._rule = rule
-        self._shadow = shadow
-
-    def read(self, said: object, _partition: Partition) -> PolicySet:
-        """The policy that the callable's number stands for.
-
-        Raises:
-            ConfigurationError: If it is none: the callable is at fault, not the request.
-        """
-        try:
-            return make_concurrency(self._rule, check_concurrency(said, least=0), self._shadow)
-        except ValueError as error:
-            text = (
-                f"The rule {self._rule!r}, whose concurrency= is a callable: {error} Return one, or None for no limit."
-            )
-            raise ConfigurationError(text) from None
 
 
 def _methods_of(rule: Rule, readers: Sequence[ByBody]) -> tuple[str, ...] | None:

@@ -9,7 +9,8 @@ from ...events import say
 from ...keys import digest
 from ...settings import StrategyName
 from ...settings.notation import parse_limits
-from ..limits.policy import Policy, PolicySet
+from ..limits.policy import Partition, Policy, PolicySet
+from .checks import check_concurrency
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
@@ -86,3 +87,25 @@ def warns_of_small_quotas(policies: PolicySet) -> bool:
         wait = f"{policy.window * (1 + 1 / policy.quota):g}"
         say(logger, "small_sliding_quota", policy=policy.name, quota=policy.quota, wait=wait)
     return bool(small)
+
+
+class ConcurrencyReader:
+    """A reader of the number of requests that a rule's callable lets be in flight; see `LastLimits`."""
+
+    def __init__(self, rule: str, shadow: bool) -> None:
+        self._rule = rule
+        self._shadow = shadow
+
+    def read(self, said: object, _partition: Partition) -> PolicySet:
+        """The policy that the callable's number stands for.
+
+        Raises:
+            ConfigurationError: If it is none: the callable is at fault, not the request.
+        """
+        try:
+            return make_concurrency(self._rule, check_concurrency(said, least=0), self._shadow)
+        except ValueError as error:
+            text = (
+                f"The rule {self._rule!r}, whose concurrency= is a callable: {error} Return one, or None for no limit."
+            )
+            raise ConfigurationError(text) from None
