@@ -15,7 +15,8 @@ _UNLIMITED = Decision(allowed=True, source="none")
 class _Undecided(RequestDecision):
     """A stand-in where no decision was made (yet): it admits, and its charges go nowhere.
 
-    A per-route limit may still decide, behind the dependency that gave it out; from then on it is that limit's.
+    A per-route limit may still decide, behind the dependency that gave it out;
+    from then on it is that limit's.
     """
 
     __slots__ = ("_scope",)
@@ -54,8 +55,9 @@ class _Undecided(RequestDecision):
 async def current_limit(conn: HTTPConnection) -> RequestDecision:
     """The decision about a request, as ``request.state.rate_limit`` has it.
 
-    Where no limit applies (an exempt path, a tenant without a limit, an app in a test without the middleware) it is
-    one that admits, with no ``policies`` and ``source`` ``none``; ``charge()`` and ``reset()`` do nothing then.
+    Where no limit applies (an exempt path, a tenant without a limit, an app in a test without the
+    middleware) it is one that admits, with no ``policies`` and ``source`` ``none``; ``charge()``
+    and ``reset()`` do nothing then.
     """
     return decided_about(conn.scope) or _Undecided(conn.scope)
 

@@ -46,9 +46,11 @@ class RateLimitOptions(TypedDict, total=False):
 
 @says_what_was_meant("@rate_limit('5/minute', name='export')")
 def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[RateLimitOptions]) -> Callable[[F], F]:
-    """`RateLimit` as a decorator for Starlette endpoints: sync, async and WebSocket, functions and methods.
+    """`RateLimit` as a decorator for Starlette endpoints: sync,
+    async and WebSocket, functions and methods.
 
-    It finds the request among the endpoint's arguments by its type. The options are those of `RateLimit`.
+    It finds the request among the endpoint's arguments by its type.
+    The options are those of `RateLimit`.
 
     Raises:
         ConfigurationError: At decoration, naming what cannot work.
@@ -67,7 +69,8 @@ def rate_limit(limits: Annotated[Limits, _NOT_A_DEPENDENCY], **options: Unpack[R
             )
         if isinstance(endpoint, type):
             raise ConfigurationError(f"@rate_limit stands on the class {shown(endpoint)}. Put it on its methods.")
-        # One decorator right on another: both limits are decided together, in front of the endpoint itself.
+        # One decorator right on another: both limits are decided together,
+        # in front of the endpoint itself.
         of, below, stacked = getattr(endpoint, _STACK, (None, endpoint, ()))
         placed = limit, 1 + max((place for _, place in stacked), default=-1)
         return _decorated(below, (placed, *stacked)) if of is endpoint else _decorated(endpoint, (placed,))

@@ -21,15 +21,17 @@ from .rules.policies import make_concurrency, make_policies, warns_of_cost, warn
 
 @constructor_says_what_was_meant("RateLimiter(redis, strategy='gcra')")
 class RateLimiter:
-    """Limits by any identity you name, from anywhere in a service: handlers, workers, WebSocket loops.
+    """Limits by any identity you name, from anywhere in a service:
+    handlers, workers, WebSocket loops.
 
     Most callers want `check_rate_limit`, or `consume` for its `Decision`.
 
     Args:
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client;
+            ``None`` = the shared default.
         strategy: How limits are counted unless a call says otherwise.
-        on_redis_error: What happens when Redis does not answer: ``local`` (same limits, counted in this process),
-            ``open`` (admitted) or ``closed`` (refused).
+        on_redis_error: What happens when Redis does not answer: ``local`` (same limits, counted in
+            this process), ``open`` (admitted) or ``closed`` (refused).
         timeout: The most a call waits for Redis, in seconds.
         settings: ``None`` = from the environment.
 
@@ -63,7 +65,8 @@ class RateLimiter:
             manager.fails_closed = True
 
     async def check_rate_limit(self, client_id: str, limit: int = 100, window: int = 60) -> bool:
-        """Count one request of *client_id* against *limit* per *window* seconds; whether it is admitted.
+        """Count one request of *client_id* against *limit* per *window* seconds; whether it is
+        admitted.
 
         Always a fixed window, which opens at the client's first request.
 
@@ -86,12 +89,14 @@ class RateLimiter:
         name: str = "default",
         strategy: StrategyName | None = None,
     ) -> Decision:
-        """Charge *cost* units to *client_id* under every limit, or under none if one of them refuses.
+        """Charge *cost* units to *client_id* under every limit,
+        or under none if one of them refuses.
 
         Args:
             client_id: Whom to count; any string, hashed before it reaches Redis.
             limits: Notation such as ``"20/second; 1000/hour"``.
-            cost: Units, 0 or more. 0 charges nothing and is admitted; more than a quota is refused for good.
+            cost: Units, 0 or more. 0 charges nothing and is admitted;
+                more than a quota is refused for good.
             name: The counters' name: equal names share, whatever the limits' quotas.
             strategy: ``None`` = the limiter's.
 
@@ -112,10 +117,12 @@ class RateLimiter:
         strategy: StrategyName | None = None,
         concurrency: int | None = None,
     ) -> Decision:
-        """The answer that `consume` would give to the same arguments; charges nothing and writes nothing.
+        """The answer that `consume` would give to the same arguments;
+        charges nothing and writes nothing.
 
         Args:
-            concurrency: Instead of the other arguments but *name*: the answer that `slot` would give, without a place.
+            concurrency: Instead of the other arguments but *name*:
+                the answer that `slot` would give, without a place.
 
         Raises:
             ConfigurationError: As `consume` and `slot`.
@@ -135,7 +142,8 @@ class RateLimiter:
     async def slot(
         self, client_id: str | Partition, concurrency: int, *, name: str = "default"
     ) -> AsyncIterator[Decision]:
-        """Let *client_id* have at most *concurrency* such blocks under way at once, over all processes.
+        """Let *client_id* have at most *concurrency* such blocks under way at once, over all
+        processes.
 
         ::
 
@@ -144,8 +152,8 @@ class RateLimiter:
                     raise RateLimitExceeded(...)  # the block runs all the same: it is yours to leave it
                 ...
 
-        A process that is killed keeps its places for up to 30 s. What is under way is never cut, whatever happens to
-        Redis.
+        A process that is killed keeps its places for up to 30 s.
+        What is under way is never cut, whatever happens to Redis.
 
         Args:
             client_id: Whom to count; any string, hashed before it reaches Redis.
@@ -190,7 +198,8 @@ class RateLimiter:
             raise ConfigurationError(f"limits={limits!r} is not notation. Try '100/minute' or '20/second; 1000/hour'.")
         strategy = strategy or self._strategy
         policies = make_policies(check_name(name), limits, strategy)
-        # Its limits are known from the first call on; names may be many, so that it warns of one call's only.
+        # Its limits are known from the first call on; names may be many,
+        # so that it warns of one call's only.
         if strategy == "sliding-window-counter" and not self._has_warned:
             self._has_warned = warns_of_small_quotas(policies)
         if check_cost(cost) > 1 and mode == "consume" and not self._has_warned_of_cost:

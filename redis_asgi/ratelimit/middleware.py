@@ -1,7 +1,8 @@
 """`RateLimitMiddleware`: pure ASGI; guard, read the request, decide, wrap ``send``.
 
-``http``/``websocket`` request → its rules become charges (partition and cost) → one decision for all of them →
-refused here, or on to the app with the fields added to its response → what the response changes is settled after it.
+``http``/``websocket`` request → its rules become charges (partition and cost) → one decision for
+all of them → refused here, or on to the app with the fields added to its response → what the
+response changes is settled after it.
 """
 
 from collections.abc import Iterable
@@ -33,7 +34,6 @@ from .answers.request_decision import STANDBY, RequestDecision, Undecided, decis
 from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.clock import CLOCK
 from .limits.refusal_memory import Known
 from .overview import Protection
 from .pricing import Ahead
@@ -56,29 +56,33 @@ _NO_DEPENDENCY = Uncalled(f"RateLimitMiddleware is no dependency. {_ADD} Or Depe
 class RateLimitMiddleware(Covering):
     """Refuses what is over quota, and tells every client how it stands.
 
-    ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background tasks, WebSockets and
-    messages it does not know pass through untouched.
+    ``RateLimitMiddleware(app)`` alone is configured by the environment. Streaming, background
+    tasks, WebSockets and messages it does not know pass through untouched.
 
     Args:
         app: The ASGI app to protect.
-        limits: Notation such as ``"20/second; 1000/hour"``, or a callable that returns it for a request: the rule
-            ``default``, for every path. *limits* and *rules* replace the environment's limits.
-        rules: More rules. Every rule that matches applies, and all are decided together: the request is charged under
-            each, or refused and charged under none.
-        partition_by: Who shares a counter: `client_ip`, ``by_header(name)``, `by_user` or your own callable;
-            ``None`` = ``RATE_LIMIT_PARTITION``.
+        limits: Notation such as ``"20/second; 1000/hour"``, or a callable that returns it for a
+            request: the rule ``default``, for every path. *limits* and *rules* replace the
+            environment's limits.
+        rules: More rules. Every rule that matches applies, and all are decided together: the
+            request is charged under each, or refused and charged under none.
+        partition_by: Who shares a counter: `client_ip`, ``by_header(name)``, `by_user` or your own
+            callable; ``None`` = ``RATE_LIMIT_PARTITION``.
         strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
         on_redis_error: When Redis does not answer: ``local``, ``open`` or ``closed``; ``None`` =
             ``RATE_LIMIT_ON_REDIS_ERROR``.
         exempt: Path patterns that are never counted, or a callable that says so; in addition to
-            ``RATE_LIMIT_EXEMPT_PATHS`` and to the pages of the package's own sub-apps (health, metrics) in *app*.
-        on_exceeded: Given the connection and the `Decision`, may return another response than the 429.
+            ``RATE_LIMIT_EXEMPT_PATHS`` and to the pages of the package's own sub-apps (health,
+            metrics) in *app*.
+        on_exceeded: Given the connection and the `Decision`,
+            may return another response than the 429.
         headers: ``ietf``, ``legacy``, ``both`` or ``none``; ``None`` = ``RATE_LIMIT_HEADERS``.
-        dialect: Adds the fields of ``openai`` or ``anthropic``, of the rules that are called ``requests`` and
-            ``tokens``, and gives refusals the body that their clients, or for ``mcp`` those of MCP, understand. Or a
-            mapping of path patterns to these, of which the first that covers a path counts. ``None`` = problem
-            documents. WebSockets have none.
-        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client; ``None`` = the shared default.
+        dialect: Adds the fields of ``openai`` or ``anthropic``, of the rules that are called
+            ``requests`` and ``tokens``, and gives refusals the body that their clients, or for
+            ``mcp`` those of MCP, understand. Or a mapping of path patterns to these, of which the
+            first that covers a path counts. ``None`` = problem documents. WebSockets have none.
+        redis: A ``RedisManager``, a URL or a ``redis.asyncio`` client;
+            ``None`` = the shared default.
         settings: ``None`` = from the environment.
 
     Raises:
@@ -160,7 +164,7 @@ class RateLimitMiddleware(Covering):
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
             if charges.is_ready and outer is None:
-                if charges.known is not None and kind == "http" and charges.known.repeats(style, CLOCK.monotonic()):
+                if charges.known is not None and kind == "http" and self._engine.repeats(charges.known, style):
                     await self._repeat(charges.known, scope, send)
                     return
                 verdict = self._engine.ask(charges)
@@ -204,7 +208,8 @@ class RateLimitMiddleware(Covering):
     def _spoken(self, scope: Scope, send: Send) -> tuple[AnswerStyle, Send]:
         """The style for a request, told to those below, and where its response goes.
 
-        It is the outermost middleware's, or the outermost one's that has a dialect, so that all of an answer is in one.
+        It is the outermost middleware's, or the outermost one's that has a dialect,
+        so that all of an answer is in one.
         """
         offer = scope[OFFER] = self._offer.below(scope.get(OFFER))
         outermost: AnswerStyle = offer.style
@@ -293,5 +298,7 @@ class RateLimitMiddleware(Covering):
             await send_refusal(verdict, [], style, self._on_exceeded, scope, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hold the shared manager open while the app lives; the last app that ends in this loop closes it."""
+        """Hold the shared manager open while the app lives;
+        the last app that ends in this loop closes it.
+        """
         await live(self.app, self._manager if self._owned else None, scope, receive, send)

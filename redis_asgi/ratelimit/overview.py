@@ -29,9 +29,10 @@ class LimitInForce:
 
     Attributes:
         name: The rule's.
-        limits: Its notation, or how many in flight; ``None`` when a callable says it for each request.
-        by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``, or
-            several of these with a comma between them.
+        limits: Its notation, or how many in flight;
+            ``None`` when a callable says it for each request.
+        by: Who shares a counter: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or
+            ``custom``, or several of these with a comma between them.
         strategy: How it is counted; ``concurrency`` for a limit of what is in flight.
         cost: Units of a request; ``tokens`` when its answer says it, ``None`` when a callable does.
         paths: Patterns, or the one path of a route; ``None`` = every path.
@@ -81,7 +82,8 @@ class Protection:
         return [_in_force(rule, self.engine, dialects) for rule in self.rules]
 
     def limits_of(self, scope: Scope) -> list[LimitInForce] | None:
-        """The rules that cover a request; ``None`` where it is exempt, by its path, from all of them.
+        """The rules that cover a request; ``None`` where it is exempt,
+        by its path, from all of them.
 
         What a callable says (``exempt=``, a partition or limits of ``None``) is not asked.
         """
@@ -100,7 +102,8 @@ def limits_of_route(
 
     Args:
         placed: As `RateLimit` itself knows them.
-        around: The outermost middleware, which decides for limits without a Redis of their own, in its dialect.
+        around: The outermost middleware,
+            which decides for limits without a Redis of their own, in its dialect.
     """
     scope: dict[str, Any] = {} if around is None else {STANDBY: Undecided(around.engine, sees_end=False)}
     spoken = {} if around is None else spoken_on(PathTemplate(path), around.dialects)

@@ -1,4 +1,6 @@
-"""Charges that are not settled by who asks: what a callable says they cost, and what a request was put to before."""
+"""Charges that are not settled by who asks: what a callable says they cost,
+and what a request was put to before.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +29,8 @@ from .rules.reading import NO_BODY, look, look_on_route
 class Ahead:
     """A request whose head alone does not decide it.
 
-    Its body is asked before the app sees it, it is held until its answer has ended, or an instance outside has decided
-    a part of it.
+    Its body is asked before the app sees it, it is held until its answer has ended, or an instance
+    outside has decided a part of it.
 
     Args:
         engine: Decides about it.
@@ -64,7 +66,8 @@ class Ahead:
         if self._outer is not None:
             charges = left_over(charges, self._outer, engine, self._linter)
         if engine.refusals.partitions:
-            # A refusal that is known already spares the reading of a body. Whether there is one, only the body says.
+            # A refusal that is known already spares the reading of a body.
+            # Whether there is one, only the body says.
             says_empty = charges.has_tokens and content_length(self._scope) == 0
             known = engine.remembered(engine.plans.least(without_tokens(charges) if says_empty else charges))
             if known is not None:
@@ -83,7 +86,8 @@ class Ahead:
                         more = left_over(more, self._outer, engine, self._linter)
                     charges = engine.plans.together(charges, more)
             finally:
-                # Also for the answer to a request that lacks an identity, which may name what its body says.
+                # Also for the answer to a request that lacks an identity,
+                # which may name what its body says.
                 self.receive = buffer.replay()
         spendings: Mapping[Charge, Spending] | None = None
         unpriced = charges
@@ -192,7 +196,8 @@ async def _ask(price: Pricer, policies: PolicySet, request: BufferedRequest) -> 
     if not request.unreadable:
         price.note_cost(policies, cost)
         return cost
-    # A body that is too big to look at must never be the cheap one, whatever the callable made of it.
+    # A body that is too big to look at must never be the cheap one,
+    # whatever the callable made of it.
     unread = Unread()
     unread.is_abandoned = request.is_abandoned
     return unread
@@ -258,7 +263,9 @@ async def charges_beside(
 async def charges_on_route(
     behind: Plan | None, charges: Charges, conn: HTTPConnection, engine: Engine
 ) -> tuple[Charges, Asked | None]:
-    """*charges* of a request to an endpoint, and those that its body says, and what that asks of a model."""
+    """*charges* of a request to an endpoint, and those that its body says,
+    and what that asks of a model.
+    """
     asks = charges.has_tokens or (behind is not None and behind.has_tokens)
     readers = () if behind is None else behind.readers
     asked = await look_on_route(conn, engine.settings.RATE_LIMIT_BODY_CAP, readers, asks=asks)

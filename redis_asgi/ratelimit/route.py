@@ -37,29 +37,32 @@ _MOST_ROUTES = 4096
 
 @constructor_says_what_was_meant("RateLimit('5/minute', name='export')")
 class RateLimit:
-    """A limit on one endpoint: ``Depends(RateLimit("5/minute"))`` in FastAPI, also for a whole router.
+    """A limit on one endpoint: ``Depends(RateLimit("5/minute"))`` in FastAPI, also for a whole
+    router.
 
-    It is decided after the middleware's limits, if there are any: its policies join ``request.state.rate_limit``, and
-    the middleware writes all of them in one header. Without the middleware it writes its own. Over quota it raises
-    `RateLimitExceeded`, which answers by itself.
+    It is decided after the middleware's limits, if there are any: its policies join
+    ``request.state.rate_limit``, and the middleware writes all of them in one header. Without the
+    middleware it writes its own. Over quota it raises `RateLimitExceeded`, which answers by itself.
 
-    Limits on the app, its routers and the route that follow each other with no other dependency between are decided
-    together: all are charged, or none. One behind another dependency is decided when its turn has come; if it refuses,
-    what was charged before it stays charged.
+    Limits on the app, its routers and the route that follow each other with no other dependency
+    between are decided together: all are charged, or none. One behind another dependency is decided
+    when its turn has come; if it refuses, what was charged before it stays charged.
 
     Args:
         limits: Notation, or a callable that returns it for a request (``None`` = not limited).
-        name: The counters' name; equal names share. ``None`` = the endpoint's ``module.qualname`` with
-            ``-<quota>-<window>s`` behind it, or of a callable, whose quotas change, with its place among them:
-            ``-<window>s``, ``-2-<window>s``. Each endpoint has its own counter, the same in every worker, and limits
-            stacked on one endpoint are told apart.
+        name: The counters' name; equal names share. ``None`` = the endpoint's ``module.qualname``
+            with ``-<quota>-<window>s`` behind it, or of a callable, whose quotas change, with its
+            place among them: ``-<window>s``, ``-2-<window>s``. Each endpoint has its own counter,
+            the same in every worker, and limits stacked on one endpoint are told apart.
         partition_by: Who shares a counter; ``None`` = ``RATE_LIMIT_PARTITION``.
-        cost: Units a request consumes, or a callable that says so for a connection; or `tokens`, which are settled
-            where a `RateLimitMiddleware` outside sees the answer, else when the app says what was ``used``.
+        cost: Units a request consumes, or a callable that says so for a connection; or `tokens`,
+            which are settled where a `RateLimitMiddleware` outside sees the answer, else when the
+            app says what was ``used``.
         strategy: ``None`` = ``RATE_LIMIT_STRATEGY``.
         on_redis_error: ``None`` = ``RATE_LIMIT_ON_REDIS_ERROR``.
         shadow: Count and report, never refuse.
-        redis: ``None`` = the middleware's Redis, or the shared default where there is no middleware.
+        redis: ``None`` = the middleware's Redis,
+            or the shared default where there is no middleware.
         settings: ``None`` = the middleware's, or from the environment at the first request.
 
     Raises:
@@ -126,7 +129,9 @@ class RateLimit:
         return await Stack([(self, 0)], endpoint).check(conn)
 
     def _with_neighbours(self, scope: Scope) -> Stack:
-        """This one, and those that FastAPI calls right behind it, with nothing between that they could depend on."""
+        """This one, and those that FastAPI calls right behind it,
+        with nothing between that they could depend on.
+        """
         dependant = dependant_of(scope)
         if dependant is None:
             return Stack([(self, 0)], scope.get("endpoint"))
@@ -158,7 +163,9 @@ class RateLimit:
         return self._compile(self.settings_under(settings)).statuses
 
     def engine_for(self, scope: Scope) -> Engine:
-        """The engine that decides about a request: the middleware's, unless this limit has a Redis of its own."""
+        """The engine that decides about a request: the middleware's,
+        unless this limit has a Redis of its own.
+        """
         if self._redis is None and self._settings is None:
             decision = decision_of(scope)
             if decision is not None:
@@ -200,7 +207,9 @@ class RateLimit:
         )
 
     def warn_of_no_user(self, rules: Iterable[CompiledRule]) -> None:
-        """Say once if that one of *rules* which is its own counts by a user whom no middleware outside looks up."""
+        """Say once if that one of *rules* which is its own counts by a user whom no middleware
+        outside looks up.
+        """
         for rule in rules:
             if not self._has_warned and rule.written is self._rule and rule.partition.counts_users:
                 self._has_warned = True

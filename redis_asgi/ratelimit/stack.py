@@ -1,4 +1,6 @@
-"""Limits that stand one right on another in front of an endpoint, and a request that is put to them together."""
+"""Limits that stand one right on another in front of an endpoint,
+and a request that is put to them together.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 # A limit, and its place among those of an endpoint.
 Placed: TypeAlias = "tuple[RateLimit, int]"
 
-# Where a scope keeps the limits that its request was put to, perhaps before its turn had come to them, and their names.
+# Where a scope keeps the limits that its request was put to,
+# perhaps before its turn had come to them, and their names.
 _ASKED = "redis_asgi.route_limits"
 
 
@@ -47,7 +50,8 @@ class Stack:
             self._placed.setdefault((placed[0], placed[0].name or name), placed)
         self._all = tuple(self._placed.values())
         self._keys = frozenset(self._placed)
-        # Who decides all of them, and by which plans: for the request before, and so for nearly all.
+        # Who decides all of them, and by which plans:
+        # for the request before, and so for nearly all.
         self._last: tuple[list[Engine], Sequence[tuple[Engine, Plan]]] = [], ()
 
     async def check(self, conn: HTTPConnection) -> RequestDecision | None:
@@ -55,7 +59,8 @@ class Stack:
 
         Raises:
             RateLimitExceeded: Over quota.
-            HTTPException: 503 when a limit fails closed, 400 when the identity is missing and must not be.
+            HTTPException: 503 when a limit fails closed,
+                400 when the identity is missing and must not be.
             WebSocketException: Instead, where a handshake cannot be answered.
         """
         scope = conn.scope

@@ -57,7 +57,8 @@ class Styles:
     Args:
         paths: The first that covers a path, in whatever spelling, says its dialect.
         routing: The routers of the wrapped app, for what they may take the path for.
-        body_cap: The most that is read of a request's body for the name that the client gives it, in bytes.
+        body_cap: The most that is read of a request's body for the name that the client gives it,
+            in bytes.
     """
 
     def __init__(self, paths: DialectPaths, routing: Routing, headers: HeaderStyle, body_cap: int) -> None:

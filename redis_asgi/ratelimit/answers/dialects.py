@@ -1,8 +1,9 @@
-"""Dialects: what a limit says, in the fields and bodies that clients of language models and of tools read.
+"""Dialects: what a limit says, in the fields and bodies that clients of language models and of
+tools read.
 
-``openai`` and ``anthropic`` tell of the rules that are called as those services call theirs, and refuse with the bodies
-that their SDKs make exceptions of; ``mcp`` refuses with a JSON-RPC error. All of it is pure functions of what was
-decided, the time of day given.
+``openai`` and ``anthropic`` tell of the rules that are called as those services call theirs, and
+refuse with the bodies that their SDKs make exceptions of; ``mcp`` refuses with a JSON-RPC error.
+All of it is pure functions of what was decided, the time of day given.
 """
 
 import math
@@ -22,7 +23,8 @@ from ..limits.policy import MICROSECONDS, Policy
 Fields: TypeAlias = list[tuple[bytes, bytes]]
 DialectName = Literal["openai", "anthropic", "mcp"]
 
-# The SDKs wait for as long as they are told, asleep, or ask three times where they are told nothing (s).
+# The SDKs wait for as long as they are told, asleep,
+# or ask three times where they are told nothing (s).
 LONGEST_RETRY = 60.0
 # The answer of a remembered refusal that says milliseconds is made anew this often (s).
 SHORTEST_KEPT = 0.1
@@ -30,7 +32,8 @@ NUMBERS = ("limit", "remaining", "reset")
 RETRY_AFTER_MS, SHOULD_RETRY = b"retry-after-ms", b"x-should-retry"
 _JSON_RPC_ERROR = -32000
 _NO_ID = b'"id":null}'
-# The first revision of MCP whose clients take a 429 for the answer to one request, not for the end of their session.
+# The first revision of MCP whose clients take a 429 for the answer to one request,
+# not for the end of their session.
 _STATUS_SINCE = "2026-07-28"
 _REVISION = re.compile(r"\d{4}-\d{2}-\d{2}")
 
@@ -62,9 +65,11 @@ class Dialect:
 
     Attributes:
         name: How it is chosen.
-        pattern: The name of its fields, of the ``number`` that one tells and the ``kind`` of rule that it is about.
+        pattern: The name of its fields,
+            of the ``number`` that one tells and the ``kind`` of rule that it is about.
         kinds: The names of the rules that its fields tell of.
-        names_request: Whether its bodies name the request that they answer, which stands in the request's body.
+        names_request: Whether its bodies name the request that they answer,
+            which stands in the request's body.
     """
 
     name: ClassVar[DialectName]
@@ -94,7 +99,8 @@ class Dialect:
         """A function that makes the fields of numbers.
 
         Args:
-            policies: Each with the place of its numbers: what remains, and the reset in us. Shadows are left out.
+            policies: Each with the place of its numbers: what remains,
+                and the reset in us. Shadows are left out.
         """
         enforcing = [(place, policy) for place, policy in policies if not policy.shadow]
         told = [
@@ -121,7 +127,9 @@ class Dialect:
         raise NotImplementedError
 
     def refusal_fields(self, retry_after: float | None) -> Fields:
-        """The fields of a refusal beside ``Retry-After``; *retry_after* is in seconds, ``None`` = never."""
+        """The fields of a refusal beside ``Retry-After``;
+        *retry_after* is in seconds, ``None`` = never.
+        """
         found: Fields = []
         if retry_after is not None:
             found.append((RETRY_AFTER_MS, b"%d" % max(1, _milliseconds(retry_after))))
@@ -201,8 +209,10 @@ class AnswerStyle:
 
     Attributes:
         headers: Which of the standard fields it writes.
-        dialect: Adds fields of its own and writes the bodies of refusals; ``None`` = problem documents.
-        body_cap: The most that is read of a request's body for the name that the client gives it, in bytes.
+        dialect: Adds fields of its own and writes the bodies of refusals; ``None`` = problem
+            documents.
+        body_cap: The most that is read of a request's body for the name that the client gives it,
+            in bytes.
         is_plain: Whether its fields are those that are made ready with every reply, and no others.
         names_request: As of its dialect.
     """
@@ -239,7 +249,9 @@ def _milliseconds(seconds: float) -> int:
 
 
 def go_duration(seconds: float) -> str:
-    """*seconds*, 0 or more, as Go writes them, rounded up to a millisecond: ``0s``, ``12ms``, ``1m0.052s``."""
+    """*seconds*, 0 or more, as Go writes them, rounded up to a millisecond:
+    ``0s``, ``12ms``, ``1m0.052s``.
+    """
     whole, rest = divmod(_milliseconds(seconds), 1000)
     if whole == 0 and rest:
         return f"{rest}ms"
@@ -256,7 +268,9 @@ def utc_time(unix: float) -> str:
 
 
 def reply(body: bytes, request_id: object) -> bytes:
-    """The *body* of a JSON-RPC error as the answer to the request of that id: text or a number, else ``null``."""
+    """The *body* of a JSON-RPC error as the answer to the request of that id:
+    text or a number, else ``null``.
+    """
     if not isinstance(request_id, str | int | float) or isinstance(request_id, bool):
         return body
     return body.removesuffix(_NO_ID) + b'"id":%b}' % orjson.dumps(request_id)
@@ -265,8 +279,8 @@ def reply(body: bytes, request_id: object) -> bytes:
 def status_for(method: str, revision: str, status: int) -> int:
     """The *status* of a JSON-RPC error for a client of that *revision* of MCP.
 
-    An older one ends its session at any status but 200. What it does not POST, such as its waiting for events, is no
-    JSON-RPC request and is told by the status.
+    An older one ends its session at any status but 200. What it does not POST, such as its waiting
+    for events, is no JSON-RPC request and is told by the status.
     """
     if method == "POST" and not (_REVISION.fullmatch(revision) and revision >= _STATUS_SINCE):
         return 200

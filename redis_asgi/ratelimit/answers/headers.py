@@ -1,7 +1,9 @@
-"""Header fields and problem documents: pure functions, one per style; `dialects` has what services of models add.
+"""Header fields and problem documents: pure functions, one per style;
+`dialects` has what services of models add.
 
-``RateLimit`` and ``RateLimit-Policy`` follow draft-ietf-httpapi-ratelimit-headers-11 (May 2026): structured-field lists
-(RFC 9651) of named policies. Problem types are the draft's; their format is RFC 9457.
+``RateLimit`` and ``RateLimit-Policy`` follow draft-ietf-httpapi-ratelimit-headers-11 (May 2026):
+structured-field lists (RFC 9651) of named policies. Problem types are the draft's; their format is
+RFC 9457.
 """
 
 import math
@@ -25,16 +27,20 @@ _TYPES = "https://iana.org/assignments/http-problem-types#"
 
 
 def whole_seconds(seconds: float) -> int:
-    """Seconds as a header may say them: rounded up, so never earlier than the truth, and at least 1."""
+    """Seconds as a header may say them: rounded up,
+    so never earlier than the truth, and at least 1.
+    """
     return max(1, math.ceil(seconds))
 
 
 class Members:
-    """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of, a member each (draft-11, sections 3 and 4).
+    """The policies that ``RateLimit-Policy`` and ``RateLimit`` tell of,
+    a member each (draft-11, sections 3 and 4).
 
     Args:
-        policies: Each with the place of its numbers: remaining, and reset and retry in us, where 0 is "now", and
-            less is "never". Shadows are left out. Names need no escapes in a structured-field string.
+        policies: Each with the place of its numbers: remaining, and reset and retry in us, where 0
+            is "now", and less is "never". Shadows are left out. Names need no escapes in a
+            structured-field string.
     """
 
     __slots__ = ("_policies", "_shown", "_template")
@@ -51,8 +57,9 @@ class Members:
     def fields(self, numbers: Sequence[int]) -> Fields:
         """The fields that say *numbers*; none when all policies are shadows.
 
-        The draft's ``t`` is the seconds within which no more than the remaining units can be used: to a fixed window's
-        end; for the others until more is admitted when nothing is left, else the window.
+        The draft's ``t`` is the seconds within which no more than the remaining units can be used:
+        to a fixed window's end; for the others until more is admitted when nothing is left, else
+        the window.
         """
         values: tuple[int, ...] = ()
         for at, is_fixed, window in self._shown:
@@ -66,7 +73,9 @@ class Members:
 
 
 def _unit(policy: Policy | PolicyState) -> str:
-    """The unit of *policy*'s quota: the draft's default in a window, or its unit for requests in flight."""
+    """The unit of *policy*'s quota: the draft's default in a window,
+    or its unit for requests in flight.
+    """
     return f"w={policy.window}" if policy.window else 'qu="concurrent-requests"'
 
 
@@ -94,12 +103,16 @@ def renderer(charges: Charges) -> Callable[[Sequence[int]], Fields]:
 
 
 def renderer_of(style: HeaderStyle) -> Callable[[Charges], Callable[[Sequence[int]], Fields]] | None:
-    """`renderer`, for a *style* whose fields depend on the reply alone; others are made when they are sent."""
+    """`renderer`, for a *style* whose fields depend on the reply alone;
+    others are made when they are sent.
+    """
     return renderer if style == "ietf" else None
 
 
 def fields_of(first: Verdict, style: AnswerStyle) -> Fields:
-    """The header fields of a request's *first* verdict and all more, in the configured style. Do not change them."""
+    """The header fields of a request's *first* verdict and all more,
+    in the configured style. Do not change them.
+    """
     if first.rendered is not None and not first.more and style.is_plain:
         alone: Fields = first.rendered
         return alone
@@ -142,7 +155,8 @@ def _standard_fields(first: Verdict, style: HeaderStyle) -> Fields:
 def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now: float) -> Fields:
     """``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` of the one policy that matters most.
 
-    The violated one with the longest wait, else the one with the least of its quota left. The reset is epoch seconds.
+    The violated one with the longest wait,
+    else the one with the least of its quota left. The reset is epoch seconds.
     """
     if not states:
         return []
@@ -161,7 +175,9 @@ def legacy_fields(states: Sequence[PolicyState], violated: Sequence[str], *, now
 
 
 def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
-    """The fields of a decision in the configured style; none for shadow policies or when no engine decided."""
+    """The fields of a decision in the configured style;
+    none for shadow policies or when no engine decided.
+    """
     if style == "none" or decision.source == "none":
         return []
     states = [state for state in decision.policies if not state.shadow]
@@ -172,7 +188,9 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
 
 
 def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
-    """The start of a response with *fields* after its own headers; one whose name it has already is left out."""
+    """The start of a response with *fields* after its own headers;
+    one whose name it has already is left out.
+    """
     theirs = message.get("headers") or ()
     if type(theirs) is not list:
         theirs = list(theirs)  # an app may pass what can be read only once
@@ -201,7 +219,8 @@ _OURS = frozenset(
 
 
 def refusal_fields(decision: Decision, dialect: Dialect | None = None) -> Fields:
-    """``Retry-After``, if waiting helps, and ``Cache-Control``: RFC 6585 forbids caches to store a 429.
+    """``Retry-After``, if waiting helps, and ``Cache-Control``:
+    RFC 6585 forbids caches to store a 429.
 
     And what *dialect* adds.
     """
@@ -257,7 +276,9 @@ def quota_exceeded(decision: Decision, held: str = "") -> bytes:
 
 
 def held_words(units: int) -> str:
-    """The words about *units* that requests hold whose cost is known after their answers: some may come back."""
+    """The words about *units* that requests hold whose cost is known after their answers: some may
+    come back.
+    """
     return f" Requests in flight in this process hold {units} of it." if units else ""
 
 
@@ -270,7 +291,9 @@ def content_fields(body: bytes, style: AnswerStyle) -> Fields:
 def rendered_refusal(
     policy: Policy, remaining: int, reset: int, retry: int, style: AnswerStyle, held: str = ""
 ) -> tuple[Fields, bytes]:
-    """All header fields and the body of a 429 by one policy; *reset* and *retry* in us, *held* as `held_words` says."""
+    """All header fields and the body of a 429 by one policy;
+    *reset* and *retry* in us, *held* as `held_words` says.
+    """
     state = policy_state(policy, remaining, reset, retry)
     decision = refusal_of((state,), (state,), "redis")
     body = refusal_body(decision, style, held)
@@ -284,14 +307,18 @@ def _quota_exceeded(detail: str, violated: tuple[str, ...]) -> bytes:
 
 
 def reduced_capacity(style: AnswerStyle) -> bytes:
-    """The body of a 503 while a rule that fails closed cannot be decided: ``temporary-reduced-capacity``."""
+    """The body of a 503 while a rule that fails closed cannot be decided:
+    ``temporary-reduced-capacity``.
+    """
     if style.dialect is not None:
         return style.dialect.body(Refused(503, UNDECIDED, None, 1.0))
     return problem(503, UNDECIDED, _TYPES + "temporary-reduced-capacity")
 
 
 def identity_missing(what: str, style: AnswerStyle) -> bytes:
-    """The body of a 400: a rule counts by *what*, the request has none, and the setting says to refuse."""
+    """The body of a 400: a rule counts by *what*, the request has none,
+    and the setting says to refuse.
+    """
     kind, _, name = what.partition(":")
     needed = f"the header {name!r}" if kind == "header" else "an authenticated user"
     detail = f"This request needs {needed}."

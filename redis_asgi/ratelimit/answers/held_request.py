@@ -11,7 +11,8 @@ _ENDS = frozenset(("http.response.pathsend", "websocket.close"))
 def until_ended(verdict: Verdict, receive: Receive, send: Send) -> tuple[Receive, Send]:
     """The receive and send of a held request's app, by which *verdict* is released at its end.
 
-    The app may go on after that, with background tasks or with what it does when a WebSocket is closed.
+    The app may go on after that, with background tasks or with what it does when a WebSocket is
+    closed.
     """
 
     async def receiving() -> Message:

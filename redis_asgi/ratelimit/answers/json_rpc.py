@@ -1,4 +1,6 @@
-"""JSON-RPC answers to requests that are refused before the app sees them: the id is read from the request's body."""
+"""JSON-RPC answers to requests that are refused before the app sees them:
+the id is read from the request's body.
+"""
 
 from starlette.types import Receive, Scope
 
@@ -11,7 +13,8 @@ async def in_reply(status: int, body: bytes, scope: Scope, receive: Receive, cap
     """The status and the *body* of a refusal, as the answer to the request in *scope*.
 
     Args:
-        cap: The most that is read of the request's body, in bytes; of a longer one the id is not known.
+        cap: The most that is read of the request's body, in bytes;
+            of a longer one the id is not known.
     """
     content = await Buffer(receive, cap=cap).whole() if scope["method"] == "POST" else None
     return answer_to(content, status, body, scope)

@@ -32,9 +32,11 @@ def text_fields(decision: RequestDecision, scope: Scope) -> dict[str, str]:
 
 
 class LimitedResponse:
-    """The app's response on its way out: fields added once, at its start, and charges settled at its end.
+    """The app's response on its way out: fields added once, at its start,
+    and charges settled at its end.
 
-    Nothing that the scope holds refers to it: a cycle through ``send`` would leave every request to the collector.
+    Nothing that the scope holds refers to it:
+    a cycle through ``send`` would leave every request to the collector.
     """
 
     __slots__ = ("_back", "_gone", "_reader", "_send", "_style", "_verdict", "decision", "status")
@@ -108,13 +110,17 @@ class LimitedResponse:
         return message
 
     def failed(self, error: BaseException) -> None:
-        """Settle for an app that raised: a 500, unless the client has gone; what that asked for stays charged."""
+        """Settle for an app that raised: a 500, unless the client has gone;
+        what that asked for stays charged.
+        """
         gone = self._gone or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
         self._verdict.settle(self.status if gone else 500)
 
 
 class UncoveredResponse:
-    """The response to a request that no rule covers: untouched, unless a per-route limit decides about it."""
+    """The response to a request that no rule covers: untouched,
+    unless a per-route limit decides about it.
+    """
 
     __slots__ = ("_of_route", "_send", "_standby", "_style")
 

@@ -1,4 +1,6 @@
-"""`RateLimitExceeded`: the 429 an endpoint raises, which answers by itself in Starlette and FastAPI."""
+"""`RateLimitExceeded`: the 429 an endpoint raises,
+which answers by itself in Starlette and FastAPI.
+"""
 
 import math
 
@@ -15,14 +17,16 @@ from .dialects import AnswerStyle, Fields
 class RateLimitExceeded(RedisASGIError, HTTPException):
     """A client is over its quota.
 
-    An ``HTTPException`` of status 429: raised in an endpoint, the framework answers with its ``headers`` (never a
-    ``Content-Type``, which is the handler's) and its ``detail``, which does not name the client.
+    An ``HTTPException`` of status 429: raised in an endpoint, the framework answers with its
+    ``headers`` (never a ``Content-Type``, which is the handler's) and its ``detail``, which does
+    not name the client.
 
     Args:
         client_id: Who; in ``str()`` and logs only. Give an address or a digest, never a credential.
         limit: Units allowed per *window*.
         window: Seconds.
-        decision: Where ``Retry-After`` and the limit fields come from; without one, ``Retry-After`` is *window*.
+        decision: Where ``Retry-After`` and the limit fields come from;
+            without one, ``Retry-After`` is *window*.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ def _texts(fields: Fields) -> dict[str, str]:
 
 
 def refusal_on(decision: Decision, verdict: Verdict, style: AnswerStyle) -> HTTPException:
-    """The exception of an endpoint that *verdict*, a part of the *decision* on its request, refuses."""
+    """The exception of an endpoint that *verdict*,
+    a part of the *decision* on its request, refuses.
+    """
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
     if not refusing:  # no engine could decide, and the limit fails closed
         return HTTPException(503, headers.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect)))

@@ -1,4 +1,6 @@
-"""Refusals: 429, 503 or 400 with a body in the client's dialect, for HTTP and for WebSocket handshakes."""
+"""Refusals: 429, 503 or 400 with a body in the client's dialect,
+for HTTP and for WebSocket handshakes.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from inspect import isawaitable
@@ -77,7 +79,8 @@ async def send_refusal(
 
 
 def remember_answer(verdict: Verdict, known: Known, style: AnswerStyle) -> None:
-    """Make a flood's usual refusal ready: one *known* to be one policy's, in a *style* that does not name the request.
+    """Make a flood's usual refusal ready: one *known* to be one policy's,
+    in a *style* that does not name the request.
 
     The answer of before stays where it still says what is true.
     """
@@ -95,7 +98,9 @@ async def send_again(known: Known, scope: Scope, send: Send) -> None:
 
 
 def _render(known: Known, style: AnswerStyle, now: float, held: str) -> None:
-    """Make the answer of what is *known*, kept for as long as the whole seconds in it stay the same."""
+    """Make the answer of what is *known*,
+    kept for as long as the whole seconds in it stay the same.
+    """
     charge, refusal = known[0]
     remaining, reset, retry = refusal.numbers(charge.cost, now)
     known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
@@ -113,7 +118,9 @@ async def refuse_identity(what: str, style: AnswerStyle, scope: Scope, receive: 
 
 
 def can_respond(scope: Scope) -> bool:
-    """Whether a refusal can have a status and a body; a WebSocket's only through the server's extension."""
+    """Whether a refusal can have a status and a body;
+    a WebSocket's only through the server's extension.
+    """
     return scope["type"] == "http" or "websocket.http.response" in (scope.get("extensions") or {})
 
 

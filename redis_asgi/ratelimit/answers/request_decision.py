@@ -1,4 +1,6 @@
-"""`RequestDecision`: what the app finds as ``request.state.rate_limit``, and where the scope keeps it."""
+"""`RequestDecision`: what the app finds as ``request.state.rate_limit``, and where the scope keeps
+it.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -19,22 +21,24 @@ from ..limits.charge import Charges
 from ..limits.decision import Decision, merged
 from ..limits.policy import Partition, Policy, PolicySet
 
-# Where a scope keeps it, beside ``request.state.rate_limit``: a server may give all its requests one ``state``.
+# Where a scope keeps it, beside ``request.state.rate_limit``:
+# a server may give all its requests one ``state``.
 _DECISION = "redis_asgi.rate_limit"
 # Where a scope keeps the `Undecided` of a middleware that decides nothing about the request.
 STANDBY = "redis_asgi.rate_limit_standby"
 
 
 class RequestDecision(Decision):
-    """A request's `Decision` as ``request.state.rate_limit`` has it: with a way to charge more, or less.
+    """A request's `Decision` as ``request.state.rate_limit`` has it:
+    with a way to charge more, or less.
 
     ::
 
         limit: RequestDecision = request.state.rate_limit  # in FastAPI, an argument ``limit: CurrentLimit``
         limit.charge(tokens)
 
-    Its fields are read from the verdicts at the first look at one, so that a request whose app never does pays
-    nothing for them.
+    Its fields are read from the verdicts at the first look at one, so that a request whose app
+    never does pays nothing for them.
     """
 
     __slots__ = ("first",)
@@ -46,7 +50,8 @@ class RequestDecision(Decision):
         "RequestDecision is what no request holds. Write limit: CurrentLimit, or take request.state.rate_limit."
     ).__get_pydantic_core_schema__
 
-    # It is made for each request: `keep_decision` gives it its verdict, in half the time of a method in Python.
+    # It is made for each request: `keep_decision` gives it its verdict,
+    # in half the time of a method in Python.
     __init__ = object.__init__
 
     @property
@@ -109,33 +114,39 @@ class RequestDecision(Decision):
                 object.__delattr__(self, field)
 
     def charge(self, cost: int, policy: str | None = None) -> None:
-        """Add *cost* units to what this request was charged, or give units back when it is negative.
+        """Add *cost* units to what this request was charged,
+        or give units back when it is negative.
 
-        For what is known only later: tokens generated, bytes sent, a cache hit. May exceed the quota, up to ten times:
-        a fixed window forgets the debt at its end, the other strategies pay it off. Never more is given back than the
-        request was charged.
+        For what is known only later: tokens generated, bytes sent, a cache hit. May exceed the
+        quota, up to ten times: a fixed window forgets the debt at its end, the other strategies pay
+        it off. Never more is given back than the request was charged.
 
         Args:
             policy: Only this policy; ``None`` = all that apply to the request.
 
         Raises:
-            ValueError: If *cost* is not a whole number, or *policy* does not apply to this request. One that is not
-                known while Redis does not answer is passed over: it may be of a rule that fails open.
+            ValueError: If *cost* is not a whole number, or *policy* does not apply to this request.
+                One that is not known while Redis does not answer is passed over: it may be of a
+                rule that fails open.
             RuntimeError: After the response's last byte.
         """
         self.ledger.charge(cost, policy)
 
     def used(self, units: int, policy: str | None = None) -> None:
-        """Say what this request has used of its budgets in tokens, in place of what its answer says.
+        """Say what this request has used of its budgets in tokens,
+        in place of what its answer says.
 
-        For what no answer says, and for what the app knows better. Said several times, the last one counts.
+        For what no answer says, and for what the app knows better.
+        Said several times, the last one counts.
 
         Args:
             units: Of the quota, in all, 0 or more; no weights are applied.
-            policy: Only this policy, or rule; ``None`` = all whose ``cost`` is `tokens`, of which there may be none.
+            policy: Only this policy, or rule;
+                ``None`` = all whose ``cost`` is `tokens`, of which there may be none.
 
         Raises:
-            ValueError: If *units* is not a whole number, 0 or more, or *policy* does not count this request in tokens.
+            ValueError: If *units* is not a whole number, 0 or more,
+                or *policy* does not count this request in tokens.
             RuntimeError: After the response's last byte.
         """
         self.ledger.used(units, policy)
@@ -143,26 +154,27 @@ class RequestDecision(Decision):
     async def reset(self, name: str) -> bool:
         """Give the client its full quota back under *name*, such as after a login that succeeded.
 
-        Of what this request was charged nothing remains either. Other processes may refuse the client from memory for
-        up to a second more.
+        Of what this request was charged nothing remains either. Other processes may refuse the
+        client from memory for up to a second more.
 
         Args:
             name: A rule's, or of a per-route limit its own; of several limits all are reset.
 
         Returns:
-            Whether there was a counter to forget; ``False`` also when no limit of that name applies to this request, or
-            Redis does not answer within ``RATE_LIMIT_TIMEOUT``.
+            Whether there was a counter to forget; ``False`` also when no limit of that name applies
+            to this request, or Redis does not answer within ``RATE_LIMIT_TIMEOUT``.
         """
         return await self.ledger.reset(name)
 
 
 class Undecided:
-    """A request that a middleware decides nothing about, as it leaves it to the per-route limits behind it.
+    """A request that a middleware decides nothing about,
+    as it leaves it to the per-route limits behind it.
 
     Attributes:
         engine: The one to decide by.
-        sees_end: Whether it writes the fields of what they decide, and settles that at the response's end; not for what
-            is exempt.
+        sees_end: Whether it writes the fields of what they decide, and settles that at the
+            response's end; not for what is exempt.
         decision: That, once there is one.
     """
 
@@ -193,7 +205,8 @@ def is_over(scope: Scope) -> bool:
 
 
 def check_names(decision: RequestDecision | None, asking: Iterable[Charges], *, but_by: Engine | None = None) -> bool:
-    """Refuse two limits of one name on one request: they would share a counter, and look like one in the fields.
+    """Refuse two limits of one name on one request: they would share a counter,
+    and look like one in the fields.
 
     Args:
         decision: What was decided about the request so far, by any engine but *but_by*.
@@ -229,7 +242,9 @@ def _written(policy: Policy) -> str:
 
 
 def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:
-    """The decision that begins with a verdict, put where the app finds it, and where `decision_of` does."""
+    """The decision that begins with a verdict,
+    put where the app finds it, and where `decision_of` does.
+    """
     decision: RequestDecision = RequestDecision()
     _set_first(decision, first)
     state = scope["state"] if "state" in scope else scope.setdefault("state", {})

@@ -1,8 +1,9 @@
-"""`Rewording`: a refusal that an endpoint's limit raises, said in the dialect of the middleware outside.
+"""`Rewording`: a refusal that an endpoint's limit raises,
+said in the dialect of the middleware outside.
 
-The limit raises an ``HTTPException``, so that the app's own handler may answer it. What Starlette's and FastAPI's
-handlers make of one knows no dialect: their bodies are put into it on their way out. A body that the app made itself
-stays as it is.
+The limit raises an ``HTTPException``, so that the app's own handler may answer it. What Starlette's
+and FastAPI's handlers make of one knows no dialect: their bodies are put into it on their way out.
+A body that the app made itself stays as it is.
 """
 
 import orjson
@@ -17,12 +18,14 @@ from .json_rpc import answer_to
 
 # Where a scope keeps the `Rewording` of its response.
 REWORDING = "redis_asgi.rewording"
-# What the frameworks' handlers add to the text, where it is told as JSON; six bytes for each of its characters.
+# What the frameworks' handlers add to the text, where it is told as JSON;
+# six bytes for each of its characters.
 _AROUND = 100
 
 
 class Rewording:
-    """The response to one request, on its way to the server; it passes untouched unless something is `offered`.
+    """The response to one request, on its way to the server;
+    it passes untouched unless something is `offered`.
 
     Args:
         style: With a dialect.
@@ -42,7 +45,8 @@ class Rewording:
         """Answer so, where *refused* is about to be told by a framework's own handler.
 
         Args:
-            content: The request's body, for a dialect that names the request; ``None`` = it cannot be read.
+            content: The request's body, for a dialect that names the request; ``None`` = it cannot
+                be read.
         """
         dialect = self.style.dialect
         if dialect is not None:
@@ -76,13 +80,17 @@ class Rewording:
 
 
 def rewording_in(scope: Scope) -> Rewording | None:
-    """The rewording of the response to a request; ``None`` where no middleware outside has a dialect."""
+    """The rewording of the response to a request;
+    ``None`` where no middleware outside has a dialect.
+    """
     rewording: Rewording | None = scope.get(REWORDING)
     return rewording
 
 
 def refused_as(error: HTTPException, decision: Decision | None) -> Refused:
-    """The words of a dialect about an *error* that a limit raises; *decision* is the one that refuses, if one does."""
+    """The words of a dialect about an *error* that a limit raises;
+    *decision* is the one that refuses, if one does.
+    """
     if error.status_code == 429 and decision is not None:
         return refused_by(decision, error.detail)
     return Refused(error.status_code, error.detail, None, None if decision is None else decision.retry_after)

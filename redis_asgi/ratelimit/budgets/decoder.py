@@ -1,4 +1,6 @@
-"""Decoding an answer's body as it passes: gzip and deflate, in slices, and never more than is worth it."""
+"""Decoding an answer's body as it passes: gzip and deflate, in slices,
+and never more than is worth it.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ _TIMES = 256  # that a text may be longer than what it was compressed to, beyond
 
 
 class Decoder:
-    """Decompresses gzip, or deflate with or without zlib's header; stops for good at what is neither, or a bomb."""
+    """Decompresses gzip, or deflate with or without zlib's header;
+    stops for good at what is neither, or a bomb.
+    """
 
     __slots__ = ("_begun", "_decompressor", "_read", "_written")
 

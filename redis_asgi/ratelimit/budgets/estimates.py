@@ -1,4 +1,6 @@
-"""Estimates of a request's cost, read from its body: its texts and media, and the output that it asks for."""
+"""Estimates of a request's cost, read from its body: its texts and media,
+and the output that it asks for.
+"""
 
 import re
 from bisect import bisect_left, insort
@@ -80,8 +82,9 @@ class Outputs:
 def input_tokens(document: object) -> float:
     """The tokens that are read of a request, in exact quarters: a guess, which must not be nothing.
 
-    A quarter for each byte of UTF-8 of each text; 1 for each whole number of a list, which is a token; 1,000 for each
-    image, sound or file that the body holds itself, as a ``data:`` URL or in base64.
+    A quarter for each byte of UTF-8 of each text; 1 for each whole number of a list, which is a
+    token; 1,000 for each image, sound or file that the body holds itself, as a ``data:`` URL or in
+    base64.
 
     Args:
         document: Its body as JSON made it, however deep.
@@ -92,8 +95,9 @@ def input_tokens(document: object) -> float:
 def asked_output(document: object) -> int | None:
     """The tokens that a request lets the model write; ``None`` if it does not say, or nonsense.
 
-    The largest of ``max_tokens``, ``max_completion_tokens``, ``max_output_tokens`` and ``options.num_predict``, of
-    those that are whole numbers above 0, times ``n`` if that is one too; 2^53 at most.
+    The largest of ``max_tokens``, ``max_completion_tokens``, ``max_output_tokens`` and
+    ``options.num_predict``, of those that are whole numbers above 0, times ``n`` if that is one
+    too; 2^53 at most.
     """
     if not isinstance(document, dict):
         return None

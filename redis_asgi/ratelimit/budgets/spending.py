@@ -1,4 +1,6 @@
-"""Charges in tokens while their requests are under way: estimated before the app is asked, settled after the answer."""
+"""Charges in tokens while their requests are under way:
+estimated before the app is asked, settled after the answer.
+"""
 
 import logging
 import threading
@@ -34,7 +36,9 @@ class Accuracy:
         self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
 
     def warn_of(self, encoding: str | None) -> None:
-        """Say once why what answers have used is not read: their *encoding*, or that they have no media type."""
+        """Say once why what answers have used is not read: their *encoding*,
+        or that they have no media type.
+        """
         if not self._has_warned:
             self._has_warned = True
             if encoding is not None:

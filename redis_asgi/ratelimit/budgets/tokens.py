@@ -1,7 +1,8 @@
-"""Budgets in tokens: what a request is charged before that is known, and what it has cost once its answer has ended.
+"""Budgets in tokens: what a request is charged before that is known,
+and what it has cost once its answer has ended.
 
-Sums are exact, and rounded up once: within an `Estimate` they are whole numbers of very small parts of a unit, whose
-size the weights decide.
+Sums are exact, and rounded up once: within an `Estimate` they are whole numbers of very small parts
+of a unit, whose size the weights decide.
 """
 
 import difflib
@@ -56,7 +57,8 @@ class Tokens:
 
         Args:
             document: Its body as JSON made it, or what that asks for.
-            quota: The smallest of its rule, in units. The output alone is no more than a quarter of it.
+            quota: The smallest of its rule, in units.
+                The output alone is no more than a quarter of it.
             outputs: How long the answers of its rule and bucket were.
         """
         said = document if type(document) is Asked else Asked.by(document)
@@ -83,7 +85,8 @@ class Tokens:
         """The estimate that the app gives itself: *units* of the quota, 0 or more, as they are.
 
         Args:
-            document: Its body as JSON made it, or what that asks for: what it reads is part of them.
+            document: Its body as JSON made it, or what that asks for:
+                what it reads is part of them.
         """
         said = document if isinstance(document, Asked) else Asked.by(document)
         whole = min(units, quota) * self._unit
@@ -97,9 +100,9 @@ class Tokens:
     def settled(self, estimate: Estimate, reader: UsageReader | None) -> int:
         """The cost of a request whose answer has ended, in units.
 
-        What the answer says, first of all. Else nothing, if nothing has begun or the status is 400 or more; the
-        *estimate* if the answer is complete; and if it was cut, what it has read and a guess at what was sent, which
-        is never more than the *estimate*.
+        What the answer says, first of all. Else nothing, if nothing has begun or the status is 400
+        or more; the *estimate* if the answer is complete; and if it was cut, what it has read and a
+        guess at what was sent, which is never more than the *estimate*.
 
         Args:
             reader: Of the answer, closed; ``None`` if none has begun.
@@ -147,22 +150,24 @@ class Tokens:
 
 @says_what_was_meant("tokens(weights={'output': 4, 'cached': 0.1})")
 def tokens(estimate: EstimateBy | None = None, weights: Mapping[str, float] | None = None) -> Tokens:
-    """The cost of a rule that is a budget in tokens: it is known after the answer, and estimated before.
+    """The cost of a rule that is a budget in tokens:
+    it is known after the answer, and estimated before.
 
     ::
 
         Rule("100000/minute", name="tokens", cost=tokens(weights={"output": 4, "cached": 0.1}))
 
-    The estimate is charged when a request is admitted; when its answer has ended, the difference to what it says it
-    used. Only ``fixed-window`` and ``sliding-window-counter`` can give back.
+    The estimate is charged when a request is admitted; when its answer has ended, the difference to
+    what it says it used. Only ``fixed-window`` and ``sliding-window-counter`` can give back.
 
     Args:
-        estimate: Units of the quota that are charged before, at least 1 and at most the quota: a whole number, 0 or
-            more, or a callable that says so, given the ``Request``. ``None``: what is in the body, at 4 bytes of text a
-            token, and as long an answer as it asks for, or as nine of ten answers before it were.
-        weights: Units of the quota per token, 0 or more, of ``input``, ``cached``, ``cache_write``, ``output`` and
-            ``reasoning``, which do not overlap. 1 where left out, but ``cached`` and ``cache_write`` as ``input``, and
-            ``reasoning`` as ``output``. The sum is rounded up.
+        estimate: Units of the quota that are charged before, at least 1 and at most the quota: a
+            whole number, 0 or more, or a callable that says so, given the ``Request``. ``None``:
+            what is in the body, at 4 bytes of text a token, and as long an answer as it asks for,
+            or as nine of ten answers before it were.
+        weights: Units of the quota per token, 0 or more, of ``input``, ``cached``, ``cache_write``,
+            ``output`` and ``reasoning``, which do not overlap. 1 where left out, but ``cached`` and
+            ``cache_write`` as ``input``, and ``reasoning`` as ``output``. The sum is rounded up.
 
     Raises:
         ConfigurationError: Names what cannot work.

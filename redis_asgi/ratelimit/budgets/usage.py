@@ -1,8 +1,9 @@
 """Reading what a model's answer used while it passes: nothing is held back, and little is kept.
 
-An answer of up to 1 MiB that is one JSON document is parsed at its end; of a longer one the last 64 KiB are. Of a
-stream each event (or line) that names a usage is parsed when it is complete: whole up to 1 MiB, beyond that from its
-last 64 KiB. So an answer holds at most 1 MiB beside the chunk that passes, and costs what its length does.
+An answer of up to 1 MiB that is one JSON document is parsed at its end; of a longer one the last 64
+KiB are. Of a stream each event (or line) that names a usage is parsed when it is complete: whole up
+to 1 MiB, beyond that from its last 64 KiB. So an answer holds at most 1 MiB beside the chunk that
+passes, and costs what its length does.
 """
 
 import re
@@ -16,8 +17,8 @@ from .usage_formats import Said, Usage
 
 __all__ = ["Usage", "UsageReader"]
 
-# What may say a usage. Not plain text, nor what has no media type and may be that: a model may have written all of it,
-# as its user told it to.
+# What may say a usage. Not plain text, nor what has no media type and may be that: a model may have
+# written all of it, as its user told it to.
 _KINDS: dict[bytes, type[Body]] = {
     b"application/json": Document,
     b"application/jsonl": Lines,
@@ -40,16 +41,18 @@ class UsageReader:
 
     Args:
         status: The answer's status.
-        headers: Its header fields. ``Content-Type`` says what it is, or its first bytes do where those are of another
-            of the kinds that are read; without one nothing is read. ``Content-Encoding`` may be gzip or deflate.
+        headers: Its header fields. ``Content-Type`` says what it is, or its first bytes do where
+            those are of another of the kinds that are read; without one nothing is read.
+            ``Content-Encoding`` may be gzip or deflate.
 
     Attributes:
         status: As given.
         complete: Whether the last body message has passed; known at the end.
         usage: What it used; ``None`` before the end, and when it did not say.
         is_undeclared: Whether it has no ``Content-Type``.
-        unread_encoding: The ``Content-Encoding`` behind which nothing can be read, for the caller to say it once;
-            ``None`` without one. Such an answer keeps its estimate: compression belongs outside.
+        unread_encoding: The ``Content-Encoding`` behind which nothing can be read, for the caller
+            to say it once; ``None`` without one. Such an answer keeps its estimate: compression
+            belongs outside.
     """
 
     complete = False
@@ -85,7 +88,9 @@ class UsageReader:
 
     @property
     def events(self) -> int:
-        """The events or lines of a stream that have passed, without comments and ``[DONE]``; 0 of what is no stream."""
+        """The events or lines of a stream that have passed,
+        without comments and ``[DONE]``; 0 of what is no stream.
+        """
         return self._body.events if self._body else 0
 
     @property
@@ -100,15 +105,19 @@ class UsageReader:
 
     @property
     def output_is_known(self) -> bool:
-        """Whether `usage` says the output of all that has passed: in a cut stream more may have come behind it."""
+        """Whether `usage` says the output of all that has passed:
+        in a cut stream more may have come behind it.
+        """
         if self._said is None or self._body is None or self.usage is None or self.usage.output is None:
             return False
         return self.complete or self._said.is_final or self._body.is_current
 
     def output_of_cut(self) -> float:
-        """The tokens of an answer that was cut, estimated: ``max(events, (bytes - events * smallest event) / 4)``.
+        """The tokens of an answer that was cut, estimated:
+        ``max(events, (bytes - events * smallest event) / 4)``.
 
-        What an event has beside its text is as long as the smallest event; a token is an event, or 4 bytes of text.
+        What an event has beside its text is as long as the smallest event;
+        a token is an event, or 4 bytes of text.
         """
         return max(self.events, (self.bytes_sent - self.events * self.smallest_event) / 4)
 
@@ -133,7 +142,9 @@ class UsageReader:
                 self._read(decoded)
 
     def close(self, complete: bool) -> None:
-        """The answer has ended: *complete* if its last body message has passed. Once; a second time nothing happens."""
+        """The answer has ended: *complete* if its last body message has passed. Once;
+        a second time nothing happens.
+        """
         if self._is_closed:
             return
         self._is_closed = True

@@ -1,4 +1,6 @@
-"""The bodies of answers, read as they pass for what they say of usage: a document, events, lines, or none of these."""
+"""The bodies of answers, read as they pass for what they say of usage: a document,
+events, lines, or none of these.
+"""
 
 import json
 import re
@@ -99,7 +101,8 @@ class Lines(Body):
 
     def __init__(self) -> None:
         self._pending = bytearray()
-        # Those that name a usage but are not parsed yet, and their numbers: of many that say one, the last will do.
+        # Those that name a usage but are not parsed yet, and their numbers:
+        # of many that say one, the last will do.
         self._named: list[tuple[int, bytes]] = []
         self._named_size = 0
         # Of one that is too long to be kept: how it began, and how many bytes are gone.
@@ -243,7 +246,9 @@ class Events(Lines):
 
 
 def _data(event: bytes, *, is_end: bool = False) -> bytes:
-    """The data of *event*: what its ``data`` fields hold; *is_end*: the first line has lost how it began."""
+    """The data of *event*: what its ``data`` fields hold; *is_end*:
+    the first line has lost how it began.
+    """
     lines = _LINE_END.split(event)
     found = [lines.pop(0)] if is_end else []
     for line in lines:
@@ -254,7 +259,9 @@ def _data(event: bytes, *, is_end: bool = False) -> bytes:
 
 
 def _loads(text: bytes) -> object:
-    """The value of *text* in JSON; ``None`` if it is none. NaN and half a character spoil nothing beside them."""
+    """The value of *text* in JSON; ``None`` if it is none.
+    NaN and half a character spoil nothing beside them.
+    """
     try:
         return orjson.loads(text)
     except ValueError:
@@ -266,10 +273,12 @@ def _loads(text: bytes) -> object:
 
 
 def _from_tail(tail: bytes, opening: bytes = b"{") -> dict[str, Any] | None:
-    """The last members of an object of which only the end is there; ``None`` if it does not end, or has none of ours.
+    """The last members of an object of which only the end is there;
+    ``None`` if it does not end, or has none of ours.
 
-    What stands from a member to the end is one object with *opening* before it, or the member is of another one: no
-    text can look so, since its quotes are escaped, and no inner object ends so early.
+    What stands from a member to the end is one object with *opening* before it, or the member is of
+    another one: no text can look so, since its quotes are escaped, and no inner object ends so
+    early.
     """
     found: dict[str, Any] | None = None
     # What stands before the very start is unknown.

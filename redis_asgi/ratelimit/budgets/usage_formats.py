@@ -11,8 +11,9 @@ Cohere v2                     ``usage``; embeddings ``meta``             ``delta
 Ollama                        ``prompt_eval_count``, ``eval_count``      the same of the line with ``done``
 ============================  =========================================  ===================================
 
-Nothing is looked for elsewhere: texts, arguments of tools and echoed schemas are a client's or a model's to write.
-What is made for each answer are named tuples, which take a fifth of the time that frozen dataclasses do.
+Nothing is looked for elsewhere: texts, arguments of tools and echoed schemas are a client's or a
+model's to write. What is made for each answer are named tuples, which take a fifth of the time that
+frozen dataclasses do.
 """
 
 from typing import NamedTuple
@@ -221,7 +222,9 @@ def _member(holder: dict[str, object], name: str) -> dict[str, object]:
 
 
 def _whole(holder: dict[str, object], name: str) -> int | None:
-    """The whole number from 0 to 2^53 that *holder* has under *name*, ``5.0`` included; ``None`` for all else."""
+    """The whole number from 0 to 2^53 that *holder* has under *name*,
+    ``5.0`` included; ``None`` for all else.
+    """
     number = holder.get(name)
     if type(number) is int:
         return number if 0 <= number <= MOST else None

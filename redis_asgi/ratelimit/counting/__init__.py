@@ -1,1 +1,3 @@
-"""Counting: by what is remembered, else in Redis, else in this process; and a request's charges settled."""
+"""Counting: by what is remembered, else in Redis, else in this process;
+and a request's charges settled.
+"""

@@ -1,7 +1,8 @@
-"""The engine of every decision: the refusal memory, then one shared trip to Redis, then the process.
+"""The engine of every decision: the refusal memory,
+then one shared trip to Redis, then the process.
 
-When Redis gives no answer in time, ``on_redis_error`` says who decides. A check is sent once at most, and what was
-charged locally is never copied back.
+When Redis gives no answer in time, ``on_redis_error`` says who decides. A check is sent once at
+most, and what was charged locally is never copied back.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from ..limits.clock import CLOCK
 from ..limits.counter import Mode
 from ..limits.decision import Decision
 from ..limits.policy import Partition, Policy, PolicySet
-from ..limits.refusal_memory import RefusalMemory
+from ..limits.refusal_memory import Known, RefusalMemory
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
@@ -47,8 +48,8 @@ class Engine:
     Args:
         timeout: The most a check waits for Redis, in seconds.
         settings: What its limits are configured by; ``None`` = the manager's.
-        names_are_fixed: Whether the names of its policies are known before the first request; only then each policy's
-            decisions are counted.
+        names_are_fixed: Whether the names of its policies are known before the first request; only
+            then each policy's decisions are counted.
 
     Attributes:
         plans: What its owner keeps with it.
@@ -87,6 +88,10 @@ class Engine:
         if self.counts_policies:
             verdict.uncounted = known.counters or self.counts.refusals(known)
         return verdict
+
+    def repeats(self, known: Known, style: object) -> bool:
+        """Whether what is *known* is answered as it was last, in that *style*."""
+        return known.repeats(style, CLOCK.monotonic())
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""
@@ -129,9 +134,11 @@ class Engine:
         return verdict
 
     def settle(self, verdict: Verdict, changes: Iterable[Change]) -> None:
-        """Make *changes* to what *verdict* charged, off the response path: in the next shared batch, unawaited.
+        """Make *changes* to what *verdict* charged, off the response path:
+        in the next shared batch, unawaited.
 
-        What is given back goes to the window it was taken from, by receipt, or nowhere once that has passed.
+        What is given back goes to the window it was taken from, by receipt,
+        or nowhere once that has passed.
         """
         for at, charge, policy, units in changes:
             policies = charge.policies
@@ -175,7 +182,9 @@ class Engine:
             batcher.submit(check)
 
     def settled(self, mode: Mode, charges: Charges, outcome: Outcome) -> None:
-        """Count what came of a charge or a refund; one that Redis did not take is made here, or dropped."""
+        """Count what came of a charge or a refund;
+        one that Redis did not take is made here, or dropped.
+        """
         failure = outcome if isinstance(outcome, Failure) else None
         self.counts.settled(failure, len(charges))
         if mode == "refund":
@@ -195,7 +204,9 @@ class Engine:
         self._local.decide(mode, charges, receipts=receipts, divisor=divisor)
 
     def _batcher(self) -> Batcher | ClusterBatcher:
-        """The running loop's batcher; another when the loop is another, the manager was closed, or after a fork."""
+        """The running loop's batcher; another when the loop is another,
+        the manager was closed, or after a fork.
+        """
         batcher = self._last_batcher
         if (
             batcher is not None

@@ -1,4 +1,6 @@
-"""The heartbeat of a worker: leases of requests that run are renewed, and those of ended ones removed."""
+"""The heartbeat of a worker: leases of requests that run are renewed,
+and those of ended ones removed.
+"""
 
 import asyncio
 import threading
@@ -23,18 +25,22 @@ if TYPE_CHECKING:
     pass
 from .in_flight import Ids, Place, Slot
 
-# Seconds between heartbeats, a third of a lease; and after one that failed, or that something came too late for.
+# Seconds between heartbeats, a third of a lease; and after one that failed,
+# or that something came too late for.
 BEAT = 10.0
 BEAT_AGAIN = 1.0
 # Ids in one check of a heartbeat, which is one counter of a batch.
 IDS_PER_CHECK = 128
-# Ids that wait to be removed again, and for how long since the last came (s): of others the leases end by themselves.
+# Ids that wait to be removed again, and for how long since the last came (s):
+# of others the leases end by themselves.
 MOST_OWED = 10_000
 OWED_FOR = 60.0
 
 
 class Heart:
-    """The slots of one loop, and the heartbeat that tells Redis of them, while there is something to tell."""
+    """The slots of one loop, and the heartbeat that tells Redis of them,
+    while there is something to tell.
+    """
 
     def __init__(self, manager: RedisManager, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -68,7 +74,9 @@ class Heart:
         self._plan(BEAT)
 
     def release(self, slot: Slot) -> None:
-        """Count *slot* as in flight no longer, and tell Redis so; of what a heartbeat renews right now, after that."""
+        """Count *slot* as in flight no longer, and tell Redis so;
+        of what a heartbeat renews right now, after that.
+        """
         self.drop(slot)
         self._refusals.end(slot.charges, CLOCK.monotonic())
         if slot.holder in self._renewing:
@@ -82,7 +90,9 @@ class Heart:
         self._local.decide("refund", slot.charges, receipts=[0] * slot.charges.counters, holders=slot.holders)
 
     def end(self) -> None:
-        """Drop all that runs: its loop is closed, or it is in the process that this one was forked off."""
+        """Drop all that runs: its loop is closed,
+        or it is in the process that this one was forked off.
+        """
         for slot in list(self._running.values()):
             self.drop(slot)
 
@@ -104,7 +114,9 @@ class Heart:
         return done
 
     def _say_more(self) -> None:
-        """Send of the heartbeat as much as one batch takes, so that no request waits behind more than that."""
+        """Send of the heartbeat as much as one batch takes,
+        so that no request waits behind more than that.
+        """
         batcher = self._batcher()
         if batcher is None or (batcher.breaker is not None and batcher.breaker.state == "open"):
             self._has_failed = True
@@ -117,9 +129,11 @@ class Heart:
             self._has_beaten()
 
     def _batcher(self) -> Batcher | ClusterBatcher | None:
-        """The batcher of the running loop; ``None`` where its client is closed, or as it ends, in no loop.
+        """The batcher of the running loop;
+        ``None`` where its client is closed, or as it ends, in no loop.
 
-        No client is opened for it: a heart that beats on after the app has closed its manager would keep a connection.
+        No client is opened for it: a heart that beats on after the app has closed its manager would
+        keep a connection.
         """
         try:
             is_here = asyncio.get_running_loop() is self.loop

@@ -1,14 +1,15 @@
 """Requests in flight under concurrency limits: a `Slot` for each, and the `Heart` of each loop.
 
-Redis has an id for each request in flight, and the end of its lease. What it is told about an id says the same however
-often it comes, and nothing about another: a lost reply, a lost release, a check that was late or cancelled, and a Redis
-that was emptied are all mended by saying again what runs, and what does not run any more. That is a heartbeat. A worker
-that is killed says nothing, and its leases end.
+Redis has an id for each request in flight, and the end of its lease. What it is told about an id
+says the same however often it comes, and nothing about another: a lost reply, a lost release, a
+check that was late or cancelled, and a Redis that was emptied are all mended by saying again what
+runs, and what does not run any more. That is a heartbeat. A worker that is killed says nothing, and
+its leases end.
 
-The life of a slot: its id goes to Redis with the check. An admission, from wherever, makes it run: it is counted in
-this process, renewed by each heartbeat, and released once, when its request ends. What may reach Redis after that (a
-check or a renewal that had no answer) makes it doubtful: it is then owed, and the heartbeats remove it again until one
-of them has been answered.
+The life of a slot: its id goes to Redis with the check. An admission, from wherever, makes it run:
+it is counted in this process, renewed by each heartbeat, and released once, when its request ends.
+What may reach Redis after that (a check or a renewal that had no answer) makes it doubtful: it is
+then owed, and the heartbeats remove it again until one of them has been answered.
 """
 
 import secrets
@@ -109,7 +110,9 @@ class Slot:
 
 
 class HeldVerdict(Verdict):
-    """A verdict by which a request is in flight until it ends, if it is admitted: its *slot* is the request's."""
+    """A verdict by which a request is in flight until it ends,
+    if it is admitted: its *slot* is the request's.
+    """
 
     __slots__ = ("holders", "slot")
 

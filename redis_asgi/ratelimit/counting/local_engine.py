@@ -1,4 +1,6 @@
-"""Counters kept in this process: the engine of ``memory://``, and the stand-in while Redis does not answer."""
+"""Counters kept in this process: the engine of ``memory://``,
+and the stand-in while Redis does not answer.
+"""
 
 import math
 import threading
@@ -17,7 +19,8 @@ from ..limits.policy import MICROSECONDS, Policy
 from ..limits.reply import Reply
 from ..limits.strategies import COUNTERS
 
-# A counter is kept this much longer (us) than it counts, as its Redis key is, in case the clock steps back.
+# A counter is kept this much longer (us) than it counts,
+# as its Redis key is, in case the clock steps back.
 _SLACK = MICROSECONDS
 
 
@@ -32,25 +35,27 @@ class _Held:
         self.stamps = 0
 
 
-# One counter of a request: what its policy says of its charge (itself, the cost, whether it admits it), and where it is
-# kept.
+# One counter of a request: what its policy says of its charge (itself, the cost,
+# whether it admits it), and where it is kept.
 _Asked: TypeAlias = tuple[Counter, Policy, Charge, int, bool, _Held | None]
 
 
 class LocalEngine:
-    """Counters in this process, bounded: at most *max_partitions* clients and *max_stamps* log entries.
+    """Counters in this process, bounded:
+    at most *max_partitions* clients and *max_stamps* log entries.
 
-    Of concurrency limits it knows all that runs in this process, wherever admitted; each entry lasts for *lease* us
-    unless it is renewed.
+    Of concurrency limits it knows all that runs in this process, wherever admitted; each entry
+    lasts for *lease* us unless it is renewed.
 
-    When full, expired partitions go first, then idle ones, and those last refused only when nothing else is
-    left, so that a flood of new clients does not free the clients being held back. Every client that goes before
-    its time is counted.
+    When full, expired partitions go first, then idle ones, and those last refused only when nothing
+    else is left, so that a flood of new clients does not free the clients being held back. Every
+    client that goes before its time is counted.
     """
 
     def __init__(self, max_partitions: int = 100_000, max_stamps: int = 1_000_000, *, lease: float = math.inf) -> None:
         self._lease = lease
-        # Beside the others, which may be swept away: what runs in this process is here until it ends.
+        # Beside the others, which may be swept away:
+        # what runs in this process is here until it ends.
         self._in_flight: dict[tuple[bytes, bytes], Leases] = {}
         self._max_partitions = max_partitions
         self._max_stamps = max_stamps
@@ -84,7 +89,8 @@ class LocalEngine:
         """Decide one request as the script does.
 
         Args:
-            receipts: For a refund, one per policy of the charges; negative for one that was not charged.
+            receipts: For a refund, one per policy of the charges;
+                negative for one that was not charged.
             holders: The ids of the requests in flight that it is about.
             divisor: Each quota counts as ``ceil(quota / divisor)``.
             now: Time in us; ``None`` = the monotonic clock, which no clock setting moves.
@@ -136,7 +142,8 @@ class LocalEngine:
             elif cost > policy.quota:
                 retry = -1.0
             elif cost > quota:
-                # Within the quota but above this process's share: no time is right, and its window the best guess.
+                # Within the quota but above this process's share: no time is right,
+                # and its window the best guess.
                 retry = counter.window
             else:
                 retry = counter.wait(cost, at)
@@ -172,7 +179,9 @@ class LocalEngine:
             self._stamps = 0
 
     def in_flight(self) -> dict[str, int]:
-        """The requests that run in this process under each concurrency limit, by the label they are counted as."""
+        """The requests that run in this process under each concurrency limit,
+        by the label they are counted as.
+        """
         with self._lock:
             found: dict[str, int] = {}
             for leases in self._in_flight.values():
@@ -252,7 +261,8 @@ class LocalEngine:
                     break
                 self._drop(oldest)
         while len(self) > self._max_partitions or self._stamps > self._max_stamps:
-            # Never the client just admitted while there is another: one that is always forgotten is never limited.
+            # Never the client just admitted while there is another:
+            # one that is always forgotten is never limited.
             queue = self._admitted if len(self._admitted) > 1 else self._refused or self._admitted
             oldest = next(iter(queue))
             if queue[oldest].expires > now:
@@ -261,7 +271,9 @@ class LocalEngine:
 
 
 def _rest(charge: Charge, counters: Sequence[Counter]) -> int:
-    """The units that remain of the least of its enforcing policies, at least 1; a shadow policy has no say in it."""
+    """The units that remain of the least of its enforcing policies, at least 1;
+    a shadow policy has no say in it.
+    """
     both = list(zip(counters, charge.policies.policies, strict=True))
     free = [counter.free for counter, policy in both if not policy.shadow] or [counter.free for counter in counters]
     return max(1, int(min(free)))

@@ -22,8 +22,8 @@ _SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
 class LimitMetrics:
     """The counters of one engine; all engines of a process add to the same ones.
 
-    A policy goes by the name its rule was given, whatever a callable makes of its limits, so that no label grows with
-    the traffic.
+    A policy goes by the name its rule was given, whatever a callable makes of its limits, so that
+    no label grows with the traffic.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,9 @@ class LimitMetrics:
         self._note(bound)
 
     def settled(self, failure: Failure | None, count: int) -> None:
-        """Count so many charges or refunds that were sent after their requests' answers, and what came of them."""
+        """Count so many charges or refunds that were sent after their requests' answers, and what
+        came of them.
+        """
         self._add((self._settled if failure is None else self._commands.labels("settle", failure.value), count))
 
     def admission(self, charges: Charges) -> Together:

@@ -1,7 +1,8 @@
 """Settlement: the charges of one request, and the changes that its response makes to them.
 
-A request of which nothing changes needs none; else a `Settlement` keeps what changes, and `settle` sends the difference
-once, after the last body byte, or at once where the request's first verdict has a loop to do it in.
+A request of which nothing changes needs none; else a `Settlement` keeps what changes, and `settle`
+sends the difference once, after the last body byte, or at once where the request's first verdict
+has a loop to do it in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .verdict import Verdict
 
-# A counter of a verdict, by its number, whose charge and policy it is, and the units to add or (negative) to give back.
+# A counter of a verdict, by its number, whose charge and policy it is,
+# and the units to add or (negative) to give back.
 Change: TypeAlias = tuple[int, Charge, Policy, int]
 # Far above any quota, far below where a double loses a unit.
 _MOST = 10**10
@@ -38,7 +40,8 @@ def check_used(units: object) -> None:
 
 
 class Settlement:
-    """Units to add to the charges of one request, whose first verdict is *first*, or to give back of them.
+    """Units to add to the charges of one request,
+    whose first verdict is *first*, or to give back of them.
 
     Attributes:
         reader: Looks for what the answer has used; ``None`` before it has begun.
@@ -61,7 +64,9 @@ class Settlement:
         return bool(self._spendings)
 
     def spend(self, verdict: "Verdict", spendings: Mapping[Charge, Spending]) -> None:
-        """Settle *spendings*, what the cost of charges of *verdict* is to be known by, with the rest."""
+        """Settle *spendings*, what the cost of charges of *verdict* is to be known by, with the
+        rest.
+        """
         if not verdict.allowed:
             return
         # Fewer, where some rules fail open.
@@ -116,7 +121,9 @@ class Settlement:
         return any(verdict.source in ("none", "local") for verdict in self._first.all)
 
     def settle(self, status: int | None) -> None:
-        """Send what changed; *status* is the response's, ``None`` when there was none (a disconnect stays charged)."""
+        """Send what changed; *status* is the response's,
+        ``None`` when there was none (a disconnect stays charged).
+        """
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
         self._send(status, self._changes)
@@ -165,7 +172,9 @@ class Settlement:
         return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
 
     def _book(self, name: str | None, units: int) -> None:
-        """Make what was charged by the policy *name* (``None``: all) *units*, at once: nothing sees the answer."""
+        """Make what was charged by the policy *name* (``None``: all) *units*,
+        at once: nothing sees the answer.
+        """
         for verdict, spendings in self._spendings.items():
             found: list[Change] = []
             for at, (charge, policy) in enumerate(counters_of(verdict.charges)):
@@ -196,10 +205,11 @@ class Settlement:
         return forgot
 
     def turned_down(self) -> "list[tuple[Verdict, list[Change]]]":
-        """Changes to `apply` once the client has the start of an answer by which the app turns its request down.
+        """Changes to `apply` once the client has the start of an answer by which the app turns its
+        request down.
 
-        All but one unit of what is held by bodies that could not be read, unless their client has gone. The verdicts
-        say so already.
+        All but one unit of what is held by bodies that could not be read, unless their client has
+        gone. The verdicts say so already.
         """
         found = []
         for verdict in self._first.all:

@@ -1,4 +1,6 @@
-"""Charges and refunds of requests that have ended: a check without a waiter, which takes in more until it leaves."""
+"""Charges and refunds of requests that have ended: a check without a waiter,
+which takes in more until it leaves.
+"""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -39,9 +41,11 @@ class SettlingCheck(Check):
         self._asked = charges
 
     def takes(self, charge: Charge, receipts: Iterable[int]) -> bool:
-        """Take *charge*, of one policy, in, with the receipt of what is given back, and return whether it may.
+        """Take *charge*, of one policy, in,
+        with the receipt of what is given back, and return whether it may.
 
-        Each counter may stand in it once: what is asked together is read before any of it is written.
+        Each counter may stand in it once:
+        what is asked together is read before any of it is written.
         """
         counter = charge.partition.key, charge.policies.policies[0].field
         if self.written or self.future.done() or counter in self._counters or len(self._each) >= _MOST:
@@ -63,7 +67,8 @@ class SettlingCheck(Check):
 
     def hear(self, outcome: Outcome) -> Outcome:
         if outcome is Failure.REPLY and self.asked.is_spread:
-            # An odd key costs its own only: all are read before one is written, so nothing of it ran.
+            # An odd key costs its own only:
+            # all are read before one is written, so nothing of it ran.
             self._engine.settle_again(self.split())
         else:
             self._engine.settled(self.mode, self.asked, outcome)

@@ -22,19 +22,23 @@ if TYPE_CHECKING:
 class Verdict(Check):
     """Whether a request is admitted, and on demand everything else about it.
 
-    It asks for itself: where Redis decides, it is the `Check` that is sent, and the answer once its future is done.
+    It asks for itself: where Redis decides, it is the `Check` that is sent,
+    and the answer once its future is done.
 
     Attributes:
         allowed: Whether the request is admitted.
         engine: Who answers.
         charges: What the answer is about; fewer than were asked when some rules fail open.
         source: Who decided.
-        reply: The strategies' numbers; ``None`` when no engine counted, or a remembered refusal answered.
+        reply: The strategies' numbers; ``None`` when no engine counted,
+            or a remembered refusal answered.
         known: The remembered refusals that answered, at the moment *at*.
         uncounted: The counters of what its policies said, which are counted with the request.
-        rendered: What `Charges.render` made of the reply; ``None`` when that is out of date, or there is nothing.
+        rendered: What `Charges.render` made of the reply;
+            ``None`` when that is out of date, or there is nothing.
         more: The other verdicts on the request: of per-route limits and inner middleware.
-        loop: Where each change is applied at once, as nothing sees the response's end; else ``None``.
+        loop: Where each change is applied at once,
+            as nothing sees the response's end; else ``None``.
         ledger: What the response changes about the request; ``None`` when that is nothing.
         is_counted: Whether the request that it is about was counted.
         is_over: Whether that request's charges are settled.
@@ -121,7 +125,9 @@ class Verdict(Check):
         self.charges, self.source, self.allowed, self._decision = Charges(), "none", decision.allowed, decision
 
     def count(self) -> None:
-        """Count the request, once: as refused if one of the verdicts on it is, else as this one says."""
+        """Count the request, once: as refused if one of the verdicts on it is, else as this one
+        says.
+        """
         if self.is_counted:
             return
         self.is_counted = True
@@ -184,12 +190,16 @@ class Verdict(Check):
         return charge.taken(self.reply[fits_at(at)]) if self.reply is not None and self.allowed else 0
 
     def receipt(self, at: int) -> int:
-        """The receipt of the counter number *at*, for giving back; negative where nothing was charged."""
+        """The receipt of the counter number *at*, for giving back;
+        negative where nothing was charged.
+        """
         reply = self.reply
         return reply[receipt_at(at)] if reply is not None and self.allowed and reply[fits_at(at)] else -1
 
     def show(self, back: Sequence[int]) -> None:
-        """Say from now on that *back* (units per policy of the charges), which is about to be given back, remains."""
+        """Say from now on that *back* (units per policy of the charges),
+        which is about to be given back, remains.
+        """
         shown = []
         for (_, policy), each, units in zip(counters_of(self.charges), numbers_of(self.reply or []), back, strict=True):
             reset = each.reset

@@ -41,9 +41,11 @@ class Pricer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Charge:
-    """The policies of one rule, applied to one partition, at one cost in units of their quota. Do not change it.
+    """The policies of one rule, applied to one partition,
+    at one cost in units of their quota. Do not change it.
 
-    It is not frozen, since some are made for each request, and a frozen one takes four times as long to make.
+    It is not frozen, since some are made for each request,
+    and a frozen one takes four times as long to make.
 
     Attributes:
         cost: With *unread* what it costs at least, and in the end where the app turns it down.
@@ -51,7 +53,8 @@ class Charge:
         count_if: Given the response's status, whether the charge stays.
         label: What its policies are counted as, where their names are not known before the request.
         unread: The body that could not be priced: it takes what remains of the smallest quota.
-        price: The rule that says the cost, where that is not known before the request; *cost* is 0 until then.
+        price: The rule that says the cost,
+            where that is not known before the request; *cost* is 0 until then.
     """
 
     policies: PolicySet
@@ -78,9 +81,11 @@ def at_cost(charge: Charge, cost: int | Unread) -> Charge:
 
 
 class Charges(Sequence[Charge]):
-    """The charges of one request, which are decided together, with what every decision needs of them kept ready.
+    """The charges of one request, which are decided together,
+    with what every decision needs of them kept ready.
 
-    A client whose requests are always charged alike keeps one of these, so that a request builds none.
+    A client whose requests are always charged alike keeps one of these,
+    so that a request builds none.
 
     Attributes:
         counters: How many counters they touch.
@@ -92,18 +97,23 @@ class Charges(Sequence[Charge]):
         names: What each counter's decisions are counted as.
         words: How many arguments the question is.
         reply_size: How many numbers the answer is.
-        all_enforcing: Whether all of them may refuse, so that a request that is admitted was admitted by each.
+        all_enforcing: Whether all of them may refuse,
+            so that a request that is admitted was admitted by each.
         status_decides: Whether the response's status decides if they stay.
         is_conditional: Whether they may stay or not: by that status, or as one of them is *unread*.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
-        is_ready: Whether they are all there is to decide about the request, at known costs, and hold nothing.
+        is_ready: Whether they are all there is to decide about the request,
+            at known costs, and hold nothing.
         is_priced: Whether the cost of one of them is still to be asked for.
-        has_tokens: Whether the cost of one of them is known after the answer only, and still to be estimated.
-        holds: Whether one of them counts requests in flight, so that an admission is held until the request ends.
+        has_tokens: Whether the cost of one of them is known after the answer only, and still to be
+            estimated.
+        holds: Whether one of them counts requests in flight,
+            so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
         render: Makes what an answer says of a reply to them; ``None`` where nothing is said of it.
-        known: The one thing that `refusal_memory` last found to refuse them, alone; it says itself how long it holds.
+        known: The one thing that `refusal_memory` last found to refuse them, alone;
+            it says itself how long it holds.
     """
 
     # What most of them say, so that those that are made for each request set less.
@@ -185,7 +195,9 @@ class Charges(Sequence[Charge]):
         return made
 
     def at(self, each: Sequence[Charge]) -> "Charges":
-        """The same at the costs that *each* of them has now, in a small part of the time that it takes to make them."""
+        """The same at the costs that *each* of them has now,
+        in a small part of the time that it takes to make them.
+        """
         terms = [bulk_int(len(each))]
         for charge in each:
             terms += charge.policies.resp, bulk_int(charge.cost)
@@ -229,7 +241,9 @@ def counters_of(charges: Iterable[Charge]) -> list[tuple[Charge, Policy]]:
 
 
 def by_partition(charges: Iterable[Charge]) -> dict[bytes, list[Charge]]:
-    """*charges* by the keys of their partitions, each of which may live on another node of a cluster."""
+    """*charges* by the keys of their partitions,
+    each of which may live on another node of a cluster.
+    """
     parts: dict[bytes, list[Charge]] = {}
     for charge in charges:
         parts.setdefault(charge.partition.key, []).append(charge)

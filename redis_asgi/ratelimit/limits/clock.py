@@ -1,7 +1,8 @@
 """The time as limits see it: the one place to read it.
 
-This process's own clocks, and in Redis Redis's own, until a test holds them still (`redis_asgi.testing`); nothing else
-sets them. The functions are attributes rather than methods so that reading the time costs what it costs without them.
+This process's own clocks, and in Redis Redis's own, until a test holds them still
+(`redis_asgi.testing`); nothing else sets them. The functions are attributes rather than methods so
+that reading the time costs what it costs without them.
 """
 
 import time

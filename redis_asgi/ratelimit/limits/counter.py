@@ -14,11 +14,13 @@ Stored: TypeAlias = "tuple[float, ...] | Log | Leases"
 class Counter:
     """One counter while a request is decided; a subclass is one strategy.
 
-    Built from what is stored (``None`` when nothing is) without touching it; `save` gives what to store.
+    Built from what is stored (``None`` when nothing is) without touching it; `save` gives what to
+    store.
 
     Attributes:
-        moved: Whether the stored time is in the future, which a clock that was set back leaves: it counts as now, what
-            was counted stays, and what was counted then is not given back. `move` and `save` make it so for good.
+        moved: Whether the stored time is in the future, which a clock that was set back leaves: it
+            counts as now, what was counted stays, and what was counted then is not given back.
+            `move` and `save` make it so for good.
     """
 
     __slots__ = ("at", "free", "moved", "quota", "receipt", "window")
@@ -34,7 +36,9 @@ class Counter:
         self.load(stored, now)
 
     def load(self, stored: Any, now: float) -> None:
-        """Read what is stored: `free` (the largest cost admitted at *now*, below 0 when in debt) and `receipt`."""
+        """Read what is stored: `free` (the largest cost admitted at *now*,
+        below 0 when in debt) and `receipt`.
+        """
         raise NotImplementedError
 
     def move(self) -> None:
@@ -75,7 +79,8 @@ class Leases:
     """The requests in flight under one concurrency limit.
 
     Args:
-        length: How long one of them is taken to be unless that is said again (us); infinite where its end is seen.
+        length: How long one of them is taken to be unless that is said again (us);
+            infinite where its end is seen.
 
     Attributes:
         ends: The end of each one's lease (us), by its id.

@@ -20,9 +20,11 @@ class PolicyState:
         quota: Units allowed per window, or how many requests in flight.
         window: Seconds; 0 where it is requests in flight.
         remaining: The largest cost that would be admitted now, 0 to ``quota``.
-        reset: Seconds until the full quota is back; 0.0 when it is. Unknown of requests in flight: 1.0.
-        retry_after: Seconds until the same cost is admitted next, if nobody else asks; 0.0 when it would be at
-            once, ``None`` when it exceeds the quota and never can be. Unknown of requests in flight: 1.0.
+        reset: Seconds until the full quota is back; 0.0 when it is.
+            Unknown of requests in flight: 1.0.
+        retry_after: Seconds until the same cost is admitted next, if nobody else asks; 0.0 when it
+            would be at once, ``None`` when it exceeds the quota and never can be. Unknown of
+            requests in flight: 1.0.
         shadow: Whether it only watches.
         strategy: How it counts; ``concurrency`` where it is requests in flight.
     """
@@ -43,9 +45,11 @@ class Decision:
 
     Attributes:
         allowed: Whether it was admitted; all policies were charged then, and none otherwise.
-        source: Who decided: ``redis``; ``memory`` (a ``memory://`` manager); ``local`` (this process, while Redis
-            does not answer); ``none`` (no engine: ``on_redis_error`` is ``open`` or ``closed``).
-        retry_after: Seconds until it would be admitted; ``None`` when it was, or when its cost can never fit.
+        source: Who decided: ``redis``; ``memory`` (a ``memory://`` manager); ``local`` (this
+            process, while Redis does not answer); ``none`` (no engine: ``on_redis_error`` is
+            ``open`` or ``closed``).
+        retry_after: Seconds until it would be admitted; ``None`` when it was,
+            or when its cost can never fit.
         policies: The policies asked, in order; from a remembered refusal only the violated ones.
         violated: Names of the enforcing policies that refused it.
     """

@@ -1,4 +1,6 @@
-"""The nouns of a limit: what is allowed (`Policy`), who shares it (`Partition`), and one use of it (`Charge`)."""
+"""The nouns of a limit: what is allowed (`Policy`),
+who shares it (`Partition`), and one use of it (`Charge`).
+"""
 
 import base64
 from collections.abc import Iterator
@@ -102,12 +104,14 @@ class PolicySet:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """The clients that share a counter: a kind (``ip``, ``header:NAME``, ``user``, ``custom``) and a value.
+    """The clients that share a counter: a kind (``ip``, ``header:NAME``,
+    ``user``, ``custom``) and a value.
 
     Attributes:
         key: The Redis key of the hash that holds all its counters.
         resp: The key in RESP, as it is sent.
-        label: What may be shown of it: an address, or the kind and 8 hex digits, never a credential.
+        label: What may be shown of it: an address,
+            or the kind and 8 hex digits, never a credential.
     """
 
     kind: str
@@ -123,7 +127,8 @@ class Partition:
 def make_partition(
     kind: str, value: str, *, prefix: str = "", secret: str | None = None, plain: bool = False
 ) -> Partition:
-    """Name the partition of *value*; a *plain* one (an address) stands in its key as it is unless there is a secret.
+    """Name the partition of *value*;
+    a *plain* one (an address) stands in its key as it is unless there is a secret.
 
     The kind is hashed with the value, so that an API key that looks like an address is not one.
     """
@@ -134,5 +139,7 @@ def make_partition(
 
 
 def log_key(partition: bytes, field: bytes) -> bytes:
-    """The key beside a partition's hash of one moving window's stamps, or of one concurrency limit's leases."""
+    """The key beside a partition's hash of one moving window's stamps,
+    or of one concurrency limit's leases.
+    """
     return partition + b":" + field

@@ -46,7 +46,8 @@ class Refusal:
             return True
         if self.policy.strategy != "fixed-window":
             return False
-        # A fixed window ends for all at once: for dearer ones, and where nothing is left for every cost above 0.
+        # A fixed window ends for all at once: for dearer ones,
+        # and where nothing is left for every cost above 0.
         return cost > self.cost or (cost > 0 and self.remaining == 0 and self.retry > 0)
 
     def numbers(self, cost: int, now: float) -> tuple[int, int, int]:
@@ -59,7 +60,8 @@ class Refusal:
 
 
 class Known(list[tuple[Charge, Refusal]]):
-    """The refusals that answer some charges, and what is said of them again and again for as long as they do.
+    """The refusals that answer some charges,
+    and what is said of them again and again for as long as they do.
 
     Attributes:
         counters: What is counted of them, kept by `counts`.
@@ -67,7 +69,8 @@ class Known(list[tuple[Charge, Refusal]]):
         answered_in: The style of that.
         decided: The decision that it was the answer to.
         answers_until: How long, in monotonic seconds, the whole seconds in it stay the same.
-        is_alone: Whether they are one, and no other charge was asked about that may come to be refused too.
+        is_alone: Whether they are one,
+            and no other charge was asked about that may come to be refused too.
     """
 
     __slots__ = ("answer", "answered_in", "answers_until", "counters", "decided", "is_alone")
@@ -89,18 +92,20 @@ class Known(list[tuple[Charge, Refusal]]):
         return refusal.alone and now < refusal.until
 
     def repeats(self, style: object, now: float) -> bool:
-        """Whether the last answer, in that *style*, is the answer at *now* (monotonic seconds), too."""
+        """Whether the last answer, in that *style*,
+        is the answer at *now* (monotonic seconds), too.
+        """
         return self.answered_in is style and now < self.answers_until and self.decided is not None and self.holds(now)
 
 
 class RefusalMemory:
     """For each counter (policy, partition, quota) the lowest cost refused, for a second at most.
 
-    It answers only requests of at least that cost and only for policies that enforce, so it is never wrong in
-    the admitting direction, and in the refusing one only when another process has reset or refunded the
-    counter within the last second. A Retry-After is never earlier than the truth: a dearer request is answered
-    under a fixed window only, and one that other limits cover too is not. Of more than *size* partitions the one
-    refused least recently is forgotten.
+    It answers only requests of at least that cost and only for policies that enforce, so it is
+    never wrong in the admitting direction, and in the refusing one only when another process has
+    reset or refunded the counter within the last second. A Retry-After is never earlier than the
+    truth: a dearer request is answered under a fixed window only, and one that other limits cover
+    too is not. Of more than *size* partitions the one refused least recently is forgotten.
     """
 
     def __init__(self, size: int = 10_000) -> None:
@@ -120,7 +125,9 @@ class RefusalMemory:
         return cls()
 
     def find(self, charges: Charges, now: float) -> Known:
-        """The refusals that are known of *charges* at *now* (monotonic seconds); empty when there are none."""
+        """The refusals that are known of *charges* at *now* (monotonic seconds); empty when there
+        are none.
+        """
         kept: Known | None = charges.known
         if kept is not None and kept.holds(now):
             return kept
@@ -159,7 +166,9 @@ class RefusalMemory:
                 del self.partitions[key]
 
     def remember(self, charges: Charges, reply: Reply, at: float) -> None:
-        """Note which policies refused *charges* in *reply*, whose batch was written at *at* (monotonic seconds)."""
+        """Note which policies refused *charges* in *reply*,
+        whose batch was written at *at* (monotonic seconds).
+        """
         both = zip(counters_of(charges), numbers_of(reply), strict=True)
         with self._lock:
             for (charge, policy), (fits, remaining, reset, retry, _) in both:
@@ -193,7 +202,8 @@ class RefusalMemory:
             self._forgotten.clear()
 
     def forget(self, partition: bytes, now: float) -> None:
-        """Forget every refusal of a partition that was reset, or given something back, at *now* (monotonic seconds).
+        """Forget every refusal of a partition that was reset,
+        or given something back, at *now* (monotonic seconds).
 
         Replies to what was asked before it are not remembered either.
         """
@@ -202,7 +212,9 @@ class RefusalMemory:
             self._note(partition, now)
 
     def end(self, charges: Charges, now: float) -> None:
-        """`forget` the refusals by the limits of *charges* only, under which a request in flight has ended at *now*."""
+        """`forget` the refusals by the limits of *charges* only,
+        under which a request in flight has ended at *now*.
+        """
         with self._lock:
             for charge, policy in counters_of(charges):
                 refusal = self.partitions.get(charge.partition.key, {}).get(policy.field)

@@ -1,8 +1,11 @@
-"""Replies of the script and its twin about one request: numbers in a row, and the one reader of their places."""
+"""Replies of the script and its twin about one request: numbers in a row,
+and the one reader of their places.
+"""
 
 from typing import NamedTuple, TypeAlias
 
-# 1 admitted | 0 refused, then the `Numbers` of each counter, in the order of the charges and their policies.
+# 1 admitted | 0 refused, then the `Numbers` of each counter,
+# in the order of the charges and their policies.
 Reply: TypeAlias = list[int]
 VALUES_PER_COUNTER = 5
 
@@ -11,7 +14,8 @@ class Numbers(NamedTuple):
     """One counter's part of a reply.
 
     Attributes:
-        fits: 1 | 0 whether it admits the cost by itself; of a charge that takes what remains, how much that was.
+        fits: 1 | 0 whether it admits the cost by itself;
+            of a charge that takes what remains, how much that was.
         remaining: The largest cost admitted now (units).
         reset: Until the full quota is back (us).
         retry: Until the same cost is admitted (us); -1 = it never can be.
@@ -46,7 +50,9 @@ def place_of(counter: int) -> int:
 
 
 def charged_receipts(reply: Reply) -> list[int]:
-    """The receipts of an admitting *reply*, -1 for a shadow policy that would have refused and was not charged."""
+    """The receipts of an admitting *reply*,
+    -1 for a shadow policy that would have refused and was not charged.
+    """
     counters = range(len(reply) // VALUES_PER_COUNTER)
     return [reply[receipt_at(counter)] if reply[fits_at(counter)] else -1 for counter in counters]
 

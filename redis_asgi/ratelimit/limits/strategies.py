@@ -1,8 +1,8 @@
 """The strategies in this process: the twin of ``scripts/*.lua``, decision for decision.
 
-The engine of ``memory://``, the stand-in while Redis is gone, and the oracle that the scripts are tested against.
-Both sides compute in IEEE doubles and in the same order, so their numbers agree to the last microsecond;
-change one only together with the other.
+The engine of ``memory://``, the stand-in while Redis is gone, and the oracle that the scripts are
+tested against. Both sides compute in IEEE doubles and in the same order, so their numbers agree to
+the last microsecond; change one only together with the other.
 
 ``fixed-window``            the window opens at a client's first request; up to two quotas may pass around an edge.
 ``sliding-window-counter``  two aligned buckets, the older one fading; no burst at an edge, but a client that used its
@@ -72,7 +72,8 @@ class _SlidingWindowCounter(Counter):
             if index == stored[0]:
                 self.current, self.previous = stored[1], stored[2]
             elif index < stored[0]:
-                # How far the older one had faded is not known: both in full, so that a step reopens nothing.
+                # How far the older one had faded is not known: both in full,
+                # so that a step reopens nothing.
                 self.current, self.moved = stored[1] + stored[2], True
             elif index == stored[0] + 1:
                 self.previous = stored[1]
@@ -121,7 +122,8 @@ class _SlidingWindowCounter(Counter):
 class _Gcra(Counter):
     """Stored: time, what was owed then (units, fractional), the quota it was owed under.
 
-    So what is owed is a share of the quota: a changed quota scales it, and while it stays units are exact.
+    So what is owed is a share of the quota: a changed quota scales it,
+    and while it stays units are exact.
     """
 
     __slots__ = ("owed",)

@@ -1,4 +1,6 @@
-"""The apps within an app: those that are wrapped, mounted and included in it, and the middlewares on the way there."""
+"""The apps within an app: those that are wrapped, mounted and included in it,
+and the middlewares on the way there.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -62,7 +64,9 @@ def _walk(app: object, outer: FoundApp | None = None, path: str = "", depth: int
 
 
 def _added_to(app: Any) -> Iterator[Coverage]:
-    """The limiting middlewares of ``add_middleware``; before an app's first request they are only listed."""
+    """The limiting middlewares of ``add_middleware``;
+    before an app's first request they are only listed.
+    """
     stack = getattr(app, "middleware_stack", None)
     if stack is not None:
         yield from (each.coverage() for each in inwards(stack) if isinstance(each, Covering))

@@ -1,7 +1,8 @@
 """`document_limits`: what a refused client gets, in an app's OpenAPI document.
 
-A rule covers paths, so the paths of the generated document say which operations it covers. A per-route limit belongs to
-an endpoint, which FastAPI's own walk over its routes finds, the one that the document is generated from.
+A rule covers paths, so the paths of the generated document say which operations it covers. A
+per-route limit belongs to an endpoint, which FastAPI's own walk over its routes finds, the one that
+the document is generated from.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,13 +28,14 @@ _NONE: frozenset[int] = frozenset()
 def document_limits(app: ASGIApp) -> None:
     """Write into the OpenAPI document of *app* what its limits may answer, and only where they may.
 
-    429 for every operation that a rule or a per-route limit covers, 503 where one fails closed, and 400 where one
-    refuses a request without an identity, each with its fields and its problem document. A rule whose paths cover some
-    of a route's (``/users/me`` of ``/users/{id}``) covers it; shadows refuse nobody, and exempt paths are left alone.
-    A response that the app has documented itself under the same status stays as it is.
+    429 for every operation that a rule or a per-route limit covers, 503 where one fails closed, and
+    400 where one refuses a request without an identity, each with its fields and its problem
+    document. A rule whose paths cover some of a route's (``/users/me`` of ``/users/{id}``) covers
+    it; shadows refuse nobody, and exempt paths are left alone. A response that the app has
+    documented itself under the same status stays as it is.
 
-    The document is generated as before, at the first call of ``app.openapi()``, and completed then, for FastAPI apps
-    mounted in *app* too. Call it last: what is mounted later is not seen.
+    The document is generated as before, at the first call of ``app.openapi()``, and completed then,
+    for FastAPI apps mounted in *app* too. Call it last: what is mounted later is not seen.
 
     Args:
         app: A FastAPI app, or what wraps it, such as a ``RateLimitMiddleware`` around it.
@@ -117,7 +119,9 @@ def _by_rules(place: FoundApp, method: str, path: str, route: Any) -> frozenset[
 
 
 def _dialect(place: FoundApp, path: str, route: Any) -> str | None:
-    """The dialect of what answers in place of an operation: that of the outermost middleware that has one there."""
+    """The dialect of what answers in place of an operation:
+    that of the outermost middleware that has one there.
+    """
     found = (coverage.dialect(_spelled(place, at, path, route)[1]) for coverage, at in place.around)
     return next((dialect for dialect in found if dialect is not None), None)
 

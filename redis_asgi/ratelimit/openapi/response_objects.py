@@ -1,4 +1,6 @@
-"""Answers of limits as OpenAPI describes them: Response Objects, and the schemas of bodies in each dialect."""
+"""Answers of limits as OpenAPI describes them: Response Objects,
+and the schemas of bodies in each dialect.
+"""
 
 import copy
 from typing import Any, TypeAlias, get_args
@@ -95,8 +97,8 @@ def rate_limit_responses(
 
         @app.get("/report", dependencies=[Depends(limit)], responses=rate_limit_responses())
 
-    `document_limits` finds by itself which operations are limited; this is for what it cannot see, such as a limit
-    that a dependency of your own asks, or a proxy's.
+    `document_limits` finds by itself which operations are limited; this is for what it cannot see,
+    such as a limit that a dependency of your own asks, or a proxy's.
 
     Args:
         headers: Which fields a 429 carries; as ``headers=`` of the middleware.
@@ -117,7 +119,9 @@ def rate_limit_responses(
 def response_of(
     status: int, style: HeaderStyle, problem: Document, *, dialect: str | None = None, by_route: bool = True
 ) -> Document:
-    """The Response Object of *status*; a route's own is made by the app's handler of ``HTTPException``."""
+    """The Response Object of *status*;
+    a route's own is made by the app's handler of ``HTTPException``.
+    """
     fields: Document = {}
     if status == 429:
         fields |= {"Retry-After": _header("Seconds until it is admitted; absent where it never can be.", "integer")}
@@ -147,7 +151,9 @@ def _fields_of(dialect: str, status: int) -> Document:
 
 
 def add_problem(document: Document) -> Document:
-    """A reference to the problem document's schema, under a name that nothing else in *document* has."""
+    """A reference to the problem document's schema,
+    under a name that nothing else in *document* has.
+    """
     schemas: Document = document.setdefault("components", {}).setdefault("schemas", {})
     name = _NAME
     while schemas.setdefault(name, copy.deepcopy(_PROBLEM)) != _PROBLEM:

@@ -1,4 +1,6 @@
-"""Partitions from a request's body: `by_json`, a member of a JSON body; `by_mcp_tool`, the tool that is called."""
+"""Partitions from a request's body: `by_json`, a member of a JSON body;
+`by_mcp_tool`, the tool that is called.
+"""
 
 import logging
 import re
@@ -20,7 +22,8 @@ from ...misuse import constructor_says_what_was_meant, shown
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
-# Names, or patterns where * is any run of characters; or these with the bucket that each belongs to.
+# Names, or patterns where * is any run of characters;
+# or these with the bucket that each belongs to.
 Values: TypeAlias = str | Iterable[str] | Mapping[str, str]
 
 # Where a scope keeps what its body says, while it is decided who is counted.
@@ -71,7 +74,8 @@ class ByBody(ABC):
         """The bucket of a request whose body was read.
 
         Raises:
-            ConfigurationError: It was not read; only a rule whose ``partition_by`` it is, alone or in a list, does.
+            ConfigurationError: It was not read;
+                only a rule whose ``partition_by`` it is, alone or in a list, does.
         """
         return self.said(conn.scope).bucket
 
@@ -114,7 +118,9 @@ class ByBody(ABC):
         return Said(next(found, self._other))
 
     def _unclear(self) -> Said:
-        """Of a body that says something else to each who reads it: it is counted whatever it may be to the app."""
+        """Of a body that says something else to each who reads it:
+        it is counted whatever it may be to the app.
+        """
         return Said(self._other or "other")
 
     def _unread(self, document: Document) -> Said:
@@ -130,18 +136,21 @@ class by_json(ByBody):  # noqa: N801 - reads as a function where it is used
 
         Rule("60/minute", name="chat", paths="/v1/*", partition_by=[by_header("x-api-key"), by_json("model", MODELS)])
 
-    The rule covers requests with a body, whatever its ``Content-Type``, and without *methods* only those of POST, PUT
-    and PATCH. Of all rules together a body is read once, up to ``RATE_LIMIT_BODY_CAP``, and the app receives the same
-    bytes. Texts, whole numbers, ``true`` and ``false`` are values.
+    The rule covers requests with a body, whatever its ``Content-Type``, and without *methods* only
+    those of POST, PUT and PATCH. Of all rules together a body is read once, up to
+    ``RATE_LIMIT_BODY_CAP``, and the app receives the same bytes. Texts, whole numbers, ``true`` and
+    ``false`` are values.
 
     Args:
         name: The member's; dots descend into objects: ``metadata.tenant``.
-        values: Names, or patterns where ``*`` is any run of characters; the first that matches is the bucket. Or a
-            mapping of these to the buckets: ``{"gpt-5-mini*": "small", "gpt-5*": "large"}``.
-        other: The one bucket of every other value, so that invented names get no fresh counter, of requests without
-            the member, and of bodies that are unreadable: over the cap, no JSON in UTF-8, or with the member twice at
-            its level. ``None``: the rule does not apply to other values; to a body that the app may still read as
-            one of *values* (over the cap, in UTF-16, with the member twice) it does, in the bucket ``other``.
+        values: Names, or patterns where ``*`` is any run of characters; the first that matches is
+            the bucket. Or a mapping of these to the buckets:
+            ``{"gpt-5-mini*": "small", "gpt-5*": "large"}``.
+        other: The one bucket of every other value, so that invented names get no fresh counter, of
+            requests without the member, and of bodies that are unreadable: over the cap, no JSON in
+            UTF-8, or with the member twice at its level. ``None``: the rule does not apply to other
+            values; to a body that the app may still read as one of *values* (over the cap, in
+            UTF-16, with the member twice) it does, in the bucket ``other``.
 
     Raises:
         ConfigurationError: For a *name* that no member has, or *values* that match nothing.
@@ -178,20 +187,23 @@ class by_json(ByBody):  # noqa: N801 - reads as a function where it is used
 
 @constructor_says_what_was_meant("by_mcp_tool(['search', 'fetch_*'])")
 class by_mcp_tool(ByBody):  # noqa: N801 - reads as a function where it is used
-    """Partition by the tool that an MCP client calls: ``params.name`` of a JSON-RPC request ``tools/call``.
+    """Partition by the tool that an MCP client calls:
+    ``params.name`` of a JSON-RPC request ``tools/call``.
 
     ::
 
         Rule("30/minute", name="tools", paths="/mcp", partition_by=[by_header("authorization"), by_mcp_tool(TOOLS)])
 
-    Every other message (``initialize``, ``tools/list``, notifications, responses) is not covered. The header
-    ``Mcp-Name`` is not believed. A batch, which revisions before 2025-06-18 know, is in the bucket *other* and costs
-    its calls: ``cost`` for each of them, unless a callable says the cost.
+    Every other message (``initialize``, ``tools/list``, notifications, responses) is not covered.
+    The header ``Mcp-Name`` is not believed. A batch, which revisions before 2025-06-18 know, is in
+    the bucket *other* and costs its calls: ``cost`` for each of them, unless a callable says the
+    cost.
 
     Args:
         values: Names or patterns of tools, or a mapping of them to buckets; see `by_json`.
-        other: The one bucket of every other tool, of batches, and of bodies that are unreadable. ``None``: the rule
-            does not apply to other tools; to what may be a call of one of *values* it does, in the bucket ``other``.
+        other: The one bucket of every other tool, of batches, and of bodies that are unreadable.
+            ``None``: the rule does not apply to other tools; to what may be a call of one of
+            *values* it does, in the bucket ``other``.
 
     Raises:
         ConfigurationError: For *values* that match nothing.
@@ -250,13 +262,16 @@ def _is_member(name: str) -> bool:
 
 
 def _plain_path(path: str) -> str:
-    """The members that a JSON path or pointer names, as `by_json` has them; of one to an item an example."""
+    """The members that a JSON path or pointer names,
+    as `by_json` has them; of one to an item an example.
+    """
     names = [name for name in re.split(r"[$./\[\]'\"]+", path) if name]
     return ".".join(names) if names and all(map(str.isidentifier, names)) else "model"
 
 
 def _buckets(values: object, what: str, instance: Mapping[str, str]) -> tuple[tuple[TextPattern, str], ...]:
-    """*values* as patterns in their order, each with its bucket; an *instance* is shown where they are none.
+    """*values* as patterns in their order, each with its bucket;
+    an *instance* is shown where they are none.
 
     Raises:
         ConfigurationError: If they are none.
@@ -289,7 +304,8 @@ def _buckets(values: object, what: str, instance: Mapping[str, str]) -> tuple[tu
             )
     written = [(str(pattern), TextPattern(str(pattern)), str(bucket)) for pattern, bucket in pairs]
     for at, (pattern, _, bucket) in enumerate(written):
-        # A * is matched by nothing but a *, so that what matches the pattern itself matches all that it does.
+        # A * is matched by nothing but a *,
+        # so that what matches the pattern itself matches all that it does.
         hiding = next(
             (text for text, before, other in written[:at] if other != bucket and before.matches(pattern)), None
         )

@@ -10,7 +10,8 @@ from ...settings.notation import MAX_QUOTA
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _METHOD = re.compile(r"[A-Z]{1,20}")
-# IANA's "HTTP Method Registry", what caches and UPnP add, and a handshake; a name that is like none is an app's own.
+# IANA's "HTTP Method Registry", what caches and UPnP add, and a handshake;
+# a name that is like none is an app's own.
 _METHODS = (
     "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY", "WEBSOCKET",
     "PURGE", "BAN", "NOTIFY", "SUBSCRIBE", "UNSUBSCRIBE", "MSEARCH", "ACL", "BIND", "CHECKIN", "CHECKOUT",

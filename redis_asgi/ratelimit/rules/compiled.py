@@ -181,14 +181,18 @@ class CompiledRule:
         return frozenset(status for status, may in found.items() if may)
 
     def may_cover(self, method: str, templates: Iterable[PathTemplate]) -> bool:
-        """Whether it covers some request of *method* (upper case) to a route whose paths are *templates*."""
+        """Whether it covers some request of *method* (upper case) to a route whose paths are
+        *templates*.
+        """
         methods = self._methods
         if methods is not None and method not in methods and not (method == "HEAD" and "GET" in methods):
             return False
         return not self._paths or any(template.may_match(path) for path in self._paths for template in templates)
 
     def covers(self, scope: Scope, spelled: Spellings) -> bool:
-        """Whether a request whose path has these spellings (see `redis_asgi.asgi.paths`) is this rule's business."""
+        """Whether a request whose path has these spellings (see `redis_asgi.asgi.paths`) is this
+        rule's business.
+        """
         # Some servers pass a method on as it is written, and some frameworks do not care.
         method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"].upper()
         if self._methods is None:
@@ -232,7 +236,8 @@ def compile_rules(
     on_redis_error: OnRedisError | None,
     partition_by: PartitionBy | None,
 ) -> tuple[CompiledRule, ...]:
-    """The rules of one middleware: *limits* as the rule ``default``, then *rules*; the environment's if neither.
+    """The rules of one middleware: *limits* as the rule ``default``,
+    then *rules*; the environment's if neither.
 
     Raises:
         ConfigurationError: For a missing or repeated name, and whatever a rule cannot do.

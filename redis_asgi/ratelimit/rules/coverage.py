@@ -41,7 +41,9 @@ class Coverage:
 
 
 class Covering:
-    """The base of a middleware that limits what it wraps, for who must not import the middleware itself."""
+    """The base of a middleware that limits what it wraps,
+    for who must not import the middleware itself.
+    """
 
     def coverage(self) -> Coverage:
         """The answers that it may give in place of the app."""

@@ -1,4 +1,6 @@
-"""The endpoint that a request is on its way to: its name, and the calls that FastAPI makes in front of it."""
+"""The endpoint that a request is on its way to: its name,
+and the calls that FastAPI makes in front of it.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -25,7 +27,9 @@ _known_name = functools.lru_cache(maxsize=1024)(_full_name)
 
 
 def dependant_of(scope: Scope) -> object:
-    """The dependant that FastAPI solves for a request; ``None`` where it is not FastAPI's, or a test put in another."""
+    """The dependant that FastAPI solves for a request;
+    ``None`` where it is not FastAPI's, or a test put in another.
+    """
     route = scope.get("route")
     kept = scope.get("fastapi")
     # A route of an included router has the dependencies of the routers around it here.

@@ -1,4 +1,6 @@
-"""Requests that are never counted: by path, by a callable's word, and the pages of the package's own sub-apps."""
+"""Requests that are never counted: by path, by a callable's word,
+and the pages of the package's own sub-apps.
+"""
 
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
@@ -19,8 +21,9 @@ Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awai
 class Exemptions:
     """The requests that one middleware leaves alone.
 
-    Of the package's own sub-apps that is exactly the pages that they answer, and of the user's patterns what they cover
-    however the path is spelled: a request is served uncounted only if that is what every router would say.
+    Of the package's own sub-apps that is exactly the pages that they answer, and of the user's
+    patterns what they cover however the path is spelled: a request is served uncounted only if that
+    is what every router would say.
 
     Args:
         routing: The routers of the wrapped app.

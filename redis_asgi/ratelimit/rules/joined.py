@@ -24,7 +24,8 @@ class JoinedPartitioner(Partitioner):
         super().__init__(self._ask, settings, addressing)
         self.kind = ",".join(part.kind for part in each)
         self.readers = tuple(reader for part in each for reader in part.readers)
-        # Each with whether it says None of a request that it takes out of the rule, and not of one it knows nothing of.
+        # Each with whether it says None of a request that it takes out of the rule,
+        # and not of one it knows nothing of.
         self._reads = [(part.read, bool(part.readers)) for part in each if part.read is not None]
         if len(self._reads) == len(each):
             self.read = self._read
@@ -81,7 +82,8 @@ def joined(names: Iterable[str | Partition]) -> str:
     """The identity of who has all these *names*; that of nobody else.
 
     Args:
-        names: A `Partition` is an address that stands for an identity which a request lacks; no identity is like it.
+        names: A `Partition` is an address that stands for an identity which a request lacks; no
+            identity is like it.
     """
     return "".join(
         [f"{len(name)}:{name}" if isinstance(name, str) else f"ip{len(name.value)}:{name.value}" for name in names]

@@ -1,4 +1,6 @@
-"""The limits that a rule goes by when its callable returns unreadable ones: those that it last returned."""
+"""The limits that a rule goes by when its callable returns unreadable ones: those that it last
+returned.
+"""
 
 import logging
 import threading
@@ -17,8 +19,8 @@ MOST = 10_000
 class LastLimits:
     """The last readable limits of each partition of a rule whose limits are a callable.
 
-    A tenant's data is never an error of the app: what cannot be read is logged once, and answered by the partition's
-    own last limits, else by the default ones, never by another partition's.
+    A tenant's data is never an error of the app: what cannot be read is logged once, and answered
+    by the partition's own last limits, else by the default ones, never by another partition's.
 
     Args:
         rule: Its name.

@@ -1,4 +1,6 @@
-"""Likely misconfigurations, said once each with how to mend them, at the first request that shows them."""
+"""Likely misconfigurations, said once each with how to mend them,
+at the first request that shows them.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +15,8 @@ from .routing import Routing
 
 logger = logging.getLogger("redis_asgi.ratelimit")
 
-# What is wrong with a deployment shows in its first requests; looking at every one would cost each a microsecond.
+# What is wrong with a deployment shows in its first requests;
+# looking at every one would cost each a microsecond.
 LOOKS = 500
 
 

@@ -1,4 +1,6 @@
-"""Partitions, the clients that share a counter: the ready ``partition_by`` callables, and how any becomes one."""
+"""Partitions, the clients that share a counter:
+the ready ``partition_by`` callables, and how any becomes one.
+"""
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,13 +33,14 @@ LONGEST_CACHED = 256
 
 
 def client_ip(conn: HTTPConnection) -> str | None:
-    """Partition by the client's address: an IPv4 address, or the network of ``RATE_LIMIT_IPV6_PREFIX`` bits.
+    """Partition by the client's address: an IPv4 address, or the network of
+    ``RATE_LIMIT_IPV6_PREFIX`` bits.
 
-    Behind proxies the forwarding header is believed only from ``RATE_LIMIT_TRUSTED_PROXIES``. A server that
-    gives no address puts everybody into the one partition ``unknown``.
+    Behind proxies the forwarding header is believed only from ``RATE_LIMIT_TRUSTED_PROXIES``. A
+    server that gives no address puts everybody into the one partition ``unknown``.
     """
-    # It is asked in one way: the middleware's (without one, the first per-route limit's), by every callable of the
-    # user's, by the limits of routes below and by the app itself.
+    # It is asked in one way: the middleware's (without one, the first per-route limit's), by every
+    # callable of the user's, by the limits of routes below and by the app itself.
     offer = offer_of(conn.scope)
     addressing = offer.addressing if offer is not None else None
     if addressing is None:
@@ -54,11 +57,12 @@ def _default_addressing() -> Addressing:
 class by_header:  # noqa: N801 - reads as a function where it is used
     """Partition by the value of a request header, such as an API key.
 
-    A header that nothing verifies is an identity the client chooses: whoever sends a new value for every
-    request is never limited. Put the middleware inside the one that checks the key, or add a second rule by
-    `client_ip`. A request without the header, or with an empty one, is counted by
-    ``RATE_LIMIT_MISSING_IDENTITY``. Spaces and tabs around the value do not matter, and of ``Authorization`` and
-    ``Proxy-Authorization`` neither the scheme's case nor the blanks behind it; everything else is another identity.
+    A header that nothing verifies is an identity the client chooses: whoever sends a new value for
+    every request is never limited. Put the middleware inside the one that checks the key, or add a
+    second rule by `client_ip`. A request without the header, or with an empty one, is counted by
+    ``RATE_LIMIT_MISSING_IDENTITY``. Spaces and tabs around the value do not matter, and of
+    ``Authorization`` and ``Proxy-Authorization`` neither the scheme's case nor the blanks behind
+    it; everything else is another identity.
 
     Raises:
         ConfigurationError: If *name* is not a header name.
@@ -75,7 +79,9 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         return self.read(conn.scope)
 
     def read(self, scope: Scope) -> str | None:
-        """The identity in the first field line, the one that Starlette reads; ``None`` when absent or empty."""
+        """The identity in the first field line, the one that Starlette reads;
+        ``None`` when absent or empty.
+        """
         raw = self._raw
         for name, value in scope["headers"]:
             if name == raw:
@@ -92,10 +98,11 @@ class by_header:  # noqa: N801 - reads as a function where it is used
 
 
 def by_user(conn: HTTPConnection) -> str | None:
-    """Partition by the authenticated user that Starlette's ``AuthenticationMiddleware`` put into the scope.
+    """Partition by the authenticated user that Starlette's ``AuthenticationMiddleware`` put into
+    the scope.
 
-    Its ``identity``, else its ``display_name``. That middleware must be outside this one (added later). Nobody
-    logged in is counted by ``RATE_LIMIT_MISSING_IDENTITY``.
+    Its ``identity``, else its ``display_name``. That middleware must be outside this one (added
+    later). Nobody logged in is counted by ``RATE_LIMIT_MISSING_IDENTITY``.
     """
     return _read_user(conn.scope)
 
@@ -170,10 +177,13 @@ class Partitioner:
         addressing: Whose addresses are believed; ``None`` = what the scope says.
 
     Attributes:
-        kind: What identities are of: ``ip``, ``header:NAME``, ``user``, ``json:NAME``, ``mcp_tool`` or ``custom``.
-        read: Reads the identity from a scope, where that takes no callable of the user's; ``None`` where it does.
+        kind: What identities are of: ``ip``, ``header:NAME``, ``user``,
+            ``json:NAME``, ``mcp_tool`` or ``custom``.
+        read: Reads the identity from a scope,
+            where that takes no callable of the user's; ``None`` where it does.
         by: That callable.
-        missing: What a request without an identity is counted by, see ``RATE_LIMIT_MISSING_IDENTITY``.
+        missing: What a request without an identity is counted by, see
+            ``RATE_LIMIT_MISSING_IDENTITY``.
         readers: Those of it that count by the request's body.
     """
 
@@ -216,7 +226,8 @@ class Partitioner:
         return self.kind == "user" or self.kind.startswith("header:")
 
     async def settle(self, said: object, scope: Scope) -> "str | Partition | None":
-        """The identity of a request of which `by` or `read` *said* this; ``None``: its rule does not apply.
+        """The identity of a request of which `by` or `read` *said* this;
+        ``None``: its rule does not apply.
 
         Raises:
             MissingIdentity: No identity, and the setting says to refuse.

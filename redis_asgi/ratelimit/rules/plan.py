@@ -1,4 +1,6 @@
-"""Plans: the rules that cover a request (`Plans`), and what each of them charges its client (`Plan`)."""
+"""Plans: the rules that cover a request (`Plans`),
+and what each of them charges its client (`Plan`).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
@@ -19,7 +21,8 @@ AskedKey: TypeAlias = tuple[Any, ...]
 ChargesKept: TypeAlias = Recent[AskedKey, Charges]
 # What makes, of some charges, what makes ready with each reply whatever an answer will say of it.
 Renderer: TypeAlias = Callable[[Charges], Callable[[Sequence[int]], Any]]
-# One generation of each, in bytes, about: charges of 8,000 clients at least, where they are short and the rule is one.
+# One generation of each, in bytes, about: charges of 8,000 clients at least,
+# where they are short and the rule is one.
 _CHARGES_KEPT = 16_000_000
 _SHAPES_KEPT = 1_000_000
 _RULES_KEPT = 10_000
@@ -37,9 +40,11 @@ def _names(part: Any) -> Sequence[Any]:
 
 
 def charges_kept(_settings: Settings) -> ChargesKept:
-    """The charges that one manager keeps, for all whose plans it serves: see `RedisManager.per_process`.
+    """The charges that one manager keeps, for all whose plans it serves:
+    see `RedisManager.per_process`.
 
-    So that it is one bound for a process however many limits it has, each of which may be asked by every client.
+    So that it is one bound for a process however many limits it has,
+    each of which may be asked by every client.
     """
     return Recent(_CHARGES_KEPT, _weight)
 
@@ -50,7 +55,8 @@ class Plan:
     Attributes:
         rules: All of them, those *behind* last.
         counts_users: Whether one of them counts by the user whom a middleware has put in the scope.
-        behind: The plan of those that count by the body, which is asked once that is read; ``None`` where none does.
+        behind: The plan of those that count by the body,
+            which is asked once that is read; ``None`` where none does.
         readers: What they count by of the body, of a plan that is *behind*.
         has_tokens: Whether the cost of one of them is known after the answer only.
     """
@@ -71,7 +77,9 @@ class Plan:
         self._nothing = None if rules else self._charge((self,))
 
     def known(self, scope: Scope) -> Charges | None:
-        """`charges` of a client that has come before, where no callable of the user's has to say which one it is."""
+        """`charges` of a client that has come before,
+        where no callable of the user's has to say which one it is.
+        """
         read = self._read
         if read is None:
             return self._nothing
@@ -118,7 +126,8 @@ class PlanCache:
     Args:
         addressing: Whose addresses are believed, where no middleware has said so.
         charges: Where charges are kept, see `charges_kept`.
-        renderer: For what answers say of a reply and nothing else; ``None``: they are made when they are needed.
+        renderer: For what answers say of a reply and nothing else; ``None``:
+            they are made when they are needed.
 
     Attributes:
         rules: Those that were made during a request, by what they were made of.
@@ -156,7 +165,9 @@ class PlanCache:
         return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
 
     def least(self, charges: Charges) -> Charges:
-        """The *charges* that cost the same, or at least so much, whatever the body says, at that cost."""
+        """The *charges* that cost the same, or at least so much,
+        whatever the body says, at that cost.
+        """
         if not charges.is_priced:
             return charges
 
@@ -182,7 +193,8 @@ class PlanCache:
 
 
 class Plans:
-    """The plans of one middleware, by the shape of a request: its type and method, and its path where a rule has any.
+    """The plans of one middleware, by the shape of a request: its type and method,
+    and its path where a rule has any.
 
     Args:
         routing: The routers of the wrapped app, for what they may take the path for.

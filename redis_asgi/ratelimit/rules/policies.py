@@ -19,7 +19,8 @@ MOVING_WINDOW_MAX = 10_000
 
 
 def fit_name(name: str, ending: str = "") -> str:
-    """*name* and *ending* as a rule's name: letters that do not fit become ``_``, a long name is cut.
+    """*name* and *ending* as a rule's name:
+    letters that do not fit become ``_``, a long name is cut.
 
     What is cut or replaced stands in a digest behind it, so that different names stay different.
     """
@@ -40,11 +41,13 @@ def make_policies(
     least: int = 1,
     ending: str | None = None,
 ) -> PolicySet:
-    """The policies of the rule *name*: of its name for one limit, ``name-<window>s`` each for several.
+    """The policies of the rule *name*: of its name for one limit,
+    ``name-<window>s`` each for several.
 
     Args:
         least: The smallest quota.
-        ending: What stands behind the name of each instead, with ``{quota}`` and ``{window}`` filled in.
+        ending: What stands behind the name of each instead,
+            with ``{quota}`` and ``{window}`` filled in.
 
     Raises:
         ConfigurationError: For bad notation, or a moving window with a quota above 10,000.
@@ -72,7 +75,9 @@ def make_concurrency(name: str, quota: int, shadow: bool = False) -> PolicySet:
 
 
 def warns_of_cost(rule: str, policies: PolicySet, cost: int) -> bool:
-    """Whether *cost* is more than a quota of *policies* can ever admit, which is warned of; a quota of 0 means to."""
+    """Whether *cost* is more than a quota of *policies* can ever admit,
+    which is warned of; a quota of 0 means to.
+    """
     quota = min((policy.quota for policy in policies if not policy.shadow), default=0)
     if not 0 < quota < cost:
         return False
@@ -81,7 +86,9 @@ def warns_of_cost(rule: str, policies: PolicySet, cost: int) -> bool:
 
 
 def warns_of_small_quotas(policies: PolicySet) -> bool:
-    """Whether one of *policies*, all of `sliding-window-counter`, has a quota below 10; each that has is warned of."""
+    """Whether one of *policies*, all of `sliding-window-counter`,
+    has a quota below 10; each that has is warned of.
+    """
     small = [policy for policy in policies if 0 < policy.quota < 10]
     for policy in small:
         wait = f"{policy.window * (1 + 1 / policy.quota):g}"
@@ -90,7 +97,9 @@ def warns_of_small_quotas(policies: PolicySet) -> bool:
 
 
 class ConcurrencyReader:
-    """A reader of the number of requests that a rule's callable lets be in flight; see `LastLimits`."""
+    """A reader of the number of requests that a rule's callable lets be in flight; see
+    `LastLimits`.
+    """
 
     def __init__(self, rule: str, shadow: bool) -> None:
         self._rule = rule

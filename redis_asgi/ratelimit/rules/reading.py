@@ -1,4 +1,6 @@
-"""Reading a request's body for the rules that ask it: once, within bounds, and only where there is one."""
+"""Reading a request's body for the rules that ask it: once,
+within bounds, and only where there is one.
+"""
 
 from collections.abc import Sequence
 
@@ -16,10 +18,11 @@ NO_BODY = Asked(0, None)
 
 
 async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
-    """Look at a request's body: what it asks of a model, where that is wanted; `NO_BODY` when it has none.
+    """Look at a request's body: what it asks of a model,
+    where that is wanted; `NO_BODY` when it has none.
 
-    What it says to *readers* is in the scope then. Of a large body nothing else is kept: parsed it takes many times its
-    size.
+    What it says to *readers* is in the scope then. Of a large body nothing else is kept:
+    parsed it takes many times its size.
 
     Args:
         asks: Whether to find out what it asks of a model.
@@ -38,7 +41,9 @@ async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks:
 
 
 async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
-    """`look` in front of an endpoint, where the app may have read the body already; other methods have `NO_BODY`."""
+    """`look` in front of an endpoint,
+    where the app may have read the body already; other methods have `NO_BODY`.
+    """
     if not isinstance(conn, Request) or conn.method not in METHODS_WITH_BODY:
         return NO_BODY
     content = await body_of(conn, cap)

@@ -10,11 +10,13 @@ V = TypeVar("V")
 class Recent(Generic[K, V]):
     """The values that were used lately: at least *limit* of them by weight, and at most twice that.
 
-    When the young generation is full it becomes the old one, and what was in that and not used meanwhile is forgotten.
+    When the young generation is full it becomes the old one,
+    and what was in that and not used meanwhile is forgotten.
 
     Args:
         limit: What one generation may weigh.
-        weigh: What a key and its value weigh, of the key; none that weighs more than a hundredth of *limit* is kept.
+        weigh: What a key and its value weigh, of the key;
+            none that weighs more than a hundredth of *limit* is kept.
 
     Attributes:
         young: For a first look; what is not here may still be known to `find`.

@@ -1,4 +1,6 @@
-"""The routers of the wrapped app, asked themselves about a path: where it is rooted, and our own pages."""
+"""The routers of the wrapped app, asked themselves about a path:
+where it is rooted, and our own pages.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -41,7 +43,9 @@ class Routing:
         return bool(self._pages)
 
     def has_inside(self, middleware: type) -> bool:
-        """Whether a *middleware* of that class stands between here and the routes of the app itself."""
+        """Whether a *middleware* of that class stands between here and the routes of the app
+        itself.
+        """
         for prefix, app in islice(_below(self._app), _DEEPEST):
             if prefix is not None:
                 break
@@ -58,10 +62,12 @@ class Routing:
         return route_path(scope, self._own_root)
 
     def spellings(self, scope: Scope) -> Spellings:
-        """Whatever some router may take the request's path for (see `redis_asgi.asgi.paths.spellings`).
+        """Whatever some router may take the request's path for (see
+        `redis_asgi.asgi.paths.spellings`).
 
-        Where there is a root, and the path is not below it, Starlette's mounts cannot take their own part away: what
-        they hold sees the whole path, so that it may also stand below each mount that it leads to.
+        Where there is a root, and the path is not below it, Starlette's mounts cannot take their
+        own part away: what they hold sees the whole path, so that it may also stand below each
+        mount that it leads to.
         """
         path: str = scope["path"]
         spelled = self.spell(path, scope)
@@ -69,7 +75,8 @@ class Routing:
             below = self.path(scope)
             if self._roots or below == path:
                 prefixes = (prefix for each in {path, below} for prefix in _prefixes(self._mounts, each))
-                # The app and not the client decides how many there are; a router within itself has countless ones.
+                # The app and not the client decides how many there are;
+                # a router within itself has countless ones.
                 some = list(islice(prefixes, _MOST_MOUNTS))
                 spelled += tuple(prefix + each for prefix in some for each in spelled if each[:1] == "/")
         return spelled
@@ -91,7 +98,8 @@ class Routing:
         roots = [root for _, app in found if (root := _root_of(app))]
         self._roots = tuple(dict.fromkeys(roots))
         self._mounts = next((_mounts_of(app) for _, app in found if routes_of(app) is not None), [])
-        # Of the app itself, which replaces what the server says; those of mounted ones matter below their mount only.
+        # Of the app itself, which replaces what the server says;
+        # those of mounted ones matter below their mount only.
         self._own_root = next((root for prefix, app in found if prefix is None and (root := _root_of(app))), "")
         self._pages = frozenset(
             (method, path)
@@ -130,7 +138,9 @@ def _below(app: object, prefix: str | None = None, depth: int = 0) -> Iterator[t
 
 
 def _answers(app: object, method: str, path: str) -> object:
-    """The sub-app that the routers on the way lead a request to; ``None`` where that is anything else."""
+    """The sub-app that the routers on the way lead a request to;
+    ``None`` where that is anything else.
+    """
     scope: dict[str, Any] = {"type": "http", "method": method, "path": path, "root_path": "", "headers": []}
     mounted = False
     for _ in range(_DEEPEST):
@@ -193,6 +203,8 @@ def inner_app(app: object) -> object:
 
 
 def _root_of(app: object) -> str:
-    """The ``root_path`` that an app sets by itself, as ``FastAPI(root_path=...)`` does; empty for none."""
+    """The ``root_path`` that an app sets by itself,
+    as ``FastAPI(root_path=...)`` does; empty for none.
+    """
     root = getattr(app, "root_path", "") if routes_of(app) is not None else ""
     return root if isinstance(root, str) else ""

@@ -1,4 +1,6 @@
-"""Rules: which requests a limit covers, who shares it, what a request costs; and how they become policies."""
+"""Rules: which requests a limit covers, who shares it,
+what a request costs; and how they become policies.
+"""
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -39,34 +41,40 @@ class Rule:
     """A limit: the requests that it covers, by what they are limited, and how they are counted.
 
     Attributes:
-        limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a request, or ``None``
-            for "not limited". A callable's quota of 0 refuses the request; what cannot be read is logged once, and
-            answered by the partition's last readable limits, else by the default ones of the settings.
-        concurrency: Instead of *limits*: how many requests of a partition may be in flight at once, over all workers, 1
-            to 10^9; or a callable that says it for a request (``None`` = not limited, 0 refuses it). A request is in
-            flight until its last body byte is passed on, its WebSocket is closed, or the app returns or raises.
-            *strategy*, *cost* and *count_if* are for limits.
-        name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it. May be left out of an only rule
-            (``default``).
-        paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is covered in whatever
-            spelling of such a path an app may serve it, see `redis_asgi.asgi.paths`.
-        case_sensitive: Whether *paths* tell ``/Login`` from ``/login``; ``False`` for frameworks that do not.
-        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule that counts by the
-            body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers HEAD; ``WEBSOCKET`` is a handshake;
-            ``OPTIONS`` counts preflights too.
-        partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns ``None`` takes the
-            request out of this rule. Several in a list are one partition: who differs in one of them has another
-            counter.
-        cost: Units a request consumes, or a callable that says so, given a ``Request`` whose ``body()``, ``json()`` and
-            ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and replayed to the app. 0 is admitted and charges
-            nothing; more than the quota is refused for good. A body over the cap, or not the JSON or form that was
-            asked for, takes what remains of the rule's smallest quota, and all but one unit of that comes back when
-            the answer is a 3xx or 4xx. Or `tokens`, a cost that is known after the answer.
-        strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``; ``None`` = the
-            middleware's. See ``redis_asgi.ratelimit.strategies``.
+        limits: Notation such as ``"20/second; 1000/hour"``; or a callable that returns it for a
+            request, or ``None`` for "not limited". A callable's quota of 0 refuses the request;
+            what cannot be read is logged once, and answered by the partition's last readable
+            limits, else by the default ones of the settings.
+        concurrency: Instead of *limits*: how many requests of a partition may be in flight at once,
+            over all workers, 1 to 10^9; or a callable that says it for a request (``None`` = not
+            limited, 0 refuses it). A request is in flight until its last body byte is passed on,
+            its WebSocket is closed, or the app returns or raises. *strategy*, *cost* and *count_if*
+            are for limits.
+        name: 1 to 40 of ``A-Z a-z 0-9 _ . -``; the counters belong to it.
+            May be left out of an only rule (``default``).
+        paths: Patterns where ``*`` is any run of characters; ``None`` = every path. A request is
+            covered in whatever spelling of such a path an app may serve it, see
+            `redis_asgi.asgi.paths`.
+        case_sensitive: Whether *paths* tell ``/Login`` from ``/login``;
+            ``False`` for frameworks that do not.
+        methods: ``None`` = every method and WebSocket handshakes, but no CORS preflight; of a rule
+            that counts by the body (`by_json`, `by_mcp_tool`) POST, PUT and PATCH. ``GET`` covers
+            HEAD; ``WEBSOCKET`` is a handshake; ``OPTIONS`` counts preflights too.
+        partition_by: Who shares a counter; ``None`` = the middleware's. A callable that returns
+            ``None`` takes the request out of this rule. Several in a list are one partition: who
+            differs in one of them has another counter.
+        cost: Units a request consumes, or a callable that says so, given a ``Request`` whose
+            ``body()``, ``json()`` and ``form()`` are bounded by ``RATE_LIMIT_BODY_CAP`` and
+            replayed to the app. 0 is admitted and charges nothing; more than the quota is refused
+            for good. A body over the cap, or not the JSON or form that was asked for, takes what
+            remains of the rule's smallest quota, and all but one unit of that comes back when the
+            answer is a 3xx or 4xx. Or `tokens`, a cost that is known after the answer.
+        strategy: ``fixed-window``, ``sliding-window-counter``, ``moving-window`` or ``gcra``;
+            ``None`` = the middleware's. See ``redis_asgi.ratelimit.strategies``.
         on_redis_error: ``local``, ``open`` or ``closed``; ``None`` = the middleware's.
         shadow: Count and report, never refuse.
-        count_if: Given the response's status, whether the request counts; if not, its charge is given back.
+        count_if: Given the response's status, whether the request counts;
+            if not, its charge is given back.
 
     Raises:
         ConfigurationError: Names what cannot work.

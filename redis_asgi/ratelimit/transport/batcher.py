@@ -1,17 +1,20 @@
-"""Checks that share a round trip: what waits while a batch is under way leaves together in the next one.
+"""Checks that share a round trip:
+what waits while a batch is under way leaves together in the next one.
 
-An idle limiter does not wait: a check that finds nothing in flight leaves at the end of the loop's turn, with those
-that arrived in it. Under load the queue fills while Redis works, so that batches grow with the load and trips per
-request fall. Many leave in two halves, so that the process has answers to work on while Redis decides the other half:
-without that all come to wait at once, and process and Redis take turns at being idle.
+An idle limiter does not wait: a check that finds nothing in flight leaves at the end of the loop's
+turn, with those that arrived in it. Under load the queue fills while Redis works, so that batches
+grow with the load and trips per request fall. Many leave in two halves, so that the process has
+answers to work on while Redis decides the other half: without that all come to wait at once, and
+process and Redis take turns at being idle.
 
-Far from Redis no check waits for the trip of others: a tenth of the deadline after the last batch was written the next
-one leaves, so that a check has nine tenths for a trip of its own, however many ask.
+Far from Redis no check waits for the trip of others: a tenth of the deadline after the last batch
+was written the next one leaves, so that a check has nine tenths for a trip of its own, however many
+ask.
 
-The life of a check: `Batcher.submit` puts it in the queue. When a transport has a connection in hand it takes what
-waits as a `SubmittedBatch` and writes it. A check whose deadline passes, or whose request is cancelled, before that
-is withdrawn and never sent; after it only the wait ends, and the command goes on until the batch's own limit. Waiters
-get values, never exceptions.
+The life of a check: `Batcher.submit` puts it in the queue. When a transport has a connection in
+hand it takes what waits as a `SubmittedBatch` and writes it. A check whose deadline passes, or
+whose request is cancelled, before that is withdrawn and never sent; after it only the wait ends,
+and the command goes on until the batch's own limit. Waiters get values, never exceptions.
 """
 
 import asyncio
@@ -89,8 +92,8 @@ class Batcher:
             if not self.breaker.admits():
                 check.answer(self.breaker.reason)
                 return
-            # The trial must not wait for a connection of the outage, nor behind those who did. One that is made since
-            # then is left to it: far away that takes longer than a trial waits.
+            # The trial must not wait for a connection of the outage, nor behind those who did. One
+            # that is made since then is left to it: far away that takes longer than a trial waits.
             if self._renewed != self.breaker.good_probes:
                 self._renewed = self.breaker.good_probes
                 self._transport.renew()
@@ -102,7 +105,8 @@ class Batcher:
         self._waiting_counters += check.asked.counters
         if check.deadline < self._armed_for:
             self._arm(check.deadline)
-        # Behind one that waits already, and is in no less of a hurry, there is nothing to do until the batch is full.
+        # Behind one that waits already, and is in no less of a hurry,
+        # there is nothing to do until the batch is full.
         if self._waiting_counters >= MAX_COUNTERS:
             self.start_if_due()
         elif check.timeout < self._hurry:
@@ -143,7 +147,8 @@ class Batcher:
             since: Count from then instead, on the loop's clock.
         """
         due = (self._written if since is None else since) + self._hurry / MAX_IN_FLIGHT
-        # Nearly always there is one already: the last batch was written after it was planned, and `_depart` plans anew.
+        # Nearly always there is one already:
+        # the last batch was written after it was planned, and `_depart` plans anew.
         if due < self._departs_at:
             if self._departure is not None:
                 self._departure.cancel()
@@ -152,7 +157,8 @@ class Batcher:
     def _depart(self) -> None:
         self._departure, self._departs_at = None, math.inf
         self._transport.read()
-        # One that is getting ready takes all that waits; with too many under way the next reply plans anew.
+        # One that is getting ready takes all that waits;
+        # with too many under way the next reply plans anew.
         if self._waiting and len(self._sent) >= self._transport.busy < MAX_IN_FLIGHT:
             if self.loop.time() >= self._written + self._hurry / MAX_IN_FLIGHT:
                 self._transport.start(self)
@@ -165,7 +171,8 @@ class Batcher:
         return bool(self._waiting)
 
     def take(self) -> SubmittedBatch | None:
-        """The checks that wait and are still waited for, oldest first, at most `MAX_COUNTERS` counters.
+        """The checks that wait and are still waited for, oldest first,
+        at most `MAX_COUNTERS` counters.
 
         Half of it, when it is many and the first to be under way.
         """
@@ -203,7 +210,8 @@ class Batcher:
         self._tell(batch, failure)
 
     def again(self, batch: SubmittedBatch) -> None:
-        """Ask once more what *batch* did, each partition by a command of its own: it was refused, and nothing ran.
+        """Ask once more what *batch* did, each partition by a command of its own:
+        it was refused, and nothing ran.
 
         That is a fact about the server, not about its health, so the breaker hears nothing.
         """
@@ -268,11 +276,14 @@ class Batcher:
     def _arm(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        # One turn of the loop later: when the loop itself was held up, replies that have come are read first.
+        # One turn of the loop later: when the loop itself was held up,
+        # replies that have come are read first.
         self._timer, self._armed_for = self.loop.call_at(when, self.loop.call_soon, self._tick), when
 
     def _tick(self) -> None:
-        """The only clock: end waits past their deadline and batches past their limit, then sleep to the next."""
+        """The only clock: end waits past their deadline and batches past their limit, then sleep to
+        the next.
+        """
         self._timer, self._armed_for = None, math.inf
         self._transport.read()
         now = self.loop.time()
@@ -282,14 +293,16 @@ class Batcher:
             if self.breaker.state == "closed":
                 self.breaker.failed(self._transport.timeout_cause())
             else:
-                # A trial that was not even sent says nothing: its connection is still being made, or says so itself.
+                # A trial that was not even sent says nothing:
+                # its connection is still being made, or says so itself.
                 self.breaker.withdrawn()
         resolve(late, self._transport.timeout_cause())
         deadlines = [check.deadline for check in self._waiting]
         for batch in tuple(self._sent):
             late, rest = split_late(batch.checks, now)
             late = still_waiting(late)
-            # Of one that waited for long before it was written, for a connection far away, only the limit tells.
+            # Of one that waited for long before it was written,
+            # for a connection far away, only the limit tells.
             if batch.limit <= now or any(check.left >= A_TRIP * check.timeout for check in late):
                 self._tell(batch, Failure.TIMEOUT)
             resolve(late, Failure.TIMEOUT)

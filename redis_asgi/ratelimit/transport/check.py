@@ -65,13 +65,15 @@ class Check:
     def hear(self, outcome: Outcome) -> object:
         """The value that the waiter is given of *outcome*.
 
-        It runs for a whole batch in one go, where the same few lines stay in the processor's caches: for each request
-        by itself, between system calls, they take twice as long.
+        It runs for a whole batch in one go, where the same few lines stay in the processor's
+        caches: for each request by itself, between system calls, they take twice as long.
         """
         return outcome
 
     def split(self) -> "Sequence[Check]":
-        """One for each partition that it is about, in its place, where nobody waits for it; else itself."""
+        """One for each partition that it is about, in its place,
+        where nobody waits for it; else itself.
+        """
         return (self,)
 
     @property
@@ -165,7 +167,9 @@ def spans_slots(checks: Iterable[Check]) -> bool:
 
 
 def graver(one: Failure | None, other: Failure | None) -> Failure | None:
-    """Of what went wrong with two commands of a batch, what is to be told of it: a `Failure.REPLY` says least."""
+    """Of what went wrong with two commands of a batch,
+    what is to be told of it: a `Failure.REPLY` says least.
+    """
     return other if one is None or (one is Failure.REPLY and other is not None) else one
 
 

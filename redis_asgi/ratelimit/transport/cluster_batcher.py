@@ -14,7 +14,9 @@ from .slot_parts import ApartWhereAsked, Parts
 
 
 class ClusterBatcher:
-    """One `Batcher` per node, so that a dead node degrades only its own partitions; `Parts` are asked at several."""
+    """One `Batcher` per node, so that a dead node degrades only its own partitions; `Parts` are
+    asked at several.
+    """
 
     gathers = False
 

@@ -1,8 +1,9 @@
-"""The short way to Redis: batches written straight to the socket of a pooled connection, replies read as they arrive.
+"""The short way to Redis: batches written straight to the socket of a pooled connection, replies
+read as they arrive.
 
-A `DirectConnection` takes the socket over from redis-py: no task, no timer and no stream between a batch and its reply,
-which halves what a trip costs the process. Another caller of the pool who waits for a connection gets this one as soon
-as it is idle.
+A `DirectConnection` takes the socket over from redis-py: no task, no timer and no stream between a
+batch and its reply, which halves what a trip costs the process. Another caller of the pool who
+waits for a connection gets this one as soon as it is idle.
 """
 
 import asyncio
@@ -25,7 +26,9 @@ from .script import Call
 
 
 class DirectConnection(Takeover, asyncio.Protocol):
-    """One connection while the limiter has it: a queue of batches, answered in the order they were sent."""
+    """One connection while the limiter has it: a queue of batches,
+    answered in the order they were sent.
+    """
 
     def __init__(
         self, owner: "DirectTransport", batcher: Batcher, connection: AbstractConnection, transport: asyncio.Transport
@@ -62,8 +65,8 @@ class DirectConnection(Takeover, asyncio.Protocol):
         if not self._batcher.waits and len(self.sent) == 1 and len(self.sent[0][1].checks) == 1:
             self.read()
             return
-        # Two turns of the loop later the requests that came in together with it are waiting. They leave in the next
-        # batch, and only then are the answers of this one worked on.
+        # Two turns of the loop later the requests that came in together with it are waiting. They
+        # leave in the next batch, and only then are the answers of this one worked on.
         soon = self._batcher.loop.call_soon
         soon(soon, self.read)
 
@@ -72,7 +75,8 @@ class DirectConnection(Takeover, asyncio.Protocol):
         if not self._unread:
             return
         if not self._give_out():
-            # No Redis at the other end, or one out of step: nothing it says can be told apart any more.
+            # No Redis at the other end, or one out of step:
+            # nothing it says can be told apart any more.
             self.hang_up()
             return
         if not self.sent:

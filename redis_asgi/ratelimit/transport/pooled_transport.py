@@ -1,4 +1,5 @@
-"""Transports through redis-py: one script call over a pooled connection, or a pipeline per cluster node.
+"""Transports through redis-py: one script call over a pooled connection,
+or a pipeline per cluster node.
 
 `direct_transport` has the shorter way for pools of our own.
 """
@@ -75,7 +76,8 @@ class TaskTransport:
         try:
             failure = await self.run(batcher)
         except Exception as error:
-            # RedisClusterException is no RedisError, and a slot table in flux raises KeyErrors and more.
+            # RedisClusterException is no RedisError,
+            # and a slot table in flux raises KeyErrors and more.
             failure = classify(error)
             if task not in self._batches:
                 # A batch that has a connection takes what waits when it is back.
@@ -127,7 +129,8 @@ class PooledTransport(TaskTransport):
 
 
 async def ask(connection: AbstractConnection, calls: Sequence[Call]) -> list[Any]:
-    """The replies to *calls*, which are written at once, and again in full where the server did not know the script.
+    """The replies to *calls*, which are written at once,
+    and again in full where the server did not know the script.
 
     Error replies are among them.
     """
@@ -142,7 +145,8 @@ async def ask(connection: AbstractConnection, calls: Sequence[Call]) -> list[Any
 
 
 def hand_out(answered: Iterable[tuple[Call, Any]]) -> Failure | None:
-    """Give the checks of each call what its reply says; why some have no verdict, the gravest reason.
+    """Give the checks of each call what its reply says;
+    why some have no verdict, the gravest reason.
 
     Raises:
         OddReply: When one is no reply to its call; the others are given theirs.
@@ -168,7 +172,8 @@ def hand_out(answered: Iterable[tuple[Call, Any]]) -> Failure | None:
 
 
 class TableTransport(TaskTransport):
-    """Of a cluster whose slot table is not known yet, or has a hole: reads it, and hands what waits to the nodes.
+    """Of a cluster whose slot table is not known yet, or has a hole: reads it,
+    and hands what waits to the nodes.
 
     Args:
         route: Submits a check at its node; ``False`` where there is none.
@@ -196,7 +201,8 @@ class TableTransport(TaskTransport):
 
 
 class NodeTransport(TaskTransport):
-    """One pipeline to one node of a cluster; a script call must stay in one slot: one per partition.
+    """One pipeline to one node of a cluster;
+    a script call must stay in one slot: one per partition.
 
     Args:
         node: Its name.

@@ -1,4 +1,6 @@
-"""The script, the one writer of a command that calls it, and the one reader of what it replies to that."""
+"""The script, the one writer of a command that calls it,
+and the one reader of what it replies to that.
+"""
 
 import hashlib
 import logging
@@ -27,7 +29,8 @@ SCRIPT = _load_script()
 SCRIPT_SHA = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 
 
-# The script with nothing to decide: whether it may be called, and once it is loaded whether it runs.
+# The script with nothing to decide: whether it may be called,
+# and once it is loaded whether it runs.
 NOTHING_ASKED = (b"EVALSHA", SCRIPT_SHA, b"0", b"0", b"")
 
 
@@ -36,8 +39,9 @@ class Call:
 
     Args:
         checks: The requests it asks about.
-        number: What its reply has to begin with. A reply to another command, behind one that a proxy has swallowed,
-            would else be taken for this one's, and every request be given another's verdict from there on.
+        number: What its reply has to begin with. A reply to another command, behind one that a
+            proxy has swallowed, would else be taken for this one's, and every request be given
+            another's verdict from there on.
         clock: The script's time in us, for tests; ``None`` = Redis's own.
     """
 
@@ -67,7 +71,8 @@ class Call:
         return b"".join((head, *[charges.keys for charges in asked], _number(self.number), clock, *questions))
 
     def command_in_full(self) -> bytes | None:
-        """`command` once more, with the script, for a server that did not know it; ``None``: no check waits any more.
+        """`command` once more, with the script, for a server that did not know it;
+        ``None``: no check waits any more.
 
         Nothing ran, so sending it again cannot count twice.
         """

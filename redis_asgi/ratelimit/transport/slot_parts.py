@@ -1,4 +1,6 @@
-"""Requests whose keys live in several slots: asked part by part where each command may name keys of one slot only."""
+"""Requests whose keys live in several slots:
+asked part by part where each command may name keys of one slot only.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -19,7 +21,8 @@ from .check import Check, HoldingCheck, Outcome, resolve
 class Parts:
     """Asks a request's parts at once, and puts what comes of them together.
 
-    If one refuses, the others are refunded by receipt: for that moment they are counted too much, never too little.
+    If one refuses, the others are refunded by receipt:
+    for that moment they are counted too much, never too little.
 
     Args:
         route: Queues a check of one partition.
