@@ -24,9 +24,9 @@ from .answers.limited_response import LimitedResponse, UncoveredResponse
 from .answers.refusal_response import (
     OnExceeded,
     adding,
+    answer_to,
     check_on_exceeded,
     refuse_identity,
-    remember_answer,
     send_again,
     send_refusal,
 )
@@ -34,7 +34,7 @@ from .answers.request_decision import STANDBY, RequestDecision, Undecided, decis
 from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.refusal_memory import Known
+from .limits.refusal_memory import Known, Said
 from .overview import Protection
 from .pricing import Ahead
 from .rules.checks import check_choice
@@ -164,8 +164,10 @@ class RateLimitMiddleware(Covering):
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
             if charges.is_ready and outer is None:
-                if charges.known is not None and kind == "http" and self._engine.repeats(charges.known, style):
-                    await self._repeat(charges.known, scope, send)
+                # Looked at once: a loop in another thread may put another there meanwhile.
+                refused = charges.known
+                if refused is not None and kind == "http" and (said := self._engine.again(refused, style)):
+                    await self._repeat(refused, said, scope, send)
                     return
                 verdict = self._engine.ask(charges)
                 if verdict.is_asked:
@@ -261,21 +263,18 @@ class RateLimitMiddleware(Covering):
             known = verdict.known
             is_usual = self._on_exceeded is None and scope["type"] == "http" and not style.names_request
             if is_usual and known is not None and len(known) == 1:
-                remember_answer(verdict, known, style)
-                verdict.conclude()
-                known.decided = decision
-                await send_again(known, scope, send)
+                await send_again(answer_to(known, decision, style), scope, send)
             else:
                 fields = fields_of(verdict, style)
                 await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
 
-    async def _repeat(self, known: Known, scope: Scope, send: Send) -> None:
+    async def _repeat(self, known: Known, said: Said, scope: Scope, send: Send) -> None:
         """Refuse a request as the one before was."""
-        put_decision(scope, known.decided)
+        put_decision(scope, said.decision)
         self._counts.request("refused", "refusal_memory", known.counters)
-        await send_again(known, scope, send)
+        await send_again(said, scope, send)
 
     async def _join(
         self,

@@ -22,7 +22,7 @@ def limits_off() -> Iterator[None]:
     with ExitStack() as off:
         off.enter_context(replaced(Engine, "ask", lambda _: _admit))
         off.enter_context(replaced(Engine, "remembered", lambda _: _nothing))
-        off.enter_context(replaced(Engine, "repeats", lambda _: _nothing))
+        off.enter_context(replaced(Engine, "again", lambda _: _nothing))
         off.enter_context(replaced(Engine, "settle", lambda _: _nothing))
         off.enter_context(replaced(Engine, "reset", _unasked))
         yield

@@ -10,7 +10,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Message, Scope
 
 from redis_asgi import Decision, RateLimitMiddleware, Rule, Settings, by_header
+from redis_asgi.ratelimit.answers.dialects import AnswerStyle
+from redis_asgi.ratelimit.answers.request_decision import decision_of
+from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.verdict import Verdict
+from redis_asgi.ratelimit.limits.refusal_memory import Known, Said
 
 from .harness import Spy, drive, header, http_scope, websocket_scope
 
@@ -20,6 +24,10 @@ pytestmark = pytest.mark.anyio
 async def flood(app: RateLimitMiddleware, count: int = 4, **changes: object) -> list[list[Message]]:
     """What each of *count* requests is sent."""
     return [await drive(app, http_scope(**changes)) for _ in range(count)]
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 async def test_each_answer_is_its_own(settings: Settings) -> None:
@@ -98,6 +106,50 @@ async def test_what_is_said_to_many_can_be_changed_by_none(settings: Settings) -
     assert [False, False] == [decision.allowed for decision in decisions]
     with pytest.raises(RuntimeError):
         decisions[1].charge(1)
+
+
+async def test_is_one_answer_whatever_another_thread_finds_meanwhile(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loops in several threads may share a middleware: what is said is not looked for twice."""
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    (expected, _) = (await flood(app))[-1]
+    find = Engine.again
+
+    def interrupted(engine: Engine, known: Known, style: AnswerStyle) -> Said | None:
+        said = find(engine, known, style)
+        for charges in engine.plans.charges.young.values():
+            charges.known = None
+        known.said = None
+        return said
+
+    monkeypatch.setattr(Engine, "again", interrupted)
+    scope = http_scope()
+    start, _ = await drive(app, scope)
+
+    assert expected == start
+    assert scope["state"]["rate_limit"].violated == ("default",)
+
+
+async def test_a_decision_that_is_said_again_is_over_from_the_first(settings: Settings) -> None:
+    """Also while the answer that it is made for is still on its way: it is not the next one's to
+    change.
+    """
+    app = RateLimitMiddleware(Spy(), "1/minute", settings=settings)
+    await flood(app, 2)
+    scopes: list[Scope] = [http_scope(), http_scope()]
+    over: list[bool] = []
+
+    async def send(_message: Message) -> None:
+        if len(scopes) > 1:
+            await drive(app, scopes.pop())
+        over.extend(decision_of(scope) is None for scope in (first, second))
+
+    first, second = scopes
+    await app(first, _nothing, send)
+
+    assert first["state"]["rate_limit"] is second["state"]["rate_limit"]
+    assert [True] * 4 == over
 
 
 async def test_nothing_of_it_waits_for_the_collector(settings: Settings) -> None:

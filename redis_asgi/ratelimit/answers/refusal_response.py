@@ -16,10 +16,11 @@ from ...misuse import check_callable, shown
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from ..limits.policy import MICROSECONDS
-from ..limits.refusal_memory import Known
+from ..limits.refusal_memory import Known, Said
 from . import headers
 from .dialects import SHORTEST_KEPT, AnswerStyle, Fields
 from .json_rpc import in_reply
+from .request_decision import RequestDecision
 
 OnExceeded: TypeAlias = Callable[[HTTPConnection, Decision], ASGIApp | None | Awaitable[ASGIApp | None]]
 
@@ -78,37 +79,42 @@ async def send_refusal(
     await _send_body(429, headers.refusal_body(decision, style, held), fields, style, scope, receive, send)
 
 
-def remember_answer(verdict: Verdict, known: Known, style: AnswerStyle) -> None:
-    """Make a flood's usual refusal ready: one *known* to be one policy's,
+def answer_to(known: Known, decision: RequestDecision, style: AnswerStyle) -> Said:
+    """A flood's usual refusal, for a request with that *decision*: one *known* to be one policy's,
     in a *style* that does not name the request.
 
     The answer of before stays where it still says what is true.
     """
-    if verdict.at >= known.answers_until or known.answered_in is not style:
-        held = verdict.engine.in_flight.most_of((known[0][0],), (known[0][1].policy.name,))
-        _render(known, style, verdict.at, headers.held_words(held))
+    said = known.said
+    if said is None or decision.first.at >= said.until or said.style is not style:
+        said = known.said = _rendered(known, decision, style)
+    return said
 
 
-async def send_again(known: Known, scope: Scope, send: Send) -> None:
-    """Send the answer that is ready for what is *known*, over HTTP."""
-    fields, body = known.answer
+async def send_again(said: Said, scope: Scope, send: Send) -> None:
+    """Send, over HTTP, what is *said* to more than one."""
     # Anew for each: who is outside may change them.
-    await send({"type": "http.response.start", "status": 429, "headers": fields.copy()})
-    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+    await send({"type": "http.response.start", "status": 429, "headers": said.fields.copy()})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else said.body})
 
 
-def _render(known: Known, style: AnswerStyle, now: float, held: str) -> None:
-    """Make the answer of what is *known*,
+def _rendered(known: Known, decision: RequestDecision, style: AnswerStyle) -> Said:
+    """The answer to what is *known*,
     kept for as long as the whole seconds in it stay the same.
     """
+    verdict = decision.first
     charge, refusal = known[0]
-    remaining, reset, retry = refusal.numbers(charge.cost, now)
-    known.answer = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
-    known.answered_in, known.answers_until = style, now
+    remaining, reset, retry = refusal.numbers(charge.cost, verdict.at)
+    held = headers.held_words(verdict.engine.in_flight.most_of((charge,), (refusal.policy.name,)))
+    fields, body = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
+    kept = 0.0
     if style.headers in ("ietf", "none"):  # the others hold the time of day
         left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
         kept = min(left, default=MICROSECONDS) / MICROSECONDS
-        known.answers_until = now + (kept if style.dialect is None else min(kept, SHORTEST_KEPT))
+        if style.dialect is not None:
+            kept = min(kept, SHORTEST_KEPT)
+    verdict.conclude()
+    return Said(style, verdict.at + kept, fields, body, decision)
 
 
 async def refuse_identity(what: str, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,7 +22,7 @@ from ..limits.clock import CLOCK
 from ..limits.counter import Mode
 from ..limits.decision import Decision
 from ..limits.policy import Partition, Policy, PolicySet
-from ..limits.refusal_memory import Known, RefusalMemory
+from ..limits.refusal_memory import Known, RefusalMemory, Said
 from ..transport.batcher import Batcher
 from ..transport.check import Check, Outcome
 from ..transport.cluster_batcher import ClusterBatcher, make_batcher
@@ -89,9 +89,9 @@ class Engine:
             verdict.uncounted = known.counters or self.counts.refusals(known)
         return verdict
 
-    def repeats(self, known: Known, style: object) -> bool:
-        """Whether what is *known* is answered as it was last, in that *style*."""
-        return known.repeats(style, CLOCK.monotonic())
+    def again(self, known: Known, style: object) -> Said | None:
+        """The last answer to what is *known*, if that is said again in that *style*."""
+        return known.again(style, CLOCK.monotonic())
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""

@@ -117,8 +117,8 @@ class Verdict(Check):
         self.allowed, self.known, self.at = False, known, at
 
     def conclude(self) -> None:
-        """Be from now on only what it says, so that it can be said again and again."""
-        self._decision, self.known = self.decision, None
+        """Be from now on only what it says, and over, so that it can be said again and again."""
+        self._decision, self.known, self.is_over = self.decision, None, True
 
     def leave(self, decision: Decision) -> None:
         """Be what is said where no engine decides about any of its charges."""

@@ -59,30 +59,44 @@ class Refusal:
         return self.remaining, reset, max(0, self.retry - passed)
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The answer to a refused request, for the next ones: in one piece,
+    as threads that have loops of their own may share it.
+
+    Attributes:
+        style: How it is written.
+        until: How long, in monotonic seconds, the whole seconds in it stay the same.
+        fields: Its header fields. Do not change them.
+        body: Its body.
+        decision: What it tells of.
+    """
+
+    style: object
+    until: float
+    fields: list[tuple[bytes, bytes]]
+    body: bytes
+    decision: Any
+
+
 class Known(list[tuple[Charge, Refusal]]):
     """The refusals that answer some charges,
     and what is said of them again and again for as long as they do.
 
     Attributes:
         counters: What is counted of them, kept by `counts`.
-        answer: The last answer in full: header fields and body, kept by `responses`.
-        answered_in: The style of that.
-        decided: The decision that it was the answer to.
-        answers_until: How long, in monotonic seconds, the whole seconds in it stay the same.
+        said: The last answer, kept by `responses`; ``None`` before the first.
         is_alone: Whether they are one,
             and no other charge was asked about that may come to be refused too.
     """
 
-    __slots__ = ("answer", "answered_in", "answers_until", "counters", "decided", "is_alone")
+    __slots__ = ("counters", "is_alone", "said")
 
     def __init__(self) -> None:
         super().__init__()
         self.is_alone = False
         self.counters: Any = None
-        self.answer: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
-        self.answered_in: object = None
-        self.decided: Any = None
-        self.answers_until = 0.0
+        self.said: Said | None = None
 
     def holds(self, now: float) -> bool:
         """Whether they still answer what they answered last, at *now* (monotonic seconds), alone."""
@@ -91,11 +105,10 @@ class Known(list[tuple[Charge, Refusal]]):
         refusal = self[0][1]
         return refusal.alone and now < refusal.until
 
-    def repeats(self, style: object, now: float) -> bool:
-        """Whether the last answer, in that *style*,
-        is the answer at *now* (monotonic seconds), too.
-        """
-        return self.answered_in is style and now < self.answers_until and self.decided is not None and self.holds(now)
+    def again(self, style: object, now: float) -> Said | None:
+        """The last answer, if in that *style* it is the answer at *now* (monotonic seconds), too."""
+        said = self.said
+        return said if said is not None and said.style is style and now < said.until and self.holds(now) else None
 
 
 class RefusalMemory:
