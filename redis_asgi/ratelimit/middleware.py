@@ -259,16 +259,20 @@ class RateLimitMiddleware(Covering):
     async def _refuse(self, verdict: Verdict, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
         decision = keep_decision(scope, verdict)
         verdict.count()
+        # What ``on_exceeded`` answers with may have limits of its own,
+        # which are settled as those of any app are.
+        response = None if self._on_exceeded is None else LimitedResponse(decision, style, send)
         try:
             known = verdict.known
-            is_usual = self._on_exceeded is None and scope["type"] == "http" and not style.names_request
-            if is_usual and known is not None and len(known) == 1:
+            if response is not None:
+                send = response.send
+            elif known is not None and len(known) == 1 and scope["type"] == "http" and not style.names_request:
                 await send_again(answer_to(known, decision, style), scope, send)
-            else:
-                fields = fields_of(verdict, style)
-                await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
+                return
+            fields = fields_of(verdict, style)
+            await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
-            verdict.is_over = True
+            verdict.settle(429 if response is None else response.status)
 
     async def _repeat(self, known: Known, said: Said, scope: Scope, send: Send) -> None:
         """Refuse a request as the one before was."""

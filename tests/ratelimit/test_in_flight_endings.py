@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import redis
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from redis_asgi import RateLimiter, RateLimitMiddleware, RedisManager, Rule
 from redis_asgi.errors import ConfigurationError
 
 from .concurrency import Stream, ended, members, opened, running, settled, streams
-from .harness import drive, http_scope, memory, websocket_scope
+from .harness import Spy, drive, header, http_scope, memory, websocket_scope
 
 pytestmark = pytest.mark.anyio
 
@@ -130,6 +131,22 @@ async def test_an_inner_instance_holds_until_the_outer_answer_ends(either: Redis
 
 
 # A block of code
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_what_is_answered_in_place_of_a_refusal_ends_too(either: RedisManager, status: int) -> None:
+    """``on_exceeded`` may answer with an app that has limits of its own."""
+    kept = Rule("9/minute", name="failures", count_if=lambda status: status >= 500)
+    spare = RateLimitMiddleware(PlainTextResponse("later", status), rules=[streams(1), kept], redis=either)
+    limited = RateLimitMiddleware(Spy(), "1/minute", on_exceeded=lambda _conn, _decision: spare, redis=either)
+    sent = [await drive(limited, http_scope()) for _ in range(4)]
+    await settled(either)
+    counted = await drive(spare, http_scope())
+
+    assert [200] + [status] * 3 == [each[0]["status"] for each in sent]
+    assert 0 == running(either)
+    left = 8 if status < 500 else 5
+    assert f'"failures";r={left};t=60'.encode() in (header(counted[0], b"ratelimit") or b"").split(b", ")
 
 
 async def test_a_slot_is_held_for_a_block(either: RedisManager) -> None:
