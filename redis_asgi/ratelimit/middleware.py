@@ -164,8 +164,12 @@ class RateLimitMiddleware(Covering):
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
             if charges.is_ready and outer is None:
-                if charges.known is not None and kind == "http" and self._engine.repeats(charges.known, style):
-                    await self._repeat(charges.known, scope, send)
+                refusals: Known | None = charges.known
+                if refusals is not None and kind == "http" and self._engine.repeats(refusals, style):
+                    # Of a flood: as the request before was answered.
+                    put_decision(scope, refusals.decided)
+                    self._counts.request("refused", "refusal_memory", refusals.counters)
+                    await send_again(refusals, scope, send)
                     return
                 verdict = self._engine.ask(charges)
                 if verdict.is_asked:
@@ -270,12 +274,6 @@ class RateLimitMiddleware(Covering):
                 await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
             verdict.is_over = True
-
-    async def _repeat(self, known: Known, scope: Scope, send: Send) -> None:
-        """Refuse a request as the one before was."""
-        put_decision(scope, known.decided)
-        self._counts.request("refused", "refusal_memory", known.counters)
-        await send_again(known, scope, send)
 
     async def _join(
         self,

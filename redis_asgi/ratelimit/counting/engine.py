@@ -91,7 +91,10 @@ class Engine:
 
     def repeats(self, known: Known, style: object) -> bool:
         """Whether what is *known* is answered as it was last, in that *style*."""
-        return known.repeats(style, CLOCK.monotonic())
+        if known.answered_in is not style:
+            return False
+        now = CLOCK.monotonic()
+        return now < known.answers_until and known.holds(now)
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""

@@ -91,12 +91,6 @@ class Known(list[tuple[Charge, Refusal]]):
         refusal = self[0][1]
         return refusal.alone and now < refusal.until
 
-    def repeats(self, style: object, now: float) -> bool:
-        """Whether the last answer, in that *style*,
-        is the answer at *now* (monotonic seconds), too.
-        """
-        return self.answered_in is style and now < self.answers_until and self.decided is not None and self.holds(now)
-
 
 class RefusalMemory:
     """For each counter (policy, partition, quota) the lowest cost refused, for a second at most.
