@@ -34,7 +34,7 @@ from .answers.request_decision import STANDBY, RequestDecision, Undecided, decis
 from .answers.rewording import REWORDING, Rewording, rewording_in
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.refusal_memory import Known, Said
+from .limits.refusal_memory import Known
 from .overview import Protection
 from .pricing import Ahead
 from .rules.checks import check_choice
@@ -164,10 +164,13 @@ class RateLimitMiddleware(Covering):
             known = plan.known(scope)
             charges = known if known is not None else await plan.charges(scope)
             if charges.is_ready and outer is None:
-                # Looked at once: a loop in another thread may put another there meanwhile.
-                refused = charges.known
-                if refused is not None and kind == "http" and (said := self._engine.again(refused, style)):
-                    await self._repeat(refused, said, scope, send)
+                # Looked at once: a loop in another thread may put others there meanwhile.
+                refusals: Known | None = charges.known
+                if refusals is not None and kind == "http" and (said := self._engine.again(refusals, style)):
+                    # Of a flood: as the request before was answered.
+                    put_decision(scope, said.decision)
+                    self._counts.request("refused", "refusal_memory", refusals.counters)
+                    await send_again(said, scope, send)
                     return
                 verdict = self._engine.ask(charges)
                 if verdict.is_asked:
@@ -272,13 +275,9 @@ class RateLimitMiddleware(Covering):
             fields = fields_of(verdict, style)
             await send_refusal(verdict, fields, style, self._on_exceeded, scope, receive, send)
         finally:
-            verdict.settle(429 if response is None else response.status)
-
-    async def _repeat(self, known: Known, said: Said, scope: Scope, send: Send) -> None:
-        """Refuse a request as the one before was."""
-        put_decision(scope, said.decision)
-        self._counts.request("refused", "refusal_memory", known.counters)
-        await send_again(said, scope, send)
+            if response is not None:
+                verdict.settle(response.status)
+            verdict.is_over = True
 
     async def _join(
         self,

@@ -20,7 +20,7 @@ from ..conftest import StartServer
 from ..kit.processes import clean_environment
 from ..kit.servers import free_port, wait_until
 
-pytestmark = [pytest.mark.anyio, pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.anyio, pytest.mark.server, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = 4
 SECONDS = 5.0  # of load

@@ -68,7 +68,7 @@ class Members:
                 values += (remaining,)
                 continue
             left = numbers[at + 1] if is_fixed else 0 if remaining else numbers[at + 2]
-            values += remaining, (left + 999_999) // 1_000_000 if left > 0 else window
+            values += remaining, (left + 999_999) // 1_000_000 or window
         return [self._policies, (b"ratelimit", self._template % values)] if values else []
 
 

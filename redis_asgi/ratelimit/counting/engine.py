@@ -91,7 +91,11 @@ class Engine:
 
     def again(self, known: Known, style: object) -> Said | None:
         """The last answer to what is *known*, if that is said again in that *style*."""
-        return known.again(style, CLOCK.monotonic())
+        said = known.said
+        if said is None or said.style is not style:
+            return None
+        now = CLOCK.monotonic()
+        return said if now < said.until and known.holds(now) else None
 
     async def decide(self, charges: Charges, mode: Mode = "consume") -> Verdict:
         """Decide *charges* together: all are charged, or none."""

@@ -105,11 +105,6 @@ class Known(list[tuple[Charge, Refusal]]):
         refusal = self[0][1]
         return refusal.alone and now < refusal.until
 
-    def again(self, style: object, now: float) -> Said | None:
-        """The last answer, if in that *style* it is the answer at *now* (monotonic seconds), too."""
-        said = self.said
-        return said if said is not None and said.style is style and now < said.until and self.holds(now) else None
-
 
 class RefusalMemory:
     """For each counter (policy, partition, quota) the lowest cost refused, for a second at most.
