@@ -14,7 +14,7 @@ class Offer:
     """The offer of one middleware, the same for all its requests: one entry of a scope. Immutable.
 
     Attributes:
-        managers: The managers of Redis, its own last; no two the same.
+        managers: The managers of Redis, the outermost one's first; no two the same.
         addressing: Whose addresses are believed; ``None`` = no limit has said so.
         style: In which style a limiter answers; ``None`` = there is none outside.
     """
