@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import redis
+from starlette.requests import HTTPConnection
 
-from redis_asgi import RedisManager, Settings
+from redis_asgi import Decision, RateLimitMiddleware, RedisManager, Settings
 from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.verdict import Verdict
 from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.ratelimit.limits.policy import PolicySet, make_partition
+from redis_asgi.testing import RateLimitClock
 
 from ..kit.servers import ExternalServer, Server
-from .harness import changes_of
+from .harness import Spy, changes_of, drive, header, http_scope, memory
 from .histories import policy
 
 pytestmark = pytest.mark.anyio
@@ -100,3 +102,15 @@ async def test_two_loops_settle_each_by_itself(settings: Settings) -> None:
         asyncio.to_thread(asyncio.run, work(NAMES[:20])), asyncio.to_thread(asyncio.run, work(NAMES[20:]))
     )
     assert [[[994, 994]] * 20] * 2 == list(halves)
+
+
+async def test_a_refused_request_can_be_charged(rate_limit_clock: RateLimitClock) -> None:
+    """``on_exceeded`` may make those wait longer who ask in vain."""
+
+    def fined(conn: HTTPConnection, _decision: Decision) -> None:
+        conn.state.rate_limit.charge(1)
+
+    app = RateLimitMiddleware(Spy(), "1/minute", strategy="gcra", on_exceeded=fined, settings=memory())
+    waits = [header((await drive(app, http_scope()))[0], b"retry-after") for _ in range(4)]
+
+    assert [None, b"60", b"120", b"180"] == waits
