@@ -2,21 +2,23 @@
 and to each as if it were its own.
 """
 
+import asyncio
 import gc
 
 import pytest
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Message, Scope
+from starlette.types import Message, Receive, Scope, Send
 
-from redis_asgi import Decision, RateLimitMiddleware, Rule, Settings, by_header
+from redis_asgi import Decision, RateLimitMiddleware, RedisManager, Rule, Settings, by_header
 from redis_asgi.ratelimit.answers.dialects import AnswerStyle
 from redis_asgi.ratelimit.answers.request_decision import decision_of
 from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.verdict import Verdict
 from redis_asgi.ratelimit.limits.refusal_memory import Known, Said
+from redis_asgi.settings import StrategyName
 
-from .harness import Spy, drive, header, http_scope, websocket_scope
+from .harness import Spy, all_answered, drive, header, http_scope, websocket_scope
 
 pytestmark = pytest.mark.anyio
 
@@ -82,6 +84,33 @@ async def test_ends_with_a_reset(settings: Settings) -> None:
     await app._engine.reset(app._rules[0].partition.of("k"), None)
 
     assert [200, 429] == [sent[0]["status"] for sent in await flood(app, 2, headers=headers)]
+
+
+@pytest.mark.parametrize("strategy", ["gcra", "sliding-window-counter"])
+async def test_what_is_charged_later_is_waited_for(settings: Settings, strategy: StrategyName) -> None:
+    """A client is never told to come back earlier than it is admitted."""
+    begun, ends = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            begun.set()
+            await ends.wait()
+            scope["state"]["rate_limit"].charge(6)
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    manager = RedisManager(settings)
+    limited = RateLimitMiddleware(app, "2/hour", strategy=strategy, redis=manager)
+    slow = asyncio.create_task(drive(limited, http_scope(path="/slow")))
+    await begun.wait()
+    *_, refused = await flood(limited, 4)
+    ends.set()
+    await slow
+    await all_answered(manager)
+    (later,) = await flood(limited, 1)
+    waits = [int(header(start, b"retry-after") or 0) for start, _ in (refused, later)]
+    await manager.close()
+
+    assert 0 < waits[0] < waits[1]
 
 
 async def test_another_rule_beside_it_is_asked(settings: Settings) -> None:

@@ -148,11 +148,13 @@ class Engine:
             policies = charge.policies
             alone = policies if len(policies.policies) == 1 else _alone(policy)
             change = Charge(alone, charge.partition, abs(units))
+            # What was refused before may be admitted now, or wait for longer; of a fixed window
+            # the end is the same.
+            if self.refusals.partitions and (units < 0 or policy.strategy != "fixed-window"):
+                self._forget((change,))
             if units > 0:
                 self._apply("charge", change, (), verdict)
             else:
-                if self.refusals.partitions:
-                    self._forget((change,))
                 self._apply("refund", change, (verdict.receipt(at),), verdict)
 
     def _apply(
