@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .redaction import in_one_line, without_secrets
+
 PREFIX = "redis_asgi."
 
 FIELD = re.compile(r"%\((\w+)\)s")
-_URL = re.compile(r"([a-z][a-z0-9+.-]*://)(\S*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +349,7 @@ def say(logger: logging.Logger, event: str, error: BaseException | None = None, 
     if not logger.isEnabledFor(row.level):
         return
     fields = {name: without_secrets(value) if isinstance(value, str) else value for name, value in fields.items()}
-    shown = {name: _in_one_line(str(value)) for name, value in fields.items()}
+    shown = {name: in_one_line(str(value)) for name, value in fields.items()}
     extra = {"event": PREFIX + event, "code": event, "fix": row.fix % shown}
     # The template stays the same for an event, which is what tools group lines by.
     template = f"{PREFIX}{event}: {row.cause} {row.fix}"
@@ -386,25 +387,3 @@ def words_for(reason: str) -> dict[str, str]:
     """The fields of a line about *reason*, a `Failure`: itself, what it means, and what to do."""
     found = REASONS[reason]
     return {"reason": str(reason), "cause": found.cause, "cure": found.fix}
-
-
-def without_secrets(text: str) -> str:
-    """*text* whose URLs have no user, no password and no options."""
-    return _URL.sub(_redacted, text)
-
-
-def _redacted(url: re.Match[str]) -> str:
-    """A URL without what may be a secret:
-    a password may hold an @ or a ?, and an option may be one.
-    """
-    scheme, rest = url.groups()
-    known = "***@" if rest.startswith("***@") else ""
-    host, *_ = rest.removeprefix(known).partition("?")
-    return scheme + ("***" if "@" in rest.removeprefix(known) else known + host)
-
-
-def _in_one_line(text: str) -> str:
-    """*text* with control characters and the like escaped:
-    nobody writes lines of his own into the log.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from .errors import ArgumentError, ConfigurationError
-from .events import without_secrets
+from .redaction import without_secrets
 
 P = ParamSpec("P")
 R = TypeVar("R")
