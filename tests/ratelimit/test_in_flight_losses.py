@@ -246,7 +246,8 @@ async def test_a_lost_reply_keeps_its_place(private_server: StartServer) -> None
             await _beats(manager)
             assert 1 == len(members(server.client()))
         await _beats(manager)
-        assert [] == members(server.client())
+        # A release of its own is under way, perhaps, which no heartbeat says again.
+        await until(lambda: not members(server.client()))
         assert 0 == heart_of(manager).owes
         await manager.close()
 
@@ -276,7 +277,8 @@ async def test_a_late_check_that_is_refused_here_is_released(private_server: Sta
                 await _beats(manager)
                 assert 1 == len(members(server.client()))
         await _beats(manager)
-        assert [] == members(server.client())
+        # A release of its own is under way, perhaps, which no heartbeat says again.
+        await until(lambda: not members(server.client()))
         await manager.close()
 
 
@@ -293,7 +295,8 @@ async def test_a_lost_release_is_said_again(private_server: StartServer) -> None
         assert 1 == len(members(server.client())) == heart_of(manager).owes
         await proxy.set("pass")
         await _beats(manager)
-        assert [] == members(server.client())
+        # A release of its own is under way, perhaps, which no heartbeat says again.
+        await until(lambda: not members(server.client()))
         assert 0 == heart_of(manager).owes
         await manager.close()
 
