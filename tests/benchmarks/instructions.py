@@ -10,16 +10,18 @@ Each row's app is served by one uvicorn worker (uvloop, httptools, no access log
 cachegrind, which counts the user-space instructions of the whole process. A row is served twice,
 for a short and a long run of requests over 32 connections, and its figure is the difference divided
 by the requests between them: what starting and warming up cost falls out of it. It repeats within
-about 1 % on one machine and interpreter; on others compare what is above the bare app. It says
-nothing of waiting, of the kernel, or of what Redis does.
+about 1 % on one machine and interpreter, 2 % where the machine is busy and batches are smaller; on
+others compare what is above the bare app. It says nothing of waiting, of the kernel, or of what
+Redis does.
 
 With ``--compare`` the figures kept in ``instructions.json`` are the bounds, and 1 is returned where
-one is exceeded by more than 3 %; ``--keep`` writes them anew.
+one is exceeded by more than 3 % in a second run of its row too; ``--keep`` writes them anew.
 """
 
 import argparse
 import asyncio
 import compileall
+import gc
 import json
 import os
 import platform
@@ -133,6 +135,10 @@ def _serve() -> None:
                     # in which this slow motion answers a few dozen requests.
                     CLOCK.monotonic = repeat(CLOCK.monotonic()).__next__
                 app = ROWS[name].build(url)
+                # One collection of everything imported costs what ten thousand requests do not:
+                # whether the long run has one more than the short one would decide the figure.
+                gc.collect()
+                gc.freeze()
                 uvicorn.run(app, port=int(port), access_log=False, log_level="warning", loop="uvloop", http="httptools")
             except KeyboardInterrupt:
                 pass
@@ -274,9 +280,11 @@ def table(found: Mapping[str, float]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def exceeded(found: Mapping[str, float], kept: Mapping[str, float]) -> list[str]:
-    """What costs over 3 % more than was kept, once the base's own change is taken off."""
-    lines = []
+def exceeded(found: Mapping[str, float], kept: Mapping[str, float]) -> dict[str, str]:
+    """By row, a sentence on what costs over 3 % more than was kept,
+    once the base's own change is taken off.
+    """
+    lines = {}
     for name, before in kept.items():
         base = ROWS[name].base
         if base is None or name not in found:
@@ -284,7 +292,7 @@ def exceeded(found: Mapping[str, float], kept: Mapping[str, float]) -> list[str]
         allowed = before + found[base] - kept[base]
         if found[name] > allowed * TOLERATED:
             share = found[name] / allowed - 1
-            lines.append(
+            lines[name] = (
                 f"{ROWS[name].title}: {found[name]:.1f} k a request where {allowed:.1f} k were kept ({share:+.1%})"
             )
     return lines
@@ -347,6 +355,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _compile()
     try:
         found = measure(names, options.short, options.long)
+        over = exceeded(found, kept[version]) if options.compare else {}
+        if over:
+            # A busy machine makes smaller batches, some 2 % dearer: what is dearer itself stays so.
+            again = measure(sorted({*over, *(str(ROWS[name].base) for name in over)}), options.short, options.long)
+            found |= again
+            over = exceeded(again, kept[version])
     except Broken as error:
         print(f"Broken: {error}", file=sys.stderr)
         return 1
@@ -356,8 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps({"python": platform.python_version(), "k": figures}, indent=1))
     if options.keep:
         KEPT.write_text(json.dumps({**kept, version: figures}, indent=1) + "\n")
-    over = exceeded(found, kept[version]) if options.compare else []
-    print(*over, sep="\n", file=sys.stderr)
+    print(*over.values(), sep="\n", file=sys.stderr)
     return 1 if over else 0
 
 
