@@ -6,14 +6,13 @@ import asyncio
 import threading
 import time
 from collections import Counter as Tally
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from .bulk_metrics import Counter, Histogram
 
 FLUSHED_WITHIN = 0.25  # seconds
 _MOST = 4096
@@ -47,8 +46,7 @@ class CountBuffer:
         self._tick = tick
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
-        self._added: deque[tuple[tuple[Counter, float], ...]] = deque()
-        self._observed: deque[tuple[Callable[[float], None], float]] = deque()
+        self._added: deque[tuple[tuple[Counter | Histogram, float], ...]] = deque()
         self._is_due = False  # whether a timer is set
         self._telling = threading.Lock()
 
@@ -62,15 +60,12 @@ class CountBuffer:
         if not self._is_due or len(counted) >= _MOST:
             self._see_to(len(counted))
 
-    def add(self, *amounts: "tuple[Counter, float]") -> None:
-        """Count so much more of each counter. Call it in a loop that runs."""
+    def add(self, *amounts: "tuple[Counter | Histogram, float]") -> None:
+        """Count so much more of each counter, and let each histogram observe so much.
+        Call it in a loop that runs.
+        """
         self._added.append(amounts)
         self._see_to(len(self._added))
-
-    def observe(self, observe: "Callable[[float], None]", value: float) -> None:
-        """Note a *value* for a histogram's *observe*. Call it in a loop that runs."""
-        self._observed.append((observe, value))
-        self._see_to(len(self._observed))
 
     def _see_to(self, waiting: int) -> None:
         """See to it that counts, of which so many of one kind are *waiting*, are told."""
@@ -83,21 +78,19 @@ class CountBuffer:
     def flush(self) -> None:
         """Tell the metrics."""
         self._is_due = False
-        counted, added, observed = self._counted, self._added, self._observed
-        if counted or added or observed:
+        counted, added = self._counted, self._added
+        if counted or added:
             self._tick(time.monotonic())
+        amounts: defaultdict[Counter | Histogram, list[float]] = defaultdict(list)
         with self._telling:
-            totals: dict[Noted, float] = dict(Tally(starmap(counted.popleft, repeat((), len(counted)))))
+            for what, times in Tally(starmap(counted.popleft, repeat((), len(counted)))).items():
+                for counter in what.counters if isinstance(what, Together) else (what,):
+                    amounts[counter].append(times)
             for _ in range(len(added)):
-                for counter, amount in added.popleft():
-                    totals[counter] = totals.get(counter, 0) + amount
-        for what, total in totals.items():
-            for counter in what.counters if isinstance(what, Together) else (what,):
-                counter.inc(total)
-        with suppress(IndexError):
-            while observed:
-                observe, value = observed.popleft()
-                observe(value)
+                for metric, amount in added.popleft():
+                    amounts[metric].append(amount)
+        for metric, each in amounts.items():
+            metric.tell(each)
 
     def discard(self) -> None:
         """Forget what was not told: the parent tells it."""
@@ -105,4 +98,3 @@ class CountBuffer:
         self._is_due = False
         self._counted.clear()
         self._added.clear()
-        self._observed.clear()

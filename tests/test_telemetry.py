@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 
+from redis_asgi.bulk_metrics import Histogram
 from redis_asgi.count_buffer import Together
 from redis_asgi.telemetry import SAMPLE_SECONDS, SAMPLES_KEPT, Sample, Telemetry, fresh_telemetry, telemetry
 
@@ -319,7 +320,7 @@ loop = asyncio.new_event_loop()
 async def count(times, wait):
     for _ in range(times):
         telemetry().buffer.count(telemetry().ratelimit_requests.labels("allowed", "memory"))
-        telemetry().buffer.observe(telemetry().redis_batch_size.observe, 1)
+        telemetry().buffer.add((telemetry().redis_batch_size, 1))
     await asyncio.sleep(wait)
 
 loop.run_until_complete(count(3, 0))
@@ -392,7 +393,7 @@ async def test_notes_are_told_in_time(counted: Telemetry) -> None:
 async def test_whoever_reads_is_told_all(counted: Telemetry) -> None:
     """The registry and the history are up to date when they are read."""
     await noted(counted, 2)
-    counted.buffer.observe(counted.redis_batch_size.observe, 7)
+    counted.buffer.add((counted.redis_batch_size, 7))
     (policies,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_ratelimit_policy"]
     (sizes,) = [f for f in counted.registry.collect() if f.name == "redis_asgi_redis_batch_size"]
     await noted(counted, 1)
@@ -403,13 +404,29 @@ async def test_whoever_reads_is_told_all(counted: Telemetry) -> None:
     assert {"a": (3, 0, 0), "b": (3, 0, 0)} == dict(last.policies)
 
 
+def test_amounts_told_at_once_are_told_as_one_by_one() -> None:
+    """A histogram has each in its bucket, those on a bound and beyond the last one included."""
+    amounts = [0.0005, 0.0006, 0.001, 0.2, 0.2, 5.0, 0.0]
+    at_once, one_by_one = (Histogram("seconds", "", buckets=(0.0005, 0.001, 0.2), registry=None) for _ in "ab")
+    at_once.tell(amounts)
+    for amount in amounts:
+        one_by_one.observe(amount)
+    found = [
+        [(s.name, s.labels, s.value) for s in family.samples if not s.name.endswith("_created")]
+        for metric in (at_once, one_by_one)
+        for family in metric.collect()
+    ]
+
+    assert found[1] == found[0]
+
+
 @pytest.mark.anyio
 async def test_notes_do_not_pile_up(counted: Telemetry) -> None:
     """A loop that never gets to its timers, or is gone, keeps a bounded number of them."""
     first, _ = await noted(counted, 10_000)
     told = total(first)
     for _ in range(10_000):
-        counted.buffer.observe(counted.redis_batch_size.observe, 1)
+        counted.buffer.add((counted.redis_batch_size, 1))
     counted.buffer.flush()
 
     assert 8192 == told

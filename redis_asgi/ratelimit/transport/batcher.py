@@ -66,11 +66,10 @@ class Batcher:
         self._departure: asyncio.TimerHandle | None = None
         self._departs_at = math.inf
         counted = telemetry()
-        self._note = counted.buffer.count
-        self._observe = counted.buffer.observe
-        self._size = counted.redis_batch_size.observe
-        self._duration = counted.redis_command_duration.labels("check").observe
-        self._wait = counted.ratelimit_check_duration.labels("redis").observe
+        self._add = counted.buffer.add
+        self._size = counted.redis_batch_size
+        self._duration = counted.redis_command_duration.labels("check")
+        self._wait = counted.ratelimit_check_duration.labels("redis")
         self._commands = counted.redis_commands
         self._ok = counted.redis_commands.labels("check", "ok")
 
@@ -196,7 +195,6 @@ class Batcher:
             check.written, check.at = now, at
         batch = SubmittedBatch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
-        self._observe(self._size, len(taken))
         self._sent.add(batch)
         if batch.limit < self._armed_for:
             self._arm(batch.limit)
@@ -252,13 +250,13 @@ class Batcher:
             return
         batch.is_told = True
         now = self.loop.time()
-        self._observe(self._duration, now - batch.written)
+        size, duration = (self._size, len(batch.checks)), (self._duration, now - batch.written)
         if failure is None:
-            self._note(self._ok)
             oldest = batch.checks[0]
-            self._observe(self._wait, now - oldest.deadline + oldest.timeout)
+            self._add((self._ok, 1), size, duration, (self._wait, now - oldest.deadline + oldest.timeout))
             self.breaker.worked()
         else:
+            self._add(size, duration)
             self._commands.labels("check", failure.value).inc()
             self.breaker.failed(failure)
 
