@@ -47,7 +47,7 @@ class CountBuffer:
         # Appending and popping are atomic: loops of several threads may note.
         self._counted: deque[Noted] = deque()
         self._added: deque[tuple[tuple[Counter | Histogram, float], ...]] = deque()
-        self._is_due = False  # whether a timer is set
+        self._room = 0  # how many of a kind may wait: none until a timer is set
         self._telling = threading.Lock()
 
     def count(self, what: "Noted | None", more: "Noted | None" = None) -> None:
@@ -57,27 +57,29 @@ class CountBuffer:
             counted.append(what)
         if more is not None:
             counted.append(more)
-        if not self._is_due or len(counted) >= _MOST:
+        if len(counted) >= self._room:
             self._see_to(len(counted))
 
     def add(self, *amounts: "tuple[Counter | Histogram, float]") -> None:
         """Count so much more of each counter, and let each histogram observe so much.
         Call it in a loop that runs.
         """
-        self._added.append(amounts)
-        self._see_to(len(self._added))
+        added = self._added
+        added.append(amounts)
+        if len(added) >= self._room:
+            self._see_to(len(added))
 
     def _see_to(self, waiting: int) -> None:
         """See to it that counts, of which so many of one kind are *waiting*, are told."""
         if waiting >= _MOST:
             self.flush()
-        elif not self._is_due:
-            self._is_due = True
+        elif not self._room:
+            self._room = _MOST
             asyncio.get_running_loop().call_later(FLUSHED_WITHIN, self.flush)
 
     def flush(self) -> None:
         """Tell the metrics."""
-        self._is_due = False
+        self._room = 0
         counted, added = self._counted, self._added
         if counted or added:
             self._tick(time.monotonic())
@@ -95,6 +97,6 @@ class CountBuffer:
     def discard(self) -> None:
         """Forget what was not told: the parent tells it."""
         self._telling = threading.Lock()  # who held it is not in this process, and neither is the timer
-        self._is_due = False
+        self._room = 0
         self._counted.clear()
         self._added.clear()

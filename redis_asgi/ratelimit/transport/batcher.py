@@ -268,8 +268,8 @@ class Batcher:
     def _wait_on(self, checks: list[Check]) -> None:
         """Let just *checks* wait."""
         self._waiting = checks
-        self._waiting_counters = sum(check.asked.counters for check in checks)
-        self._hurry = min((check.timeout for check in checks), default=math.inf)
+        self._waiting_counters = sum([check.asked.counters for check in checks])
+        self._hurry = min([check.timeout for check in checks], default=math.inf)
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
