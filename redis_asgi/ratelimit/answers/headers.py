@@ -187,7 +187,7 @@ def limit_fields(decision: Decision, style: HeaderStyle) -> Fields:
     return fields
 
 
-def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Message:
+def with_fields(message: Message, fields: Fields) -> Message:
     """The start of a response with *fields* after its own headers;
     one whose name it has already is left out.
     """
@@ -200,7 +200,7 @@ def with_fields(message: Message, fields: Iterable[tuple[bytes, bytes]]) -> Mess
             fields = [field for field in fields if field[0] not in names]
             break
     with_ours = {**message}
-    with_ours["headers"] = [*theirs, *fields]
+    with_ours["headers"] = theirs + fields
     return with_ours
 
 

@@ -2,7 +2,7 @@
 for HTTP and for WebSocket handshakes.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import TypeAlias
 
@@ -145,7 +145,7 @@ async def _send_body(
     await send({"type": f"{prefix}http.response.body", "body": shown})
 
 
-def adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
+def adding(fields: Fields, send: Send) -> Send:
     """A ``send`` that adds *fields* to the start of a response, where it has none of that name."""
 
     async def adding(message: Message) -> None:

@@ -181,16 +181,17 @@ class Batcher:
             late, waiting = split_late(waiting, now)
             resolve(late, self._transport.timeout_cause())
         taken = still_waiting(waiting)
-        if not taken:
-            self._wait_on([])
-            self.breaker.withdrawn()
-            return None
-        room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
+        room = len(taken)
+        if room >= MANY and not self._sent:
+            room //= 2
         if self._waiting_counters > MAX_COUNTERS:
             filled = list(accumulate(check.asked.counters for check in taken))
             room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
         self._wait_on(taken[room:])
         del taken[room:]
+        if not taken:
+            self.breaker.withdrawn()
+            return None
         for check in taken:
             check.written, check.at = now, at
         batch = SubmittedBatch(taken, now, now + 2 * max([check.timeout for check in taken]))
