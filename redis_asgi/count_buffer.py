@@ -64,10 +64,8 @@ class CountBuffer:
         """Count so much more of each counter, and let each histogram observe so much.
         Call it in a loop that runs.
         """
-        added = self._added
-        added.append(amounts)
-        if len(added) >= self._room:
-            self._see_to(len(added))
+        self._added.append(amounts)
+        self._see_to(len(self._added))
 
     def _see_to(self, waiting: int) -> None:
         """See to it that counts, of which so many of one kind are *waiting*, are told."""
