@@ -54,29 +54,32 @@ class Asked(NamedTuple):
 
 
 class Outputs:
-    """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most."""
+    """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most.
 
-    __slots__ = ("_last", "_sorted")
+    Attributes:
+        likely: The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known.
+    """
+
+    __slots__ = ("_last", "_sorted", "likely")
 
     def __init__(self) -> None:
         self._last: deque[int] = deque()
         self._sorted: list[int] = []
+        self.likely: int | None = None
 
     def note(self, usage: Usage) -> None:
         """Remember the output of an answer, if it is known."""
         if usage.output is None:
             return
         output = usage.output + (usage.reasoning or 0)
-        if len(self._last) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        self._last.append(output)
-        insort(self._sorted, output)
-
-    @property
-    def likely(self) -> int | None:
-        """The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known."""
-        known = len(self._sorted)
-        return self._sorted[(9 * known + 9) // 10 - 1] if known >= _ENOUGH else None
+        last, ranked = self._last, self._sorted
+        if len(last) == _REMEMBERED:
+            del ranked[bisect_left(ranked, last.popleft())]
+        last.append(output)
+        insort(ranked, output)
+        known = len(ranked)
+        if known >= _ENOUGH:
+            self.likely = ranked[(9 * known + 9) // 10 - 1]
 
 
 def input_tokens(document: object) -> float:

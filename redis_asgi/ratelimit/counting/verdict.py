@@ -167,6 +167,11 @@ class Verdict(Check):
         return self.ledger
 
     @property
+    def spends(self) -> bool:
+        """Whether it was charged what is only estimated until the answer has ended."""
+        return self.allowed and self.charges.spends
+
+    @property
     def decision(self) -> Decision:
         """The answer in full; read from the numbers when first asked for."""
         if self._decision is None:

@@ -254,6 +254,10 @@ class Partitioner:
             return name
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
 
+    def bucket_of(self, name: Any) -> Any:
+        """What the request's body says of whom it is counted as, which are values that a rule names."""
+        return name if self.readers else None
+
     def _read_address(self, scope: Scope) -> str | None:
         return cast("Addressing", scope[OFFER].addressing).client(scope)
 
