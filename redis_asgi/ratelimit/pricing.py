@@ -96,7 +96,7 @@ class Ahead:
         verdict = await engine.decide(charges)
         if unpriced.admission is None:  # for the next ones that are made of them
             unpriced.admission = charges.admission
-        if verdict.spends:
+        if verdict.spent:
             first = verdict if self._outer is None else self._outer.first
             first.open_ledger().spend(verdict)
         if verdict.slot is not None:
@@ -106,21 +106,20 @@ class Ahead:
     async def _price(self, charges: Charges, buffer: Buffer, asked: Asked | None) -> Charges:
         """*charges* at their costs."""
         costs: list[int | Unread | Charge] = []
-        for charge in charges:
+        for at in charges.unpriced:
+            charge = charges[at]
             budget, price = charge.budget, charge.price
-            if budget is not None and not callable(budget.tokens.estimate):
+            if price is None and not callable(budget.tokens.estimate):
                 costs.append(budget.charge(charge, self._scope, asked))
-            elif budget is None and price is None:
-                costs.append(charge)
+                continue
+            request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
+            if price is None:
+                costs.append(await estimate(charge, self._scope, asked, request))
             else:
-                request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
-                if price is None:
-                    costs.append(await estimate(charge, self._scope, asked, request))
-                else:
-                    costs.append(await _ask(price, charge.policies, request))
-                self.receive = buffer.replay()
-                if isinstance(costs[-1], Unread):
-                    self.receive = _watching(self.receive, costs[-1])
+                costs.append(await _ask(price, charge.policies, request))
+            self.receive = buffer.replay()
+            if isinstance(costs[-1], Unread):
+                self.receive = _watching(self.receive, costs[-1])
         buffer.decided()
         priced: Charges = self._engine.plans.priced(charges, costs)
         return priced
@@ -258,12 +257,11 @@ async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection, asked:
     if not charges.is_priced:
         return charges
     costs: list[int | Charge] = []
-    for charge in charges:
+    for at in charges.unpriced:
+        charge = charges[at]
         price = charge.price
-        if charge.budget is not None:
+        if price is None:
             costs.append(await estimate(charge, conn.scope, asked, conn))
-        elif price is None:
-            costs.append(charge)
         else:
             said = price.cost(conn)
             cost = check_cost(await said if isawaitable(said) else said)

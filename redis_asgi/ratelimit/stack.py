@@ -96,7 +96,7 @@ class Stack:
                 decision = begin_decision(scope, verdict)
             else:
                 decision.join(verdict)
-            if verdict.spends:
+            if verdict.spent:
                 decision.ledger.spend(verdict)
             if not verdict.allowed:
                 error = refusal_on(decision, verdict, style_of(scope, decision))

@@ -120,12 +120,10 @@ class InFlight:
         return cls()
 
     def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
-        """Add what those of *charges* hold that are estimated; with a *sign* of -1 take it away again."""
+        """Add what *charges* hold; with a *sign* of -1 take it away again."""
         held = self._held
         with self._lock:
             for charge in charges:
-                if charge.estimate is None:
-                    continue
                 counted = charge.partition.key, charge.policies.spec
                 units = held.get(counted, 0) + sign * charge.cost
                 if units > 0:

@@ -67,19 +67,19 @@ class UsageReader:
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.status = status
-        content_type = b""
-        encodings: tuple[bytes, ...] = ()
-        for name, value in headers:
-            lowered = name.lower()
-            if lowered == b"content-type":
-                content_type = content_type or value
-            elif lowered == b"content-encoding":
-                encodings += (value,)
+        headers = list(headers)
+        fields = dict(headers)
+        content_type = fields.get(b"content-type", b"")
+        codings: list[bytes] = []
+        # Nearly always each stands there once, in lower case as ASGI has it, and there is no encoding.
+        if not content_type or len(fields) < len(headers) or b"content-encoding" in b",".join(fields).lower():
+            content_type = next(filter(None, _values(headers, b"content-type")), b"")
+            codings = _codings(_values(headers, b"content-encoding"))
         self._declared = _declared_by(content_type)
         if self._declared is None:
             self.is_undeclared = not content_type
             self._body = Body()
-        elif encodings and (codings := _codings(encodings)):
+        elif codings:
             if codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
                 self._decoder = Decoder(is_gzip=codings != [b"deflate"])
             else:
@@ -151,8 +151,9 @@ class UsageReader:
         self.complete = complete
         body = self._body or self._begin()
         self._body = body = body.close(complete=complete)
-        if body.first is not None and body.last is not None:
-            self._said = body.last if body.first is body.last else body.first.then(body.last)
+        first, last = body.first, body.last
+        if first is not None and last is not None:
+            self._said = last if first is last else first.then(last)
             self.usage = self._said.usage()
 
     def _read(self, chunk: bytes) -> None:
@@ -183,6 +184,10 @@ def _declared_by(content_type: bytes) -> type[Body] | None:
     """The kind of body that a ``Content-Type`` declares; ``None``: one that may not say a usage."""
     declared = media_type(content_type)
     return Document if declared.endswith(b"+json") else _KINDS.get(declared)
+
+
+def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name.lower() == wanted]
 
 
 def _codings(encodings: Iterable[bytes]) -> list[bytes]:

@@ -62,7 +62,7 @@ class Settlement:
         """Settle what *verdict*, which spends, was charged at an estimate, with the rest."""
         self.spends = True
         if self._first.loop is None:
-            verdict.engine.in_flight.hold(verdict.charges)
+            verdict.engine.in_flight.hold(verdict.spent)
 
     def used(self, units: int, policy: str | None) -> None:
         """See `RequestDecision.used`."""
@@ -72,8 +72,7 @@ class Settlement:
         names = {
             name
             for verdict in self._first.all
-            for charge in verdict.charges
-            if verdict.spends and charge.estimate is not None
+            for charge in verdict.spent
             for each in charge.policies
             for name in _names(each)
         }
@@ -100,7 +99,7 @@ class Settlement:
         change = (max(-_MOST, min(cost, _MOST)), policy)
         if self._first.loop is not None:
             # A sync endpoint runs in a thread.
-            self._first.loop.call_soon_threadsafe(self._send, None, [change])
+            self._first.loop.call_soon_threadsafe(self._send, change)
         else:
             self._changes.append(change)
 
@@ -115,51 +114,56 @@ class Settlement:
         """
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
-        self._send(status, self._changes)
-        if self.spends:
-            for verdict in self._first.all:
-                if verdict.spends:
-                    verdict.engine.in_flight.hold(verdict.charges, sign=-1)
-
-    def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
-        sees_end = self._first.loop is None
         for verdict in self._first.all:
-            spends = sees_end and verdict.spends
-            if not (changes or spends or verdict.charges.status_decides):
-                continue
-            found: list[Change] = []
-            at = -1
-            for charge in verdict.charges:
-                policies = charge.policies.policies
-                free = charge.count_if is not None and status is not None and not charge.count_if(status)
-                used = self._used(charge, policies[0]) if spends and charge.estimate is not None else -1
-                if used < 0 and not changes and not free:
-                    at += len(policies)
-                    continue
-                for policy in policies:
-                    at += 1
-                    charged = verdict.taken_by(at, charge)
-                    units = 0
-                    if used >= 0 and charged:
-                        units = self._said_of(policy, used) - charged
-                    for cost, name in changes:
-                        if name is None or name == policy.name:
-                            units += cost
-                    if free:
-                        units -= charged
-                    # No request gets back more than was taken, however often it asks.
-                    if units < 0:
-                        units = max(units, -charged - self._sent.get((verdict, at), 0))
-                    if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
-                        found.append((at, charge, policy, units))
-            if found:
-                self.apply(verdict, found)
+            spent = verdict.spent
+            if spent:
+                verdict.engine.in_flight.hold(spent, sign=-1)
+            if spent or self._changes or verdict.charges.status_decides:
+                verdict.engine.settle(verdict, self._due(verdict, status, self._changes, spent))
 
-    def _used(self, charge: Charge, policy: Policy) -> int:
+    def _send(self, change: tuple[int, str | None]) -> None:
+        for verdict in self._first.all:
+            self.apply(verdict, self._due(verdict, None, [change]))
+
+    def _due(
+        self,
+        verdict: "Verdict",
+        status: int | None,
+        changes: Sequence[tuple[int, str | None]],
+        spent: Sequence[Charge] = (),
+    ) -> list[Change]:
+        """What changes for *verdict*: of what it *spent*, by the *status*, and by the app's *changes*."""
+        due: list[Change] = []
+        at = 0
+        for charge in verdict.charges:
+            start, at = at, at + len(charge.policies.policies)
+            is_spent = charge in spent
+            is_free = charge.count_if is not None and status is not None and not charge.count_if(status)
+            if not (is_spent or changes or is_free):
+                continue
+            used = self._used(charge) if is_spent else 0
+            for counter, policy in enumerate(charge.policies.policies, start):
+                charged = verdict.taken_by(counter, charge)
+                units = 0
+                if is_free:
+                    units = -charged
+                elif is_spent and charged:
+                    units = self._said_of(policy, used) - charged
+                for cost, name in changes:
+                    if name is None or name == policy.name:
+                        units += cost
+                # No request gets back more than was taken, however often it asks.
+                if units < 0:
+                    units = max(units, -charged - self._sent.get((verdict, counter), 0))
+                if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
+                    due.append((counter, charge, policy, units))
+        return due
+
+    def _used(self, charge: Charge) -> int:
         """The units that the answer says of a *charge* at an estimate."""
         budget, estimate = charge.budget, charge.estimate
         used: int = budget.used(estimate, self.reader, is_said=bool(self._said))
-        budget.accuracy.note(estimate.cost, self._said_of(policy, used))
+        budget.accuracy.note(estimate.cost, self._said_of(charge.policies.policies[0], used))
         return used
 
     def _said_of(self, policy: Policy, used: int) -> int:

@@ -167,9 +167,9 @@ class Verdict(Check):
         return self.ledger
 
     @property
-    def spends(self) -> bool:
-        """Whether it was charged what is only estimated until the answer has ended."""
-        return self.allowed and self.charges.spends
+    def spent(self) -> Sequence[Charge]:
+        """What was charged at an estimate until the answer has ended."""
+        return self.charges.spent if self.allowed else ()
 
     @property
     def decision(self) -> Decision:

@@ -103,10 +103,11 @@ class Charges(Sequence[Charge]):
         is_spread: Whether they are of several partitions.
         is_ready: Whether they are all there is to decide about the request,
             at known costs, and hold nothing.
-        is_priced: Whether the cost of one of them is still to be asked for.
+        unpriced: The places of those whose cost is still to be asked for.
+        is_priced: Whether there are any.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be
             estimated.
-        spends: Whether one of them is charged at its estimate.
+        spent: Those that are charged at an estimate.
         holds: Whether one of them counts requests in flight,
             so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
@@ -121,7 +122,8 @@ class Charges(Sequence[Charge]):
     admission: Any = None
     render: Callable[[Sequence[int]], Any] | None = None
     known: Any = None
-    is_priced = has_tokens = spends = holds = is_spread = status_decides = unread = False
+    spent: Sequence[Charge] = ()
+    is_priced = has_tokens = holds = is_spread = status_decides = unread = False
     is_conditional = is_ready = False
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
@@ -131,8 +133,9 @@ class Charges(Sequence[Charge]):
         names: list[str] = []
         # In one loop: what is known only with the request makes one of these for each.
         enforce = True
-        unread = status_decides = is_priced = has_tokens = spends = holds = False
-        for charge in each:
+        unread = status_decides = has_tokens = holds = False
+        unpriced: list[int] = []
+        for at, charge in enumerate(each):
             policies, partition = charge.policies, charge.partition
             keys.append(partition.resp)
             if policies.logs:
@@ -147,27 +150,28 @@ class Charges(Sequence[Charge]):
             if charge.count_if is not None:
                 status_decides = True
             if charge.price is not None:
-                is_priced = True
-            if charge.estimate is not None:
-                spends = True
-            elif charge.budget is not None:
-                is_priced = has_tokens = True
+                unpriced.append(at)
+            elif charge.budget is not None and charge.estimate is None:
+                unpriced.append(at)
+                has_tokens = True
         self.sets = tuple([charge.policies for charge in each])
         self.counters = len(names)
         self.words = 2 + 2 * len(each)
         self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
+        self._terms = terms
         self.consume = b"".join(terms)
         self.names = tuple(names)
         self.all_enforcing = enforce
         self.status_decides = status_decides
         self.unread = unread
-        self.spends = spends
-        self.is_conditional = status_decides or unread or spends
+        self.spent = [charge for charge in each if charge.estimate is not None]
+        self.is_conditional = status_decides or unread or bool(self.spent)
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
-        self.is_priced = is_priced
-        self.is_ready = bool(each) and not is_priced and not holds
+        self.unpriced = unpriced
+        self.is_priced = bool(unpriced)
+        self.is_ready = bool(each) and not unpriced and not holds
         self.has_tokens = has_tokens
         self.holds = holds
 
@@ -194,29 +198,33 @@ class Charges(Sequence[Charge]):
         made.is_ready = True
         return made
 
-    def at(self, each: Sequence[Charge]) -> "Charges":
-        """The same at the costs that *each* of them has now,
+    def at(self, costs: Iterable[int | Unread | Charge]) -> "Charges":
+        """The same at the *costs* of what is `unpriced`, or of it estimated,
         in a small part of the time that it takes to make them.
         """
-        terms = [CONSUME, bulk_int(len(each))]
-        unread = spends = False
-        for charge in each:
-            cost = charge.cost
-            if charge.estimate is not None:
-                spends = True
-            elif charge.unread is not None:
-                unread, cost = True, WHAT_REMAINS
-            terms += charge.policies.resp, bulk_int(cost)
+        each, terms = [*self._each], [*self._terms]
+        spent: list[Charge] = []
+        unread = False
+        for at, cost in zip(self.unpriced, costs, strict=True):
+            if isinstance(cost, Charge):
+                charge = cost
+                spent.append(charge)
+            else:
+                charge = at_cost(each[at], cost)
+                unread = unread or charge.unread is not None
+            each[at] = charge
+            terms[2 * at + 3] = bulk_int(charge.cost if charge.unread is None else WHAT_REMAINS)
         made = Charges.__new__(Charges)
         made.__dict__.update(
             self.__dict__,
             _each=tuple(each),
             consume=b"".join(terms),
+            unpriced=(),
             is_priced=False,
             has_tokens=False,
-            spends=spends,
+            spent=spent,
             unread=unread,
-            is_conditional=spends or unread or self.status_decides,
+            is_conditional=bool(spent) or unread or self.status_decides,
             is_ready=not self.holds,
             known=None,
         )

@@ -182,17 +182,12 @@ class PlanCache:
         return self.charges.young.get(asked) or self.charges.find(asked, make)
 
     def priced(self, charges: Charges, costs: Sequence[int | Unread | Charge]) -> Charges:
-        """*charges* at these *costs*, one each; or as they are already."""
-
-        def make(_: object) -> Charges:
-            both = zip(charges, costs, strict=True)
-            return charges.at([cost if isinstance(cost, Charge) else at_cost(charge, cost) for charge, cost in both])
-
+        """*charges* at these *costs*: see `Charges.at`."""
         # What is estimated, and what cannot be read, is each time another.
         if charges.has_tokens or any(isinstance(cost, Unread) for cost in costs):
-            return make(None)
+            return charges.at(costs)
         asked = (charges, *costs)
-        return self.charges.young.get(asked) or self.charges.find(asked, make)
+        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: charges.at(costs))
 
 
 class Plans:
