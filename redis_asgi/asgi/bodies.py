@@ -45,13 +45,21 @@ class Buffer:
         is_over: Whether the body is over the cap, or the process has no room for it.
     """
 
-    started = is_over = False
-    more = True
-    gone: Message | None = None
-    _held = 0
-    _json: Any = None
-    _kept: "Kept | None" = None
-    _is_handed_out = _is_gone_said = False
+    __slots__ = (
+        "_budget",
+        "_cap",
+        "_held",
+        "_is_gone_said",
+        "_is_handed_out",
+        "_json",
+        "_kept",
+        "_read",
+        "_receive",
+        "gone",
+        "is_over",
+        "more",
+        "started",
+    )
 
     def __init__(self, receive: Receive, *, cap: int, budget: Budget | None = None) -> None:
         self._receive = receive
@@ -59,16 +67,22 @@ class Buffer:
         self._budget = process_budget() if budget is None else budget
         # One bytearray: kept messages of one byte each would take 200 times their size. Bytes when
         # it is whole.
-        self._read: bytes | bytearray = bytearray()
+        self._read: bytes | bytearray = b""
+        self._held = 0
+        self._json: Any = None
+        self._kept: Kept | None = None
+        self.started = self.is_over = self._is_handed_out = self._is_gone_said = False
+        self.more = True
+        self.gone: Message | None = None
 
     def __del__(self) -> None:
         # However a request ends, the room goes with the last who could still look.
-        self._give()
+        if self._held:
+            self._give()
 
     def _give(self) -> None:
-        if self._held:
-            self._budget.give(self._held)
-            self._held = 0
+        held, self._held = self._held, 0
+        self._budget.give(held)
 
     async def next(self) -> Message:
         """One message more from the server."""
@@ -81,16 +95,19 @@ class Buffer:
             self.gone = message
             return
         body: bytes = message.get("body", b"")
-        self.more = message.get("more_body", False)
-        if self.started or self.more or type(body) is not bytes:
-            self._read += body
-        else:
+        self.more = more = message.get("more_body", False)
+        size = len(body)
+        if not (self.started or more) and type(body) is bytes:
             self._read = body  # nearly always it is one message
-        self.started = True
-        if len(self._read) > self._cap or not self._budget.take(len(body)):
-            self.is_over = True
         else:
-            self._held += len(body)
+            if not self.started:
+                self._read = bytearray()
+            self._read += body
+        self.started = True
+        if len(self._read) <= self._cap and self._budget.take(size):
+            self._held += size
+        else:
+            self.is_over = True
 
     async def whole(self) -> bytes | None:
         """The whole body; ``None`` when it cannot be had:
@@ -157,7 +174,8 @@ class Buffer:
         self._is_handed_out = True
         message: Message = {"type": "http.request", "body": self.so_far, "more_body": self.more}
         self._read, self._json = b"", None
-        self._give()
+        if self._held:
+            self._give()
         if self._kept is not None:
             self._kept.forget()
         return message

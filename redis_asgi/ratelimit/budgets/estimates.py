@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .usage_formats import MOST, Usage
 
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
-_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_SAYS_OUTPUT = frozenset(("max_tokens", "max_completion_tokens", "max_output_tokens", "options", "n"))
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
 _SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
@@ -104,13 +104,16 @@ def asked_output(document: object) -> int | None:
     """
     if not isinstance(document, dict):
         return None
-    said = [document[name] for name in _LIMITS if name in document]
-    if "options" in document and isinstance(document["options"], dict):
-        said.append(document["options"].get("num_predict"))
-    most = max(map(_count, said), default=0)
-    if "n" in document:
-        most *= _count(document["n"]) or 1
-    return min(most, MOST) if most else None
+    most, times = 0, 1
+    for name in _SAYS_OUTPUT.intersection(document):
+        value = document[name]
+        if name == "n":
+            times = _count(value) or 1
+        else:
+            if name == "options":
+                value = value.get("num_predict") if isinstance(value, dict) else None
+            most = max(most, _count(value))
+    return min(most * times, MOST) if most else None
 
 
 def _count(value: object) -> int:
@@ -130,8 +133,6 @@ def _quarters(document: object) -> int:
     while left:
         for node in left.pop():
             kind = type(node)
-            if kind is int or kind is float:
-                continue
             if kind is str:
                 # Most texts, without a call for each.
                 quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)

@@ -67,8 +67,8 @@ class Tokens:
             output = UNKNOWN_OUTPUT if likely is None else likely
         elif likely is not None and likely < output:
             output = likely
-        written = min(4 * output * self._factors["output"], self._share(quota))
-        return self._bounded(said.quarters * self._factors["input"], written, quota)
+        written, share = 4 * output * self._factors["output"], self._share(quota)
+        return self._bounded(said.quarters * self._factors["input"], min(share, written), quota)
 
     def estimated_unread(self, content_length: int | None, *, quota: int) -> Estimate:
         """The estimate of a request whose body cannot be read.
@@ -127,11 +127,13 @@ class Tokens:
         return quota * self._unit // _SHARE
 
     def _bounded(self, read: int, written: int, quota: int) -> Estimate:
-        read = min(read, quota * self._unit - written)
+        left = quota * self._unit - written
+        read = min(read, left)
         return Estimate(-(-(read + written) // self._unit) or 1, read, written)
 
     def _rounded(self, parts: int) -> int:
-        return min(-(-parts // self._unit), MOST)
+        units = -(-parts // self._unit)
+        return min(MOST, units)
 
     def _parts_of(self, usage: Usage, read: int, written: int) -> int:
         """*usage* in parts of a unit; *read* and *written*, which are that, are what it does not say."""

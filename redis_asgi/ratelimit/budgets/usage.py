@@ -55,18 +55,29 @@ class UsageReader:
             belongs outside.
     """
 
-    complete = False
-    usage: Usage | None = None
-    unread_encoding: str | None = None
-    is_undeclared = False
-    _said: Said | None = None
-    _is_closed = False
-    _body: Body | None = None
-    _decoder: Decoder | None = None
-    _start = b""  # what has passed before it is known what it is
+    __slots__ = (
+        "_body",
+        "_declared",
+        "_decoder",
+        "_is_closed",
+        "_said",
+        "_start",
+        "complete",
+        "is_undeclared",
+        "status",
+        "unread_encoding",
+        "usage",
+    )
 
     def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.status = status
+        self.complete = self._is_closed = self.is_undeclared = False
+        self.usage: Usage | None = None
+        self.unread_encoding: str | None = None
+        self._said: Said | None = None
+        self._body: Body | None = None
+        self._decoder: Decoder | None = None
+        self._start = b""  # what has passed before it is known what it is
         headers = list(headers)
         fields = dict(headers)
         content_type = fields.get(b"content-type", b"")

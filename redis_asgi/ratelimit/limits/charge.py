@@ -215,8 +215,8 @@ class Charges(Sequence[Charge]):
             each[at] = charge
             terms[2 * at + 3] = bulk_int(charge.cost if charge.unread is None else WHAT_REMAINS)
         made = Charges.__new__(Charges)
-        made.__dict__.update(
-            self.__dict__,
+        made.__dict__ = its = self.__dict__.copy()
+        its.update(
             _each=tuple(each),
             consume=b"".join(terms),
             unpriced=(),
@@ -226,7 +226,6 @@ class Charges(Sequence[Charge]):
             unread=unread,
             is_conditional=bool(spent) or unread or self.status_decides,
             is_ready=not self.holds,
-            known=None,
         )
         return made
 
