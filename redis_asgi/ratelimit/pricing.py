@@ -76,11 +76,13 @@ class Ahead:
         if behind is not None or charges.has_tokens:
             asks = charges.has_tokens or (behind is not None and behind.has_tokens)
             try:
-                asked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
+                content = await buffer.whole()
+                asked = look(content, buffer, self._scope, () if behind is None else behind.readers, asks)
                 if asked is NO_BODY:
                     charges = without_tokens(charges)
                 elif behind is not None:
-                    more = behind.known(self._scope) or await behind.charges(self._scope)
+                    known_more = behind.known(self._scope)
+                    more = known_more if known_more is not None else await behind.charges(self._scope)
                     if self._outer is not None:
                         more = left_over(more, self._outer, engine, self._linter)
                     charges = engine.plans.together(charges, more)
@@ -93,9 +95,10 @@ class Ahead:
             charges = await self._price(charges, buffer, asked)
         elif not charges.counters:
             return None
-        verdict = await engine.decide(charges)
-        if unpriced.admission is None:  # for the next ones that are made of them
-            unpriced.admission = charges.admission
+        verdict = await engine.decide(charges) if charges.holds else engine.ask(charges)
+        if verdict.is_asked:
+            await verdict.future
+        unpriced.admission = charges.admission  # for the next ones that are made of them
         if verdict.spent:
             first = verdict if self._outer is None else self._outer.first
             first.open_ledger().spend(verdict)

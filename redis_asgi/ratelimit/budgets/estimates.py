@@ -69,9 +69,11 @@ class Outputs:
 
     def note(self, usage: Usage) -> None:
         """Remember the output of an answer, if it is known."""
-        if usage.output is None:
+        *_, output, reasoning = usage
+        if output is None:
             return
-        output = usage.output + (usage.reasoning or 0)
+        if reasoning:
+            output += reasoning
         last, ranked = self._last, self._sorted
         if len(last) == _REMEMBERED:
             del ranked[bisect_left(ranked, last.popleft())]

@@ -91,7 +91,7 @@ class Budget:
             estimate=estimate,
         )
 
-    def used(self, estimate: Estimate, reader: UsageReader | None, *, is_said: bool = False) -> int:
+    def used(self, estimate: Estimate, reader: UsageReader | None, is_said: bool) -> int:
         """The units that a request costs after all; to be asked once.
 
         Args:
@@ -119,11 +119,11 @@ class InFlight:
     def from_settings(cls, _settings: Settings) -> "InFlight":
         return cls()
 
-    def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
-        """Add what *charges* hold; with a *sign* of -1 take it away again."""
+    def hold(self, spent: Iterable[tuple[int, Charge]], sign: int = 1) -> None:
+        """Add what is *spent* by `Charges.spent`; with a *sign* of -1 take it away again."""
         held = self._held
         with self._lock:
-            for charge in charges:
+            for _, charge in spent:
                 counted = charge.partition.key, charge.policies.spec
                 units = held.get(counted, 0) + sign * charge.cost
                 if units > 0:

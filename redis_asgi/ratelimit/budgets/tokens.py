@@ -67,8 +67,8 @@ class Tokens:
             output = UNKNOWN_OUTPUT if likely is None else likely
         elif likely is not None and likely < output:
             output = likely
-        written, share = 4 * output * self._factors["output"], self._share(quota)
-        return self._bounded(said.quarters * self._factors["input"], min(share, written), quota)
+        written = min(4 * output * self._factors["output"], self._share(quota))
+        return self._bounded(said.quarters * self._factors["input"], written, quota)
 
     def estimated_unread(self, content_length: int | None, *, quota: int) -> Estimate:
         """The estimate of a request whose body cannot be read.

@@ -72,7 +72,7 @@ class Settlement:
         names = {
             name
             for verdict in self._first.all
-            for charge in verdict.spent
+            for _, charge in verdict.spent
             for each in charge.policies
             for name in _names(each)
         }
@@ -117,7 +117,7 @@ class Settlement:
         for verdict in self._first.all:
             spent = verdict.spent
             if spent:
-                verdict.engine.in_flight.hold(spent, sign=-1)
+                verdict.engine.in_flight.hold(spent, -1)
             if spent or self._changes or verdict.charges.status_decides:
                 verdict.engine.settle(verdict, self._due(verdict, status, self._changes, spent))
 
@@ -130,25 +130,21 @@ class Settlement:
         verdict: "Verdict",
         status: int | None,
         changes: Sequence[tuple[int, str | None]],
-        spent: Sequence[Charge] = (),
+        spent: Sequence[tuple[int, Charge]] = (),
     ) -> list[Change]:
         """What changes for *verdict*: of what it *spent*, by the *status*, and by the app's *changes*."""
         due: list[Change] = []
-        at = 0
-        for charge in verdict.charges:
-            start, at = at, at + len(charge.policies.policies)
-            is_spent = charge in spent
+        charges = verdict.charges
+        for start, charge in zip(charges.starts, charges, strict=True) if changes or charges.status_decides else spent:
+            used = self._used(charge) if spent and charge.estimate is not None else -1
             is_free = charge.count_if is not None and status is not None and not charge.count_if(status)
-            if not (is_spent or changes or is_free):
-                continue
-            used = self._used(charge) if is_spent else 0
             for counter, policy in enumerate(charge.policies.policies, start):
                 charged = verdict.taken_by(counter, charge)
                 units = 0
                 if is_free:
                     units = -charged
-                elif is_spent and charged:
-                    units = self._said_of(policy, used) - charged
+                elif used >= 0 and charged:
+                    units = (self._said_of(policy, used) if self._said else used) - charged
                 for cost, name in changes:
                     if name is None or name == policy.name:
                         units += cost
@@ -162,14 +158,13 @@ class Settlement:
     def _used(self, charge: Charge) -> int:
         """The units that the answer says of a *charge* at an estimate."""
         budget, estimate = charge.budget, charge.estimate
-        used: int = budget.used(estimate, self.reader, is_said=bool(self._said))
-        budget.accuracy.note(estimate.cost, self._said_of(charge.policies.policies[0], used))
+        said = self._said
+        used: int = budget.used(estimate, self.reader, bool(said))
+        budget.accuracy.note(estimate.cost, self._said_of(charge.policies.policies[0], used) if said else used)
         return used
 
     def _said_of(self, policy: Policy, used: int) -> int:
         """The units that the app says count for *policy*, else *used*, which the answer says."""
-        if not self._said:
-            return used
         return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
 
     def _book(self, name: str | None, units: int) -> None:

@@ -167,8 +167,8 @@ class Verdict(Check):
         return self.ledger
 
     @property
-    def spent(self) -> Sequence[Charge]:
-        """What was charged at an estimate until the answer has ended."""
+    def spent(self) -> Sequence[tuple[int, Charge]]:
+        """What was charged at an estimate: see `Charges.spent`."""
         return self.charges.spent if self.allowed else ()
 
     @property

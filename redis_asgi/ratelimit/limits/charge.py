@@ -107,7 +107,8 @@ class Charges(Sequence[Charge]):
         is_priced: Whether there are any.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be
             estimated.
-        spent: Those that are charged at an estimate.
+        starts: The number of the first counter of each.
+        spent: Those that are charged at an estimate, each with that number.
         holds: Whether one of them counts requests in flight,
             so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
@@ -122,7 +123,7 @@ class Charges(Sequence[Charge]):
     admission: Any = None
     render: Callable[[Sequence[int]], Any] | None = None
     known: Any = None
-    spent: Sequence[Charge] = ()
+    spent: Sequence[tuple[int, Charge]] = ()
     is_priced = has_tokens = holds = is_spread = status_decides = unread = False
     is_conditional = is_ready = False
 
@@ -135,7 +136,9 @@ class Charges(Sequence[Charge]):
         enforce = True
         unread = status_decides = has_tokens = holds = False
         unpriced: list[int] = []
+        starts: list[int] = []
         for at, charge in enumerate(each):
+            starts.append(len(names))
             policies, partition = charge.policies, charge.partition
             keys.append(partition.resp)
             if policies.logs:
@@ -166,7 +169,8 @@ class Charges(Sequence[Charge]):
         self.all_enforcing = enforce
         self.status_decides = status_decides
         self.unread = unread
-        self.spent = [charge for charge in each if charge.estimate is not None]
+        self.starts = starts
+        self.spent = [spent for spent in zip(starts, each, strict=True) if spent[1].estimate is not None]
         self.is_conditional = status_decides or unread or bool(self.spent)
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
         self.unpriced = unpriced
@@ -203,17 +207,17 @@ class Charges(Sequence[Charge]):
         in a small part of the time that it takes to make them.
         """
         each, terms = [*self._each], [*self._terms]
-        spent: list[Charge] = []
+        spent: list[tuple[int, Charge]] = []
         unread = False
         for at, cost in zip(self.unpriced, costs, strict=True):
             if isinstance(cost, Charge):
-                charge = cost
-                spent.append(charge)
+                each[at] = cost
+                spent.append((self.starts[at], cost))
+                terms[2 * at + 3] = bulk_int(cost.cost)
             else:
-                charge = at_cost(each[at], cost)
-                unread = unread or charge.unread is not None
-            each[at] = charge
-            terms[2 * at + 3] = bulk_int(charge.cost if charge.unread is None else WHAT_REMAINS)
+                each[at] = at_cost(each[at], cost)
+                unread = unread or isinstance(cost, Unread)
+                terms[2 * at + 3] = bulk_int(WHAT_REMAINS if isinstance(cost, Unread) else cost)
         made = Charges.__new__(Charges)
         made.__dict__ = its = self.__dict__.copy()
         its.update(

@@ -85,7 +85,8 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         raw = self._raw
         for name, value in scope["headers"]:
             if name == raw:
-                return self.fold(value.decode("latin-1")) or None
+                text = value.decode("latin-1").strip(" \t")
+                return (self.fold(text) if self._has_scheme else text) or None
         return None
 
     def fold(self, value: str) -> str:

@@ -112,8 +112,7 @@ class Plan:
                 name = await partition.settle(name, scope)
             asked.append(name if limits is None or name is None else (rule.last.read(said, partition.of(name)), name))
         key = tuple(asked)
-        found = self._kept.young.get(key)
-        return found if found is not None else self._kept.find(key, self._charge)
+        return self._kept.of(key, self._charge)
 
     def _charge(self, asked: AskedKey) -> Charges:
         both = zip(self._steps, asked[1:], strict=True)
@@ -164,7 +163,7 @@ class PlanCache:
         if not charges.counters or not behind.counters:
             return charges if charges.counters else behind
         asked = (charges, behind)
-        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
+        return self.charges.of(asked, lambda _: self.make((*charges, *behind)))
 
     def least(self, charges: Charges) -> Charges:
         """The *charges* that cost the same, or at least so much,
@@ -179,7 +178,7 @@ class PlanCache:
             return Charges(charge if charge.budget is None else at_cost(charge, 1) for charge in known)
 
         asked = (charges,)
-        return self.charges.young.get(asked) or self.charges.find(asked, make)
+        return self.charges.of(asked, make)
 
     def priced(self, charges: Charges, costs: Sequence[int | Unread | Charge]) -> Charges:
         """*charges* at these *costs*: see `Charges.at`."""
@@ -187,7 +186,7 @@ class PlanCache:
         if charges.has_tokens or any(isinstance(cost, Unread) for cost in costs):
             return charges.at(costs)
         asked = (charges, *costs)
-        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: charges.at(costs))
+        return self.charges.of(asked, lambda _: charges.at(costs))
 
 
 class Plans:
