@@ -5,7 +5,7 @@ and the output that it asks for.
 import re
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -128,41 +128,37 @@ def _count(value: object) -> int:
 def _quarters(document: object) -> int:
     """`input_tokens` in quarters of a token."""
     quarters = 0
-    left: list[Iterable[Any]] = [(document,)]
-    if type(document) is dict and _HOLDS_MEDIA.isdisjoint(document):
-        left = [document.values()]
+    texts: list[str] = []
     # A stack: a body may be nested deeper than Python calls.
+    left: list[Iterable[Any]] = [(document,)]
     while left:
         for node in left.pop():
             kind = type(node)
             if kind is str:
-                # Most texts, without a call for each.
-                quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
+                texts.append(node)
             elif kind is dict:
                 if not _HOLDS_MEDIA.isdisjoint(node):
                     quarters += _more_for_media(node)
                 left.append(node.values())
             elif kind is list and node:
-                if type(node[0]) is dict and (plain := _quarters_of_plain(node)) is not None:
-                    quarters += plain
-                    continue
-                whole = list(map(type, node)).count(int)
-                quarters += 4 * whole
-                if whole < len(node):
-                    left.append(node)
-    return quarters
+                items, kinds = node, list(map(type, node))
+                quarters += 4 * kinds.count(int)
+                if kinds.count(dict) == len(items) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(items)):
+                    # Such as messages: all values in one go.
+                    items = list(chain.from_iterable(map(dict.values, items)))
+                    kinds = list(map(type, items))
+                if kinds.count(str) == len(items):
+                    texts += items
+                elif kinds.count(int) < len(items):
+                    left.append(items)
+    return quarters + _quarters_of_texts(texts)
 
 
-def _quarters_of_plain(objects: list[Any]) -> int | None:
-    """The count of *objects* that hold nothing but texts, such as messages; ``None``: of others."""
-    try:
-        texts = list(chain.from_iterable(map(dict.values, objects)))
-        is_ascii = all(map(str.isascii, texts))
-        size = sum(map(len, texts)) if is_ascii else len("".join(texts).encode("utf-8", "surrogatepass"))
-    except TypeError:  # one of them is no object, or holds something else
-        return None
-    is_plain = ":" not in map(_FIFTH, texts) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(objects))
-    return size if is_plain else None
+def _quarters_of_texts(texts: Sequence[str]) -> int:
+    whole = "".join(texts)
+    if ":" in whole and ":" in map(_FIFTH, texts):
+        return sum(map(_quarters_of_text, texts))
+    return len(whole) if whole.isascii() else len(whole.encode("utf-8", "surrogatepass"))
 
 
 def _quarters_of_text(text: str) -> int:
