@@ -81,14 +81,10 @@ class Budget:
             estimate = tokens.estimated_unread(content_length(scope), quota=quota)
         else:
             estimate = tokens.estimated(asked, quota=quota, outputs=self._outputs)
+        # In their order: by name they take twice as long.
+        on_redis_error, label = charge.on_redis_error, charge.label
         return Charge(
-            policies,
-            charge.partition,
-            estimate.cost,
-            charge.on_redis_error,
-            label=charge.label,
-            budget=self,
-            estimate=estimate,
+            policies, charge.partition, estimate.cost, on_redis_error, None, label, None, None, self, estimate
         )
 
     def used(self, estimate: Estimate, reader: UsageReader | None, is_said: bool) -> int:

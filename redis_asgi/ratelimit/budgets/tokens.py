@@ -136,7 +136,7 @@ class Tokens:
         return min(MOST, units)
 
     def _parts_of(self, usage: Usage, read: int, written: int) -> int:
-        """*usage* in parts of a unit; *read* and *written*, which are that, are what it does not say."""
+        """*usage* in parts of a unit; *read* and *written* stand for what it does not say."""
         of = self._factors
         fresh, cached, cache_write, output, reasoning = usage
         if fresh is not None:

@@ -7,7 +7,7 @@ passes, and costs what its length does.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ...asgi.fields import media_type, members
@@ -69,7 +69,7 @@ class UsageReader:
         "usage",
     )
 
-    def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def __init__(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
         self.complete = self._is_closed = self.is_undeclared = False
         self.usage: Usage | None = None
@@ -78,11 +78,10 @@ class UsageReader:
         self._body: Body | None = None
         self._decoder: Decoder | None = None
         self._start = b""  # what has passed before it is known what it is
-        headers = list(headers)
         fields = dict(headers)
         content_type = fields.get(b"content-type", b"")
         codings: list[bytes] = []
-        # Nearly always each stands there once, in lower case as ASGI has it, and there is no encoding.
+        # Nearly always each stands there once, in lower case, and there is no encoding.
         if not content_type or len(fields) < len(headers) or b"content-encoding" in b",".join(fields).lower():
             content_type = next(filter(None, _values(headers, b"content-type")), b"")
             codings = _codings(_values(headers, b"content-encoding"))

@@ -132,7 +132,7 @@ class Settlement:
         changes: Sequence[tuple[int, str | None]],
         spent: Sequence[tuple[int, Charge]] = (),
     ) -> list[Change]:
-        """What changes for *verdict*: of what it *spent*, by the *status*, and by the app's *changes*."""
+        """The changes to *verdict*: of what it *spent*, by the *status*, and by the app."""
         due: list[Change] = []
         charges = verdict.charges
         for start, charge in zip(charges.starts, charges, strict=True) if changes or charges.status_decides else spent:

@@ -47,8 +47,8 @@ class Charge:
         unread: The body that could not be priced: it takes what remains of the smallest quota.
         price: The rule that says the cost,
             where that is not known before the request; *cost* is 0 until then.
-        budget: The `Budget` that estimates the cost, where it is known only after the answer; *cost*
-            is 0 before that.
+        budget: The `Budget` that estimates the cost,
+            where that is known only after the answer; *cost* is 0 before that.
         estimate: Its `Estimate`; ``None`` before that.
     """
 
@@ -202,14 +202,15 @@ class Charges(Sequence[Charge]):
         made.is_ready = True
         return made
 
-    def at(self, costs: Iterable[int | Unread | Charge]) -> "Charges":
+    def at(self, costs: Sequence[int | Unread | Charge]) -> "Charges":
         """The same at the *costs* of what is `unpriced`, or of it estimated,
         in a small part of the time that it takes to make them.
         """
         each, terms = [*self._each], [*self._terms]
         spent: list[tuple[int, Charge]] = []
         unread = False
-        for at, cost in zip(self.unpriced, costs, strict=True):
+        for number, at in enumerate(self.unpriced):
+            cost = costs[number]
             if isinstance(cost, Charge):
                 each[at] = cost
                 spent.append((self.starts[at], cost))
@@ -219,18 +220,13 @@ class Charges(Sequence[Charge]):
                 unread = unread or isinstance(cost, Unread)
                 terms[2 * at + 3] = bulk_int(WHAT_REMAINS if isinstance(cost, Unread) else cost)
         made = Charges.__new__(Charges)
-        made.__dict__ = its = self.__dict__.copy()
-        its.update(
-            _each=tuple(each),
-            consume=b"".join(terms),
-            unpriced=(),
-            is_priced=False,
-            has_tokens=False,
-            spent=spent,
-            unread=unread,
-            is_conditional=bool(spent) or unread or self.status_decides,
-            is_ready=not self.holds,
-        )
+        made.__dict__ = self.__dict__.copy()
+        made._each = tuple(each)
+        made.consume = b"".join(terms)
+        made.spent, made.unread = spent, unread
+        made.is_conditional = self.status_decides or unread or bool(spent)
+        made.is_priced = made.has_tokens = False
+        made.is_ready = not self.holds
         return made
 
     @property

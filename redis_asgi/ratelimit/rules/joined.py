@@ -44,7 +44,7 @@ class JoinedPartitioner(Partitioner):
         return await self._names(said, conn.scope)
 
     def _read(self, scope: Scope) -> Any:
-        """`_ask` where no callable of the user's is among them: names, of which some may be missing."""
+        """`_ask` where no callable of the user's is among them; some names may be missing."""
         return tuple([read(scope) for read in self._reads])
 
     async def settle(self, said: Any, scope: Scope) -> Any:

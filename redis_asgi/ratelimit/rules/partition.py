@@ -256,7 +256,7 @@ class Partitioner:
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
 
     def bucket_of(self, name: Any) -> Any:
-        """What the request's body says of whom it is counted as, which are values that a rule names."""
+        """The part of *name* that the body says, which is one of few that a rule names."""
         return name if self.readers else None
 
     def _read_address(self, scope: Scope) -> str | None:
