@@ -31,6 +31,9 @@ from ..telemetry import telemetry
 Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
 
 _WORSE = ("healthy", "degraded", "unhealthy")
+# No PING and no INFO shows a right that the script lacks, writes that are stopped,
+# or a slot that is served elsewhere.
+_NOT_LOOKED_AT = frozenset((Failure.PERMISSION, Failure.READONLY, Failure.CLUSTER))
 
 
 async def check_redis_health(client: Client) -> dict[str, Any]:
@@ -112,10 +115,9 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    # What is looked at needs none of the rights that the script needs,
-    # so that it cannot show their lack.
-    denied = manager.breaker_reason is Failure.PERMISSION
-    failure = health.failure or (Failure.PERMISSION if denied else None)
+    # Of these only commands are told, and a look sends none.
+    known = manager.breaker_reason
+    failure = health.failure or (known if known in _NOT_LOOKED_AT else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
         # What is odd may be few clients' keys: no reason to send the others no requests.
