@@ -158,7 +158,8 @@ FOLDERS = {
     ),
     "testing": "connection embeddings embeddings/requests embeddings/wire ratelimit/counting ratelimit/limits",
     "cli": (
-        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits settings"
+        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits"
+        " ratelimit/rules settings"
     ),
     "__main__": "cli",
 }
