@@ -3,6 +3,7 @@ and the output that it asks for.
 """
 
 import re
+import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -56,21 +57,23 @@ class Asked(NamedTuple):
 class Outputs:
     """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most."""
 
-    __slots__ = ("_last", "_sorted")
+    __slots__ = ("_last", "_lock", "_sorted")
 
     def __init__(self) -> None:
         self._last: deque[int] = deque()
         self._sorted: list[int] = []
+        self._lock = threading.Lock()  # loops in several threads may share one rule
 
     def note(self, usage: Usage) -> None:
         """Remember the output of an answer, if it is known."""
         if usage.output is None:
             return
         output = usage.output + (usage.reasoning or 0)
-        if len(self._last) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        self._last.append(output)
-        insort(self._sorted, output)
+        with self._lock:
+            if len(self._last) == _REMEMBERED:
+                del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+            self._last.append(output)
+            insort(self._sorted, output)
 
     @property
     def likely(self) -> int | None:
