@@ -155,7 +155,7 @@ def test_outputs_are_bounded_whoever_notes_them() -> None:
     outputs = Outputs()
 
     def note_many(first: int) -> None:
-        for number in range(first, first + 3_000):
+        for number in range(first, first + 20_000):
             outputs.note(Usage(output=number))
 
     interval = sys.getswitchinterval()
