@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -101,6 +102,17 @@ def test_depth_and_size_do_not_matter() -> None:
     while isinstance(deep, list):  # its own end would need a deep stack too
         deep = deep.pop()
     assert 100_000 == input_tokens({"input": [7] * 100_000})
+
+
+def test_what_only_begins_as_a_medium_takes_no_room() -> None:
+    """A text of a million parameters is a text."""
+    text = "data:" + ";a" * 1_000_000
+    tracemalloc.start()
+    read = input_tokens({"content": text})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(text) / 4 == read
+    assert peak < 100_000
 
 
 @pytest.mark.parametrize(

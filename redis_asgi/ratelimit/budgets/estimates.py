@@ -15,7 +15,8 @@ from .usage_formats import MOST, Usage
 
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
+# Nothing is repeated but characters: a group would keep a place to go back to for each time.
+_DATA_URL = re.compile(r"data:(?:[\w.+-]++/[\w.+-]++)?(?:;[^,\s]*+)?,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
 _SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
 _HOLDS_MEDIA = frozenset(("data", "images"))
