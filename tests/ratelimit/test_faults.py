@@ -111,7 +111,7 @@ async def test_open_breaker_spares_everybody_the_wait(private_server: StartServe
     then none waits at all; it is asked by probes only.
     """
     server = private_server()
-    app = RateLimitMiddleware(Spy(), "500/minute", settings=Settings(REDIS_URL=server.url, RATE_LIMIT_TIMEOUT=0.05))
+    app = RateLimitMiddleware(Spy(), "500/minute", settings=Settings(REDIS_URL=server.url, RATE_LIMIT_TIMEOUT=0.2))
     await timed(app)
     server.pause()
     slow = 0
