@@ -16,12 +16,7 @@ from .request_decision import RequestDecision, Undecided
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
 # What a body is sent by, itself or as a file that the server has.
 _BODIES = frozenset(
-    (
-        "http.response.body",
-        "http.response.pathsend",
-        "http.response.zerocopysend",
-        "websocket.http.response.body",
-    )
+    ("http.response.body", "http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
 )
 
 
