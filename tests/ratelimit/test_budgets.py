@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from redis_asgi import (
     RateLimit,
+    RateLimiter,
     RateLimitMiddleware,
     RedisManager,
     Rule,
@@ -455,6 +456,22 @@ async def test_cancelled_request_is_settled(any_settings: Settings) -> None:
 
         assert 1_000_000 - cost == await remaining(limited_app, key=f"k{begun}")
         assert {} == engine_of(limited_app).in_flight._held
+
+
+@pytest.mark.parametrize("strategy", ["fixed-window", "sliding-window-counter"])
+async def test_what_was_forgotten_is_given_back_by_nobody(any_settings: Settings, strategy: Any) -> None:
+    """A request that was under way at a reset gives back nothing of what later ones are charged."""
+    app = limited(any_settings, strategy=strategy)
+    arrived, gate = asyncio.Event(), asyncio.Event()
+    early = Ending(answer(json.dumps(usage(1, 1)).encode()), 2)
+    task = asyncio.ensure_future(request(app, early, arrived=arrived, gate=gate))
+    await arrived.wait()
+    await RateLimiter(manager_of(app)).reset(app._rules[0].partition.of("k"))
+    await request(app, Ending(answer(json.dumps(usage(100, 200)).encode()), 300))
+    gate.set()
+    await task
+
+    assert 1_000_000 - 300 == await remaining(app)
 
 
 async def test_what_a_stopping_server_cancels_is_told(redis_url: str, redis_client: redis.Redis) -> None:
