@@ -3,6 +3,7 @@ and the output that it asks for.
 """
 
 import re
+import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,8 @@ from .usage_formats import MOST, Usage
 
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
 _SAYS_OUTPUT = frozenset(("max_tokens", "max_completion_tokens", "max_output_tokens", "options", "n"))
-_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
+# Nothing is repeated but characters: a group would keep a place to go back to for each time.
+_DATA_URL = re.compile(r"data:(?:[\w.+-]++/[\w.+-]++)?(?:;[^,\s]*+)?,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
 _SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
 _HOLDS_MEDIA = frozenset(("data", "images"))
@@ -60,11 +62,12 @@ class Outputs:
         likely: The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known.
     """
 
-    __slots__ = ("_last", "_sorted", "likely")
+    __slots__ = ("_last", "_lock", "_sorted", "likely")
 
     def __init__(self) -> None:
         self._last: deque[int] = deque()
         self._sorted: list[int] = []
+        self._lock = threading.Lock()  # loops in several threads may share one rule
         self.likely: int | None = None
 
     def note(self, usage: Usage) -> None:
@@ -75,13 +78,14 @@ class Outputs:
         if reasoning:
             output += reasoning
         last, ranked = self._last, self._sorted
-        if len(last) == _REMEMBERED:
-            del ranked[bisect_left(ranked, last.popleft())]
-        last.append(output)
-        insort(ranked, output)
-        known = len(ranked)
-        if known >= _ENOUGH:
-            self.likely = ranked[(9 * known + 9) // 10 - 1]
+        with self._lock:
+            if len(last) == _REMEMBERED:
+                del ranked[bisect_left(ranked, last.popleft())]
+            last.append(output)
+            insort(ranked, output)
+            known = len(ranked)
+            if known >= _ENOUGH:
+                self.likely = ranked[(9 * known + 9) // 10 - 1]
 
 
 def input_tokens(document: object) -> float:
