@@ -432,3 +432,18 @@ async def test_amounts_add_up_until_they_are_told(counted: Telemetry) -> None:
     counted.buffer.discard()
     counted.buffer.flush()
     assert 3 == total(tokens)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_values_told_together_are_those_told_one_by_one(counted: Telemetry, is_known: bool) -> None:
+    """In the same buckets, on and beside their bounds, whatever the histogram keeps them in."""
+    together = counted.ratelimit_estimate_error_units.labels("a", "together")
+    alone = counted.ratelimit_estimate_error_units.labels("a", "alone")
+    values = [value for bound in together._upper_bounds[:-1] for value in (bound - 1, bound, bound + 1)] + [10**12]
+    for value in values * 2:
+        counted.buffer.observe(together.observe if is_known else lambda value: together.observe(value), value)
+        alone.observe(value)
+    counted.buffer.flush()
+
+    assert [s.value for s in alone._child_samples()[:-1]] == [s.value for s in together._child_samples()[:-1]]

@@ -62,7 +62,7 @@ class JoinedPartitioner(Partitioner):
         return tuple(names)
 
     def of(self, name: Any) -> Partition:
-        return super().of(joined(name))
+        return super().of(name if isinstance(name, str) else joined(name))
 
     def bucket_of(self, name: Any) -> Any:
         return tuple(its for part, its in zip(self._each, name, strict=True) if part.readers)
