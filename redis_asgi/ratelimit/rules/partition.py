@@ -15,7 +15,7 @@ from starlette.types import Scope
 from ...asgi.offer import OFFER, offer_of
 from ...asgi.scope import Addressing, is_plain_address
 from ...errors import ConfigurationError
-from ...misuse import check_callable, constructor_says_what_was_meant, shown
+from ...misuse import check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
 from ...settings import Settings
 from ..limits.policy import Partition, make_partition
 from .by_body import ByBody
@@ -32,6 +32,7 @@ _BLANKS = re.compile(r"[ \t]+")
 LONGEST_CACHED = 256
 
 
+@says_what_was_meant("partition_by=client_ip, which is called for each request")
 def client_ip(conn: HTTPConnection) -> str | None:
     """Partition by the client's address: an IPv4 address, or the network of
     ``RATE_LIMIT_IPV6_PREFIX`` bits.
@@ -97,6 +98,7 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         return f"{scheme.lower()} {rest[0]}" if rest else value  # a key without a scheme is as it is
 
 
+@says_what_was_meant("partition_by=by_user, which is called for each request")
 def by_user(conn: HTTPConnection) -> str | None:
     """Partition by the authenticated user that Starlette's ``AuthenticationMiddleware`` put into
     the scope.
