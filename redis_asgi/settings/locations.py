@@ -37,24 +37,21 @@ URL_OPTIONS_NOT_TAKEN = frozenset(
     ]
 )
 _URL_FILES = frozenset(["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
-_URL_OPTIONS = (
-    URL_OPTIONS_NOT_TAKEN
-    | _URL_FILES
-    | frozenset(
-        [
-            "db",
-            "username",
-            "password",
-            "max_connections",
-            "health_check_interval",
-            "socket_timeout",
-            "socket_connect_timeout",
-            "socket_keepalive",
-            "ssl_ca_path",
-            "ssl_cert_reqs",
-            "ssl_check_hostname",
-        ]
-    )
+_URL_OPTIONS = URL_OPTIONS_NOT_TAKEN | frozenset(
+    [
+        "db",
+        "username",
+        "password",
+        "max_connections",
+        "health_check_interval",
+        "socket_timeout",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        *_URL_FILES,
+        "ssl_ca_path",
+        "ssl_cert_reqs",
+        "ssl_check_hostname",
+    ]
 )
 # Up to the last @, scheme or not: a password may hold anything,
 # and a host may have been given a whole URL.
