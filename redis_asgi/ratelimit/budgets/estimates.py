@@ -3,6 +3,7 @@ and the output that it asks for.
 """
 
 import re
+import threading
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from .usage_formats import MOST, Usage
 
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
+# Nothing is repeated but characters: a group would keep a place to go back to for each time.
+_DATA_URL = re.compile(r"data:(?:[\w.+-]++/[\w.+-]++)?(?:;[^,\s]*+)?,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
 _SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
 _HOLDS_MEDIA = frozenset(("data", "images"))
@@ -56,21 +58,23 @@ class Asked(NamedTuple):
 class Outputs:
     """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most."""
 
-    __slots__ = ("_last", "_sorted")
+    __slots__ = ("_last", "_lock", "_sorted")
 
     def __init__(self) -> None:
         self._last: deque[int] = deque()
         self._sorted: list[int] = []
+        self._lock = threading.Lock()  # loops in several threads may share one rule
 
     def note(self, usage: Usage) -> None:
         """Remember the output of an answer, if it is known."""
         if usage.output is None:
             return
         output = usage.output + (usage.reasoning or 0)
-        if len(self._last) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        self._last.append(output)
-        insort(self._sorted, output)
+        with self._lock:
+            if len(self._last) == _REMEMBERED:
+                del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+            self._last.append(output)
+            insort(self._sorted, output)
 
     @property
     def likely(self) -> int | None:

@@ -86,6 +86,9 @@ class InFlight:
         self._held: dict[tuple[bytes, bytes], int] = {}  # by partition and policies
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     @classmethod
     def from_settings(cls, _settings: Settings) -> "InFlight":
         return cls()
