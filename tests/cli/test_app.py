@@ -286,7 +286,9 @@ def test_a_routes_limit_has_the_name_that_rules_shows(name: str, redis_server: E
 
 @pytest.mark.parametrize("command", ["peek", "reset"])
 def test_a_rule_that_the_app_does_not_have(command: str, redis_server: ExternalServer, invoke: Invoke) -> None:
-    """It is told, unless something is counted under its name still; one that nobody has used is fine."""
+    """It is told, unless something is counted under its name still;
+    one that nobody has used is fine.
+    """
     arguments = (command, "192.0.2.1", "--app", "shop:app", "--name")
     unknown = invoke(*arguments, "lgoin", REDIS_URL=redis_server.url)
     count(Settings(REDIS_URL=redis_server.url), "192.0.2.1", "ip", "9/minute", "gone")

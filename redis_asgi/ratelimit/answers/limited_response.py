@@ -74,7 +74,7 @@ class LimitedResponse:
         reader = self._reader
         if message["type"] in _BODIES:
             if reader is not None:
-                reader.feed(message.get("body", b""))
+                reader.feed(message.get("body") or b"")
             if not message.get("more_body"):
                 if reader is not None:
                     reader.close(complete=True)
