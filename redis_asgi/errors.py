@@ -70,7 +70,7 @@ class Failure(StrEnum):
     CONNECTION = "connection"  # refused, reset, closed, unresolvable, TLS
     AUTH = "auth"  # NOAUTH, WRONGPASS
     PERMISSION = "permission"  # NOPERM: the ACL lacks a right
-    READONLY = "readonly"  # a replica, or writes are stopped
+    READONLY = "readonly"  # a replica, with its primary or without, or writes are stopped
     LOADING = "loading"  # the dataset is being read from disk
     BUSY = "busy"  # a script blocks the server
     OOM = "oom"  # maxmemory reached and nothing may be evicted
@@ -100,7 +100,7 @@ _REPLY_CODES = {
     "BUSY": Failure.BUSY,
     "OOM": Failure.OOM,
     "CLUSTERDOWN": Failure.CLUSTER,
-    "MASTERDOWN": Failure.CLUSTER,
+    "MASTERDOWN": Failure.READONLY,
     "TRYAGAIN": Failure.CLUSTER,
     "CROSSSLOT": Failure.CLUSTER,
     "MOVED": Failure.CLUSTER,
@@ -133,6 +133,8 @@ _CLASSES: tuple[tuple[type[BaseException], Failure], ...] = (
     (redis_exceptions.MaxConnectionsError, Failure.POOL),
     (redis_exceptions.ReadOnlyError, Failure.READONLY),
     (redis_exceptions.OutOfMemoryError, Failure.OOM),
+    # What only a replica says, in a cluster or not; redis-py makes a ClusterError of it.
+    (redis_exceptions.MasterDownError, Failure.READONLY),
     (redis_exceptions.ClusterError, Failure.CLUSTER),
     (redis_exceptions.ClusterDownError, Failure.CLUSTER),
     (redis_exceptions.RedisClusterException, Failure.CLUSTER),

@@ -74,8 +74,8 @@ REASONS: Mapping[str, Reason] = {
     "busy": Reason("A script blocks Redis.", "SCRIPT KILL ends it."),
     "oom": Reason("Redis has no memory left and refuses writes.", "Raise its maxmemory."),
     "cluster": Reason(
-        "Part of Redis is not served: a node is gone, or no master is known.",
-        "Bring the node back; `redis-asgi check` says which, and what the sentinels know.",
+        "Part of Redis is not served: a node is gone, no master is known, or a cluster is taken for one server.",
+        "Bring the node back, or set REDIS_CLUSTER=true; `redis-asgi check` says which, and what the sentinels know.",
     ),
     "pool": Reason(
         "No connection was free in time: that is this process's own load, not Redis.", "Raise REDIS_POOL_SIZE."

@@ -46,6 +46,8 @@ class KeyManagement:
             ValueError: If *key* has no ``:``, an empty prefix, or is not UTF-8.
         """
         text = key.decode("utf-8") if isinstance(key, bytes) else key
+        if not isinstance(text, str):
+            raise TypeError(f"key={key!r} is neither str nor bytes.")
         prefix, colon, identifier = text.partition(":")
         if not colon or not prefix:
             raise ValueError(f"key={text!r} is not of the form 'prefix:identifier'.")

@@ -94,6 +94,16 @@ def check_callable(label: str, value: object, takes: str, example: str) -> None:
         ) from None
 
 
+def check_flag(label: str, value: object) -> None:
+    """Refuse what is neither ``True`` nor ``False``: any text would be true, ``"no"`` too.
+
+    Raises:
+        ConfigurationError: Shows the value.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{label}={shown(value)} is not True or False.")
+
+
 def check_app(app: object, example: str) -> None:
     """Refuse an *app* that no server could call.
 

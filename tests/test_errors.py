@@ -303,7 +303,7 @@ async def answering(line: str) -> AsyncIterator[str]:
     [
         ("-LOADING Redis is loading the dataset in memory", Failure.LOADING),
         ("-BUSY Redis is busy running a script.", Failure.BUSY),
-        ("-MASTERDOWN Link with MASTER is down", Failure.CLUSTER),
+        ("-MASTERDOWN Link with MASTER is down", Failure.READONLY),
         ("-CLUSTERDOWN The cluster is down", Failure.CLUSTER),
         ("-TRYAGAIN Multiple keys request during rehashing of slot", Failure.CLUSTER),
         ("-MOVED 3999 127.0.0.1:6381", Failure.CLUSTER),

@@ -34,6 +34,12 @@ def test_key_as_redis_returns_it_is_parsed() -> None:
     assert KeyManagement.parse_key("größe:ü".encode()) == ("größe", "ü")
 
 
+def test_what_is_no_key_at_all() -> None:
+    """It is named, before anything is asked of it."""
+    with pytest.raises(TypeError, match="key=5 is neither str nor bytes"):
+        KeyManagement.parse_key(5)  # type: ignore[arg-type]  # what is tested
+
+
 @pytest.mark.parametrize(
     "key",
     [

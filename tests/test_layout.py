@@ -157,9 +157,10 @@ FOLDERS = {
         "asgi connection embeddings embeddings/storage errors events keys maintenance ratelimit ratelimit/counting"
         " ratelimit/limits ratelimit/rules ratelimit/transport settings"
     ),
-    "testing": "connection embeddings embeddings/requests embeddings/wire ratelimit/counting ratelimit/limits",
+    "testing": "connection embeddings embeddings/requests embeddings/wire misuse ratelimit/counting ratelimit/limits",
     "cli": (
-        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits settings"
+        "_version connection embeddings errors explanations inspection maintenance ratelimit ratelimit/limits"
+        " ratelimit/rules settings"
     ),
     "__main__": "cli",
 }

@@ -36,6 +36,7 @@ by_json = _ANY.by_json
 by_mcp_tool = _ANY.by_mcp_tool
 by_user = _ANY.by_user
 client_ip = _ANY.client_ip
+check_redis_health = _ANY.check_redis_health
 health_app = _ANY.health_app
 metrics_app = _ANY.metrics_app
 rate_limit = _ANY.rate_limit
@@ -206,7 +207,10 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("methods=any", lambda: Rule("5/minute", methods=["any"]), ["'ANY'", "Leave it out"]),
     ("methods=WS", lambda: Rule("5/minute", methods="WS"), ["Did you mean 'WEBSOCKET'?"]),
     ("exempt of callables", lambda: limited("5/minute", exempt=[lambda conn: True]), ["exempt holds", "one callable"]),
+    ("exempt without a slash", lambda: limited("5/minute", exempt="health"), ["exempt='health'", "'/api/*'"]),
     # Who shares a counter.
+    ("by_user()", lambda: by_user(), ["by_user needs conn", "partition_by=by_user"]),
+    ("client_ip()", lambda: client_ip(), ["client_ip needs conn", "partition_by=client_ip"]),
     ("by_header", lambda: limited("5/minute", partition_by=by_header), ["not called", "by_header('x-api-key')"]),
     ("by_header of a rule", lambda: Rule("5/minute", partition_by=by_header), ["by_header('x-api-key')"]),
     ("by_header()", lambda: by_header(), ["by_header needs name", "by_header('x-api-key')"]),
@@ -306,6 +310,13 @@ MISTAKES: list[tuple[str, Wrong, list[str]]] = [
     ("metrics_app routed", lambda: ask(routed(metrics_app)), ["app.mount('/metrics', metrics_app())"]),
     ("status_app served", lambda: ask(status_app), ["app.mount('/status', status_app())"]),
     ("health_app(app)", lambda: health_app(app), ["by name", "app.mount('/health', health_app())"]),
+    ("health_app(require_redis=text)", lambda: health_app(require_redis="no"), ["require_redis='no'", "True or False"]),
+    (
+        "health of a sync client",
+        lambda: asyncio.run(check_redis_health(redis.Redis())),
+        ["synchronous", "redis.asyncio"],
+    ),
+    ("health of memory", lambda: asyncio.run(check_redis_health(RedisManager(MEMORY))), ["memory://"]),
     ("health_app(rediss=)", lambda: health_app(rediss="redis://h"), ["'rediss'", "Did you mean redis?"]),
     ("authorize=password", lambda: health_app(settings=MEMORY, authorize=SECRET), ["not callable", "lambda conn"]),
     ("authorize takes nothing", lambda: metrics_app(settings=MEMORY, authorize=lambda: True), ["(conn)"]),

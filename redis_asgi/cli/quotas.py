@@ -14,6 +14,7 @@ from ..inspection.quotas import QuotaRow, known_policies, look, partition_of
 from ..inspection.quotas import reset as reset_quota
 from ..ratelimit.limits.policy import Policy
 from ..ratelimit.overview import LimitInForce
+from ..ratelimit.rules.checks import check_method
 from ..settings import Settings, StrategyName
 from . import output
 from .options import App, By, ClientArgument, Json, Name, UrlOption
@@ -30,8 +31,11 @@ def list_rules(
     ],
     path: Annotated[str | None, typer.Option("--path", metavar="PATH", help="Only what limits this path.")] = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="METHOD", help="Of requests for it; WEBSOCKET for a handshake.")
-    ] = "GET",
+        str | None,
+        typer.Option(
+            "--method", metavar="METHOD", help="Only of such requests; WEBSOCKET for a handshake. Of a path: GET."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List what limits an app, or a path of it.
@@ -42,11 +46,16 @@ def list_rules(
     with complaints():
         if path is not None and not path.startswith("/"):
             raise ConfigurationError(f"--path={path!r} does not begin with a slash. Try --path /{path}.")
+        if method is not None:
+            method = method.upper()
+            check_method(method, label="--method")
         loaded = load_app(app_name)
 
     async def work() -> tuple[list[LimitInForce], bool]:
         app = _some_limits(loaded)
-        return (app.limits, False) if path is None else app.limits_of(method.upper(), path)
+        if path is not None:
+            return app.limits_of(method or "GET", path)
+        return [limit for limit in app.limits if method is None or limit.may_cover(method)], False
 
     limits, is_exempt = run(work())
     if as_json:
@@ -55,7 +64,7 @@ def list_rules(
     if limits:
         print_rules(limits)
     else:
-        output.line(output.printable(f"Nothing limits {method.upper()} {path}."))
+        output.line(output.printable(f"Nothing limits {method or 'GET'} {path or '*'}."))
     if is_exempt:
         output.note("The path is exempt from a middleware's rules.")
     if any(limit.limits is None for limit in limits):
@@ -115,13 +124,16 @@ def peek(
                 standings = await look(manager, partition, tuple(known) if is_said else (), name=name)
             return [("", partition.label, standings)]
         found = []
-        for manager, its in _by_manager(_some_limits(loaded), url, settings):
+        app = _some_limits(loaded)
+        for manager, its in _by_manager(app, url, settings):
             partition = await partition_of(value, by, its[0].settings)
             seen.extend(its)
             kinds.add(partition.kind)
             policies = _policies(its, partition.kind, name)
             async with talking_to(manager):
                 found.append((manager.address, partition.label, await look(manager, partition, policies, name=name)))
+        if not any(standings for _, _, standings in found):
+            _check_named(name, app)
         return found
 
     found = run(work())
@@ -172,11 +184,17 @@ def reset(
             async with opened(settings) as manager:
                 return partition.label, await reset_quota(manager, partition, name=name)
         found = []
-        for manager, its in _by_manager(_some_limits(loaded), url, settings):
+        app = _some_limits(loaded)
+        for manager, its in _by_manager(app, url, settings):
             partition = await partition_of(value, by, its[0].settings)
+            # A route's limit has its quota in the names of its counters.
+            names = {name} if name is None else {name, *(each.name for each in _policies(its, partition.kind, name))}
             async with talking_to(manager):
-                found.append((partition.label, await reset_quota(manager, partition, name=name)))
-        return found[0][0], any(was_counted for _, was_counted in found)
+                found += [(partition.label, await reset_quota(manager, partition, name=each)) for each in names]
+        was_counted = any(each for _, each in found)
+        if not was_counted:
+            _check_named(name, app)
+        return found[0][0], was_counted
 
     label, found = run(work())
     output.line(output.printable(f"{label}: {'has its full quota again' if found else 'nothing was counted'}"))
@@ -192,6 +210,17 @@ def _some_limits(loaded: object) -> LimitedApp:
     if not app.limits:
         raise ConfigurationError(f"Nothing limits this app. {NOTHING_LIMITS}")
     return app
+
+
+def _check_named(name: str | None, app: LimitedApp) -> None:
+    """Refuse a *name* under which nothing is counted, nor ever will be.
+
+    Raises:
+        ConfigurationError: Says what the rules are called.
+    """
+    if name is not None and not any(limit.counts_as(name) for limit in app.limits):
+        names = ", ".join(dict.fromkeys(limit.name for limit in app.limits))
+        raise ConfigurationError(f"--name={name!r} is no rule of this app, which has {names}.")
 
 
 def _by_manager(app: LimitedApp, url: str | None, settings: Settings) -> list[tuple[RedisManager, list[LimitInForce]]]:
@@ -219,5 +248,5 @@ def _policies(limits: Sequence[LimitInForce], kind: str, name: str | None) -> li
     found: dict[bytes, Policy] = {}
     for limit in limits:
         if limit.by == kind:
-            found |= {policy.field: policy for policy in limit.policies}
-    return [policy for policy in found.values() if name is None or policy.name in (name, f"{name}-{policy.window}s")]
+            found |= {policy.field: policy for policy in limit.policies if name in (None, limit.name, policy.name)}
+    return list(found.values())

@@ -98,6 +98,7 @@ class Breaker:
         self._trial_until = 0.0
         self._lost = False
         self._last_trouble = 0.0
+        self._dropped_at = -_IN_DOUBT
         self._last_line = -_QUIET
         self._settling: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -177,6 +178,7 @@ class Breaker:
             self._lost = True
             say(logger, "redis_unavailable", **words_for(failure), **self._whose)
         if failure in _OF_THE_CONNECTIONS:
+            self.reason, self._dropped_at = failure, now
             self._start(self._drop_connections())
         if failure in _NOT_COUNTED or self.state == "open":
             return
@@ -215,7 +217,9 @@ class Breaker:
             self._recent = (self._recent << 1 | 1) & _REMEMBERED
         broken = failure in _AT_ONCE or self._failures >= _IN_A_ROW or self._recent.bit_count() >= _TOO_MANY
         if self.state == "half_open" or broken:
-            self.reason = failure
+            # Who was under way on a connection that was dropped here brings no other reason.
+            if failure is not Failure.CONNECTION or self._loop.time() >= self._dropped_at + _IN_DOUBT:
+                self.reason = failure
             if self.state != "open":
                 self._change("open")
                 self._start(self._probing())

@@ -163,7 +163,7 @@ class RedisManager:
             opened = self._opened.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
-        breakers = opened.breakers.values() if opened is not None else ()
+        breakers = opened.used_breakers() if opened is not None else ()
         return next((breaker.reason for breaker in breakers if breaker.is_in_doubt), None)
 
     @property

@@ -101,8 +101,7 @@ def _checked_client(client: object) -> Client:
             _warned_about.add(client)
             say(logger, "client_retries", retries=retry.get_retries(), address=describe_client(client))
         return client
-    if isinstance(client, redis.Redis | redis.RedisCluster):
-        raise ConfigurationError(f"redis={kind} is synchronous and would block the event loop. Use redis.asyncio.")
+    refuse_sync("redis", client)
     if isinstance(client, Settings):
         raise ConfigurationError("redis= is given Settings. Try settings=.")
     if isinstance(client, type):
@@ -119,6 +118,17 @@ def _checked_client(client: object) -> Client:
     raise ConfigurationError(
         f"redis={kind} is not a RedisManager, a URL or a redis.asyncio client. Try redis='redis://localhost:6379'."
     )
+
+
+def refuse_sync(label: str, client: object) -> None:
+    """Refuse a *client* whose commands would block the event loop.
+
+    Raises:
+        ConfigurationError: Says what is meant.
+    """
+    if isinstance(client, redis.Redis | redis.RedisCluster):
+        kind = f"{type(client).__module__}.{type(client).__qualname__}"
+        raise ConfigurationError(f"{label}={kind} is synchronous and would block the event loop. Use redis.asyncio.")
 
 
 def offered_managers(scope: Scope) -> tuple[RedisManager, ...]:

@@ -13,7 +13,7 @@ from ..connection.manager import RedisManager
 from ..connection.redis_argument import RedisArgument
 from ..errors import ConfigurationError
 from ..event_loop import running_loop
-from ..misuse import Uncalled, check_app, check_callable, constructor_says_what_was_meant, only_called_as
+from ..misuse import Uncalled, check_app, check_callable, check_flag, constructor_says_what_was_meant, only_called_as
 from ..settings import Settings, check_settings
 from .cache import EmbeddingCache
 from .exchange import Exchange
@@ -81,8 +81,8 @@ class EmbeddingCacheMiddleware:
         if partition_by is not None:
             example = "partition_by=lambda conn: conn.headers.get('x-tenant')"
             check_callable("partition_by", partition_by, "conn", example)
-        if share is not None and not isinstance(share, bool):
-            raise ConfigurationError(f"share={share!r} is not True or False.")
+        if share is not None:
+            check_flag("share", share)
         manager, self._is_ours = resolve_vectors(redis, settings)
         options = Options(
             ttl=_seconds("ttl", ttl, settings.EMBEDDING_CACHE_TTL, 1, _MAX_TTL),

@@ -198,7 +198,7 @@ async def look(
     policies: list[Policy] = []
     for field in sorted(stored):
         policy = by_field.get(field) or _stand_in(field)
-        if policy is not None and (name is None or _belongs(policy, name)):
+        if policy is not None and (name is None or field in by_field or _belongs(policy, name)):
             policies.append(policy)
     policies += [policy for policy in known if policy.field not in stored]
     if not policies:

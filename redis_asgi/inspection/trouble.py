@@ -25,6 +25,8 @@ from .rights import user_of
 # What a client raises when Redis, or the way to it, is at fault.
 TROUBLE: tuple[type[Exception], ...] = (RedisError, RedisClusterException, OSError)
 _PROBE_TIMEOUT = 1.0  # seconds
+# What OpenSSL says of files, before anything is sent.
+_NO_PEM = ("pem lib", "no_certificate_or_crl_found", "no certificate or crl found", "key_values_mismatch")
 _CHECK = "Check REDIS_URL, or REDIS_HOST and REDIS_PORT"
 
 
@@ -98,6 +100,9 @@ async def _unreachable(error: BaseException, settings: Settings, where: str) -> 
         return Trouble(f"the host name of {where} cannot be resolved", f"{_CHECK}, and the resolver of this host.")
     if any(isinstance(each, ConnectionRefusedError) for each in _chain(error)):
         return Trouble(f"{where} refuses connections", f"{_CHECK}, and that the server runs and listens there.")
+    if any(said in text for said in _NO_PEM):
+        fix = "Check REDIS_SSL_CA_CERTS, REDIS_SSL_CERTFILE and REDIS_SSL_KEYFILE, or those in REDIS_URL."
+        return Trouble(f"a file for TLS with {where} holds no certificate, or not the key of one", fix)
     if any(isinstance(each, FileNotFoundError | PermissionError) for each in _chain(error)):
         return Trouble(
             f"{where} is no socket we may open", "Check the path in REDIS_URL and who may read and write it."

@@ -303,4 +303,5 @@ class RateLimitMiddleware(Covering):
         """Hold the shared manager open while the app lives;
         the last app that ends in this loop closes it.
         """
-        await live(self.app, self._manager if self._owned else None, scope, receive, send)
+        manager = self._manager if self._owned else None
+        await live(self.app, manager, scope, receive, send, at_end=self._engine.until_ended)

@@ -1,5 +1,6 @@
 """The limits in force of a middleware's rules and of routes, for those who ask without a request."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -58,6 +59,14 @@ class LimitInForce:
     policies: tuple[Policy, ...] = field(repr=False)
     manager: RedisManager = field(repr=False)
     settings: Settings = field(repr=False)
+
+    def may_cover(self, method: str) -> bool:
+        """Whether it covers some request of *method*."""
+        return self.methods is None or not {method, *("GET",) * (method == "HEAD")}.isdisjoint(self.methods)
+
+    def counts_as(self, name: str) -> bool:
+        """Whether *name* is the rule's, or what a counter of it may be called."""
+        return re.fullmatch(rf"{re.escape(self.name)}((-\d+)?-\d+s)?", name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 and what a request was put to before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import isawaitable
 from typing import Any
@@ -15,10 +15,9 @@ from ..asgi.scope import BufferedRequest, UnreadableBody, content_length
 from .answers.held_request import until_ended
 from .answers.request_decision import RequestDecision, check_names
 from .budgets.estimates import Asked
-from .budgets.spending import Spending
 from .counting.engine import Engine
 from .counting.verdict import Verdict
-from .limits.charge import Charge, Charges, Pricer, Unread, at_cost
+from .limits.charge import Charge, Charges, Pricer, Unread
 from .limits.policy import PolicySet
 from .rules.checks import check_cost
 from .rules.misconfiguration import Linter
@@ -77,11 +76,13 @@ class Ahead:
         if behind is not None or charges.has_tokens:
             asks = charges.has_tokens or (behind is not None and behind.has_tokens)
             try:
-                asked = await look(buffer, self._scope, () if behind is None else behind.readers, asks=asks)
+                content = await buffer.whole()
+                asked = look(content, buffer, self._scope, () if behind is None else behind.readers, asks)
                 if asked is NO_BODY:
                     charges = without_tokens(charges)
                 elif behind is not None:
-                    more = behind.known(self._scope) or await behind.charges(self._scope)
+                    known_more = behind.known(self._scope)
+                    more = known_more if known_more is not None else await behind.charges(self._scope)
                     if self._outer is not None:
                         more = left_over(more, self._outer, engine, self._linter)
                     charges = engine.plans.together(charges, more)
@@ -89,58 +90,52 @@ class Ahead:
                 # Also for the answer to a request that lacks an identity,
                 # which may name what its body says.
                 self.receive = buffer.replay()
-        spendings: Mapping[Charge, Spending] | None = None
         unpriced = charges
         if charges.is_priced:
-            charges, spendings = await self._price(charges, buffer, asked)
+            charges = await self._price(charges, buffer, asked)
         elif not charges.counters:
             return None
-        verdict = await engine.decide(charges)
-        unpriced.admission = unpriced.admission or charges.admission  # for the next ones that are made of them
-        if spendings:
+        verdict = await engine.decide(charges) if charges.holds else engine.ask(charges)
+        if verdict.is_asked:
+            await verdict.future
+        unpriced.admission = charges.admission  # for the next ones that are made of them
+        if verdict.spent:
             first = verdict if self._outer is None else self._outer.first
-            first.open_ledger().spend(verdict, spendings)
+            first.open_ledger().spend(verdict)
         if verdict.slot is not None:
             self.receive, self.send = until_ended(verdict, self.receive, self.send)
         return verdict
 
-    async def _price(
-        self, charges: Charges, buffer: Buffer, asked: Asked | None
-    ) -> tuple[Charges, Mapping[Charge, Spending]]:
-        """*charges* at their costs, and what of them is to be settled after the answer."""
-        costs: list[int | Unread | Spending] = []
-        for charge in charges:
-            price = charge.price
+    async def _price(self, charges: Charges, buffer: Buffer, asked: Asked | None) -> Charges:
+        """*charges* at their costs."""
+        costs: list[int | Unread | Charge] = []
+        for at in charges.unpriced:
+            charge = charges[at]
+            budget, price = charge.budget, charge.price
+            if price is None and not callable(budget.tokens.estimate):
+                costs.append(budget.charge(charge, self._scope, asked))
+                continue
+            request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
             if price is None:
-                costs.append(charge.cost)
-            elif price.tokens is not None and not callable(price.tokens.estimate):
-                costs.append(price.estimate(charge.policies, self._scope, asked, None))
+                costs.append(await estimate(charge, self._scope, asked, request))
             else:
-                costs.append(await self._cost(charge, price, buffer, asked))
-                self.receive = buffer.replay()
-                if isinstance(costs[-1], Unread):
-                    self.receive = _watching(self.receive, costs[-1])
+                costs.append(await _ask(price, charge.policies, request))
+            self.receive = buffer.replay()
+            if isinstance(costs[-1], Unread):
+                self.receive = _watching(self.receive, costs[-1])
         buffer.decided()
-        return at_costs(charges, costs, self._engine)
-
-    async def _cost(
-        self, charge: Charge, price: Pricer, buffer: Buffer, asked: Asked | None
-    ) -> "int | Unread | Spending":
-        request = BufferedRequest(self._scope, self._of_server, buffer=buffer)
-        if price.tokens is not None:
-            return await estimate(charge, self._scope, asked, request)
-        return await _ask(price, charge.policies, request)
+        priced: Charges = self._engine.plans.priced(charges, costs)
+        return priced
 
 
-async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTPConnection) -> Spending:
-    """The estimated cost of a *charge* whose cost is known after the answer.
+async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTPConnection) -> Charge:
+    """A *charge* whose cost is known after the answer only, at its estimate.
 
     Args:
         asked: What the request's body asks of a model; ``None`` when it cannot be read.
         conn: What a callable of the user's is given.
     """
-    price: Any = charge.price
-    by: Any = price.tokens.estimate
+    by: Any = charge.budget.tokens.estimate
     units: int | None = None
     if callable(by):
         try:
@@ -151,36 +146,15 @@ async def estimate(charge: Charge, scope: Scope, asked: Asked | None, conn: HTTP
         finally:
             if isinstance(conn, BufferedRequest):
                 await conn.close()  # the files of a form
-    spending: Spending = price.estimate(charge.policies, scope, asked, units)
-    return spending
-
-
-def at_costs(
-    charges: Charges, costs: Sequence[int | Unread | Spending], engine: Engine
-) -> tuple[Charges, dict[Charge, Spending]]:
-    """*charges* at these *costs*, and which of them are to be settled after the answer."""
-    if not charges.has_tokens:
-        return engine.plans.priced(charges, costs), {}
-    each: list[Charge] = []
-    spendings: dict[Charge, Spending] = {}
-    has_unread = False
-    for charge, cost in zip(charges, costs, strict=True):
-        at = charge
-        if isinstance(cost, Spending):
-            at = at_cost(charge, cost.estimate.cost)
-            spendings[at] = cost
-        elif charge.price is not None:
-            at = at_cost(charge, cost)
-            has_unread = has_unread or at.unread is not None
-        each.append(at)
-    return (engine.plans.make(each) if has_unread else charges.at(each)), spendings
+    estimated: Charge = charge.budget.charge(charge, scope, asked, units)
+    return estimated
 
 
 def without_tokens(charges: Charges) -> Charges:
     """The *charges* that apply to a request without a body."""
     if not charges.has_tokens:
         return charges
-    return Charges(charge for charge in charges if charge.price is None or charge.price.tokens is None)
+    return Charges(charge for charge in charges if charge.budget is None)
 
 
 async def _ask(price: Pricer, policies: PolicySet, request: BufferedRequest) -> int | Unread:
@@ -239,25 +213,16 @@ async def charges_beside(
     conn: HTTPConnection,
     decision: RequestDecision | None,
     asked: Asked | None,
-) -> tuple[Sequence[tuple[Engine, Charges]], Mapping[Charge, Spending]]:
+) -> Sequence[tuple[Engine, Charges]]:
     """The charges *found* that are due, beside those that the *decision* on the request has made.
 
     Args:
         asked: What the request's body asks of a model, where a rule wants to know.
-
-    Returns:
-        With what of it is to be settled after the answer.
     """
     if check_names(decision, [charges for _, charges in found]):
         # The very same limit is charged once.
         found = [(engine, _unknown(charges, engine, decision)) for engine, charges in found]
-    spendings: dict[Charge, Spending] = {}
-    priced = []
-    for engine, charges in found:
-        at, its = await _priced(charges, engine, conn, asked)
-        priced.append((engine, at))
-        spendings.update(its)
-    return priced, spendings
+    return [(engine, await _priced(charges, engine, conn, asked)) for engine, charges in found]
 
 
 async def charges_on_route(
@@ -290,21 +255,20 @@ def _unknown(charges: Charges, engine: Engine, decision: RequestDecision | None)
     return Charges(fresh) if len(fresh) < len(charges) else charges
 
 
-async def _priced(
-    charges: Charges, engine: Engine, conn: HTTPConnection, asked: Asked | None
-) -> tuple[Charges, Mapping[Charge, Spending]]:
+async def _priced(charges: Charges, engine: Engine, conn: HTTPConnection, asked: Asked | None) -> Charges:
     """*charges* at what their callables, if they have any, say they cost, or are taken to cost."""
     if not charges.is_priced:
-        return charges, {}
-    costs: list[int | Spending] = []
-    for charge in charges:
+        return charges
+    costs: list[int | Charge] = []
+    for at in charges.unpriced:
+        charge = charges[at]
         price = charge.price
-        if price is not None and price.tokens is not None:
+        if price is None:
             costs.append(await estimate(charge, conn.scope, asked, conn))
-            continue
-        said = charge.cost if price is None else price.cost(conn)
-        cost = check_cost(await said if isawaitable(said) else said)
-        costs.append(cost)
-        if price is not None:
+        else:
+            said = price.cost(conn)
+            cost = check_cost(await said if isawaitable(said) else said)
+            costs.append(cost)
             price.note_cost(charge.policies, cost)
-    return at_costs(charges, costs, engine)
+    priced: Charges = engine.plans.priced(charges, costs)
+    return priced

@@ -2,7 +2,7 @@
 and a request that is put to them together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from starlette.exceptions import HTTPException, WebSocketException
@@ -19,9 +19,8 @@ from .answers.refusal_response import can_respond
 from .answers.request_decision import RequestDecision, begin_decision, decision_of, is_over
 from .answers.rewording import refused_as, rewording_in
 from .budgets.estimates import Asked
-from .budgets.spending import Spending
 from .counting.engine import Engine
-from .limits.charge import Charge, Charges
+from .limits.charge import Charges
 from .limits.decision import Decision
 from .pricing import charges_beside, charges_on_route
 from .rules.endpoints import endpoint_name
@@ -69,7 +68,6 @@ class Stack:
         counters = 0
         is_priced = False
         asked: Asked | None = None
-        spendings: Mapping[Charge, Spending] = {}
         try:
             for engine, plan in self._plans(scope):
                 # For the callables of the user's, as a middleware would.
@@ -87,7 +85,7 @@ class Stack:
             error = HTTPException(400, f"This request needs {missing.what}.")
             raise await _answerable(conn, error) from None
         if is_priced or counters > 1 or decision is not None:
-            asking, spendings = await charges_beside(asking, conn, decision, asked)
+            asking = await charges_beside(asking, conn, decision, asked)
         for engine, charges in asking:
             if not charges.counters:
                 continue
@@ -98,8 +96,8 @@ class Stack:
                 decision = begin_decision(scope, verdict)
             else:
                 decision.join(verdict)
-            if spendings:
-                decision.ledger.spend(verdict, spendings)
+            if verdict.spent:
+                decision.ledger.spend(verdict)
             if not verdict.allowed:
                 error = refusal_on(decision, verdict, style_of(scope, decision))
                 raise await _answerable(conn, error, verdict.decision)

@@ -330,7 +330,7 @@ def _say(model: type[FromEnvironment], name: str, why: str, reading: Reading) ->
     else:
         shown = "'***'" if "SecretStr" in str(field.annotation) else redact(value)
     example = field.examples[0] if field.examples else field.default
-    return f"{variable}={shown}{where}: {_with_prefix(why, model, reading)}. Try {example}."
+    return f"{variable}={shown}{where}: {_with_prefix(why, model, reading).rstrip('.')}. Try {example}."
 
 
 def _with_prefix(text: str, model: type[FromEnvironment], reading: Reading) -> str:

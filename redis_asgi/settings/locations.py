@@ -3,7 +3,9 @@ checked, and shown without secrets.
 """
 
 import ipaddress
+import os
 import re
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import SecretStr
@@ -34,6 +36,7 @@ URL_OPTIONS_NOT_TAKEN = frozenset(
         "timeout",
     ]
 )
+_URL_FILES = frozenset(["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
 _URL_OPTIONS = URL_OPTIONS_NOT_TAKEN | frozenset(
     [
         "db",
@@ -44,10 +47,8 @@ _URL_OPTIONS = URL_OPTIONS_NOT_TAKEN | frozenset(
         "socket_timeout",
         "socket_connect_timeout",
         "socket_keepalive",
-        "ssl_ca_certs",
+        *_URL_FILES,
         "ssl_ca_path",
-        "ssl_certfile",
-        "ssl_keyfile",
         "ssl_cert_reqs",
         "ssl_check_hostname",
     ]
@@ -88,6 +89,13 @@ def check_host(value: str) -> str:
     return value
 
 
+def check_readable(value: str) -> str:
+    """*value*, if it is the path of a file that may be read."""
+    if not (os.path.isfile(value) and os.access(value, os.R_OK)):  # noqa: PTH113 - of a text, which stays one
+        raise ValueError("no readable file")
+    return value
+
+
 def check_url(value: SecretStr) -> SecretStr:
     """A URL of a server with its scheme in the one spelling that all others read."""
     url = value.get_secret_value()
@@ -112,9 +120,14 @@ def check_url(value: SecretStr) -> SecretStr:
         raise ValueError(f"{unknown[0][:40]!r} is no option of a Redis URL")
     url = scheme + url.strip()[len(parts.scheme) :]
     if scheme != "memory":
-        options = parse_url(url)  # a ValueError names the option whose value has a wrong type
+        options: dict[str, Any] = {**parse_url(url)}  # a ValueError names the option whose value has a wrong type
         if options.get("ssl_cert_reqs", "required") not in ("none", "optional", "required"):
             raise ValueError("ssl_cert_reqs is not none, optional or required")
+        for name in sorted(_URL_FILES & options.keys()):
+            try:
+                check_readable(options[name])
+            except ValueError as error:
+                raise ValueError(f"{name} names {error}") from None
     return SecretStr(url)
 
 

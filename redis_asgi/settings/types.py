@@ -1,13 +1,12 @@
 """The types of the fields of `Settings`, each with the check that says why a value is none."""
 
-import os
 import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
 
-from .locations import check_addresses, check_host, check_url, redact
+from .locations import check_addresses, check_host, check_readable, check_url, redact
 from .networks import read_network
 from .notation import read_limits
 
@@ -80,12 +79,6 @@ def pattern_problem(pattern: str) -> str | None:
     return None
 
 
-def _readable(value: str) -> str:
-    if not os.access(value, os.R_OK):
-        raise ValueError("no readable file")
-    return value
-
-
 def _header_names(value: tuple[str, ...]) -> tuple[str, ...]:
     for name in value:
         if not _TOKEN.fullmatch(name) or "*" in name[:-1] or name == "*":
@@ -121,7 +114,7 @@ def _routes(value: tuple[str, ...]) -> tuple[str, ...]:
 
 Host: TypeAlias = Annotated[str, AfterValidator(check_host)]
 Url: TypeAlias = Annotated[SecretStr, AfterValidator(check_url)]
-Readable: TypeAlias = Annotated[str, AfterValidator(_readable)]
+Readable: TypeAlias = Annotated[str, AfterValidator(check_readable)]
 KeyPrefix: TypeAlias = Annotated[str, AfterValidator(_key_prefix)]
 Notation: TypeAlias = Annotated[str, AfterValidator(_limits)]
 PartitionName: TypeAlias = Annotated[str, AfterValidator(_partition)]

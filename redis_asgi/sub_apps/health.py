@@ -22,24 +22,28 @@ from ..connection.client_factory import Client
 from ..connection.health_cache import Target, watched
 from ..connection.health_check import Deployment, check, mode_of
 from ..connection.manager import RedisManager
-from ..connection.redis_argument import RedisArgument
+from ..connection.redis_argument import RedisArgument, refuse_sync
 from ..connection.server_info import Health
 from ..errors import Failure
+from ..misuse import check_flag
 from ..settings import Settings
 from ..telemetry import telemetry
 
 Status: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
 
 _WORSE = ("healthy", "degraded", "unhealthy")
+# No PING and no INFO shows a right that the script lacks, writes that are stopped,
+# or a slot that is served elsewhere.
+_NOT_LOOKED_AT = frozenset((Failure.PERMISSION, Failure.READONLY, Failure.CLUSTER))
 
 
-async def check_redis_health(client: Client) -> dict[str, Any]:
+async def check_redis_health(client: Client | RedisManager) -> dict[str, Any]:
     """Ask the Redis behind *client* how it is,
-    over a connection of its own, within 0.5 s; never raises.
+    over a connection of its own, within 0.5 s; whatever becomes of it, nothing is raised.
 
     Args:
         client: A ``redis.asyncio`` ``Redis`` or ``RedisCluster``,
-            with ``decode_responses`` or without.
+            with ``decode_responses`` or without, or a ``RedisManager``.
 
     Returns:
         ``status`` is ``healthy``; ``degraded`` when it answers but takes no writes, or when some of
@@ -48,7 +52,13 @@ async def check_redis_health(client: Client) -> dict[str, Any]:
         (ISO 8601, UTC), ``latency_ms`` and ``mode``; ``None`` where Redis does not say. On a
         cluster: summed over its primaries, the oldest save and the slowest answer. ``error`` is
         ``None`` or a code such as ``redis_timeout``, with ``errors.Failure`` for its second word.
+
+    Raises:
+        ConfigurationError: For a sync client, and on ``memory://``.
     """
+    if isinstance(client, RedisManager):
+        client = await client.get_connection()
+    refuse_sync("client", client)
     health = await check(client)
     if health.failure is not None and not health.partial:
         return {"status": "unhealthy", "error": code_of(health.failure), **_described(Health(), None)}
@@ -112,10 +122,9 @@ async def standing(manager: RedisManager, *, require_redis: bool | None = None) 
     health, mode = await watched(manager)
     breaker = manager.breaker_state
     required = manager.fails_closed if require_redis is None else require_redis
-    # What is looked at needs none of the rights that the script needs,
-    # so that it cannot show their lack.
-    denied = manager.breaker_reason is Failure.PERMISSION
-    failure = health.failure or (Failure.PERMISSION if denied else None)
+    # Of these only commands are told, and a look sends none.
+    known = manager.breaker_reason
+    failure = health.failure or (known if known in _NOT_LOOKED_AT else None)
     error = code_of(failure) or ("breaker_open" if breaker == "open" else None)
     if error is None:
         # What is odd may be few clients' keys: no reason to send the others no requests.
@@ -139,6 +148,8 @@ class HealthApp(SubApp):
 
     def __init__(self, target: Target, *, authorize: Authorize | None, require_redis: bool | None) -> None:
         pages = {"": self._overview, "/ready": self._ready, "/live": self._live}
+        if require_redis is not None:
+            check_flag("require_redis", require_redis)
         # A restart because of a wrong credential would help nobody.
         super().__init__(pages, authorize=authorize, open_pages=frozenset(["/live"]))
         telemetry()  # a directory for counters that is missing is told now, not to the first probe

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol, TypeAlias, TypeVar, overload
 
+from ..misuse import shown
 from .clock import RateLimitClock, current_clock, held_clock
 
 
@@ -67,10 +68,13 @@ def assert_limited(client: Any, method: str, url: str, *, after: int, **options:
 
     Raises:
         AssertionError: When it is not so; it says which request was answered how.
+        TypeError: *client* is none, such as the app itself.
     """
     __tracebackhide__ = True
     if not isinstance(after, int) or isinstance(after, bool) or after < 0:
         raise ValueError(f"after={after!r} is not a number of requests. Try after=5.")
+    if not callable(getattr(client, "request", None)):
+        raise TypeError(f"client={shown(client)} is no client. Try TestClient(app), or an httpx.AsyncClient.")
     if inspect.iscoroutinefunction(client.request):
         return _assert_async(client, method, url, after, options)
     with _clock() as clock:

@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope
 
-from redis_asgi.asgi.bodies import KEPT_BYTES, Buffer, Document, Member, take_document
+from redis_asgi.asgi.bodies import KEPT_BYTES, Buffer, Document, Member, take_document, without_texts
 from redis_asgi.asgi.body_budget import Budget
 
 pytestmark = pytest.mark.anyio
@@ -44,13 +45,19 @@ def body_of(*parts: bytes) -> Receive:
         pytest.param(b"[" + b"[]," * 2_000_000 + b"[]]", id="too many lists"),
         pytest.param(b"[" + b'"",' * 2_000_000 + b"[]" * 200_000 + b"]", id="too many texts"),
         pytest.param(b"[" + b'"ab",' * 1_000_000 + b"0]", id="texts alone"),
+        pytest.param(b"[" * 200_000 + b'"' + rb"\"" * 3_000_000, id="quotes in a text without an end"),
+        pytest.param(b"[" * 200_000 + b'"' + rb"\n" * 3_000_000, id="escapes in a text without an end"),
     ],
 )
 def test_what_is_no_json_raises_nothing_and_takes_no_time(content: bytes) -> None:
-    """It is not read, whatever it is, in a time that its size explains."""
+    """It is not read, whatever it is, in a time and room that its size explains."""
+    tracemalloc.start()
     began = time.process_time()
     document = Document(content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
 
+    assert peak < 4 * len(content) + 10_000
     assert (False, None) == (document.is_read, document.value)
     assert document.has_twice([Member("a")]) in (True, False)
     assert time.process_time() - began < 5
@@ -87,6 +94,21 @@ def test_values_without_number_are_not_read_once_more(filler: bytes, is_told: bo
 
     assert document.is_read
     assert is_told == (not document.has_twice([Member("m")]))
+
+
+@given(
+    st.recursive(st.text('"\\\\[]{},:a\n'), lambda inner: st.lists(inner) | st.dictionaries(st.text('"\\\\[a'), inner))
+)
+def test_brackets_outside_of_texts_are_those_of_the_values(value: Any) -> None:
+    """Whatever texts there are, and however they end."""
+
+    def containers(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + sum(map(containers, inner))
+
+    bare = without_texts(json.dumps(value).encode())
+
+    assert containers(value) == bare.count(b"[") + bare.count(b"{")
 
 
 def test_code_in_texts_is_no_nesting() -> None:

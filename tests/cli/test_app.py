@@ -115,6 +115,8 @@ def test_rules(invoke: Invoke) -> None:
         (("--path", "/story"), ["default", "shop.story"], False),
         (("--path", "/story", "--method", "POST"), ["default"], False),
         (("--path", "/static/x"), [], True),
+        (("--method", "post"), ["default", "login", "keys", "plan"], False),
+        (("--method", "HEAD"), ["default", "keys", "plan", "shop.story"], False),
     ],
 )
 def test_rules_of_a_path(arguments: tuple[str, ...], names: list[str], exempt: bool, invoke: Invoke) -> None:
@@ -133,6 +135,8 @@ def test_rules_of_nothing(invoke: Invoke) -> None:
     assert (0, "Nothing limits GET /static/x.\n") == (result.exit_code, result.stdout)
     assert "exempt" in result.stderr
     assert "--path='x' does not begin with a slash" in invoke("rules", "--app", "shop:app", "--path", "x").stderr
+    misspelt = invoke("rules", "--app", "shop:app", "--method", "GTE")
+    assert (2, True) == (misspelt.exit_code, "--method='GTE' is not an HTTP method. Did you mean" in misspelt.stderr)
 
 
 SPEAKING = """
@@ -263,6 +267,37 @@ def test_peek_knows_all_quotas(redis_server: ExternalServer, invoke: Invoke) -> 
     assert "Other rules count by header:x-api-key: see --by." in shown
     assert "it is no limit of the app any more, or a callable says it" in shown
     assert ["login"] == [row["policy"] for row in one["policies"]]
+
+
+@pytest.mark.parametrize("name", ["shop.story", "shop.story-2-60s"])
+def test_a_routes_limit_has_the_name_that_rules_shows(name: str, redis_server: ExternalServer, invoke: Invoke) -> None:
+    """And those of its counters, in which its quota is."""
+    count(Settings(REDIS_URL=redis_server.url), "192.0.2.1", "ip", "2/minute", "shop.story-2-60s")
+    count(Settings(REDIS_URL=redis_server.url), "192.0.2.1", "ip", "5/minute", "login")
+    arguments = ("192.0.2.1", "--app", "shop:app", "--name", name)
+    seen = json.loads(invoke("peek", *arguments, "--json", REDIS_URL=redis_server.url).stdout)["policies"]
+    was_reset = invoke("reset", *arguments)
+    left = json.loads(invoke("peek", "192.0.2.1", "--json").stdout)["policies"]
+
+    assert [("shop.story-2-60s", 1, 2)] == [(row["policy"], row["used"], row["quota"]) for row in seen]
+    assert "has its full quota again" in was_reset.stdout
+    assert ["login"] == [row["policy"] for row in left]
+
+
+@pytest.mark.parametrize("command", ["peek", "reset"])
+def test_a_rule_that_the_app_does_not_have(command: str, redis_server: ExternalServer, invoke: Invoke) -> None:
+    """It is told, unless something is counted under its name still;
+    one that nobody has used is fine.
+    """
+    arguments = (command, "192.0.2.1", "--app", "shop:app", "--name")
+    unknown = invoke(*arguments, "lgoin", REDIS_URL=redis_server.url)
+    count(Settings(REDIS_URL=redis_server.url), "192.0.2.1", "ip", "9/minute", "gone")
+
+    assert (2, True) == (
+        unknown.exit_code,
+        "--name='lgoin' is no rule of this app, which has default, login, keys, plan, shop.story." in unknown.stderr,
+    )
+    assert [0, 0, 0] == [invoke(*arguments, name).exit_code for name in ("login", "plan-60s", "gone")]
 
 
 STREAMS = """

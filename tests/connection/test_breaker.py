@@ -235,6 +235,23 @@ async def test_half_open_is_in_doubt_for_a_while() -> None:
     assert not breaker.is_in_doubt
 
 
+async def test_what_a_dropped_connection_ends_has_no_reason_of_its_own() -> None:
+    """Who was under way on it tells nothing new of the server; ten seconds later it does."""
+    server = FakeServer()
+    server.error = None
+    breaker = Breaker(server.probe, server.drop)
+    for failure in (Failure.READONLY, *[Failure.CONNECTION] * 4):
+        breaker.failed(failure)
+    await until(lambda: breaker.state == "half_open")
+    breaker.failed(Failure.CONNECTION)
+    assert ("open", Failure.READONLY) == (state_of(breaker), breaker.reason)
+    await until(lambda: breaker.state == "half_open")
+    breaker._dropped_at -= 10
+    breaker.failed(Failure.CONNECTION)
+    assert ("open", Failure.CONNECTION) == (state_of(breaker), breaker.reason)
+    await breaker.aclose()
+
+
 async def test_vectors_count_only_when_a_probe_fails_too() -> None:
     """A large reply may be slow on a server that is well."""
     server = FakeServer()

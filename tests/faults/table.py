@@ -270,7 +270,7 @@ _odd = partial(
     url="redis://{address}",
 )
 _fine = partial(Row, reason=None, health=None, breaker="closed", cache="works", log=())
-_probes_work = partial(Row, health="breaker_open", pings=True)
+_probes_work = partial(Row, pings=True)
 
 # What the server itself does: on every version alike.
 OF_THE_SERVER: dict[str, Row] = {
@@ -336,11 +336,9 @@ OF_THE_SERVER: dict[str, Row] = {
     "a replica without its primary": Row(
         command("REPLICAOF", "127.0.0.1", "1"),
         command("REPLICAOF", "NO", "ONE"),
-        reason="cluster",
-        health="redis_cluster",
+        reason="readonly",
+        health="redis_readonly",
         arguments=("--replica-serve-stale-data", "no"),
-        # It answers a PING.
-        before_7={"health": "redis_readonly"},
     ),
     "no snapshot": Row(
         fail_to_save,
@@ -352,6 +350,7 @@ OF_THE_SERVER: dict[str, Row] = {
         command("CONFIG", "SET", "min-replicas-to-write", 1),
         command("CONFIG", "SET", "min-replicas-to-write", 0),
         reason="readonly",
+        health="redis_readonly",
     ),
     "no memory": Row(
         command("CONFIG", "SET", "maxmemory", 1),
@@ -370,6 +369,7 @@ OF_THE_SERVER: dict[str, Row] = {
         lose_slots,
         own_slots,
         reason="cluster",
+        health="redis_cluster",
         before=own_slots,
         log=("slots_enforced", "redis_unavailable", "redis_back"),
         arguments=("--cluster-enabled", "yes", "--cluster-node-timeout", "500"),

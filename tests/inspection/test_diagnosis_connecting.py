@@ -1,5 +1,6 @@
 """Diagnosis where connecting fails: addresses, passwords, TLS."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +114,17 @@ async def test_no_connection_left(private_server: StartServer) -> None:
 
 
 # TLS
+
+
+@pytest.mark.parametrize("name", ["REDIS_SSL_CA_CERTS", "REDIS_SSL_CERTFILE"])
+async def test_a_file_without_a_certificate(name: str, tmp_path: Path) -> None:
+    """It is told as what it is, and not as a server that speaks otherwise."""
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    found = await the_only(REDIS_URL="rediss://127.0.0.1:1", **{name: str(empty)})
+
+    assert "holds no certificate" in found.text
+    assert name in found.fix
 
 
 async def test_tls_is_well(tls_server: Server, certificates: Certificates) -> None:

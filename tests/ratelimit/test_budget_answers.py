@@ -75,11 +75,14 @@ def _silent(ending: Ending) -> Ending:
 @pytest.mark.parametrize("kind", [memoryview, bytearray])
 @pytest.mark.parametrize("content_type", ["text/event-stream", "application/x-ndjson", "application/json", "text/x"])
 async def test_chunks_of_any_kind_are_read(any_settings: Settings, kind: Any, content_type: str) -> None:
-    """Starlette passes a ``memoryview`` on as it is, and servers take it."""
+    """Starlette passes a ``memoryview`` on as it is, and servers take it;
+    some take ``None`` for nothing.
+    """
     line = json.dumps(usage(7, 8))
     whole = f"data: {line}\n\n" if content_type == "text/event-stream" else f"{line}\n"
     ending = Ending(answer(*[kind(whole[i : i + 9].encode()) for i in range(0, len(whole), 9)]), 0)
     ending.messages[0]["headers"] = [(b"content-type", content_type.encode())]
+    ending.messages[-1]["body"] = None
     app = limited(any_settings)
     await request(app, ending)
 

@@ -7,11 +7,13 @@ import random
 from typing import Any
 
 import pytest
+import redis
 from fastapi import Depends, FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from redis_asgi import (
     RateLimit,
+    RateLimiter,
     RateLimitMiddleware,
     RedisManager,
     Rule,
@@ -24,9 +26,11 @@ from redis_asgi import (
 from redis_asgi.testing import RateLimitClock
 
 from ..conftest import StartServer
-from ..kit.inside import engine_of
+from ..kit.inside import engine_of, manager_of
 from ..kit.logs import event_of
+from .concurrency import members
 from .harness import client_of, drive, header, http_scope, websocket_scope
+from .routers import started
 from .spending import (
     ESTIMATE,
     JSON,
@@ -452,3 +456,53 @@ async def test_cancelled_request_is_settled(any_settings: Settings) -> None:
 
         assert 1_000_000 - cost == await remaining(limited_app, key=f"k{begun}")
         assert {} == engine_of(limited_app).in_flight._held
+
+
+@pytest.mark.parametrize("strategy", ["fixed-window", "sliding-window-counter"])
+async def test_what_was_forgotten_is_given_back_by_nobody(any_settings: Settings, strategy: Any) -> None:
+    """A request that was under way at a reset gives back nothing of what later ones are charged."""
+    app = limited(any_settings, strategy=strategy)
+    arrived, gate = asyncio.Event(), asyncio.Event()
+    early = Ending(answer(json.dumps(usage(1, 1)).encode()), 2)
+    task = asyncio.ensure_future(request(app, early, arrived=arrived, gate=gate))
+    await arrived.wait()
+    await RateLimiter(manager_of(app)).reset(app._rules[0].partition.of("k"))
+    await request(app, Ending(answer(json.dumps(usage(100, 200)).encode()), 300))
+    gate.set()
+    await task
+
+    assert 1_000_000 - 300 == await remaining(app)
+
+
+async def test_what_a_stopping_server_cancels_is_told(redis_url: str, redis_client: redis.Redis) -> None:
+    """Redis hears of it before the client is closed, though the lifespan ends in the same turn."""
+    begun = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for event_name in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event_name}.complete"})
+            return
+        for message in answer(event({"a": 1}), headers=STREAM, whole=False):
+            await send(message)
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.02)  # it lets go of what it streams from
+
+    settings = Settings(REDIS_URL=redis_url, RATE_LIMIT_TIMEOUT=5.0)
+    rules = [
+        Rule("1000000/hour", name="tokens", partition_by=by_header("x-key"), cost=tokens(ESTIMATE)),
+        Rule(concurrency=1, name="streams"),
+    ]
+    limited_app = RateLimitMiddleware(app, rules=rules, settings=settings)
+    async with started(limited_app):
+        task = asyncio.ensure_future(request(limited_app, Ending([], 0)))
+        await begun.wait()
+        task.cancel()
+
+    assert [] == members(redis_client)
+    assert 1_000_000 - READ - 1 == await remaining(RateLimitMiddleware(app, rules=rules, settings=settings))
+    await manager_of(limited_app).close()

@@ -84,9 +84,9 @@ async def held(transport: Hold) -> AsyncIterator[Batcher]:
     """A batcher on *transport*."""
     batcher = Batcher(transport, Breaker(_nothing, _nothing))
     yield batcher
-    await batcher.aclose()
     for batch in transport.under_way:
         batcher.completed(batch, Failure.CONNECTION)
+    await batcher.aclose()
 
 
 def submit(batcher: Batcher, *, timeout: float = 1.0, counters: int = 1) -> Check:

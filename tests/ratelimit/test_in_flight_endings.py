@@ -33,6 +33,19 @@ async def _path(scope: Scope, receive: Receive, send: Send, after: Callable[[], 
     await after()
 
 
+async def _file(scope: Scope, receive: Receive, send: Send, after: Callable[[], Awaitable[None]]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"a", "more_body": True})
+    await send({"type": "http.response.zerocopysend", "file": 0})
+    await after()
+
+
+async def _denied(scope: Scope, receive: Receive, send: Send, after: Callable[[], Awaitable[None]]) -> None:
+    await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
+    await send({"type": "websocket.http.response.body", "body": b"no"})
+    await after()
+
+
 async def _closing(scope: Scope, receive: Receive, send: Send, after: Callable[[], Awaitable[None]]) -> None:
     await receive()
     await send({"type": "websocket.accept"})
@@ -52,6 +65,8 @@ async def _closed(scope: Scope, receive: Receive, send: Send, after: Callable[[]
     [
         pytest.param(_body, http_scope(), id="last body byte"),
         pytest.param(_path, http_scope(), id="pathsend"),
+        pytest.param(_file, http_scope(), id="zerocopysend"),
+        pytest.param(_denied, websocket_scope(), id="denial"),
         pytest.param(_closing, websocket_scope(), id="websocket closed by the app"),
         pytest.param(_closed, websocket_scope(), id="websocket closed by the client"),
     ],

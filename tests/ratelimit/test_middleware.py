@@ -298,7 +298,7 @@ async def test_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> No
         ({"rules": [Rule("1/second", name="a"), Rule("1/second", name="a")]}, "name='a'"),
         ({"rules": [Rule("1/second"), Rule("2/second")]}, "needs a name"),
         ({"rules": ["1/second"]}, "no Rule"),
-        ({"exempt": "health"}, "paths='health'"),
+        ({"exempt": "health"}, "exempt='health'"),
         ({"on_exceeded": "no"}, "on_exceeded='no'"),
         ({"partition_by": "ip"}, "partition_by='ip'"),
         ({"redis": "http://localhost"}, "REDIS_URL='http://localhost'"),

@@ -12,8 +12,12 @@ from redis_asgi.ratelimit.counting.engine import Engine
 from redis_asgi.ratelimit.counting.verdict import Verdict
 from redis_asgi.ratelimit.limits.charge import Charge, Charges
 from redis_asgi.ratelimit.limits.policy import PolicySet, make_partition
+from redis_asgi.ratelimit.rules.policies import make_concurrency
 from redis_asgi.testing import RateLimitClock
 
+from ..conftest import StartServer
+from ..kit.patience import PATIENCE
+from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .harness import Spy, changes_of, drive, header, http_scope, memory
 from .histories import policy
@@ -52,6 +56,30 @@ async def test_what_ends_in_one_turn_leaves_in_few_checks(redis_server: External
 
     assert [[1000 - 10 + (3 if n % 2 else -5) + 2, 1000 - 10 + (3 if n % 2 else -5) - 1] for n in range(40)] == found
     assert redis_server.calls("evalsha") - before <= 40 + 6
+
+
+async def test_what_has_ended_is_told_before_the_end(private_server: StartServer) -> None:
+    """A worker that stops right behind its last answers loses none of their changes,
+    and leaves nobody in flight.
+    """
+    server = private_server()
+    held = Charges((Charge(make_concurrency("streams", 100), make_partition("custom", NAMES[0])),))
+    async with FaultProxy(server.host, server.port) as proxy:
+        far = RedisManager(Settings(REDIS_URL=proxy.url, RATE_LIMIT_TIMEOUT=PATIENCE))
+        engine = Engine(far, timeout=PATIENCE)
+        verdicts = [await engine.decide(held), *await admitted(engine, 10)]
+        await proxy.set("delay", seconds=0.05)
+        for verdict in verdicts[1:]:
+            engine.settle(verdict, changes_of(verdict, [-3, 5]))
+            await asyncio.sleep(0)
+        verdicts[0].release()
+        await far.close()
+
+    near = RedisManager(Settings(REDIS_URL=server.url))
+    engine = Engine(near, timeout=1)
+    assert [[993, 985]] * len(NAMES) == [await remaining(engine, name) for name in NAMES]
+    assert [100] == [state.remaining for state in (await engine.decide(held, "peek")).decision.policies]
+    await near.close()
 
 
 async def test_odd_key_costs_its_own_settlement_only(redis_client: "redis.Redis", manager: RedisManager) -> None:

@@ -75,16 +75,21 @@ def limited(draw: st.DrawFn) -> tuple[int, int, list[Wish]]:
     return quota, draw(windows), draw(histories(quota))
 
 
-def live(twin: Twin, history: Sequence[Wish], *, charges: bool = False) -> list[Taken]:
-    """Put *history* to *twin*; what was admitted and kept."""
+def live(twin: Twin, history: Sequence[Wish], *, charges: bool = False, across_steps: bool = True) -> list[Taken]:
+    """Put *history* to *twin*; what was admitted and kept.
+
+    Without *across_steps* nothing is given back once the clock has been set back since.
+    """
     taken: list[Taken] = []
-    passed = 0
+    passed = told = 0
     for wish in history:
         twin.now += wish.delta
         passed += max(0, wish.delta)
-        if wish.refunds and taken:
+        if wish.delta < 0 and not across_steps:
+            told = len(taken)
+        if wish.refunds and len(taken) > told:
             # The oldest half of the time, the newest otherwise.
-            back = taken.pop(0 if wish.cost % 2 else -1)
+            back = taken.pop(told if wish.cost % 2 else -1)
             twin.give_back(back.cost, back.receipts)
         elif charges and wish.cost % 3 == 0:
             twin.ask("charge", wish.cost)
@@ -154,12 +159,20 @@ def test_sliding_window_counter_admits_less_than_two_quotas(case: tuple[int, int
         + [Wish(0, 1, r) for r in (False, True, False)],
     )
 )
+@example(
+    case=(
+        100,
+        1,
+        [Wish(0, 1, False), Wish(999_999, 1, False), Wish(-999_999, 57, False), Wish(0, 1, True), Wish(0, 43, False)],
+    )
+)
 def test_gcra_admits_a_burst_and_what_refills(case: tuple[int, int, list[Wish]]) -> None:
     """In any stretch: a quota at once, and a quota per window on top;
-    a late refund buys nothing more.
+    a late refund buys nothing more. How much has drained of a charge of before the clock was set
+    back is not known, so that giving it back may buy as much.
     """
     quota, window, history = case
-    taken = live(Twin(policy("gcra", quota, window)), history)
+    taken = live(Twin(policy("gcra", quota, window)), history, across_steps=False)
     # Receipts are whole microseconds, rounded down: an early refund by less than one each.
     grain = Fraction(len(history) * quota, window * MICROSECONDS) + Fraction(1, 10**6)
 

@@ -3,7 +3,10 @@
 import json
 import math
 import random
+import sys
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -101,6 +104,17 @@ def test_depth_and_size_do_not_matter() -> None:
     assert 100_000 == input_tokens({"input": [7] * 100_000})
 
 
+def test_what_only_begins_as_a_medium_takes_no_room() -> None:
+    """A text of a million parameters is a text."""
+    text = "data:" + ";a" * 1_000_000
+    tracemalloc.start()
+    read = input_tokens({"content": text})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(text) / 4 == read
+    assert peak < 100_000
+
+
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
@@ -146,6 +160,26 @@ def test_likely_output_is_what_nine_of_ten_are_no_longer_than(numbers: list[int]
     if len(last) >= 20:
         expected = next(n for n in last if 10 * sum(each <= n for each in last) >= 9 * len(last))
     assert expected == outputs_of(*numbers).likely
+
+
+def test_outputs_are_bounded_whoever_notes_them() -> None:
+    """Loops in several threads may share one rule."""
+    outputs = Outputs()
+
+    def note_many(first: int) -> None:
+        for number in range(first, first + 20_000):
+            outputs.note(Usage(output=number))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(note_many, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert sorted(outputs._last) == outputs._sorted
+    assert 128 == len(outputs._sorted)
 
 
 def test_outputs_count_what_was_thought_and_leave_out_what_is_not_known() -> None:

@@ -117,6 +117,15 @@ def test_broken_encodings(body: bytes, encoding: bytes) -> None:
     assert None is read([*(bytes([byte]) for byte in body), body, body], SSE, encoding=encoding).usage
 
 
+def test_members_of_gzip_are_one_answer() -> None:
+    """A server may compress each chunk by itself; what stands behind the last one is none of it."""
+    body = b"".join(gzip.compress(each) for each in (b"", b"data: {}\n\n", events(LAST_CHUNK), b"")) + b"\0\0"
+    for size in (1, 7, 5000):
+        chunks = [body[i : i + size] for i in range(0, len(body), size)]
+        assert ALL_OPENAI == read(chunks, SSE, encoding=b"gzip").usage
+    assert None is read(zlib.compress(b"data: {}\n\n") + zlib.compress(body), SSE, encoding=b"deflate").usage
+
+
 def test_raw_deflate() -> None:
     """Some servers leave out zlib's header."""
     packer = zlib.compressobj(wbits=-15)

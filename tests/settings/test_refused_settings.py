@@ -3,6 +3,7 @@
 import re
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -341,6 +342,17 @@ def test_unknown_demand_of_a_certificate_is_refused() -> None:
     """What no connection could be made with is told at construction."""
     with pytest.raises(ConfigurationError, match="ssl_cert_reqs is not none, optional or required"):
         Settings(REDIS_URL="rediss://host?ssl_cert_reqs=NONE")
+
+
+@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
+@pytest.mark.parametrize("where", ["nowhere.pem", ""], ids=["no file", "a folder"])
+def test_a_file_that_cannot_be_read_is_refused(option: str, where: str, tmp_path: Path) -> None:
+    """In a URL as in a variable of its own."""
+    path = tmp_path / where
+    with pytest.raises(ConfigurationError, match=f"REDIS_URL=.*{option} names no readable file"):
+        Settings(REDIS_URL=f"rediss://host?{option}={path}")
+    with pytest.raises(ConfigurationError, match=r"REDIS_SSL_\w+=.*no readable file"):
+        Settings(**{f"REDIS_{option.upper()}": str(path)})
 
 
 def test_sentinels_and_a_url_contradict_each_other() -> None:

@@ -251,6 +251,13 @@ async def test_what_authorize_raises_is_the_apps() -> None:
         assert 401 == (await client.get("/health/")).status_code
 
 
+async def test_a_manager_is_asked_as_its_client_is(redis_url: str) -> None:
+    """Wherever a client is taken, a manager is."""
+    manager = RedisManager(Settings(REDIS_URL=redis_url))
+    assert "healthy" == (await check_redis_health(manager))["status"]
+    await manager.close()
+
+
 def test_sync_client_is_refused(redis_server: ExternalServer) -> None:
     """What would block the loop is told at construction."""
     with pytest.raises(ConfigurationError, match="synchronous"):

@@ -18,7 +18,7 @@ from redis_asgi.connection.health_cache import Watch
 
 from ..kit.certificates import Certificates
 from ..kit.fair_time import fair_time
-from ..kit.patience import PATIENCE, until
+from ..kit.patience import until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .probes import NOWHERE, StartServer, app_manager, app_on, assert_ill, client_of, forget, hurry, probe
@@ -183,23 +183,30 @@ async def test_a_missing_right_to_call_the_script_is_permission(private_server: 
     assert "healthy" == (await probe(app))[1]["status"]
 
 
-async def test_a_missing_right_within_the_script_is_permission(
-    private_server: StartServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("inject", "error"),
+    [
+        (("ACL", "SETUSER", "default", "-hset"), "redis_permission"),
+        (("CONFIG", "SET", "min-replicas-to-write", 1), "redis_readonly"),
+    ],
+)
+async def test_what_only_commands_are_told(
+    private_server: StartServer, monkeypatch: pytest.MonkeyPatch, inject: tuple[str | int, ...], error: str
 ) -> None:
     """It shows when limits are counted, and is told while they cannot be,
     and no longer than anybody tries.
     """
     monkeypatch.setattr("redis_asgi.connection.breaker._SLOW_PROBE_EVERY", 0.02)
     server = private_server()
-    server.command("ACL", "SETUSER", "default", "-hset")
+    server.command(*inject)
     app = app_on(server.url)
     assert "healthy" == (await probe(app))[1]["status"]
-    await RateLimiter(app_manager(app)).consume("somebody")
-    await assert_ill(app, "redis_permission")
-    async with asyncio.timeout(PATIENCE):
-        while app_manager(app).breaker_state != "half_open":
-            await asyncio.sleep(0.01)
-    await assert_ill(app, "redis_permission")
+    limiter = RateLimiter(app_manager(app))
+    while app_manager(app).breaker_state != "open":
+        await limiter.consume("somebody")
+    await assert_ill(app, error)
+    await until(lambda: app_manager(app).breaker_state == "half_open")
+    await assert_ill(app, error)
     app_manager(app).breaker()._last_trouble -= 10
     assert "healthy" == (await probe(app))[1]["status"]
 

@@ -150,3 +150,10 @@ def test_number_of_requests_is_one(after: Any) -> None:
     client = httpx.AsyncClient(transport=httpx.ASGITransport(Spy()))
     with pytest.raises(ValueError, match=r"Try after=5\."):
         _ = assert_limited(client, "GET", "/", after=after)
+
+
+@pytest.mark.parametrize("client", [Spy(), None], ids=["the app itself", "nothing"])
+def test_what_is_no_client_is_told(client: Any) -> None:
+    """With what makes one of an app."""
+    with pytest.raises(TypeError, match=r"is no client\. Try TestClient\(app\)"):
+        assert_limited(client, "GET", "/", after=5)

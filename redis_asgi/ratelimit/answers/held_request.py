@@ -4,15 +4,12 @@ from starlette.types import Message, Receive, Send
 
 from ..counting.verdict import Verdict
 
-# What ends a request beside the last part of its body, which settles it.
-_ENDS = frozenset(("http.response.pathsend", "websocket.close"))
-
 
 def until_ended(verdict: Verdict, receive: Receive, send: Send) -> tuple[Receive, Send]:
     """The receive and send of a held request's app, by which *verdict* is released at its end.
 
-    The app may go on after that, with background tasks or with what it does when a WebSocket is
-    closed.
+    That is when a WebSocket is closed, beside the last part of a body, which settles all of a
+    request. The app may go on after that.
     """
 
     async def receiving() -> Message:
@@ -23,7 +20,7 @@ def until_ended(verdict: Verdict, receive: Receive, send: Send) -> tuple[Receive
 
     async def sending(message: Message) -> None:
         await send(message)
-        if message["type"] in _ENDS:
+        if message["type"] == "websocket.close":
             verdict.release()
 
     return receiving, sending

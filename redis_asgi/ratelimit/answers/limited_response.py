@@ -14,8 +14,10 @@ from .dialects import AnswerStyle, plain_style
 from .request_decision import RequestDecision, Undecided
 
 _STARTS = frozenset(("http.response.start", "websocket.accept", "websocket.http.response.start"))
-# How a server sends a file by itself.
-_FILES = frozenset(("http.response.pathsend", "http.response.zerocopysend"))
+# What a body is sent by, itself or as a file that the server has.
+_BODIES = frozenset(
+    ("http.response.body", "http.response.pathsend", "http.response.zerocopysend", "websocket.http.response.body")
+)
 
 
 def style_of(scope: Scope, decision: RequestDecision) -> AnswerStyle:
@@ -55,7 +57,7 @@ class LimitedResponse:
         """Send *message*; without a coroutine of its own where nothing is to be done after it."""
         verdict = self._verdict
         kind = message["type"]
-        if kind != "http.response.body":
+        if kind not in _BODIES:
             message = self._start(kind, message)
         elif not message.get("more_body") and not verdict.needs_end:
             verdict.settle(self.status)
@@ -69,16 +71,14 @@ class LimitedResponse:
         except OSError:
             self._gone = True
             raise
-        kind, reader = message["type"], self._reader
-        if kind == "http.response.body":
+        reader = self._reader
+        if message["type"] in _BODIES:
             if reader is not None:
-                reader.feed(message.get("body", b""))
+                reader.feed(message.get("body") or b"")
             if not message.get("more_body"):
                 if reader is not None:
                     reader.close(complete=True)
                 self._verdict.settle(self.status)
-        elif reader is not None and kind in _FILES and not message.get("more_body"):
-            reader.close(complete=True)
         for verdict, changes in back:
             self.decision.ledger.apply(verdict, changes)
 

@@ -9,17 +9,19 @@ from .usage_bodies import WHOLE
 
 _SLICE = 1 << 12  # bytes of what is compressed: of one, deflate makes 4 MiB at most
 _TIMES = 256  # that a text may be longer than what it was compressed to, beyond the first MiB
+_GZIP = zlib.MAX_WBITS | 16
 
 
 class Decoder:
-    """Decompresses gzip, or deflate with or without zlib's header;
-    stops for good at what is neither, or a bomb.
+    """Decompresses gzip, of however many members,
+    or deflate with or without zlib's header; stops for good at what is neither, or a bomb.
     """
 
-    __slots__ = ("_begun", "_decompressor", "_read", "_written")
+    __slots__ = ("_begun", "_decompressor", "_is_gzip", "_read", "_written")
 
     def __init__(self, *, is_gzip: bool) -> None:
-        self._decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16) if is_gzip else None
+        self._is_gzip = is_gzip
+        self._decompressor = zlib.decompressobj(_GZIP) if is_gzip else None
         self._begun = b""
         self._read = self._written = 0
 
@@ -33,14 +35,19 @@ class Decoder:
             self._decompressor = zlib.decompressobj(zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
         for start in range(0, len(chunk), _SLICE):
             piece = chunk[start : start + _SLICE]
-            if self._decompressor.eof or self._written > WHOLE + _TIMES * self._read:
-                return
-            try:
-                decoded = self._decompressor.decompress(piece)
-            except zlib.error:
-                self._written, self._read = WHOLE + 1, 0
-                return
-            self._read += len(piece)
-            self._written += len(decoded)
-            if decoded:
-                yield decoded
+            while piece and self._written <= WHOLE + _TIMES * self._read:
+                if self._decompressor.eof:
+                    if not self._is_gzip:
+                        return
+                    self._decompressor = zlib.decompressobj(_GZIP)
+                try:
+                    decoded = self._decompressor.decompress(piece)
+                except zlib.error:
+                    self._written, self._read = WHOLE + 1, 0
+                    return
+                left = self._decompressor.unused_data
+                self._read += len(piece) - len(left)
+                self._written += len(decoded)
+                piece = left
+                if decoded:
+                    yield decoded

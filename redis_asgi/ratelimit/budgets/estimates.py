@@ -3,9 +3,10 @@ and the output that it asks for.
 """
 
 import re
+import threading
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 from .usage_formats import MOST, Usage
 
 _QUARTERS_OF_MEDIUM = 4 * 1000  # of a token, for an image, a sound or a document within a body
-_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^;,\s]*)*,", re.ASCII | re.IGNORECASE)
+_SAYS_OUTPUT = frozenset(("max_tokens", "max_completion_tokens", "max_output_tokens", "options", "n"))
+# Nothing is repeated but characters: a group would keep a place to go back to for each time.
+_DATA_URL = re.compile(r"data:(?:[\w.+-]++/[\w.+-]++)?(?:;[^,\s]*+)?,", re.ASCII | re.IGNORECASE)
 # Beside base64 under "data" they say what it is.
 _SAYS_MEDIUM = frozenset(("media_type", "mime_type", "mimeType", "format"))
 _HOLDS_MEDIA = frozenset(("data", "images"))
@@ -54,29 +56,36 @@ class Asked(NamedTuple):
 
 
 class Outputs:
-    """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most."""
+    """The lengths of the last answers of one rule and bucket, in this process; 128 numbers at most.
 
-    __slots__ = ("_last", "_sorted")
+    Attributes:
+        likely: The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known.
+    """
+
+    __slots__ = ("_last", "_lock", "_sorted", "likely")
 
     def __init__(self) -> None:
         self._last: deque[int] = deque()
         self._sorted: list[int] = []
+        self._lock = threading.Lock()  # loops in several threads may share one rule
+        self.likely: int | None = None
 
     def note(self, usage: Usage) -> None:
         """Remember the output of an answer, if it is known."""
-        if usage.output is None:
+        *_, output, reasoning = usage
+        if output is None:
             return
-        output = usage.output + (usage.reasoning or 0)
-        if len(self._last) == _REMEMBERED:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        self._last.append(output)
-        insort(self._sorted, output)
-
-    @property
-    def likely(self) -> int | None:
-        """The 90th percentile, in tokens (the nearest rank); ``None`` until 20 are known."""
-        known = len(self._sorted)
-        return self._sorted[(9 * known + 9) // 10 - 1] if known >= _ENOUGH else None
+        if reasoning:
+            output += reasoning
+        last, ranked = self._last, self._sorted
+        with self._lock:
+            if len(last) == _REMEMBERED:
+                del ranked[bisect_left(ranked, last.popleft())]
+            last.append(output)
+            insort(ranked, output)
+            known = len(ranked)
+            if known >= _ENOUGH:
+                self.likely = ranked[(9 * known + 9) // 10 - 1]
 
 
 def input_tokens(document: object) -> float:
@@ -101,13 +110,16 @@ def asked_output(document: object) -> int | None:
     """
     if not isinstance(document, dict):
         return None
-    said = [document[name] for name in _LIMITS if name in document]
-    if "options" in document and isinstance(document["options"], dict):
-        said.append(document["options"].get("num_predict"))
-    most = max(map(_count, said), default=0)
-    if "n" in document:
-        most *= _count(document["n"]) or 1
-    return min(most, MOST) if most else None
+    most, times = 0, 1
+    for name in _SAYS_OUTPUT.intersection(document):
+        value = document[name]
+        if name == "n":
+            times = _count(value) or 1
+        else:
+            if name == "options":
+                value = value.get("num_predict") if isinstance(value, dict) else None
+            most = max(most, _count(value))
+    return min(most * times, MOST) if most else None
 
 
 def _count(value: object) -> int:
@@ -120,43 +132,37 @@ def _count(value: object) -> int:
 def _quarters(document: object) -> int:
     """`input_tokens` in quarters of a token."""
     quarters = 0
-    left: list[Iterable[Any]] = [(document,)]
-    if type(document) is dict and _HOLDS_MEDIA.isdisjoint(document):
-        left = [document.values()]
+    texts: list[str] = []
     # A stack: a body may be nested deeper than Python calls.
+    left: list[Iterable[Any]] = [(document,)]
     while left:
         for node in left.pop():
             kind = type(node)
-            if kind is int or kind is float:
-                continue
             if kind is str:
-                # Most texts, without a call for each.
-                quarters += len(node) if node.isascii() and node[4:5] != ":" else _quarters_of_text(node)
+                texts.append(node)
             elif kind is dict:
                 if not _HOLDS_MEDIA.isdisjoint(node):
                     quarters += _more_for_media(node)
                 left.append(node.values())
             elif kind is list and node:
-                if type(node[0]) is dict and (plain := _quarters_of_plain(node)) is not None:
-                    quarters += plain
-                    continue
-                whole = list(map(type, node)).count(int)
-                quarters += 4 * whole
-                if whole < len(node):
-                    left.append(node)
-    return quarters
+                items, kinds = node, list(map(type, node))
+                quarters += 4 * kinds.count(int)
+                if kinds.count(dict) == len(items) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(items)):
+                    # Such as messages: all values in one go.
+                    items = list(chain.from_iterable(map(dict.values, items)))
+                    kinds = list(map(type, items))
+                if kinds.count(str) == len(items):
+                    texts += items
+                elif kinds.count(int) < len(items):
+                    left.append(items)
+    return quarters + _quarters_of_texts(texts)
 
 
-def _quarters_of_plain(objects: list[Any]) -> int | None:
-    """The count of *objects* that hold nothing but texts, such as messages; ``None``: of others."""
-    try:
-        texts = list(chain.from_iterable(map(dict.values, objects)))
-        is_ascii = all(map(str.isascii, texts))
-        size = sum(map(len, texts)) if is_ascii else len("".join(texts).encode("utf-8", "surrogatepass"))
-    except TypeError:  # one of them is no object, or holds something else
-        return None
-    is_plain = ":" not in map(_FIFTH, texts) and _HOLDS_MEDIA.isdisjoint(chain.from_iterable(objects))
-    return size if is_plain else None
+def _quarters_of_texts(texts: Sequence[str]) -> int:
+    whole = "".join(texts)
+    if ":" in whole and ":" in map(_FIFTH, texts):
+        return sum(map(_quarters_of_text, texts))
+    return len(whole) if whole.isascii() else len(whole.encode("utf-8", "surrogatepass"))
 
 
 def _quarters_of_text(text: str) -> int:

@@ -5,13 +5,15 @@ estimated before the app is asked, settled after the answer.
 import logging
 import threading
 from collections.abc import Container, Iterable
-from typing import NamedTuple
 
+from starlette.types import Scope
+
+from ...asgi.scope import content_length
 from ...events import say
 from ...settings import Settings
 from ...telemetry import telemetry
 from ..limits.charge import Charge, counters_of
-from .estimates import Estimate, Outputs
+from .estimates import Asked, Estimate, Outputs
 from .tokens import Tokens
 from .usage import UsageReader
 
@@ -47,23 +49,46 @@ class Accuracy:
                 say(logger, "usage_undeclared", rule=self._name)
 
 
-class Spending(NamedTuple):
-    """A charge whose cost is known after the answer.
+class Budget:
+    """The costs of requests of one rule and bucket, in tokens, which are known after their answers.
 
     Attributes:
-        tokens: How it is reckoned.
-        estimate: What was charged.
-        outputs: How long answers of its rule and bucket were.
-        accuracy: Where it is counted how good the estimate was.
+        tokens: How they are reckoned.
+        accuracy: Where it is counted how good the estimates were.
     """
 
-    tokens: Tokens
-    estimate: Estimate
-    outputs: Outputs
-    accuracy: Accuracy
+    __slots__ = ("_outputs", "accuracy", "tokens")
 
-    def used(self, reader: UsageReader | None, *, is_said: bool = False) -> int:
-        """The units that it costs after all; to be asked once.
+    def __init__(self, tokens: Tokens, accuracy: Accuracy) -> None:
+        self.tokens = tokens
+        self.accuracy = accuracy
+        self._outputs = Outputs()
+
+    def charge(self, charge: Charge, scope: Scope, asked: Asked | None, units: int | None = None) -> Charge:
+        """*charge* at the estimated cost of a request.
+
+        Args:
+            asked: What its body asks for; ``None``: it cannot be read.
+            units: What a callable of the user's takes it to cost.
+        """
+        tokens, policies = self.tokens, charge.policies
+        quota = policies.least
+        if units is None and type(tokens.estimate) is int:
+            units = tokens.estimate
+        if units is not None:
+            estimate = tokens.estimated_as(units, asked, quota=quota)
+        elif asked is None:
+            estimate = tokens.estimated_unread(content_length(scope), quota=quota)
+        else:
+            estimate = tokens.estimated(asked, quota=quota, outputs=self._outputs)
+        # In their order: by name they take twice as long.
+        on_redis_error, label = charge.on_redis_error, charge.label
+        return Charge(
+            policies, charge.partition, estimate.cost, on_redis_error, None, label, None, None, self, estimate
+        )
+
+    def used(self, estimate: Estimate, reader: UsageReader | None, is_said: bool) -> int:
+        """The units that a request costs after all; to be asked once.
 
         Args:
             reader: Of the answer, closed; ``None`` if none has begun.
@@ -75,8 +100,8 @@ class Spending(NamedTuple):
             if is_unread and not is_said and reader.status < 300 and reader.bytes_sent:
                 self.accuracy.warn_of(reader.unread_encoding)
             if reader.usage is not None and reader.complete:
-                self.outputs.note(reader.usage)
-        return self.tokens.settled(self.estimate, reader)
+                self._outputs.note(reader.usage)
+        return self.tokens.settled(estimate, reader)
 
 
 class InFlight:
@@ -86,15 +111,18 @@ class InFlight:
         self._held: dict[tuple[bytes, bytes], int] = {}  # by partition and policies
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     @classmethod
     def from_settings(cls, _settings: Settings) -> "InFlight":
         return cls()
 
-    def hold(self, charges: Iterable[Charge], *, sign: int = 1) -> None:
-        """Add what *charges* hold; with a *sign* of -1 take it away again."""
+    def hold(self, spent: Iterable[tuple[int, Charge]], sign: int = 1) -> None:
+        """Add what is *spent* by `Charges.spent`; with a *sign* of -1 take it away again."""
         held = self._held
         with self._lock:
-            for charge in charges:
+            for _, charge in spent:
                 counted = charge.partition.key, charge.policies.spec
                 units = held.get(counted, 0) + sign * charge.cost
                 if units > 0:

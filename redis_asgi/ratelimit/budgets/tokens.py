@@ -95,7 +95,7 @@ class Tokens:
 
     def cost_of(self, usage: Usage, estimate: Estimate) -> int:
         """The cost of *usage*, in units; unknown parts cost their estimate. At most 2^53."""
-        return self._rounded(self._read(usage, estimate.input) + self._written(usage, estimate.output))
+        return self._rounded(self._parts_of(usage, estimate.input, estimate.output))
 
     def settled(self, estimate: Estimate, reader: UsageReader | None) -> int:
         """The cost of a request whose answer has ended, in units.
@@ -118,34 +118,36 @@ class Tokens:
             usage = Usage()
         elif reader.complete or reader.output_is_known:
             return self.cost_of(usage, estimate)
-        read = self._read(usage, estimate.input)
-        known = read + self._written(usage, 0)
-        guessed = read + int(4 * reader.output_of_cut()) * self._factors["output"]
+        known = self._parts_of(usage, estimate.input, 0)
+        written = int(4 * reader.output_of_cut()) * self._factors["output"]
+        guessed = self._parts_of(usage._replace(output=None, reasoning=None), estimate.input, written)
         return self._rounded(max(known, min(guessed, estimate.cost * self._unit)))
 
     def _share(self, quota: int) -> int:
         return quota * self._unit // _SHARE
 
     def _bounded(self, read: int, written: int, quota: int) -> Estimate:
-        read = min(read, quota * self._unit - written)
-        return Estimate(max(1, self._rounded(read + written)), read, written)
+        left = quota * self._unit - written
+        read = min(read, left)
+        return Estimate(-(-(read + written) // self._unit) or 1, read, written)
 
     def _rounded(self, parts: int) -> int:
-        return min(-(-parts // self._unit), MOST)
+        units = -(-parts // self._unit)
+        return min(MOST, units)
 
-    def _read(self, usage: Usage, unknown: int) -> int:
-        factors = self._factors
-        fresh, cached, cache_write, _, _ = usage
-        read = unknown if fresh is None else 4 * fresh * factors["input"]
-        if cached or cache_write:
-            read += 4 * ((cached or 0) * factors["cached"] + (cache_write or 0) * factors["cache_write"])
-        return read
-
-    def _written(self, usage: Usage, unknown: int) -> int:
-        factors = self._factors
-        *_, output, reasoning = usage
-        written = unknown if output is None else 4 * output * factors["output"]
-        return written + 4 * reasoning * factors["reasoning"] if reasoning else written
+    def _parts_of(self, usage: Usage, read: int, written: int) -> int:
+        """*usage* in parts of a unit; *read* and *written* stand for what it does not say."""
+        of = self._factors
+        fresh, cached, cache_write, output, reasoning = usage
+        if fresh is not None:
+            read = 4 * fresh * of["input"]
+        if output is not None:
+            written = 4 * output * of["output"]
+        parts = read + written
+        if cached or cache_write or reasoning:
+            more = (cached or 0) * of["cached"] + (cache_write or 0) * of["cache_write"]
+            parts += 4 * (more + (reasoning or 0) * of["reasoning"])
+        return parts
 
 
 @says_what_was_meant("tokens(weights={'output': 4, 'cached': 0.1})")

@@ -7,7 +7,7 @@ passes, and costs what its length does.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ...asgi.fields import media_type, members
@@ -55,31 +55,41 @@ class UsageReader:
             belongs outside.
     """
 
-    complete = False
-    usage: Usage | None = None
-    unread_encoding: str | None = None
-    is_undeclared = False
-    _said: Said | None = None
-    _is_closed = False
-    _body: Body | None = None
-    _decoder: Decoder | None = None
-    _start = b""  # what has passed before it is known what it is
+    __slots__ = (
+        "_body",
+        "_declared",
+        "_decoder",
+        "_is_closed",
+        "_said",
+        "_start",
+        "complete",
+        "is_undeclared",
+        "status",
+        "unread_encoding",
+        "usage",
+    )
 
-    def __init__(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def __init__(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
-        content_type = b""
-        encodings: tuple[bytes, ...] = ()
-        for name, value in headers:
-            lowered = name.lower()
-            if lowered == b"content-type":
-                content_type = content_type or value
-            elif lowered == b"content-encoding":
-                encodings += (value,)
+        self.complete = self._is_closed = self.is_undeclared = False
+        self.usage: Usage | None = None
+        self.unread_encoding: str | None = None
+        self._said: Said | None = None
+        self._body: Body | None = None
+        self._decoder: Decoder | None = None
+        self._start = b""  # what has passed before it is known what it is
+        fields = dict(headers)
+        content_type = fields.get(b"content-type", b"")
+        codings: list[bytes] = []
+        # Nearly always each stands there once, in lower case, and there is no encoding.
+        if not content_type or len(fields) < len(headers) or b"content-encoding" in b",".join(fields).lower():
+            content_type = next(filter(None, _values(headers, b"content-type")), b"")
+            codings = _codings(_values(headers, b"content-encoding"))
         self._declared = _declared_by(content_type)
         if self._declared is None:
             self.is_undeclared = not content_type
             self._body = Body()
-        elif encodings and (codings := _codings(encodings)):
+        elif codings:
             if codings in ([b"gzip"], [b"x-gzip"], [b"deflate"]):
                 self._decoder = Decoder(is_gzip=codings != [b"deflate"])
             else:
@@ -151,8 +161,9 @@ class UsageReader:
         self.complete = complete
         body = self._body or self._begin()
         self._body = body = body.close(complete=complete)
-        if body.first is not None and body.last is not None:
-            self._said = body.last if body.first is body.last else body.first.then(body.last)
+        first, last = body.first, body.last
+        if first is not None and last is not None:
+            self._said = last if first is last else first.then(last)
             self.usage = self._said.usage()
 
     def _read(self, chunk: bytes) -> None:
@@ -183,6 +194,10 @@ def _declared_by(content_type: bytes) -> type[Body] | None:
     """The kind of body that a ``Content-Type`` declares; ``None``: one that may not say a usage."""
     declared = media_type(content_type)
     return Document if declared.endswith(b"+json") else _KINDS.get(declared)
+
+
+def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name.lower() == wanted]
 
 
 def _codings(encodings: Iterable[bytes]) -> list[bytes]:

@@ -71,19 +71,22 @@ class Document(Body):
     """One JSON document; several lines of them that nothing has declared are found out at the end."""
 
     _is_long = False
-
-    def __init__(self) -> None:
-        self._kept = bytearray()
+    _kept: bytes | bytearray = b""
 
     def feed(self, chunk: bytes) -> None:
         self.size += len(chunk)
+        if not self._kept:
+            self._kept = chunk  # often the only one
+            return
+        if isinstance(self._kept, bytes):
+            self._kept = bytearray(self._kept)
         self._kept += chunk
         if len(self._kept) > (2 * TAIL if self._is_long else WHOLE):
             self._is_long = True
             del self._kept[:-TAIL]
 
     def close(self, *, complete: bool) -> Body:
-        kept, self._kept = bytes(self._kept), bytearray()
+        kept, self._kept = bytes(self._kept), b""
         if self._is_long:
             self._note(find_usage(_from_tail(kept), streamed=False))
             return self

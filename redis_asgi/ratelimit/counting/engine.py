@@ -40,6 +40,7 @@ logger = logging.getLogger("redis_asgi.ratelimit")
 
 # What a client is told when Redis is needed and gone.
 CLOSED_RETRY_AFTER = 1.0
+_LOOK_AGAIN = 0.01  # seconds
 
 
 class Engine:
@@ -198,6 +199,15 @@ class Engine:
             self._forget(charges)
         elif failure is not None:
             self._apply_here("charge", charges, ())
+
+    async def until_ended(self) -> None:
+        """Wait until what is held here has ended, for as long as a check at most: a server that
+        stops may have just cancelled it, and Redis is still to be told.
+        """
+        for _ in range(round(self._timeout / _LOOK_AGAIN)):
+            if not (self._has_redis and (self.in_flight or self._hearts.heart(self.manager))):
+                break
+            await asyncio.sleep(_LOOK_AGAIN)
 
     def _forget(self, charges: Iterable[Charge]) -> None:
         """Forget every refusal of those whom *charges* are about."""

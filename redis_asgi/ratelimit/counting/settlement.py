@@ -5,10 +5,9 @@ sends the difference once, after the last body byte, or at once where the reques
 has a loop to do it in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..budgets.spending import Spending
 from ..budgets.usage import UsageReader
 from ..limits.charge import Charge, counters_of
 from ..limits.policy import Policy
@@ -45,36 +44,25 @@ class Settlement:
 
     Attributes:
         reader: Looks for what the answer has used; ``None`` before it has begun.
+        spends: Whether something is known only when the answer has ended.
     """
 
-    __slots__ = ("_booked", "_changes", "_first", "_said", "_sent", "_spendings", "reader")
+    __slots__ = ("_booked", "_changes", "_first", "_said", "_sent", "reader", "spends")
 
     def __init__(self, first: "Verdict") -> None:
         self._first = first
-        self._spendings: dict[Verdict, Mapping[Charge, Spending]] = {}
         self._said: dict[str | None, int] = {}  # what the app says that was used, by policy
         self._booked: dict[tuple[Charge, Policy], int] = {}  # what of that was sent
         self._changes: list[tuple[int, str | None]] = []
         self._sent: dict[tuple[Verdict, int], int] = {}  # what was changed so far, by counter
         self.reader: UsageReader | None = None
+        self.spends = False
 
-    @property
-    def spends(self) -> bool:
-        """Whether something is known only when the answer has ended."""
-        return bool(self._spendings)
-
-    def spend(self, verdict: "Verdict", spendings: Mapping[Charge, Spending]) -> None:
-        """Settle *spendings*, what the cost of charges of *verdict* is to be known by, with the
-        rest.
-        """
-        if not verdict.allowed:
-            return
-        # Fewer, where some rules fail open.
-        mine = {charge: spendings[charge] for charge in verdict.charges if charge in spendings}
-        if mine:
-            self._spendings[verdict] = mine
-            if self._first.loop is None:
-                verdict.engine.in_flight.hold(mine)
+    def spend(self, verdict: "Verdict") -> None:
+        """Settle what *verdict*, which spends, was charged at an estimate, with the rest."""
+        self.spends = True
+        if self._first.loop is None:
+            verdict.engine.in_flight.hold(verdict.spent)
 
     def used(self, units: int, policy: str | None) -> None:
         """See `RequestDecision.used`."""
@@ -83,8 +71,8 @@ class Settlement:
             raise RuntimeError("The response has ended, and its charges are settled. Say it before its last byte.")
         names = {
             name
-            for spendings in self._spendings.values()
-            for charge in spendings
+            for verdict in self._first.all
+            for _, charge in verdict.spent
             for each in charge.policies
             for name in _names(each)
         }
@@ -111,7 +99,7 @@ class Settlement:
         change = (max(-_MOST, min(cost, _MOST)), policy)
         if self._first.loop is not None:
             # A sync endpoint runs in a thread.
-            self._first.loop.call_soon_threadsafe(self._send, None, [change])
+            self._first.loop.call_soon_threadsafe(self._send, change)
         else:
             self._changes.append(change)
 
@@ -126,60 +114,68 @@ class Settlement:
         """
         if self.reader is not None:
             self.reader.close(complete=False)  # unless it is closed already
-        self._send(status, self._changes)
-        for verdict, spendings in self._spendings.items():
-            verdict.engine.in_flight.hold(spendings, sign=-1)
-
-    def _send(self, status: int | None, changes: list[tuple[int, str | None]]) -> None:
         for verdict in self._first.all:
-            spendings = self._spendings.get(verdict) if self._first.loop is None else None
-            if not (changes or spendings or verdict.charges.status_decides):
-                continue
-            found: list[Change] = []
-            at = -1
-            for charge in verdict.charges:
-                policies = charge.policies.policies
-                free = charge.count_if is not None and status is not None and not charge.count_if(status)
-                spending = spendings.get(charge) if spendings else None
-                if spending is None and not changes and not free:
-                    at += len(policies)
-                    continue
-                used = -1
-                if spending is not None:
-                    used = spending.used(self.reader, is_said=bool(self._said))
-                    spending.accuracy.note(spending.estimate.cost, self._used_of(policies[0], used))
-                for policy in policies:
-                    at += 1
-                    charged = verdict.taken_by(at, charge)
-                    units = self._used_of(policy, used) - charged if charged and used >= 0 else 0
-                    for cost, name in changes:
-                        if name is None or name == policy.name:
-                            units += cost
-                    if free:
-                        units -= charged
-                    # No request gets back more than was taken, however often it asks.
-                    if units < 0:
-                        units = max(units, -charged - self._sent.get((verdict, at), 0))
-                    if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
-                        found.append((at, charge, policy, units))
-            if found:
-                self.apply(verdict, found)
+            spent = verdict.spent
+            if spent:
+                verdict.engine.in_flight.hold(spent, -1)
+            if spent or self._changes or verdict.charges.status_decides:
+                verdict.engine.settle(verdict, self._due(verdict, status, self._changes, spent))
 
-    def _used_of(self, policy: Policy, used: int) -> int:
+    def _send(self, change: tuple[int, str | None]) -> None:
+        for verdict in self._first.all:
+            self.apply(verdict, self._due(verdict, None, [change]))
+
+    def _due(
+        self,
+        verdict: "Verdict",
+        status: int | None,
+        changes: Sequence[tuple[int, str | None]],
+        spent: Sequence[tuple[int, Charge]] = (),
+    ) -> list[Change]:
+        """The changes to *verdict*: of what it *spent*, by the *status*, and by the app."""
+        due: list[Change] = []
+        charges = verdict.charges
+        for start, charge in zip(charges.starts, charges, strict=True) if changes or charges.status_decides else spent:
+            used = self._used(charge) if spent and charge.estimate is not None else -1
+            is_free = charge.count_if is not None and status is not None and not charge.count_if(status)
+            for counter, policy in enumerate(charge.policies.policies, start):
+                charged = verdict.taken_by(counter, charge)
+                units = 0
+                if is_free:
+                    units = -charged
+                elif used >= 0 and charged:
+                    units = (self._said_of(policy, used) if self._said else used) - charged
+                for cost, name in changes:
+                    if name is None or name == policy.name:
+                        units += cost
+                # No request gets back more than was taken, however often it asks.
+                if units < 0:
+                    units = max(units, -charged - self._sent.get((verdict, counter), 0))
+                if units and policy.strategy != "concurrency":  # a request in flight is one, until it ends
+                    due.append((counter, charge, policy, units))
+        return due
+
+    def _used(self, charge: Charge) -> int:
+        """The units that the answer says of a *charge* at an estimate."""
+        budget, estimate = charge.budget, charge.estimate
+        said = self._said
+        used: int = budget.used(estimate, self.reader, bool(said))
+        budget.accuracy.note(estimate.cost, self._said_of(charge.policies.policies[0], used) if said else used)
+        return used
+
+    def _said_of(self, policy: Policy, used: int) -> int:
         """The units that the app says count for *policy*, else *used*, which the answer says."""
-        if not self._said:
-            return used
         return next((self._said[name] for name in (*_names(policy), None) if name in self._said), used)
 
     def _book(self, name: str | None, units: int) -> None:
         """Make what was charged by the policy *name* (``None``: all) *units*,
         at once: nothing sees the answer.
         """
-        for verdict, spendings in self._spendings.items():
+        for verdict in self._first.all:
             found: list[Change] = []
             for at, (charge, policy) in enumerate(counters_of(verdict.charges)):
                 charged = verdict.taken_by(at, charge)
-                if charge in spendings and charged and (name is None or name in _names(policy)):
+                if charge.estimate is not None and charged and (name is None or name in _names(policy)):
                     delta = units - charged - self._booked.get((charge, policy), 0)
                     self._booked[charge, policy] = units - charged
                     if delta:

@@ -20,12 +20,11 @@ _MOST = 32  # charges, all of which are made in this process when the trip fails
 class SettlingCheck(Check):
     """Charges, or refunds, of requests that have ended."""
 
-    __slots__ = ("_asked", "_counters", "_each", "_engine")
+    __slots__ = ("_asked", "_each", "_engine")
 
     def __init__(self, engine: "Engine", loop: asyncio.AbstractEventLoop, mode: Mode, timeout: float) -> None:
         self._engine = engine
-        self._each: list[Charge] = []
-        self._counters: set[tuple[bytes, bytes]] = set()
+        self._each: dict[tuple[bytes, bytes], Charge] = {}
         self._asked = Charges()
         super().__init__(loop, mode, self._asked, timeout)
 
@@ -33,7 +32,7 @@ class SettlingCheck(Check):
     def asked(self) -> Charges:
         asked, each = self._asked, self._each
         if len(asked) < len(each):
-            asked = self._asked = Charges.plain(each)
+            asked = self._asked = Charges.plain([*each.values()])
         return asked
 
     @asked.setter
@@ -48,16 +47,16 @@ class SettlingCheck(Check):
         what is asked together is read before any of it is written.
         """
         counter = charge.partition.key, charge.policies.policies[0].field
-        if self.written or self.future.done() or counter in self._counters or len(self._each) >= _MOST:
+        each = self._each
+        if counter in each or self.written or len(each) >= _MOST or self.future.done():
             return False
-        self._counters.add(counter)
-        self._each.append(charge)
+        each[counter] = charge
         self.receipts = (*self.receipts, *receipts)
         return True
 
     def split(self) -> Sequence[Check]:
         parts: dict[bytes, SettlingCheck] = {}
-        for at, charge in enumerate(self._each):
+        for at, charge in enumerate(self._each.values()):
             part = parts.get(charge.partition.key)
             if part is None:
                 part = SettlingCheck(self._engine, self.future.get_loop(), self.mode, self.timeout)

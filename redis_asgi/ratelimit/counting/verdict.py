@@ -168,6 +168,11 @@ class Verdict(Check):
         return self.ledger
 
     @property
+    def spent(self) -> Sequence[tuple[int, Charge]]:
+        """What was charged at an estimate: see `Charges.spent`."""
+        return self.charges.spent if self.allowed else ()
+
+    @property
     def decision(self) -> Decision:
         """The answer in full; read from the numbers when first asked for."""
         if self._decision is None:

@@ -23,20 +23,12 @@ class Unread:
 
 
 class Pricer(Protocol):
-    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told.
-
-    Attributes:
-        tokens: The same as *cost* where it is known only after the answer; else ``None``.
-    """
+    """A rule whose cost is known only with the request: *cost* says it, `note_cost` is told."""
 
     cost: Any
-    tokens: Any
 
     def note_cost(self, policies: PolicySet, cost: int) -> None:
         """Take note of what a request costs under *policies*."""
-
-    def estimate(self, policies: PolicySet, scope: Any, asked: Any, units: int | None) -> Any:
-        """The `Spending` of a request whose cost is known after its answer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +47,9 @@ class Charge:
         unread: The body that could not be priced: it takes what remains of the smallest quota.
         price: The rule that says the cost,
             where that is not known before the request; *cost* is 0 until then.
+        budget: The `Budget` that estimates the cost,
+            where that is known only after the answer; *cost* is 0 before that.
+        estimate: Its `Estimate`; ``None`` before that.
     """
 
     policies: PolicySet
@@ -65,6 +60,8 @@ class Charge:
     label: str | None = None
     unread: Unread | None = None
     price: Pricer | None = None
+    budget: Any = None
+    estimate: Any = None
 
     def taken(self, fits: int) -> int:
         """The units that a policy was charged which replied that it *fits*."""
@@ -91,8 +88,8 @@ class Charges(Sequence[Charge]):
         counters: How many counters they touch.
         keys: Their keys in RESP, as they are sent.
         key_count: How many those are.
-        terms: Their number, policies and costs in RESP, as they are sent.
-        consume: The whole question about them, likewise, in the one mode that is asked often.
+        consume: The whole question about them in RESP, as it is sent, in the one mode that is asked
+            often.
         sets: The policies of each.
         names: What each counter's decisions are counted as.
         words: How many arguments the question is.
@@ -100,14 +97,18 @@ class Charges(Sequence[Charge]):
         all_enforcing: Whether all of them may refuse,
             so that a request that is admitted was admitted by each.
         status_decides: Whether the response's status decides if they stay.
-        is_conditional: Whether they may stay or not: by that status, or as one of them is *unread*.
+        is_conditional: Whether they may stay or not:
+            by that status, or as one of them is *unread* or estimated.
         unread: Whether one of them holds what remains, for a body that could not be read.
         is_spread: Whether they are of several partitions.
         is_ready: Whether they are all there is to decide about the request,
             at known costs, and hold nothing.
-        is_priced: Whether the cost of one of them is still to be asked for.
+        unpriced: The places of those whose cost is still to be asked for.
+        is_priced: Whether there are any.
         has_tokens: Whether the cost of one of them is known after the answer only, and still to be
             estimated.
+        starts: The number of the first counter of each.
+        spent: Those that are charged at an estimate, each with that number.
         holds: Whether one of them counts requests in flight,
             so that an admission is held until the request ends.
         admission: The counters of their admission, kept by `metrics`.
@@ -122,18 +123,22 @@ class Charges(Sequence[Charge]):
     admission: Any = None
     render: Callable[[Sequence[int]], Any] | None = None
     known: Any = None
+    spent: Sequence[tuple[int, Charge]] = ()
     is_priced = has_tokens = holds = is_spread = status_decides = unread = False
     is_conditional = is_ready = False
 
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
         keys: list[bytes] = []
-        terms: list[bytes] = []
+        terms = [CONSUME, bulk_int(len(each))]
         names: list[str] = []
         # In one loop: what is known only with the request makes one of these for each.
         enforce = True
-        unread = status_decides = is_priced = has_tokens = holds = False
-        for charge in each:
+        unread = status_decides = has_tokens = holds = False
+        unpriced: list[int] = []
+        starts: list[int] = []
+        for at, charge in enumerate(each):
+            starts.append(len(names))
             policies, partition = charge.policies, charge.partition
             keys.append(partition.resp)
             if policies.logs:
@@ -141,32 +146,36 @@ class Charges(Sequence[Charge]):
             cost = charge.cost
             if charge.unread is not None:
                 unread, cost = True, WHAT_REMAINS
-            terms.append(policies.resp)
-            terms.append(bulk(b"%d" % cost))
+            terms += policies.resp, bulk_int(cost)
             names += policies.names if charge.label is None else [charge.label] * len(policies.names)
             enforce = enforce and policies.all_enforce
             holds = holds or policies.holds
             if charge.count_if is not None:
                 status_decides = True
             if charge.price is not None:
-                is_priced = True
-                has_tokens = has_tokens or charge.price.tokens is not None
+                unpriced.append(at)
+            elif charge.budget is not None and charge.estimate is None:
+                unpriced.append(at)
+                has_tokens = True
         self.sets = tuple([charge.policies for charge in each])
         self.counters = len(names)
         self.words = 2 + 2 * len(each)
         self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self.terms = bulk(b"%d" % len(each)) + b"".join(terms)
-        self.consume = CONSUME + self.terms
+        self._terms = terms
+        self.consume = b"".join(terms)
         self.names = tuple(names)
         self.all_enforcing = enforce
         self.status_decides = status_decides
         self.unread = unread
-        self.is_conditional = status_decides or unread
+        self.starts = starts
+        self.spent = [spent for spent in zip(starts, each, strict=True) if spent[1].estimate is not None]
+        self.is_conditional = status_decides or unread or bool(self.spent)
         self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
-        self.is_priced = is_priced
-        self.is_ready = bool(each) and not is_priced and not holds
+        self.unpriced = unpriced
+        self.is_priced = bool(unpriced)
+        self.is_ready = bool(each) and not unpriced and not holds
         self.has_tokens = has_tokens
         self.holds = holds
 
@@ -174,7 +183,7 @@ class Charges(Sequence[Charge]):
     def plain(cls, charges: Sequence[Charge]) -> "Charges":
         """*charges* at known costs that stay: what settles others, made for each request."""
         keys: list[bytes] = []
-        terms = [bulk_int(len(charges))]
+        terms = [CONSUME, bulk_int(len(charges))]
         counters = 0
         for charge in charges:
             policies = charge.policies
@@ -187,29 +196,43 @@ class Charges(Sequence[Charge]):
         made._each = tuple(charges)
         made.keys, made.key_count, made.words = b"".join(keys), len(keys), 2 + 2 * len(keys)
         made.counters, made.reply_size = counters, size_of(counters)
-        made.terms = b"".join(terms)
-        made.consume = CONSUME + made.terms
+        made.consume = b"".join(terms)
         made.is_spread = len(keys) > 1 and len(set(keys)) > 1
         made.sets, made.names, made.all_enforcing = (), (), False  # not asked for of these
         made.is_ready = True
         return made
 
-    def at(self, each: Sequence[Charge]) -> "Charges":
-        """The same at the costs that *each* of them has now,
+    def at(self, costs: Sequence[int | Unread | Charge]) -> "Charges":
+        """The same at the *costs* of what is `unpriced`, or of it estimated,
         in a small part of the time that it takes to make them.
         """
-        terms = [bulk_int(len(each))]
-        for charge in each:
-            terms += charge.policies.resp, bulk_int(charge.cost)
+        each, terms = [*self._each], [*self._terms]
+        spent: list[tuple[int, Charge]] = []
+        unread = False
+        for number, at in enumerate(self.unpriced):
+            cost = costs[number]
+            if isinstance(cost, Charge):
+                each[at] = cost
+                spent.append((self.starts[at], cost))
+                terms[2 * at + 3] = bulk_int(cost.cost)
+            else:
+                each[at] = at_cost(each[at], cost)
+                unread = unread or isinstance(cost, Unread)
+                terms[2 * at + 3] = bulk_int(WHAT_REMAINS if isinstance(cost, Unread) else cost)
         made = Charges.__new__(Charges)
-        made.__dict__.update(self.__dict__)
+        made.__dict__ = self.__dict__.copy()
         made._each = tuple(each)
-        made.terms = b"".join(terms)
-        made.consume = CONSUME + made.terms
+        made.consume = b"".join(terms)
+        made.spent, made.unread = spent, unread
+        made.is_conditional = self.status_decides or unread or bool(spent)
         made.is_priced = made.has_tokens = False
-        made.known = None
         made.is_ready = not self.holds
         return made
+
+    @property
+    def terms(self) -> bytes:
+        """Their number, policies and costs in RESP, as they are sent."""
+        return self.consume[len(CONSUME) :]
 
     @property
     def limits(self) -> frozenset[tuple[bytes, bytes]]:

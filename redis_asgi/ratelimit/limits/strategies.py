@@ -61,25 +61,30 @@ class _FixedWindow(Counter):
 
 
 class _SlidingWindowCounter(Counter):
-    """Stored: bucket index, current, previous."""
+    """Stored: since when current is counted, current, previous.
 
-    __slots__ = ("current", "elapsed", "index", "previous")
+    A receipt of before that is of a counter that was forgotten since.
+    """
+
+    __slots__ = ("current", "elapsed", "index", "previous", "since")
 
     def load(self, stored: tuple[float, float, float] | None, now: float) -> None:
         index = float(math.floor(now / self.window))
-        self.current = self.previous = 0.0
+        self.since, self.current, self.previous = now, 0.0, 0.0
         if stored is not None:
-            if index == stored[0]:
-                self.current, self.previous = stored[1], stored[2]
-            elif index < stored[0]:
+            since, current, previous = stored
+            older = index - math.floor(since / self.window)
+            if older == 0:
+                self.since, self.current, self.previous = min(since, now), current, previous
+            elif older < 0:
                 # How far the older one had faded is not known: both in full,
                 # so that a step reopens nothing.
-                self.current, self.moved = stored[1] + stored[2], True
-            elif index == stored[0] + 1:
-                self.previous = stored[1]
+                self.current, self.moved = current + previous, True
+            elif older == 1:
+                self.previous = current
         self.index = index
         self.elapsed = self.at - index * self.window
-        self.receipt = index * self.window
+        self.receipt = now
         self._weigh()
 
     def _weigh(self) -> None:
@@ -99,10 +104,10 @@ class _SlidingWindowCounter(Counter):
         self._weigh()
 
     def refund(self, cost: int, receipt: float) -> bool:
-        index = math.floor(receipt / self.window)
-        if index == self.index:
+        older = self.index - math.floor(receipt / self.window)
+        if older == 0 and receipt >= self.since:
             self.current = max(0.0, self.current - cost)
-        elif index == self.index - 1:
+        elif older == 1:
             self.previous = max(0.0, self.previous - cost)
         else:
             return False
@@ -116,7 +121,7 @@ class _SlidingWindowCounter(Counter):
         return left if self.previous > 0 else 0.0
 
     def save(self) -> tuple[Stored, float]:
-        return (self.index, self.current, self.previous), (self.index + 2) * self.window
+        return (self.since, self.current, self.previous), (self.index + 2) * self.window
 
 
 class _Gcra(Counter):

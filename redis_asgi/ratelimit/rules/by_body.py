@@ -85,12 +85,13 @@ class ByBody(ABC):
         Raises:
             ConfigurationError: See `__call__`.
         """
-        said: Said | None = scope.get(_SAID, {}).get(self)
-        if said is None:
+        try:
+            said: Said = scope[_SAID][self]
+        except KeyError:
             raise ConfigurationError(
                 f"{self!r} is called for a request whose body was not read for it. Give it to partition_by as it is: "
                 f"partition_by={self!r}, or in a list, partition_by=[client_ip, {self!r}]."
-            )
+            ) from None
         return said
 
     def bucket_of(self, scope: Scope) -> str | None:
@@ -107,10 +108,8 @@ class ByBody(ABC):
 
     def _said(self, value: object) -> Said:
         """The bucket of a member's *value*."""
-        if isinstance(value, bool):
-            value = "true" if value else "false"
-        elif isinstance(value, int):
-            value = str(value)
+        if isinstance(value, int):
+            value = str(value).lower()  # true and false as JSON has them
         return self._said_of(value) if isinstance(value, str) and len(value) <= _LONGEST else Said(self._other)
 
     def _said_of_text(self, value: str) -> Said:

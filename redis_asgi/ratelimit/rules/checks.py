@@ -100,7 +100,7 @@ def check_strategy_of_tokens(strategy: str) -> None:
         )
 
 
-def check_method(method: str) -> None:
+def check_method(method: str, *, label: str = "methods") -> None:
     """Refuse what no client sends: a rule of such a method would limit nothing, and say nothing."""
     if _METHOD.fullmatch(method):
         near = difflib.get_close_matches(method, _METHODS, n=1, cutoff=0.66)
@@ -112,7 +112,7 @@ def check_method(method: str) -> None:
         meant = (
             f"Try {tuple(several)!r}." if len(several) > 1 else "Try 'POST' or 'WEBSOCKET', or leave it out for all."
         )
-    raise ConfigurationError(f"methods={method!r} is not an HTTP method. {meant}")
+    raise ConfigurationError(f"{label}={method!r} is not an HTTP method. {meant}")
 
 
 def several(name: str, value: str | Iterable[str], example: str) -> tuple[str, ...]:

@@ -2,19 +2,18 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast, get_args
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ...asgi.paths import PathPattern, PathTemplate, Spellings, path_patterns
-from ...asgi.scope import Addressing, content_length, is_preflight
+from ...asgi.scope import Addressing, is_preflight
 from ...errors import ConfigurationError
 from ...settings import OnRedisError, Settings, StrategyName
 from ...settings.notation import Limit, parse_limits
-from ..budgets.estimates import Asked, Outputs
-from ..budgets.spending import Accuracy, Spending
+from ..budgets.spending import Accuracy, Budget
 from ..budgets.tokens import Tokens
 from ..limits.charge import Charge
 from ..limits.policy import PolicySet, Strategy
@@ -76,8 +75,7 @@ class CompiledRule:
         uses = next((reader for reader in counted if reader.counts_uses), None)
         self.tokens = rule.cost if isinstance(rule.cost, Tokens) else None
         self.cost: Any = partial(_of_uses, uses, rule.cost) if uses and isinstance(rule.cost, int) else rule.cost
-        self._outputs: dict[tuple[str | None, ...], Outputs] = {}
-        self._accuracy: Accuracy | None = None
+        self._budgets: dict[object, Budget] = {}
         self.strategy: Strategy = rule.strategy or strategy
         if self.tokens is not None:
             check_strategy_of_tokens(self.strategy)
@@ -115,34 +113,24 @@ class CompiledRule:
         if policies is None:
             policies, name = name
             label = self.name
-        cost, price = (self.cost, None) if isinstance(self.cost, int) else (0, self)
-        partition = self.partition.of(name)
-        return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price)
-
-    def estimate(self, policies: PolicySet, scope: Scope, asked: Asked | None, units: int | None) -> Spending:
-        """The charge of a request in tokens until its usage is known.
-
-        Args:
-            asked: What its body asks for; ``None``: it cannot be read.
-            units: What a callable of the user's takes it to cost.
-        """
-        tokens: Any = self.tokens
-        if self._accuracy is None:
-            self._accuracy = Accuracy(self.name)
-        # As many as there are buckets, which the rule names.
-        bucket = tuple([reader.said(scope).bucket for reader in self.readers])
-        outputs = self._outputs.get(bucket)
-        if outputs is None:
-            outputs = self._outputs[bucket] = Outputs()
-        quota = policies.least
-        units = tokens.estimate if isinstance(tokens.estimate, int) else units
-        if units is not None:
-            estimate = tokens.estimated_as(units, asked, quota=quota)
-        elif asked is None:
-            estimate = tokens.estimated_unread(content_length(scope), quota=quota)
+        partition, cost, price, budget = self.partition.of(name), 0, None, None
+        if self.tokens is not None:
+            budget = self._budget(self.tokens, self.partition.bucket_of(name))
+        elif isinstance(self.cost, int):
+            cost = self.cost
         else:
-            estimate = tokens.estimated(asked, quota=quota, outputs=outputs)
-        return Spending(tokens, estimate, outputs, self._accuracy)
+            price = self
+        return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price, budget=budget)
+
+    def _budget(self, tokens: Tokens, bucket: object) -> Budget:
+        """The budget of a *bucket*; all are kept, as they are those that the rule names."""
+        if bucket not in self._budgets:
+            self._budgets[bucket] = Budget(tokens, self._accuracy)
+        return self._budgets[bucket]
+
+    @cached_property
+    def _accuracy(self) -> Accuracy:
+        return Accuracy(self.name)
 
     def _default(self) -> PolicySet:
         """The default limits of the settings under this rule, as far as its strategy goes."""

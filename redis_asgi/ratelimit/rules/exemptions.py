@@ -13,6 +13,7 @@ from ...asgi.paths import PathPattern, path_patterns
 from ...errors import ConfigurationError
 from ...misuse import check_callable, shown
 from ...settings import Settings
+from ...settings.types import pattern_problem
 from .routing import Routing
 
 Exempt: TypeAlias = str | Iterable[str] | Callable[[HTTPConnection], bool | Awaitable[bool]]
@@ -41,6 +42,9 @@ class Exemptions:
                 if not isinstance(path, str):
                     hint = "Try exempt=['/internal/*'], or one callable."
                     raise ConfigurationError(f"exempt holds {shown(path)}, which is no path pattern. {hint}")
+                problem = pattern_problem(path)
+                if problem:
+                    raise ConfigurationError(f"exempt={path!r} {problem}")
                 self._paths += path_patterns(path)
         self.any = True  # until `look`
 

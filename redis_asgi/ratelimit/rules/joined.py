@@ -24,9 +24,7 @@ class JoinedPartitioner(Partitioner):
         super().__init__(self._ask, settings, addressing)
         self.kind = ",".join(part.kind for part in each)
         self.readers = tuple(reader for part in each for reader in part.readers)
-        # Each with whether it says None of a request that it takes out of the rule,
-        # and not of one it knows nothing of.
-        self._reads = [(part.read, bool(part.readers)) for part in each if part.read is not None]
+        self._reads: Any = [part.read for part in each if part.read is not None]
         if len(self._reads) == len(each):
             self.read = self._read
 
@@ -38,44 +36,36 @@ class JoinedPartitioner(Partitioner):
     def refuses(self) -> bool:
         return any(part.refuses for part in self._each)
 
-    async def _ask(self, conn: HTTPConnection) -> str | None:
+    async def _ask(self, conn: HTTPConnection) -> Any:
         # What the body takes out of the rule needs no identity.
         if any(reader(conn) is None for reader in self.readers):
             return None
-        names: list[str | Partition] = []
-        for part in self._each:
-            said: Any = part.by(conn) if part.read is None else part.read(conn.scope)
-            name = said if isinstance(said, str) else await part.settle(said, conn.scope)
-            if name is None:
-                return None
-            names.append(name)
-        return joined(names)
+        said: Any = (part.by(conn) if part.read is None else part.read(conn.scope) for part in self._each)
+        return await self._names(said, conn.scope)
 
     def _read(self, scope: Scope) -> Any:
-        """`_ask` where no callable of the user's is among them."""
-        names: list[Any] = []
-        is_whole = True
-        for read, excludes in self._reads:
-            name = read(scope)
-            if name is None:
-                if excludes:
-                    return None
-                is_whole = False
-            names.append(name)
-        return joined(names) if is_whole else tuple(names)
+        """`_ask` where no callable of the user's is among them; some names may be missing."""
+        return tuple([read(scope) for read in self._reads])
 
-    async def settle(self, said: Any, scope: Scope) -> "str | Partition | None":
-        if said is None:
-            return None
+    async def settle(self, said: Any, scope: Scope) -> Any:
         if isawaitable(said):
-            return await said  # type: ignore[no-any-return]  # it is ours
+            return await said
+        return None if said is None or None in self.bucket_of(said) else await self._names(said, scope)
+
+    async def _names(self, said: Iterable[Any], scope: Scope) -> Any:
         names: list[str | Partition] = []
         for part, its in zip(self._each, said, strict=True):
             name = its if isinstance(its, str) else await part.settle(its, scope)
             if name is None:
                 return None
             names.append(name)
-        return joined(names)
+        return tuple(names)
+
+    def of(self, name: Any) -> Partition:
+        return super().of(name if isinstance(name, str) else joined(name))
+
+    def bucket_of(self, name: Any) -> Any:
+        return tuple(its for part, its in zip(self._each, name, strict=True) if part.readers)
 
 
 def joined(names: Iterable[str | Partition]) -> str:

@@ -15,7 +15,7 @@ from starlette.types import Scope
 from ...asgi.offer import OFFER, offer_of
 from ...asgi.scope import Addressing, is_plain_address
 from ...errors import ConfigurationError
-from ...misuse import check_callable, constructor_says_what_was_meant, shown
+from ...misuse import check_callable, constructor_says_what_was_meant, says_what_was_meant, shown
 from ...settings import Settings
 from ..limits.policy import Partition, make_partition
 from .by_body import ByBody
@@ -32,6 +32,7 @@ _BLANKS = re.compile(r"[ \t]+")
 LONGEST_CACHED = 256
 
 
+@says_what_was_meant("partition_by=client_ip, which is called for each request")
 def client_ip(conn: HTTPConnection) -> str | None:
     """Partition by the client's address: an IPv4 address, or the network of
     ``RATE_LIMIT_IPV6_PREFIX`` bits.
@@ -85,7 +86,8 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         raw = self._raw
         for name, value in scope["headers"]:
             if name == raw:
-                return self.fold(value.decode("latin-1")) or None
+                text = value.decode("latin-1").strip(" \t")
+                return (self.fold(text) if self._has_scheme else text) or None
         return None
 
     def fold(self, value: str) -> str:
@@ -97,6 +99,7 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         return f"{scheme.lower()} {rest[0]}" if rest else value  # a key without a scheme is as it is
 
 
+@says_what_was_meant("partition_by=by_user, which is called for each request")
 def by_user(conn: HTTPConnection) -> str | None:
     """Partition by the authenticated user that Starlette's ``AuthenticationMiddleware`` put into
     the scope.
@@ -253,6 +256,10 @@ class Partitioner:
         if isinstance(name, Partition):
             return name
         return self._of_value(name) if len(name) <= LONGEST_CACHED else self._name_value(name)
+
+    def bucket_of(self, name: Any) -> Any:
+        """The part of *name* that the body says, which is one of few that a rule names."""
+        return name if self.readers else None
 
     def _read_address(self, scope: Scope) -> str | None:
         return cast("Addressing", scope[OFFER].addressing).client(scope)

@@ -31,13 +31,15 @@ _RULES_KEPT = 10_000
 
 def _weight(asked: AskedKey) -> int:
     """The bytes that the charges of *asked* take, with four for each character that a client sent."""
-    return sum(1000 + 4 * len(name) if isinstance(name, str) else 700 for part in asked for name in _names(part))
+    return sum(map(_weight_of, asked))
 
 
-def _names(part: Any) -> Sequence[Any]:
+def _weight_of(part: Any) -> int:
     if isinstance(part, Charges):  # what is priced holds whom they name
-        return [charge.partition.value for charge in part]
-    return part if isinstance(part, tuple) else (part,)
+        part = tuple(charge.partition.value for charge in part)
+    if isinstance(part, tuple):
+        return _weight(part)
+    return 1000 + 4 * len(part) if isinstance(part, str) else 700
 
 
 def charges_kept(_settings: Settings) -> ChargesKept:
@@ -111,8 +113,7 @@ class Plan:
                 name = await partition.settle(name, scope)
             asked.append(name if limits is None or name is None else (rule.last.read(said, partition.of(name)), name))
         key = tuple(asked)
-        found = self._kept.young.get(key)
-        return found if found is not None else self._kept.find(key, self._charge)
+        return self._kept.of(key, self._charge)
 
     def _charge(self, asked: AskedKey) -> Charges:
         both = zip(self._steps, asked[1:], strict=True)
@@ -163,7 +164,7 @@ class PlanCache:
         if not charges.counters or not behind.counters:
             return charges if charges.counters else behind
         asked = (charges, behind)
-        return self.charges.young.get(asked) or self.charges.find(asked, lambda _: self.make((*charges, *behind)))
+        return self.charges.of(asked, lambda _: self.make((*charges, *behind)))
 
     def least(self, charges: Charges) -> Charges:
         """The *charges* that cost the same, or at least so much,
@@ -173,24 +174,20 @@ class PlanCache:
             return charges
 
         def make(_: object) -> Charges:
-            known = (charge for charge in charges if charge.price is None or charge.price.tokens is not None)
+            known = (charge for charge in charges if charge.price is None)
             # No estimate is less than a unit.
-            return Charges(charge if charge.price is None else at_cost(charge, 1) for charge in known)
+            return Charges(charge if charge.budget is None else at_cost(charge, 1) for charge in known)
 
         asked = (charges,)
-        return self.charges.young.get(asked) or self.charges.find(asked, make)
+        return self.charges.of(asked, make)
 
-    def priced(self, charges: Charges, costs: Sequence[int | Unread]) -> Charges:
-        """*charges* at these *costs*, one each."""
-
-        def make(_: object) -> Charges:
-            return self.make(at_cost(charge, cost) for charge, cost in zip(charges, costs, strict=True))
-
-        # What cannot be read is each time another.
-        if any(isinstance(cost, Unread) for cost in costs):
-            return make(None)
+    def priced(self, charges: Charges, costs: Sequence[int | Unread | Charge]) -> Charges:
+        """*charges* at these *costs*: see `Charges.at`."""
+        # What is estimated, and what cannot be read, is each time another.
+        if charges.has_tokens or any(isinstance(cost, Unread) for cost in costs):
+            return charges.at(costs)
         asked = (charges, *costs)
-        return self.charges.young.get(asked) or self.charges.find(asked, make)
+        return self.charges.of(asked, lambda _: charges.at(costs))
 
 
 class Plans:

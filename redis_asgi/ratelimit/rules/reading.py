@@ -17,27 +17,28 @@ from .compiled import METHODS_WITH_BODY
 NO_BODY = Asked(0, None)
 
 
-async def look(buffer: Buffer, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
-    """Look at a request's body: what it asks of a model,
+def look(content: bytes | None, buffer: Buffer, scope: Scope, readers: Sequence[ByBody], asks: bool) -> Asked | None:
+    """Look at the *content* of a request's body: what it asks of a model,
     where that is wanted; `NO_BODY` when it has none.
 
     What it says to *readers* is in the scope then. Of a large body nothing else is kept:
     parsed it takes many times its size.
 
     Args:
+        content: ``None`` when it cannot be had.
+        buffer: Which has read it.
         asks: Whether to find out what it asks of a model.
 
     Returns:
         ``None`` also when it cannot be read.
     """
     before = take_document(scope)
-    content = await buffer.whole()
     if content == b"":
         return NO_BODY
     if before is None or before.content != content:
         before = Document(content, is_encoded=is_encoded(scope))
     buffer.keep(before, scope)
-    return _looked(before, scope, readers, asks=asks)
+    return _looked(before, scope, readers, asks)
 
 
 async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
@@ -50,10 +51,10 @@ async def look_on_route(conn: HTTPConnection, cap: int, readers: Sequence[ByBody
     if content == b"":
         return NO_BODY
     document = Document(content, is_encoded=is_encoded(conn.scope))
-    return _looked(document, conn.scope, readers, asks=asks)
+    return _looked(document, conn.scope, readers, asks)
 
 
-def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], *, asks: bool) -> Asked | None:
+def _looked(document: Document, scope: Scope, readers: Sequence[ByBody], asks: bool) -> Asked | None:
     if readers:
         keep_said(scope, document, readers)
     return Asked.by(document.value) if asks and document.is_read else None

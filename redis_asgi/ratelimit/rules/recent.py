@@ -31,6 +31,11 @@ class Recent(Generic[K, V]):
         self._old: dict[K, V] = {}
         self.young: dict[K, V] = {}
 
+    def of(self, key: K, make: Callable[[K], V]) -> V:
+        """The same as `find`, whatever the value; quick for what is `young`."""
+        value = self.young.get(key)
+        return value if value is not None else self.find(key, make)
+
     def find(self, key: K, make: Callable[[K], V]) -> V:
         """The value kept of *key*, else the one that *make* makes of it."""
         value = self._old.pop(key, None)

@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection, Request
 
 from ...asgi.paths import path_patterns
 from ...errors import ArgumentError, ConfigurationError
-from ...misuse import Uncalled, check_callable, constructor_says_what_was_meant, shown
+from ...misuse import Uncalled, check_callable, check_flag, constructor_says_what_was_meant, shown
 from ...settings import OnRedisError, StrategyName
 from ...settings.notation import parse_limits
 from ..budgets.tokens import Tokens, tokens
@@ -112,8 +112,7 @@ class Rule:
             raise ConfigurationError(f"count_if={self.count_if!r} is async, but is asked while the response goes out.")
         self._check_cost()
         for label in ("shadow", "case_sensitive"):
-            if not isinstance(getattr(self, label), bool):
-                raise ConfigurationError(f"{label}={getattr(self, label)!r} is not True or False.")
+            check_flag(label, getattr(self, label))
         if self.paths is not None:
             paths = several("paths", self.paths, "'/api/*'")
             path_patterns(paths, case_sensitive=self.case_sensitive)

@@ -39,6 +39,7 @@ MAX_COUNTERS = 128  # per batch; 64 cost about 0.4 ms of server time
 MAX_IN_FLIGHT = 10
 A_TRIP = 0.8  # of the deadline: what a round trip may take of it
 MANY = 24  # checks that leave in two halves; each is then big enough to be worth its trip
+LONGEST_FAREWELL = 1.0  # seconds that an end waits for answers, whatever their deadlines are
 
 
 class Batcher:
@@ -235,8 +236,15 @@ class Batcher:
         self._fail_waiting(failure)
 
     async def aclose(self) -> None:
-        """End the batches under way; those who wait are told that the connection is gone."""
-        self.closed = True
+        """End when all that was asked is answered, or late: what the requests cost that have just
+        ended is among it. Who asks meanwhile is told that the connection is gone.
+        """
+        asked = [check.future for checks in (self._waiting, *(b.checks for b in self._sent)) for check in checks]
+        try:
+            if asked:
+                await asyncio.wait(asked, timeout=LONGEST_FAREWELL)
+        finally:
+            self.closed = True
         await self._transport.aclose()
         self._fail_waiting(Failure.CONNECTION)
         if self._timer is not None:

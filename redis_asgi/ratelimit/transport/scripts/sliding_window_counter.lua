@@ -1,4 +1,5 @@
--- Sliding window counter: two aligned buckets, the older one fading. Field: "index current previous" (bucket, units, units).
+-- Sliding window counter: two aligned buckets, the older one fading. Field: "since current previous" (when current began to be
+-- counted in us, units, units): a receipt of before that is of a counter that was forgotten since.
 -- No floor() on the faded bucket: flooring it admits up to one unit too many.
 make.s = function()
   local function weigh(s)
@@ -10,17 +11,18 @@ make.s = function()
     load = function(s, raw, now)
       local W = s.policy.window
       local index = floor(now / W)
-      s.current, s.previous = 0, 0
+      s.since, s.current, s.previous = now, 0, 0
       if raw then
-        local stored, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
-        stored, current, previous = stored + 0, current + 0, previous + 0
-        if index == stored then s.current, s.previous = current, previous
+        local since, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
+        since, current, previous = since + 0, current + 0, previous + 0
+        local older = index - floor(since / W)
+        if older == 0 then s.since, s.current, s.previous = min(since, now), current, previous
         -- How far the older one had faded is not known: both in full, so that a step reopens nothing.
-        elseif index < stored then s.current, s.moved = current + previous, true
-        elseif index == stored + 1 then s.previous = current end
+        elseif older < 0 then s.current, s.moved = current + previous, true
+        elseif older == 1 then s.previous = current end
       end
       s.index, s.elapsed = index, now - index * W
-      s.receipt_now = index * W
+      s.receipt_now = now
       weigh(s)
     end,
     wait = function(s, cost, now)
@@ -35,9 +37,9 @@ make.s = function()
       weigh(s)
     end,
     refund = function(s, cost, receipt)
-      local index = floor(receipt / s.policy.window)
-      if index == s.index then s.current = max(0, s.current - cost)
-      elseif index == s.index - 1 then s.previous = max(0, s.previous - cost)
+      local older = s.index - floor(receipt / s.policy.window)
+      if older == 0 and receipt >= s.since then s.current = max(0, s.current - cost)
+      elseif older == 1 then s.previous = max(0, s.previous - cost)
       else return false end
       weigh(s)
       return true
@@ -49,7 +51,7 @@ make.s = function()
       return 0
     end,
     save = function(s, now)
-      return integer(s.index) .. ' ' .. s.current .. ' ' .. s.previous,
+      return integer(s.since) .. ' ' .. s.current .. ' ' .. s.previous,
         2 * s.policy.window - s.elapsed
     end,
   }
