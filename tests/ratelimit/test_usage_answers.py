@@ -177,6 +177,17 @@ def test_plain_text_is_a_models_to_write(text: bytes, content_type: bytes | None
     assert None is read([text[i : i + 1] for i in range(len(text))], content_type).usage
 
 
+@pytest.mark.parametrize("second", [b"content-type", b"Content-Type", b"CONTENT-TYPE"])
+@pytest.mark.parametrize("first", [b"content-type", b"Content-Type"])
+def test_first_content_type_counts_however_it_is_spelled(first: bytes, second: bytes) -> None:
+    """A framework may write the names of its own fields otherwise than the app does."""
+    for types in ([b"text/plain", JSON], [JSON, b"text/plain"], [b"", JSON]):
+        reader = UsageReader(200, list(zip((first, second), types, strict=True)))
+        reader.feed(json.dumps(CHAT).encode())
+        reader.close(complete=True)
+        assert (None if types[0] == b"text/plain" else ALL_OPENAI) == reader.usage
+
+
 def test_cut_stream_is_guessed_by_its_events() -> None:
     """Events of one token each are as many tokens;
     what is longer counts 4 bytes each, and comments nothing.

@@ -82,7 +82,9 @@ class UsageReader:
         content_type = fields.get(b"content-type", b"")
         codings: list[bytes] = []
         # Nearly always each stands there once, in lower case, and there is no encoding.
-        if not content_type or len(fields) < len(headers) or b"content-encoding" in b",".join(fields).lower():
+        names = b",".join((b"", *fields)).lower()
+        types = names.count(b",content-type")
+        if len(fields) < len(headers) or types > bool(content_type) or b",content-encoding" in names:
             content_type = next(filter(None, _values(headers, b"content-type")), b"")
             codings = _codings(_values(headers, b"content-encoding"))
         self._declared = _declared_by(content_type)

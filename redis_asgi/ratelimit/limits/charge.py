@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from ...settings import OnRedisError
@@ -118,8 +119,6 @@ class Charges(Sequence[Charge]):
     """
 
     # What most of them say, so that those that are made for each request set less.
-    _in_flight: "Charges | None" = None
-    _limits: frozenset[tuple[bytes, bytes]] | None = None
     admission: Any = None
     render: Callable[[Sequence[int]], Any] | None = None
     known: Any = None
@@ -209,16 +208,15 @@ class Charges(Sequence[Charge]):
         each, terms = [*self._each], [*self._terms]
         spent: list[tuple[int, Charge]] = []
         unread = False
-        for number, at in enumerate(self.unpriced):
-            cost = costs[number]
+        for at, cost in zip(self.unpriced, costs, strict=True):
             if isinstance(cost, Charge):
-                each[at] = cost
-                spent.append((self.starts[at], cost))
-                terms[2 * at + 3] = bulk_int(cost.cost)
+                charge, units = cost, cost.cost
+                spent.append((self.starts[at], charge))
             else:
-                each[at] = at_cost(each[at], cost)
-                unread = unread or isinstance(cost, Unread)
-                terms[2 * at + 3] = bulk_int(WHAT_REMAINS if isinstance(cost, Unread) else cost)
+                charge = at_cost(each[at], cost)
+                unread = unread or charge.unread is not None
+                units = charge.cost if charge.unread is None else WHAT_REMAINS
+            each[at], terms[2 * at + 3] = charge, bulk_int(units)
         made = Charges.__new__(Charges)
         made.__dict__ = self.__dict__.copy()
         made._each = tuple(each)
@@ -234,19 +232,15 @@ class Charges(Sequence[Charge]):
         """Their number, policies and costs in RESP, as they are sent."""
         return self.consume[len(CONSUME) :]
 
-    @property
+    @cached_property
     def limits(self) -> frozenset[tuple[bytes, bytes]]:
         """The limits that they are about: partition and policies of each."""
-        if self._limits is None:
-            self._limits = frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
-        return self._limits
+        return frozenset((charge.partition.key, charge.policies.spec) for charge in self._each)
 
-    @property
+    @cached_property
     def in_flight(self) -> "Charges":
         """The charges among them that count requests in flight."""
-        if self._in_flight is None:
-            self._in_flight = Charges(charge for charge in self._each if charge.policies.holds)
-        return self._in_flight
+        return Charges(charge for charge in self._each if charge.policies.holds)
 
     def __getitem__(self, at: Any) -> Any:
         return self._each[at]

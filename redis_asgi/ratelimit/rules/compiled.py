@@ -115,18 +115,13 @@ class CompiledRule:
             label = self.name
         partition, cost, price, budget = self.partition.of(name), 0, None, None
         if self.tokens is not None:
-            budget = self._budget(self.tokens, self.partition.bucket_of(name))
+            # All are kept: they are of the buckets that the rule names.
+            budget = self._budgets.setdefault(self.partition.bucket_of(name), Budget(self.tokens, self._accuracy))
         elif isinstance(self.cost, int):
             cost = self.cost
         else:
             price = self
         return Charge(policies, partition, cost, self.on_redis_error, self.count_if, label, price=price, budget=budget)
-
-    def _budget(self, tokens: Tokens, bucket: object) -> Budget:
-        """The budget of a *bucket*; all are kept, as they are those that the rule names."""
-        if bucket not in self._budgets:
-            self._budgets[bucket] = Budget(tokens, self._accuracy)
-        return self._budgets[bucket]
 
     @cached_property
     def _accuracy(self) -> Accuracy:
