@@ -127,13 +127,11 @@ class Tokens:
         return quota * self._unit // _SHARE
 
     def _bounded(self, read: int, written: int, quota: int) -> Estimate:
-        left = quota * self._unit - written
-        read = min(read, left)
+        read = min(read, quota * self._unit - written)
         return Estimate(-(-(read + written) // self._unit) or 1, read, written)
 
     def _rounded(self, parts: int) -> int:
-        units = -(-parts // self._unit)
-        return min(MOST, units)
+        return min(MOST, -(-parts // self._unit))
 
     def _parts_of(self, usage: Usage, read: int, written: int) -> int:
         """*usage* in parts of a unit; *read* and *written* stand for what it does not say."""

@@ -129,54 +129,38 @@ class Charges(Sequence[Charge]):
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self._each = each = tuple(charges)
         keys: list[bytes] = []
-        terms = [CONSUME, bulk_int(len(each))]
         names: list[str] = []
-        # In one loop: what is known only with the request makes one of these for each.
-        enforce = True
-        unread = status_decides = has_tokens = holds = False
-        unpriced: list[int] = []
-        starts: list[int] = []
+        self._terms = terms = [CONSUME, bulk_int(len(each))]
+        self.starts: list[int] = []
+        self.unpriced: list[int] = []
         for at, charge in enumerate(each):
-            starts.append(len(names))
+            self.starts.append(len(names))
             policies, partition = charge.policies, charge.partition
             keys.append(partition.resp)
             if policies.logs:
                 keys += [bulk(log_key(partition.key, field)) for field in policies.logs]
-            cost = charge.cost
-            if charge.unread is not None:
-                unread, cost = True, WHAT_REMAINS
-            terms += policies.resp, bulk_int(cost)
+            terms += policies.resp, bulk_int(charge.cost if charge.unread is None else WHAT_REMAINS)
             names += policies.names if charge.label is None else [charge.label] * len(policies.names)
-            enforce = enforce and policies.all_enforce
-            holds = holds or policies.holds
-            if charge.count_if is not None:
-                status_decides = True
-            if charge.price is not None:
-                unpriced.append(at)
-            elif charge.budget is not None and charge.estimate is None:
-                unpriced.append(at)
-                has_tokens = True
+            if charge.price is not None or (charge.budget is not None and charge.estimate is None):
+                self.unpriced.append(at)
         self.sets = tuple([charge.policies for charge in each])
         self.counters = len(names)
         self.words = 2 + 2 * len(each)
         self.reply_size = size_of(len(names))
         self.keys = b"".join(keys)
         self.key_count = len(keys)
-        self._terms = terms
         self.consume = b"".join(terms)
         self.names = tuple(names)
-        self.all_enforcing = enforce
-        self.status_decides = status_decides
-        self.unread = unread
-        self.starts = starts
-        self.spent = [spent for spent in zip(starts, each, strict=True) if spent[1].estimate is not None]
-        self.is_conditional = status_decides or unread or bool(self.spent)
-        self.is_spread = len(each) > 1 and len({charge.partition.key for charge in each}) > 1
-        self.unpriced = unpriced
-        self.is_priced = bool(unpriced)
-        self.is_ready = bool(each) and not unpriced and not holds
-        self.has_tokens = has_tokens
-        self.holds = holds
+        self.all_enforcing = all(policies.all_enforce for policies in self.sets)
+        self.holds = any(policies.holds for policies in self.sets)
+        self.status_decides = any(charge.count_if is not None for charge in each)
+        self.unread = any(charge.unread is not None for charge in each)
+        self.spent = [spent for spent in zip(self.starts, each, strict=True) if spent[1].estimate is not None]
+        self.is_conditional = self.status_decides or self.unread or bool(self.spent)
+        self.is_spread = len({charge.partition.key for charge in each}) > 1
+        self.is_priced = bool(self.unpriced)
+        self.has_tokens = any(each[at].budget is not None for at in self.unpriced)
+        self.is_ready = bool(each) and not self.is_priced and not self.holds
 
     @classmethod
     def plain(cls, charges: Sequence[Charge]) -> "Charges":
@@ -216,6 +200,7 @@ class Charges(Sequence[Charge]):
                 charge = at_cost(each[at], cost)
                 unread = unread or charge.unread is not None
                 units = charge.cost if charge.unread is None else WHAT_REMAINS
+            # Behind the mode and their number: of each its policies, then its cost.
             each[at], terms[2 * at + 3] = charge, bulk_int(units)
         made = Charges.__new__(Charges)
         made.__dict__ = self.__dict__.copy()

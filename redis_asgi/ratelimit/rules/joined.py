@@ -50,7 +50,7 @@ class JoinedPartitioner(Partitioner):
     async def settle(self, said: Any, scope: Scope) -> Any:
         if isawaitable(said):
             return await said
-        return None if said is None or None in self.bucket_of(said) else await self._names(said, scope)
+        return None if None in self.bucket_of(said) else await self._names(said, scope)
 
     async def _names(self, said: Iterable[Any], scope: Scope) -> Any:
         names: list[str | Partition] = []
