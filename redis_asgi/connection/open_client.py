@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -52,12 +52,14 @@ class Opened:
             yield breaker
 
     async def aclose(self) -> None:
-        """Close it all; a peer that is gone is no error."""
+        """Close it all, also where that is cancelled; a peer that is gone is no error."""
         parts, self.parts = list(self.parts.values()), {}
-        for part in parts:
-            await part.aclose()
-        for breaker in self.breakers.values():
-            await breaker.aclose()
+        async with AsyncExitStack() as ends:  # from the last on
+            ends.push_async_callback(self._close_client)
+            for each in (*self.breakers.values(), *parts):
+                ends.push_async_callback(each.aclose)
+
+    async def _close_client(self) -> None:
         if not self.own:
             return
         # A peer that is gone cannot be told goodbye; the sockets are closed all the same.

@@ -16,7 +16,7 @@ from redis_asgi.ratelimit.rules.policies import make_concurrency
 from redis_asgi.testing import RateLimitClock
 
 from ..conftest import StartServer
-from ..kit.patience import PATIENCE
+from ..kit.patience import PATIENCE, until
 from ..kit.proxy import FaultProxy
 from ..kit.servers import ExternalServer, Server
 from .harness import Spy, changes_of, drive, header, http_scope, memory
@@ -80,6 +80,29 @@ async def test_what_has_ended_is_told_before_the_end(private_server: StartServer
     assert [[993, 985]] * len(NAMES) == [await remaining(engine, name) for name in NAMES]
     assert [100] == [state.remaining for state in (await engine.decide(held, "peek")).decision.policies]
     await near.close()
+
+
+async def test_close_that_is_cancelled_leaves_no_connection(private_server: StartServer) -> None:
+    """A server that hangs is waited for at the end, by whom that may take too long."""
+    server = private_server()
+
+    def connections() -> int:
+        return len(server.client().client_list())
+
+    before = connections()
+    manager = RedisManager(Settings(REDIS_URL=server.url))
+    engine = Engine(manager, timeout=PATIENCE)
+    await remaining(engine, NAMES[0])
+    assert before < connections()
+    server.pause()
+    asked = asyncio.ensure_future(remaining(engine, NAMES[0]))
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(manager.close(), 0.05)
+    server.resume()
+
+    await asked
+    await until(lambda: before == connections())
 
 
 async def test_odd_key_costs_its_own_settlement_only(redis_client: "redis.Redis", manager: RedisManager) -> None:

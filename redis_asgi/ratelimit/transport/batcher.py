@@ -243,16 +243,16 @@ class Batcher:
         try:
             if asked:
                 await asyncio.wait(asked, timeout=LONGEST_FAREWELL)
-        finally:
+        finally:  # also where that is cancelled
             self.closed = True
-        await self._transport.aclose()
-        self._fail_waiting(Failure.CONNECTION)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer, self._armed_for = None, math.inf
-        if self._departure is not None:
-            self._departure.cancel()
-            self._departure, self._departs_at = None, math.inf
+            await self._transport.aclose()
+            self._fail_waiting(Failure.CONNECTION)
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer, self._armed_for = None, math.inf
+            if self._departure is not None:
+                self._departure.cancel()
+                self._departure, self._departs_at = None, math.inf
 
     def _tell(self, batch: SubmittedBatch, failure: Failure | None) -> None:
         if batch.is_told or self.closed:

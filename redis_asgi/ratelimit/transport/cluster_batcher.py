@@ -41,8 +41,7 @@ class ClusterBatcher:
         """End the batches under way at every node."""
         self.closed = True
         batchers, self._batchers = list(self._batchers.values()), {}
-        for batcher in batchers:
-            await batcher.aclose()
+        await asyncio.gather(*[batcher.aclose() for batcher in batchers])
 
     def _route(self, check: Check) -> None:
         """Queue *check*, of one partition, at its node; where that is not known, until it is."""
