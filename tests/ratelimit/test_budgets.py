@@ -474,6 +474,27 @@ async def test_what_was_forgotten_is_given_back_by_nobody(any_settings: Settings
     assert 1_000_000 - 300 == await remaining(app)
 
 
+async def test_what_was_forgotten_is_given_back_in_no_later_window(
+    any_settings: Settings, rate_limit_clock: RateLimitClock
+) -> None:
+    """Nor when later ones were charged in the window before."""
+    app = limited(any_settings, "1000000/minute", strategy="sliding-window-counter")
+    arrived, gate = asyncio.Event(), asyncio.Event()
+    early = Ending(answer(json.dumps(usage(1, 1)).encode()), 2)
+    task = asyncio.ensure_future(request(app, early, arrived=arrived, gate=gate))
+    await arrived.wait()
+    rate_limit_clock.advance(0.001)
+    await RateLimiter(manager_of(app)).reset(app._rules[0].partition.of("k"))
+    await request(app, Ending(answer(json.dumps(usage(100, 200)).encode()), 300))
+    rate_limit_clock.advance(60)
+    await request(app, Ending(answer(json.dumps(usage(10, 20)).encode()), 30))
+    left = await remaining(app)
+    gate.set()
+    await task
+
+    assert left == await remaining(app) < 1_000_000 - 30
+
+
 async def test_what_a_stopping_server_cancels_is_told(redis_url: str, redis_client: redis.Redis) -> None:
     """Redis hears of it before the client is closed, though the lifespan ends in the same turn."""
     begun = asyncio.Event()

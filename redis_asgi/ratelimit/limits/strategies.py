@@ -61,7 +61,7 @@ class _FixedWindow(Counter):
 
 
 class _SlidingWindowCounter(Counter):
-    """Stored: since when current is counted, current, previous.
+    """Stored: since when the older of those that are not 0 is counted, current, previous.
 
     A receipt of before that is of a counter that was forgotten since.
     """
@@ -73,15 +73,14 @@ class _SlidingWindowCounter(Counter):
         self.since, self.current, self.previous = now, 0.0, 0.0
         if stored is not None:
             since, current, previous = stored
-            older = index - math.floor(since / self.window)
+            older = index - math.floor(since / self.window) - (previous > 0)
             if older == 0:
                 self.since, self.current, self.previous = min(since, now), current, previous
             elif older < 0:
-                # How far the older one had faded is not known: both in full,
-                # so that a step reopens nothing.
+                # How far one had faded is not known: both in full, so that a step reopens nothing.
                 self.current, self.moved = current + previous, True
             elif older == 1:
-                self.previous = current
+                self.since, self.previous = since, current
         self.index = index
         self.elapsed = self.at - index * self.window
         self.receipt = now
@@ -105,7 +104,9 @@ class _SlidingWindowCounter(Counter):
 
     def refund(self, cost: int, receipt: float) -> bool:
         older = self.index - math.floor(receipt / self.window)
-        if older == 0 and receipt >= self.since:
+        if receipt < self.since:
+            return False
+        if older == 0:
             self.current = max(0.0, self.current - cost)
         elif older == 1:
             self.previous = max(0.0, self.previous - cost)
@@ -121,7 +122,8 @@ class _SlidingWindowCounter(Counter):
         return left if self.previous > 0 else 0.0
 
     def save(self) -> tuple[Stored, float]:
-        return (self.since, self.current, self.previous), (self.index + 2) * self.window
+        first = (self.index - (self.previous > 0)) * self.window
+        return (max(self.since, first), self.current, self.previous), (self.index + 2) * self.window
 
 
 class _Gcra(Counter):

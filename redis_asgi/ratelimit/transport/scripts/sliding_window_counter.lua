@@ -1,5 +1,5 @@
--- Sliding window counter: two aligned buckets, the older one fading. Field: "since current previous" (when current began to be
--- counted in us, units, units): a receipt of before that is of a counter that was forgotten since.
+-- Sliding window counter: two aligned buckets, the older one fading. Field: "since current previous" (when the older of those
+-- that are not 0 began to be counted in us, units, units): a receipt of before that is of a counter that was forgotten since.
 -- No floor() on the faded bucket: flooring it admits up to one unit too many.
 make.s = function()
   local function weigh(s)
@@ -15,11 +15,11 @@ make.s = function()
       if raw then
         local since, current, previous = parts(raw, '^(%d+) (%d+) (%d+)$')
         since, current, previous = since + 0, current + 0, previous + 0
-        local older = index - floor(since / W)
+        local older = index - floor(since / W) - (previous > 0 and 1 or 0)
         if older == 0 then s.since, s.current, s.previous = min(since, now), current, previous
         -- How far the older one had faded is not known: both in full, so that a step reopens nothing.
         elseif older < 0 then s.current, s.moved = current + previous, true
-        elseif older == 1 then s.previous = current end
+        elseif older == 1 then s.since, s.previous = since, current end
       end
       s.index, s.elapsed = index, now - index * W
       s.receipt_now = now
@@ -38,7 +38,8 @@ make.s = function()
     end,
     refund = function(s, cost, receipt)
       local older = s.index - floor(receipt / s.policy.window)
-      if older == 0 and receipt >= s.since then s.current = max(0, s.current - cost)
+      if receipt < s.since then return false
+      elseif older == 0 then s.current = max(0, s.current - cost)
       elseif older == 1 then s.previous = max(0, s.previous - cost)
       else return false end
       weigh(s)
@@ -51,7 +52,8 @@ make.s = function()
       return 0
     end,
     save = function(s, now)
-      return integer(s.since) .. ' ' .. s.current .. ' ' .. s.previous,
+      local first = s.index - (s.previous > 0 and 1 or 0)
+      return integer(max(s.since, first * s.policy.window)) .. ' ' .. s.current .. ' ' .. s.previous,
         2 * s.policy.window - s.elapsed
     end,
   }
