@@ -20,7 +20,9 @@ from .count_buffer import CountBuffer
 from .errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Histogram, Metric
+    from prometheus_client import Metric
+
+    from .bulk_metrics import Counter, Histogram
 
 __all__ = [
     "Telemetry",
@@ -227,14 +229,14 @@ class Telemetry:
         self.breaker_transitions = self._counter("breaker_transitions", "Times the breaker changed its state.", "to")
 
     def _counter(self, name: str, documentation: str, *labels: str) -> "Counter":
-        from prometheus_client import Counter  # noqa: PLC0415
+        from .bulk_metrics import Counter  # noqa: PLC0415
 
         return Counter(f"{PREFIX}_{name}", documentation, labels, registry=self.registry)
 
     def _histogram(
         self, name: str, documentation: str, *labels: str, buckets: tuple[float, ...] = _REDIS_BUCKETS
     ) -> "Histogram":
-        from prometheus_client import Histogram  # noqa: PLC0415
+        from .bulk_metrics import Histogram  # noqa: PLC0415
 
         return Histogram(f"{PREFIX}_{name}", documentation, labels, buckets=buckets, registry=self.registry)
 

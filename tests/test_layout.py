@@ -107,8 +107,9 @@ FOLDERS = {
     "tracing": "",
     "errors": "events",
     "misuse": "errors redaction",
-    "count_buffer": "",
-    "telemetry": "count_buffer errors",
+    "bulk_metrics": "",
+    "count_buffer": "bulk_metrics",
+    "telemetry": "bulk_metrics count_buffer errors",
     "settings": "errors misuse",
     "asgi": "errors misuse settings",
     "connection": "_version asgi errors event_loop events misuse settings telemetry",
@@ -118,8 +119,8 @@ FOLDERS = {
     "ratelimit/transport": "connection errors events ratelimit/limits telemetry",
     "ratelimit/budgets": "asgi errors events misuse ratelimit/limits settings telemetry",
     "ratelimit/counting": (
-        "connection count_buffer errors events ratelimit/budgets ratelimit/limits ratelimit/transport settings"
-        " telemetry tracing"
+        "bulk_metrics connection count_buffer errors events ratelimit/budgets ratelimit/limits ratelimit/transport"
+        " settings telemetry tracing"
     ),
     "ratelimit/rules": "asgi errors events keys misuse ratelimit/budgets ratelimit/limits settings",
     "ratelimit/answers": (

@@ -106,11 +106,10 @@ class RateLimit:
     # Where it is taken for the type of a parameter.
     __get_pydantic_core_schema__ = _NOT_CALLED.__get_pydantic_core_schema__
 
-    def __getattr__(self, name: str) -> NoReturn:
-        # What FastAPI reads of each of dependencies=[...].
-        if name == "dependency":
-            raise AttributeError("RateLimit is given as it is. Write dependencies=[Depends(RateLimit('5/minute'))].")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    @property
+    def dependency(self) -> NoReturn:
+        """What FastAPI reads of each of ``dependencies=[...]``."""
+        raise AttributeError("RateLimit is given as it is. Write dependencies=[Depends(RateLimit('5/minute'))].")
 
     @only_called_as("A dependency is no decorator: write Depends(RateLimit('5/minute')), or @rate_limit('5/minute').")
     async def __call__(self, conn: HTTPConnection, response: Response) -> None:

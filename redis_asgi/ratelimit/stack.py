@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection, Request
 from starlette.types import Scope
 
-from ..asgi.offer import OFFER, Offer, offer_of
+from ..asgi.offer import OFFER, offer_of
 from ..asgi.problem import POLICY_VIOLATION
 from ..connection.manager import RedisManager
 from ..event_loop import running_loop
@@ -73,7 +73,7 @@ class Stack:
                 # For the callables of the user's, as a middleware would.
                 offer = offer_of(scope)
                 if offer is None or offer.addressing is None:
-                    scope[OFFER] = Offer(addressing=engine.plans.addressing).below(offer)
+                    scope[OFFER] = engine.plans.offer.below(offer)
                 known = plan.known(scope)
                 charges = known if known is not None else await plan.charges(scope)
                 if plan.behind is not None or charges.has_tokens:

@@ -4,7 +4,7 @@ import orjson
 import pytest
 
 from redis_asgi import Decision, PolicyState
-from redis_asgi.ratelimit.answers import headers
+from redis_asgi.ratelimit.answers import headers, refusal_bodies
 from redis_asgi.ratelimit.answers.dialects import plain_style
 from redis_asgi.ratelimit.limits.decision import merged
 from redis_asgi.ratelimit.limits.policy import MICROSECONDS, Policy
@@ -99,7 +99,7 @@ def test_retry_after_is_never_early_and_at_least_one() -> None:
 def test_problem_documents() -> None:
     """The draft's types, RFC 9457's members, and no word about the client."""
     refused = Decision(False, "redis", 22.2, (state(remaining=0, retry=22.2),), ("default",))
-    problem = orjson.loads(headers.quota_exceeded(refused))
+    problem = orjson.loads(refusal_bodies.quota_exceeded(refused))
 
     assert {
         "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
@@ -108,19 +108,21 @@ def test_problem_documents() -> None:
         "detail": "Rate limit exceeded: 10 per 60 s. Retry in 23 s.",
         "violated-policies": ["default"],
     } == problem
-    assert orjson.loads(headers.reduced_capacity(PLAIN))["type"].endswith("#temporary-reduced-capacity")
-    assert "header 'x-api-key'" in orjson.loads(headers.identity_missing("header:x-api-key", PLAIN))["detail"]
+    assert orjson.loads(refusal_bodies.reduced_capacity(PLAIN))["type"].endswith("#temporary-reduced-capacity")
+    assert "header 'x-api-key'" in orjson.loads(refusal_bodies.identity_missing("header:x-api-key", PLAIN))["detail"]
 
 
 def test_rendered_refusal_equals_the_long_way() -> None:
     """What a flood gets is what a first refusal gets."""
     policy = Policy("default", 10, 60)
-    fields, body = headers.rendered_refusal(policy, 0, 22_200_000, 22_200_000, PLAIN)
+    fields, body = refusal_bodies.rendered_refusal(policy, 0, 22_200_000, 22_200_000, PLAIN)
     refused = Decision(False, "redis", 22.2, (state(remaining=0, reset=22.2, retry=22.2),), ("default",))
 
-    assert headers.quota_exceeded(refused) == body
+    assert refusal_bodies.quota_exceeded(refused) == body
     assert (
-        headers.limit_fields(refused, "ietf") + headers.refusal_fields(refused) + headers.content_fields(body, PLAIN)
+        headers.limit_fields(refused, "ietf")
+        + headers.refusal_fields(refused)
+        + refusal_bodies.content_fields(body, PLAIN)
         == fields
     )
     assert 23 * MICROSECONDS >= 22_200_000

@@ -49,7 +49,7 @@ def test_notes_of_a_loop_that_ends_are_told(counted: Telemetry, redis_url: str) 
 
     asyncio.run(main())
 
-    assert 0 == len(counted.buffer._counted) + len(counted.buffer._observed)
+    assert 0 == len(counted.buffer._counted) + len(counted.buffer._added)
 
 
 async def test_each_request_is_counted_once_by_outcome_and_source(

@@ -70,8 +70,7 @@ class CacheMetrics:
         self._served_bytes = made.cache_served_bytes
         self._saved_tokens = made.cache_saved_tokens
         self._add = made.buffer.add
-        self._observe = made.buffer.observe
-        self._lookup_seconds = made.cache_lookup_duration.observe
+        self._lookup_seconds = made.cache_lookup_duration
         self.tell = made.buffer.flush
         self.store_seconds = made.cache_store_duration
         self.origin_seconds = made.cache_origin_duration
@@ -79,7 +78,7 @@ class CacheMetrics:
 
     def looked_up(self, seconds: float) -> None:
         """Count a lookup in Redis."""
-        self._observe(self._lookup_seconds, seconds)
+        self._add((self._lookup_seconds, seconds))
 
     def request(
         self, result: CacheResult, reason: str, *, hits: int, misses: int, collapsed: int, size: int, tokens: int

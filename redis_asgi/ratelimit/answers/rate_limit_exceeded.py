@@ -10,7 +10,7 @@ from ...errors import RedisASGIError
 from ...settings import HeaderStyle
 from ..counting.verdict import Verdict
 from ..limits.decision import Decision
-from . import headers
+from . import headers, refusal_bodies
 from .dialects import AnswerStyle, Fields
 
 
@@ -41,7 +41,7 @@ class RateLimitExceeded(RedisASGIError, HTTPException):
             detail = f"Rate limit exceeded: {limit} per {window} s. Retry in {window} s."
         else:
             fields = headers.limit_fields(decision, style) + headers.refusal_fields(decision)
-            detail = headers.refusal_detail(decision)
+            detail = refusal_bodies.refusal_detail(decision)
         super().__init__(429, detail, _texts(fields))
 
     def __str__(self) -> str:
@@ -58,12 +58,16 @@ def refusal_on(decision: Decision, verdict: Verdict, style: AnswerStyle) -> HTTP
     """
     refusing = [state for state in verdict.decision.policies if state.name in verdict.decision.violated]
     if not refusing:  # no engine could decide, and the limit fails closed
-        return HTTPException(503, headers.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect)))
+        return HTTPException(
+            503, refusal_bodies.UNDECIDED, _texts(headers.refusal_fields(verdict.decision, style.dialect))
+        )
     worst = max(refusing, key=lambda state: math.inf if state.retry_after is None else state.retry_after)
     whose = next(charge for charge in verdict.charges if any(p.name == worst.name for p in charge.policies))
     error = RateLimitExceeded(whose.partition.label, worst.quota, worst.window, decision=decision, style=style.headers)
     if style.dialect is not None:
         more = headers.dialect_fields(decision, style.dialect) + style.dialect.refusal_fields(decision.retry_after)
         error.headers = {**(error.headers or {}), **_texts(more)}
-    error.detail += headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, verdict.decision.violated))
+    error.detail += refusal_bodies.held_words(
+        verdict.engine.in_flight.most_of(verdict.charges, verdict.decision.violated)
+    )
     return error

@@ -2,7 +2,7 @@
 for HTTP and for WebSocket handshakes.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from ..counting.verdict import Verdict
 from ..limits.decision import Decision
 from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known, Said
-from . import headers
+from . import headers, refusal_bodies
 from .dialects import SHORTEST_KEPT, AnswerStyle, Fields
 from .json_rpc import in_reply
 from .request_decision import RequestDecision
@@ -60,7 +60,7 @@ async def send_refusal(
     decision = verdict.decision
     if decision.source == "none":
         fields = headers.refusal_fields(decision, style.dialect)
-        await _send_body(503, headers.reduced_capacity(style), fields, style, scope, receive, send)
+        await _send_body(503, refusal_bodies.reduced_capacity(style), fields, style, scope, receive, send)
         return
     fields = fields + headers.refusal_fields(decision, style.dialect)
     if on_exceeded is not None and can_respond(scope):
@@ -75,8 +75,8 @@ async def send_refusal(
                 )
             await response(scope, receive, adding(fields, send))
             return
-    held = headers.held_words(verdict.engine.in_flight.most_of(verdict.charges, decision.violated))
-    await _send_body(429, headers.refusal_body(decision, style, held), fields, style, scope, receive, send)
+    held = refusal_bodies.held_words(verdict.engine.in_flight.most_of(verdict.charges, decision.violated))
+    await _send_body(429, refusal_bodies.refusal_body(decision, style, held), fields, style, scope, receive, send)
 
 
 def answer_to(known: Known, decision: RequestDecision, style: AnswerStyle) -> Said:
@@ -105,8 +105,8 @@ def _rendered(known: Known, decision: RequestDecision, style: AnswerStyle) -> Sa
     verdict = decision.first
     charge, refusal = known[0]
     remaining, reset, retry = refusal.numbers(charge.cost, verdict.at)
-    held = headers.held_words(verdict.engine.in_flight.most_of((charge,), (refusal.policy.name,)))
-    fields, body = headers.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
+    held = refusal_bodies.held_words(verdict.engine.in_flight.most_of((charge,), (refusal.policy.name,)))
+    fields, body = refusal_bodies.rendered_refusal(refusal.policy, remaining, reset, retry, style, held)
     kept = 0.0
     if style.headers in ("ietf", "none"):  # the others hold the time of day
         left = [(us - 1) % MICROSECONDS + 1 for us in (reset, retry) if us > 0]
@@ -120,7 +120,7 @@ def _rendered(known: Known, decision: RequestDecision, style: AnswerStyle) -> Sa
 async def refuse_identity(what: str, style: AnswerStyle, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request that lacks what it would be counted by."""
     fields = [(b"cache-control", b"no-store")]
-    await _send_body(400, headers.identity_missing(what, style), fields, style, scope, receive, send)
+    await _send_body(400, refusal_bodies.identity_missing(what, style), fields, style, scope, receive, send)
 
 
 def can_respond(scope: Scope) -> bool:
@@ -139,13 +139,13 @@ async def _send_body(
     if style.names_request:
         status, body = await in_reply(status, body, scope, receive, style.body_cap)
     prefix = "websocket." if scope["type"] == "websocket" else ""
-    sent = fields + headers.content_fields(body, style)
+    sent = fields + refusal_bodies.content_fields(body, style)
     await send({"type": f"{prefix}http.response.start", "status": status, "headers": sent})
     shown = b"" if scope.get("method") == "HEAD" else body
     await send({"type": f"{prefix}http.response.body", "body": shown})
 
 
-def adding(fields: Sequence[tuple[bytes, bytes]], send: Send) -> Send:
+def adding(fields: Fields, send: Send) -> Send:
     """A ``send`` that adds *fields* to the start of a response, where it has none of that name."""
 
     async def adding(message: Message) -> None:

@@ -247,8 +247,7 @@ def keep_decision(scope: Scope, first: Verdict) -> RequestDecision:
     """
     decision: RequestDecision = RequestDecision()
     _set_first(decision, first)
-    state = scope["state"] if "state" in scope else scope.setdefault("state", {})
-    scope[_DECISION] = state["rate_limit"] = decision
+    scope[_DECISION] = scope.setdefault("state", {})["rate_limit"] = decision
     return decision
 
 

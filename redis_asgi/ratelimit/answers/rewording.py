@@ -13,8 +13,8 @@ from starlette.types import Message, Scope, Send
 
 from ..limits.decision import Decision
 from .dialects import AnswerStyle, Refused
-from .headers import refused_by
 from .json_rpc import answer_to
+from .refusal_bodies import refused_by
 
 # Where a scope keeps the `Rewording` of its response.
 REWORDING = "redis_asgi.rewording"

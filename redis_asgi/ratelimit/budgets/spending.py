@@ -29,13 +29,13 @@ class Accuracy:
         counted = telemetry()
         self._buffer = counted.buffer
         self._used = counted.ratelimit_used_units.labels(name)
-        self._too_high = counted.ratelimit_estimate_error_units.labels(name, "too_high").observe
-        self._too_low = counted.ratelimit_estimate_error_units.labels(name, "too_low").observe
+        self._too_high = counted.ratelimit_estimate_error_units.labels(name, "too_high")
+        self._too_low = counted.ratelimit_estimate_error_units.labels(name, "too_low")
 
     def note(self, estimated: int, used: int) -> None:
         """Count a request that was *estimated* to cost so many units and has *used* so many."""
-        self._buffer.add((self._used, used))
-        self._buffer.observe(self._too_low if used > estimated else self._too_high, abs(used - estimated))
+        error = self._too_low if used > estimated else self._too_high
+        self._buffer.add((self._used, used), (error, abs(used - estimated)))
 
     def warn_of(self, encoding: str | None) -> None:
         """Say once why what answers have used is not read: their *encoding*,

@@ -13,7 +13,7 @@ from ..limits.refusal_memory import Known
 from ..limits.reply import Reply, numbers_of
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from ...bulk_metrics import Counter
 
 _OUTCOMES = ("allowed", "refused", "exempt", "unavailable")
 _SOURCES = ("redis", "memory", "local", "refusal_memory", "none")
@@ -30,12 +30,11 @@ class LimitMetrics:
         counted = telemetry()
         self._note = counted.buffer.count
         self._add = counted.buffer.add
-        self._observe = counted.buffer.observe
         self._requests = {
             outcome: {source: counted.ratelimit_requests.labels(outcome, source) for source in _SOURCES}
             for outcome in _OUTCOMES
         }
-        self._waits = {source: counted.ratelimit_check_duration.labels(source).observe for source in ("local", "none")}
+        self._waits = {source: counted.ratelimit_check_duration.labels(source) for source in ("local", "none")}
         self._policy = counted.ratelimit_policy
         self._together = lru_cache(maxsize=4096)(Together)
         self._policies: dict[str, tuple[Counter, Counter, Counter]] = {}
@@ -56,7 +55,7 @@ class LimitMetrics:
 
     def waited(self, source: str, seconds: float) -> None:
         """Note how long a check waited for Redis, which gave no answer."""
-        self._observe(self._waits[source], seconds)
+        self._add((self._waits[source], seconds))
 
     def fell_back(self, mode: OnRedisError, reason: Failure) -> None:
         """Count a check that Redis did not decide."""

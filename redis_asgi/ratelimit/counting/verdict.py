@@ -10,7 +10,7 @@ from ..limits.counter import Mode
 from ..limits.decision import Decision, Source, policy_state, read_reply, refusal_of
 from ..limits.policy import MICROSECONDS
 from ..limits.refusal_memory import Known
-from ..limits.reply import Reply, fits_at, numbers_of, receipt_at, reply_of
+from ..limits.reply import Reply, fits_at, fits_of, numbers_of, receipt_at, reply_of
 from ..transport.check import Check, Outcome
 from .settlement import Settlement
 
@@ -99,11 +99,12 @@ class Verdict(Check):
         self.source = source
         self.reply = reply
         self.allowed = allowed = reply[0] == 1
-        if allowed and charges.admission is not None:
+        by_all = allowed and (charges.all_enforcing or all(fits_of(reply)))
+        if by_all and charges.admission is not None:
+            # Nearly always: counted together with the request.
             self.uncounted = charges.admission
         elif self.engine.counts_policies and self.mode == "consume":
-            if allowed and charges.all_enforcing:
-                # Nearly always: counted together with the request.
+            if by_all:
                 self.uncounted = self.engine.counts.admission(charges)
             else:
                 self.engine.counts.decided(charges, reply)

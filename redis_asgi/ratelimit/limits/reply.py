@@ -62,6 +62,11 @@ def fits_at(counter: int) -> int:
     return 1 + VALUES_PER_COUNTER * counter
 
 
+def fits_of(reply: Reply) -> list[int]:
+    """`fits` of each counter of a *reply*."""
+    return reply[1::VALUES_PER_COUNTER]
+
+
 def receipt_at(counter: int) -> int:
     """The place of `receipt` of a reply's n-th *counter*."""
     return VALUES_PER_COUNTER + VALUES_PER_COUNTER * counter

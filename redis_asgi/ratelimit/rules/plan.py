@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
+from ...asgi.offer import Offer
 from ...asgi.scope import Addressing, is_preflight
 from ...settings import Settings
 from ..limits.charge import Charge, Charges, Unread, at_cost
@@ -135,7 +136,7 @@ class PlanCache:
     """
 
     def __init__(self, addressing: Addressing, charges: ChargesKept, renderer: Renderer | None = None) -> None:
-        self.addressing = addressing
+        self.offer = Offer(addressing=addressing)
         self.charges = charges
         self.rules: Recent[tuple[Any, ...], CompiledRule] = Recent(_RULES_KEPT, len)
         self._plans: Recent[tuple[CompiledRule, ...], Plan] = Recent(_RULES_KEPT, len)
@@ -208,13 +209,14 @@ class Plans:
 
     def of(self, scope: Scope) -> Plan:
         """The plan of a request."""
-        method: str = scope["method"] if scope["type"] == "http" else "of a websocket"  # no method has a blank
-        shape = (method, scope["path"], scope.get("root_path", "")) if self._has_paths else (method,)
+        shape: tuple[str, ...] = (scope["type"], scope.get("method", ""))
+        if self._has_paths:
+            shape = (*shape, scope["path"], scope.get("root_path", ""))
         return self._by_shape.young.get(shape) or self._find(shape, scope)
 
     def _find(self, shape: tuple[str, ...], scope: Scope) -> Plan:
-        if shape[0] == "OPTIONS":  # is never found as it is
-            shape = ("OPTIONS preflight" if is_preflight(scope) else "OPTIONS as such", *shape[1:])
+        if shape[1] == "OPTIONS":  # is never found as it is
+            shape = ("preflight" if is_preflight(scope) else "OPTIONS as such", *shape)
         return self._by_shape.young.get(shape) or self._by_shape.find(shape, lambda _: self._make(scope))
 
     def _make(self, scope: Scope) -> Plan:

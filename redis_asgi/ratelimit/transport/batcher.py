@@ -67,11 +67,10 @@ class Batcher:
         self._departure: asyncio.TimerHandle | None = None
         self._departs_at = math.inf
         counted = telemetry()
-        self._note = counted.buffer.count
-        self._observe = counted.buffer.observe
-        self._size = counted.redis_batch_size.observe
-        self._duration = counted.redis_command_duration.labels("check").observe
-        self._wait = counted.ratelimit_check_duration.labels("redis").observe
+        self._add = counted.buffer.add
+        self._size = counted.redis_batch_size
+        self._duration = counted.redis_command_duration.labels("check")
+        self._wait = counted.ratelimit_check_duration.labels("redis")
         self._commands = counted.redis_commands
         self._ok = counted.redis_commands.labels("check", "ok")
 
@@ -183,21 +182,21 @@ class Batcher:
             late, waiting = split_late(waiting, now)
             resolve(late, self._transport.timeout_cause())
         taken = still_waiting(waiting)
-        if not taken:
-            self._wait_on([])
-            self.breaker.withdrawn()
-            return None
-        room = len(taken) // 2 if len(taken) >= MANY and not self._sent else len(taken)
+        room = len(taken)
+        if room >= MANY and not self._sent:
+            room //= 2
         if self._waiting_counters > MAX_COUNTERS:
             filled = list(accumulate(check.asked.counters for check in taken))
             room = max(1, min(room, bisect_right(filled, MAX_COUNTERS)))
         self._wait_on(taken[room:])
         del taken[room:]
+        if not taken:
+            self.breaker.withdrawn()
+            return None
         for check in taken:
             check.written, check.at = now, at
         batch = SubmittedBatch(taken, now, now + 2 * max([check.timeout for check in taken]))
         self._written = now
-        self._observe(self._size, len(taken))
         self._sent.add(batch)
         if batch.limit < self._armed_for:
             self._arm(batch.limit)
@@ -260,13 +259,13 @@ class Batcher:
             return
         batch.is_told = True
         now = self.loop.time()
-        self._observe(self._duration, now - batch.written)
+        size, duration = (self._size, len(batch.checks)), (self._duration, now - batch.written)
         if failure is None:
-            self._note(self._ok)
             oldest = batch.checks[0]
-            self._observe(self._wait, now - oldest.deadline + oldest.timeout)
+            self._add((self._ok, 1), size, duration, (self._wait, now - oldest.deadline + oldest.timeout))
             self.breaker.worked()
         else:
+            self._add(size, duration)
             self._commands.labels("check", failure.value).inc()
             self.breaker.failed(failure)
 
@@ -278,8 +277,8 @@ class Batcher:
     def _wait_on(self, checks: list[Check]) -> None:
         """Let just *checks* wait."""
         self._waiting = checks
-        self._waiting_counters = sum(check.asked.counters for check in checks)
-        self._hurry = min((check.timeout for check in checks), default=math.inf)
+        self._waiting_counters = sum([check.asked.counters for check in checks])
+        self._hurry = min([check.timeout for check in checks], default=math.inf)
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:

@@ -55,20 +55,25 @@ class Call:
 
     def command(self) -> bytes:
         """The whole command in RESP, joined from what charges keep ready."""
-        asked = [check.asked for check in self.checks]
-        key_count = sum([charges.key_count for charges in asked])
-        words = 5 + key_count + sum([charges.words for charges in asked])
-        questions = [charges.consume for charges in asked]
-        for i, check in enumerate(self.checks):
+        keys: list[bytes] = []
+        questions: list[bytes] = []
+        key_count, words = 0, 5
+        for check in self.checks:
+            asked = check.asked
+            keys.append(asked.keys)
+            key_count += asked.key_count
+            words += asked.key_count + asked.words
+            question = asked.consume
             if check.mode != "consume":
-                questions[i] = bulk(check.mode.encode()) + check.asked.terms + b"".join(map(_number, check.receipts))
+                question = bulk(check.mode.encode()) + asked.terms + b"".join(map(_number, check.receipts))
                 words += len(check.receipts)
-            if check.asked.holds and check.mode != "peek":
-                questions[i] += bulk(b" ".join(check.holders))
+            if asked.holds and check.mode != "peek":
+                question += bulk(b" ".join(check.holders))
                 words += 1
+            questions.append(question)
         clock = bulk(b"") if self.clock is None else _number(self.clock)
         head = b"*%d\r\n%b%b" % (words, _IN_FULL if self.in_full else _BY_NAME, _number(key_count))
-        return b"".join((head, *[charges.keys for charges in asked], _number(self.number), clock, *questions))
+        return b"".join((head, *keys, _number(self.number), clock, *questions))
 
     def command_in_full(self) -> bytes | None:
         """`command` once more, with the script, for a server that did not know it;
