@@ -210,7 +210,7 @@ def test_what_an_app_takes_for_one_credential_is_one_client(
     ],
 )
 def test_base64_is_read(plain: str, value: str) -> None:
-    """The bytes of a Basic credential, and of a web token's signature, are the same in other letters."""
+    """A Basic credential, and a web token's signature, is its bytes, in whatever letters."""
     header = by_header("authorization")
 
     assert header.fold(plain) == header.fold(value)
