@@ -29,7 +29,8 @@ from .ratelimit.limiter import RateLimiter
 from .ratelimit.limits.decision import Decision, PolicyState
 from .ratelimit.middleware import RateLimitMiddleware
 from .ratelimit.route import RateLimit
-from .ratelimit.rules.by_body import by_json, by_mcp_tool
+from .ratelimit.rules.by_body import by_json
+from .ratelimit.rules.by_mcp_tool import by_mcp_tool
 from .ratelimit.rules.partition import by_header, by_user, client_ip
 from .ratelimit.rules.rule import Rule
 from .settings import Settings

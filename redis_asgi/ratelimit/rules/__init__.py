@@ -7,7 +7,7 @@
 ``rule``        one as users write it, its ``checks`` and ``policies``; ``coverage``: what an app's
                 document says
 ``partition``   who shares a counter; ``joined``: by several things; ``by_body``: by a JSON body
-                (``reading``)
+                (``reading``), ``by_mcp_tool``: by the tool it calls
 ``exemptions``  what is never counted; ``endpoints``: what a request is on its way to
 ``last_limits`` and ``misconfiguration``: where a callable or a deployment is at fault
 """
