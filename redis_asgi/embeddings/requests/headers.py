@@ -32,6 +32,7 @@ _ADDRESSES = """
 forwarded x-forwarded-for x-original-forwarded-for x-real-ip x-client-ip client-ip x-cluster-client-ip true-client-ip
 cf-connecting-ip cf-connecting-ipv6 cf-pseudo-ipv4 fastly-client-ip fly-client-ip do-connecting-ip x-azure-clientip
 x-azure-socketip x-envoy-external-address x-original-client-ip x-vercel-forwarded-for x-appengine-user-ip
+cloudfront-viewer-address
 """
 
 _NEITHER = (
