@@ -196,6 +196,9 @@ DOORS: list[dict[str, Any]] = [
             b"x-forwarded-for",
             b"cf-connecting-ip",
             b"cloudfront-viewer-address",
+            b"x-appengine-inbound-appid",
+            b"x-azure-fdid",
+            b"cf-worker",
             b"host",
             b"openai-organization",
         )
