@@ -27,7 +27,7 @@ _MOST_QUOTES = 400_000
 _MOST_OBJECTS, _MOST_MEMBERS, _MOST_VALUES = 50_000, 100_000, 200_000
 # A text without escapes; of one that does not end all that follows,
 # so that no byte is looked at for two of them.
-_TEXT = re.compile(rb'"[^"]*+"?')
+_TEXT = re.compile(rb'"[^"]*+"?+')
 # What may stand before the JSON that another parser than ours reads: blanks,
 # the marks and the NULs of UTF-16 and 32.
 _BEFORE_JSON = b" \t\r\n\0\xff\xfe\xef\xbb\xbf"

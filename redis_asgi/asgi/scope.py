@@ -77,8 +77,8 @@ def parse_address(text: str) -> Address | None:
         if not bracket or (port and not (port[0] == ":" and port[1:].isdigit())):
             return None
         text = inside
-    elif text.count(":") == 1:
-        text, _, port = text.partition(":")
+    elif text.count(":") == 1 or _parse_address(text) is None:  # some write IPv6 and its port without brackets
+        text, _, port = text.rpartition(":")
         if not port.isdigit():
             return None
     return _parse_address(text)

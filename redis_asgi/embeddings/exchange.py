@@ -98,7 +98,7 @@ class Exchange:
         if not wanted.store:
             await self._bypass("no-store")
             return
-        if questions.is_defeated_by(question):
+        if questions.is_defeated_by(question, self._scope.get("query_string", b"")):
             self._refusal = "unique-header"
         near = Stored({})
         if wanted.lookup:

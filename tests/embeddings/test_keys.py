@@ -195,6 +195,10 @@ DOORS: list[dict[str, Any]] = [
             b"x-forwarded-proto",
             b"x-forwarded-for",
             b"cf-connecting-ip",
+            b"cloudfront-viewer-address",
+            b"x-appengine-inbound-appid",
+            b"x-azure-fdid",
+            b"cf-worker",
             b"host",
             b"openai-organization",
         )
@@ -226,6 +230,11 @@ def test_an_address_is_somebody_only_where_no_credential_is() -> None:
         for port, value in enumerate((b"192.0.2.1:5, 10.0.0.1", b"192.0.2.1:6, 10.0.0.1:7", b"192.0.2.1, 10.0.0.1"))
     ]
     assert 1 == len(set(ports))
+    bare = [
+        identity_of(headers=((b"cloudfront-viewer-address", b"2001:db8::1:%d" % port),))[0].lease_name
+        for port in (46532, 46533)
+    ]
+    assert 1 == len(set(bare))
 
 
 def test_inside_the_apps_own_authentication_a_lease_names_no_caller() -> None:

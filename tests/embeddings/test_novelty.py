@@ -22,9 +22,11 @@ def fresh() -> str:
     return uuid.uuid4().hex
 
 
-async def ask(c: Any, text: str, headers: dict[str, str] | None = None, **fields: Any) -> str:
+async def ask(c: Any, text: str, headers: dict[str, str] | None = None, query: str = "", **fields: Any) -> str:
     """What the cache says of one request."""
-    response = await c.post("/v1/embeddings", json={"model": "m", "input": [text], **fields}, headers=headers or {})
+    response = await c.post(
+        f"/v1/embeddings{query}", json={"model": "m", "input": [text], **fields}, headers=headers or {}
+    )
     assert 200 == response.status_code
     return cache_status(response)
 
@@ -43,6 +45,8 @@ def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
         ("header", "host", "partition_by"),
         ("field", "rid", "EMBEDDING_CACHE_IGNORED_FIELDS"),
         ("field", "metadata.trace", "EMBEDDING_CACHE_IGNORED_FIELDS"),
+        ("field", "events", "EMBEDDING_CACHE_IGNORED_FIELDS"),
+        ("query", "string", "leave out"),
     ],
 )
 async def test_what_is_new_in_every_request_is_named_once_and_not_written(
@@ -54,7 +58,10 @@ async def test_what_is_new_in_every_request_is_named_once_and_not_written(
     async def once(value: str, text: str) -> str:
         if where == "header":
             return await ask(c, text, {name: value})
-        return await ask(c, text, **({"rid": value} if name == "rid" else {"metadata": {"trace": value}}))
+        if where == "query":
+            return await ask(c, text, query=f"?at={value}")
+        fields: Any = {"rid": value, "metadata.trace": {"trace": value}, "events": [{"id": value}]}
+        return await ask(c, text, **{name.partition(".")[0]: fields[name]})
 
     async with client(app) as c:
         assert 32 * ["redis-asgi; fwd=miss; stored"] == [await once(fresh(), "a") for _ in range(32)]
@@ -97,7 +104,7 @@ def test_its_memory_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever names and values clients make up: a table of a fixed size, and 64 names."""
     novelty = Novelty()
     for number in range(20_000):
-        marks = novelty.marks([(b"x-%d" % number, b"v")], [(f"field {number}", "v" * 5), ("same", number)])
+        marks = novelty.marks([(b"x-%d" % number, b"v")], [(f"field {number}", "v" * 5), ("same", number)], b"")
         novelty.defeats(marks, again=False, is_credential=lambda _: False)
     assert len(novelty._streaks) <= 64
     assert 1 == len(caplog.records)
@@ -108,5 +115,5 @@ def test_its_memory_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
 def test_names_and_values_are_not_confused() -> None:
     """A header and a field of one name are two, and so are a text and a number."""
     novelty = Novelty()
-    marks = novelty.marks([(b"user", b"1")], [("user", "1"), ("user", 1), ("users", "1")])
+    marks = novelty.marks([(b"user", b"1")], [("user", "1"), ("user", 1), ("users", "1")], b"")
     assert 4 == len({digest for _, digest in marks})

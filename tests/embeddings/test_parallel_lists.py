@@ -1,6 +1,7 @@
 """What stands beside the inputs of a request."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redis_asgi.embeddings.middleware import EmbeddingCacheMiddleware
-from redis_asgi.embeddings.requests.parallel_lists import names_of, refusal_beside, scalars, scope_of
+from redis_asgi.embeddings.requests.parallel_lists import names_of, refusal_beside, scope_of, values
 from redis_asgi.embeddings.wire import WIRE_FORMATS, Batch, Uncacheable
 from redis_asgi.settings import Settings
 
@@ -164,20 +165,27 @@ def test_everything_else_is_in_the_scope(more: dict[str, Any], other: dict[str, 
     assert scope_with(**more) != scope_with(**other)
 
 
-def test_scalars_of_the_scope_are_found_by_dotted_name() -> None:
-    """Those that may be new in every request: texts and numbers,
+def test_values_of_the_scope_are_found_by_dotted_name() -> None:
+    """Those that may be new in every request: texts, numbers and lists,
     not the inputs, nor what is ignored.
     """
     more = {"user": "u", "encoding_format": "float", "n": 1, "metadata": {"trace_id": "1", "id": "2", "x": {"y": 0.5}}}
     batch = batch_of({"model": "m", "input": "x", "list": ["a"], "none": None, "flag": True, **more})
-    found = {"model": "m", "n": 1, "metadata.id": "2", "metadata.x.y": 0.5}
-    assert found == dict(scalars(batch, IGNORED))
+    found = {"model": "m", "list": ["a"], "n": 1, "metadata.id": "2", "metadata.x.y": 0.5}
+    assert found == dict(values(batch, IGNORED))
+
+
+def test_a_long_list_is_not_gone_through() -> None:
+    """It would be hashed at every request."""
+    batch = batch_of({"model": "m", "input": "x", "list": ["a" * 10_000]})
+    batch = replace(batch, scope=scope_of(batch, IGNORED))
+    assert {"model": "m"} == dict(values(batch, IGNORED))
 
 
 def test_a_body_of_many_scalars_is_not_gone_through() -> None:
     """A client may send tens of thousands; the first ones are enough to see what changes."""
     batch = batch_of({"model": "m", "input": "x", **{f"n{number}": number for number in range(1000)}})
-    assert ["model", *(f"n{number}" for number in range(63))] == [name for name, _ in scalars(batch, IGNORED)]
+    assert ["model", *(f"n{number}" for number in range(63))] == [name for name, _ in values(batch, IGNORED)]
 
 
 @pytest.mark.anyio

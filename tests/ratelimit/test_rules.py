@@ -415,13 +415,19 @@ def test_environment_decides_without_arguments() -> None:
         pytest.param(
             None,
             [Rule("1/minute; 2/hour", name="a"), Rule("5/minute", name="a-60s")],
-            "policy 'a-60s'",
+            "name='a-60s' is that of a policy of the rule 'a'",
             id="a policy's name",
+        ),
+        pytest.param(
+            "1/minute",
+            [Rule(concurrency=5, name="default-7s")],
+            "would be reset with it",
+            id="the name of a policy to come",
         ),
         pytest.param(
             None,
             [Rule(lambda _conn: "1/minute; 2/hour", name="a"), Rule("5/minute", name="a-60s")],
-            "may be a policy of the rule 'a'",
+            "is that of a policy of the rule 'a'",
             id="what a callable may name",
         ),
         pytest.param(None, [], "limits nothing", id="no rules at all"),

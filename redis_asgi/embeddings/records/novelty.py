@@ -1,4 +1,4 @@
-"""Noticing what defeats the cache: a header or a field in the key that is new in every request.
+"""Noticing what defeats the cache: a header, a field or a query that is new in every request.
 
 Such a request can hit nothing, and what it would store could not be found again: while that lasts
 nothing is written, and the log names the header or the field once, with the setting that leaves it
@@ -22,7 +22,7 @@ _IN_A_ROW = 32  # values never seen before, one a request
 _MAX_NAMES = 64
 _SLOTS = 1 << 17  # of 8 bytes; a value that another one has pushed out counts as new
 _SHOWN = 80  # characters of a name that the client chose, in a log
-_HEADER, _FIELD = "header ", "field "
+_HEADER, _FIELD, _QUERY = "header ", "field ", "query string"
 
 
 class Novelty:
@@ -34,12 +34,16 @@ class Novelty:
         self._streaks: OrderedDict[str, int] = OrderedDict()
         self._once = SaidOnce(logger, _MAX_NAMES)
 
-    def marks(self, headers: Iterable[tuple[bytes, bytes]], fields: Iterable[tuple[str, object]]) -> Marks:
+    def marks(
+        self, headers: Iterable[tuple[bytes, bytes]], fields: Iterable[tuple[str, object]], query: bytes
+    ) -> Marks:
         """Digests of what stands in the key: header values,
-        and scalar body fields by their dotted names.
+        body fields by their dotted names, and the query.
         """
         named = [(_HEADER + name.decode("latin-1"), value) for name, value in headers]
         named += [(_FIELD + name, repr(value).encode("utf-8", "replace")) for name, value in fields]
+        if query:
+            named.append((_QUERY, query))
         return tuple((name, self._digest(name, value)) for name, value in named)
 
     def defeats(self, marks: Marks, *, again: bool, is_credential: Callable[[bytes], bool]) -> bool:
@@ -84,6 +88,8 @@ class Novelty:
                 "It says who asks. If one caller's values change, as tokens and cookies do, give partition_by what "
                 "stays the same of him; if it says nothing, take it out of EMBEDDING_CACHE_CREDENTIAL_HEADERS."
             )
+        elif name == _QUERY:
+            fix = "Let clients leave out what chooses no model."
         else:
             fix = (
                 "Does it choose a tenant, a model or a permission? If not, put it into "

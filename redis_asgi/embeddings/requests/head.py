@@ -17,8 +17,9 @@ _MAX_MEMORISED = 256  # heads
 _MEMORISED_BYTES = 8 * 1024  # of one
 _MAX_NAMES = 4096  # which are the client's
 _LONGEST_NAME = 256  # bytes; what is longer is not remembered
-# App Gateway sends address:port, with another port for each connection.
-_PORT = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|\]):\d{1,5}")
+# App Gateway and CloudFront send address:port, with another port for each connection;
+# behind a bare IPv6 address five digits are one.
+_PORT = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|\]|:[0-9A-Fa-f]{1,4}(?=:\d{5})):\d{1,5}")
 _CONTENT_TYPE = b"content-type"
 # What clients without a key and proxies without a certificate put into a credential header.
 _OF_NOBODY = frozenset((b"", b"bearer", b"basic", b"none", b"null", b"(null)", b"-"))

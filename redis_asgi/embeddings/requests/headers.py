@@ -24,7 +24,8 @@ class HeaderClass(Enum):
 # May open or close a door, or choose the frame around the vectors, but not the vectors.
 _LEASE = """
 origin referer user-agent accept x-forwarded-proto x-forwarded-port x-forwarded-scheme x-forwarded-ssl x-scheme
-front-end-https sec-fetch-* http-referer x-title
+front-end-https sec-fetch-* http-referer x-title x-appengine-inbound-appid x-appengine-cron x-appengine-queuename
+x-azure-fdid cf-worker
 """
 
 # Who sends it, where nothing else says so: an app may let an address in.
@@ -32,6 +33,7 @@ _ADDRESSES = """
 forwarded x-forwarded-for x-original-forwarded-for x-real-ip x-client-ip client-ip x-cluster-client-ip true-client-ip
 cf-connecting-ip cf-connecting-ipv6 cf-pseudo-ipv4 fastly-client-ip fly-client-ip do-connecting-ip x-azure-clientip
 x-azure-socketip x-envoy-external-address x-original-client-ip x-vercel-forwarded-for x-appengine-user-ip
+cloudfront-viewer-address
 """
 
 _NEITHER = (

@@ -13,7 +13,8 @@ import orjson
 from ..wire import Batch, TokenArray, Uncacheable
 
 _MAX_DEPTH = 8  # of lists and objects; nothing deeper is looked at, so nothing deeper is cached
-_MAX_SCALARS = 64  # each is hashed at every request
+_MAX_VALUES = 64  # each is hashed at every request
+_SMALL = 8 * 1024
 _BEYOND_INTEGERS = 2.0**63
 _OPEN = (dict, list, TokenArray)
 
@@ -55,14 +56,15 @@ def _without(fields: Mapping[str, Any], names: FieldTree) -> dict[str, Any]:
     return kept
 
 
-def scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int | float]]:
-    """The texts and numbers of *batch* that are in its scope,
-    in objects of objects, by dotted name; the first 64.
+def values(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, object]]:
+    """The texts and numbers of *batch* that are in its scope, in objects of objects, and where that
+    is small the lists, each whole, by dotted name; the first 64.
     """
-    return islice(_scalars(batch, ignored), _MAX_SCALARS)
+    return islice(_values(batch, ignored), _MAX_VALUES)
 
 
-def _scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int | float]]:
+def _values(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, object]]:
+    kinds = (str, int, float, list) if len(batch.scope) <= _SMALL else (str, int, float)
     level: list[tuple[str, Mapping[str, Any], FieldTree]] = [("", batch.fields, ignored)]
     own = {batch.input_field, *batch.represented}
     while level:
@@ -72,7 +74,7 @@ def _scalars(batch: Batch, ignored: FieldTree) -> Iterator[tuple[str, str | int 
                 known = names.get(name, _NONE)
                 if known is None or (not above and name in own):
                     continue
-                if type(value) in (str, int, float):
+                if type(value) in kinds:
                     yield above + name, value
                 elif type(value) is dict:
                     below.append((f"{above}{name}.", value, known))

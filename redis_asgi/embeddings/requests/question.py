@@ -25,7 +25,7 @@ from .chunked_json import TooManyValues, parse_request
 from .head import Head, Heads, SaidByHead
 from .headers import HeaderClass, Headers
 from .keyspace import Identities, Route
-from .parallel_lists import names_of, refusal_beside, scalars, scope_of
+from .parallel_lists import names_of, refusal_beside, scope_of, values
 from .routes import Endpoint
 
 _NAMES_AT_ONCE = 64  # keys made between two looks at the clock
@@ -142,14 +142,14 @@ class Questions:
             self._memorise(said, question, sum([len(part) for part in (*route, partition, content) if part]))
         return question
 
-    def is_defeated_by(self, question: Question) -> bool:
+    def is_defeated_by(self, question: Question, query: bytes) -> bool:
         """Whether something in the key is new in every request,
         so that nothing that is stored is found again.
         """
         identity = question.identity
         again = identity.marks is not None
         if identity.marks is None:
-            identity.marks = self._novelty.marks(question.told.keyed, scalars(question.batch, self._ignored))
+            identity.marks = self._novelty.marks(question.told.keyed, values(question.batch, self._ignored), query)
         return self._novelty.defeats(identity.marks, again=again, is_credential=self._is_credential)
 
     def denied_name(self, scope: Scope, head: Head) -> bytes:

@@ -237,13 +237,19 @@ def compile_rules(
     elif rules is None:
         written.append(Rule(settings.default_limits, name=DEFAULT_NAME))
     if len(written) > 1:
-        names = [rule.name for rule in written]
-        if None in names:
+        names = [rule.name for rule in written if rule.name is not None]
+        if len(names) < len(written):
             raise ConfigurationError("With two rules or more each needs a name. Try Rule('5/minute', name='login').")
         for name in names:
             if names.count(name) > 1:
                 raise ConfigurationError(f"name={name!r} is used by two rules, which would share counters. Rename one.")
-    compiled = tuple(
+            for other in names:
+                if re.fullmatch(rf"{re.escape(name)}-\d+s", other):
+                    raise ConfigurationError(
+                        f"name={other!r} is that of a policy of the rule {name!r}, once that has several limits, "
+                        "and would be reset with it. Rename one."
+                    )
+    return tuple(
         CompiledRule(
             rule,
             settings,
@@ -254,25 +260,3 @@ def compile_rules(
         )
         for rule in written
     )
-    _check_policy_names(compiled)
-    return compiled
-
-
-def _check_policy_names(rules: Sequence[CompiledRule]) -> None:
-    seen: dict[str, str] = {}
-    dynamic = [rule.name for rule in rules if rule.policies is None and rule.strategy != "concurrency"]
-    for rule in rules:
-        for name in dynamic:
-            # What its callable says decides whether a policy is named so.
-            if re.fullmatch(rf"{re.escape(name)}-\d+s", rule.name):
-                raise ConfigurationError(
-                    f"name={rule.name!r} may be a policy of the rule {name!r} too, whose limits are a callable. "
-                    "Rename one."
-                )
-    for rule in rules:
-        for policy in rule.policies or ():
-            other = seen.setdefault(policy.name, rule.name)
-            if other != rule.name:
-                raise ConfigurationError(
-                    f"name={rule.name!r}: its policy {policy.name!r} is one of the rule {other!r} too. Rename one."
-                )

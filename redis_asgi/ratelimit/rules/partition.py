@@ -2,7 +2,7 @@
 the ready ``partition_by`` callables, and how any becomes one.
 """
 
-import re
+from base64 import b64decode, b64encode, urlsafe_b64decode
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
@@ -27,7 +27,6 @@ PartitionBy: TypeAlias = PartitionPart | Sequence[PartitionPart]
 UNKNOWN = "unknown"
 # Their values begin with a scheme, whose case and blanks say nothing (RFC 9110, 11.1).
 _CREDENTIALS = frozenset(("authorization", "proxy-authorization"))
-_BLANKS = re.compile(r"[ \t]+")
 # Longer identities are hashed each time: a cache must not hold a megabyte per entry.
 LONGEST_CACHED = 256
 
@@ -62,8 +61,9 @@ class by_header:  # noqa: N801 - reads as a function where it is used
     every request is never limited. Put the middleware inside the one that checks the key, or add a
     second rule by `client_ip`. A request without the header, or with an empty one, is counted by
     ``RATE_LIMIT_MISSING_IDENTITY``. Spaces and tabs around the value do not matter, and of
-    ``Authorization`` and ``Proxy-Authorization`` neither the scheme's case nor the blanks behind
-    it; everything else is another identity.
+    ``Authorization`` and ``Proxy-Authorization`` neither the scheme's case nor any blanks, nor
+    what a decoder of base64 forgives in a ``Basic`` credential or in a JSON Web Token's signature;
+    everything else is another identity.
 
     Raises:
         ConfigurationError: If *name* is not a header name.
@@ -91,12 +91,30 @@ class by_header:  # noqa: N801 - reads as a function where it is used
         return None
 
     def fold(self, value: str) -> str:
-        """The identity that a field *value* names, however it is spelled: ``BEARER   x`` as ``bearer x``."""
-        value = value.strip(" \t")
+        """The identity that a field *value* names, however it is spelled: ``BEARER   x`` as
+        ``bearer x``.
+        """
         if not self._has_scheme:
-            return value
-        scheme, *rest = _BLANKS.split(value, 1)
-        return f"{scheme.lower()} {rest[0]}" if rest else value  # a key without a scheme is as it is
+            return value.strip(" \t")
+        # Whatever Python calls blank, since that is what its apps strip and split by.
+        scheme, *rest = value.strip().split(maxsplit=1) or [""]
+        if not rest:  # a key without a scheme is as it is
+            return scheme
+        scheme, credentials = scheme.lower(), rest[0]
+        if scheme == "basic":
+            credentials = _in_one_spelling(credentials, b64decode)
+        elif credentials.startswith(("ey", "ew")):  # a JSON Web Token, which signs all but its signature
+            signed, dot, signature = credentials.rpartition(".")
+            credentials = signed + dot + _in_one_spelling(signature, urlsafe_b64decode)
+        return f"{scheme} {credentials}"
+
+
+def _in_one_spelling(text: str, decode: Callable[[bytes], bytes]) -> str:
+    """*text*, which is base64, less what decoders skip: foreign characters, padding, spare bits."""
+    try:
+        return b64encode(decode(text.encode() + b"==")).decode()
+    except ValueError:
+        return text
 
 
 @says_what_was_meant("partition_by=by_user, which is called for each request")
