@@ -4,8 +4,11 @@ and gauges read at that moment.
 Nothing here waits for anything: what Redis says of itself has been asked before (`health_cache`).
 """
 
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import redis
@@ -58,6 +61,24 @@ class Scrape:
         return self._families
 
 
+class _Files(MultiProcessCollector):
+    """The counters of all processes, less files that one of them has just made and not yet begun."""
+
+    @staticmethod
+    def merge(files: list[str], accumulate: bool = True) -> Iterable[Metric]:
+        merge: Callable[[list[str], bool], Iterable[Metric]] = MultiProcessCollector.merge
+        try:
+            return merge([each for each in files if _is_begun(each)], accumulate)
+        except (RuntimeError, struct.error) as error:
+            raise ValueError("A file of counters is cut off.") from error
+
+
+def _is_begun(path: str) -> bool:
+    with suppress(FileNotFoundError):  # one that may go is known to the reader
+        return Path(path).stat().st_size > 0
+    return True
+
+
 def counts_in_files() -> bool:
     """Whether this process counts in ``PROMETHEUS_MULTIPROC_DIR``, beside others."""
     return values.ValueClass is not values.MutexValue
@@ -73,7 +94,7 @@ def counted() -> Families:
     collector: Collector = telemetry().registry
     if counts_in_files():
         telemetry().buffer.flush()
-        collector = MultiProcessCollector(None)  # type: ignore[no-untyped-call]  # prometheus-client's
+        collector = _Files(None)  # type: ignore[no-untyped-call]  # prometheus-client's
     # The directory holds the app's own metrics too; those are the app's to show.
     return [_without_created(family) for family in collector.collect() if family.name.startswith(f"{PREFIX}_")]
 

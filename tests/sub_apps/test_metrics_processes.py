@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("counted")]
 
 FILES = """
 import asyncio, os, shutil, sys
+from pathlib import Path
 import httpx
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -35,6 +36,11 @@ async def main():
         MultiProcessCollector(everything)
         theirs = generate_latest(everything).decode()
         assert "of_the_app_total 1.0" in theirs and "redis_asgi_cache_saved_tokens_total 3.0" in theirs, theirs
+        new = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], "counter_1.db")  # of a process that starts
+        for size, status in ((0, 200), (65536, 200), (2, 503)):
+            new.write_bytes(bytes(size))
+            answer = await client.get("/")
+            assert (status, status == 200) == (answer.status_code, "saved_tokens_total 3.0" in answer.text), size
         shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"])
         for path in ("/", "/json"):
             gone = await client.get(path)
@@ -45,8 +51,8 @@ asyncio.run(main())
 
 
 def test_files_are_read_and_missed(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """We show ours, the app both; without the files a scrape fails instead of starting again from
-    zero.
+    """We show ours, the app both; a file that a process has just made is none yet; without the
+    files, or with one that is cut off, a scrape fails instead of starting again from zero.
     """
     folder = tmp_path_factory.mktemp("multiproc")
     # Without -X dev: prometheus-client leaves its files to the end of the process.
